@@ -1,0 +1,22 @@
+"""Evaluate prototypes against CUB-200-2011's attributes. See README.md."""
+
+import pathlib
+
+from saev import launch, sweeps
+from saev.protoeval import config
+
+
+def main() -> None:
+    cfgs = sweeps.parse(
+        config.ProtoEval, "Scores prototypes against the attributes of CUB-200-2011."
+    )
+    if cfgs[0].dry_run:
+        return launch.show(cfgs)
+    groups = config.group(cfgs)
+    for dpath in launch.run("saev.protoeval.select:main", groups, cfgs[0].slurm, "saev-protoeval"):
+        print((pathlib.Path(dpath) / "table.md").read_text())
+        print(dpath)
+
+
+if __name__ == "__main__":
+    launch.entry(main)

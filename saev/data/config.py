@@ -1,0 +1,101 @@
+"""Configs of the dump and of the loaders. Imports no torch, so that `--help` answers at once."""
+
+import dataclasses
+import typing as tp
+
+import beartype
+import tyro
+
+from saev import errors, launch
+
+Family = tp.Literal["clip", "siglip", "dinov2", "timm"]
+Patches = tp.Literal["image", "cls", "all"]
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+    """A folder of images, one subfolder per label (subfolders may nest; the first level is the label)."""
+
+    root: str = ""
+    """Folder to search for images."""
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Cub200:
+    """CUB-200-2011 as it is distributed: images in the order of images.txt."""
+
+    root: str = ""
+    """The CUB_200_2011 folder (the one with images.txt)."""
+    split: tp.Literal["all", "train", "test"] = "all"
+    """Which images to dump, by train_test_split.txt."""
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Vit:
+    """Which vision transformer, with which weights."""
+
+    vit_family: Family = "clip"
+    """clip, siglip: open_clip models. dinov2: the dinov2_vit{s,b,l,g}14[_reg] names. timm: any timm ViT."""
+    vit_ckpt: str = "ViT-L-14/openai"
+    """clip, siglip: ARCH/PRETRAINED or hf-hub:ORG/NAME. dinov2, timm: the model's name."""
+    vit_weights: str = "hub"
+    """Where the weights come from: 'hub', 'random' (seeded by --vit-seed), or a local .safetensors/.pt state dict."""
+    vit_seed: int = 0
+    """Seed of --vit-weights random."""
+    img_size: int | None = None
+    """Input side in pixels. Left out: 224 for dinov2, else the size that the model's library prescribes."""
+    d_vit: int | None = None
+    """Width of the residual stream. Left out: inferred. Given: checked against the model."""
+    n_patches_per_img: int | None = None
+    """Patches per image. Left out: inferred. Given: checked against the model."""
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Dump:
+    """Runs a pretrained ViT over images and writes the patch activations of chosen layers to shards."""
+
+    vit: tp.Annotated[Vit, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Vit)
+    """The model."""
+    data: ImageFolder | Cub200 = dataclasses.field(default_factory=ImageFolder)
+    """The images."""
+    vit_layers: tuple[int, ...] = (-2,)
+    """Layers to record: i is the residual stream after block i, counted from 0; negative counts from the end."""
+    dump_to: str = "shards"
+    """Where the shard directory (named by the hash of its metadata) is made."""
+    max_patches_per_shard: int = 2_400_000
+    """Tokens x layers per shard file."""
+    vit_batch_size: int = 64
+    """Images per forward pass."""
+    n_workers: int = 4
+    """Threads that decode images."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    dry_run: bool = False
+    """Print the config and stop."""
+    slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=launch.SlurmConfig
+    )
+    """Where to run."""
+
+    def __post_init__(self) -> None:
+        if not self.vit_layers:
+            raise errors.UserError("--vit-layers is empty: name at least one layer.")
+        if len(set(self.vit_layers)) < len(self.vit_layers):
+            raise errors.UserError(f"--vit-layers {self.vit_layers} names a layer twice.")
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """Activations to read: one layer of one shard directory."""
+
+    shard_root: str = ""
+    """Shard directory, as printed by `python -m saev.data` (the one with metadata.json)."""
+    layer: int = -1
+    """Recorded layer to read; negative counts from the end of the recorded layers."""
+    patches: Patches = "image"
+    """image: the patch tokens. cls: the [CLS] token. all: both."""

@@ -1,0 +1,173 @@
+"""CUB-200-2011's labels (Wah et al. 2011), as the dataset is distributed.
+
+    CUB_200_2011/images.txt                             image id, path
+    CUB_200_2011/train_test_split.txt                   image id, 1 for train
+    CUB_200_2011/image_class_labels.txt                 image id, class id
+    CUB_200_2011/attributes/attributes.txt              attribute id, name (or one level above CUB_200_2011)
+    CUB_200_2011/attributes/image_attribute_labels.txt  image id, attribute id, present, certainty, [more,] time
+
+Every label is tied to its image's id and path, never to a line's position. Shape letters: N images, T traits.
+"""
+
+import dataclasses
+import pathlib
+import typing as tp
+
+import beartype
+import numpy as np
+from jaxtyping import Bool, Int64, jaxtyped
+
+from saev import errors
+
+
+@jaxtyped(typechecker=beartype.beartype)
+@dataclasses.dataclass(frozen=True)
+class Cub:
+    """Labels of all images, in the order of images.txt."""
+
+    paths_N: list[str]
+    """Relative to images/: the key that joins labels to activations."""
+    is_train_N: Bool[np.ndarray, " N"]
+    attribute_names_T: list[str]
+    """In the order of attribute ids, e.g. has_wing_color::blue."""
+    labels_NT: Bool[np.ndarray, "N T"]
+    """Present, with enough certainty."""
+    class_N: Int64[np.ndarray, " N"]
+    """Class id, from 1, as in classes.txt."""
+
+
+@beartype.beartype
+def load(root: str | pathlib.Path, *, min_certainty: int = 3) -> Cub:
+    """Loads the labels. A trait counts as present when an annotator marked it so with at least `min_certainty`.
+
+    Args:
+        root: the CUB_200_2011 folder.
+        min_certainty: 1 not visible, 2 guessing, 3 probably, 4 definitely.
+
+    Raises:
+        UserError: a file is missing, a line cannot be parsed (names file and line), an id is unknown, or an
+            image x attribute pair has no line.
+    """
+    root = pathlib.Path(root)
+    if not root.is_dir():
+        raise errors.UserError(
+            f"--cub-root {root}: no such directory. Pass the CUB_200_2011 folder (with images.txt)."
+        )
+    paths = _names(_need(root / "images.txt"))
+    ids = list(paths)
+    names = _names(_attributes_fpath(root))
+    if sorted(names) != list(range(1, len(names) + 1)):
+        raise errors.UserError(
+            f"{_attributes_fpath(root)}: attribute ids are not 1 ... {len(names)}. Unpack CUB again."
+        )
+    is_train = _numbers(_need(root / "train_test_split.txt"), paths)
+    classes = _numbers(_need(root / "image_class_labels.txt"), paths)
+    fpath = _need(root / "attributes" / "image_attribute_labels.txt")
+    return Cub(
+        paths_N=[paths[i] for i in ids],
+        is_train_N=np.array([is_train[i] == 1 for i in ids]),
+        attribute_names_T=[names[t] for t in sorted(names)],
+        labels_NT=_read_labels(fpath, ids, len(names), min_certainty),
+        class_N=np.array([classes[i] for i in ids], np.int64),
+    )
+
+
+def _need(fpath: pathlib.Path) -> pathlib.Path:
+    if not fpath.is_file():
+        raise errors.UserError(
+            f"{fpath}: missing. Pass as --cub-root the CUB_200_2011 folder of the full archive (with attributes)."
+        )
+    return fpath
+
+
+def _attributes_fpath(root: pathlib.Path) -> pathlib.Path:
+    """attributes.txt lies inside attributes/ or, as in the original archive, beside CUB_200_2011."""
+    inside, beside = root / "attributes" / "attributes.txt", root.parent / "attributes.txt"
+    return inside if inside.is_file() or not beside.is_file() else beside
+
+
+def _bad_line(fpath: pathlib.Path, line_i: int, line: str, wanted: str) -> errors.UserError:
+    return errors.UserError(
+        f"{fpath}:{line_i}: {line.strip()[:80]!r} is not {wanted}. Unpack the archive again."
+    )
+
+
+def _names(fpath: pathlib.Path) -> dict[int, str]:
+    """Lines of "id name"."""
+    out: dict[int, str] = {}
+    for line_i, line in enumerate(fpath.read_text("utf-8").splitlines(), 1):
+        key, _, name = line.strip().partition(" ")
+        if not key.isdigit() or not name or int(key) in out:
+            raise _bad_line(fpath, line_i, line, "'ID NAME' with an id not seen before")
+        out[int(key)] = name
+    return out
+
+
+def _numbers(fpath: pathlib.Path, paths: dict[int, str]) -> dict[int, int]:
+    """Lines of "image id, number", one for each image."""
+    out: dict[int, int] = {}
+    for line_i, line in enumerate(fpath.read_text("utf-8").splitlines(), 1):
+        key, _, number = line.strip().partition(" ")
+        if not (key.isdigit() and number.isdigit() and int(key) in paths) or int(key) in out:
+            raise _bad_line(fpath, line_i, line, "'IMAGE_ID NUMBER' with an id of images.txt, once")
+        out[int(key)] = int(number)
+    if missing := [i for i in paths if i not in out]:
+        raise errors.UserError(
+            f"{fpath}: {len(missing)} images have no line, the first is id {missing[0]}. Unpack the archive again."
+        )
+    return out
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def _read_labels(
+    fpath: pathlib.Path, ids: list[int], n_traits: int, min_certainty: int
+) -> Bool[np.ndarray, "N T"]:
+    """Only the first four fields of a line count; the archive has lines with 5 to 7. Of several annotations any positive counts."""
+    fields_M4 = _first_four_fields(fpath)
+    row_of = np.full(max(ids) + 2, -1, np.int64)
+    row_of[ids] = np.arange(len(ids))
+    image_M, trait_M, present_M, certainty_M = fields_M4.T
+    known_M = (image_M >= 0) & (image_M <= max(ids))
+    row_M = np.where(known_M, row_of[np.clip(image_M, 0, max(ids))], -1)
+    ok_M = (row_M >= 0) & (trait_M >= 1) & (trait_M <= n_traits) & np.isin(present_M, (0, 1))
+    ok_M &= (certainty_M >= 1) & (certainty_M <= 4)
+    if not ok_M.all():
+        line_i = int(np.flatnonzero(~ok_M)[0])
+        raise _bad_line(
+            fpath,
+            line_i + 1,
+            " ".join(map(str, fields_M4[line_i])),
+            f"'IMAGE_ID ATTRIBUTE_ID PRESENT CERTAINTY ...' with a known image, an attribute of 1-{n_traits}, 0 or 1, and 1-4",
+        )
+    seen_NT = np.zeros((len(ids), n_traits), bool)
+    seen_NT[row_M, trait_M - 1] = True
+    _check_all_seen(fpath, seen_NT, ids)
+    labels_NT = np.zeros((len(ids), n_traits), bool)
+    positive_M = (present_M == 1) & (certainty_M >= min_certainty)
+    labels_NT[row_M[positive_M], trait_M[positive_M] - 1] = True
+    return labels_NT
+
+
+def _check_all_seen(fpath: pathlib.Path, seen_NT: np.ndarray, ids: list[int]) -> None:
+    if seen_NT.all():
+        return
+    row, trait = np.argwhere(~seen_NT)[0].tolist()
+    raise errors.UserError(
+        f"{fpath}: {int((~seen_NT).sum())} image x attribute pairs have no line, the first is image {ids[row]}, "
+        f"attribute {trait + 1}. The file is cut or from another archive: unpack it again."
+    )
+
+
+def _first_four_fields(fpath: pathlib.Path) -> np.ndarray:
+    """(lines, 4) int64 array of the first four fields."""
+    rows: list[tp.Any] = []
+    with fpath.open(encoding="utf-8") as fd:
+        for line_i, line in enumerate(fd, 1):
+            fields = line.split(None, 4)
+            try:
+                rows.append((int(fields[0]), int(fields[1]), int(fields[2]), int(fields[3])))
+            except (ValueError, IndexError):
+                raise _bad_line(
+                    fpath, line_i, line, "'IMAGE_ID ATTRIBUTE_ID PRESENT CERTAINTY ...'"
+                ) from None
+    return np.array(rows, np.int64).reshape(-1, 4)

@@ -1,0 +1,31 @@
+"""Config of the demo. Imports no torch."""
+
+import dataclasses
+
+import beartype
+
+from saev import errors
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Draws mini-CUB, dumps a ViT layer, trains an SAE, evaluates four scorers, and shows the latents.
+
+    A second run skips what is done.
+    """
+
+    dump_to: str = "demo"
+    """Folder for everything the demo makes."""
+    n_imgs: int = 800
+    """Images of mini-CUB."""
+    layer: int = 7
+    """ViT layer to look at (the packaged weights are best at layers 5 to 8)."""
+    n_patches: int = 1_500_000
+    """Activations to train the SAE on."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+
+    def __post_init__(self) -> None:
+        if self.n_imgs < 40:
+            raise errors.UserError(f"--n-imgs {self.n_imgs}: mini-CUB needs at least 40 images.")

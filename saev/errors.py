@@ -1,0 +1,9 @@
+"""The one exception that users see as one line."""
+
+
+class UserError(Exception):
+    """Something the user gave (a path, a flag, a file) is wrong.
+
+    The message names the thing, the values seen, and what to do next. `saev.launch` prints it as one
+    line and exits with code 2; notebooks see an ordinary exception.
+    """

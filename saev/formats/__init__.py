@@ -1,0 +1,1 @@
+"""Each on-disk format in one place: paths, schema, validation, atomic writing."""

@@ -1,0 +1,86 @@
+"""Checkpoint files of SAEs and scorers: one line of JSON (the header), then opaque bytes (the tensors).
+
+The header says what the bytes are, so a file can be identified with `head -1` and refused before any tensor
+is read. Nothing here unpickles; `saev.nn` and `saev.scorers` read the bytes with `weights_only=True`.
+
+Headers of this package carry {"lib": "saev", "schema": SCHEMA, "kind": "sae" | "scorer", ...}. Schema numbers
+start at 100 because files with 1 to 5 (and with none) exist in the field and mean something else.
+"""
+
+import json
+import pathlib
+import typing as tp
+
+import beartype
+
+from saev import errors, helpers
+
+SCHEMA = 100
+"""Schema that this version writes. A change of the format takes the next number."""
+
+Kind = tp.Literal["sae", "scorer"]
+
+
+@beartype.beartype
+def write(fpath: pathlib.Path, kind: Kind, header: dict[str, object], payload: bytes) -> None:
+    """Writes header and payload atomically."""
+    line = json.dumps({"lib": "saev", "schema": SCHEMA, "kind": kind, **header})
+    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
+        fd.write(line.encode() + b"\n")
+        fd.write(payload)
+
+
+@beartype.beartype
+def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
+    """Reads (header, payload).
+
+    Raises:
+        UserError: no such file, a directory, not a checkpoint, another kind, or a schema that this version does not know.
+    """
+    if fpath.is_dir():
+        found = sorted(str(p) for p in fpath.rglob("*.pt"))[:3]
+        hint = f"Did you mean {found[0]}?" if found else "Pass the file inside it (sae.pt)."
+        raise errors.UserError(f"{fpath} is a directory, not a checkpoint file. {hint}")
+    if not fpath.is_file():
+        raise errors.UserError(
+            f"{fpath}: no such checkpoint. Pass the sae.pt that train.py printed."
+        )
+    with fpath.open("rb") as fd:
+        header = _parse_header(fpath, fd.readline(1 << 20))
+        payload = fd.read()
+    _check_header(fpath, header, wanted)
+    return header, payload
+
+
+@beartype.beartype
+def kind(fpath: pathlib.Path) -> str | None:
+    """The kind that a checkpoint's header names; None where there is no such header (`read` then says why)."""
+    if not fpath.is_file():
+        return None
+    with fpath.open("rb") as fd:
+        return _parse_header(fpath, fd.readline(1 << 20)).get("kind")
+
+
+def _parse_header(fpath: pathlib.Path, line: bytes) -> dict[str, tp.Any]:
+    try:
+        header = json.loads(line)
+    except ValueError:  # covers bad JSON and bad UTF-8
+        header = None
+    if not isinstance(header, dict):
+        raise errors.UserError(
+            f"{fpath}: not a saev checkpoint: its first line is not a JSON header. "
+            "Pass a file that train.py or protoeval.py wrote."
+        )
+    return header
+
+
+def _check_header(fpath: pathlib.Path, header: dict[str, tp.Any], wanted: Kind) -> None:
+    if header.get("lib") != "saev" or header.get("schema") != SCHEMA:
+        raise errors.UserError(
+            f"{fpath}: checkpoint schema {header.get('schema', 'missing')!r} (lib {header.get('lib')!r}) is unknown to "
+            f"this version, which reads schema {SCHEMA} of lib 'saev'. Use the version that wrote it, or retrain."
+        )
+    if header.get("kind") != wanted:
+        raise errors.UserError(
+            f"{fpath}: holds a {header.get('kind')!r}, but a {wanted!r} is needed here. Pass a file of that kind."
+        )

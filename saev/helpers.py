@@ -1,0 +1,81 @@
+"""Small things that several floors need: atomic files, progress, lazy package attributes."""
+
+import collections.abc
+import contextlib
+import importlib
+import itertools
+import json
+import logging
+import os
+import pathlib
+import sys
+import time
+import typing as tp
+
+import tqdm
+
+logger = logging.getLogger("saev")
+
+T = tp.TypeVar("T")
+
+
+@contextlib.contextmanager
+def atomic(fpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
+    """Yields a temporary path beside `fpath`; on success it is fsynced and renamed to `fpath`, on any error removed.
+
+    A reader therefore sees the old file, the whole new file, or none; never a part.
+    """
+    fpath.parent.mkdir(parents=True, exist_ok=True)
+    tmp_fpath = fpath.with_name(f".{fpath.name}.{os.getpid()}.tmp")
+    try:
+        yield tmp_fpath
+        with tmp_fpath.open("rb+") as fd:
+            os.fsync(fd.fileno())
+        tmp_fpath.replace(fpath)
+    finally:
+        tmp_fpath.unlink(missing_ok=True)
+
+
+def write_text(fpath: pathlib.Path, text: str) -> None:
+    """Writes a UTF-8 text file atomically."""
+    with atomic(fpath) as tmp_fpath:
+        tmp_fpath.write_text(text, encoding="utf-8")
+
+
+def canonical_json(obj: object) -> str:
+    """JSON with sorted keys and no spaces: equal objects give equal text, so its hash names the object."""
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"))
+
+
+def progress(
+    iterable: collections.abc.Iterable[T], desc: str, total: int, unit: str, every_s: float = 30.0
+) -> collections.abc.Iterator[T]:
+    """Yields from `iterable` and shows rate and time left: a bar on a terminal, a plain line each `every_s` seconds in a log."""
+    if sys.stderr.isatty():
+        yield from tqdm.tqdm(iterable, desc=desc, total=total, unit=f" {unit}", dynamic_ncols=True)
+        return
+    start_s = last_s = time.monotonic()
+    for done, item in zip(itertools.count(), iterable):
+        now_s = time.monotonic()
+        if now_s - last_s >= every_s and done:
+            rate = done / (now_s - start_s)
+            left = f"{(total - done) / rate:.0f} s left"
+            logger.info("%s: %d/%d %s, %.1f/s, %s", desc, done, total, unit, rate, left)
+            last_s = now_s
+        yield item
+
+
+def lazy_attributes(package: str, table: dict[str, str]) -> collections.abc.Callable[[str], object]:
+    """Returns a module `__getattr__` (PEP 562): `table` maps a public name to the submodule that defines it.
+
+    An empty submodule name stands for the submodule of that very name. Importing the package then costs
+    nothing (no torch) until a name is used.
+    """
+
+    def __getattr__(name: str) -> object:  # noqa: N807
+        if name not in table:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = importlib.import_module(f"{package}.{table[name] or name}")
+        return getattr(module, name) if table[name] else module
+
+    return __getattr__

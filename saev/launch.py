@@ -1,0 +1,201 @@
+"""Run a stage in this process or as a Slurm job array, and end with an exit code that tells the truth.
+
+A stage is named by a string ("saev.data.dump:main") and imported only where it runs, so that `--help`,
+`--dry-run` and submission wait for no torch.
+"""
+
+import collections.abc
+import dataclasses
+import importlib
+import logging
+import pathlib
+import shutil
+import sys
+import time
+import typing as tp
+
+import beartype
+
+from saev import errors
+
+logger = logging.getLogger("saev")
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class SlurmConfig:
+    """Where to run: in this process, or (with --slurm-acct) as Slurm jobs through submitit."""
+
+    slurm_acct: str = ""
+    """Slurm account. Empty: run in this process."""
+    slurm_partition: str = ""
+    """Slurm partition. Empty: the cluster's default."""
+    n_hours: float = 24.0
+    """Time limit of each job, in hours."""
+    mem_gb: int = 0
+    """Memory of each job, in GB. 0: the cluster's default."""
+    n_cpus: int = 8
+    """CPU cores of each job."""
+    n_gpus: int = 1
+    """GPUs of each job. 0 on a cluster without GPUs."""
+    log_to: str = "logs"
+    """Folder for job logs."""
+
+
+@beartype.beartype
+def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
+    """Runs a command's main function: a UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    _configure_logging()
+    try:
+        main()
+    except errors.UserError as err:
+        print(f"error: {err}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on.", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _configure_logging() -> None:
+    logging.basicConfig(
+        level=logging.WARNING, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S"
+    )
+    logger.setLevel(logging.INFO)
+
+
+class Call:
+    """One stage on one argument, as submitit pickles it. Preempted or out of time, it is queued again; stages resume."""
+
+    def __init__(self, target: str, arg: object):
+        self.target = target
+        self.arg = arg
+
+    def __call__(self) -> tuple[str, object]:
+        """Returns ("ok", result) or ("error", message): a UserError crosses the process as text."""
+        _configure_logging()
+        try:
+            return "ok", self.run()
+        except errors.UserError as err:
+            print(f"error: {err}", file=sys.stderr)
+            return "error", str(err)
+
+    def run(self) -> object:
+        module_name, _, function_name = self.target.partition(":")
+        return getattr(importlib.import_module(module_name), function_name)(self.arg)
+
+    def checkpoint(self) -> object:
+        """What submitit resubmits on a time-out or preemption."""
+        import submitit.helpers
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+@beartype.beartype
+def run(
+    target: str, args: collections.abc.Sequence[object], slurm: SlurmConfig, name: str
+) -> list[tp.Any]:
+    """Calls stage `target` ("module:function") on each argument and returns the results in order.
+
+    Without a Slurm account the calls run one after another here; with one they are a job array, and this
+    process waits for it.
+
+    Raises:
+        UserError: what a stage raised, or no Slurm on this machine, or a job that died (with its log's path).
+    """
+    calls = [Call(target, arg) for arg in args]
+    if not slurm.slurm_acct:
+        return [call.run() for call in calls]
+    jobs = _submit(calls, slurm, name)
+    ids = ", ".join(job.job_id for job in jobs)
+    logger.info("submitted %d job(s): %s; logs in %s", len(jobs), ids, slurm.log_to)
+    try:
+        _wait(jobs)
+    except KeyboardInterrupt:
+        array_id = jobs[0].job_id.split("_")[0]
+        print(
+            f"\nstopped waiting; jobs go on: {ids}. Cancel them with: scancel {array_id}",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    return [_result(job) for job in jobs]
+
+
+def _submit(calls: list[Call], slurm: SlurmConfig, name: str) -> list[tp.Any]:
+    if shutil.which("sbatch") is None:
+        raise errors.UserError(
+            f"--slurm-acct {slurm.slurm_acct}: no sbatch on this machine. Run on the cluster's login node, or leave --slurm-acct out."
+        )
+    import submitit
+
+    pathlib.Path(slurm.log_to).mkdir(parents=True, exist_ok=True)
+    executor = submitit.SlurmExecutor(folder=str(pathlib.Path(slurm.log_to).resolve()))
+    executor.update_parameters(**_slurm_parameters(slurm, name))
+    try:
+        with executor.batch():
+            return [executor.submit(call) for call in calls]
+    except submitit.core.utils.FailedJobError as err:
+        lines = str(err).strip().splitlines()
+        raise errors.UserError(f"sbatch refused the job: {lines[-1]}") from err
+
+
+def _slurm_parameters(slurm: SlurmConfig, name: str) -> dict[str, object]:
+    optional = {
+        "partition": slurm.slurm_partition,
+        "mem": f"{slurm.mem_gb}GB" if slurm.mem_gb else "",
+        "gpus_per_node": slurm.n_gpus,
+    }
+    return {
+        "job_name": name,
+        "account": slurm.slurm_acct,
+        "time": max(1, round(slurm.n_hours * 60)),
+        "cpus_per_task": slurm.n_cpus,
+        "ntasks_per_node": 1,
+        "stderr_to_stdout": True,
+        **{k: v for k, v in optional.items() if v},
+    }
+
+
+def _wait(jobs: list[tp.Any]) -> None:
+    """Returns when each job has ended. A result file is seen within seconds; Slurm itself is asked at growing intervals."""
+    delay_s, n_done = 0.5, -1
+    while (n_now := sum(job.done() for job in jobs)) < len(jobs):
+        if n_now != n_done:
+            logger.info("%d of %d job(s) done", n_now, len(jobs))
+        n_done = n_now
+        time.sleep(delay_s)
+        delay_s = min(10.0, 1.5 * delay_s)
+
+
+def _result(job: tp.Any) -> tp.Any:
+    import submitit
+
+    try:
+        kind, value = job.result()
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as err:
+        lines = str(err).strip().splitlines()
+        raise errors.UserError(
+            f"job {job.job_id} failed: {lines[-1]} Its log: {job.paths.stdout}"
+        ) from err
+    if kind == "error":
+        raise errors.UserError(f"job {job.job_id}: {value}")
+    return value
+
+
+@beartype.beartype
+def show(cfgs: collections.abc.Sequence[object]) -> None:
+    """Prints configs, for --dry-run."""
+    for i, cfg in enumerate(cfgs, 1):
+        print(f"# {i} of {len(cfgs)}")
+        for line in _lines(cfg, ""):
+            print(line)
+
+
+def _lines(cfg: object, prefix: str) -> collections.abc.Iterator[str]:
+    for field in dataclasses.fields(tp.cast(tp.Any, cfg)):
+        value = getattr(cfg, field.name)
+        if dataclasses.is_dataclass(value):
+            yield f"{prefix}{field.name}: {type(value).__name__}"
+            yield from _lines(value, prefix + "    ")
+        else:
+            yield f"{prefix}{field.name} = {value!r}"

@@ -1,0 +1,117 @@
+"""The nine metrics of a training step, and normalised MSE. Names are fixed: reports and sweeps rely on them.
+
+Shape letters: B batch, D d_vit, S latents.
+"""
+
+import beartype
+import torch
+from jaxtyping import Float, Int, jaxtyped
+from torch import Tensor
+
+EPS_ACTIVE = 1e-8
+"""A latent fires when |f| is above this."""
+CHUNK = 1024
+"""Latents per block of an S x S product, which is never held whole."""
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def mse(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
+    """Mean over batch and dimensions of the squared error, in raw units."""
+    return (x_BD - x_hat_BD).square().mean().item()
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def explained_variance(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
+    """1 - Var(x - x_hat) / Var(x); Var is the variance over the batch, summed over dimensions. NaN if x is constant."""
+    residual = (x_BD - x_hat_BD).var(dim=0, correction=0).sum()
+    return (1 - residual / x_BD.var(dim=0, correction=0).sum()).item()
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def normalized_mse(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
+    """Squared error as a fraction of that of predicting the batch's mean. NaN if x is constant."""
+    baseline = (x_BD - x_BD.mean(dim=0)).square().sum()
+    return ((x_BD - x_hat_BD).square().sum() / baseline).item()
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def l0(f_BS: Float[Tensor, "B S"]) -> float:
+    """Fraction of (sample, latent) pairs that fire."""
+    return (f_BS.abs() > EPS_ACTIVE).float().mean().item()
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def l1(f_BS: Float[Tensor, "B S"]) -> float:
+    """Mean of |f| over batch and latents."""
+    return f_BS.abs().mean().item()
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def dead_pct(tokens_since_fired_S: Int[Tensor, " S"], window: int) -> float:
+    """Percentage of latents that did not fire within the last `window` activations."""
+    return 100 * (tokens_since_fired_S >= window).float().mean().item()
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def mean_abs_corr(f_BS: Float[Tensor, "B S"]) -> float:
+    """Mean |Pearson correlation| over pairs of different latents. A constant latent correlates 0 with all (never NaN).
+
+    Exact, in O(CHUNK x S) memory. 0 for a single latent.
+    """
+    S = f_BS.shape[1]
+    if S < 2:
+        return 0.0
+    z_BS = f_BS - f_BS.mean(dim=0)
+    norm_S = z_BS.norm(dim=0)
+    # Constant latents leave rounding noise after centring; they are set to exact zeros.
+    constant_S = (f_BS == f_BS[:1]).all(dim=0) | (norm_S == 0)
+    z_BS = torch.where(constant_S, 0.0, z_BS / norm_S.clamp(min=torch.finfo(f_BS.dtype).tiny))
+    total = sum((z_BC.T @ z_BS).abs().sum(dtype=torch.float64) for z_BC in z_BS.split(CHUNK, dim=1))
+    diagonal = (~constant_S).sum()
+    return ((total - diagonal).clamp(min=0) / (S * (S - 1))).item()
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def coherence(W_dec: Float[Tensor, "S D"]) -> float:
+    """Largest |cos| between two different decoder rows. Exact, in O(CHUNK x S) memory. 0 for a single latent."""
+    unit_SD = torch.nn.functional.normalize(W_dec, dim=1)
+    largest = 0.0
+    for start in range(0, len(unit_SD), CHUNK):
+        cos_CS = (unit_SD[start : start + CHUNK] @ unit_SD.T).abs()
+        cos_CS.diagonal(offset=start).zero_()
+        largest = max(largest, cos_CS.max().item())
+    return largest
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def avg_w_col_norm(W_dec: Float[Tensor, "S D"]) -> float:
+    """Mean L2 norm of the latents' decoder vectors (columns of the decoder in the usual x = W f convention)."""
+    return torch.linalg.vector_norm(W_dec, dim=1).mean().item()
+
+
+@beartype.beartype
+def grad_norm(parameters: list[torch.nn.Parameter]) -> float:
+    """L2 norm of all gradients together; parameters without one count 0."""
+    norms = [p.grad.norm() for p in parameters if p.grad is not None]
+    return torch.stack(norms).norm().item() if norms else 0.0
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def measure(
+    x_BD: Float[Tensor, "B D"],
+    x_hat_BD: Float[Tensor, "B D"],
+    f_BS: Float[Tensor, "B S"],
+    W_dec: Float[Tensor, "S D"],
+) -> dict[str, float]:
+    """All metrics that one batch and the decoder give, by name."""
+    return {
+        "mse": mse(x_BD, x_hat_BD),
+        "normalized_mse": normalized_mse(x_BD, x_hat_BD),
+        "explained_variance": explained_variance(x_BD, x_hat_BD),
+        "l0": l0(f_BS),
+        "l0_count": l0(f_BS) * f_BS.shape[1],
+        "l1": l1(f_BS),
+        "mean_abs_corr": mean_abs_corr(f_BS),
+        "coherence": coherence(W_dec),
+        "avg_w_col_norm": avg_w_col_norm(W_dec),
+    }

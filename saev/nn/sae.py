@@ -1,0 +1,153 @@
+"""The sparse autoencoder and its checkpoint.
+
+    x' = scale x,   f = act((x' - b_dec) W_enc + b_enc),   x_hat = (f W_dec + b_dec) / scale
+
+Shape letters: B batch, D d_vit, S latents. W_enc is (D, S), W_dec (S, D) with unit-norm rows.
+"""
+
+import dataclasses
+import io
+import math
+import pathlib
+
+import beartype
+import torch
+from jaxtyping import Float, jaxtyped
+from torch import Tensor
+
+from saev import errors
+from saev.formats import checkpoint
+from saev.nn import activations, config
+
+
+class SparseAutoencoder(torch.nn.Module):
+    """One dictionary. In training mode BatchTopK selects over the batch; in evaluation mode no code depends on its batch mates.
+
+    Args:
+        cfg: the architecture, with d_vit set.
+        seed: of the initial weights.
+    """
+
+    @beartype.beartype
+    def __init__(self, cfg: config.Sae, seed: int = 0):
+        super().__init__()
+        if cfg.d_vit is None:
+            raise ValueError("cfg.d_vit must be set")
+        self.cfg = cfg
+        generator = torch.Generator().manual_seed(seed)
+        W_dec = torch.randn(cfg.d_vit * cfg.exp_factor, cfg.d_vit, generator=generator)
+        self.W_dec = torch.nn.Parameter(torch.nn.functional.normalize(W_dec, dim=1))
+        self.W_enc = torch.nn.Parameter(self.W_dec.detach().T.contiguous())
+        self.b_enc = torch.nn.Parameter(torch.zeros(self.d_sae))
+        self.b_dec = torch.nn.Parameter(torch.zeros(cfg.d_vit))
+        self.scale: Tensor
+        self.threshold: Tensor
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("threshold", torch.zeros(()))
+
+    @property
+    def d_vit(self) -> int:
+        return self.cfg.d_vit
+
+    @property
+    def d_sae(self) -> int:
+        return self.cfg.d_vit * self.cfg.exp_factor
+
+    @torch.no_grad()
+    @jaxtyped(typechecker=beartype.beartype)
+    def initialize(self, x_BD: Float[Tensor, "B D"]) -> None:
+        """Fits what should start from data: the scale (mean squared norm of x' becomes d_vit) and b_dec (mean of x')."""
+        mean_square = x_BD.square().sum(dim=1).mean()
+        self.scale.copy_(math.sqrt(self.d_vit) / mean_square.clamp(min=1e-12).sqrt())
+        self.b_dec.copy_(x_BD.mean(dim=0) * self.scale)
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def encode(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B S"]:
+        """Codes f of raw activations."""
+        pre_BS = (x_BD * self.scale - self.b_dec) @ self.W_enc + self.b_enc
+        match self.cfg:
+            case config.Relu():
+                return pre_BS.relu()
+            case config.TopK(top_k=k):
+                return activations.top_k(pre_BS, k)
+            case config.BatchTopK(top_k=k) if self.training:
+                f_BS = activations.batch_top_k(pre_BS, k)
+                self._update_threshold(f_BS.detach())
+                return f_BS
+            case config.BatchTopK():
+                return activations.above(pre_BS, self.threshold).relu()
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def decode(self, f_BS: Float[Tensor, "B S"]) -> Float[Tensor, "B D"]:
+        """Reconstructions of raw activations."""
+        return (f_BS @ self.W_dec + self.b_dec) / self.scale
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def forward(
+        self, x_BD: Float[Tensor, "B D"]
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B S"]]:
+        """(reconstructions, codes)."""
+        f_BS = self.encode(x_BD)
+        return self.decode(f_BS), f_BS
+
+    @torch.no_grad()
+    def _update_threshold(self, f_BS: Tensor) -> None:
+        """Moving average of the smallest value that fired; the first batch sets it."""
+        least = torch.where(f_BS > 0, f_BS, torch.inf).min()
+        step = torch.where(self.threshold == 0, 1.0, self.cfg.threshold_momentum)
+        moved = torch.lerp(self.threshold, least, step)
+        self.threshold.copy_(torch.where(least.isfinite(), moved, self.threshold))
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Makes decoder rows unit vectors."""
+        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8)
+
+    @torch.no_grad()
+    def remove_parallel_grad(self) -> None:
+        """Removes from each decoder row's gradient the part along the row, which normalising would undo."""
+        grad_SD = self.W_dec.grad
+        along_S = (grad_SD * self.W_dec).sum(dim=1, keepdim=True)
+        grad_SD -= along_S * self.W_dec
+
+
+@beartype.beartype
+def save(sae: SparseAutoencoder, fpath: pathlib.Path | str) -> None:
+    """Writes the checkpoint atomically: a JSON header line, then the state dict."""
+    payload = io.BytesIO()
+    torch.save({k: v.detach().cpu() for k, v in sae.state_dict().items()}, payload)
+    header = {"cls": type(sae.cfg).__name__, "cfg": dataclasses.asdict(sae.cfg)}
+    checkpoint.write(pathlib.Path(fpath), "sae", header, payload.getvalue())
+
+
+@beartype.beartype
+def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
+    """Loads a checkpoint in evaluation mode.
+
+    Raises:
+        UserError: see `checkpoint.read`; also an unknown architecture, or tensors that do not fit the header.
+    """
+    fpath = pathlib.Path(fpath)
+    header, payload = checkpoint.read(fpath, "sae")
+    sae = SparseAutoencoder(_config(header, fpath))
+    try:
+        sae.load_state_dict(torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True))
+    except Exception as err:  # torch raises many types for a cut or foreign file
+        raise errors.UserError(
+            f"{fpath}: its tensors cannot be read ({str(err).splitlines()[0]}). The file is cut or edited: train again."
+        ) from err
+    return sae.eval().requires_grad_(False).to(device)
+
+
+def _config(header: dict[str, object], fpath: pathlib.Path) -> config.Sae:
+    cls = config.BY_NAME.get(str(header.get("cls")))
+    if cls is None:
+        raise errors.UserError(
+            f"{fpath}: architecture {header.get('cls')!r} is unknown (known: {', '.join(config.BY_NAME)}). Use the version that wrote it."
+        )
+    try:
+        return cls(**header["cfg"])
+    except Exception as err:  # wrong keys or types, whatever the header holds
+        raise errors.UserError(
+            f"{fpath}: its header's cfg does not fit {cls.__name__}: {err}. Train again."
+        ) from err

@@ -1,0 +1,87 @@
+"""Config of `protoeval.py`. Imports no torch."""
+
+import dataclasses
+import typing as tp
+
+import beartype
+import tyro
+
+from saev import errors, launch
+from saev.data import config as data_config
+from saev.scorers import config as scorers_config
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class ProtoEval:
+    """Chooses the best prototype for each CUB attribute on train images and reports its average precision on test images."""
+
+    scorer: (
+        scorers_config.Random | scorers_config.KMeans | scorers_config.Pca | scorers_config.Sae
+    ) = dataclasses.field(default_factory=scorers_config.Random)
+    """Where the prototypes come from."""
+    cub_root: str = ""
+    """The CUB_200_2011 folder."""
+    train_data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
+    """Activations that hold the train images (they may hold others too)."""
+    test_data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
+    """Activations that hold the test images; may be the same directory. Left out: the train data's."""
+    fit_data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
+    """Activations to fit the scorer on. Left out: the train data."""
+    n_prototypes: tuple[int, ...] = (128, 512, 2048, 8192)
+    """Numbers of prototypes to compare."""
+    n_train: tuple[int, ...] = (16, 64, 256, 1024, -1)
+    """Numbers of train images used for choosing; -1 for all."""
+    min_certainty: int = 3
+    """A trait counts as present from this certainty on: 1 not visible, 2 guessing, 3 probably, 4 definitely."""
+    seed: int = 0
+    """Seed of the fitted scorers and of the drawn train images."""
+    dump_to: str = "results"
+    """Where the results directory (named by the hash of the configs) goes."""
+    scorers_to: str = "scorers"
+    """Shared directory of fitted scorers; none is fitted twice."""
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    sweep: str = ""
+    """TOML file of parameters, such as several scorers; each list is a grid axis. Typed flags win over it."""
+    dry_run: bool = False
+    """Print the configs and stop."""
+    slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=launch.SlurmConfig
+    )
+    """Where to run."""
+
+    def __post_init__(self) -> None:
+        if not self.n_prototypes or min(self.n_prototypes) < 1:
+            raise errors.UserError(
+                f"--n-prototypes {self.n_prototypes}: pass numbers of at least 1."
+            )
+        if not self.n_train or any(n < 1 and n != -1 for n in self.n_train):
+            raise errors.UserError(
+                f"--n-train {self.n_train}: pass numbers of at least 1, or -1 for all."
+            )
+        if not 1 <= self.min_certainty <= 4:
+            raise errors.UserError(f"--min-certainty {self.min_certainty}: must be 1, 2, 3 or 4.")
+
+    @property
+    def test(self) -> data_config.Shards:
+        return self.test_data if self.test_data.shard_root else self.train_data
+
+    @property
+    def fit(self) -> data_config.Shards:
+        return self.fit_data if self.fit_data.shard_root else self.train_data
+
+    @property
+    def stream(self) -> tuple[object, ...]:
+        """Configs with equal streams are evaluated in one pass and land in one table."""
+        data = (self.cub_root, self.train_data, self.test, self.min_certainty)
+        return (*data, self.n_train, self.seed, self.dump_to, self.device)
+
+
+@beartype.beartype
+def group(cfgs: list[ProtoEval]) -> list[list[ProtoEval]]:
+    """Splits a sweep into groups that share the pass over the shards: one job, one table each."""
+    groups: dict[tuple[object, ...], list[ProtoEval]] = {}
+    for cfg in cfgs:
+        groups.setdefault(cfg.stream, []).append(cfg)
+    return list(groups.values())

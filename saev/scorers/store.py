@@ -1,0 +1,114 @@
+"""Fit, save and load scorers. A fitted scorer is a file named by what decides it, and is never fitted twice."""
+
+import dataclasses
+import hashlib
+import io
+import logging
+import pathlib
+
+import beartype
+import torch
+
+from saev import errors, helpers, nn
+from saev.data import config as data_config
+from saev.data import reader
+from saev.formats import checkpoint
+from saev.scorers import base, config, kmeans, pca, random, sae
+
+logger = logging.getLogger("saev")
+
+FITTERS = {config.Random: random.fit, config.KMeans: kmeans.fit, config.Pca: pca.fit}
+
+
+@beartype.beartype
+def fit(
+    cfg: config.Scorer,
+    data: data_config.Shards,
+    k: int,
+    *,
+    seed: int = 0,
+    dpath: pathlib.Path | None = None,
+) -> base.Scorer:
+    """A scorer with k prototypes (fewer where there are no more: PCA, small SAEs).
+
+    With `dpath` the fitted scorer is kept there, and found again by the hash of data, config, k and seed.
+
+    Raises:
+        UserError: bad shards or checkpoint, or too few activations.
+    """
+    if isinstance(cfg, config.Sae):
+        return _load_sae(cfg, data).prefix(k)
+    fpath = None if dpath is None else dpath / f"{_name(cfg)}-{k}-{_key(cfg, data, k, seed)}.bin"
+    if fpath is not None and fpath.exists():
+        return load(fpath)
+    scorer = FITTERS[type(cfg)](cfg, data, k, seed)
+    if fpath is not None:
+        save(scorer, fpath)
+        logger.info("fitted %s", fpath)
+    return scorer
+
+
+def _name(cfg: config.Scorer) -> str:
+    return type(cfg).__name__.lower()
+
+
+def _key(cfg: config.Scorer, data: data_config.Shards, k: int, seed: int) -> str:
+    acts = reader.Reader(data)
+    fields = {
+        "cls": _name(cfg),
+        "cfg": dataclasses.asdict(cfg),
+        "shards": acts.metadata.hash,
+        "layer": acts.layer,
+        "patches": data.patches,
+        "k": k,
+        "seed": seed,
+    }
+    return hashlib.sha256(helpers.canonical_json(fields).encode()).hexdigest()[:12]
+
+
+def _load_sae(cfg: config.Sae, data: data_config.Shards) -> sae.SaeLatents:
+    if not cfg.ckpt:
+        raise errors.UserError("--scorer.ckpt is missing: pass the sae.pt that train.py printed.")
+    model = nn.load(cfg.ckpt)
+    d_vit = reader.Reader(data).d_vit
+    if model.d_vit != d_vit:
+        raise errors.UserError(
+            f"{cfg.ckpt}: was trained on activations {model.d_vit} wide, but {data.shard_root} holds {d_vit}. Pass shards of the same ViT."
+        )
+    return sae.SaeLatents(model, model.d_sae)
+
+
+@beartype.beartype
+def save(scorer: base.Scorer, fpath: pathlib.Path | str) -> None:
+    """Writes a scorer atomically. An SAE's file is its checkpoint, so all its latents are saved."""
+    if isinstance(scorer, sae.SaeLatents):
+        return nn.save(scorer.sae, fpath)
+    payload = io.BytesIO()
+    torch.save(
+        {"vectors_KD": scorer.vectors_KD.cpu().clone(), "mean_D": scorer.mean_D.cpu()}, payload
+    )
+    header = {"cls": "Prototypes", "similarity": scorer.similarity}
+    checkpoint.write(pathlib.Path(fpath), "scorer", header, payload.getvalue())
+    return None
+
+
+@beartype.beartype
+def load(fpath: pathlib.Path | str) -> base.Scorer:
+    """Loads a scorer that protoeval.py or `save` wrote, or an SAE checkpoint (all its latents).
+
+    Raises:
+        UserError: see `checkpoint.read`; also tensors that do not fit the header.
+    """
+    fpath = pathlib.Path(fpath)
+    if checkpoint.kind(fpath) == "sae":
+        model = nn.load(fpath)
+        return sae.SaeLatents(model, model.d_sae)
+    header, payload = checkpoint.read(fpath, "scorer")
+    try:
+        tensors = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        return base.Prototypes(tensors["vectors_KD"], tensors["mean_D"], header["similarity"])
+    except Exception as err:  # torch raises many types for a cut or foreign file
+        first_line = (str(err).splitlines() or [repr(err)])[0]
+        raise errors.UserError(
+            f"{fpath}: its tensors cannot be read ({first_line}). Delete the file; the next run fits it again."
+        ) from err

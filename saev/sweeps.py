@@ -1,0 +1,270 @@
+"""Command line + sweep file -> list of configs.
+
+A sweep is a TOML file whose keys are the command's flags (nested tables follow the config's nesting):
+
+    lr = [1e-4, 3e-4]               # a list is a grid axis
+    [sae]
+    exp_factor = [8, 16]            # crossed with lr: 4 configs
+
+    [[sae]]                         # a list of tables is one axis too: its entries vary together (paired)
+    type = "top-k"                  # the subcommand's name
+    top_k = 32
+    [[sae]]
+    type = "relu"
+    sparsity_coeff = 1e-3
+
+    [[paired]]                      # the same for parameters of the top level
+    lr = 1e-4
+    n_lr_warmup = 500
+
+For a parameter that is itself a list (`n_train`), a list of lists is an axis. A flag that was typed wins over
+the sweep.
+"""
+
+import collections.abc
+import dataclasses
+import difflib
+import itertools
+import pathlib
+import re
+import sys
+import tomllib
+import types
+import typing as tp
+
+import beartype
+import beartype.door
+import tyro
+
+from saev import errors
+
+TYRO_CONFIG = (tyro.conf.CascadeSubcommandArgs,)
+
+Cfg = tp.TypeVar("Cfg")
+Override = dict[str, object]
+"""Dotted key -> value, e.g. {"sae.top_k": 32}."""
+
+
+@beartype.beartype
+def parse(
+    cls: type[Cfg], description: str, args: collections.abc.Sequence[str] | None = None
+) -> list[Cfg]:
+    """Parses the command line; with `--sweep`, once per configuration of the sweep.
+
+    Raises:
+        UserError: the sweep file is missing, is not TOML, or has an unknown key, a wrong type or an invalid combination.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    cfg = _cli(cls, args, description)
+    sweep = getattr(cfg, "sweep", None)
+    if not sweep:
+        return [cfg]
+    fpath = pathlib.Path(sweep)
+    configs = [
+        _cli(cls, args, description, default=_apply(cls, cfg, override, fpath, args))
+        for override in expand(_read(fpath), cls, fpath)
+    ]
+    return list(dict.fromkeys(configs))  # a typed flag can make two configurations equal
+
+
+def _cli(cls: type[Cfg], args: list[str], description: str, **kwargs: tp.Any) -> Cfg:
+    return tyro.cli(cls, args=args, description=description, config=TYRO_CONFIG, **kwargs)
+
+
+def _read(fpath: pathlib.Path) -> dict[str, object]:
+    if not fpath.is_file():
+        raise errors.UserError(
+            f"--sweep {fpath}: no such file. Pass a TOML file such as those in configs/."
+        )
+    try:
+        return tomllib.loads(fpath.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise errors.UserError(f"{fpath}: not valid TOML: {err}.") from err
+
+
+# ---- TOML table -> list of overrides ----
+
+
+@beartype.beartype
+def expand(table: dict[str, object], cls: type, fpath: pathlib.Path) -> list[Override]:
+    """The cross product of all axes, in file order (the last axis varies fastest)."""
+    axes = [_axis(key, value, cls, fpath) for key, value in table.items()]
+    return [
+        {k: v for alternative in combination for k, v in alternative.items()}
+        for combination in itertools.product(*axes)
+    ]
+
+
+def _axis(key: str, value: object, cls: type, fpath: pathlib.Path) -> list[Override]:
+    """The alternatives that one key of a table gives."""
+    if key == "paired" and isinstance(value, list):
+        return [o for entry in value for o in expand(_table(entry, key, fpath), cls, fpath)]
+    if isinstance(value, dict):
+        return [_prefixed(key, o) for o in _expand_nested(value)]
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        return [_prefixed(key, o) for entry in value for o in _expand_nested(entry)]
+    if isinstance(value, list) and not (
+        _is_tuple_field(cls, key) and not any(isinstance(v, list) for v in value)
+    ):
+        if not value:
+            raise errors.UserError(
+                f"{fpath}: {key} is an empty list: an axis needs at least one value."
+            )
+        return [{key: v} for v in value]
+    return [{key: value}]
+
+
+def _expand_nested(table: dict[str, object]) -> list[Override]:
+    """Nested configs hold scalars only: each list is an axis."""
+    axes = [
+        [{k: v} for v in value] if isinstance(value, list) else [{k: value}]
+        for k, value in table.items()
+    ]
+    return [
+        {k: v for a in combination for k, v in a.items()}
+        for combination in itertools.product(*axes)
+    ]
+
+
+def _prefixed(key: str, override: Override) -> Override:
+    return {f"{key}.{k}": v for k, v in override.items()}
+
+
+def _table(value: object, key: str, fpath: pathlib.Path) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise errors.UserError(f"{fpath}: {key} must be tables: write [[{key}]].")
+    return value
+
+
+# ---- override -> config ----
+
+
+def _apply(
+    cls: type[Cfg], cfg: Cfg, override: Override, fpath: pathlib.Path, args: list[str]
+) -> Cfg:
+    """The class's defaults with the override's values; unions take the member that `type` or the command line names."""
+    values: dict[str, dict[str, object]] = {}
+    for key, value in override.items():
+        head, _, rest = key.partition(".")
+        owner = _owner(cls, head, fpath)
+        values.setdefault(owner or head, {})[head if owner else rest] = value
+    kwargs = {}
+    for field in dataclasses.fields(tp.cast(tp.Any, cls)):
+        given = values.get(field.name, {})
+        if dataclasses.is_dataclass(getattr(cfg, field.name)):
+            member = _member(field, getattr(cfg, field.name), given, fpath, args)
+            kwargs[field.name] = _build(member, given, field.name, fpath)
+        elif given:
+            kwargs[field.name] = given[""]
+    return _construct(cls, kwargs, "", fpath)
+
+
+def _owner(cls: type, key: str, fpath: pathlib.Path) -> str:
+    """Name of the flattened sub-config (`slurm`) that owns a top-level key; empty for the class's own fields."""
+    fields = dataclasses.fields(tp.cast(tp.Any, cls))
+    if key in {f.name for f in fields if not _flat_members(f)}:
+        return ""
+    owners = {
+        g.name: f.name
+        for f in fields
+        if _flat_members(f)
+        for g in dataclasses.fields(_flat_members(f)[0])
+    }
+    if key not in owners:
+        own = [f.name for f in fields if not _flat_members(f)]
+        raise _unknown_key(key, [*own, *owners, "paired"], fpath)
+    return owners[key]
+
+
+def _flat_members(field: dataclasses.Field) -> list[tp.Any]:
+    """[dataclass] if the field is flattened into its parent's flags (tyro.conf.arg(name=""))."""
+    if tp.get_origin(field.type) is tp.Annotated and dataclasses.is_dataclass(
+        tp.get_args(field.type)[0]
+    ):
+        return [tp.get_args(field.type)[0]]
+    return []
+
+
+def _members(field: dataclasses.Field) -> dict[str, tp.Any]:
+    """Subcommand name -> class of a union field (or the one class)."""
+    typ = tp.get_args(field.type)[0] if tp.get_origin(field.type) is tp.Annotated else field.type
+    union = tp.get_origin(typ) in (tp.Union, types.UnionType)
+    classes = [c for c in (tp.get_args(typ) if union else (typ,)) if dataclasses.is_dataclass(c)]
+    return {subcommand_name(tp.cast(type, c)): c for c in classes}
+
+
+@beartype.beartype
+def subcommand_name(cls: type) -> str:
+    """tyro's name of a class: BatchTopK -> batch-top-k."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
+
+
+def _member(
+    field: dataclasses.Field, current: object, given: Override, fpath: pathlib.Path, args: list[str]
+) -> type:
+    """The class that this configuration uses for a (union) field."""
+    name = given.pop("type", None)
+    if name is None:
+        return type(current)
+    members = _members(field)
+    if name not in members:
+        raise errors.UserError(
+            f"{fpath}: {field.name}.type = {name!r}: valid types are {', '.join(members)}."
+        )
+    typed = [a.partition(":")[2] for a in args if a.startswith(f"{field.name}:")]
+    if typed and typed[-1] != name:
+        raise errors.UserError(
+            f"{fpath}: {field.name}.type is {name!r} but the command line has {field.name}:{typed[-1]}. Drop one of them."
+        )
+    return members[tp.cast(str, name)]
+
+
+def _build(cls: type, given: Override, prefix: str, fpath: pathlib.Path) -> object:
+    names = [f.name for f in dataclasses.fields(tp.cast(tp.Any, cls))]
+    for key in given:
+        if key not in names:
+            raise _unknown_key(
+                f"{prefix}.{key}" if key else prefix, [f"{prefix}.{n}" for n in names], fpath
+            )
+    return _construct(cls, given, f"{prefix}.", fpath)
+
+
+def _construct(cls: type[Cfg], kwargs: dict[str, object], prefix: str, fpath: pathlib.Path) -> Cfg:
+    """Calls the class with TOML's values widened to its types; one line says which key is wrong."""
+    hints = tp.get_type_hints(cls)
+    for key, value in kwargs.items():
+        kwargs[key] = widened = _widen(value, hints[key])
+        if not beartype.door.is_bearable(widened, hints[key]):
+            wanted = str(getattr(hints[key], "__name__", hints[key])).replace("typing.", "")
+            raise errors.UserError(
+                f"{fpath}: {prefix}{key} = {value!r}: must be {wanted}, not {type(value).__name__}."
+            )
+    try:
+        return cls(**kwargs)
+    except errors.UserError as err:
+        raise errors.UserError(f"{fpath}: {err}") from err
+
+
+def _widen(value: object, hint: object) -> object:
+    """TOML writes 1 for 1.0 and lists for tuples."""
+    if isinstance(value, list):
+        inner = tp.get_args(hint)[0] if tp.get_origin(hint) is tuple else None
+        return tuple(_widen(v, inner) for v in value)
+    if (
+        type(value) is int
+        and (hint is float or float in tp.get_args(hint))
+        and int not in tp.get_args(hint)
+    ):
+        return float(value)
+    return value
+
+
+def _is_tuple_field(cls: type, key: str) -> bool:
+    fields = {f.name: f.type for f in dataclasses.fields(tp.cast(tp.Any, cls))}
+    return tp.get_origin(fields.get(key)) is tuple
+
+
+def _unknown_key(key: str, valid: list[str], fpath: pathlib.Path) -> errors.UserError:
+    close = difflib.get_close_matches(key, valid, n=1)
+    hint = f" Perhaps you meant {close[0]!r}." if close else ""
+    return errors.UserError(f"{fpath}: unknown key {key!r}.{hint} Valid keys: {', '.join(valid)}.")

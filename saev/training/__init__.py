@@ -1,0 +1,1 @@
+"""Stage 2: train many sparse autoencoders on one stream of activations."""

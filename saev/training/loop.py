@@ -1,0 +1,200 @@
+"""The training loop: every run of a group sees the same batches. B batch, D d_vit, S latents."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import pathlib
+import time
+
+import beartype
+import torch
+from jaxtyping import Float, jaxtyped
+from torch import Tensor
+
+from saev import devices, errors, helpers, nn, tracking
+from saev.data import shuffled
+from saev.nn import metrics, objectives
+from saev.training import config
+
+logger = logging.getLogger("saev")
+
+
+@beartype.beartype
+def main(cfgs: list[config.Train]) -> list[str]:
+    """Trains the runs of one group and returns the paths of their checkpoints, in order. Finished runs are left alone.
+
+    Raises:
+        UserError: bad shards, a d_vit that does not fit them, or a loss that is not finite.
+    """
+    stream = shuffled.Shuffled(
+        cfgs[0].data,
+        batch_size=cfgs[0].batch_size,
+        seed=cfgs[0].seed,
+        pool_bytes=int(cfgs[0].pool_gb * 1e9),
+    )
+    cfgs = [_with_d_vit(cfg, stream.reader.d_vit) for cfg in cfgs]
+    fpaths = [_dpath(cfg, stream) / "sae.pt" for cfg in cfgs]
+    todo = [(cfg, fpath) for cfg, fpath in zip(cfgs, fpaths, strict=True) if not fpath.exists()]
+    for fpath in fpaths:
+        if fpath.exists():
+            logger.info(
+                "%s: trained already; pass another --seed or --ckpt-to to train it again", fpath
+            )
+    if todo:
+        _train(stream, todo)
+    return [str(fpath) for fpath in fpaths]
+
+
+@beartype.beartype
+def run_id(cfg: config.Train, shards_hash: str, layer: int) -> str:
+    """Eight hex digits of the hash of all that decides the weights."""
+    skip = {
+        "data",
+        "ckpt_to",
+        "wandb_project",
+        "device",
+        "sweep",
+        "dry_run",
+        "slurm",
+        "log_every",
+        "dead_window",
+    }
+    fields = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in skip}
+    fields |= {
+        "cls": type(cfg.sae).__name__,
+        "shards": shards_hash,
+        "layer": layer,
+        "patches": cfg.data.patches,
+    }
+    return hashlib.sha256(helpers.canonical_json(fields).encode()).hexdigest()[:8]
+
+
+def _dpath(cfg: config.Train, stream: shuffled.Shuffled) -> pathlib.Path:
+    return pathlib.Path(cfg.ckpt_to) / run_id(cfg, stream.reader.metadata.hash, stream.reader.layer)
+
+
+def _with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
+    if cfg.sae.d_vit not in (None, d_vit):
+        raise errors.UserError(
+            f"--sae.d-vit {cfg.sae.d_vit}: the activations in {cfg.data.shard_root} are {d_vit} wide. "
+            f"Pass --sae.d-vit {d_vit} or leave it out."
+        )
+    return dataclasses.replace(cfg, sae=dataclasses.replace(cfg.sae, d_vit=d_vit))
+
+
+class Run:
+    """One SAE in training, with its optimiser, tracker and dead-latent count."""
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def __init__(
+        self,
+        cfg: config.Train,
+        dpath: pathlib.Path,
+        x_BD: Float[Tensor, "B D"],
+        device: torch.device,
+    ):
+        self.cfg = cfg
+        self.dpath = dpath
+        self.sae = nn.SparseAutoencoder(cfg.sae, cfg.seed)
+        self.sae.initialize(x_BD)
+        self.sae.to(device)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=cfg.lr)
+        self.grad_norm = 0.0
+        self.tokens_since_fired_S = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
+        fields = {**dataclasses.asdict(cfg), "architecture": type(cfg.sae).__name__}
+        helpers.write_text(dpath / "config.json", json.dumps(fields, indent=4))
+        self.tracker = tracking.start(
+            dpath, name=dpath.name, config=fields, wandb_project=cfg.wandb_project
+        )
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def step(self, step: int, x_BD: Float[Tensor, "B D"]) -> objectives.Output:
+        """Forward, backward, update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(step)
+        out = objectives.vanilla(self.sae, x_BD)
+        self.optimizer.zero_grad()
+        out.loss.backward()
+        self.sae.remove_parallel_grad()
+        if self.cfg.logs_at(step):
+            self.grad_norm = metrics.grad_norm(list(self.sae.parameters()))
+        self.optimizer.step()
+        self.sae.normalize_decoder()
+        fired_S = (out.f_BS.detach() > metrics.EPS_ACTIVE).any(dim=0)
+        self.tokens_since_fired_S += len(x_BD)
+        self.tokens_since_fired_S[fired_S] = 0
+        return out
+
+    def lr(self, step: int) -> float:
+        """Linear warm-up, then constant."""
+        return self.cfg.lr * min(1.0, (step + 1) / max(1, self.cfg.n_lr_warmup))
+
+    @torch.no_grad()
+    def measure(self, step: int, x_BD: Tensor, out: objectives.Output) -> dict[str, float]:
+        """The metrics of this step's batch, by their fixed names."""
+        if not out.loss.isfinite():
+            raise errors.UserError(
+                f"run {self.dpath.name}: the loss is {out.loss.item()} at step {step}. Lower --lr (now {self.cfg.lr})."
+            )
+        values = metrics.measure(
+            x_BD, out.x_hat_BD.detach(), out.f_BS.detach(), self.sae.W_dec.detach()
+        )
+        values["dead_pct"] = metrics.dead_pct(self.tokens_since_fired_S, self.cfg.dead_window)
+        return {"loss": out.loss.item(), **values, "grad_norm": self.grad_norm, "lr": self.lr(step)}
+
+    def finish(self) -> None:
+        nn.save(self.sae.eval(), self.dpath / "sae.pt")
+        self.tracker.finish()
+
+
+def _train(stream: shuffled.Shuffled, todo: list[tuple[config.Train, pathlib.Path]]) -> None:
+    cfg = todo[0][0]
+    device = devices.pick(cfg.device)
+    batches = _Timed(stream)
+    x_BD = next(batches)
+    runs = [Run(c, fpath.parent, x_BD, device) for c, fpath in todo]
+    for step in helpers.progress(
+        range(cfg.n_steps), f"train {len(runs)} SAE(s)", cfg.n_steps, "steps"
+    ):
+        x_BD = x_BD.to(device)
+        outs = [run.step(step, x_BD) for run in runs]
+        if cfg.logs_at(step):
+            _log(step, runs, outs, x_BD, batches)
+        if step < cfg.n_steps - 1:
+            x_BD = next(batches)
+    for run in runs:
+        run.finish()
+
+
+def _log(
+    step: int, runs: list[Run], outs: list[objectives.Output], x_BD: Tensor, batches: "_Timed"
+) -> None:
+    rates = batches.rates(len(x_BD))
+    for run, out in zip(runs, outs, strict=True):
+        run.tracker.log(step, {**run.measure(step, x_BD, out), **rates})
+
+
+class _Timed:
+    """The stream's activations, with the time spent waiting for them."""
+
+    def __init__(self, stream: shuffled.Shuffled):
+        self.batches = iter(stream)
+        self.wait_s, self.n, self.start_s = 0.0, 0, time.monotonic()
+
+    def __next__(self) -> Tensor:
+        start_s = time.monotonic()
+        act_BD = next(self.batches).act_BD
+        self.wait_s += time.monotonic() - start_s
+        self.n += 1
+        return act_BD
+
+    def rates(self, batch_size: int) -> dict[str, float]:
+        """Activations per second and the share of time spent waiting, since the last call."""
+        elapsed_s = max(time.monotonic() - self.start_s, 1e-9)
+        out = {
+            "tokens_per_s": self.n * batch_size / elapsed_s,
+            "loader_wait": self.wait_s / elapsed_s,
+        }
+        self.wait_s, self.n, self.start_s = 0.0, 0, time.monotonic()
+        return out

@@ -1,0 +1,108 @@
+"""Average precision against scikit-learn. N images, K prototypes, T traits."""
+
+import warnings
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import sklearn.metrics
+
+import saev
+from saev import errors
+from saev.protoeval import ap
+
+
+def reference(scores_NK: np.ndarray, labels_NT: np.ndarray) -> np.ndarray:
+    """scikit-learn's loop, NaN where a trait has no positive."""
+    K, T = scores_NK.shape[1], labels_NT.shape[1]
+    ap_KT = np.full((K, T), np.nan)
+    for k in range(K):
+        for t in range(T):
+            if labels_NT[:, t].any():
+                ap_KT[k, t] = sklearn.metrics.average_precision_score(
+                    labels_NT[:, t], scores_NK[:, k]
+                )
+    return ap_KT
+
+
+def scores(kind: str, N: int, K: int, rng: np.random.Generator) -> np.ndarray:
+    match kind:
+        case "random":
+            return rng.standard_normal((N, K)).astype(np.float32)
+        case "tied":
+            return rng.integers(0, 4, (N, K)).astype(np.float32)
+        case "mostly zero":
+            return (rng.random((N, K)) * (rng.random((N, K)) < 0.05)).astype(np.float32)
+        case _:
+            return np.full((N, K), 3.0, np.float32)
+
+
+@pytest.mark.parametrize("kind", ["random", "tied", "mostly zero", "all tied"])
+def test_equals_sklearn(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    scores_NK = scores(kind, 150, 7, rng)
+    labels_NT = rng.random((150, 5)) < np.array([0.02, 0.1, 0.3, 0.5, 0.9])
+    labels_NT[:, 0] = False
+    labels_NT[17, 0] = True  # one positive
+    got_KT = ap.average_precision(scores_NK, labels_NT)
+    np.testing.assert_allclose(got_KT, reference(scores_NK, labels_NT), rtol=0, atol=1e-12)
+
+
+def test_all_tied_is_prevalence() -> None:
+    labels_NT = np.array([[True, False], [False, False], [False, True], [False, True]])
+    got_KT = ap.average_precision(np.zeros((4, 1), np.float32), labels_NT)
+    np.testing.assert_allclose(got_KT, [[0.25, 0.5]])
+
+
+def test_no_positive_is_nan_where_sklearn_warns_and_says_zero() -> None:
+    labels_NT = np.zeros((5, 1), bool)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert sklearn.metrics.average_precision_score(labels_NT[:, 0], np.arange(5)) == 0
+    assert np.isnan(ap.average_precision(np.arange(5.0)[:, None], labels_NT)).all()
+
+
+def test_all_positive_is_one() -> None:
+    got_KT = ap.average_precision(np.arange(6.0).reshape(3, 2), np.ones((3, 1), bool))
+    np.testing.assert_array_equal(got_KT, np.ones((2, 1)))
+
+
+def test_negative_zero_ties_with_zero() -> None:
+    scores_NK = np.array([[0.0], [-0.0], [1.0]], np.float32)
+    labels_NT = np.array([[True], [False], [False]])
+    np.testing.assert_allclose(ap.average_precision(scores_NK, labels_NT), [[1 / 3]])
+
+
+def test_paired_is_the_diagonal_of_the_matrix() -> None:
+    rng = np.random.default_rng(1)
+    scores_NT, labels_NT = scores("tied", 60, 6, rng), rng.random((60, 6)) < 0.2
+    labels_NT[:, 3] = False
+    full_TT = ap.average_precision(scores_NT, labels_NT)
+    got_T = ap.paired_average_precision(scores_NT, labels_NT)
+    np.testing.assert_allclose(got_T, np.diag(full_TT), rtol=1e-14)
+
+
+def test_nan_scores_are_refused_by_number() -> None:
+    scores_NK = np.zeros((3, 4), np.float32)
+    scores_NK[1, 2] = np.nan
+    with pytest.raises(errors.UserError, match="prototype 2 has NaN"):
+        ap.average_precision(scores_NK, np.ones((3, 1), bool))
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(st.data())
+def test_equals_sklearn_on_any_small_input(data: st.DataObject) -> None:
+    N = data.draw(st.integers(1, 12))
+    values = st.sampled_from([-np.inf, -1.0, 0.0, 1e-30, 0.5, 2.0])
+    scores_N = data.draw(st.lists(values, min_size=N, max_size=N))
+    labels_N = data.draw(st.lists(st.booleans(), min_size=N, max_size=N).filter(any))
+    hypothesis.assume(np.isfinite(scores_N).all())
+    got = ap.average_precision(np.array(scores_N)[:, None], np.array(labels_N)[:, None])[0, 0]
+    assert got == pytest.approx(
+        sklearn.metrics.average_precision_score(labels_N, scores_N), abs=1e-12
+    )
+
+
+def test_public_name() -> None:
+    assert saev.protoeval.average_precision is ap.average_precision
