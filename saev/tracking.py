@@ -14,6 +14,7 @@ import beartype
 Metrics = collections.abc.Mapping[str, float | int]
 
 
+@tp.runtime_checkable
 class Tracker(tp.Protocol):
     """Takes the metrics of one run."""
 

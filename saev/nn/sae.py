@@ -56,10 +56,11 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     @jaxtyped(typechecker=beartype.beartype)
     def initialize(self, x_BD: Float[Tensor, "B D"]) -> None:
-        """Fits what should start from data: the scale (mean squared norm of x' becomes d_vit) and b_dec (mean of x')."""
-        mean_square = x_BD.square().sum(dim=1).mean()
+        """Fits what should start from data: b_dec (mean of x') and the scale (mean squared norm of x' - b_dec becomes d_vit)."""
+        mean_D = x_BD.mean(dim=0)
+        mean_square = (x_BD - mean_D).square().sum(dim=1).mean()
         self.scale.copy_(math.sqrt(self.d_vit) / mean_square.clamp(min=1e-12).sqrt())
-        self.b_dec.copy_(x_BD.mean(dim=0) * self.scale)
+        self.b_dec.copy_(mean_D * self.scale)
 
     @jaxtyped(typechecker=beartype.beartype)
     def encode(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B S"]:

@@ -3,6 +3,7 @@
 N images, K prototypes, T traits, B images of a block, P patches, D d_vit.
 """
 
+import dataclasses
 import hashlib
 import logging
 import pathlib
@@ -41,6 +42,8 @@ class Split(tp.NamedTuple):
 def main(cfgs: list[config.ProtoEval]) -> str:
     """Evaluates the scorers of one group in one pass over each shard directory; returns the results directory.
 
+    The directory is named by what decides the results, so finished ones are found again, never overwritten.
+
     Raises:
         UserError: bad labels, shards that lack a train or test image (names the first), or bad scorers.
     """
@@ -49,17 +52,35 @@ def main(cfgs: list[config.ProtoEval]) -> str:
         raise errors.UserError("--cub-root is missing: pass the CUB_200_2011 folder.")
     labels = cub.load(cfg.cub_root, min_certainty=cfg.min_certainty)
     joins = [_join(cfg.train_data, labels, True), _join(cfg.test, labels, False)]
+    out = pathlib.Path(cfg.dump_to) / _run_id(cfgs, labels)
+    if (out / "table.md").exists():
+        logger.info("%s: evaluated already", out)
+        return str(out)
     banks = [bank for c in cfgs for bank in _banks(c)]
     train, test = _score(cfg, banks, labels, joins)
     rows = evaluate(train, test, banks, labels.attribute_names_T, cfg.n_train, cfg.seed)
-    out = pathlib.Path(cfg.dump_to) / _run_id(cfgs)
     report.write(out, rows, labels.attribute_names_T)
     return str(out)
 
 
-def _run_id(cfgs: list[config.ProtoEval]) -> str:
-    text = repr([(c.stream, c.scorer, c.fit, c.n_prototypes) for c in cfgs])
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+def _run_id(cfgs: list[config.ProtoEval], labels: cub.Cub) -> str:
+    """Hash of all that decides the table: activations, labels, scorers, grid and seed; not of where they lie."""
+    parts: list[object] = [labels.paths_N, labels.is_train_N.tolist(), labels.attribute_names_T]
+    digest = hashlib.sha256(labels.labels_NT.tobytes())
+    for cfg in cfgs:
+        parts += [_identity(data) for data in (cfg.train_data, cfg.test, cfg.fit)]
+        parts += [type(cfg.scorer).__name__, cfg.n_prototypes, cfg.n_train, cfg.seed]
+        fields = dataclasses.asdict(cfg.scorer)
+        if (ckpt := pathlib.Path(fields.get("ckpt", ""))).is_file():
+            fields |= {"ckpt": [ckpt.parent.name, hashlib.sha256(ckpt.read_bytes()).hexdigest()]}
+        parts.append(fields)
+    digest.update(helpers.canonical_json(parts).encode())
+    return digest.hexdigest()[:8]
+
+
+def _identity(data: data_config.Shards) -> list[object]:
+    reader = ordered.Ordered(data).reader
+    return [reader.metadata.hash, reader.layer, data.patches]
 
 
 # ---- scorers ----

@@ -1,0 +1,264 @@
+"""protoeval on mini-CUB's real label files with activations whose answer is known.
+
+N images, K prototypes, T traits, P patches, D d_vit.
+"""
+
+import collections.abc
+import csv
+import dataclasses
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from saev import errors, scorers
+from saev.data import config as data_config
+from saev.data import cub
+from saev.demo import minicub
+from saev.formats import results, shards
+from saev.protoeval import config, report, select
+from saev.scorers import base
+from saev.scorers import config as scorers_config
+
+
+@pytest.fixture(scope="module")
+def cub_root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    dpath = tmp_path_factory.mktemp("minicub") / "CUB_200_2011"
+    minicub.draw(dpath, n_imgs=160)
+    return dpath
+
+
+@pytest.fixture(scope="module")
+def labels(cub_root: pathlib.Path) -> cub.Cub:
+    return cub.load(cub_root)
+
+
+def write_shards(dpath: pathlib.Path, paths: list[str], acts_NPD: np.ndarray) -> data_config.Shards:
+    """One layer, no [CLS]; image i has path paths[i]."""
+    N, P, D = acts_NPD.shape
+    metadata = shards.Metadata(
+        "timm", "planted", (3,), P, False, D, N, 50 * P, {"__class__": "ImageFolder"}
+    )
+    out = shards.ShardDir.create(dpath, metadata, [shards.Record(p, "") for p in paths], {})
+    for shard_i in range(metadata.n_shards):
+        with out.writing(shard_i) as shard_NLPD:
+            image_is = out.imgs_in(shard_i)
+            shard_NLPD[: len(image_is), 0] = acts_NPD[image_is.start : image_is.stop]
+    return data_config.Shards(str(out.dpath), 3)
+
+
+def plant(labels_NT: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Activations (N, P, T + 4): trait t adds 10 to dimension t of one random patch; the rest is noise."""
+    rng = np.random.default_rng(seed)
+    N, T = labels_NT.shape
+    acts_NPD = rng.standard_normal((N, 9, T + 4)).astype(np.float32)
+    acts_NPD[np.arange(N), rng.integers(0, 9, N), :T] += 10 * labels_NT
+    return acts_NPD
+
+
+@pytest.fixture
+def planted(tmp_path: pathlib.Path, labels: cub.Cub) -> data_config.Shards:
+    """Shards in another order than images.txt: only a join by path gets the labels right."""
+    order = np.random.default_rng(5).permutation(len(labels.paths_N))
+    acts_NPD = plant(labels.labels_NT)[order]
+    return write_shards(tmp_path / "shards", [labels.paths_N[i] for i in order], acts_NPD)
+
+
+@pytest.fixture
+def cfg(
+    tmp_path: pathlib.Path, cub_root: pathlib.Path, planted: data_config.Shards
+) -> config.ProtoEval:
+    return config.ProtoEval(
+        scorer=scorers_config.Pca(),
+        cub_root=str(cub_root),
+        train_data=planted,
+        n_prototypes=(4, 16),
+        n_train=(16, -1),
+        dump_to=str(tmp_path / "results"),
+        scorers_to=str(tmp_path / "scorers"),
+        device="cpu",
+    )
+
+
+def oracle(labels: cub.Cub) -> base.Prototypes:
+    """Knows each trait's direction."""
+    D = labels.labels_NT.shape[1] + 4
+    return base.Prototypes(torch.eye(D), torch.zeros(D), "dot")
+
+
+def evaluate(
+    cfg: config.ProtoEval, labels: cub.Cub, run: collections.abc.Mapping[str, scorers.Scorer]
+) -> list[results.Row]:
+    """The grid for ready-made scorers, through the same joins and scores as the command."""
+    banks = [select.Bank(name, scorer, (scorer.n_prototypes,)) for name, scorer in run.items()]
+    joins = [select._join(cfg.train_data, labels, True), select._join(cfg.test, labels, False)]
+    train, test = select._score(cfg, banks, labels, joins)
+    return select.evaluate(train, test, banks, labels.attribute_names_T, cfg.n_train, cfg.seed)
+
+
+def test_a_scorer_that_knows_the_traits_gets_one(cfg: config.ProtoEval, labels: cub.Cub) -> None:
+    *_, row = evaluate(cfg, labels, {"oracle": oracle(labels)})
+    assert row.n_train == labels.is_train_N.sum()
+    np.testing.assert_array_equal(row.best_T, np.arange(len(labels.attribute_names_T)))
+    np.testing.assert_array_equal(row.measured_T, 1.0)
+
+
+def test_constant_row_is_the_mean_prevalence(cfg: config.ProtoEval, labels: cub.Cub) -> None:
+    constant, *_ = evaluate(cfg, labels, {"oracle": oracle(labels)})
+    prevalence_T = labels.labels_NT[~labels.is_train_N].mean(axis=0)
+    assert constant.scorer == "constant"
+    assert constant.mean_ap == pytest.approx(prevalence_T[prevalence_T > 0].mean(), abs=1e-12)
+
+
+def test_labels_shifted_by_one_image_drop_to_the_constant_row(
+    cfg: config.ProtoEval, labels: cub.Cub
+) -> None:
+    shifted = dataclasses.replace(labels, labels_NT=np.roll(labels.labels_NT, 1, axis=0))
+    constant, *_, row = evaluate(cfg, shifted, {"oracle": oracle(labels)})
+    assert row.mean_ap < constant.mean_ap + 0.1
+
+
+def test_scores_are_the_max_over_patches_of_a_plain_loop(
+    planted: data_config.Shards, labels: cub.Cub
+) -> None:
+    scorer = oracle(labels)
+    got_NK = select.score_images([scorer, scorer.prefix(2)], planted, torch.device("cpu"))
+    order = np.random.default_rng(5).permutation(len(labels.paths_N))
+    for n, acts_PD in enumerate(plant(labels.labels_NT)[order]):
+        want_K = np.max(acts_PD, axis=0)
+        np.testing.assert_allclose(got_NK[n], [*want_K, *want_K[:2]], rtol=1e-6)
+
+
+def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub) -> None:
+    dpath = pathlib.Path(select.main([cfg]))
+    lines = list(csv.DictReader((dpath / "summary.csv").open()))
+    n_train = str(labels.is_train_N.sum())
+    grid = [(r["scorer"], r["n_prototypes"], r["n_train"]) for r in lines]
+    assert grid == [
+        ("constant", "1", n_train),
+        *(("Pca", k, n) for n in ("16", n_train) for k in ("4", "16")),
+    ]
+    table = (dpath / "table.md").read_text()
+    assert "| constant | 1 |" in table and "| Pca | 16 |" in table
+    assert (dpath / "chart.png").read_bytes().startswith(b"\x89PNG")
+    traits = list(csv.DictReader((dpath / "traits.csv").open()))
+    assert len(traits) == len(lines) * len(labels.attribute_names_T)
+    shown = float(lines[-1]["map"])
+    mine = [
+        float(t["test_ap"])
+        for t in traits
+        if (t["scorer"], t["n_prototypes"], t["n_train"]) == grid[-1]
+    ]
+    assert shown == pytest.approx(np.nanmean(mine))
+
+
+def test_all_scorers_of_a_group_give_what_each_gives_alone(cfg: config.ProtoEval) -> None:
+    members = [scorers_config.Random(), scorers_config.KMeans(n_samples=500), scorers_config.Pca()]
+    cfgs = [dataclasses.replace(cfg, scorer=s) for s in members]
+    assert len(config.group(cfgs)) == 1
+    together = (pathlib.Path(select.main(cfgs)) / "summary.csv").read_text().splitlines()
+    alone = [
+        (pathlib.Path(select.main([c])) / "summary.csv").read_text().splitlines()[2:] for c in cfgs
+    ]
+    assert together[2:] == [line for lines in alone for line in lines]
+
+
+def test_train_and_test_in_separate_shards_equal_one_directory(
+    cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path
+) -> None:
+    acts_NPD, paths = plant(labels.labels_NT), np.array(labels.paths_N)
+    parts = [
+        write_shards(tmp_path / name, paths[mask_N].tolist(), acts_NPD[mask_N])
+        for name, mask_N in (("train", labels.is_train_N), ("test", ~labels.is_train_N))
+    ]
+    apart = dataclasses.replace(
+        cfg, train_data=parts[0], test_data=parts[1], fit_data=cfg.train_data
+    )
+    want, got = ((pathlib.Path(select.main([c])) / "summary.csv").read_text() for c in (cfg, apart))
+    assert got == want
+
+
+def test_a_finished_evaluation_is_found_again(
+    cfg: config.ProtoEval, tmp_path: pathlib.Path
+) -> None:
+    table = pathlib.Path(select.main([cfg])) / "table.md"
+    table.write_text("kept")
+    assert select.main([cfg]) == str(table.parent)
+    assert table.read_text() == "kept"
+    others = [
+        dataclasses.replace(cfg, **{k: v})
+        for k, v in (("seed", 1), ("n_train", (8,)), ("min_certainty", 4))
+    ]
+    assert len({str(table.parent), *(select.main([c]) for c in others)}) == 4
+
+
+def test_n_train_subsets_are_nested_and_seeded() -> None:
+    small, large = select.train_subset(100, 10, 0), select.train_subset(100, 50, 0)
+    assert set(small) < set(large) and len(small) == 10
+    np.testing.assert_array_equal(select.train_subset(100, -1, 0), np.arange(100))
+    assert set(small) != set(select.train_subset(100, 10, 1))
+
+
+def test_ties_take_the_lowest_prototype() -> None:
+    ap_KT = np.array([[0.5, np.nan, 0.1], [0.5, np.nan, 0.2], [0.4, np.nan, 0.2]])
+    np.testing.assert_array_equal(select.choose(ap_KT), [0, 0, 1])
+
+
+def test_the_best_of_k_is_chosen_among_the_first_k(cfg: config.ProtoEval) -> None:
+    lines = list(csv.DictReader((pathlib.Path(select.main([cfg])) / "traits.csv").open()))
+    assert max(int(t["prototype"]) for t in lines if t["n_prototypes"] == "4") < 4
+    assert max(int(t["prototype"]) for t in lines if t["n_prototypes"] == "16") >= 4
+
+
+def test_traits_without_a_positive_are_reported_not_averaged() -> None:
+    rows = [
+        results.Row(
+            "constant", 1, 9, np.zeros(2, int), np.array([0.5, 0.5]), np.array([0.5, np.nan])
+        ),
+        results.Row(
+            "Pca", 4, 9, np.zeros(2, int), np.array([np.nan, 0.9]), np.array([0.75, np.nan])
+        ),
+    ]
+    assert rows[1].mean_ap == 0.75
+    note = report._notes(rows, ["has_a::x", "has_b::y"])
+    assert "1 trait(s) without a positive test image are left out" in note
+    assert "With 9 train images 1 trait(s) have no positive one" in note
+
+
+def test_a_missing_image_is_named(
+    cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path
+) -> None:
+    acts_NPD, paths = plant(labels.labels_NT), labels.paths_N
+    gone = int(np.flatnonzero(labels.is_train_N)[0])
+    keep = [i for i in range(len(paths)) if i != gone]
+    part = write_shards(tmp_path / "part", [paths[i] for i in keep], acts_NPD[keep])
+    with pytest.raises(errors.UserError, match=f"1 of CUB's train images .*{paths[gone]}"):
+        select.main([dataclasses.replace(cfg, train_data=part)])
+
+
+def test_an_image_that_is_there_twice(
+    cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path
+) -> None:
+    paths = [*labels.paths_N, f"images/{labels.paths_N[0]}"]
+    acts_NPD = plant(np.vstack([labels.labels_NT, labels.labels_NT[:1]]))
+    twice = write_shards(tmp_path / "twice", paths, acts_NPD)
+    with pytest.raises(errors.UserError, match="image of CUB twice"):
+        select.main([dataclasses.replace(cfg, train_data=twice)])
+
+
+def test_cub_without_attributes(
+    cfg: config.ProtoEval, cub_root: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    bare = tmp_path / "bare" / "CUB_200_2011"
+    shutil.copytree(cub_root, bare, ignore=shutil.ignore_patterns("images", "attributes"))
+    with pytest.raises(errors.UserError, match=r"attributes\.txt: missing"):
+        select.main([dataclasses.replace(cfg, cub_root=str(bare))])
+
+
+def test_missing_flags(cfg: config.ProtoEval) -> None:
+    with pytest.raises(errors.UserError, match="--cub-root is missing"):
+        select.main([dataclasses.replace(cfg, cub_root="")])
+    with pytest.raises(errors.UserError, match=r"--scorer\.ckpt is missing"):
+        select.main([dataclasses.replace(cfg, scorer=scorers_config.Sae())])
