@@ -138,7 +138,7 @@ def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub)
     grid = [(r["scorer"], r["n_prototypes"], r["n_train"]) for r in lines]
     assert grid == [
         ("constant", "1", n_train),
-        *(("Pca", k, n) for n in ("16", n_train) for k in ("4", "16")),
+        *(("Pca", k, n) for k in ("4", "16") for n in ("16", n_train)),
     ]
     table = (dpath / "table.md").read_text()
     assert "| constant | 1 |" in table and "| Pca | 16 |" in table

@@ -154,7 +154,7 @@ def test_round_trip_and_cache(
 ) -> None:
     shards, acts_BD = data
     scorer = scorers.fit(cfg, shards, 5, dpath=tmp_path)
-    (fpath,) = tmp_path.iterdir()
+    (fpath,) = tmp_path.glob("*.bin")
     x_BD = torch.from_numpy(acts_BD)
     loaded = scorers.load(fpath)
     assert isinstance(loaded, scorers.Scorer)
@@ -176,7 +176,7 @@ def test_an_sae_checkpoint_loads_as_a_scorer(tmp_path: pathlib.Path) -> None:
 
 def test_cut_scorer_file(data, tmp_path: pathlib.Path) -> None:
     scorers.fit(config.Pca(), data[0], 3, dpath=tmp_path)
-    (fpath,) = tmp_path.iterdir()
+    (fpath,) = tmp_path.glob("*.bin")
     fpath.write_bytes(fpath.read_bytes()[:-50])
     with pytest.raises(errors.UserError, match="tensors cannot be read"):
         scorers.load(fpath)

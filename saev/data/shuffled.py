@@ -1,14 +1,16 @@
 """Well-mixed batches of single activations, for training.
 
 Mixing: blocks of a few consecutive images are read in a seeded random order into a pool of bounded size. The
-pool is permuted as a whole and its first half is handed out in batches; then the freed half is refilled and the
-pool is permuted again. Each epoch delivers every activation exactly once; a batch may span two epochs, so
-every batch is full. The same seed gives the same sequence.
+pool is permuted as a whole and its first half is handed out; then the freed half is refilled and the pool is
+permuted again. An epoch delivers every activation exactly once, and the next starts when it is over: only the
+batch at the seam holds activations of both, so every batch is full. The same seed gives the same sequence.
 
 Shape letters: B batch, D d_vit.
 """
 
 import collections.abc
+import itertools
+import math
 import typing as tp
 
 import beartype
@@ -37,7 +39,7 @@ class Shuffled:
         cfg: which activations.
         batch_size: activations per batch.
         seed: of the order.
-        pool_bytes: bound of the pool's memory; half of it again is used while permuting.
+        pool_bytes: bound of the pool's memory; as much again is used while it is permuted.
 
     Raises:
         UserError: see `reader.Reader`; while iterating, NaN or infinite activations (names the image).
@@ -54,48 +56,45 @@ class Shuffled:
         self.n_pool = max(2 * batch_size, min(n_fit, len(self.reader)))
 
     def __iter__(self) -> collections.abc.Iterator[Batch]:
-        pool = _Pool(self.reader, self.n_pool, self.seed)
-        while True:
-            pool.fill()
-            yield from pool.drain(self.batch_size)
+        rest_PD, rest_P = np.empty((0, self.reader.d_vit), np.float32), np.empty(0, np.int64)
+        for epoch in itertools.count():
+            for act_PD, index_P in self._epoch(epoch):
+                act_PD, index_P = (
+                    np.concatenate([rest_PD, act_PD]),
+                    np.concatenate([rest_P, index_P]),
+                )
+                n_out = len(index_P) // self.batch_size * self.batch_size
+                for at in range(0, n_out, self.batch_size):
+                    batch = slice(at, at + self.batch_size)
+                    yield self._batch(act_PD[batch], index_P[batch])
+                rest_PD, rest_P = act_PD[n_out:], index_P[n_out:]
 
+    def _batch(self, act_BD: np.ndarray, index_B: np.ndarray) -> Batch:
+        image_i_B, token_i_B = divmod(index_B, self.reader.n_tokens)
+        return Batch(torch.from_numpy(act_BD), image_i_B, token_i_B + self.reader.first_patch)
 
-class _Pool:
-    """Activations in memory, permuted, with the index of each in the stream."""
+    def _epoch(self, epoch: int) -> collections.abc.Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Pieces (P, D) of the permuted pool, with the place of each activation in the stream; all of it, once."""
+        rng = np.random.default_rng((self.seed, epoch))
+        blocks = rng.permutation(math.ceil(self.reader.n_imgs / BLOCK_IMGS)).tolist()
+        pool_PD, pool_P = np.empty((0, self.reader.d_vit), np.float32), np.empty(0, np.int64)
+        while blocks:
+            acts, indices, n = [pool_PD], [pool_P], len(pool_P)
+            while blocks and n < self.n_pool:
+                act_XD, index_X = self._read(blocks.pop())
+                acts.append(act_XD)
+                indices.append(index_X)
+                n += len(index_X)
+            order_P = rng.permutation(n)
+            pool_PD, pool_P = np.concatenate(acts)[order_P], np.concatenate(indices)[order_P]
+            n_out = n // 2 if blocks else n
+            yield pool_PD[:n_out], pool_P[:n_out]
+            pool_PD, pool_P = pool_PD[n_out:], pool_P[n_out:]
 
-    def __init__(self, acts: reader.Reader, n_pool: int, seed: int):
-        self.reader = acts
-        self.rng = np.random.default_rng((seed, 0x5AE))
-        self.n_pool = n_pool
-        self.act_PD = np.empty((0, acts.d_vit), np.float32)
-        self.index_P = np.empty(0, np.int64)
-        self.blocks = self._endless_blocks()
-
-    def _endless_blocks(self) -> collections.abc.Iterator[int]:
-        n_blocks = -(-self.reader.n_imgs // BLOCK_IMGS)
-        while True:
-            yield from (self.rng.permutation(n_blocks) * BLOCK_IMGS).tolist()
-
-    def fill(self) -> None:
-        """Reads blocks until the pool is full, then permutes all of it."""
-        acts, indices, n = [self.act_PD], [self.index_P], len(self.index_P)
-        while n < self.n_pool:
-            start = next(self.blocks)
-            stop = min(start + BLOCK_IMGS, self.reader.n_imgs)
-            acts_NTD = self.reader.read(start, stop)
-            reader.check_finite(acts_NTD, self.reader, start)
-            acts.append(acts_NTD.reshape(-1, self.reader.d_vit))
-            indices.append(np.arange(start * self.reader.n_tokens, stop * self.reader.n_tokens))
-            n += len(indices[-1])
-        order_P = self.rng.permutation(n)
-        self.act_PD = np.concatenate(acts)[order_P]
-        self.index_P = np.concatenate(indices)[order_P]
-
-    def drain(self, batch_size: int) -> collections.abc.Iterator[Batch]:
-        """Hands out half of the pool (at least one batch)."""
-        n_out = max(1, len(self.index_P) // 2 // batch_size) * batch_size
-        for at in range(0, n_out, batch_size):
-            image_i_B, token_i_B = divmod(self.index_P[at : at + batch_size], self.reader.n_tokens)
-            act_BD = torch.from_numpy(self.act_PD[at : at + batch_size].copy())
-            yield Batch(act_BD, image_i_B, token_i_B + self.reader.first_patch)
-        self.act_PD, self.index_P = self.act_PD[n_out:], self.index_P[n_out:]
+    def _read(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        start = block * BLOCK_IMGS
+        stop = min(start + BLOCK_IMGS, self.reader.n_imgs)
+        acts_NTD = self.reader.read(start, stop)
+        reader.check_finite(acts_NTD, self.reader, start)
+        index_X = np.arange(start * self.reader.n_tokens, stop * self.reader.n_tokens)
+        return acts_NTD.reshape(-1, self.reader.d_vit), index_X

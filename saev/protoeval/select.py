@@ -200,11 +200,18 @@ def evaluate(
     for bank in banks:
         columns = slice(start, start + bank.scorer.n_prototypes)
         start = columns.stop
-        for n in n_train:
-            subset = train_subset(len(train.labels_NT), n, seed)
-            ap_KT = ap.average_precision(train.scores_NK[subset, columns], train.labels_NT[subset])
-            rows += [_row(bank.name, k, len(subset), ap_KT, test, columns.start) for k in bank.ks]
+        cells = [_cells(bank, n, train, test, columns, seed) for n in n_train]
+        rows += [row for same_k in zip(*cells, strict=True) for row in same_k]
     return rows
+
+
+def _cells(
+    bank: Bank, n: int, train: Split, test: Split, columns: slice, seed: int
+) -> list[results.Row]:
+    """A scorer's rows for one number of train images: the AP matrix serves every K."""
+    subset = train_subset(len(train.labels_NT), n, seed)
+    ap_KT = ap.average_precision(train.scores_NK[subset, columns], train.labels_NT[subset])
+    return [_row(bank.name, k, len(subset), ap_KT, test, columns.start) for k in bank.ks]
 
 
 @jaxtyped(typechecker=beartype.beartype)

@@ -1,0 +1,193 @@
+"""Stage 3 itself: one pass for the statistics and top images of every latent, then the gallery of the chosen ones.
+
+B images of a block, P patches, D d_vit, S latents, K images per latent, C chosen latents.
+"""
+
+import dataclasses
+import logging
+import pathlib
+
+import beartype
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Float64, Int64, jaxtyped
+from torch import Tensor
+
+from saev import devices, errors, helpers, nn
+from saev.data import images, ordered
+from saev.nn import metrics
+from saev.visuals import config, render
+
+logger = logging.getLogger("saev")
+
+
+@jaxtyped(typechecker=beartype.beartype)
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What one pass over the stream says of every latent."""
+
+    freq_S: Float64[np.ndarray, " S"]
+    """Share of patches that it fires on."""
+    mean_S: Float64[np.ndarray, " S"]
+    """Mean value when firing; NaN for a latent that never fires."""
+    top_value_SK: Float32[np.ndarray, "S K"]
+    """Largest values over an image's patches, in falling order; 0 where fewer than K images fire it."""
+    top_image_SK: Int64[np.ndarray, "S K"]
+    """The images of these values; among equals the lower number first."""
+
+
+@beartype.beartype
+def main(cfg: config.Visuals) -> str:
+    """Makes the gallery and returns its folder.
+
+    Raises:
+        UserError: bad checkpoint, shards or image root, or no latent in the ranges (says what the ranges hold).
+    """
+    if not cfg.ckpt:
+        raise errors.UserError("--ckpt is missing: pass the sae.pt that train.py printed.")
+    device = devices.pick(cfg.device)
+    sae = nn.load(cfg.ckpt, str(device))
+    data = dataclasses.replace(cfg.data, patches="image")
+    stream = ordered.Ordered(data, n_imgs=16)
+    if sae.d_vit != stream.reader.d_vit:
+        raise errors.UserError(
+            f"{cfg.ckpt}: was trained on activations {sae.d_vit} wide, but {cfg.data.shard_root} holds {stream.reader.d_vit}. "
+            "Pass shards of the same ViT."
+        )
+    records = stream.reader.dir.records
+    root = _image_root(cfg, records[0].path)
+    render.check_target(pathlib.Path(cfg.dump_to))
+    stats = collect(sae, stream, cfg.n_images)
+    latents_C = choose(cfg, stats)
+    pages = _pages(sae, stream, stats, latents_C)
+    transform = stream.reader.dir.transform()
+    if not transform:
+        logger.info(
+            "%s: has no transform.json; heat maps assume a square centre crop", cfg.data.shard_root
+        )
+    gallery = render.Gallery(
+        ckpt=cfg.ckpt,
+        root=root,
+        records=records,
+        transform=images.Transform.from_dict(transform) if transform else None,
+    )
+    render.write(pathlib.Path(cfg.dump_to), gallery, pages)
+    return cfg.dump_to
+
+
+def _image_root(cfg: config.Visuals, first: str) -> pathlib.Path:
+    if not cfg.images.root:
+        raise errors.UserError("--images.root is missing: pass the folder that was dumped.")
+    root = images.image_root(cfg.images)
+    if not (root / first).is_file():
+        raise errors.UserError(
+            f"{root / first}: no such image. Pass as --images.root the folder that was dumped."
+        )
+    return root
+
+
+@torch.inference_mode()
+@beartype.beartype
+def collect(sae: nn.SparseAutoencoder, stream: ordered.Ordered, k: int) -> Stats:
+    """Statistics and the k top images of every latent, in O(S k) memory."""
+    S = sae.d_sae
+    n_fired_S, total_S = torch.zeros(S, dtype=torch.int64), torch.zeros(S, dtype=torch.float64)
+    value_SK, image_SK = torch.zeros(S, 0), torch.zeros(S, 0, dtype=torch.int64)
+    for start, acts_BPD in helpers.progress(stream, "collect", len(stream), "blocks"):
+        f_BPS = _codes(sae, acts_BPD)
+        n_fired_S += (f_BPS > metrics.EPS_ACTIVE).sum(dim=(0, 1)).cpu()
+        total_S += f_BPS.sum(dim=(0, 1), dtype=torch.float64).cpu()
+        value_SB = f_BPS.amax(dim=1).T.cpu()
+        image_SB = torch.arange(start, start + len(acts_BPD)).expand(S, -1)
+        # Earlier images come first and the sort is stable, so among equals the lower number wins.
+        value_SX, image_SX = torch.cat([value_SK, value_SB], 1), torch.cat([image_SK, image_SB], 1)
+        value_SX, order_SX = value_SX.sort(dim=1, descending=True, stable=True)
+        value_SK, image_SK = value_SX[:, :k], image_SX.gather(1, order_SX[:, :k])
+    mean_S = torch.where(n_fired_S > 0, total_S / n_fired_S, torch.nan)
+    freq_S = n_fired_S.double() / len(stream.reader)
+    return Stats(
+        freq_S.numpy(), mean_S.numpy(), value_SK.contiguous().numpy(), image_SK.contiguous().numpy()
+    )
+
+
+def _codes(sae: nn.SparseAutoencoder, acts_BPD: np.ndarray) -> Tensor:
+    """(B, P, S) codes."""
+    x_XD = torch.from_numpy(acts_BPD).flatten(0, 1).to(sae.W_enc.device)
+    return sae.encode(x_XD).unflatten(0, acts_BPD.shape[:2])
+
+
+@beartype.beartype
+def choose(cfg: config.Visuals, stats: Stats) -> Int64[np.ndarray, " C"]:
+    """The latents to show, in rising order.
+
+    Raises:
+        UserError: a latent that does not exist, or none in the ranges.
+    """
+    if cfg.latents:
+        if bad := [i for i in cfg.latents if not 0 <= i < len(stats.freq_S)]:
+            raise errors.UserError(
+                f"--latents {bad[0]}: the SAE has latents 0 to {len(stats.freq_S) - 1}."
+            )
+        return np.array(sorted(set(cfg.latents)), np.int64)
+    eligible_C = np.flatnonzero(_eligible(cfg, stats))
+    if not len(eligible_C):
+        raise errors.UserError(
+            f"no latent lies in --log-freq-range and --log-value-range. {_found(stats)}"
+        )
+    n = min(cfg.n_latents, len(eligible_C))
+    return np.sort(np.random.default_rng(cfg.seed).choice(eligible_C, n, replace=False))
+
+
+def _eligible(cfg: config.Visuals, stats: Stats) -> Bool[np.ndarray, " S"]:
+    fires_S = stats.freq_S > 0
+    log_freq_S = np.log10(stats.freq_S, where=fires_S, out=np.full(len(fires_S), -np.inf))
+    log_mean_S = np.log10(stats.mean_S, where=fires_S, out=np.full(len(fires_S), -np.inf))
+    (f_low, f_high), (v_low, v_high) = cfg.log_freq_range, cfg.log_value_range
+    in_freq_S = (f_low <= log_freq_S) & (log_freq_S <= f_high)
+    return fires_S & in_freq_S & (v_low <= log_mean_S) & (log_mean_S <= v_high)
+
+
+def _found(stats: Stats) -> str:
+    fires_S = stats.freq_S > 0
+    if not fires_S.any():
+        return "No latent fires at all: is this the SAE of this ViT layer?"
+    ranges = [
+        np.quantile(np.log10(v_S[fires_S]), [0.05, 0.95]) for v_S in (stats.freq_S, stats.mean_S)
+    ]
+    (f_low, f_high), (v_low, v_high) = ranges
+    return (
+        f"Of {fires_S.sum()} latents that fire, 90% have log10 frequency {f_low:.1f} to {f_high:.1f} "
+        f"and log10 value {v_low:.1f} to {v_high:.1f}: widen the ranges."
+    )
+
+
+@torch.inference_mode()
+def _pages(
+    sae: nn.SparseAutoencoder, stream: ordered.Ordered, stats: Stats, latents_C: np.ndarray
+) -> list[render.Page]:
+    """Heat maps of the chosen latents on their top images; each image is read once."""
+    wanted: dict[int, list[tuple[int, int]]] = {}
+    for latent in latents_C.tolist():
+        for rank, (image_i, value) in enumerate(
+            zip(stats.top_image_SK[latent], stats.top_value_SK[latent], strict=True)
+        ):
+            if value > 0:
+                wanted.setdefault(int(image_i), []).append((latent, rank))
+    heat_P: dict[tuple[int, int], np.ndarray] = {}
+    for image_i in helpers.progress(sorted(wanted), "heat maps", len(wanted), "images"):
+        f_PS = _codes(sae, stream.reader.read(image_i, image_i + 1))[0].cpu().numpy()
+        heat_P |= {key: f_PS[:, key[0]].copy() for key in wanted[image_i]}
+    return [_page(stats, latent, heat_P) for latent in latents_C.tolist()]
+
+
+def _page(stats: Stats, latent: int, heat_P: dict[tuple[int, int], np.ndarray]) -> render.Page:
+    shown = [
+        render.Shown(
+            int(stats.top_image_SK[latent, rank]),
+            float(stats.top_value_SK[latent, rank]),
+            heat_P[latent, rank],
+        )
+        for rank in range(stats.top_image_SK.shape[1])
+        if (latent, rank) in heat_P
+    ]
+    return render.Page(latent, float(stats.freq_S[latent]), float(stats.mean_S[latent]), shown)

@@ -1,0 +1,69 @@
+"""Fixtures that several test files use. N images, L layers, T tokens, D d_vit."""
+
+import collections.abc
+import itertools
+import pathlib
+
+import numpy as np
+import pytest
+
+from saev.formats import shards
+
+MakeShards = collections.abc.Callable[..., tuple[pathlib.Path, np.ndarray]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_wandb() -> collections.abc.Iterator[None]:
+    """No test talks to wandb's servers; one that wants wandb's files sets WANDB_MODE=offline itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        yield
+
+
+@pytest.fixture
+def make_shards(tmp_path: pathlib.Path) -> MakeShards:
+    """A function that writes a complete shard directory of its own and returns (its path, what it wrote as (N, L, T, D)).
+
+    Without `acts` the activations are standard normal. Token 0 is [CLS] if `cls_token`, so T is n_patches + 1.
+    Image i has path "class{i % 3}/{i:04}.jpg" and label "class{i % 3}".
+    """
+    numbers = itertools.count()
+
+    def make(
+        *,
+        n_imgs: int = 10,
+        n_patches: int = 4,
+        d_vit: int = 8,
+        layers: tuple[int, ...] = (3, 7),
+        cls_token: bool = True,
+        per_shard: int = 3,
+        acts: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> tuple[pathlib.Path, np.ndarray]:
+        n_tokens = n_patches + cls_token
+        if acts is None:
+            shape = (n_imgs, len(layers), n_tokens, d_vit)
+            acts = np.random.default_rng(seed).standard_normal(shape, np.float32)
+        metadata = shards.Metadata(
+            vit_family="timm",
+            vit_ckpt="made-up",
+            layers=layers,
+            n_patches_per_img=n_patches,
+            cls_token=cls_token,
+            d_vit=d_vit,
+            n_imgs=n_imgs,
+            max_patches_per_shard=per_shard * n_tokens * len(layers),
+            data={"root": "made-up", "__class__": "ImageFolder"},
+        )
+        records = [
+            shards.Record(f"class{i % 3}/{i:04}.jpg", f"class{i % 3}") for i in range(n_imgs)
+        ]
+        dump_to = tmp_path / f"shards{next(numbers)}"
+        out = shards.ShardDir.create(dump_to, metadata, records, {})
+        for shard_i in range(metadata.n_shards):
+            image_is = out.imgs_in(shard_i)
+            with out.writing(shard_i) as shard_NLTD:
+                shard_NLTD[: len(image_is)] = acts[image_is.start : image_is.stop]
+        return out.dpath, acts
+
+    return make
