@@ -7,3 +7,8 @@ class UserError(Exception):
     The message names the thing, the values seen, and what to do next. `saev.launch` prints it as one
     line and exits with code 2; notebooks see an ordinary exception.
     """
+
+
+def first_line(err: BaseException) -> str:
+    """The first line of an exception's message; its type's name when it has no message."""
+    return next(iter(str(err).splitlines()), type(err).__name__)

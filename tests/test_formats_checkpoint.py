@@ -1,110 +1,120 @@
-"""Checkpoint files: what is refused, and how."""
+"""Checkpoint files: a line of JSON, then bytes; and what is refused."""
 
 import json
 import pathlib
 
 import pytest
-import torch
 
-from saev import errors, nn
+from saev import errors, helpers, nn
 from saev.formats import checkpoint
 from saev.nn import config
 
-FIELD_FILE = pathlib.Path(__file__).parent / "data" / "schema2_relu.pt"
+SCHEMA2 = pathlib.Path(__file__).parent / "data" / "schema2_relu.pt"
 
 
 @pytest.fixture
-def fpath(tmp_path: pathlib.Path) -> pathlib.Path:
-    nn.save(nn.SparseAutoencoder(config.TopK(d_vit=4, exp_factor=2)), tmp_path / "run" / "sae.pt")
-    return tmp_path / "run" / "sae.pt"
+def sae_fpath(tmp_path: pathlib.Path) -> pathlib.Path:
+    fpath = tmp_path / "x" / "sae.pt"
+    nn.save(nn.SparseAutoencoder(config.TopK(d_vit=4, exp_factor=2)), fpath)
+    return fpath
 
 
-def edit_header(fpath: pathlib.Path, **changes: object) -> None:
-    line, _, payload = fpath.read_bytes().partition(b"\n")
-    fpath.write_bytes(json.dumps(json.loads(line) | changes).encode() + b"\n" + payload)
+def test_round_trip_of_any_bytes(tmp_path: pathlib.Path) -> None:
+    payload = bytes(range(256)) * 3
+    checkpoint.write(tmp_path / "a.pt", "scorer", {"cls": "X", "cfg": {"k": 3}}, payload)
+    header, got = checkpoint.read(tmp_path / "a.pt", "scorer")
+    assert got == payload
+    assert (header["cls"], header["cfg"]) == ("X", {"k": 3})
+    assert checkpoint.kind(tmp_path / "a.pt") == "scorer"
 
 
-def test_header_is_one_line_of_json(fpath: pathlib.Path) -> None:
-    with fpath.open("rb") as fd:
-        header = json.loads(fd.readline())
-    assert header == {
-        "lib": "saev",
-        "schema": 100,
-        "kind": "sae",
-        "cls": "TopK",
-        "cfg": {"d_vit": 4, "exp_factor": 2, "top_k": 32},
-    }
+def test_bytes_are_one_json_line_then_the_payload(tmp_path: pathlib.Path) -> None:
+    checkpoint.write(tmp_path / "a.pt", "sae", {"note": "two\nlines"}, b"\n\x00payload")
+    line, _, rest = (tmp_path / "a.pt").read_bytes().partition(b"\n")
+    want = {"lib": "saev", "schema": checkpoint.SCHEMA, "kind": "sae", "note": "two\nlines"}
+    assert json.loads(line) == want
+    assert rest == b"\n\x00payload"
 
 
-@pytest.mark.parametrize(
-    "cfg", [config.Relu(d_vit=6), config.TopK(d_vit=6), config.BatchTopK(d_vit=6)]
-)
-def test_round_trip(cfg: config.Sae, tmp_path: pathlib.Path) -> None:
-    sae = nn.SparseAutoencoder(cfg, seed=3)
-    sae.initialize(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)) + 2)
-    sae.threshold.fill_(0.3)
-    nn.save(sae.eval(), tmp_path / "sae.pt")
-    loaded = nn.load(str(tmp_path / "sae.pt"))
-    assert loaded.cfg == cfg and not loaded.training
-    x_BD = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
-    for got, want in zip(loaded(x_BD), sae(x_BD), strict=True):
-        torch.testing.assert_close(got, want.detach(), rtol=0, atol=0)
-
-
-def test_schemas_of_the_field_are_named(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(
-        errors.UserError, match=r"checkpoint schema 2 .* is unknown to this version"
-    ):
-        nn.load(FIELD_FILE)
-    (tmp_path / "old.pt").write_bytes(b'{"d_vit": 4}\n')
-    with pytest.raises(errors.UserError, match="schema 'missing'"):
-        nn.load(tmp_path / "old.pt")
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"schema": 101}, "checkpoint schema 101"),
-        ({"kind": "scorer"}, "holds a 'scorer', but a 'sae' is needed"),
-        ({"cls": "JumpRelu"}, "architecture 'JumpRelu' is unknown"),
-        ({"cfg": {"d_vit": 4, "k": 2}}, "cfg does not fit TopK"),
-        ({"cfg": {"d_vit": 8, "exp_factor": 2, "top_k": 2}}, "tensors cannot be read"),
-    ],
-)
-def test_edited_headers(fpath: pathlib.Path, changes: dict[str, object], match: str) -> None:
-    edit_header(fpath, **changes)
+def refuses(fpath: pathlib.Path, match: str) -> None:
     with pytest.raises(errors.UserError, match=match):
         nn.load(fpath)
 
 
-def test_files_that_are_no_checkpoints(fpath: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(
-        errors.UserError, match=r"is a directory, not a checkpoint file. Did you mean .*sae\.pt"
-    ):
-        nn.load(fpath.parent)
-    with pytest.raises(errors.UserError, match="no such checkpoint"):
-        nn.load(tmp_path / "gone.pt")
-    for content in (b"", b"PK\x03\x04\n", b"[1]\n"):
-        (tmp_path / "x.pt").write_bytes(content)
-        with pytest.raises(errors.UserError, match="not a saev checkpoint"):
-            nn.load(tmp_path / "x.pt")
+def test_unknown_schema() -> None:
+    refuses(SCHEMA2, "schema 2")
 
 
-def test_cut_file(fpath: pathlib.Path) -> None:
-    fpath.write_bytes(fpath.read_bytes()[:-100])
-    with pytest.raises(errors.UserError, match="tensors cannot be read"):
-        nn.load(fpath)
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        ({"d_vit": 4, "exp_factor": 2}, "schema 'missing'"),
+        ({"lib": "saev", "schema": 101, "kind": "sae"}, "schema 101"),
+        ({"lib": "other", "schema": 100, "kind": "sae"}, "lib 'other'"),
+        ({"lib": "saev", "schema": 100, "kind": "scorer"}, "holds a 'scorer'.* 'sae' is needed"),
+        ({"lib": "saev", "schema": 100, "kind": "sae", "cls": "Gated"}, "architecture 'Gated'"),
+        ({"lib": "saev", "schema": 100, "kind": "sae", "cls": "TopK"}, "cfg does not fit TopK"),
+        (
+            {"lib": "saev", "schema": 100, "kind": "sae", "cls": "TopK", "cfg": {"d_vit": "4"}},
+            "cfg does not fit TopK",
+        ),
+        (
+            {"lib": "saev", "schema": 100, "kind": "sae", "cls": "TopK", "cfg": {}},
+            "cfg does not fit TopK",
+        ),
+    ],
+)
+def test_headers_that_are_refused(header: dict, match: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "sae.pt").write_bytes(json.dumps(header).encode() + b"\nrest")
+    refuses(tmp_path / "sae.pt", match)
 
 
-def test_a_pickle_in_the_payload_is_not_run(fpath: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    class Touch:
-        def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-            return pathlib.Path.touch, (tmp_path / "owned",)
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"PK\x03\x04junk", b"[1]\n", b"\xff\xfe{}\n", b"[" * 99999]
+)
+def test_not_a_checkpoint(content: bytes, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "sae.pt").write_bytes(content)
+    refuses(tmp_path / "sae.pt", "not a saev checkpoint")
 
-    header, _ = checkpoint.read(fpath, "sae")
-    torch.save({"W_enc": Touch()}, tmp_path / "bad")
-    line = json.dumps(header).encode()
-    fpath.write_bytes(line + b"\n" + (tmp_path / "bad").read_bytes())
-    with pytest.raises(errors.UserError, match="tensors cannot be read"):
-        nn.load(fpath)
-    assert not (tmp_path / "owned").exists()
+
+def test_directory_suggests_the_file_inside(sae_fpath: pathlib.Path) -> None:
+    refuses(sae_fpath.parent, f"is a directory.*Did you mean {sae_fpath}")
+
+
+def test_empty_directory(tmp_path: pathlib.Path) -> None:
+    refuses(tmp_path, r"is a directory.*Pass the file inside it \(sae.pt\)")
+
+
+def test_no_such_file(tmp_path: pathlib.Path) -> None:
+    refuses(tmp_path / "gone.pt", "gone.pt: no such checkpoint")
+    assert checkpoint.kind(tmp_path / "gone.pt") is None
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.3, 0.6, 0.95, 0.999])
+def test_truncated_payload(sae_fpath: pathlib.Path, keep: float) -> None:
+    line, _, payload = sae_fpath.read_bytes().partition(b"\n")
+    sae_fpath.write_bytes(line + b"\n" + payload[: int(keep * len(payload))])
+    refuses(sae_fpath, "its tensors cannot be read")
+
+
+def test_tensors_of_another_size(sae_fpath: pathlib.Path) -> None:
+    line, _, payload = sae_fpath.read_bytes().partition(b"\n")
+    header = json.loads(line)
+    header["cfg"]["exp_factor"] = 4
+    sae_fpath.write_bytes(json.dumps(header).encode() + b"\n" + payload)
+    refuses(sae_fpath, "its tensors cannot be read")
+
+
+def test_failed_write_leaves_the_old_file(sae_fpath: pathlib.Path) -> None:
+    before = sae_fpath.read_bytes()
+    with pytest.raises(OSError, match="disk"), helpers.atomic(sae_fpath) as tmp_fpath:
+        tmp_fpath.write_bytes(b"half")
+        raise OSError("disk full")
+    assert sae_fpath.read_bytes() == before
+    assert [p.name for p in sae_fpath.parent.iterdir()] == ["sae.pt"]
+
+
+def test_header_that_is_no_json_writes_nothing(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(TypeError):
+        checkpoint.write(tmp_path / "a.pt", "sae", {"bad": object()}, b"")
+    assert list(tmp_path.iterdir()) == []

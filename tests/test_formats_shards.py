@@ -123,7 +123,7 @@ def test_empty_last_shard_is_tolerated(golden: pathlib.Path) -> None:
 
 
 def test_golden_directory_has_no_records() -> None:
-    with pytest.raises(errors.UserError, match="has no images.jsonl"):
+    with pytest.raises(errors.UserError, match=r"has no images\.jsonl"):
         _ = shards.ShardDir.open(GOLDEN).records
 
 
@@ -156,7 +156,7 @@ def test_broken_index(golden: pathlib.Path, text: str) -> None:
 def test_index_with_counts_that_do_not_fit(golden: pathlib.Path) -> None:
     index = [{"name": f"acts00000{i}.bin", "n_imgs": n} for i, n in enumerate([1, 2, 2])]
     (golden / "shards.json").write_text(json.dumps(index))
-    refuses(golden, r"shards.json: .*\[1, 2, 2\].*\[2, 2, 1\]")
+    refuses(golden, "shards.json: shard 0 holds 1 images, but metadata.json gives it 2")
 
 
 def test_missing_acts_file(golden: pathlib.Path) -> None:
@@ -234,7 +234,7 @@ def test_broken_record_names_its_line(make_shards, line: str) -> None:
     dpath, _ = make_shards(n_imgs=3)
     lines = (dpath / "images.jsonl").read_text().splitlines()
     (dpath / "images.jsonl").write_text("\n".join([lines[0], line, lines[2]]) + "\n")
-    with pytest.raises(errors.UserError, match="images.jsonl:2: cannot be read"):
+    with pytest.raises(errors.UserError, match=r"images\.jsonl:2: cannot be read"):
         _ = shards.ShardDir.open(dpath).records
 
 

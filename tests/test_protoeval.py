@@ -82,6 +82,11 @@ def cfg(
     )
 
 
+def read_csv(fpath: pathlib.Path) -> list[dict[str, str]]:
+    with fpath.open() as fd:
+        return list(csv.DictReader(fd))
+
+
 def oracle(labels: cub.Cub) -> base.Prototypes:
     """Knows each trait's direction."""
     D = labels.labels_NT.shape[1] + 4
@@ -133,7 +138,7 @@ def test_scores_are_the_max_over_patches_of_a_plain_loop(
 
 def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub) -> None:
     dpath = pathlib.Path(select.main([cfg]))
-    lines = list(csv.DictReader((dpath / "summary.csv").open()))
+    lines = read_csv(dpath / "summary.csv")
     n_train = str(labels.is_train_N.sum())
     grid = [(r["scorer"], r["n_prototypes"], r["n_train"]) for r in lines]
     assert grid == [
@@ -143,7 +148,7 @@ def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub)
     table = (dpath / "table.md").read_text()
     assert "| constant | 1 |" in table and "| Pca | 16 |" in table
     assert (dpath / "chart.png").read_bytes().startswith(b"\x89PNG")
-    traits = list(csv.DictReader((dpath / "traits.csv").open()))
+    traits = read_csv(dpath / "traits.csv")
     assert len(traits) == len(lines) * len(labels.attribute_names_T)
     shown = float(lines[-1]["map"])
     mine = [
@@ -207,7 +212,7 @@ def test_ties_take_the_lowest_prototype() -> None:
 
 
 def test_the_best_of_k_is_chosen_among_the_first_k(cfg: config.ProtoEval) -> None:
-    lines = list(csv.DictReader((pathlib.Path(select.main([cfg])) / "traits.csv").open()))
+    lines = read_csv(pathlib.Path(select.main([cfg])) / "traits.csv")
     assert max(int(t["prototype"]) for t in lines if t["n_prototypes"] == "4") < 4
     assert max(int(t["prototype"]) for t in lines if t["n_prototypes"] == "16") >= 4
 

@@ -55,7 +55,7 @@ def load(root: str | pathlib.Path, *, min_certainty: int = 3) -> Cub:
         )
     paths = _names(_need(root / "images.txt"))
     ids = list(paths)
-    names = _names(_attributes_fpath(root))
+    names = _names(_need(_attributes_fpath(root)))
     if sorted(names) != list(range(1, len(names) + 1)):
         raise errors.UserError(
             f"{_attributes_fpath(root)}: attribute ids are not 1 ... {len(names)}. Unpack CUB again."
@@ -93,23 +93,30 @@ def _bad_line(fpath: pathlib.Path, line_i: int, line: str, wanted: str) -> error
 
 
 def _names(fpath: pathlib.Path) -> dict[int, str]:
-    """Lines of "id name"."""
+    """Lines of "id name"; no id and no name comes twice."""
     out: dict[int, str] = {}
-    for line_i, line in enumerate(fpath.read_text("utf-8").splitlines(), 1):
+    seen: set[str] = set()
+    for line_i, line in _filled_lines(fpath):
         key, _, name = line.strip().partition(" ")
-        if not key.isdigit() or not name or int(key) in out:
-            raise _bad_line(fpath, line_i, line, "'ID NAME' with an id not seen before")
+        name = name.strip()
+        if not NATURAL.fullmatch(key) or not name or int(key) in out or name in seen:
+            raise _bad_line(fpath, line_i, line, "'ID NAME' with an id and a name not seen before")
         out[int(key)] = name
+        seen.add(name)
+    if not out:
+        raise errors.UserError(f"{fpath}: is empty. Unpack the archive again.")
     return out
 
 
-def _numbers(fpath: pathlib.Path, paths: dict[int, str]) -> dict[int, int]:
+def _numbers(fpath: pathlib.Path, paths: dict[int, str], allowed: range) -> dict[int, int]:
     """Lines of "image id, number", one for each image."""
     out: dict[int, int] = {}
-    for line_i, line in enumerate(fpath.read_text("utf-8").splitlines(), 1):
-        key, _, number = line.strip().partition(" ")
-        if not (key.isdigit() and number.isdigit() and int(key) in paths) or int(key) in out:
-            raise _bad_line(fpath, line_i, line, "'IMAGE_ID NUMBER' with an id of images.txt, once")
+    for line_i, line in _filled_lines(fpath):
+        key, number = [*line.split(), "", ""][:2]
+        is_good = NATURAL.fullmatch(key) and NATURAL.fullmatch(number) and len(line.split()) == 2
+        if not is_good or int(key) not in paths or int(key) in out or int(number) not in allowed:
+            wanted = f"'IMAGE_ID NUMBER' with an id of images.txt, once, and a number of {allowed.start}-{allowed.stop - 1}"
+            raise _bad_line(fpath, line_i, line, wanted)
         out[int(key)] = int(number)
     if missing := [i for i in paths if i not in out]:
         raise errors.UserError(
@@ -124,21 +131,16 @@ def _read_labels(
 ) -> Bool[np.ndarray, "N T"]:
     """Only the first four fields of a line count; the archive has lines with 5 to 7. Of several annotations any positive counts."""
     fields_M4 = _first_four_fields(fpath)
-    row_of = np.full(max(ids) + 2, -1, np.int64)
+    row_of = np.full(max(ids) + 2, -1, np.int64)  # its last entry stands for every id beyond
     row_of[ids] = np.arange(len(ids))
     image_M, trait_M, present_M, certainty_M = fields_M4.T
-    known_M = (image_M >= 0) & (image_M <= max(ids))
-    row_M = np.where(known_M, row_of[np.clip(image_M, 0, max(ids))], -1)
+    row_M = row_of[np.clip(image_M, -1, max(ids) + 1)]
     ok_M = (row_M >= 0) & (trait_M >= 1) & (trait_M <= n_traits) & np.isin(present_M, (0, 1))
     ok_M &= (certainty_M >= 1) & (certainty_M <= 4)
     if not ok_M.all():
-        line_i = int(np.flatnonzero(~ok_M)[0])
-        raise _bad_line(
-            fpath,
-            line_i + 1,
-            " ".join(map(str, fields_M4[line_i])),
-            f"'IMAGE_ID ATTRIBUTE_ID PRESENT CERTAINTY ...' with a known image, an attribute of 1-{n_traits}, 0 or 1, and 1-4",
-        )
+        line_i, line = _filled_lines(fpath)[int(np.flatnonzero(~ok_M)[0])]
+        wanted = f"{FIELDS} with a known image, an attribute of 1-{n_traits}, 0 or 1, and 1-4"
+        raise _bad_line(fpath, line_i, line, wanted)
     seen_NT = np.zeros((len(ids), n_traits), bool)
     seen_NT[row_M, trait_M - 1] = True
     _check_all_seen(fpath, seen_NT, ids)
@@ -159,15 +161,19 @@ def _check_all_seen(fpath: pathlib.Path, seen_NT: np.ndarray, ids: list[int]) ->
 
 
 def _first_four_fields(fpath: pathlib.Path) -> np.ndarray:
-    """(lines, 4) int64 array of the first four fields."""
-    rows: list[tp.Any] = []
-    with fpath.open(encoding="utf-8") as fd:
-        for line_i, line in enumerate(fd, 1):
-            fields = line.split(None, 4)
-            try:
-                rows.append((int(fields[0]), int(fields[1]), int(fields[2]), int(fields[3])))
-            except (ValueError, IndexError):
-                raise _bad_line(
-                    fpath, line_i, line, "'IMAGE_ID ATTRIBUTE_ID PRESENT CERTAINTY ...'"
-                ) from None
-    return np.array(rows, np.int64).reshape(-1, 4)
+    """(filled lines, 4) int64 array of the first four fields."""
+    try:
+        with fpath.open(**TEXT) as fd:
+            return np.loadtxt(fd, np.int64, usecols=range(4), comments=None, ndmin=2)
+    except ValueError:  # says only which row; find the line
+        for line_i, line in _filled_lines(fpath):
+            fields = line.split()[:4]
+            if len(fields) < 4 or not all(INTEGER.fullmatch(field) for field in fields):
+                raise _bad_line(fpath, line_i, line, FIELDS) from None
+        raise
+
+
+def _filled_lines(fpath: pathlib.Path) -> list[tuple[int, str]]:
+    """(line number from 1, line) of each line that is not blank."""
+    with fpath.open(**TEXT) as fd:
+        return [(line_i, line) for line_i, line in enumerate(fd, 1) if line.strip()]

@@ -22,6 +22,7 @@ type = "random"
 [[scorer]]
 type = "k-means"
 n_samples = 50_000
+n_iters = 10
 [[scorer]]
 type = "pca"
 [[scorer]]

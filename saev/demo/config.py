@@ -17,11 +17,11 @@ class Demo:
 
     dump_to: str = "demo"
     """Folder for everything the demo makes."""
-    n_imgs: int = 800
+    n_imgs: int = 640
     """Images of mini-CUB."""
     layer: int = 7
     """ViT layer to look at (the packaged weights are best at layers 5 to 8)."""
-    n_patches: int = 1_500_000
+    n_patches: int = 1_000_000
     """Activations to train the SAE on."""
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""

@@ -129,7 +129,7 @@ class Bird:
 
 
 @beartype.beartype
-def draw(dpath: pathlib.Path, *, n_imgs: int = 800, seed: int = 0) -> None:
+def draw(dpath: pathlib.Path, *, n_imgs: int = 640, seed: int = 0) -> None:
     """Draws mini-CUB into `dpath` (the CUB_200_2011 folder), which appears whole or not at all.
 
     A folder that exists is complete and is left alone. The same seed and number give the same files.
@@ -261,7 +261,7 @@ def _photograph(img: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Ima
     return PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _jitter(color: RGB, rng: np.random.Generator, amount: float = 14) -> RGB:
+def _jitter(color: RGB, rng: np.random.Generator, amount: float = 14.0) -> RGB:
     """A nearby colour that still has the same name."""
     r, g, b = (
         int(np.clip(c + d, 0, 255)) for c, d in zip(color, rng.normal(0, amount, 3), strict=True)
@@ -280,7 +280,7 @@ def _background(perch: str, feet_y: int, scale: float, rng: np.random.Generator)
     for _ in range(rng.integers(4, 16)):
         x, y, r = rng.uniform(0, CANVAS), rng.uniform(0, CANVAS), rng.uniform(20, 90)
         tone = [(86, 120, 70), (120, 140, 90), (150, 130, 96), (186, 200, 190)][rng.integers(4)]
-        pen.ellipse((x - r, y - 0.6 * r, x + r, y + 0.6 * r), fill=_jitter(tone, rng, 20))
+        pen.ellipse((x - r, y - 0.6 * r, x + r, y + 0.6 * r), fill=_jitter(tone, rng, 20.0))
     img = img.filter(PIL.ImageFilter.BoxBlur(9))
     {"branch": _branch, "ground": _ground, "water": _water}[perch](
         PIL.ImageDraw.Draw(img), feet_y, scale, rng
@@ -301,7 +301,7 @@ def _ground(pen: PIL.ImageDraw.ImageDraw, y: int, scale: float, rng: np.random.G
     pen.rectangle((0, y - int(8 * scale), CANVAS, CANVAS), fill=_jitter((168, 138, 92), rng))
     for _ in range(60):
         x, at, r = rng.uniform(0, CANVAS), rng.uniform(y, CANVAS + 1), rng.uniform(2, 9)
-        pen.ellipse((x - r, at - r / 2, x + r, at + r / 2), fill=_jitter((130, 106, 76), rng, 22))
+        pen.ellipse((x - r, at - r / 2, x + r, at + r / 2), fill=_jitter((130, 106, 76), rng, 22.0))
 
 
 def _water(pen: PIL.ImageDraw.ImageDraw, y: int, scale: float, rng: np.random.Generator) -> None:

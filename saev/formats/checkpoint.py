@@ -64,7 +64,7 @@ def kind(fpath: pathlib.Path) -> str | None:
 def _parse_header(fpath: pathlib.Path, line: bytes) -> dict[str, tp.Any]:
     try:
         header = json.loads(line)
-    except ValueError:  # covers bad JSON and bad UTF-8
+    except (ValueError, RecursionError):  # bad JSON, bad UTF-8, endless brackets
         header = None
     if not isinstance(header, dict):
         raise errors.UserError(

@@ -97,7 +97,7 @@ class Metadata:
         """Parses metadata.json.
 
         Raises:
-            UserError: not JSON, another protocol or dtype, or missing keys; names them.
+            UserError: not JSON, another protocol or dtype, or missing keys or values of a wrong type; names them.
         """
         try:
             obj = json.loads(text)
@@ -117,7 +117,18 @@ class Metadata:
             raise errors.UserError(
                 f"{fpath}: dtype {obj['dtype']!r} is not supported (supported: float32)."
             )
-        return cls(**{k: tuple(v) if k == "layers" else v for k, v in obj.items() if k in names})
+        try:
+            if min(obj["n_imgs"], len(obj["layers"])) < 1:
+                raise ValueError("no images or no layers")
+            return cls(
+                **{k: tuple(v) if k == "layers" else v for k, v in obj.items() if k in names}
+            )
+        except errors.UserError:
+            raise
+        except Exception as err:  # wrong types, whatever the file holds
+            raise errors.UserError(
+                f"{fpath}: its values do not fit protocol {PROTOCOL} ({errors.first_line(err)}). Dump the directory again."
+            ) from err
 
 
 @beartype.beartype
@@ -162,7 +173,8 @@ class ShardDir:
         """
         shards = cls(dump_to / metadata.hash, metadata)
         shards.dpath.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(r._asdict(), ensure_ascii=False) + "\n" for r in records)
+        # ASCII: names may hold line separators, or bytes that are not UTF-8 (Python's surrogates).
+        text = "".join(json.dumps(r._asdict()) + "\n" for r in records)
         if shards.images_fpath.exists() and shards.images_fpath.read_text("utf-8") != text:
             raise errors.UserError(
                 f"{shards.dpath}: was dumped from other images than the dataset holds now (images.jsonl differs). "
@@ -247,7 +259,12 @@ class ShardDir:
             raise errors.UserError(
                 f"{self.dpath}: incomplete dump: {found} of {want} images. Run the same `python -m saev.data` command again; it continues."
             )
-        for i, n in enumerate(self.n_imgs_per_file):
+        wanted = [len(self.imgs_in(i)) for i in range(self.metadata.n_shards)]
+        for i, (listed, n) in enumerate(zip(self.n_imgs_per_file, wanted, strict=False)):
+            if listed != n:
+                raise errors.UserError(
+                    f"{self.shards_fpath}: shard {i} holds {listed} images, but metadata.json gives it {n}. Dump the directory again."
+                )
             fpath = self.acts_fpath(i)
             size = fpath.stat().st_size if fpath.exists() else -1
             if size < n * self.metadata.img_bytes:

@@ -3,6 +3,8 @@
 Shape letters: B batch, D d_vit, S latents.
 """
 
+import math
+
 import beartype
 import torch
 from jaxtyping import Float, Int, jaxtyped
@@ -23,6 +25,8 @@ def mse(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
 @jaxtyped(typechecker=beartype.beartype)
 def explained_variance(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
     """1 - Var(x - x_hat) / Var(x); Var is the variance over the batch, summed over dimensions. NaN if x is constant."""
+    if _is_constant(x_BD):
+        return math.nan
     residual = (x_BD - x_hat_BD).var(dim=0, correction=0).sum()
     return (1 - residual / x_BD.var(dim=0, correction=0).sum()).item()
 
@@ -30,8 +34,15 @@ def explained_variance(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"
 @jaxtyped(typechecker=beartype.beartype)
 def normalized_mse(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
     """Squared error as a fraction of that of predicting the batch's mean. NaN if x is constant."""
+    if _is_constant(x_BD):
+        return math.nan
     baseline = (x_BD - x_BD.mean(dim=0)).square().sum()
     return ((x_BD - x_hat_BD).square().sum() / baseline).item()
+
+
+def _is_constant(x_BD: Tensor) -> bool:
+    """Compares values: the variance of equal values is rounding noise, not always 0."""
+    return bool((x_BD == x_BD[:1]).all())
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -62,10 +73,12 @@ def mean_abs_corr(f_BS: Float[Tensor, "B S"]) -> float:
     if S < 2:
         return 0.0
     z_BS = f_BS - f_BS.mean(dim=0)
-    norm_S = z_BS.norm(dim=0)
+    largest_S = z_BS.abs().amax(dim=0)
     # Constant latents leave rounding noise after centring; they are set to exact zeros.
-    constant_S = (f_BS == f_BS[:1]).all(dim=0) | (norm_S == 0)
-    z_BS = torch.where(constant_S, 0.0, z_BS / norm_S.clamp(min=torch.finfo(f_BS.dtype).tiny))
+    constant_S = (f_BS == f_BS[:1]).all(dim=0) | (largest_S == 0)
+    # Divided by the largest first, so that no square over- or underflows.
+    z_BS = torch.where(constant_S, 0.0, z_BS / largest_S)
+    z_BS = torch.nn.functional.normalize(z_BS, dim=0)
     total = sum((z_BC.T @ z_BS).abs().sum(dtype=torch.float64) for z_BC in z_BS.split(CHUNK, dim=1))
     diagonal = (~constant_S).sum()
     return ((total - diagonal).clamp(min=0) / (S * (S - 1))).item()

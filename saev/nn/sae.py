@@ -135,7 +135,7 @@ def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
         sae.load_state_dict(torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True))
     except Exception as err:  # torch raises many types for a cut or foreign file
         raise errors.UserError(
-            f"{fpath}: its tensors cannot be read ({str(err).splitlines()[0]}). The file is cut or edited: train again."
+            f"{fpath}: its tensors cannot be read ({errors.first_line(err)}). The file is cut or edited: train again."
         ) from err
     return sae.eval().requires_grad_(False).to(device)
 
@@ -147,8 +147,11 @@ def _config(header: dict[str, object], fpath: pathlib.Path) -> config.Sae:
             f"{fpath}: architecture {header.get('cls')!r} is unknown (known: {', '.join(config.BY_NAME)}). Use the version that wrote it."
         )
     try:
-        return cls(**header["cfg"])
+        cfg = cls(**header["cfg"])
+        if cfg.d_vit is None:
+            raise ValueError("d_vit is missing")
+        return cfg
     except Exception as err:  # wrong keys or types, whatever the header holds
         raise errors.UserError(
-            f"{fpath}: its header's cfg does not fit {cls.__name__}: {err}. Train again."
+            f"{fpath}: its header's cfg does not fit {cls.__name__}: {errors.first_line(err)}. Train again."
         ) from err

@@ -139,12 +139,12 @@ def _view(gallery: Gallery, image_i: int) -> PIL.Image.Image:
 
 @beartype.beartype
 def overlay(img: PIL.Image.Image, heat_P: Float32[np.ndarray, " P"]) -> PIL.Image.Image:
-    """The image, greyed, under a heat map (0 to 1, a square grid in raster order): opaque where it is hot."""
+    """The image, paled, under a heat map (0 to 1, a square grid in raster order): opaque where it is hot."""
     heat_HW = _upsample(heat_P, img.size)
     gray_HW3 = np.asarray(img.convert("L").convert("RGB"), np.float32)
-    color_HW3 = 255 * COLORS(heat_HW)[..., :3]
+    pale_HW3 = 0.85 * (0.5 * gray_HW3 + 0.5 * np.asarray(img, np.float32))
     alpha_HW1 = OPACITY * np.sqrt(heat_HW)[..., None]
-    mixed_HW3 = (1 - alpha_HW1) * (0.8 * gray_HW3) + alpha_HW1 * color_HW3
+    mixed_HW3 = (1 - alpha_HW1) * pale_HW3 + alpha_HW1 * 255 * COLORS(heat_HW)[..., :3]
     return PIL.Image.fromarray(_bytes(mixed_HW3))
 
 

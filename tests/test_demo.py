@@ -1,0 +1,148 @@
+"""The demo as a user runs it, on real DINOv2 weights, and the truths that its table must obey.
+
+N images, K prototypes, T traits.
+"""
+
+import csv
+import dataclasses
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from saev import errors
+from saev.data import config as data_config
+from saev.data import cub
+from saev.demo import config as demo_config
+from saev.protoeval import config, select
+from saev.scorers import config as scorers_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = ["--n-imgs", "320", "--n-patches", "150000"]
+
+
+def run_demo(dpath: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "saev.demo", "--dump-to", str(dpath), *SMALL]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def dpath(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("demo") / "demo"
+
+
+@pytest.fixture(scope="module")
+def first(dpath: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    done = run_demo(dpath)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def cfg(first: subprocess.CompletedProcess[str], dpath: pathlib.Path) -> config.ProtoEval:
+    (shard_dpath,) = (dpath / "shards").iterdir()
+    return config.ProtoEval(
+        cub_root=str(dpath / "320" / "CUB_200_2011"),
+        train_data=data_config.Shards(str(shard_dpath)),
+        n_prototypes=(16, 64, 256),
+        n_train=(8, 32, -1),
+        dump_to=str(dpath / "more"),
+        scorers_to=str(dpath / "scorers"),
+        device="cpu",
+    )
+
+
+def read_summary(result: str) -> list[dict[str, str]]:
+    with (pathlib.Path(result) / "summary.csv").open() as fd:
+        return list(csv.DictReader(fd))
+
+
+def test_prints_the_table_and_where_everything_is(
+    first: subprocess.CompletedProcess[str], dpath: pathlib.Path
+) -> None:
+    for name in ("constant | 1", "Random | 512", "KMeans | 512", "Pca | 384"):
+        assert f"| {name} |" in first.stdout
+    assert re.search(r"\| Sae [0-9a-f]{8} \| 512 \|", first.stdout)
+    paths = dict(re.findall(r"^ *(\w+): (\S+)$", first.stdout, re.M))
+    assert paths.keys() == {"images", "shards", "checkpoint", "gallery", "results"}
+    assert all(pathlib.Path(p).exists() for p in paths.values())
+    assert (pathlib.Path(paths["results"]) / "chart.png").stat().st_size > 10_000
+    assert len(list(pathlib.Path(paths["gallery"]).parent.glob("latent_*/*.png"))) > 50
+
+
+def test_prints_commands_that_run(
+    first: subprocess.CompletedProcess[str], dpath: pathlib.Path
+) -> None:
+    """Each printed command, run by itself, finds its work done."""
+    commands = re.findall(r"^\$ uv run (.*)$", first.stdout, re.M)
+    programs = [c.split(" --")[0] for c in commands]
+    assert programs == ["python -m saev.data", "train.py", "visuals.py", "protoeval.py"]
+    for command in (commands[0], commands[1], commands[3]):
+        args = command.removeprefix("python ").split()
+        done = subprocess.run(
+            [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert "already" in done.stderr
+
+
+def test_a_second_run_skips_what_is_done(
+    first: subprocess.CompletedProcess[str], dpath: pathlib.Path
+) -> None:
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in dpath.rglob("*.*")
+        if p.suffix in (".bin", ".pt", ".csv", ".html", ".jpg")
+    }
+    second = run_demo(dpath)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("|") == first.stdout.count("|")
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_random_vectors_gain_from_train_images_and_from_prototypes(cfg: config.ProtoEval) -> None:
+    seeds = [read_summary(select.main([dataclasses.replace(cfg, seed=s)])) for s in range(3)]
+    cells = [
+        {(int(r["n_prototypes"]), int(r["n_train"])): float(r["map"]) for r in rows[1:]}
+        for rows in seeds
+    ]
+    map_of = {cell: np.mean([c[cell] for c in cells]) for cell in cells[0]}
+    all_train = max(n for _, n in map_of)
+    assert map_of[256, 8] < map_of[256, 32] < map_of[256, all_train]
+    assert map_of[16, all_train] < map_of[64, all_train] < map_of[256, all_train]
+    assert map_of[256, all_train] > float(seeds[0][0]["map"]) + 0.15  # far above the constant row
+
+
+def test_labels_shifted_by_one_image_drop_every_scorer_to_the_constant_row(
+    cfg: config.ProtoEval, dpath: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bug that once made a table read 0.86: here it cannot hide."""
+    (ckpt,) = dpath.glob("checkpoints/*/sae.pt")
+    members = [
+        scorers_config.Random(),
+        scorers_config.KMeans(n_samples=20_000),
+        scorers_config.Pca(),
+    ]
+    members.append(scorers_config.Sae(str(ckpt)))
+    cfgs = [dataclasses.replace(cfg, scorer=s, n_prototypes=(256,), n_train=(-1,)) for s in members]
+    right = read_summary(select.main(cfgs))
+    load = cub.load
+
+    def shifted(root: str, *, min_certainty: int) -> cub.Cub:
+        labels = load(root, min_certainty=min_certainty)
+        return dataclasses.replace(labels, labels_NT=np.roll(labels.labels_NT, 1, axis=0))
+
+    monkeypatch.setattr(select.cub, "load", shifted)
+    wrong = read_summary(select.main(cfgs))
+    assert [r["scorer"] for r in wrong] == [r["scorer"] for r in right] and len(wrong) == 5
+    for r, w in zip(right[1:], wrong[1:], strict=True):
+        assert float(r["map"]) > float(right[0]["map"]) + 0.1
+        assert abs(float(w["map"]) - float(wrong[0]["map"])) < 0.06
+
+
+def test_a_demo_without_enough_images_is_refused() -> None:
+    with pytest.raises(errors.UserError, match="at least 40 images"):
+        demo_config.Demo(n_imgs=10)

@@ -1,0 +1,291 @@
+"""The sparse autoencoder against its formulas. B batch, D d_vit, S latents."""
+
+import copy
+import dataclasses
+import math
+import pathlib
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from saev import errors, nn
+from saev.nn import config, objectives
+
+D, FACTOR, B = 6, 4, 20
+CFGS = [
+    config.Relu(d_vit=D, exp_factor=FACTOR, sparsity_coeff=0.03),
+    config.TopK(d_vit=D, exp_factor=FACTOR, top_k=3),
+    config.BatchTopK(d_vit=D, exp_factor=FACTOR, top_k=3, threshold_momentum=0.1),
+]
+each_cfg = pytest.mark.parametrize("cfg", CFGS, ids=lambda c: type(c).__name__)
+
+
+def batch(seed: int = 0, n: int = B) -> Tensor:
+    """Far from centred and far from unit variance, as activations are."""
+    generator = torch.Generator().manual_seed(seed)
+    return 5 * torch.randn(n, D, generator=generator) + torch.arange(D) * 3.0
+
+
+def make(cfg: config.Sae, seed: int = 1) -> nn.SparseAutoencoder:
+    """Initialised from data, with biases and encoder moved off their starting points, trained for no step."""
+    sae = nn.SparseAutoencoder(cfg, seed)
+    sae.initialize(batch())
+    generator = torch.Generator().manual_seed(seed + 100)
+    with torch.no_grad():
+        for p in (sae.b_enc, sae.b_dec, sae.W_enc):
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    return sae
+
+
+def pre_activations(sae: nn.SparseAutoencoder, x_BD: Tensor) -> np.ndarray:
+    """(scale x - b_dec) W_enc + b_enc in float64, by loops over latents."""
+    x_BD, W_enc = x_BD.double().numpy(), sae.W_enc.detach().double().numpy()
+    b_dec, b_enc = sae.b_dec.detach().double().numpy(), sae.b_enc.detach().double().numpy()
+    out_BS = np.zeros((len(x_BD), sae.d_sae))
+    for b, x_D in enumerate(x_BD):
+        for s in range(sae.d_sae):
+            out_BS[b, s] = np.dot(x_D * sae.scale.item() - b_dec, W_enc[:, s]) + b_enc[s]
+    return out_BS
+
+
+def evaluated_code(sae: nn.SparseAutoencoder, pre_S: np.ndarray) -> np.ndarray:
+    """What one sample's code is in evaluation mode."""
+    match sae.cfg:
+        case config.Relu():
+            keep_S = np.ones(len(pre_S), bool)
+        case config.TopK(top_k=k):
+            keep_S = np.isin(np.arange(len(pre_S)), np.argsort(-pre_S)[:k])
+        case config.BatchTopK():
+            keep_S = pre_S > sae.threshold.item()
+    return np.where(keep_S & (pre_S > 0), pre_S, 0)
+
+
+@each_cfg
+def test_evaluation_equals_the_formula(cfg: config.Sae) -> None:
+    sae = make(cfg)
+    sae(batch(3))  # sets BatchTopK's threshold
+    sae.eval()
+    x_BD = batch(1)
+    want_BS = np.stack([evaluated_code(sae, pre_S) for pre_S in pre_activations(sae, x_BD)])
+    f_BS = sae.encode(x_BD)
+    assert 0 < (f_BS > 0).float().mean() < 1
+    np.testing.assert_allclose(f_BS.detach(), want_BS, rtol=1e-4, atol=1e-4)
+
+    W_dec, b_dec = sae.W_dec.detach().double().numpy(), sae.b_dec.detach().double().numpy()
+    want_BD = [(f_S @ W_dec + b_dec) / sae.scale.item() for f_S in want_BS]
+    np.testing.assert_allclose(sae.decode(f_BS).detach(), want_BD, rtol=1e-4, atol=1e-3)
+    x_hat_BD, f_again_BS = sae(x_BD)
+    assert torch.equal(f_again_BS, f_BS)
+    assert torch.equal(x_hat_BD, sae.decode(f_BS))
+
+
+@each_cfg
+def test_a_code_does_not_depend_on_its_batch_mates(cfg: config.Sae) -> None:
+    sae = make(cfg)
+    for seed in range(5):
+        sae(batch(seed))
+    sae.eval()
+    x_BD = batch(9)
+    alone_BS = torch.cat([sae.encode(x_BD[i : i + 1]) for i in range(B)])
+    assert torch.equal(alone_BS > 0, sae.encode(x_BD) > 0)
+    torch.testing.assert_close(alone_BS, sae.encode(x_BD), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_top_k_uses_its_threshold_only_in_evaluation() -> None:
+    sae = make(CFGS[2])
+    sae(batch())
+    x_BD = batch(1)
+    pre_BS = pre_activations(sae, x_BD)
+    sae.threshold.fill_(float(np.quantile(pre_BS, 0.99)))
+    n_over = int((pre_BS > sae.threshold.item()).sum())
+    assert 0 < n_over < 3 * B / 2
+
+    assert int((sae.eval().encode(x_BD) > 0).sum()) == n_over
+    assert int((sae.train().encode(x_BD) > 0).sum()) == 3 * B
+
+
+def test_negative_threshold_lets_no_negative_code_through() -> None:
+    sae = make(CFGS[2]).eval()
+    sae.threshold.fill_(-1.0)
+    assert sae.encode(batch()).min() == 0
+
+
+def test_threshold_is_a_moving_average_of_the_least_code() -> None:
+    sae = make(CFGS[2])
+    want = None
+    for seed in range(6):
+        pre_BS = pre_activations(sae, batch(seed))
+        kept = np.sort(pre_BS.flatten())[-3 * B :]
+        least = kept[kept > 0].min()
+        want = least if want is None else want + 0.1 * (least - want)
+        sae(batch(seed))
+        assert sae.threshold.item() == pytest.approx(want, rel=1e-4)
+
+
+def test_threshold_outlives_a_batch_in_which_nothing_fires() -> None:
+    sae = make(CFGS[2])
+    sae(batch())
+    before = sae.threshold.item()
+    with torch.no_grad():
+        sae.b_enc -= 1000
+    sae(batch())
+    assert sae.threshold.item() == before > 0
+
+
+def test_evaluation_leaves_the_threshold_alone() -> None:
+    sae = make(CFGS[2])
+    sae(batch())
+    before = sae.threshold.item()
+    sae.eval()(batch(5))
+    assert sae.threshold.item() == before
+
+
+@each_cfg
+def test_save_and_load_give_identical_outputs(cfg: config.Sae, tmp_path: pathlib.Path) -> None:
+    sae = make(cfg)
+    sae(batch(3))
+    nn.save(sae, tmp_path / "new" / "sae.pt")
+    loaded = nn.load(str(tmp_path / "new" / "sae.pt"))
+    assert loaded.cfg == cfg
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert sae.state_dict().keys() == loaded.state_dict().keys()
+    for name, tensor in sae.eval().state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    for got, want in zip(loaded(batch(4)), sae(batch(4)), strict=True):
+        assert torch.equal(got, want)
+
+
+def plain_loss(cfg: config.Sae, p: dict[str, Tensor], scale: float, x_BD: Tensor) -> Tensor:
+    """The objective from its definition: sorted values decide what is kept, one sample after another."""
+    z_BD = x_BD * scale
+    pre_BS = (z_BD - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+    match cfg:
+        case config.Relu():
+            least_B1 = torch.zeros(len(x_BD), 1)
+        case config.TopK(top_k=k):
+            least_B1 = pre_BS.sort(dim=1, descending=True).values[:, k - 1 : k]
+        case config.BatchTopK(top_k=k):
+            least_B1 = pre_BS.flatten().sort(descending=True).values[k * len(x_BD) - 1]
+    f_BS = pre_BS * ((pre_BS >= least_B1) & (pre_BS > 0))
+    loss = ((f_BS @ p["W_dec"] + p["b_dec"] - z_BD) ** 2).sum() / z_BD.numel()
+    if isinstance(cfg, config.Relu):
+        norm_S = (p["W_dec"] ** 2).sum(dim=1).sqrt()
+        loss = loss + cfg.sparsity_coeff * (f_BS * norm_S).sum() / len(x_BD)
+    return loss
+
+
+@each_cfg
+def test_loss_and_gradients_equal_the_plain_formula(cfg: config.Sae) -> None:
+    sae, x_BD = make(cfg), batch(2)
+    out = objectives.vanilla(sae, x_BD)
+    out.loss.backward()
+    params = {k: p.detach().double().requires_grad_() for k, p in sae.named_parameters()}
+    want = plain_loss(cfg, params, sae.scale.item(), x_BD.double())
+    want.backward()
+    assert out.loss.item() == pytest.approx(want.item(), rel=1e-4)
+    for name, p in sae.named_parameters():
+        assert p.grad.abs().max() > 0, name
+        torch.testing.assert_close(p.grad.double(), params[name].grad, rtol=1e-3, atol=1e-5)
+
+
+@each_cfg
+def test_gradient_equals_finite_differences(cfg: config.Sae) -> None:
+    """Of the loss along a random direction, in float64."""
+    sae, x_BD = make(cfg).double(), batch(2).double()
+    objectives.vanilla(sae, x_BD).loss.backward()
+    generator = torch.Generator().manual_seed(0)
+    step = {
+        k: torch.randn(p.shape, generator=generator).double() for k, p in sae.named_parameters()
+    }
+    slope = sum((p.grad * step[k]).sum().item() for k, p in sae.named_parameters())
+
+    def loss(eps: float) -> float:
+        moved = copy.deepcopy(sae)
+        with torch.no_grad():
+            for k, p in moved.named_parameters():
+                p += eps * step[k]
+        return objectives.vanilla(moved, x_BD).loss.item()
+
+    eps = 1e-7
+    assert (loss(eps) - loss(-eps)) / (2 * eps) == pytest.approx(slope, rel=1e-4)
+
+
+def test_initialize_centres_and_scales() -> None:
+    sae = nn.SparseAutoencoder(CFGS[1])
+    x_BD = batch()
+    sae.initialize(x_BD)
+    z_BD = x_BD * sae.scale - sae.b_dec.detach()
+    np.testing.assert_allclose(z_BD.mean(dim=0), 0, atol=1e-5)
+    assert z_BD.square().sum(dim=1).mean().item() == pytest.approx(D, rel=1e-5)
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    np.testing.assert_allclose(sae.W_dec.detach().norm(dim=1), 1, rtol=1e-6)
+
+
+def test_initialize_survives_constant_activations() -> None:
+    sae = nn.SparseAutoencoder(CFGS[1])
+    sae.initialize(torch.full((4, D), 0.1))
+    assert all(t.isfinite().all() for t in sae.state_dict().values())
+
+
+def test_seed_decides_the_weights() -> None:
+    a, b, c = (nn.SparseAutoencoder(CFGS[0], seed) for seed in (0, 0, 1))
+    assert torch.equal(a.W_dec, b.W_dec)
+    assert not torch.equal(a.W_dec, c.W_dec)
+
+
+def test_normalize_decoder_gives_unit_rows_in_the_same_direction() -> None:
+    sae = make(CFGS[0])
+    with torch.no_grad():
+        sae.W_dec *= torch.linspace(0.1, 30, sae.d_sae)[:, None]
+        sae.W_dec[3] = 0
+    before_SD = sae.W_dec.detach().clone()
+    sae.normalize_decoder()
+    for s, (w_D, old_D) in enumerate(zip(sae.W_dec.detach(), before_SD, strict=True)):
+        want_D = old_D / math.sqrt(sum(v.item() ** 2 for v in old_D)) if s != 3 else old_D
+        torch.testing.assert_close(w_D, want_D)
+
+
+def test_remove_parallel_grad_leaves_the_orthogonal_part() -> None:
+    sae = make(CFGS[0])
+    objectives.vanilla(sae, batch()).loss.backward()
+    before_SD = sae.W_dec.grad.clone()
+    sae.remove_parallel_grad()
+    for w_D, g_D, old_D in zip(sae.W_dec.detach(), sae.W_dec.grad, before_SD, strict=True):
+        assert abs(torch.dot(w_D, g_D).item()) <= 1e-5 * (1 + old_D.norm().item())
+        torch.testing.assert_close(g_D + torch.dot(w_D, old_D) * w_D, old_D, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(sae.W_dec.grad, before_SD)
+
+
+def test_shapes_are_checked_at_run_time() -> None:
+    """The net itself: a transposed array is refused by name, not computed with."""
+    sae = make(CFGS[1])
+    with pytest.raises(jaxtyping.TypeCheckError):
+        nn.metrics.mse(batch(), batch().T)
+    for wrong in (batch()[0], batch().long(), batch().numpy()):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            sae.encode(wrong)
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "match"),
+    [
+        (config.TopK, {"top_k": 0}, "--sae.top-k 0"),
+        (config.BatchTopK, {"top_k": -1}, "--sae.top-k -1"),
+        (config.BatchTopK, {"threshold_momentum": 0.0}, "--sae.threshold-momentum 0.0"),
+        (config.BatchTopK, {"threshold_momentum": 1.5}, "--sae.threshold-momentum 1.5"),
+        (config.Relu, {"exp_factor": 0}, "--sae.exp-factor 0"),
+        (config.Relu, {"sparsity_coeff": -0.1}, "--sae.sparsity-coeff -0.1"),
+    ],
+)
+def test_config_refuses(cls: type, fields: dict, match: str) -> None:
+    with pytest.raises(errors.UserError, match=match):
+        cls(**fields)
+
+
+@each_cfg
+def test_defaults_pass_their_own_checks(cfg: config.Sae) -> None:
+    assert dataclasses.replace(type(cfg)()) == type(cfg)()
