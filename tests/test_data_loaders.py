@@ -1,6 +1,9 @@
-"""Every loader against the array that was written."""
+"""Every loader against the array that was written. N images, L layers, T tokens, D d_vit, B batch."""
 
+import collections
 import itertools
+import pathlib
+import tracemalloc
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,151 +13,263 @@ import torch
 
 import saev
 from saev import errors
-from saev.data import config, ordered, shuffled
+from saev.data import config, ordered, reader, shuffled
+
+settings = hypothesis.settings(
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+PATCHES: tuple[config.Patches, ...] = ("image", "cls", "all")
 
 
-def epoch(stream: shuffled.Shuffled, n_batches: int) -> list[shuffled.Batch]:
-    return list(itertools.islice(stream, n_batches))
+def wanted(
+    acts_NLTD: np.ndarray, layer_i: int, patches: config.Patches, cls_token: bool
+) -> dict[tuple[int, int], np.ndarray]:
+    """{(image, patch): activation}, patch -1 for [CLS], by plain loops."""
+    out = {}
+    for image_i, acts_LTD in enumerate(acts_NLTD):
+        for token_i, act_D in enumerate(acts_LTD[layer_i]):
+            patch_i = token_i - 1 if cls_token else token_i
+            if patches == "all" or (patches == "cls") == (patch_i == -1):
+                out[image_i, patch_i] = act_D
+    return out
 
 
-def keys(batches: list[shuffled.Batch]) -> list[tuple[int, int]]:
-    return [
-        k for b in batches for k in zip(b.image_i_B.tolist(), b.patch_i_B.tolist(), strict=True)
-    ]
+def keys(batch: shuffled.Batch) -> list[tuple[int, int]]:
+    return list(zip(batch.image_i_B.tolist(), batch.patch_i_B.tolist(), strict=True))
+
+
+def take(cfg: config.Shards, n: int, **kwargs: int) -> list[shuffled.Batch]:
+    return list(itertools.islice(shuffled.Shuffled(cfg, **kwargs), n))
+
+
+@pytest.fixture
+def small(make_shards) -> tuple[config.Shards, np.ndarray]:
+    """9 images of 4 patches, layer 7 of (3, 7)."""
+    dpath, acts_NLTD = make_shards(n_imgs=9, n_patches=4, d_vit=6, layers=(3, 7), per_shard=4)
+    return config.Shards(str(dpath), 7), acts_NLTD
+
+
+# ---- reader, ordered, indexed ----
+
+
+@settings
+@hypothesis.given(data=st.data())
+def test_every_loader_of_any_shape(make_shards, data: st.DataObject) -> None:
+    """Index maths: all loaders agree with a loop over the array, at any shape and split into shards."""
+    n_imgs, n_patches, d_vit = (data.draw(st.integers(1, m)) for m in (11, 5, 3))
+    layers = tuple(data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=3, unique=True)))
+    cls_token = data.draw(st.booleans())
+    patches = data.draw(st.sampled_from(PATCHES if cls_token else ("image", "all")))
+    dpath, acts_NLTD = make_shards(
+        n_imgs=n_imgs,
+        n_patches=n_patches,
+        d_vit=d_vit,
+        layers=layers,
+        cls_token=cls_token,
+        per_shard=data.draw(st.integers(1, 12)),
+    )
+    layer = data.draw(st.sampled_from(layers))
+    want = wanted(acts_NLTD, layers.index(layer), patches, cls_token)
+    cfg = config.Shards(str(dpath), layer, patches)
+
+    acts = saev.data.Indexed(dpath, layer, patches)
+    assert len(acts) == len(want)
+    for i, (key, act_D) in enumerate(want.items()):
+        assert (acts[i]["image_i"], acts[i]["patch_i"]) == key
+        assert acts[i]["act"].tolist() == act_D.tolist()
+
+    want_NTD = np.stack(list(want.values())).reshape(n_imgs, -1, d_vit)
+    blocks = ordered.Ordered(cfg, n_imgs=data.draw(st.integers(1, 12)))
+    for (start, acts_NTD), want_start in zip(blocks, range(0, n_imgs, blocks.block), strict=True):
+        assert start == want_start
+        np.testing.assert_array_equal(acts_NTD, want_NTD[start : start + blocks.block])
+
+    start, stop = sorted(data.draw(st.integers(0, n_imgs)) for _ in range(2))
+    np.testing.assert_array_equal(reader.Reader(cfg).read(start, stop), want_NTD[start:stop])
+
+    batch_size = data.draw(st.integers(1, 2 * len(want)))
+    batches = take(cfg, 3 * len(want) // batch_size + 1, batch_size=batch_size, pool_bytes=50)
+    drawn = [key for batch in batches for key in keys(batch)]
+    for at in range(0, 3 * len(want), len(want)):
+        assert sorted(drawn[at : at + len(want)]) == sorted(want)
 
 
 @pytest.mark.parametrize("block", [1, 2, 5, 64])
-def test_ordered_gives_the_array(make_shards, block: int) -> None:
-    dpath, acts_NLTD = make_shards(n_imgs=11, n_patches=4, d_vit=6, layers=(2, 9), per_shard=4)
-    stream = ordered.Ordered(config.Shards(str(dpath), 9, "all"), n_imgs=block)
+def test_ordered_gives_the_array_in_blocks(small, block: int) -> None:
+    cfg, acts_NLTD = small
+    stream = ordered.Ordered(cfg, n_imgs=block)
     blocks = list(stream)
-    assert len(blocks) == len(stream)
-    assert [start for start, _ in blocks] == list(range(0, 11, block))
-    np.testing.assert_array_equal(np.concatenate([a for _, a in blocks]), acts_NLTD[:, 1])
+    assert [start for start, _ in blocks] == list(range(0, 9, block))
+    assert len(stream) == len(blocks)
+    np.testing.assert_array_equal(np.concatenate([a for _, a in blocks]), acts_NLTD[:, 1, 1:])
+    assert len(list(stream)) == len(blocks), "a second pass starts again"
+
+
+def test_what_is_read_is_a_copy(small) -> None:
+    cfg, acts_NLTD = small
+    acts = reader.Reader(cfg)
+    acts.read(0, 9)[:] = 0
+    np.testing.assert_array_equal(acts.read(0, 9), acts_NLTD[:, 1, 1:])
 
 
 def test_indexed(make_shards) -> None:
-    dpath, acts_NLTD = make_shards(n_imgs=5, n_patches=4, d_vit=6, layers=(23,), per_shard=2)
+    """The lines of DESIGN section 10."""
+    dpath, acts_NLTD = make_shards(n_imgs=5, n_patches=4, d_vit=6, layers=(11, 23), per_shard=2)
     acts = saev.data.Indexed(str(dpath), layer=23)
     assert len(acts) == 20
-    for i in range(20):
-        got = acts[i]
-        assert (got["image_i"], got["patch_i"]) == divmod(i, 4)
-        np.testing.assert_array_equal(got["act"].numpy(), acts_NLTD[i // 4, 0, 1 + i % 4])
-    assert torch.equal(acts[-1]["act"], acts[19]["act"])
-    assert acts.images[3] == ("a/3.png", "a") and acts.images[3].label == "a"
-    with pytest.raises(IndexError):
-        _ = acts[20]
-    assert [saev.data.Indexed(dpath, patches="all")[i]["patch_i"] for i in range(6)] == [
-        -1,
-        0,
-        1,
-        2,
-        3,
-        -1,
-    ]
+    assert sorted(acts[6]) == ["act", "image_i", "patch_i"]
+    assert (acts[6]["image_i"], acts[6]["patch_i"]) == (1, 2)
+    assert acts[6]["act"].dtype == torch.float32
+    np.testing.assert_array_equal(acts[6]["act"], acts_NLTD[1, 1, 3])
+    path, label = acts.images[4]
+    assert (path, label) == ("class1/0004.jpg", "class1")
+    assert (acts.images[4].path, acts.images[4].label) == (path, label)
 
 
-def test_cls_of_a_model_without_one(make_shards) -> None:
-    dpath, _ = make_shards(n_imgs=2, n_patches=4, d_vit=6, layers=(0,), cls_token=False)
+def test_indexed_takes_any_integer_and_ends(small) -> None:
+    cfg, _ = small
+    acts = saev.data.Indexed(cfg.shard_root, 7)
+    for last in (-1, np.int64(35), torch.tensor(35)):
+        assert torch.equal(acts[last]["act"], acts[35]["act"])
+    assert [a["image_i"] for a in acts] == [i for i in range(9) for _ in range(4)]
+    for i in (36, -37):
+        with pytest.raises(IndexError, match=f"activation {i} of 36"):
+            _ = acts[i]
+
+
+def test_cls_is_patch_minus_one(make_shards) -> None:
+    dpath, acts_NLTD = make_shards(n_imgs=3, n_patches=2, d_vit=4, layers=(0,))
+    acts = saev.data.Indexed(dpath, patches="all")
+    assert [acts[i]["patch_i"] for i in range(6)] == [-1, 0, 1, -1, 0, 1]
+    acts = saev.data.Indexed(dpath, patches="cls")
+    assert [(a["image_i"], a["patch_i"]) for a in acts] == [(0, -1), (1, -1), (2, -1)]
+    np.testing.assert_array_equal(acts[2]["act"], acts_NLTD[2, 0, 0])
+    (batch,) = take(config.Shards(str(dpath), patches="cls"), 1, batch_size=3)
+    assert sorted(keys(batch)) == [(0, -1), (1, -1), (2, -1)]
+
+
+def test_cls_of_a_model_without(make_shards) -> None:
+    dpath, _ = make_shards(n_imgs=2, cls_token=False)
     with pytest.raises(errors.UserError, match=r"has no \[CLS\] token. Pass --data.patches image"):
         saev.data.Indexed(dpath, patches="cls")
     assert saev.data.Indexed(dpath)[0]["patch_i"] == 0
 
 
-@pytest.mark.parametrize("pool_bytes", [1, 1000, 1 << 20])
-def test_shuffled_delivers_each_activation_once_an_epoch(make_shards, pool_bytes: int) -> None:
-    dpath, acts_NLTD = make_shards(n_imgs=9, n_patches=4, d_vit=6, layers=(0,), per_shard=4)
-    stream = shuffled.Shuffled(config.Shards(str(dpath)), batch_size=6, pool_bytes=pool_bytes)
-    batches = epoch(stream, 12)  # 72 activations: two epochs
-    assert sorted(keys(batches)) == sorted(2 * list(itertools.product(range(9), range(4))))
+def test_shard_root_left_out() -> None:
+    with pytest.raises(errors.UserError, match="--data.shard-root is missing"):
+        reader.Reader(config.Shards())
+
+
+# ---- shuffled ----
+
+
+@pytest.mark.parametrize("pool_bytes", [1, 500, 1 << 20])
+@pytest.mark.parametrize("batch_size", [6, 7, 36])
+def test_an_epoch_delivers_each_activation_once(small, pool_bytes: int, batch_size: int) -> None:
+    cfg, acts_NLTD = small
+    want = wanted(acts_NLTD, 1, "image", True)
+    n_batches = -(-3 * 36 // batch_size)
+    batches = take(cfg, n_batches, batch_size=batch_size, pool_bytes=pool_bytes)
     for batch in batches:
-        assert batch.act_BD.shape == (6, 6)
-        np.testing.assert_array_equal(
-            batch.act_BD.numpy(), acts_NLTD[batch.image_i_B, 0, 1 + batch.patch_i_B]
-        )
+        assert batch.act_BD.shape == (batch_size, 6)
+        for act_D, key in zip(batch.act_BD.numpy(), keys(batch), strict=True):
+            np.testing.assert_array_equal(act_D, want[key])
+    drawn = [key for batch in batches for key in keys(batch)]
+    epochs = [drawn[at : at + 36] for at in (0, 36, 72)]
+    assert all(sorted(epoch) == sorted(want) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_shuffled_is_seeded(make_shards) -> None:
-    dpath, _ = make_shards(n_imgs=9, n_patches=4, d_vit=6, layers=(0,))
+def test_batches_stay_as_they_were_handed_out(small) -> None:
+    """Also when the pool has been filled again since."""
+    cfg, acts_NLTD = small
+    for batch in take(cfg, 40, batch_size=3, pool_bytes=1):
+        want_BD = acts_NLTD[batch.image_i_B, 1, 1 + batch.patch_i_B]
+        np.testing.assert_array_equal(batch.act_BD, want_BD)
+
+
+def test_seed_decides_the_order(small) -> None:
+    cfg, _ = small
+    runs = [
+        [
+            key
+            for batch in take(cfg, 12, batch_size=6, seed=seed, pool_bytes=400)
+            for key in keys(batch)
+        ]
+        for seed in (0, 0, 1)
+    ]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_a_stream_can_be_started_twice(small) -> None:
+    cfg, _ = small
+    stream = shuffled.Shuffled(cfg, batch_size=5)
+    first, second = (keys(next(iter(stream))) for _ in range(2))
+    assert first == second
+
+
+def test_batch_larger_than_the_data(small) -> None:
+    cfg, acts_NLTD = small
+    (batch,) = take(cfg, 1, batch_size=90)
+    counts = collections.Counter(keys(batch))
+    assert counts.keys() == wanted(acts_NLTD, 1, "image", True).keys()
+    assert set(counts.values()) == {2, 3}, "two whole epochs and half of the third"
+
+
+def test_a_full_pool_is_a_uniform_shuffle(make_shards) -> None:
+    """Over many seeds each activation comes first equally often: chi-squared of 36 places, 35 degrees of freedom."""
+    dpath, _ = make_shards(n_imgs=9, n_patches=4, d_vit=1, layers=(0,))
     cfg = config.Shards(str(dpath))
-    first, again, other = (
-        keys(epoch(shuffled.Shuffled(cfg, batch_size=6, seed=s), 6)) for s in (0, 0, 1)
-    )
-    assert first == again
-    assert sorted(first) == sorted(other) and first != other
+    n = 1000
+    first = collections.Counter(keys(take(cfg, 1, batch_size=1, seed=s)[0])[0] for s in range(n))
+    chi2 = sum((first[divmod(i, 4)] - n / 36) ** 2 / (n / 36) for i in range(36))
+    assert chi2 < 73  # p = 0.0002, at fixed seeds
 
 
-def test_shuffled_mixes_images(make_shards) -> None:
-    dpath, _ = make_shards(n_imgs=200, n_patches=16, d_vit=4, layers=(0,), per_shard=50)
-    (batch,) = epoch(shuffled.Shuffled(config.Shards(str(dpath)), batch_size=64), 1)
-    uniform = 200 * (1 - (1 - 1 / 200) ** 64)
-    assert len(set(batch.image_i_B.tolist())) > 0.8 * uniform
+def test_a_bounded_pool_still_mixes_images(make_shards) -> None:
+    """A pool of a quarter of the data: a batch has nearly as many different images as a uniform sample."""
+    dpath, _ = make_shards(n_imgs=400, n_patches=16, d_vit=4, layers=(0,), per_shard=50)
+    batches = take(config.Shards(str(dpath)), 90, batch_size=64, pool_bytes=1600 * 16)
+    # The pool holds 100 images; half of it is drawn before it is filled again.
+    uniform = 100 * (1 - (1 - 1 / 100) ** 64)
+    n_images = [len(set(batch.image_i_B.tolist())) for batch in batches]
+    assert np.mean(n_images) > 0.9 * uniform
+    assert len({i for batch in batches[:10] for i in batch.image_i_B.tolist()}) > 90
 
 
-def test_shuffled_pool_is_bounded(make_shards) -> None:
-    dpath, _ = make_shards(n_imgs=100, n_patches=4, d_vit=6, layers=(0,), per_shard=30)
-    stream = shuffled.Shuffled(config.Shards(str(dpath)), batch_size=10, pool_bytes=100 * 24)
-    pieces = [len(index_P) for _, index_P in stream._epoch(0)]
-    assert sum(pieces) == 400
-    assert max(pieces) <= 100 + shuffled.BLOCK_IMGS * 4
+def test_pool_bytes_bound_the_memory(make_shards) -> None:
+    dpath, _ = make_shards(n_imgs=400, n_patches=16, d_vit=256, layers=(0,), per_shard=100)
+    cfg = config.Shards(str(dpath))
+    pool_bytes = 1 << 20
+    take(cfg, 1, batch_size=16)
+    tracemalloc.start()
+    for _ in itertools.islice(shuffled.Shuffled(cfg, batch_size=64, pool_bytes=pool_bytes), 300):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert pool_bytes < peak < 1.5 * pool_bytes
 
 
-def test_epochs_differ(make_shards) -> None:
-    dpath, _ = make_shards(n_imgs=9, n_patches=4, d_vit=6, layers=(0,))
-    batches = epoch(shuffled.Shuffled(config.Shards(str(dpath)), batch_size=6), 12)
-    assert sorted(keys(batches[:6])) == sorted(keys(batches[6:])) and keys(batches[:6]) != keys(
-        batches[6:]
-    )
-
-
-def test_a_batch_larger_than_the_data(make_shards) -> None:
-    dpath, _ = make_shards(n_imgs=2, n_patches=4, d_vit=6, layers=(0,))
-    (batch,) = epoch(shuffled.Shuffled(config.Shards(str(dpath)), batch_size=24), 1)
-    assert sorted(keys([batch])) == sorted(3 * list(itertools.product(range(2), range(4))))
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_bad_activations_name_their_image(make_shards, bad: float) -> None:
     acts_NLTD = np.zeros((7, 1, 5, 6), np.float32)
     acts_NLTD[4, 0, 2, 3] = bad
     dpath, _ = make_shards(n_imgs=7, n_patches=4, d_vit=6, layers=(8,), acts=acts_NLTD)
     cfg = config.Shards(str(dpath))
-    for stream in (ordered.Ordered(cfg, n_imgs=3), shuffled.Shuffled(cfg, batch_size=4)):
-        with pytest.raises(
-            errors.UserError, match="image 4 has NaN or infinite activations at layer 8"
-        ):
+    for stream in (ordered.Ordered(cfg, n_imgs=3), shuffled.Shuffled(cfg, batch_size=28)):
+        with pytest.raises(errors.UserError, match="image 4 has NaN or infinite .* at layer 8"):
             for _ in itertools.islice(stream, 10):
                 pass
+    list(ordered.Ordered(config.Shards(str(dpath), patches="cls")))  # another token: fine
 
 
 def test_a_shard_that_vanishes_while_reading(make_shards) -> None:
-    dpath, _ = make_shards(n_imgs=6, n_patches=4, d_vit=6, layers=(0,), per_shard=2)
+    dpath, _ = make_shards(n_imgs=6, per_shard=2)
     stream = iter(ordered.Ordered(config.Shards(str(dpath)), n_imgs=2))
     next(stream)
-    (dpath / "acts000001.bin").unlink()
+    (pathlib.Path(dpath) / "acts000001.bin").unlink()
     with pytest.raises(errors.UserError, match=r"acts000001\.bin: cannot be read"):
         next(stream)
-
-
-@hypothesis.settings(
-    deadline=None,
-    max_examples=30,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
-@hypothesis.given(data=st.data())
-def test_any_block_of_any_shape(make_shards, data: st.DataObject) -> None:
-    n_imgs, n_patches, d_vit = (data.draw(st.integers(1, 9)) for _ in range(3))
-    cls_token, per_shard = data.draw(st.booleans()), data.draw(st.integers(1, 5))
-    dpath, acts_NLTD = make_shards(
-        n_imgs=n_imgs,
-        n_patches=n_patches,
-        d_vit=d_vit,
-        layers=(1, 4),
-        cls_token=cls_token,
-        per_shard=per_shard,
-    )
-    start = data.draw(st.integers(0, n_imgs - 1))
-    stop = data.draw(st.integers(start + 1, n_imgs))
-    got_NTD = ordered.Ordered(config.Shards(str(dpath), 4)).reader.read(start, stop)
-    np.testing.assert_array_equal(got_NTD, acts_NLTD[start:stop, 1, int(cls_token) :])

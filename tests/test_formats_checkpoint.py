@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+import torch
 
 from saev import errors, helpers, nn
 from saev.formats import checkpoint
@@ -118,3 +119,28 @@ def test_header_that_is_no_json_writes_nothing(tmp_path: pathlib.Path) -> None:
     with pytest.raises(TypeError):
         checkpoint.write(tmp_path / "a.pt", "sae", {"bad": object()}, b"")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pickle_in_the_payload_is_not_run(
+    sae_fpath: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    class Touch:
+        def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+            return pathlib.Path.touch, (tmp_path / "owned",)
+
+    torch.save({"W_enc": Touch()}, tmp_path / "bad")
+    line, _, _ = sae_fpath.read_bytes().partition(b"\n")
+    sae_fpath.write_bytes(line + b"\n" + (tmp_path / "bad").read_bytes())
+    refuses(sae_fpath, "its tensors cannot be read")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_header_of_an_sae(sae_fpath: pathlib.Path) -> None:
+    header, _ = checkpoint.read(sae_fpath, "sae")
+    assert header == {
+        "lib": "saev",
+        "schema": 100,
+        "kind": "sae",
+        "cls": "TopK",
+        "cfg": {"d_vit": 4, "exp_factor": 2, "top_k": 32},
+    }

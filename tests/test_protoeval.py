@@ -170,6 +170,14 @@ def test_all_scorers_of_a_group_give_what_each_gives_alone(cfg: config.ProtoEval
     assert together[2:] == [line for lines in alone for line in lines]
 
 
+def test_scorers_of_one_table_have_different_names(cfg: config.ProtoEval) -> None:
+    members = [scorers_config.Random(), scorers_config.Random("dot"), scorers_config.Pca()]
+    members += [scorers_config.Sae("a/x/sae.pt"), scorers_config.Sae("a/y/sae.pt")]
+    names = select.labels_of([dataclasses.replace(cfg, scorer=s) for s in members])
+    assert names == ["Random similarity=cosine", "Random similarity=dot", "Pca", "Sae x", "Sae y"]
+    assert select.labels_of([cfg]) == ["Pca"]
+
+
 def test_train_and_test_in_separate_shards_equal_one_directory(
     cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path
 ) -> None:

@@ -3,7 +3,7 @@
     CUB_200_2011/images.txt                             image id, path
     CUB_200_2011/train_test_split.txt                   image id, 1 for train
     CUB_200_2011/image_class_labels.txt                 image id, class id
-    CUB_200_2011/attributes/attributes.txt              attribute id, name (or one level above CUB_200_2011)
+    CUB_200_2011/attributes/attributes.txt              attribute id, name (or in CUB_200_2011, or beside it)
     CUB_200_2011/attributes/image_attribute_labels.txt  image id, attribute id, present, certainty, [more,] time
 
 Every label is tied to its image's id and path, never to a line's position. Shape letters: N images, T traits.
@@ -11,13 +11,20 @@ Every label is tied to its image's id and path, never to a line's position. Shap
 
 import dataclasses
 import pathlib
+import re
 import typing as tp
+import warnings
 
 import beartype
 import numpy as np
 from jaxtyping import Bool, Int64, jaxtyped
 
 from saev import errors
+
+TEXT: dict[str, tp.Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
+"""As Python names files whose names are not UTF-8: such a path still equals the dump's."""
+NATURAL, INTEGER = re.compile("[0-9]{1,7}"), re.compile("[+-]?[0-9]{1,18}")
+FIELDS = "'IMAGE_ID ATTRIBUTE_ID PRESENT CERTAINTY ...'"
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -55,13 +62,14 @@ def load(root: str | pathlib.Path, *, min_certainty: int = 3) -> Cub:
         )
     paths = _names(_need(root / "images.txt"))
     ids = list(paths)
-    names = _names(_need(_attributes_fpath(root)))
+    names_fpath = _attributes_fpath(root)
+    names = _names(names_fpath)
     if sorted(names) != list(range(1, len(names) + 1)):
         raise errors.UserError(
-            f"{_attributes_fpath(root)}: attribute ids are not 1 ... {len(names)}. Unpack CUB again."
+            f"{names_fpath}: attribute ids are not 1 ... {len(names)}. Unpack CUB again."
         )
-    is_train = _numbers(_need(root / "train_test_split.txt"), paths)
-    classes = _numbers(_need(root / "image_class_labels.txt"), paths)
+    is_train = _numbers(_need(root / "train_test_split.txt"), paths, range(2))
+    classes = _numbers(_need(root / "image_class_labels.txt"), paths, range(1, 10_000))
     fpath = _need(root / "attributes" / "image_attribute_labels.txt")
     return Cub(
         paths_N=[paths[i] for i in ids],
@@ -81,9 +89,10 @@ def _need(fpath: pathlib.Path) -> pathlib.Path:
 
 
 def _attributes_fpath(root: pathlib.Path) -> pathlib.Path:
-    """attributes.txt lies inside attributes/ or, as in the original archive, beside CUB_200_2011."""
-    inside, beside = root / "attributes" / "attributes.txt", root.parent / "attributes.txt"
-    return inside if inside.is_file() or not beside.is_file() else beside
+    """attributes.txt lies inside attributes/, or one level up, or (as in the original archive) beside CUB_200_2011."""
+    dpaths = (root / "attributes", root, root.resolve().parent)
+    fpaths = [dpath / "attributes.txt" for dpath in dpaths]
+    return _need(next((fpath for fpath in fpaths if fpath.is_file()), fpaths[0]))
 
 
 def _bad_line(fpath: pathlib.Path, line_i: int, line: str, wanted: str) -> errors.UserError:
@@ -163,8 +172,12 @@ def _check_all_seen(fpath: pathlib.Path, seen_NT: np.ndarray, ids: list[int]) ->
 def _first_four_fields(fpath: pathlib.Path) -> np.ndarray:
     """(filled lines, 4) int64 array of the first four fields."""
     try:
-        with fpath.open(**TEXT) as fd:
-            return np.loadtxt(fd, np.int64, usecols=range(4), comments=None, ndmin=2)
+        with fpath.open(**TEXT) as fd, warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # an empty file; its pairs are missed later
+            fields_M4 = np.loadtxt(fd, np.int64, usecols=range(4), comments=None, ndmin=2)
+            return fields_M4.reshape(-1, 4)
     except ValueError:  # says only which row; find the line
         for line_i, line in _filled_lines(fpath):
             fields = line.split()[:4]

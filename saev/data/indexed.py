@@ -1,5 +1,6 @@
 """Random access to single activations, for notebooks."""
 
+import operator
 import pathlib
 import typing as tp
 
@@ -34,7 +35,8 @@ class Indexed:
         return self.reader.dir.records
 
     @beartype.beartype
-    def __getitem__(self, i: int) -> dict[str, tp.Any]:
+    def __getitem__(self, i: tp.SupportsIndex) -> dict[str, tp.Any]:
+        i = operator.index(i)  # numpy's integers and zero-dimensional tensors too
         if not -len(self) <= i < len(self):
             raise IndexError(f"activation {i} of {len(self)}")
         image_i, token_i = divmod(i % len(self), self.reader.n_tokens)

@@ -1,15 +1,14 @@
 """Well-mixed batches of single activations, for training.
 
-Mixing: blocks of a few consecutive images are read in a seeded random order into a pool of bounded size. The
-pool is permuted as a whole and its first half is handed out; then the freed half is refilled and the pool is
-permuted again. An epoch delivers every activation exactly once, and the next starts when it is over: only the
-batch at the seam holds activations of both, so every batch is full. The same seed gives the same sequence.
+Mixing: blocks of a few consecutive images are read in a seeded random order into a pool of bounded size. Batches
+are drawn from it at random without replacement; when half of it is gone, it is filled up again. An epoch delivers
+every activation exactly once, and the next starts when it is over: only the batch at the seam holds activations
+of both, so every batch is full. The same seed gives the same sequence.
 
-Shape letters: B batch, D d_vit.
+Shape letters: B batch, P places in the pool, D d_vit.
 """
 
 import collections.abc
-import itertools
 import math
 import typing as tp
 
@@ -39,7 +38,7 @@ class Shuffled:
         cfg: which activations.
         batch_size: activations per batch.
         seed: of the order.
-        pool_bytes: bound of the pool's memory; as much again is used while it is permuted.
+        pool_bytes: bound of the pool's memory; the pool holds two batches and one block of images in any case.
 
     Raises:
         UserError: see `reader.Reader`; while iterating, NaN or infinite activations (names the image).
@@ -53,48 +52,72 @@ class Shuffled:
         self.batch_size = batch_size
         self.seed = seed
         n_fit = pool_bytes // (4 * self.reader.d_vit)
-        self.n_pool = max(2 * batch_size, min(n_fit, len(self.reader)))
+        n_least = max(2 * batch_size, BLOCK_IMGS * self.reader.n_tokens)
+        self.n_pool = min(max(n_fit, n_least), len(self.reader))
 
     def __iter__(self) -> collections.abc.Iterator[Batch]:
-        rest_PD, rest_P = np.empty((0, self.reader.d_vit), np.float32), np.empty(0, np.int64)
-        for epoch in itertools.count():
-            for act_PD, index_P in self._epoch(epoch):
-                act_PD, index_P = (
-                    np.concatenate([rest_PD, act_PD]),
-                    np.concatenate([rest_P, index_P]),
-                )
-                n_out = len(index_P) // self.batch_size * self.batch_size
-                for at in range(0, n_out, self.batch_size):
-                    batch = slice(at, at + self.batch_size)
-                    yield self._batch(act_PD[batch], index_P[batch])
-                rest_PD, rest_P = act_PD[n_out:], index_P[n_out:]
+        pool = _Pool(self.reader, self.n_pool, self.seed)
+        while True:
+            act_BD = np.empty((self.batch_size, self.reader.d_vit), np.float32)
+            index_B = np.empty(self.batch_size, np.int64)
+            n = 0
+            while n < self.batch_size:
+                n += pool.draw(act_BD[n:], index_B[n:])
+            image_i_B, token_i_B = divmod(index_B, self.reader.n_tokens)
+            patch_i_B = token_i_B + self.reader.first_patch
+            yield Batch(torch.from_numpy(act_BD), image_i_B, patch_i_B)
 
-    def _batch(self, act_BD: np.ndarray, index_B: np.ndarray) -> Batch:
-        image_i_B, token_i_B = divmod(index_B, self.reader.n_tokens)
-        return Batch(torch.from_numpy(act_BD), image_i_B, token_i_B + self.reader.first_patch)
 
-    def _epoch(self, epoch: int) -> collections.abc.Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pieces (P, D) of the permuted pool, with the place of each activation in the stream; all of it, once."""
-        rng = np.random.default_rng((self.seed, epoch))
-        blocks = rng.permutation(math.ceil(self.reader.n_imgs / BLOCK_IMGS)).tolist()
-        pool_PD, pool_P = np.empty((0, self.reader.d_vit), np.float32), np.empty(0, np.int64)
-        while blocks:
-            acts, indices, n = [pool_PD], [pool_P], len(pool_P)
-            while blocks and n < self.n_pool:
-                act_XD, index_X = self._read(blocks.pop())
-                acts.append(act_XD)
-                indices.append(index_X)
-                n += len(index_X)
-            order_P = rng.permutation(n)
-            pool_PD, pool_P = np.concatenate(acts)[order_P], np.concatenate(indices)[order_P]
-            n_out = n // 2 if blocks else n
-            yield pool_PD[:n_out], pool_P[:n_out]
-            pool_PD, pool_P = pool_PD[n_out:], pool_P[n_out:]
+class _Pool:
+    """Activations in memory, each at a place that it keeps until it is drawn.
 
-    def _read(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    `place_P` lists all places: the `n_free` free ones first, then the taken ones in the order in which they are drawn.
+    """
+
+    def __init__(self, acts: reader.Reader, n_pool: int, seed: int):
+        self.reader = acts
+        self.rng = np.random.default_rng((seed, 0x5AE))
+        self.act_PD = np.empty((n_pool, acts.d_vit), np.float32)
+        self.index_P = np.empty(n_pool, np.int64)  # place of the activation in the stream
+        self.place_P = np.arange(n_pool)
+        self.n_free = n_pool
+        self.n_ready = 0  # may be drawn before the pool is filled again
+        self.blocks: list[int] = []  # unread ones of this epoch
+
+    def draw(self, act_BD: np.ndarray, index_B: np.ndarray) -> int:
+        """Moves activations from the pool to `act_BD`, at least one and as many as fit or are ready; returns how many."""
+        if not self.n_ready:
+            self._fill()
+        n = min(self.n_ready, len(index_B))
+        places = self.place_P[self.n_free : self.n_free + n]
+        self.act_PD.take(places, axis=0, out=act_BD[:n], mode="clip")  # clip: no buffer for `out`
+        index_B[:n] = self.index_P[places]
+        self.n_free += n
+        self.n_ready -= n
+        return n
+
+    def _fill(self) -> None:
+        """Reads blocks of the epoch while they fit (of the next epoch once all is drawn), then permutes what is there."""
+        if not self.blocks and self.n_free == len(self.place_P):
+            n_blocks = math.ceil(self.reader.n_imgs / BLOCK_IMGS)
+            self.blocks = self.rng.permutation(n_blocks).tolist()
+        while self.blocks and self._read(self.blocks[-1]):
+            self.blocks.pop()
+        taken = self.place_P[self.n_free :]
+        self.rng.shuffle(taken)
+        self.n_ready = math.ceil(len(taken) / 2) if self.blocks else len(taken)
+
+    def _read(self, block: int) -> bool:
+        """Puts a block into free places; False if it does not fit."""
         start = block * BLOCK_IMGS
         stop = min(start + BLOCK_IMGS, self.reader.n_imgs)
+        n = (stop - start) * self.reader.n_tokens
+        if n > self.n_free:
+            return False
         acts_NTD = self.reader.read(start, stop)
         reader.check_finite(acts_NTD, self.reader, start)
-        index_X = np.arange(start * self.reader.n_tokens, stop * self.reader.n_tokens)
-        return acts_NTD.reshape(-1, self.reader.d_vit), index_X
+        places = self.place_P[self.n_free - n : self.n_free]
+        self.act_PD[places] = acts_NTD.reshape(n, -1)
+        self.index_P[places] = np.arange(start * self.reader.n_tokens, stop * self.reader.n_tokens)
+        self.n_free -= n
+        return True

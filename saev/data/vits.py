@@ -211,7 +211,7 @@ def _split_ckpt(cfg: config.Vit) -> tuple[str, str | None]:
     return name, tag
 
 
-def _open_clip_blocks(visual: torch.nn.Module, cfg: config.Vit) -> tp.Sized:
+def _open_clip_blocks(visual: torch.nn.Module, cfg: config.Vit) -> collections.abc.Sized:
     if hasattr(visual, "trunk"):
         return _timm_blocks(visual.trunk, cfg)
     if hasattr(visual, "transformer"):
@@ -294,7 +294,7 @@ def _timm_tower(
     )
 
 
-def _timm_blocks(model: torch.nn.Module, cfg: config.Vit) -> tp.Sized:
+def _timm_blocks(model: torch.nn.Module, cfg: config.Vit) -> collections.abc.Sized:
     if not (
         hasattr(model, "blocks")
         and hasattr(model, "patch_embed")

@@ -56,7 +56,9 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     if (out / "table.md").exists():
         logger.info("%s: evaluated already", out)
         return str(out)
-    banks = [bank for c in cfgs for bank in _banks(c)]
+    banks = [
+        bank for c, name in zip(cfgs, labels_of(cfgs), strict=True) for bank in _banks(c, name)
+    ]
     train, test = _score(cfg, banks, labels, joins)
     rows = evaluate(train, test, banks, labels.attribute_names_T, cfg.n_train, cfg.seed)
     report.write(out, rows, labels.attribute_names_T)
@@ -86,7 +88,7 @@ def _identity(data: data_config.Shards) -> list[object]:
 # ---- scorers ----
 
 
-def _banks(cfg: config.ProtoEval) -> list[Bank]:
+def _banks(cfg: config.ProtoEval, name: str) -> list[Bank]:
     """K-means is fitted once per K; the others once, and their prefixes serve the smaller K."""
     fit_ks = cfg.n_prototypes if type(cfg.scorer).__name__ == "KMeans" else (max(cfg.n_prototypes),)
     out = []
@@ -102,15 +104,28 @@ def _banks(cfg: config.ProtoEval) -> list[Bank]:
                 type(cfg.scorer).__name__,
                 scorer.n_prototypes,
             )
-        out.append(Bank(_label(cfg), scorer, ks))
+        out.append(Bank(name, scorer, ks))
     return out
 
 
-def _label(cfg: config.ProtoEval) -> str:
-    """The scorer's name in the table; an SAE's carries its run id."""
-    name = type(cfg.scorer).__name__
-    ckpt = getattr(cfg.scorer, "ckpt", "")
-    return f"{name} {pathlib.Path(ckpt).parent.name}" if ckpt else name
+@beartype.beartype
+def labels_of(cfgs: list[config.ProtoEval]) -> list[str]:
+    """The scorers' names in the table: the class, an SAE's run id, and whatever else tells two of them apart."""
+    return [_label(cfg, cfgs) for cfg in cfgs]
+
+
+def _label(cfg: config.ProtoEval, cfgs: list[config.ProtoEval]) -> str:
+    alike = [c for c in cfgs if type(c.scorer) is type(cfg.scorer)]
+    parts = [type(cfg.scorer).__name__]
+    for field in dataclasses.fields(cfg.scorer):
+        value = getattr(cfg.scorer, field.name)
+        if field.name == "ckpt":
+            parts.append(pathlib.Path(value).parent.name or value)
+        elif any(getattr(c.scorer, field.name) != value for c in alike):
+            parts.append(f"{field.name}={value}")
+    if any(c.fit != cfg.fit for c in alike):
+        parts.append(f"fit on {pathlib.Path(cfg.fit.shard_root).name[:8]} layer {cfg.fit.layer}")
+    return " ".join(parts)
 
 
 # ---- images joined by path ----

@@ -1,0 +1,144 @@
+"""Image lists and the transform."""
+
+import json
+import pathlib
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import torchvision.transforms
+
+from saev import errors
+from saev.data import config, images
+
+
+def save(fpath: pathlib.Path, size: tuple[int, int] = (9, 7), mode: str = "RGB") -> None:
+    fpath.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    pixels = PIL.Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8))
+    pixels.convert(mode).save(fpath)
+
+
+def test_image_folder_is_sorted_and_labelled_by_its_first_folder(tmp_path: pathlib.Path) -> None:
+    for name in (
+        "b/2.png",
+        "b/deep/1.JPG",
+        "a/10.jpeg",
+        "a/9.png",
+        "top.png",
+        ".hidden/3.png",
+        "a/.4.png",
+    ):
+        save(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    assert images.list_images(config.ImageFolder(str(tmp_path))) == [
+        ("a/10.jpeg", "a"),
+        ("a/9.png", "a"),
+        ("b/2.png", "b"),
+        ("b/deep/1.JPG", "b"),
+        ("top.png", ""),
+    ]
+
+
+def test_roots_without_images(tmp_path: pathlib.Path) -> None:
+    for root, match in (
+        ("", "--data.root is missing"),
+        (str(tmp_path / "x"), "no such directory"),
+        (str(tmp_path), "no images found"),
+    ):
+        with pytest.raises(errors.UserError, match=match):
+            images.list_images(config.ImageFolder(root))
+
+
+@pytest.fixture
+def cub(tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / "images.txt").write_text("7 002.B/x.jpg\n3 001.A/y.jpg\n5 001.A/z.jpg\n")
+    (tmp_path / "train_test_split.txt").write_text("3 1\n5 0\n7 1\n")
+    return tmp_path
+
+
+def test_cub_keeps_the_order_of_images_txt_and_joins_the_split_by_id(cub: pathlib.Path) -> None:
+    def paths(split: str) -> list[str]:
+        return [r.path for r in images.list_images(config.Cub200(str(cub), split))]
+
+    assert paths("all") == ["002.B/x.jpg", "001.A/y.jpg", "001.A/z.jpg"]
+    assert paths("train") == ["002.B/x.jpg", "001.A/y.jpg"]
+    assert paths("test") == ["001.A/z.jpg"]
+    assert images.image_root(config.Cub200(str(cub))) == cub / "images"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("images.txt", "7 a.jpg\nb.jpg\n", r"images\.txt:2: 'b\.jpg' is not 'ID VALUE'"),
+        ("images.txt", "7 a.jpg\n7 b.jpg\n", r"images\.txt:2"),
+        (
+            "train_test_split.txt",
+            "3 1\n",
+            r"train_test_split\.txt: image 7 of images\.txt has no line",
+        ),
+        ("train_test_split.txt", "3\n", r"train_test_split\.txt:1"),
+    ],
+)
+def test_bad_cub_lines_are_named(cub: pathlib.Path, name: str, text: str, match: str) -> None:
+    (cub / name).write_text(text)
+    with pytest.raises(errors.UserError, match=match):
+        images.list_images(config.Cub200(str(cub), "train"))
+
+
+def test_a_folder_that_is_not_cub(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(errors.UserError, match=r"images\.txt: missing"):
+        images.list_images(config.Cub200(str(tmp_path)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
+def test_every_mode_opens_as_rgb(tmp_path: pathlib.Path, mode: str) -> None:
+    fpath = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    save(fpath, mode=mode)
+    img = images.open_rgb(fpath)
+    assert (img.mode, img.size) == ("RGB", (9, 7))
+
+
+def test_corrupt_images_are_named(tmp_path: pathlib.Path) -> None:
+    save(tmp_path / "ok.png", (200, 200))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "ok.png").read_bytes()[:2000])
+    (tmp_path / "text.jpg").write_text("hello")
+    for name in ("cut.png", "text.jpg", "gone.png"):
+        with pytest.raises(errors.UserError, match=f"{name}: cannot be read as an image"):
+            images.open_rgb(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "size", [(300, 200), (201, 333), (224, 224), (57, 41), (256, 1000), (999, 257)]
+)
+@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (224, 224), (37, 32)])
+def test_transform_equals_torchvision(
+    size: tuple[int, int], resize: int, crop: int, tmp_path: pathlib.Path
+) -> None:
+    save(tmp_path / "x.png", size)
+    img = images.open_rgb(tmp_path / "x.png")
+    mean, std = (0.48, 0.45, 0.40), (0.26, 0.26, 0.27)
+    interpolation = torchvision.transforms.InterpolationMode.BICUBIC
+    geometry = [
+        torchvision.transforms.Resize(resize, interpolation),
+        torchvision.transforms.CenterCrop(crop),
+    ]
+    tail = [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize(mean, std)]
+    got = images.Transform((crop, crop), resize, False, "bicubic", mean, std)(img)
+    assert torch.equal(got, torchvision.transforms.Compose(geometry + tail)(img))
+    squashed = images.Transform((crop, crop), crop, True, "bicubic", mean, std)(img)
+    squash = torchvision.transforms.Resize((crop, crop), interpolation)
+    assert torch.equal(squashed, torchvision.transforms.Compose([squash, *tail])(img))
+
+
+def test_transform_survives_json_and_refuses_nonsense() -> None:
+    transform = images.Transform((32, 32), 36, False, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    assert images.Transform.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
+    for changes in ({"size": "big"}, {"extra": 1}):
+        with pytest.raises(errors.UserError, match=r"transform\.json: not a transform"):
+            images.Transform.from_dict(transform.to_dict() | changes)
+    with pytest.raises(errors.UserError, match="interpolation 'cubic' is not supported"):
+        images.Transform.from_dict(transform.to_dict() | {"interpolation": "cubic"})
+    with pytest.raises(errors.UserError, match="cannot crop"):
+        images.Transform((64, 64), 36, False, "bilinear", (0.5,), (0.2,))
