@@ -158,7 +158,7 @@ def test_cls_of_a_model_without(make_shards) -> None:
 
 
 def test_shard_root_left_out() -> None:
-    with pytest.raises(errors.UserError, match="--data.shard-root is missing"):
+    with pytest.raises(errors.UserError, match=r"--data\.shard-root is missing"):
         reader.Reader(config.Shards())
 
 
@@ -260,7 +260,7 @@ def test_bad_activations_name_their_image(make_shards, bad: float) -> None:
     dpath, _ = make_shards(n_imgs=7, n_patches=4, d_vit=6, layers=(8,), acts=acts_NLTD)
     cfg = config.Shards(str(dpath))
     for stream in (ordered.Ordered(cfg, n_imgs=3), shuffled.Shuffled(cfg, batch_size=28)):
-        with pytest.raises(errors.UserError, match="image 4 has NaN or infinite .* at layer 8"):
+        with pytest.raises(errors.UserError, match=r"image 4 has NaN or infinite .* at layer 8"):
             for _ in itertools.islice(stream, 10):
                 pass
     list(ordered.Ordered(config.Shards(str(dpath), patches="cls")))  # another token: fine
