@@ -1,0 +1,113 @@
+"""Imports go down only: DESIGN's floors, read from the source with ast."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+FLOORS = {
+    "saev": 5.0,  # the lazy package: nothing inside imports it
+    "saev.helpers": 0.0,
+    "saev.errors": 0.0,
+    "saev.formats": 0.5,
+    "saev.launch": 1.0,
+    "saev.sweeps": 1.0,
+    "saev.tracking": 1.0,
+    "saev.devices": 1.0,
+    "saev.nn": 2.0,
+    "saev.data": 2.0,
+    "saev.scorers": 2.5,
+    "saev.training": 3.0,
+    "saev.visuals": 3.0,
+    "saev.protoeval": 3.0,
+    "saev.demo": 4.0,
+    "train": 4.0,
+    "visuals": 4.0,
+    "protoeval": 4.0,
+}
+"""A package imports from lower floors and from itself; two packages of one floor do not know each other."""
+
+HEAVY = {
+    "torch",
+    "numpy",
+    "sklearn",
+    "scipy",
+    "PIL",
+    "timm",
+    "open_clip",
+    "matplotlib",
+    "submitit",
+    "wandb",
+}
+"""Not to be waited for by --help, --dry-run and submission."""
+
+
+def package(module: str) -> str:
+    """The entry of FLOORS that a module belongs to."""
+    return max((p for p in FLOORS if module == p or module.startswith(f"{p}.")), key=len)
+
+
+def modules() -> dict[str, pathlib.Path]:
+    fpaths = [*ROOT.glob("saev/**/*.py"), *ROOT.glob("*.py")]
+    names = [
+        ".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for f in fpaths
+    ]
+    return dict(zip(names, fpaths, strict=True))
+
+
+def imports(source: str, top_level_only: bool = False) -> set[str]:
+    """Dotted names that a source imports; `from a import b` counts as a.b."""
+    tree = ast.parse(source)
+    out: set[str] = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            out |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            out |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return out
+
+
+def upward(module: str, source: str) -> list[str]:
+    """Imports of saev that do not go down."""
+    mine = package(module)
+    found = {name: package(name) for name in imports(source) if name.split(".")[0] == "saev"}
+    return [
+        name for name, theirs in found.items() if theirs != mine and FLOORS[theirs] >= FLOORS[mine]
+    ]
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_go_down_only(module: str) -> None:
+    entry_points = {"saev.data.__main__": "train"}  # a command, although it lies in saev/data
+    source = modules()[module].read_text()
+    assert upward(entry_points.get(module, module), source) == []
+
+
+def test_an_upward_import_is_caught() -> None:
+    assert upward("saev.nn.sae", "from saev.data import reader") == ["saev.data.reader"]
+    assert upward("saev.training.loop", "import saev.visuals.render") == ["saev.visuals.render"]
+    assert upward("saev.launch", "from saev import nn") == ["saev.nn"]
+    assert upward("saev.scorers.sae", "from saev import nn\nfrom saev.scorers import base") == []
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in modules() if m.endswith((".config", "__main__")) or "." not in m]
+)
+def test_configs_and_commands_import_nothing_heavy(module: str) -> None:
+    """At module level, and through whatever of saev they import."""
+    seen, todo = set(), [module]
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        for imported in imports(modules()[name].read_text(), top_level_only=True):
+            assert imported.split(".")[0] not in HEAVY, f"{name} imports {imported}"
+            parts = imported.split(".")
+            known = [
+                ".".join(parts[:i])
+                for i in range(1, len(parts) + 1)
+                if ".".join(parts[:i]) in modules()
+            ]
+            todo += [m for m in known if m not in seen]
