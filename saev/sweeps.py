@@ -97,28 +97,22 @@ def expand(table: dict[str, object], cls: type, fpath: pathlib.Path) -> list[Ove
 
 def _axis(key: str, value: object, cls: type, fpath: pathlib.Path) -> list[Override]:
     """The alternatives that one key of a table gives."""
-    if key == "paired" and isinstance(value, list):
-        return [o for entry in value for o in expand(_table(entry, key, fpath), cls, fpath)]
-    if isinstance(value, dict):
-        return [_prefixed(key, o) for o in _expand_nested(value)]
-    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-        return [_prefixed(key, o) for entry in value for o in _expand_nested(entry)]
-    if isinstance(value, list) and not (
-        _is_tuple_field(cls, key) and not any(isinstance(v, list) for v in value)
-    ):
-        if not value:
-            raise errors.UserError(
-                f"{fpath}: {key} is an empty list: an axis needs at least one value."
-            )
-        return [{key: v} for v in value]
-    return [{key: value}]
+    tables = value if isinstance(value, list) else [value]
+    if key == "paired":
+        return [o for t in tables for o in expand(_table(t, key, fpath), cls, fpath)]
+    _owner(cls, key, fpath)  # an unknown key is reported before its value
+    if key in _nested_fields(cls):
+        nested = [o for t in tables for o in _expand_nested(key, _table(t, key, fpath), fpath)]
+        return [{f"{key}.{k}": v for k, v in o.items()} for o in nested]
+    if _is_tuple_field(cls, key) and not any(isinstance(v, list) for v in tables):
+        return [{key: value}]
+    return [{key: v} for v in _alternatives(key, value, fpath)]
 
 
-def _expand_nested(table: dict[str, object]) -> list[Override]:
+def _expand_nested(key: str, table: dict[str, object], fpath: pathlib.Path) -> list[Override]:
     """Nested configs hold scalars only: each list is an axis."""
     axes = [
-        [{k: v} for v in value] if isinstance(value, list) else [{k: value}]
-        for k, value in table.items()
+        [{k: v} for v in _alternatives(f"{key}.{k}", value, fpath)] for k, value in table.items()
     ]
     return [
         {k: v for a in combination for k, v in a.items()}
@@ -126,13 +120,23 @@ def _expand_nested(table: dict[str, object]) -> list[Override]:
     ]
 
 
-def _prefixed(key: str, override: Override) -> Override:
-    return {f"{key}.{k}": v for k, v in override.items()}
+def _alternatives(key: str, value: object, fpath: pathlib.Path) -> list[object]:
+    if value == []:
+        raise errors.UserError(f"{fpath}: {key} is an empty list: an axis needs a value.")
+    return value if isinstance(value, list) else [value]
+
+
+def _nested_fields(cls: type) -> set[str]:
+    """Fields that are configs of their own and not flattened: tables in the file."""
+    fields = dataclasses.fields(tp.cast(tp.Any, cls))
+    return {f.name for f in fields if _members(f) and not _flat_members(f)}
 
 
 def _table(value: object, key: str, fpath: pathlib.Path) -> dict[str, object]:
     if not isinstance(value, dict):
-        raise errors.UserError(f"{fpath}: {key} must be tables: write [[{key}]].")
+        raise errors.UserError(
+            f"{fpath}: {key} must be a table: write [{key}], or [[{key}]] for several."
+        )
     return value
 
 

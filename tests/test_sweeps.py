@@ -1,0 +1,176 @@
+"""Sweep files and the flags that win over them."""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from saev import errors, launch, sweeps
+from saev.data import config as data_config
+from saev.demo import config as demo_config
+from saev.nn import config as nn_config
+from saev.protoeval import config as protoeval_config
+from saev.scorers import config as scorers_config
+from saev.training import config
+from saev.visuals import config as visuals_config
+
+
+@pytest.fixture
+def parse(tmp_path: pathlib.Path):
+    """parse(toml, args, cls) -> configs."""
+
+    def run(toml: str, args: str = "", cls: type = config.Train) -> list:
+        (tmp_path / "x.toml").write_text(toml)
+        return sweeps.parse(cls, "", ["--sweep", str(tmp_path / "x.toml"), *args.split()])
+
+    return run
+
+
+def test_no_sweep_is_one_config() -> None:
+    (cfg,) = sweeps.parse(config.Train, "", ["--lr", "0.5", "sae:relu", "--sae.d-vit", "7"])
+    assert cfg.lr == 0.5 and cfg.sae == nn_config.Relu(d_vit=7)
+
+
+def test_lists_are_crossed_in_file_order(parse) -> None:
+    cfgs = parse("lr = [1e-4, 1e-3]\nseed = 3\n[sae]\ntop_k = [8, 16]\n[data]\nlayer = 5")
+    assert [(c.lr, c.sae.top_k) for c in cfgs] == [(1e-4, 8), (1e-4, 16), (1e-3, 8), (1e-3, 16)]
+    assert {(c.seed, c.data.layer, type(c.sae)) for c in cfgs} == {(3, 5, nn_config.BatchTopK)}
+
+
+def test_tables_vary_together(parse) -> None:
+    toml = """
+    seed = [0, 1]
+    [[sae]]
+    type = "top-k"
+    top_k = [8, 16]
+    [[sae]]
+    type = "relu"
+    sparsity_coeff = 1e-3
+    """
+    cfgs = parse(toml)
+    want = [nn_config.TopK(top_k=8), nn_config.TopK(top_k=16), nn_config.Relu(sparsity_coeff=1e-3)]
+    assert [(c.seed, c.sae) for c in cfgs] == [(s, sae) for s in (0, 1) for sae in want]
+
+
+def test_paired_parameters_of_the_top_level(parse) -> None:
+    cfgs = parse(
+        "[[paired]]\nlr = 1e-4\nn_lr_warmup = 500\n[[paired]]\nlr = 1e-3\nn_lr_warmup = 50"
+    )
+    assert [(c.lr, c.n_lr_warmup) for c in cfgs] == [(1e-4, 500), (1e-3, 50)]
+
+
+def test_a_list_for_a_list_parameter_is_its_value(parse) -> None:
+    cls = protoeval_config.ProtoEval
+    assert [c.n_train for c in parse("n_train = [16, -1]", cls=cls)] == [(16, -1)]
+    assert [c.n_train for c in parse("n_train = [[16], [64, -1]]", cls=cls)] == [(16,), (64, -1)]
+
+
+def test_typed_flags_win(parse) -> None:
+    cfgs = parse("lr = [1e-4, 1e-3]\n[sae]\ntop_k = [8, 16]", "--lr 0.5 sae:top-k --sae.top-k 4")
+    assert cfgs == [config.Train(lr=0.5, sae=nn_config.TopK(top_k=4), sweep=cfgs[0].sweep)]
+    cfgs = parse("n_hours = 3\nslurm_acct = 'A'\nlr = 1", "--slurm-acct B")
+    assert (cfgs[0].slurm.n_hours, cfgs[0].slurm.slurm_acct, cfgs[0].lr) == (3.0, "B", 1.0)
+
+
+def test_the_typed_subcommand_takes_the_files_keys(parse) -> None:
+    cfgs = parse("[sae]\nsparsity_coeff = [1e-4, 1e-3]", "sae:relu --sae.d-vit 9")
+    assert [c.sae for c in cfgs] == [
+        nn_config.Relu(d_vit=9, sparsity_coeff=v) for v in (1e-4, 1e-3)
+    ]
+
+
+BAD = {
+    "top_q = 3": "unknown key 'top_q'. Valid keys: sae, data",
+    "learning_rate = 3": "unknown key 'learning_rate'",
+    "slurm_act = 'x'": "unknown key 'slurm_act'. Perhaps you meant 'slurm_acct'",
+    "[sae]\ntopk = 3": "unknown key 'sae.topk'. Perhaps you meant 'sae.top_k'. Valid keys: sae.d_vit",
+    "[sea]\ntopk = 3": "unknown key 'sea'. Perhaps you meant 'sae'",
+    "sae = 3": "sae must be a table",
+    "lr = 'fast'": "lr = 'fast': must be float, not str",
+    "seed = 1.5": "seed = 1.5: must be int, not float",
+    "dry_run = 'yes'": "dry_run = 'yes': must be bool",
+    "[sae]\ntop_k = [8, '9']": "sae.top_k = '9': must be int, not str",
+    "[sae]\ntop_k = 0": "--sae.top-k 0: must be at least 1",
+    "lr = -1.0": "--lr -1.0: must be positive",
+    "lr = []": "lr is an empty list",
+    "[sae]\ntop_k = []": "sae.top_k is an empty list",
+    "[[sae]]\ntype = 'topk'": "sae.type = 'topk': valid types are relu, top-k, batch-top-k",
+    "lr = ": "not valid TOML",
+    "[[paired]]\n[[paired.x]]\n": "unknown key 'x'",
+    "paired = [1]": "paired must be a table",
+}
+
+
+@pytest.mark.parametrize("toml", BAD)
+def test_mistakes_are_one_line_with_the_file(parse, toml: str) -> None:
+    with pytest.raises(errors.UserError, match=rf"x\.toml: .*{BAD[toml]}") as err:
+        parse(toml)
+    assert "\n" not in str(err.value)
+
+
+def test_a_type_against_the_typed_subcommand(parse) -> None:
+    with pytest.raises(
+        errors.UserError, match="sae.type is 'top-k' but the command line has sae:relu. Drop one"
+    ):
+        parse("[[sae]]\ntype = 'top-k'", "sae:relu")
+
+
+def test_missing_file() -> None:
+    with pytest.raises(errors.UserError, match=r"--sweep gone\.toml: no such file"):
+        sweeps.parse(config.Train, "", ["--sweep", "gone.toml"])
+
+
+UNIONS = [
+    *(("train.py", "sae", c) for c in (nn_config.Relu, nn_config.TopK, nn_config.BatchTopK)),
+    *(
+        ("protoeval.py", "scorer", c)
+        for c in (
+            scorers_config.Random,
+            scorers_config.KMeans,
+            scorers_config.Pca,
+            scorers_config.Sae,
+        )
+    ),
+    *(("visuals.py", "images", c) for c in (data_config.ImageFolder, data_config.Cub200)),
+]
+
+
+@pytest.mark.parametrize(("program", "field", "cls"), UNIONS)
+def test_subcommand_names_are_tyros(program: str, field: str, cls: type) -> None:
+    root = pathlib.Path(__file__).parent.parent
+    command = [sys.executable, program, "--dry-run", f"{field}:{sweeps.subcommand_name(cls)}"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and f"{field}: {cls.__name__}" in done.stdout
+
+
+CONFIGS = [
+    *(
+        config.Train,
+        protoeval_config.ProtoEval,
+        visuals_config.Visuals,
+        demo_config.Demo,
+        launch.SlurmConfig,
+    ),
+    *(
+        data_config.Dump,
+        data_config.Vit,
+        data_config.Shards,
+        data_config.ImageFolder,
+        data_config.Cub200,
+    ),
+    *(cls for _, _, cls in UNIONS),
+]
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_defaults_have_the_declared_types(cls: type) -> None:
+    """beartype never looks at defaults; replace() passes them through the checked constructor."""
+    assert dataclasses.replace(cls()) == cls()
+
+
+def test_groups_share_a_stream() -> None:
+    cfgs = [config.Train(lr=lr, seed=seed) for seed in (0, 1) for lr in (1e-4, 1e-3)]
+    assert [[c.lr for c in g] for g in config.group(cfgs)] == [[1e-4, 1e-3], [1e-4, 1e-3]]
+    assert len(config.group([config.Train(batch_size=8), config.Train(batch_size=16)])) == 2
