@@ -1,0 +1,38 @@
+"""Stages for tests of the launcher: importable, because submitit pickles by name."""
+
+import os
+import pathlib
+import time
+
+from saev import errors
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+def refuse(x: int) -> int:
+    raise errors.UserError(f"{x} is too large. Pass a smaller one.")
+
+
+def crash(x: int) -> int:
+    raise RuntimeError(f"bug at {x}")
+
+
+def touch_later(fpath: str) -> str:
+    """Notes its start, works for some seconds, notes its end."""
+    pathlib.Path(fpath + ".started").touch()
+    time.sleep(6)
+    pathlib.Path(fpath).touch()
+    return fpath
+
+
+def second_time_lucky(fpath: str) -> int:
+    """The first run waits for a signal that never comes by itself; a requeued one returns."""
+    runs = pathlib.Path(fpath)
+    with runs.open("a") as fd:
+        fd.write(os.environ["SLURM_JOB_ID"] + "\n")
+    n_runs = len(runs.read_text().splitlines())
+    if n_runs == 1:
+        time.sleep(120)
+    return n_runs
