@@ -11,6 +11,7 @@ import pathlib
 import sys
 import time
 import typing as tp
+import uuid
 
 import tqdm
 
@@ -26,7 +27,7 @@ def atomic(fpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
     A reader therefore sees the old file, the whole new file, or none; never a part.
     """
     fpath.parent.mkdir(parents=True, exist_ok=True)
-    tmp_fpath = fpath.with_name(f".{fpath.name}.{os.getpid()}.tmp")
+    tmp_fpath = fpath.with_name(f".{fpath.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield tmp_fpath
         with tmp_fpath.open("rb+") as fd:

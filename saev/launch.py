@@ -173,13 +173,19 @@ def _result(job: tp.Any) -> tp.Any:
     try:
         kind, value = job.result()
     except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as err:
-        lines = str(err).strip().splitlines()
         raise errors.UserError(
-            f"job {job.job_id} failed: {lines[-1]} Its log: {job.paths.stdout}"
+            f"job {job.job_id} failed: {_last_line(str(err))} Its log: {job.paths.stdout}"
         ) from err
     if kind == "error":
         raise errors.UserError(f"job {job.job_id}: {value}")
     return value
+
+
+def _last_line(text: str) -> str:
+    """The exception's line of submitit's message: a traceback between rules, then where the logs are."""
+    trace = text.partition("You can check full logs")[0]
+    lines = [line.strip() for line in trace.splitlines() if line.strip(" -")]
+    return lines[-1].rstrip(".") + "." if lines else "it left no result."
 
 
 @beartype.beartype

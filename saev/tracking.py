@@ -4,14 +4,22 @@ The training loop holds a `Tracker` and does not know which.
 """
 
 import collections.abc
+import contextlib
 import json
+import netrc
 import os
 import pathlib
 import typing as tp
+import urllib.parse
 
 import beartype
 
+from saev import errors
+
 Metrics = collections.abc.Mapping[str, float | int]
+
+WANDB_HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}
+"""wandb's own server, which has two names."""
 
 
 @tp.runtime_checkable
@@ -44,15 +52,20 @@ class Wandb:
     def __init__(self, dpath: pathlib.Path, project: str, name: str, config: dict[str, object]):
         import wandb
 
-        self.run = wandb.init(
-            project=project,
-            name=name,
-            config=config,
-            dir=str(dpath),
-            mode=wandb_mode(),
-            reinit="create_new",  # several SAEs of one process are several runs
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self.run = wandb.init(
+                project=project,
+                name=name,
+                config=config,
+                dir=str(dpath),
+                mode=wandb_mode(),
+                reinit="create_new",  # several SAEs of one process are several runs
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as err:
+            raise errors.UserError(
+                f"wandb: {errors.first_line(err)} Set WANDB_MODE=offline, or pass --wandb-project ''."
+            ) from err
 
     def log(self, step: int, metrics: Metrics) -> None:
         self.run.log(dict(metrics), step=step)
@@ -78,13 +91,39 @@ class Both:
 
 @beartype.beartype
 def wandb_mode() -> tp.Literal["online", "offline", "disabled"]:
-    """WANDB_MODE if set; else online when an API key is at hand (environment or netrc), offline when not."""
+    """WANDB_MODE if set; else online when an API key is at hand (environment, settings file or netrc), offline when not.
+
+    Asks neither the user nor a server (`wandb.login` would).
+    """
     mode = os.environ.get("WANDB_MODE", "")
     if mode in ("online", "offline", "disabled"):
         return tp.cast(tp.Literal["online", "offline", "disabled"], mode)
     import wandb
 
-    return "online" if wandb.api.api_key else "offline"
+    settings = wandb.setup().settings
+    if settings.mode in ("offline", "disabled"):  # `wandb offline` was run in this folder
+        return settings.mode
+    has_key = settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    return "online" if has_key or _netrc_hosts() & _names(settings.base_url) else "offline"
+
+
+def _names(base_url: str) -> set[str]:
+    """The names under which `wandb login` may have written a server's key."""
+    host = urllib.parse.urlsplit(base_url).netloc
+    return WANDB_HOSTS if host in WANDB_HOSTS else {host}
+
+
+def _netrc_hosts() -> set[str]:
+    """Machines that the user's netrc file knows; none if it is missing or unreadable."""
+    home = pathlib.Path.home()
+    fpaths = [home / ".netrc", home / "_netrc"]
+    if "NETRC" in os.environ:
+        fpaths = [pathlib.Path(os.environ["NETRC"]).expanduser()]
+    hosts: set[str] = set()
+    for fpath in fpaths:
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            hosts |= netrc.netrc(fpath).hosts.keys()
+    return hosts
 
 
 @beartype.beartype

@@ -59,6 +59,8 @@ class Train:
                 raise errors.UserError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1."
                 )
+        if self.seed < 0:
+            raise errors.UserError(f"--seed {self.seed}: must not be negative.")
         if self.lr <= 0:
             raise errors.UserError(f"--lr {self.lr}: must be positive.")
 

@@ -1,5 +1,6 @@
 """The training loop: every run of a group sees the same batches. B batch, D d_vit, S latents."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,8 @@ def main(cfgs: list[config.Train]) -> list[str]:
     """Trains the runs of one group and returns the paths of their checkpoints, in order. Finished runs are left alone.
 
     Raises:
-        UserError: bad shards, a d_vit that does not fit them, or a loss that is not finite.
+        UserError: bad shards, a d_vit that does not fit them, or a loss that is not finite (after the
+            other runs of the group are trained and saved).
     """
     stream = shuffled.Shuffled(
         cfgs[0].data,
@@ -35,12 +37,14 @@ def main(cfgs: list[config.Train]) -> list[str]:
     )
     cfgs = [_with_d_vit(cfg, stream.reader.d_vit) for cfg in cfgs]
     fpaths = [_dpath(cfg, stream) / "sae.pt" for cfg in cfgs]
-    todo = [(cfg, fpath) for cfg, fpath in zip(cfgs, fpaths, strict=True) if not fpath.exists()]
-    for fpath in fpaths:
+    todo = {}  # equal runs are trained once
+    for cfg, fpath in zip(cfgs, fpaths, strict=True):
         if fpath.exists():
             logger.info(
                 "%s: trained already; pass another --seed or --ckpt-to to train it again", fpath
             )
+        else:
+            todo[fpath] = cfg
     if todo:
         _train(stream, todo)
     return [str(fpath) for fpath in fpaths]
@@ -132,7 +136,11 @@ class Run:
 
     @torch.no_grad()
     def measure(self, step: int, x_BD: Tensor, out: objectives.Output) -> dict[str, float]:
-        """The metrics of this step's batch, by their fixed names."""
+        """The metrics of this step's batch, by their fixed names.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
         if not out.loss.isfinite():
             raise errors.UserError(
                 f"run {self.dpath.name}: the loss is {out.loss.item()} at step {step}. Lower --lr (now {self.cfg.lr})."
@@ -143,36 +151,63 @@ class Run:
         values["dead_pct"] = metrics.dead_pct(self.tokens_since_fired_S, self.cfg.dead_window)
         return {"loss": out.loss.item(), **values, "grad_norm": self.grad_norm, "lr": self.lr(step)}
 
-    def finish(self) -> None:
+    def save(self) -> None:
         nn.save(self.sae.eval(), self.dpath / "sae.pt")
-        self.tracker.finish()
 
 
-def _train(stream: shuffled.Shuffled, todo: list[tuple[config.Train, pathlib.Path]]) -> None:
-    cfg = todo[0][0]
+def _train(stream: shuffled.Shuffled, todo: dict[pathlib.Path, config.Train]) -> None:
+    cfg = next(iter(todo.values()))
     device = devices.pick(cfg.device)
     batches = _Timed(stream)
     x_BD = next(batches)
-    runs = [Run(c, fpath.parent, x_BD, device) for c, fpath in todo]
-    for step in helpers.progress(
-        range(cfg.n_steps), f"train {len(runs)} SAE(s)", cfg.n_steps, "steps"
-    ):
+    with contextlib.ExitStack() as trackers:  # closed also when a run fails
+        runs = []
+        for fpath, run_cfg in todo.items():
+            runs.append(Run(run_cfg, fpath.parent, x_BD, device))
+            trackers.callback(runs[-1].tracker.finish)
+        _steps(cfg, runs, x_BD, batches, device)
+
+
+def _steps(
+    cfg: config.Train, runs: list[Run], x_BD: Tensor, batches: "_Timed", device: torch.device
+) -> None:
+    """All steps, then the checkpoints. A run whose loss is not finite drops out; the others go on, then it is reported."""
+    lost: list[errors.UserError] = []
+    steps = range(cfg.n_steps)
+    for step in helpers.progress(steps, f"train {len(runs)} SAE(s)", cfg.n_steps, "steps"):
         x_BD = x_BD.to(device)
         outs = [run.step(step, x_BD) for run in runs]
         if cfg.logs_at(step):
-            _log(step, runs, outs, x_BD, batches)
+            runs = _log(step, runs, outs, x_BD, batches, lost)
+        if not runs:
+            break
         if step < cfg.n_steps - 1:
             x_BD = next(batches)
     for run in runs:
-        run.finish()
+        run.save()
+    if lost:
+        raise errors.UserError(" ".join(map(str, lost)))
 
 
 def _log(
-    step: int, runs: list[Run], outs: list[objectives.Output], x_BD: Tensor, batches: "_Timed"
-) -> None:
+    step: int,
+    runs: list[Run],
+    outs: list[objectives.Output],
+    x_BD: Tensor,
+    batches: "_Timed",
+    lost: list[errors.UserError],
+) -> list[Run]:
+    """Logs each run's metrics; returns the runs with a finite loss and adds the others' errors to `lost`."""
     rates = batches.rates(len(x_BD))
+    alive = []
     for run, out in zip(runs, outs, strict=True):
-        run.tracker.log(step, {**run.measure(step, x_BD, out), **rates})
+        try:
+            run.tracker.log(step, {**run.measure(step, x_BD, out), **rates})
+        except errors.UserError as err:
+            lost.append(err)
+        else:
+            alive.append(run)
+    return alive
 
 
 class _Timed:

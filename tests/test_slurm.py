@@ -1,0 +1,202 @@
+"""Jobs on a real Slurm. Runs where one answers (tests/slurm/up brings up a one-node Slurm); skips elsewhere."""
+
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from saev import errors, launch
+from saev.demo import minicub
+
+ROOT = pathlib.Path(__file__).parent.parent
+TASKS = ROOT / "tests" / "slurm"
+
+
+def slurm_answers() -> bool:
+    if shutil.which("sbatch") is None:
+        return False
+    try:
+        return subprocess.run(["sinfo", "-h"], capture_output=True, timeout=20).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+pytestmark = pytest.mark.skipif(
+    not slurm_answers(), reason="no Slurm here; tests/slurm/up brings one up"
+)
+
+
+@pytest.fixture
+def slurm(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> launch.SlurmConfig:
+    monkeypatch.setenv("PYTHONPATH", str(TASKS))  # Slurm passes the environment on to the job
+    monkeypatch.syspath_prepend(str(TASKS))
+    return launch.SlurmConfig(
+        "test", "nextgen", n_hours=0.2, n_cpus=2, n_gpus=0, log_to=str(tmp_path / "logs")
+    )
+
+
+def test_an_array_returns_its_results_in_order(slurm: launch.SlurmConfig) -> None:
+    assert launch.run("tasks:square", [3, 1, 2], slurm, "saev-test") == [9, 1, 4]
+
+
+def test_a_users_mistake_crosses_as_one_line(slurm: launch.SlurmConfig) -> None:
+    with pytest.raises(
+        errors.UserError, match=r"job \d+_\d+: 7 is too large. Pass a smaller one"
+    ) as err:
+        launch.run("tasks:refuse", [7, 8], slurm, "saev-test")
+    assert "\n" not in str(err.value)
+
+
+def test_a_crash_names_its_log(slurm: launch.SlurmConfig) -> None:
+    with pytest.raises(errors.UserError, match=r"job \d+_0 failed: .*bug at 7.* Its log: ") as err:
+        launch.run("tasks:crash", [7, 8], slurm, "saev-test")
+    assert "\n" not in str(err.value)
+    assert (
+        "RuntimeError: bug at 7"
+        in pathlib.Path(str(err.value).rpartition("Its log: ")[2]).read_text()
+    )
+
+
+def test_a_partition_that_does_not_exist(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    wrong = launch.SlurmConfig("test", "nowhere", n_gpus=0, log_to=str(tmp_path / "logs"))
+    with pytest.raises(errors.UserError, match="sbatch refused the job: .*Invalid partition"):
+        launch.run("tasks:square", [1], wrong, "saev-test")
+
+
+def test_ctrl_c_leaves_the_jobs_running_and_says_so(
+    slurm: launch.SlurmConfig, tmp_path: pathlib.Path
+) -> None:
+    fpath = tmp_path / "done"
+    source = (
+        "from saev import launch\n"
+        f"cfg = launch.SlurmConfig('test', 'nextgen', 0.2, n_gpus=0, n_cpus=1, log_to={slurm.log_to!r})\n"
+        f"launch.entry(lambda: launch.run('tasks:touch_later', [{str(fpath)!r}], cfg, 'saev-test'))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", source], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: fpath.with_name("done.started").exists())
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert "stopped waiting; jobs go on: " in stderr and "Cancel them with: scancel " in stderr
+    assert not fpath.exists()
+    wait_for(fpath.exists)
+
+
+def test_a_job_out_of_time_is_queued_again(
+    slurm: launch.SlurmConfig, tmp_path: pathlib.Path
+) -> None:
+    """SIGUSR2 is how Slurm tells submitit that the time is nearly up."""
+    fpath = tmp_path / "runs"
+    source = (
+        "from saev import launch\n"
+        f"cfg = launch.SlurmConfig('test', 'nextgen', 0.2, n_gpus=0, n_cpus=1, log_to={slurm.log_to!r})\n"
+        f"print(launch.run('tasks:second_time_lucky', [{str(fpath)!r}], cfg, 'saev-test'))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", source], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: fpath.exists() and fpath.read_text())
+    subprocess.run(["scancel", "--signal=USR2", fpath.read_text().strip()], check=True)
+    stdout, _ = process.communicate(timeout=90)
+    assert stdout.strip() == "[2]"
+
+
+def wait_for(condition: object, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+# ---- the commands ----
+
+
+def saev(*args: object) -> list[str]:
+    """Lines that the command prints."""
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()
+
+
+def pipeline(dpath: pathlib.Path, cub: pathlib.Path, *where: object) -> dict[str, bytes]:
+    """Dump, a sweep of two, protoeval; the contents of what they made, by name."""
+    vit = [
+        "--vit-family",
+        "timm",
+        "--vit-ckpt",
+        "vit_tiny_patch16_224",
+        "--vit-weights",
+        "random",
+        "--img-size",
+        64,
+    ]
+    dump = ["--vit-layers", 1, "--device", "cpu", "--dump-to", dpath / "shards", *where]
+    (shards,) = saev("-m", "saev.data", *vit, *dump, "data:cub200", "--data.root", cub)
+    (dpath / "sweep.toml").write_text("[[sae]]\ntype = 'top-k'\n[[sae]]\ntype = 'relu'\n")
+    train = [
+        "--n-patches",
+        2000,
+        "--batch-size",
+        200,
+        "--ckpt-to",
+        dpath / "ck",
+        "--wandb-project",
+        "",
+    ]
+    train += [
+        "--sweep",
+        dpath / "sweep.toml",
+        "--data.shard-root",
+        shards,
+        "--device",
+        "cpu",
+        *where,
+    ]
+    ckpts = saev("train.py", *train)
+    assert len(ckpts) == 2
+    evaluate = [
+        "--cub-root",
+        cub,
+        "--train-data.shard-root",
+        shards,
+        "--n-prototypes",
+        8,
+        "--n-train",
+        8,
+        -1,
+    ]
+    evaluate += [
+        "--dump-to",
+        dpath / "results",
+        "--scorers-to",
+        dpath / "scorers",
+        "--device",
+        "cpu",
+        *where,
+    ]
+    results = pathlib.Path(
+        saev("protoeval.py", *evaluate, "scorer:sae", "--scorer.ckpt", ckpts[0])[-1]
+    )
+    made = {f.name: f.read_bytes() for f in pathlib.Path(shards).iterdir()}
+    made |= {pathlib.Path(c).parent.name: pathlib.Path(c).read_bytes() for c in ckpts}
+    return made | {f.name: f.read_bytes() for f in results.glob("*.csv")}
+
+
+def test_the_commands_give_on_slurm_what_they_give_here(tmp_path: pathlib.Path) -> None:
+    cub = tmp_path / "CUB_200_2011"
+    minicub.draw(cub, n_imgs=40)
+    where = ["--slurm-acct", "test", "--slurm-partition", "nextgen", "--n-gpus", 0, "--n-cpus", 2]
+    here = pipeline(tmp_path / "here", cub)
+    there = pipeline(
+        tmp_path / "there", cub, *where, "--n-hours", 0.2, "--log-to", tmp_path / "logs"
+    )
+    assert len(list((tmp_path / "logs").glob("*.pkl"))) > 0
+    assert here.keys() == there.keys() and {"summary.csv", "acts000000.bin"} <= here.keys()
+    assert [name for name in here if here[name] != there[name]] == []

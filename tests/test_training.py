@@ -1,0 +1,393 @@
+"""Training: finds planted dictionaries, logs every metric, fails in words. D d_vit, S latents, A atoms."""
+
+import collections.abc
+import dataclasses
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+from saev import errors, nn, tracking
+from saev.data import config as data_config
+from saev.data import reader, shuffled
+from saev.nn import config as nn_config
+from saev.nn import metrics, objectives
+from saev.training import config, loop
+
+NAMES = {
+    "mse",
+    "explained_variance",
+    "l0",
+    "l1",
+    "dead_pct",
+    "mean_abs_corr",
+    "coherence",
+    "avg_w_col_norm",
+    "grad_norm",
+    "normalized_mse",
+    "l0_count",
+    "loss",
+    "lr",
+    "tokens_per_s",
+    "loader_wait",
+    "step",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> collections.abc.Iterator[None]:
+    """Models this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cfg(make_shards, tmp_path: pathlib.Path) -> config.Train:
+    """12 steps on 200 activations of width 8."""
+    dpath, _ = make_shards(n_imgs=50, n_patches=4, d_vit=8, layers=(3, 7), per_shard=20)
+    return config.Train(
+        sae=nn_config.TopK(exp_factor=4, top_k=3),
+        data=data_config.Shards(str(dpath), 7),
+        n_patches=12 * 32,
+        batch_size=32,
+        lr=1e-2,
+        n_lr_warmup=4,
+        log_every=5,
+        dead_window=100,
+        ckpt_to=str(tmp_path / "checkpoints"),
+        wandb_project="",
+        device="cpu",
+    )
+
+
+def change(cfg: config.Train, **changes: object) -> config.Train:
+    return dataclasses.replace(cfg, **changes)
+
+
+def logged(sae_fpath: str) -> list[dict[str, float]]:
+    text = (pathlib.Path(sae_fpath).parent / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def weights(sae_fpath: str) -> dict[str, torch.Tensor]:
+    return nn.load(sae_fpath).state_dict()
+
+
+# ---- does it learn ----
+
+
+def plant(n_imgs: int, n_patches: int, D: int, A: int) -> tuple[np.ndarray, np.ndarray]:
+    """Activations (n_imgs, 1, n_patches, D): 3 or 4 of A unit atoms with positive weights, an offset, a little noise."""
+    rng = np.random.default_rng(0)
+    atoms_AD = rng.standard_normal((A, D))
+    atoms_AD /= np.linalg.norm(atoms_AD, axis=1, keepdims=True)
+    n = n_imgs * n_patches
+    f_NA = np.zeros((n, A))
+    for f_A in f_NA:
+        active = rng.choice(A, rng.integers(3, 5), replace=False)
+        f_A[active] = rng.uniform(0.5, 1.5, len(active))
+    noise_ND = 0.02 * rng.standard_normal((n, D))
+    x_ND = 3 * f_NA @ atoms_AD + 2 * rng.standard_normal(D) + noise_ND
+    return x_ND.astype(np.float32).reshape(n_imgs, 1, n_patches, D), atoms_AD
+
+
+@pytest.mark.parametrize("cls", [nn_config.TopK, nn_config.BatchTopK])
+def test_planted_dictionary_is_found(make_shards, tmp_path: pathlib.Path, cls: type) -> None:
+    acts, atoms_AD = plant(n_imgs=400, n_patches=50, D=32, A=64)
+    dpath, _ = make_shards(
+        acts=acts, n_imgs=400, n_patches=50, d_vit=32, layers=(0,), cls_token=False, per_shard=100
+    )
+    cfg = config.Train(
+        sae=cls(exp_factor=4, top_k=4),
+        data=data_config.Shards(str(dpath)),
+        n_patches=400_000,
+        batch_size=512,
+        lr=3e-3,
+        n_lr_warmup=50,
+        log_every=1000,
+        ckpt_to=str(tmp_path),
+        wandb_project="",
+        device="cpu",
+    )
+    (fpath,) = loop.main([cfg])
+    sae = nn.load(fpath)
+    cos_A = np.abs(atoms_AD @ sae.W_dec.numpy().T).max(axis=1)
+    assert (cos_A > 0.9).mean() >= 0.9
+    first, last = logged(fpath)[0], logged(fpath)[-1]
+    assert last["normalized_mse"] < 0.12 < first["normalized_mse"]
+
+    # In evaluation mode too: BatchTopK's threshold keeps about as many latents as training did.
+    x_BD = torch.tensor(acts[:20].reshape(-1, 32))
+    x_hat_BD, f_BS = sae(x_BD)
+    assert metrics.normalized_mse(x_BD, x_hat_BD) < 0.12
+    assert metrics.l0(f_BS) * sae.d_sae == pytest.approx(4, abs=0.7)
+
+
+def test_relu_learns_and_l1_makes_it_sparser(cfg: config.Train) -> None:
+    cfg = change(cfg, n_patches=300 * 32, log_every=299)
+    few, many = (
+        loop.main([change(cfg, sae=nn_config.Relu(exp_factor=4, sparsity_coeff=c))])[0]
+        for c in (0.05, 0.001)
+    )
+    for fpath in (few, many):
+        first, last = logged(fpath)
+        assert last["loss"] < 0.7 * first["loss"]
+    assert logged(few)[-1]["l0"] < 0.85 * logged(many)[-1]["l0"]
+    assert logged(few)[-1]["mse"] > logged(many)[-1]["mse"]
+
+
+# ---- what a step does ----
+
+
+def test_training_equals_a_plain_loop(cfg: config.Train) -> None:
+    """The same batches through torch's Adam, with warm-up, gradient projection and normalisation written out."""
+    (fpath,) = loop.main([cfg])
+    sae = nn.SparseAutoencoder(dataclasses.replace(cfg.sae, d_vit=8), cfg.seed)
+    stream = iter(shuffled.Shuffled(cfg.data, batch_size=32, seed=cfg.seed, pool_bytes=10**9))
+    optimizer = torch.optim.Adam(sae.parameters())
+    for step in range(12):
+        x_BD = next(stream).act_BD
+        if step == 0:
+            sae.initialize(x_BD)
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 4)
+        optimizer.zero_grad()
+        objectives.vanilla(sae, x_BD).loss.backward()
+        with torch.no_grad():
+            for w_D, g_D in zip(sae.W_dec, sae.W_dec.grad, strict=True):
+                g_D -= torch.dot(g_D, w_D) * w_D
+            optimizer.step()
+            for w_D in sae.W_dec:
+                w_D /= w_D.norm()
+    for name, tensor in weights(fpath).items():
+        torch.testing.assert_close(tensor, sae.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+def test_runs_on_one_stream_equal_runs_alone(cfg: config.Train) -> None:
+    cfgs = [
+        cfg,
+        change(cfg, sae=nn_config.BatchTopK(exp_factor=2, top_k=3)),
+        change(cfg, sae=nn_config.Relu(exp_factor=4), lr=1e-3),
+    ]
+    assert config.group(cfgs) == [cfgs]
+    together = loop.main([change(c, ckpt_to=c.ckpt_to + "-together") for c in cfgs])
+    for c, fpath in zip(cfgs, together, strict=True):
+        (alone,) = loop.main([c])
+        assert pathlib.Path(alone).parent.name == pathlib.Path(fpath).parent.name
+        for name, tensor in weights(alone).items():
+            assert torch.equal(tensor, weights(fpath)[name]), name
+
+
+def test_groups_share_a_stream_only_when_it_is_the_same(cfg: config.Train) -> None:
+    others = [
+        change(cfg, seed=1),
+        change(cfg, batch_size=16),
+        change(cfg, n_patches=13 * 32),
+        change(cfg, data=dataclasses.replace(cfg.data, layer=3)),
+    ]
+    assert config.group([cfg, *others, change(cfg, lr=1.0)]) == [
+        [cfg, change(cfg, lr=1.0)],
+        *[[c] for c in others],
+    ]
+
+
+# ---- what is written ----
+
+
+def test_every_metric_is_logged_and_finite(cfg: config.Train) -> None:
+    for sae in (cfg.sae, nn_config.BatchTopK(exp_factor=4, top_k=3), nn_config.Relu(exp_factor=4)):
+        (fpath,) = loop.main([change(cfg, sae=sae)])
+        lines = logged(fpath)
+        assert [line["step"] for line in lines] == [0, 5, 10, 11]
+        for line in lines:
+            assert line.keys() == NAMES
+            assert all(math.isfinite(v) for v in line.values()), line
+        assert [line["lr"] for line in lines] == pytest.approx([0.0025, 0.01, 0.01, 0.01])
+        assert all(0 <= line["loader_wait"] <= 1 and line["tokens_per_s"] > 0 for line in lines)
+        assert lines[0]["grad_norm"] > 0
+
+
+def test_logged_metrics_are_those_of_the_steps_batch(cfg: config.Train) -> None:
+    """The first line, from the untrained model and the first batch, computed here."""
+    (fpath,) = loop.main([cfg])
+    line = logged(fpath)[0]
+    x_BD = next(iter(shuffled.Shuffled(cfg.data, batch_size=32, pool_bytes=10**9))).act_BD
+    sae = nn.SparseAutoencoder(dataclasses.replace(cfg.sae, d_vit=8), cfg.seed)
+    sae.initialize(x_BD)
+    out = objectives.vanilla(sae, x_BD)
+    out.loss.backward()
+    sae.remove_parallel_grad()
+    assert line["grad_norm"] == pytest.approx(metrics.grad_norm(list(sae.parameters())), rel=1e-5)
+    assert line["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
+    assert line["mse"] == pytest.approx(metrics.mse(x_BD, out.x_hat_BD), rel=1e-5)
+    assert line["l0_count"] == pytest.approx(metrics.l0(out.f_BS) * 32, rel=1e-5)
+    assert line["dead_pct"] == 0, "32 activations are fewer than the window"
+
+
+def test_dead_latents_are_counted(cfg: config.Train) -> None:
+    """Window of one batch: dead is what did not fire in the last one."""
+    (fpath,) = loop.main([change(cfg, dead_window=32, sae=nn_config.TopK(exp_factor=16, top_k=1))])
+    dead = [line["dead_pct"] for line in logged(fpath)]
+    assert all(d >= 100 * (1 - 32 / 128) for d in dead), "32 samples fire at most 32 of 128 latents"
+
+
+def test_config_is_written_beside_the_checkpoint(cfg: config.Train) -> None:
+    (fpath,) = loop.main([cfg])
+    written = json.loads((pathlib.Path(fpath).parent / "config.json").read_text())
+    want = dataclasses.asdict(cfg) | {"architecture": "TopK"}
+    want["sae"]["d_vit"] = 8
+    assert written == want
+    assert nn.load(fpath).cfg == nn_config.TopK(d_vit=8, exp_factor=4, top_k=3)
+
+
+# ---- run ids, reruns ----
+
+
+def trained_id(cfg: config.Train) -> str:
+    acts = reader.Reader(cfg.data)
+    return loop.run_id(loop._with_d_vit(cfg, acts.d_vit), acts.metadata.hash, acts.layer)
+
+
+def test_run_id_depends_on_what_decides_the_weights_and_on_nothing_else(
+    cfg: config.Train, make_shards
+) -> None:
+    other_dpath, _ = make_shards(n_imgs=49, n_patches=4, d_vit=8, layers=(3, 7), per_shard=20)
+    different = [
+        cfg,
+        change(cfg, lr=1e-3),
+        change(cfg, seed=1),
+        change(cfg, batch_size=16),
+        change(cfg, n_patches=13 * 32),
+        change(cfg, n_lr_warmup=5),
+        change(cfg, pool_gb=0.5),
+        change(cfg, sae=nn_config.TopK(exp_factor=4, top_k=4)),
+        change(cfg, sae=nn_config.TopK(exp_factor=5, top_k=3)),
+        change(cfg, sae=nn_config.BatchTopK(exp_factor=4, top_k=3)),
+        change(cfg, data=dataclasses.replace(cfg.data, layer=3)),
+        change(cfg, data=dataclasses.replace(cfg.data, patches="all")),
+        change(cfg, data=dataclasses.replace(cfg.data, shard_root=str(other_dpath))),
+    ]
+    assert len({trained_id(c) for c in different}) == len(different)
+    same = [
+        change(cfg, sae=dataclasses.replace(cfg.sae, d_vit=8)),
+        change(cfg, data=dataclasses.replace(cfg.data, layer=-1)),
+        change(cfg, data=dataclasses.replace(cfg.data, shard_root=cfg.data.shard_root + "/.")),
+        change(cfg, ckpt_to="elsewhere", wandb_project="p", log_every=1, dead_window=7, sweep="x"),
+    ]
+    assert {trained_id(c) for c in same} == {trained_id(cfg)}
+
+
+def test_architectures_with_equal_fields_are_different_runs(cfg: config.Train) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Other(nn_config.TopK):
+        pass
+
+    other = change(cfg, sae=Other(exp_factor=4, top_k=3))
+    assert trained_id(other) != trained_id(cfg)
+
+
+def test_finished_runs_are_left_alone(cfg: config.Train) -> None:
+    (fpath,) = loop.main([cfg])
+    before = pathlib.Path(fpath).stat().st_mtime_ns
+    new = change(cfg, lr=1e-3)
+    again, other = loop.main([cfg, new])
+    assert again == fpath
+    assert pathlib.Path(fpath).stat().st_mtime_ns == before
+    assert pathlib.Path(other).exists()
+    assert len(logged(fpath)) == 4
+
+
+def test_a_run_named_twice_is_trained_once(cfg: config.Train) -> None:
+    fpaths = loop.main([cfg, change(cfg, dead_window=50)])
+    assert fpaths[0] == fpaths[1]
+    assert [line["step"] for line in logged(fpaths[0])] == [0, 5, 10, 11]
+
+
+def test_interrupted_run_is_trained_again(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (want,) = loop.main([change(cfg, ckpt_to=cfg.ckpt_to + "-undisturbed")])
+
+    def stop(self: loop.Run) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.Run, "save", stop)
+        loop.main([cfg])
+    assert not list(pathlib.Path(cfg.ckpt_to).glob("*/sae.pt"))
+    (fpath,) = loop.main([cfg])
+    for name, tensor in weights(fpath).items():
+        assert torch.equal(tensor, weights(want)[name]), name
+
+
+# ---- failing in words ----
+
+
+def test_loss_that_is_not_finite(cfg: config.Train) -> None:
+    with pytest.raises(errors.UserError, match=r"the loss is (nan|inf) at step \d+. Lower --lr"):
+        loop.main([change(cfg, lr=1e25)])
+    assert not list(pathlib.Path(cfg.ckpt_to).glob("*/sae.pt"))
+
+
+def test_a_diverging_run_does_not_take_the_others_along(cfg: config.Train) -> None:
+    bad = change(cfg, lr=1e25)
+    with pytest.raises(errors.UserError, match=rf"run {trained_id(bad)}: the loss is"):
+        loop.main([bad, cfg])
+    (saved,) = pathlib.Path(cfg.ckpt_to).glob("*/sae.pt")
+    assert saved.parent.name == trained_id(cfg)
+    (alone,) = loop.main([change(cfg, ckpt_to=cfg.ckpt_to + "-alone")])
+    for name, tensor in weights(alone).items():
+        assert torch.equal(tensor, weights(str(saved))[name]), name
+
+
+def test_wrong_d_vit(cfg: config.Train) -> None:
+    bad = change(cfg, sae=nn_config.TopK(d_vit=1024))
+    with pytest.raises(errors.UserError, match=r"--sae\.d-vit 1024: the activations in .* 8 wide"):
+        loop.main([bad])
+    assert not pathlib.Path(cfg.ckpt_to).exists()
+
+
+@pytest.mark.parametrize(
+    "field", ["n_patches", "batch_size", "log_every", "dead_window", "lr", "seed"]
+)
+def test_config_refuses(field: str) -> None:
+    value = {"lr": 0.0, "seed": -1}.get(field, 0)
+    with pytest.raises(errors.UserError, match=f"--{field.replace('_', '-')} {value}"):
+        config.Train(**{field: value})
+
+
+def test_defaults_pass_their_own_checks() -> None:
+    assert dataclasses.replace(config.Train()) == config.Train()
+
+
+# ---- wandb ----
+
+
+def test_wandb_offline_writes_a_run_directory(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    cfg = change(cfg, wandb_project="saev-test")
+    fpaths = loop.main([cfg, change(cfg, lr=1e-3)])
+    wandb.teardown()
+    for fpath in map(pathlib.Path, fpaths):
+        (run_dpath,) = fpath.parent.glob("wandb/offline-run-*")
+        assert list(run_dpath.glob("*.wandb"))
+        assert len(logged(str(fpath))) == 4
+
+
+@pytest.mark.parametrize(("key", "mode"), [("", "offline"), ("x" * 40, "online")])
+def test_wandb_is_online_only_with_a_key(
+    key: str, mode: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_API_KEY", key) if key else monkeypatch.delenv("WANDB_API_KEY", False)
+    assert tracking.wandb_mode() == mode
