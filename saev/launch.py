@@ -8,6 +8,7 @@ import collections.abc
 import dataclasses
 import importlib
 import logging
+import os
 import pathlib
 import shutil
 import sys
@@ -191,10 +192,17 @@ def _last_line(text: str) -> str:
 @beartype.beartype
 def show(cfgs: collections.abc.Sequence[object]) -> None:
     """Prints configs, for --dry-run."""
-    for i, cfg in enumerate(cfgs, 1):
-        print(f"# {i} of {len(cfgs)}")
-        for line in _lines(cfg, ""):
-            print(line)
+    lines = [
+        line
+        for i, cfg in enumerate(cfgs, 1)
+        for line in (f"# {i} of {len(cfgs)}", *_lines(cfg, ""))
+    ]
+    try:
+        print("\n".join(lines), flush=True)
+    except (
+        BrokenPipeError
+    ):  # `| head` has seen enough; without a new stdout Python complains as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _lines(cfg: object, prefix: str) -> collections.abc.Iterator[str]:

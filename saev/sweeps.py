@@ -64,6 +64,7 @@ def parse(
         _cli(cls, args, description, default=_apply(cls, cfg, override, fpath, args))
         for override in expand(_read(fpath), cls, fpath)
     ]
+    _check_shared(configs, fpath)
     return list(dict.fromkeys(configs))  # a typed flag can make two configurations equal
 
 
@@ -89,24 +90,40 @@ def _read(fpath: pathlib.Path) -> dict[str, object]:
 def expand(table: dict[str, object], cls: type, fpath: pathlib.Path) -> list[Override]:
     """The cross product of all axes, in file order (the last axis varies fastest)."""
     axes = [_axis(key, value, cls, fpath) for key, value in table.items()]
-    return [
-        {k: v for alternative in combination for k, v in alternative.items()}
-        for combination in itertools.product(*axes)
-    ]
+    return [_merged(combination, fpath) for combination in itertools.product(*axes)]
+
+
+def _merged(combination: collections.abc.Iterable[Override], fpath: pathlib.Path) -> Override:
+    """One override of several; only [[paired]] can hold a key that is also given beside it."""
+    merged: Override = {}
+    for alternative in combination:
+        if twice := sorted(merged.keys() & alternative.keys()):
+            raise errors.UserError(
+                f"{fpath}: {twice[0]} is given twice: in [[paired]] and beside it. Drop one of them."
+            )
+        merged |= alternative
+    return merged
 
 
 def _axis(key: str, value: object, cls: type, fpath: pathlib.Path) -> list[Override]:
     """The alternatives that one key of a table gives."""
-    tables = value if isinstance(value, list) else [value]
-    if key == "paired":
-        return [o for t in tables for o in expand(_table(t, key, fpath), cls, fpath)]
-    _owner(cls, key, fpath)  # an unknown key is reported before its value
-    if key in _nested_fields(cls):
-        nested = [o for t in tables for o in _expand_nested(key, _table(t, key, fpath), fpath)]
-        return [{f"{key}.{k}": v for k, v in o.items()} for o in nested]
-    if _is_tuple_field(cls, key) and not any(isinstance(v, list) for v in tables):
+    if key != "paired":
+        _owner(cls, key, fpath)  # an unknown key is reported before its value
+    if _is_tuple_field(cls, key) and not _has_list(value):
         return [{key: value}]
-    return [{key: v} for v in _alternatives(key, value, fpath)]
+    alternatives = _alternatives(key, value, fpath)
+    if key == "paired":
+        return [o for v in alternatives for o in expand(_table(v, key, fpath), cls, fpath)]
+    if key in _nested_fields(cls):
+        nested = [
+            o for v in alternatives for o in _expand_nested(key, _table(v, key, fpath), fpath)
+        ]
+        return [{f"{key}.{k}": v for k, v in o.items()} for o in nested]
+    return [{key: v} for v in alternatives]
+
+
+def _has_list(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(v, list) for v in value)
 
 
 def _expand_nested(key: str, table: dict[str, object], fpath: pathlib.Path) -> list[Override]:
@@ -114,10 +131,7 @@ def _expand_nested(key: str, table: dict[str, object], fpath: pathlib.Path) -> l
     axes = [
         [{k: v} for v in _alternatives(f"{key}.{k}", value, fpath)] for k, value in table.items()
     ]
-    return [
-        {k: v for a in combination for k, v in a.items()}
-        for combination in itertools.product(*axes)
-    ]
+    return [_merged(combination, fpath) for combination in itertools.product(*axes)]
 
 
 def _alternatives(key: str, value: object, fpath: pathlib.Path) -> list[object]:
@@ -157,10 +171,21 @@ def _apply(
         given = values.get(field.name, {})
         if dataclasses.is_dataclass(getattr(cfg, field.name)):
             member = _member(field, getattr(cfg, field.name), given, fpath, args)
-            kwargs[field.name] = _build(member, given, field.name, fpath)
+            kwargs[field.name] = _build(field, member, given, fpath)
         elif given:
             kwargs[field.name] = given[""]
     return _construct(cls, kwargs, "", fpath)
+
+
+def _check_shared(configs: list[Cfg], fpath: pathlib.Path) -> None:
+    """A sweep is one job array, so flattened configs (Slurm's) cannot vary."""
+    fields = dataclasses.fields(tp.cast(tp.Any, configs[0]))
+    for name in [f.name for f in fields if _flat_members(f)]:
+        seen = [dataclasses.asdict(getattr(cfg, name)) for cfg in configs]
+        if vary := [key for key in seen[0] if len({s[key] for s in seen}) > 1]:
+            raise errors.UserError(
+                f"{fpath}: {vary[0]} varies: a sweep is one job array. Give one value, or one file for each."
+            )
 
 
 def _owner(cls: type, key: str, fpath: pathlib.Path) -> str:
@@ -211,26 +236,33 @@ def _member(
     if name is None:
         return type(current)
     members = _members(field)
-    if name not in members:
+    if not isinstance(name, str) or name not in members:
         raise errors.UserError(
             f"{fpath}: {field.name}.type = {name!r}: valid types are {', '.join(members)}."
         )
-    typed = [a.partition(":")[2] for a in args if a.startswith(f"{field.name}:")]
-    if typed and typed[-1] != name:
+    typed = [n for n in members if f"{field.name}:{n}" in args]
+    if typed and typed != [name]:
         raise errors.UserError(
-            f"{fpath}: {field.name}.type is {name!r} but the command line has {field.name}:{typed[-1]}. Drop one of them."
+            f"{fpath}: {field.name}.type is {name!r} but the command line has {field.name}:{typed[0]}. Drop one of them."
         )
-    return members[tp.cast(str, name)]
+    return members[name]
 
 
-def _build(cls: type, given: Override, prefix: str, fpath: pathlib.Path) -> object:
-    names = [f.name for f in dataclasses.fields(tp.cast(tp.Any, cls))]
+def _build(field: dataclasses.Field, member: type, given: Override, fpath: pathlib.Path) -> object:
+    prefix = "" if _flat_members(field) else f"{field.name}."
     for key in given:
-        if key not in names:
-            raise _unknown_key(
-                f"{prefix}.{key}" if key else prefix, [f"{prefix}.{n}" for n in names], fpath
-            )
-    return _construct(cls, given, f"{prefix}.", fpath)
+        if key not in _field_names(member):
+            members = _members(field)
+            types_ = ["type"] if len(members) > 1 else []
+            valid = [f"{prefix}{n}" for n in [*_field_names(member), *types_]]
+            others = [n for n, c in members.items() if key in _field_names(c)]
+            hint = f" It is for type {' or '.join(others)}." if others else ""
+            raise _unknown_key(f"{prefix}{key}", valid, fpath, hint)
+    return _construct(member, given, prefix, fpath)
+
+
+def _field_names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(tp.cast(tp.Any, cls))]
 
 
 def _construct(cls: type[Cfg], kwargs: dict[str, object], prefix: str, fpath: pathlib.Path) -> Cfg:
@@ -238,15 +270,34 @@ def _construct(cls: type[Cfg], kwargs: dict[str, object], prefix: str, fpath: pa
     hints = tp.get_type_hints(cls)
     for key, value in kwargs.items():
         kwargs[key] = widened = _widen(value, hints[key])
-        if not beartype.door.is_bearable(widened, hints[key]):
-            wanted = str(getattr(hints[key], "__name__", hints[key])).replace("typing.", "")
+        if not _fits(widened, hints[key]):
+            seen = "" if tp.get_args(hints[key]) else f", not {type(value).__name__}"
             raise errors.UserError(
-                f"{fpath}: {prefix}{key} = {value!r}: must be {wanted}, not {type(value).__name__}."
+                f"{fpath}: {prefix}{key} = {value!r}: must be {_wanted(hints[key])}{seen}."
             )
     try:
         return cls(**kwargs)
     except errors.UserError as err:
         raise errors.UserError(f"{fpath}: {err}") from err
+
+
+def _fits(value: object, hint: tp.Any) -> bool:
+    """beartype's answer, except that each item of a list is looked at (beartype picks one) and true is no integer."""
+    if tp.get_origin(hint) is tuple and isinstance(value, tuple):
+        items = tp.get_args(hint)
+        items = items[:1] * len(value) if items[-1] is ... else items
+        return len(items) == len(value) and all(map(_fits, value, items))
+    return beartype.door.is_bearable(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _wanted(hint: tp.Any) -> str:
+    """A type in the words of a TOML file."""
+    args = [a for a in tp.get_args(hint) if a not in (types.NoneType, ...)]
+    if tp.get_origin(hint) is tp.Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    if tp.get_origin(hint) is tuple:
+        return f"a list of {_wanted(args[0])}"
+    return " or ".join(map(_wanted, args)) or hint.__name__
 
 
 def _widen(value: object, hint: object) -> object:
@@ -268,7 +319,10 @@ def _is_tuple_field(cls: type, key: str) -> bool:
     return tp.get_origin(fields.get(key)) is tuple
 
 
-def _unknown_key(key: str, valid: list[str], fpath: pathlib.Path) -> errors.UserError:
+def _unknown_key(
+    key: str, valid: list[str], fpath: pathlib.Path, hint: str = ""
+) -> errors.UserError:
     close = difflib.get_close_matches(key, valid, n=1)
-    hint = f" Perhaps you meant {close[0]!r}." if close else ""
+    if close and not hint:
+        hint = f" Perhaps you meant {close[0]!r}."
     return errors.UserError(f"{fpath}: unknown key {key!r}.{hint} Valid keys: {', '.join(valid)}.")

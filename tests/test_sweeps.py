@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -100,6 +101,17 @@ BAD = {
     "lr = ": "not valid TOML",
     "[[paired]]\n[[paired.x]]\n": "unknown key 'x'",
     "paired = [1]": "paired must be a table",
+    "paired = []": "paired is an empty list",
+    "sae = []": "sae is an empty list",
+    "[sae]\ntype = {a = 1}": "sae.type = {'a': 1}: valid types are relu, ",
+    "lr = [1.0, 2.0]\n[[paired]]\nlr = 3.0": r"lr is given twice: in \[\[paired\]\] and beside it",
+    "lr = {a = 1}": "lr = {'a': 1}: must be float, not dict",
+    "[n_hours]\na = 1": "n_hours = {'a': 1}: must be float, not dict",
+    "seed = true": "seed = True: must be int, not bool",
+    "[sae]\nd_vit = 'x'": "sae.d_vit = 'x': must be int",
+    "[data]\npatches = 'img'": "data.patches = 'img': must be one of 'image', 'cls', 'all'",
+    "[sae]\nsparsity_coeff = 1e-3": "unknown key 'sae.sparsity_coeff'. It is for type relu. Valid keys: .*sae.type",
+    "n_gpus = [0, 1]": "n_gpus varies: a sweep is one job array",
 }
 
 
@@ -108,6 +120,43 @@ def test_mistakes_are_one_line_with_the_file(parse, toml: str) -> None:
     with pytest.raises(errors.UserError, match=rf"x\.toml: .*{BAD[toml]}") as err:
         parse(toml)
     assert "\n" not in str(err.value)
+
+
+@pytest.mark.parametrize("toml", ["n_train = 16", "n_train = [[16], 64]", "n_train = [true]"])
+def test_a_list_parameter_wants_a_list(parse, toml: str) -> None:
+    with pytest.raises(errors.UserError, match=r"x\.toml: n_train = .*: must be a list of int\.$"):
+        parse(toml, cls=protoeval_config.ProtoEval)
+
+
+def test_every_item_of_a_list_is_checked(parse) -> None:
+    """beartype looks at one item, drawn at random."""
+    for position in range(20):
+        items = ["16"] * position + ["'x'"] + ["16"] * (19 - position)
+        with pytest.raises(errors.UserError, match="must be a list of int"):
+            parse(f"n_train = [{', '.join(items)}]", cls=protoeval_config.ProtoEval)
+
+
+def test_paired_entries_may_hold_tables(parse) -> None:
+    toml = "[[paired]]\nlr = 1e-4\n[paired.sae]\ntop_k = [8, 16]\n[[paired]]\nlr = 1e-3\n[paired.sae]\ntop_k = 32"
+    assert [(c.lr, c.sae.top_k) for c in parse(toml)] == [(1e-4, 8), (1e-4, 16), (1e-3, 32)]
+
+
+def test_a_typed_flag_of_the_files_type_needs_no_subcommand(parse) -> None:
+    cfgs = parse("[[sae]]\ntype = 'relu'\n[[sae]]\ntype = 'top-k'", "--sae.d-vit 4 --n-hours 2")
+    assert [c.sae for c in cfgs] == [nn_config.Relu(d_vit=4), nn_config.TopK(d_vit=4)]
+    assert {c.slurm.n_hours for c in cfgs} == {2.0}
+
+
+def test_a_value_that_looks_like_a_subcommand_is_none(parse) -> None:
+    (cfg,) = parse("[[sae]]\ntype = 'top-k'", "--ckpt-to sae:x")
+    assert cfg.ckpt_to == "sae:x" and cfg.sae == nn_config.TopK()
+
+
+def test_a_hundred_configurations_parse_quickly(parse) -> None:
+    start_s = time.monotonic()
+    toml = f"seed = {list(range(10))}\nlr = {[1e-5 * i for i in range(1, 11)]}"
+    assert len(parse(toml, "sae:relu")) == 100
+    assert time.monotonic() - start_s < 10
 
 
 def test_a_type_against_the_typed_subcommand(parse) -> None:

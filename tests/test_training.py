@@ -386,8 +386,12 @@ def test_wandb_offline_writes_a_run_directory(
 def test_wandb_is_online_only_with_a_key(
     key: str, mode: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import wandb
+
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_API_KEY", key) if key else monkeypatch.delenv("WANDB_API_KEY", False)
+    wandb.teardown()  # wandb reads the environment once a process
     assert tracking.wandb_mode() == mode
+    wandb.teardown()

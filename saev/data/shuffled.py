@@ -98,7 +98,7 @@ class _Pool:
 
     def _fill(self) -> None:
         """Reads blocks of the epoch while they fit (of the next epoch once all is drawn), then permutes what is there."""
-        if not self.blocks and self.n_free == len(self.place_P):
+        if not self.blocks:  # then all of the epoch is drawn
             n_blocks = math.ceil(self.reader.n_imgs / BLOCK_IMGS)
             self.blocks = self.rng.permutation(n_blocks).tolist()
         while self.blocks and self._read(self.blocks[-1]):
