@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import resource
 import shutil
 
 import numpy as np
@@ -283,3 +284,28 @@ def test_resuming_with_other_images_is_refused(tmp_path: pathlib.Path) -> None:
 def test_shard_too_small_for_one_image() -> None:
     with pytest.raises(errors.UserError, match=r"--max-patches-per-shard 9 .* Pass at least 10"):
         metadata(max_patches_per_shard=9)
+
+
+def test_no_space_is_an_error_before_the_first_write(tmp_path: pathlib.Path) -> None:
+    """The kernel's file size limit stands in for a full disk: both refuse the reservation."""
+    records = [shards.Record(f"{i}.png", "") for i in range(5)]
+    out = shards.ShardDir.create(tmp_path, metadata(), records, {})
+    before = sorted(p.name for p in out.dpath.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(errors.UserError, match="cannot reserve 640 bytes"), out.writing(0):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in out.dpath.iterdir()) == before
+
+
+def test_padding_takes_no_disk_space(tmp_path: pathlib.Path) -> None:
+    large = metadata(n_imgs=1, max_patches_per_shard=10_000_000)
+    out = shards.ShardDir.create(tmp_path, large, [shards.Record("0.png", "")], {})
+    with out.writing(0):
+        pass
+    stat = out.acts_fpath(0).stat()
+    assert stat.st_size == large.imgs_per_shard * large.img_bytes
+    assert stat.st_blocks * 512 < 100_000

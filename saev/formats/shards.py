@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import typing as tp
 
@@ -199,10 +200,27 @@ class ShardDir:
     def writing(self, shard_i: int) -> collections.abc.Iterator[np.memmap]:
         """Yields the zero-filled shard (images, layers, tokens, d_vit) to write into; it appears when the block ends well."""
         with helpers.atomic(self.acts_fpath(shard_i)) as tmp_fpath:
-            acts_NLTD = np.memmap(tmp_fpath, "<f4", "w+", shape=self.metadata.shard_shape)
+            self._allocate(tmp_fpath, len(self.imgs_in(shard_i)))
+            acts_NLTD = np.memmap(tmp_fpath, "<f4", "r+", shape=self.metadata.shard_shape)
             yield acts_NLTD
             acts_NLTD.flush()
         self.write_index()
+
+    def _allocate(self, fpath: pathlib.Path, n_imgs: int) -> None:
+        """Makes a full shard of zeros and reserves the disk space of its images (the padding stays a hole).
+
+        So a full disk is an error now, not a crash (SIGBUS) while writing into the map.
+        """
+        n_bytes = n_imgs * self.metadata.img_bytes
+        with fpath.open("wb") as fd:
+            try:
+                os.posix_fallocate(fd.fileno(), 0, n_bytes)
+                fd.truncate(self.metadata.imgs_per_shard * self.metadata.img_bytes)
+            except OSError as err:
+                raise errors.UserError(
+                    f"{self.dpath}: cannot reserve {n_bytes:,} bytes for a shard ({err.strerror}). "
+                    "Free space and run the same command again, or lower --max-patches-per-shard."
+                ) from err
 
     def write_index(self) -> None:
         """Writes shards.json from the shards that are there."""
