@@ -5,8 +5,10 @@ A stage is named by a string ("saev.data.dump:main") and imported only where it 
 """
 
 import collections.abc
+import contextlib
 import dataclasses
 import importlib
+import io
 import logging
 import os
 import pathlib
@@ -133,11 +135,14 @@ def _submit(calls: list[Call], slurm: SlurmConfig, name: str) -> list[tp.Any]:
     executor = submitit.SlurmExecutor(folder=str(pathlib.Path(slurm.log_to).resolve()))
     executor.update_parameters(**_slurm_parameters(slurm, name))
     try:
-        with executor.batch():
+        # submitit prints sbatch's complaint too; ours is one line
+        with contextlib.redirect_stderr(io.StringIO()), executor.batch():
             return [executor.submit(call) for call in calls]
     except submitit.core.utils.FailedJobError as err:
-        lines = str(err).strip().splitlines()
-        raise errors.UserError(f"sbatch refused the job: {lines[-1]}") from err
+        complaint = str(err).strip().splitlines()[-1].removeprefix("sbatch: error: ")
+        raise errors.UserError(
+            f"sbatch refused the job: {complaint}. Check --slurm-acct, --slurm-partition, --n-gpus, --n-cpus, --mem-gb and --n-hours."
+        ) from err
 
 
 def _slurm_parameters(slurm: SlurmConfig, name: str) -> dict[str, object]:
@@ -173,20 +178,24 @@ def _result(job: tp.Any) -> tp.Any:
 
     try:
         kind, value = job.result()
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as err:
+    except submitit.core.utils.FailedJobError as err:
         raise errors.UserError(
-            f"job {job.job_id} failed: {_last_line(str(err))} Its log: {job.paths.stdout}"
+            f"job {job.job_id} failed: {_exception_line(str(err)).rstrip('.')}. Its log: {job.paths.stdout}"
+        ) from err
+    except submitit.core.utils.UncompletedJobError as err:  # killed, cancelled, out of memory
+        raise errors.UserError(
+            f"job {job.job_id} left no result; Slurm's word for it: {job.state}. Its log: {job.paths.stdout}"
         ) from err
     if kind == "error":
         raise errors.UserError(f"job {job.job_id}: {value}")
     return value
 
 
-def _last_line(text: str) -> str:
-    """The exception's line of submitit's message: a traceback between rules, then where the logs are."""
-    trace = text.partition("You can check full logs")[0]
-    lines = [line.strip() for line in trace.splitlines() if line.strip(" -")]
-    return lines[-1].rstrip(".") + "." if lines else "it left no result."
+def _exception_line(message: str) -> str:
+    """The exception's type and first line, from submitit's message around a traceback: what follows the last frame."""
+    _, _, after = message.rpartition('\n  File "')
+    lines = [line for line in after.splitlines()[1:] if line and line[0] not in " -"]
+    return next(iter(lines), "it raised an exception")
 
 
 @beartype.beartype

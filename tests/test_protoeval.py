@@ -240,6 +240,23 @@ def test_traits_without_a_positive_are_reported_not_averaged() -> None:
     assert "With 9 train images 1 trait(s) have no positive one" in note
 
 
+def test_the_chart_shows_every_line_whole() -> None:
+    def row(name: str, k: int, n: int, value: float) -> results.Row:
+        return results.Row(name, k, n, np.zeros(1, int), np.array([value]), np.array([value]))
+
+    rows = [
+        row("constant", 1, 99, 0.2),
+        *(row("Low", 4, n, 0.3) for n in (16, 99)),
+        *(row("High", 4, n, 0.9) for n in (16, 99)),
+    ]
+    low, high = report.chart(rows).axes
+    assert [axes.get_title() for axes in (low, high)] == ["Low", "High"]
+    for axes in (low, high):
+        assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 0.9
+    np.testing.assert_array_equal(high.get_lines()[0].get_xydata(), [[16, 0.9], [99, 0.9]])
+    assert set(high.get_lines()[1].get_ydata()) == {0.2}  # the constant row
+
+
 def test_a_missing_image_is_named(
     cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path
 ) -> None:

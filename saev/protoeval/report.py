@@ -43,6 +43,7 @@ def chart(rows: list[results.Row]) -> matplotlib.figure.Figure:
     for axes, name in zip(panels, names, strict=True):
         _panel(axes, name, [row for row in measured if row.scorer == name], constant)
     panels[0].set_ylabel("mAP on test images")
+    panels[0].set_ylim(bottom=0)  # of all panels, once each has its lines
     return figure
 
 
@@ -58,5 +59,4 @@ def _panel(
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axes.set_title(name, fontsize=10)
     axes.set_xlabel("train images")
-    axes.set_ylim(0, None)
-    axes.legend(title="prototypes", fontsize=7, title_fontsize=7, frameon=False)
+    axes.legend(title="prototypes", fontsize=7, title_fontsize=7, frameon=False, loc="lower left")
