@@ -27,7 +27,7 @@ class ProtoEval:
     test_data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
     """Activations that hold the test images; may be the same directory. Left out: the train data's."""
     fit_data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
-    """Activations to fit the scorer on. Left out: the train data."""
+    """Activations to fit the scorer on (without labels). Left out: the train data, with whatever other images it holds."""
     n_prototypes: tuple[int, ...] = (128, 512, 2048, 8192)
     """Numbers of prototypes to compare."""
     n_train: tuple[int, ...] = (16, 64, 256, 1024, -1)

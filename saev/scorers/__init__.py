@@ -3,5 +3,6 @@
 from saev import helpers
 
 __getattr__ = helpers.lazy_attributes(
-    __name__, {"Scorer": "base", "Prototypes": "base", "load": "store", "fit": "store"}
+    __name__,
+    {"Scorer": "base", "Prototypes": "base", "fit": "store", "load": "store", "save": "store"},
 )

@@ -1,0 +1,54 @@
+"""The names that notebooks rely on, in a process that imports `saev` and nothing else of it."""
+
+import pathlib
+import subprocess
+import sys
+
+from saev import nn, scorers
+from saev.data import config as data_config
+from saev.demo import minicub
+from saev.nn import config as nn_config
+from saev.scorers import config as scorers_config
+
+NOTEBOOK = """
+import sys
+import numpy as np
+import saev
+assert "torch" not in sys.modules
+dpath, shards = sys.argv[1:]
+
+sae = saev.nn.load(f"{dpath}/run/sae.pt")
+acts = saev.data.Indexed(shards, layer=23)
+x_BD = acts[0]["act"][None]
+f_BS = sae.encode(x_BD)
+x_hat_BD = sae.decode(f_BS)
+assert not sae.training and f_BS.shape == (1, 16) and x_hat_BD.shape == x_BD.shape
+assert (acts[5]["image_i"], acts[5]["patch_i"]) == (1, 1) and len(acts) == 12
+path, label = acts.images[1]
+
+cub = saev.data.cub.load(f"{dpath}/CUB_200_2011")
+N, T = cub.labels_NT.shape
+assert N == len(cub.paths_N) == len(cub.is_train_N) == len(cub.class_N) and T == len(cub.attribute_names_T)
+assert cub.labels_NT.dtype == bool
+
+ap_KT = saev.protoeval.average_precision(cub.labels_NT[:, :3].astype(np.float32), cub.labels_NT)
+assert ap_KT.shape == (3, T) and (np.diag(ap_KT) == 1).all()
+
+scorer = saev.scorers.load(f"{dpath}/scorer.bin")
+assert scorer(x_BD).shape == (1, scorer.n_prototypes) == (1, 5)
+print("fine")
+"""
+
+
+def test_the_designs_notebook_runs(make_shards, tmp_path: pathlib.Path) -> None:
+    dpath, _ = make_shards(n_imgs=3, n_patches=4, d_vit=8, layers=(11, 23))
+    nn.save(
+        nn.SparseAutoencoder(nn_config.BatchTopK(d_vit=8, exp_factor=2)),
+        tmp_path / "run" / "sae.pt",
+    )
+    scorer = scorers.fit(scorers_config.Random(), data_config.Shards(str(dpath), 23), 5)
+    scorers.save(scorer, tmp_path / "scorer.bin")
+    minicub.draw(tmp_path / "CUB_200_2011", n_imgs=80)
+    command = [sys.executable, "-c", NOTEBOOK, str(tmp_path), str(dpath)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
