@@ -7,6 +7,7 @@ A stage is named by a string ("saev.data.dump:main") and imported only where it 
 import collections.abc
 import contextlib
 import dataclasses
+import errno
 import importlib
 import io
 import logging
@@ -47,10 +48,14 @@ class SlurmConfig:
 
 @beartype.beartype
 def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
-    """Runs a command's main function: a UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Runs a command's main function: a UserError becomes one line and exit code 2, Ctrl-C exit code 130.
+
+    So does an error of the operating system (a folder that may not be written, a full disk).
+    """
     _configure_logging()
     try:
-        main()
+        with _os_errors():
+            main()
     except errors.UserError as err:
         print(f"error: {err}", file=sys.stderr)
         sys.exit(2)
@@ -58,6 +63,20 @@ def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
         print("interrupted; run the same command again to go on.", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _os_errors() -> collections.abc.Iterator[None]:
+    """Turns an OSError about a file into a UserError."""
+    try:
+        yield
+    except OSError as err:
+        if err.filename is None and err.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{err.filename}: " if err.filename is not None else ""
+        raise errors.UserError(
+            f"{where}{err.strerror}. Check the path, its permissions and the free space, then run the same command again."
+        ) from err
 
 
 def _configure_logging() -> None:
@@ -78,7 +97,8 @@ class Call:
         """Returns ("ok", result) or ("error", message): a UserError crosses the process as text."""
         _configure_logging()
         try:
-            return "ok", self.run()
+            with _os_errors():
+                return "ok", self.run()
         except errors.UserError as err:
             print(f"error: {err}", file=sys.stderr)
             return "error", str(err)

@@ -6,6 +6,7 @@ The training loop holds a `Tracker` and does not know which.
 import collections.abc
 import contextlib
 import json
+import logging
 import netrc
 import os
 import pathlib
@@ -15,6 +16,8 @@ import urllib.parse
 import beartype
 
 from saev import errors
+
+logger = logging.getLogger("saev")
 
 Metrics = collections.abc.Mapping[str, float | int]
 

@@ -90,3 +90,14 @@ def test_ctrl_c_in_the_middle_of_training(make_shards, tmp_path: pathlib.Path) -
     assert stderr.strip().splitlines()[-1] == "interrupted; run the same command again to go on."
     assert "Traceback" not in stderr
     assert sorted(p.name for p in logs[0].parent.iterdir()) == ["config.json", "metrics.jsonl"]
+
+
+def test_errors_of_the_operating_system_are_one_line() -> None:
+    code, stderr = ends("open('/proc/nowhere', 'w')")
+    assert (code, stderr.count("\n")) == (2, 1) and stderr.startswith(
+        "error: /proc/nowhere: No such file"
+    )
+    code, stderr = ends("raise OSError(28, 'No space left on device')")
+    assert (code, stderr.count("\n")) == (2, 1) and "No space left on device" in stderr
+    code, stderr = ends("raise ConnectionError('a bug')")
+    assert code == 1 and "Traceback" in stderr
