@@ -190,7 +190,7 @@ def _wait(jobs: list[tp.Any]) -> None:
             logger.info("%d of %d job(s) done", n_now, len(jobs))
         n_done = n_now
         time.sleep(delay_s)
-        delay_s = min(10.0, 1.5 * delay_s)
+        delay_s = min(10.0, 1.1 * delay_s)
 
 
 def _result(job: tp.Any) -> tp.Any:

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import PIL.Image
 import pytest
+import sklearn.metrics
 
 from saev.data import cub
 from saev.demo import minicub
@@ -59,14 +60,14 @@ def test_labels_cover_every_pair_and_some_lines_have_extra_fields(root: pathlib.
     }  # the certainty filter has work to do
 
 
-def test_prevalences(tmp_path: pathlib.Path) -> None:
+def test_prevalences() -> None:
     rng = np.random.default_rng((0, 0xB12D))
     profiles = [{g: str(rng.choice(v)) for g, v in minicub.GROUPS.items()} for _ in range(20)]
     birds = [minicub._bird(rng, i % 20, profiles[i % 20]) for i in range(640)]
     present_NT = np.array(
         [[minicub._present(b, name) for name in minicub.ATTRIBUTES] for b in birds]
     )
-    assert present_NT.mean(axis=0).min() > 0.04 and present_NT.mean(axis=0).max() < 0.65
+    assert present_NT.mean(axis=0).min() > 0.04 and present_NT.mean(axis=0).max() < 0.58
     assert inspect.signature(minicub.draw).parameters["n_imgs"].default >= 600
 
 
@@ -74,6 +75,21 @@ def test_neighbouring_ids_are_unrelated_birds(root: pathlib.Path) -> None:
     """Else labels that slip by one image would still fit."""
     class_N = cub.load(root).class_N
     assert (class_N[1:] == class_N[:-1]).mean() < 0.25
+
+
+def purple_pixels(fpath: pathlib.Path) -> int:
+    """Only breasts are purple."""
+    r, g, b = np.asarray(PIL.Image.open(fpath), np.int64).transpose(2, 0, 1)
+    return int(((b - g > 50) & (r - g > 20) & (b > r)).sum())
+
+
+def test_labels_on_disk_are_those_of_the_pictures(root: pathlib.Path) -> None:
+    """And one line further they are not."""
+    data = cub.load(root, min_certainty=1)
+    purple_N = [purple_pixels(root / "images" / path) for path in data.paths_N]
+    label_N = data.labels_NT[:, data.attribute_names_T.index("has_breast_color::purple")]
+    assert sklearn.metrics.roc_auc_score(label_N, purple_N) > 0.9
+    assert sklearn.metrics.roc_auc_score(np.roll(label_N, 1), purple_N) < 0.75
 
 
 def colour_at(bird: minicub.Bird, x: int, y: int) -> np.ndarray:
@@ -102,6 +118,19 @@ def test_colours_are_seen_where_they_are_named(group: str, at: tuple[int, int]) 
             name: np.abs(seen - np.array(rgb)).sum() for name, rgb in minicub.PALETTE.items()
         }
         assert min(distance, key=distance.__getitem__) == value
+
+
+@pytest.mark.parametrize("group", ["has_wing_color", "has_breast_color", "has_crown_color"])
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_colours_differ_in_the_finished_picture(group: str, size: str) -> None:
+    """Values of a group, all else and all chance equal: the mean RGB of the pixels that change, pair by pair."""
+    traits = {g: v[0] for g, v in minicub.GROUPS.items()} | {"has_size": size}
+    birds = [minicub.Bird(0, traits | {group: value}, None) for value in minicub.GROUPS[group]]
+    pictures = [np.asarray(minicub.render(b, np.random.default_rng(4)), np.int64) for b in birds]
+    changed = (np.ptp(pictures, axis=0) > 60).any(axis=2)
+    assert changed.sum() >= 256  # one 14 x 14 patch at 224 pixels
+    means = [picture[changed].mean(axis=0) for picture in pictures]
+    assert all(np.abs(a - b).max() > 40 for a, b in itertools.combinations(means, 2))
 
 
 @pytest.mark.parametrize("group", [g for g in minicub.GROUPS if "color" not in g])

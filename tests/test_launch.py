@@ -1,6 +1,7 @@
 """Running a stage, and ending with an exit code that tells the truth."""
 
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -101,3 +102,22 @@ def test_errors_of_the_operating_system_are_one_line() -> None:
     assert (code, stderr.count("\n")) == (2, 1) and "No space left on device" in stderr
     code, stderr = ends("raise ConnectionError('a bug')")
     assert code == 1 and "Traceback" in stderr
+
+
+def test_the_exceptions_line_of_a_jobs_traceback() -> None:
+    """Its first line, with the type; not the rest of the message, notes, or submitit's hint about logs."""
+    trace = (
+        "Job (task=0) failed during processing with trace:\n----------\nTraceback (most recent call last):\n"
+        '  File "a.py", line 1, in f\n    raise ValueError(text)\nValueError: first\nsecond\n\n'
+        "----------\nYou can check full logs with ...\n  - /logs/1_0_log.out"
+    )
+    assert launch._exception_line(trace) == "ValueError: first"
+    assert launch._exception_line("nothing like a traceback") == "it raised an exception"
+
+
+def test_dry_run_into_head() -> None:
+    """A reader that stops early is no bug of ours."""
+    code = "from saev import launch; launch.entry(lambda: launch.show([launch.SlurmConfig()] * 10_000))"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1"
+    done = subprocess.run(command, cwd=ROOT, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("# 1 of 10000\n", "")

@@ -1,6 +1,7 @@
 """Jobs on a real Slurm. Runs where one answers (tests/slurm/up brings up a one-node Slurm); skips elsewhere."""
 
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -17,16 +18,19 @@ TASKS = ROOT / "tests" / "slurm"
 
 
 def slurm_answers() -> bool:
+    """Does the Slurm of tests/slurm/up run here? A real cluster gets no jobs from a test run."""
     if shutil.which("sbatch") is None:
         return False
     try:
-        return subprocess.run(["sinfo", "-h"], capture_output=True, timeout=20).returncode == 0
+        command = ["scontrol", "show", "config"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except subprocess.TimeoutExpired:
         return False
+    return re.search(r"^ClusterName\s*= test$", done.stdout, re.M) is not None
 
 
 pytestmark = pytest.mark.skipif(
-    not slurm_answers(), reason="no Slurm here; tests/slurm/up brings one up"
+    not slurm_answers(), reason="no test Slurm here; tests/slurm/up brings one up"
 )
 
 
@@ -61,6 +65,16 @@ def test_a_crash_names_its_log(slurm: launch.SlurmConfig) -> None:
     )
 
 
+def test_a_job_that_is_killed_says_what_slurm_knows(
+    slurm: launch.SlurmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("submitit.SlurmJob._results_timeout_s", 1)  # no slow file system here
+    with pytest.raises(
+        errors.UserError, match=r"job \d+ left no result; Slurm's word for it: FAILED. Its log: "
+    ):
+        launch.run("tasks:killed", [7], slurm, "saev-test")
+
+
 def test_a_partition_that_does_not_exist(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
     wrong = launch.SlurmConfig("test", "nowhere", n_gpus=0, log_to=str(tmp_path / "logs"))
     with pytest.raises(errors.UserError, match="sbatch refused the job: .*Invalid partition"):
@@ -88,23 +102,24 @@ def test_ctrl_c_leaves_the_jobs_running_and_says_so(
     wait_for(fpath.exists)
 
 
-def test_a_job_out_of_time_is_queued_again(
+def test_jobs_out_of_time_are_queued_again(
     slurm: launch.SlurmConfig, tmp_path: pathlib.Path
 ) -> None:
     """SIGUSR2 is how Slurm tells submitit that the time is nearly up."""
-    fpath = tmp_path / "runs"
+    fpaths = [tmp_path / "runs0", tmp_path / "runs1"]
     source = (
         "from saev import launch\n"
         f"cfg = launch.SlurmConfig('test', 'nextgen', 0.2, n_gpus=0, n_cpus=1, log_to={slurm.log_to!r})\n"
-        f"print(launch.run('tasks:second_time_lucky', [{str(fpath)!r}], cfg, 'saev-test'))"
+        f"print(launch.run('tasks:second_time_lucky', {[str(f) for f in fpaths]}, cfg, 'saev-test'))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", source], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    wait_for(lambda: fpath.exists() and fpath.read_text())
-    subprocess.run(["scancel", "--signal=USR2", fpath.read_text().strip()], check=True)
+    wait_for(lambda: all(f.exists() and f.read_text() for f in fpaths))
+    (array_id,) = {f.read_text().strip() for f in fpaths}
+    subprocess.run(["scancel", "--signal=USR2", array_id], check=True)
     stdout, _ = process.communicate(timeout=90)
-    assert stdout.strip() == "[2]"
+    assert stdout.strip() == "[2, 2]"
 
 
 def wait_for(condition: object, timeout_s: float = 60) -> None:

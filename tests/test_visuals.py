@@ -3,8 +3,10 @@
 import dataclasses
 import html.parser
 import json
+import os
 import pathlib
 
+import jaxtyping
 import numpy as np
 import PIL.Image
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from saev import errors, nn
 from saev.data import config as data_config
-from saev.data import ordered
+from saev.data import images, ordered
 from saev.formats import shards
 from saev.nn import config as nn_config
 from saev.visuals import collect, config, render
@@ -54,6 +56,11 @@ def cfg(make_shards, acts_NPD: np.ndarray, tmp_path: pathlib.Path) -> config.Vis
     )
 
 
+def pixels(fpath: pathlib.Path) -> np.ndarray:
+    with PIL.Image.open(fpath) as img:
+        return np.asarray(img.convert("RGB"), np.int64)
+
+
 def stats_of(cfg: config.Visuals, block: int = 16) -> collect.Stats:
     return collect.collect(nn.load(cfg.ckpt), ordered.Ordered(cfg.data, n_imgs=block), cfg.n_images)
 
@@ -73,6 +80,54 @@ def test_stats_and_top_images_of_a_plain_loop(
         assert stats.top_value_SK[s].tolist() == [peaks[n] for n in top]
 
 
+@pytest.mark.parametrize(
+    "sae_cfg", [nn_config.TopK(d_vit=S, exp_factor=1, top_k=2), nn_config.BatchTopK(S, 1)]
+)
+def test_other_architectures_in_any_blocks(
+    cfg: config.Visuals, acts_NPD: np.ndarray, sae_cfg: nn_config.Architecture
+) -> None:
+    """A plain loop over the codes of each image alone."""
+    sae = nn.SparseAutoencoder(sae_cfg)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(S))
+        sae.threshold.fill_(1.5)
+    nn.save(sae, cfg.ckpt)
+    sae = nn.load(cfg.ckpt)
+    f_NPS = np.stack([sae.encode(torch.from_numpy(acts_PD)).numpy() for acts_PD in acts_NPD])
+    for stats in (stats_of(cfg, 1), stats_of(cfg, 5)):
+        np.testing.assert_allclose(stats.freq_S, (f_NPS > 0).mean(axis=(0, 1)))
+        for s in range(S):
+            peaks = f_NPS[..., s].max(axis=1).tolist()
+            top = sorted(range(N), key=lambda n, peaks=peaks: (-peaks[n], n))[:3]
+            assert stats.top_image_SK[s].tolist() == top
+
+
+def test_heat_maps_are_the_codes(cfg: config.Visuals, acts_NPD: np.ndarray) -> None:
+    sae, stream = nn.load(cfg.ckpt), ordered.Ordered(cfg.data)
+    stats = collect.collect(sae, stream, 3)
+    for page in collect._pages(sae, stream, stats, np.arange(S)):
+        assert [shown.image_i for shown in page.shown] == [
+            n
+            for n, value in zip(
+                stats.top_image_SK[page.latent], stats.top_value_SK[page.latent], strict=True
+            )
+            if value > 0
+        ]
+        for shown in page.shown:
+            want_P = acts_NPD[shown.image_i, :, page.latent].clip(0)
+            np.testing.assert_array_equal(shown.heat_P, want_P)
+            assert shown.value == want_P.max()
+
+
+def test_a_block_of_codes_has_a_bound(cfg: config.Visuals, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = nn.load(cfg.ckpt)
+    assert collect._stream(cfg, sae).block == 64
+    monkeypatch.setattr(collect, "MAX_CODES", 3 * P * S + 1)
+    assert collect._stream(cfg, sae).block == 3
+    monkeypatch.setattr(collect, "MAX_CODES", 1)
+    assert collect._stream(cfg, sae).block == 1
+
+
 def test_gallery_is_complete(cfg: config.Visuals) -> None:
     dpath = pathlib.Path(collect.main(cfg))
     page = (dpath / "index.html").read_text()
@@ -83,7 +138,7 @@ def test_gallery_is_complete(cfg: config.Visuals) -> None:
             self.found: list[str] = []
 
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            self.found += [v for k, v in attrs if k in ("src", "href") and v]
+            self.found += [v for k, v in attrs if k in ("src", "href") and v and v[0] != "#"]
 
     parser = Sources()
     parser.feed(page)
@@ -99,8 +154,8 @@ def test_heat_lies_on_the_planted_patch(cfg: config.Visuals) -> None:
     dpath = pathlib.Path(collect.main(dataclasses.replace(cfg, latents=(3,))))
     (fpath,) = (dpath / "latent_000003").iterdir()
     assert fpath.name == "00_000005.png"
-    heat_HW3 = np.asarray(PIL.Image.open(fpath), np.int64)
-    plain_HW3 = np.asarray(PIL.Image.open(dpath / "images" / "000005.png"), np.int64)
+    heat_HW3 = pixels(fpath)
+    plain_HW3 = pixels(dpath / "images" / "000005.png")
     height, width, _ = heat_HW3.shape
     cold_HW3 = heat_HW3[-1, -1]
     changed_HW = np.abs(heat_HW3 - cold_HW3).sum(axis=2)
@@ -130,15 +185,29 @@ def test_heat_maps_lie_on_what_the_vit_saw(cfg: config.Visuals, tmp_path: pathli
 
 def test_text_is_escaped(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
     record = shards.Record("<b>'\".png", "<script>alert(1)</script>")
-    gallery = render.Gallery("x&y", tmp_path, [record], None)
+    gallery = render.Gallery("x&y", "<i>", tmp_path, [record], None, (2, 2))
     page = render.Page(0, 0.1, 1.0, [render.Shown(0, 2.0, np.zeros(4, np.float32))])
     text = render._index(gallery, [page])
     assert (
         "<script" not in text
         and "&lt;script&gt;" in text
-        and "<b>" not in text
+        and "<b>'" not in text
+        and "<i>" not in text
         and "x&amp;y" in text
     )
+
+
+def test_a_path_that_is_not_utf8(tmp_path: pathlib.Path) -> None:
+    """The dump keeps such names; the page shows the odd byte as text."""
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
+    except OSError:
+        pytest.skip("this file system refuses such names")
+    gallery = render.Gallery("x", "y", tmp_path, [shards.Record(name, "")], None, (2, 2))
+    page = render.Page(0, 0.1, 1.0, [render.Shown(0, 2.0, np.ones(4, np.float32))])
+    render.write(tmp_path / "gallery", gallery, [page])
+    assert "caf\\udce9.png" in (tmp_path / "gallery" / "index.html").read_text("utf-8")
 
 
 def test_choice(cfg: config.Visuals) -> None:
@@ -202,6 +271,120 @@ def test_what_does_not_fit(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
         dataclasses.replace(cfg, log_freq_range=(0.0, -1.0))
 
 
-def test_patches_that_are_no_square() -> None:
-    with pytest.raises(errors.UserError, match="6 patches are not a square grid"):
+def test_missing_images_are_found_before_the_pass(
+    cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = [
+        tmp_path / "imgs" / record.path
+        for record in shards.ShardDir.open(cfg.data.shard_root).records[4:6]
+    ]
+    for fpath in missing:
+        fpath.unlink()
+
+    def no_pass(*_: object) -> None:
+        raise AssertionError("the pass began")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "collect", no_pass)
+        with pytest.raises(errors.UserError, match=f"{missing[0]}: no such image. Pass as --im"):
+            collect.main(cfg)
+    monkeypatch.setattr(collect, "MAX_CHECKED", 1)  # a large data set: only a sample is looked up
+    with pytest.raises(errors.UserError, match=f"{missing[1]}: no such image. Pass as --im"):
+        collect.main(dataclasses.replace(cfg, latents=(3,)))
+    assert not pathlib.Path(cfg.dump_to).exists()
+
+
+def test_a_swap_that_fails_brings_the_older_gallery_back(
+    cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dpath = pathlib.Path(collect.main(cfg))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    (dpath / "older.txt").write_text("older")
+    rename = pathlib.Path.rename
+
+    def fails_for_the_new_one(self: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        if target == dpath and not self.name.endswith(".old"):
+            raise OSError("disk on fire")
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fails_for_the_new_one)
+    with pytest.raises(OSError, match="disk on fire"):
+        collect.main(cfg)
+    assert (dpath / "older.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_folder_filled_meanwhile_is_kept(
+    cfg: config.Visuals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dpath, write_table = pathlib.Path(cfg.dump_to), render._write_table
+
+    def and_fill(*args: object) -> None:
+        dpath.mkdir()
+        (dpath / "mine.txt").write_text("mine")
+        write_table(*args)
+
+    monkeypatch.setattr(render, "_write_table", and_fill)
+    with pytest.raises(errors.UserError, match="exists and is not a gallery"):
+        collect.main(cfg)
+    assert [p.name for p in dpath.iterdir()] == ["mine.txt"]
+
+
+def test_a_table_alone_does_not_make_a_gallery(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "latents.csv").write_text("my own table")
+    with pytest.raises(errors.UserError, match="exists and is not a gallery"):
+        render.check_target(tmp_path / "mine")
+    with pytest.raises(errors.UserError, match="cannot be made"):
+        render.check_target(tmp_path / "mine" / "latents.csv" / "gallery")
+
+
+def test_grid() -> None:
+    assert render.grid(16, None) == (4, 4)
+    assert render.grid(8, (28, 56)) == (2, 4)
+    assert render.grid(729, (384, 384)) == (27, 27)  # 384 / 14 is not whole
+    with pytest.raises(errors.UserError, match="6 patches are not a grid on a square input"):
+        render.grid(6, None)
+    with pytest.raises(errors.UserError, match="6 patches are not a grid on an input of 32 x 32"):
+        render.grid(6, (32, 32))
+
+
+def test_a_wide_grid_is_drawn_in_raster_order(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
+    """16 patches on an input of 2 x 8: patch 6 is row 0, column 6."""
+    transform = images.Transform((16, 64), 64, True, "bicubic", (0.5,), (0.5,))
+    fpath = pathlib.Path(cfg.data.shard_root) / "transform.json"
+    fpath.write_text(json.dumps(transform.to_dict()))
+    dpath = pathlib.Path(collect.main(dataclasses.replace(cfg, latents=(3,))))
+    heat_HW3 = pixels(dpath / "latent_000003" / "00_000005.png")
+    assert heat_HW3.shape == (16, 64, 3)
+    changed_HW = np.abs(heat_HW3 - heat_HW3[-1, 0]).sum(axis=2)
+    ys, xs = np.nonzero(changed_HW > 0.9 * changed_HW.max())
+    assert ys.max() < 8 and xs.min() >= 48 and xs.max() < 56
+
+
+def test_overlay_is_the_formula_at_patch_centres() -> None:
+    """On black nothing but the colour map is left: 255 * opacity * sqrt(heat) * colour(heat)."""
+    heat_YX = np.linspace(0, 1, 9, dtype=np.float32).reshape(3, 3)
+    img = render.overlay(PIL.Image.new("RGB", (45, 45)), heat_YX)
+    for (y, x), heat in np.ndenumerate(heat_YX):
+        want_3 = 255 * render.OPACITY * heat**0.5 * np.array(render.COLORS(float(heat))[:3])
+        np.testing.assert_allclose(img.getpixel((15 * x + 7, 15 * y + 7)), want_3, atol=2)
+
+
+def test_images_of_a_latent_share_a_scale(tmp_path: pathlib.Path) -> None:
+    """The same patch at a quarter of the latent's maximum gets the colour of 0.25."""
+    records = [shards.Record(f"{i}.png", "") for i in range(2)]
+    for record in records:
+        PIL.Image.new("RGB", (32, 32)).save(tmp_path / record.path)
+    gallery = render.Gallery("x", "y", tmp_path, records, None, (1, 1))
+    heats = [render.Shown(i, v, np.array([v], np.float32)) for i, v in enumerate((8.0, 2.0))]
+    render.write(tmp_path / "gallery", gallery, [render.Page(7, 0.1, 1.0, heats)])
+    for rank, heat in enumerate((1.0, 0.25)):
+        got_HW3 = pixels(tmp_path / "gallery" / "latent_000007" / f"{rank:02}_00000{rank}.png")
+        want_3 = 255 * render.OPACITY * heat**0.5 * np.array(render.COLORS(heat)[:3])
+        np.testing.assert_allclose(got_HW3[16, 16], want_3, atol=4)
+
+
+def test_shapes_are_checked() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError):
         render.overlay(PIL.Image.new("RGB", (8, 8)), np.zeros(6, np.float32))

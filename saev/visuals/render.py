@@ -1,5 +1,6 @@
-"""The gallery: heat-mapped images as PNG, a table of the latents, and one static page. P patches."""
+"""The gallery: heat-mapped images as PNG, a table of the latents, and one static page. P patches in Y rows and X columns, H W pixels."""
 
+import collections.abc
 import csv
 import dataclasses
 import html
@@ -11,9 +12,10 @@ import typing as tp
 
 import beartype
 import matplotlib
+import matplotlib.colors
 import numpy as np
 import PIL.Image
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, UInt8, jaxtyped
 
 from saev import errors, helpers
 from saev.data import images
@@ -22,6 +24,8 @@ from saev.formats import shards
 SIDE = 224
 """Largest side of a shown image, in pixels."""
 OPACITY = 0.75
+MARKERS = ("index.html", "latents.csv")
+"""A folder that holds these was made here and may be replaced."""
 COLORS = matplotlib.colormaps["plasma"]
 
 
@@ -44,28 +48,67 @@ class Page(tp.NamedTuple):
     shown: list[Shown]
 
 
+@beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Gallery:
     """Where the images come from."""
 
     ckpt: str
+    source: str
+    """What the SAE was run on, for the page's head."""
     root: pathlib.Path
     records: list[shards.Record]
     transform: images.Transform | None
     """What the ViT saw of an image; None stands for a square centre crop."""
+    grid: tuple[int, int]
+    """(rows, columns) of the patches."""
+
+
+@beartype.beartype
+def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int]:
+    """(rows, columns) of square patches on an input of `size` (height, width); None stands for a square input.
+
+    Raises:
+        UserError: no such grid has `n_patches` patches.
+    """
+    height, width = size or (math.isqrt(n_patches), math.isqrt(n_patches))
+    for side in range(1, min(height, width) + 1):
+        if (height // side) * (width // side) == n_patches:
+            return height // side, width // side
+    what = f"an input of {height} x {width} pixels" if size else "a square input"
+    raise errors.UserError(
+        f"{n_patches} patches are not a grid on {what}: heat maps cannot be drawn. Dump the images again."
+    )
 
 
 @beartype.beartype
 def check_target(dpath: pathlib.Path) -> None:
-    """Raises UserError if `dpath` holds something that is not a gallery: it would be replaced."""
-    if (
-        dpath.exists()
-        and not (dpath / "latents.csv").exists()
-        and (dpath.is_file() or any(dpath.iterdir()))
-    ):
+    """Makes the folder that `dpath` goes into.
+
+    Raises:
+        UserError: it cannot be made, or `dpath` holds something that is not a gallery (it would be replaced).
+    """
+    try:
+        dpath.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise errors.UserError(f"--dump-to {dpath}: cannot be made ({err}).") from err
+    if not dpath.exists() or all((dpath / name).is_file() for name in MARKERS):
+        return
+    if dpath.is_file() or any(dpath.iterdir()):
         raise errors.UserError(
             f"--dump-to {dpath}: exists and is not a gallery. Pass a folder of its own."
         )
+
+
+@beartype.beartype
+def check_images(gallery: Gallery, image_is: collections.abc.Iterable[int]) -> None:
+    """Raises UserError naming the first of these images that is not there."""
+    for image_i in image_is:
+        fpath = gallery.root / gallery.records[image_i].path
+        if not fpath.is_file():
+            raise errors.UserError(
+                f"{fpath}: no such image. Pass as --images.root the folder that was dumped."
+            )
 
 
 @beartype.beartype
@@ -73,47 +116,62 @@ def write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
     """Makes the gallery in a temporary folder and puts it in the place of `dpath` when it is complete.
 
     Raises:
-        UserError: an image cannot be read; names it.
+        UserError: an image is missing or cannot be read (names it), or `dpath` is not ours to replace.
     """
-    dpath.parent.mkdir(parents=True, exist_ok=True)
+    check_target(dpath)
     tmp_dpath = pathlib.Path(tempfile.mkdtemp(prefix=f".{dpath.name}.", dir=dpath.parent))
     try:
         _write(tmp_dpath, gallery, pages)
         tmp_dpath.chmod(0o755)
+        check_target(dpath)  # somebody may have filled it meanwhile
         _swap(tmp_dpath, dpath)
     finally:
         shutil.rmtree(tmp_dpath, ignore_errors=True)
 
 
 def _swap(new_dpath: pathlib.Path, dpath: pathlib.Path) -> None:
-    """Renames; an older gallery steps aside first and is removed last."""
+    """Renames; an older gallery steps aside first, comes back if that fails, and is removed last."""
     old_dpath = new_dpath.with_name(f"{new_dpath.name}.old")
     if dpath.exists():
         dpath.rename(old_dpath)
-    new_dpath.rename(dpath)
+    try:
+        new_dpath.rename(dpath)
+    except OSError:
+        if old_dpath.exists():
+            old_dpath.rename(dpath)
+        raise
     shutil.rmtree(old_dpath, ignore_errors=True)
 
 
 def _write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
     (dpath / "images").mkdir()
-    for image_i in helpers.progress(*_plain_work(pages), "images"):
-        _view(gallery, image_i).save(dpath / "images" / f"{image_i:06}.png")
     for page in pages:
         (dpath / _folder(page)).mkdir()
-        for rank, shown in enumerate(page.shown):
-            with PIL.Image.open(dpath / "images" / f"{shown.image_i:06}.png") as view:
-                peak = page.shown[0].value
-                overlay(view.convert("RGB"), shown.heat_P / peak).save(
-                    dpath / _heat_fname(page, rank)
-                )
+    places = _places(pages)
+    check_images(gallery, places)
+    for image_i in helpers.progress(places, "render", len(places), "images"):
+        view = _view(gallery, image_i)
+        _save(view, dpath / "images" / f"{image_i:06}.png")
+        for page, rank in places[image_i]:
+            heat_P = page.shown[rank].heat_P / page.shown[0].value
+            heat = overlay(view, heat_P.reshape(gallery.grid))
+            _save(heat, dpath / _heat_fname(page, rank))
     _write_table(dpath / "latents.csv", pages)
     helpers.write_text(dpath / "index.html", _index(gallery, pages))
 
 
-def _plain_work(pages: list[Page]) -> tuple[list[int], str, int]:
-    """Arguments of `progress` for the images without heat maps, each once."""
-    image_is = sorted({shown.image_i for page in pages for shown in page.shown})
-    return image_is, "render", len(image_is)
+def _places(pages: list[Page]) -> dict[int, list[tuple[Page, int]]]:
+    """Image number, rising -> where it is shown, so that each image is opened once."""
+    places: dict[int, list[tuple[Page, int]]] = {}
+    for page in pages:
+        for rank, shown in enumerate(page.shown):
+            places.setdefault(shown.image_i, []).append((page, rank))
+    return dict(sorted(places.items()))
+
+
+def _save(img: PIL.Image.Image, fpath: pathlib.Path) -> None:
+    """PNG with an octree palette: a third of the size of true colour, and it keeps small hot spots (median cut does not)."""
+    img.quantize(256, method=PIL.Image.Quantize.FASTOCTREE).save(fpath)
 
 
 def _folder(page: Page) -> str:
@@ -137,10 +195,10 @@ def _view(gallery: Gallery, image_i: int) -> PIL.Image.Image:
     return img
 
 
-@beartype.beartype
-def overlay(img: PIL.Image.Image, heat_P: Float32[np.ndarray, " P"]) -> PIL.Image.Image:
-    """The image, paled, under a heat map (0 to 1, a square grid in raster order): opaque where it is hot."""
-    heat_HW = _upsample(heat_P, img.size)
+@jaxtyped(typechecker=beartype.beartype)
+def overlay(img: PIL.Image.Image, heat_YX: Float32[np.ndarray, "Y X"]) -> PIL.Image.Image:
+    """The image, paled, under a heat map (0 to 1 on each patch): opaque where it is hot."""
+    heat_HW = _upsample(heat_YX, img.size)
     gray_HW3 = np.asarray(img.convert("L").convert("RGB"), np.float32)
     pale_HW3 = 0.85 * (0.5 * gray_HW3 + 0.5 * np.asarray(img, np.float32))
     alpha_HW1 = OPACITY * np.sqrt(heat_HW)[..., None]
@@ -148,15 +206,10 @@ def overlay(img: PIL.Image.Image, heat_P: Float32[np.ndarray, " P"]) -> PIL.Imag
     return PIL.Image.fromarray(_bytes(mixed_HW3))
 
 
-def _upsample(heat_P: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(P,) -> (height, width), smoothly."""
-    side = math.isqrt(len(heat_P))
-    if side * side != len(heat_P):
-        raise errors.UserError(
-            f"{len(heat_P)} patches are not a square grid: heat maps cannot be drawn."
-        )
-    grid = PIL.Image.fromarray(heat_P.reshape(side, side))
-    return np.asarray(grid.resize(size, PIL.Image.Resampling.BILINEAR)).clip(0, 1)
+def _upsample(heat_YX: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Patches -> pixels of an image of `size` (width, height), smoothly."""
+    grid_img = PIL.Image.fromarray(np.ascontiguousarray(heat_YX))
+    return np.asarray(grid_img.resize(size, PIL.Image.Resampling.BILINEAR)).clip(0, 1)
 
 
 def _bytes(pixels_HW3: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
@@ -177,26 +230,31 @@ def _peak(page: Page) -> float:
 
 # ---- page ----
 
-STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 1160px; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 0; }
-section { border-top: 1px solid #ddd; padding: 1rem 0; }
-p { margin: .2rem 0 .6rem; color: #555; }
-.row { display: flex; flex-wrap: wrap; gap: 6px; }
-figure { margin: 0; width: 136px; position: relative; }
-img { width: 136px; height: 136px; object-fit: contain; display: block; border-radius: 3px; }
-figure .plain { position: absolute; inset: 0; opacity: 0; } figure:hover .plain { opacity: 1; }
-figcaption { font-size: 11px; color: #666; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+STOPS = ", ".join(matplotlib.colors.to_hex(COLORS(i / 8)) for i in range(9))
+STYLE = f"""
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #222; background: #f5f5f3; }}
+h1 {{ font-size: 1.35rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }} h2 {{ font-size: 1.05rem; margin: 0; }}
+p {{ margin: .2rem 0 .6rem; color: #555; }}
+nav {{ font-size: 13px; margin: .6rem 0 1rem; }} nav a {{ color: #46c; margin-right: .7em; text-decoration: none; }}
+section {{ background: #fff; border: 1px solid #e2e2de; border-radius: 8px; padding: .8rem 1rem; margin: 0 0 1rem; }}
+.scale {{ display: inline-block; width: 120px; height: .7em; border-radius: 3px; margin: 0 .4em; background: linear-gradient(90deg, {STOPS}); }}
+.row {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); gap: 8px; }}
+figure {{ margin: 0; min-width: 0; position: relative; }}
+img {{ width: 100%; aspect-ratio: 1; object-fit: contain; display: block; border-radius: 3px; background: #eee; }}
+figure .plain {{ position: absolute; top: 0; left: 0; opacity: 0; }} figure:hover .plain {{ opacity: 1; }}
+figcaption {{ font-size: 11px; color: #666; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }} b {{ color: #222; }}
 """
 
 
 def _index(gallery: Gallery, pages: list[Page]) -> str:
+    links = "".join(f"<a href='#{_folder(page)}'>{page.latent}</a>" for page in pages)
     sections = "\n".join(_section(gallery, page) for page in pages)
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>saev: latents</title>"
-        f"<style>{STYLE}</style></head><body>\n<h1>{len(pages)} latents of {html.escape(gallery.ckpt)}</h1>\n"
-        "<p>Each row: the images that fire the latent most, hottest where it fires; point at one to see it plain.</p>\n"
-        f"{sections}\n</body></html>\n"
+        f"<style>{STYLE}</style></head><body>\n<h1>{len(pages)} latents of {_text(gallery.ckpt)}</h1>\n"
+        f"<p>Run on {_text(gallery.source)}. Each card: the images that fire the latent most, by their largest patch. "
+        "Point at an image to see it plain.<br>Heat: 0<span class='scale'></span>the latent's maximum over all images.</p>\n"
+        f"<nav>{links}</nav>\n{sections}\n</body></html>\n"
     )
 
 
@@ -214,10 +272,15 @@ def _section(gallery: Gallery, page: Page) -> str:
 def _figure(gallery: Gallery, page: Page, rank: int) -> str:
     shown = page.shown[rank]
     record = gallery.records[shown.image_i]
-    title = html.escape(f"{record.path} ({record.label}): {shown.value:.3g}", quote=True)
-    label = html.escape(record.label or record.path)
+    title = _text(f"{record.path} ({record.label}): {shown.value:.3g}")
+    label = _text(record.label or record.path)
     return (
         f"<figure title='{title}'><img src='{_heat_fname(page, rank)}' alt='' loading='lazy'>"
         f"<img class='plain' src='images/{shown.image_i:06}.png' alt='' loading='lazy'>"
-        f"<figcaption>{label}</figcaption></figure>"
+        f"<figcaption><b>{shown.value:.3g}</b> {label}</figcaption></figure>"
     )
+
+
+def _text(text: str) -> str:
+    """Escaped for a page and its attributes; bytes of a file name that are not UTF-8 (Python's surrogates) as \\udcXX."""
+    return html.escape(text, quote=True).encode("utf-8", "backslashreplace").decode()

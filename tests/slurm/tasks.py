@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import time
 
 from saev import errors
@@ -19,6 +20,11 @@ def crash(x: int) -> int:
     raise RuntimeError(f"bug at {x}")
 
 
+def killed(x: int) -> None:
+    """As by the out-of-memory killer."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def touch_later(fpath: str) -> str:
     """Notes its start, works for some seconds, notes its end."""
     pathlib.Path(fpath + ".started").touch()
@@ -31,7 +37,7 @@ def second_time_lucky(fpath: str) -> int:
     """The first run waits for a signal that never comes by itself; a requeued one returns."""
     runs = pathlib.Path(fpath)
     with runs.open("a") as fd:
-        fd.write(os.environ["SLURM_JOB_ID"] + "\n")
+        fd.write(os.environ["SLURM_ARRAY_JOB_ID"] + "\n")
     n_runs = len(runs.read_text().splitlines())
     if n_runs == 1:
         time.sleep(120)
