@@ -95,6 +95,7 @@ BAD = {
     "[sae]\ntop_k = [8, '9']": "sae.top_k = '9': must be int, not str",
     "[sae]\ntop_k = 0": "--sae.top-k 0: must be at least 1",
     "lr = -1.0": "--lr -1.0: must be positive",
+    "lr = nan": "--lr nan: must be positive and finite",
     "lr = []": "lr is an empty list",
     "[sae]\ntop_k = []": "sae.top_k is an empty list",
     "[[sae]]\ntype = 'topk'": "sae.type = 'topk': valid types are relu, top-k, batch-top-k",

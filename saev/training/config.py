@@ -1,6 +1,7 @@
 """Config of `train.py`. Imports no torch."""
 
 import dataclasses
+import math
 import typing as tp
 
 import beartype
@@ -61,8 +62,8 @@ class Train:
                 )
         if self.seed < 0:
             raise errors.UserError(f"--seed {self.seed}: must not be negative.")
-        if self.lr <= 0:
-            raise errors.UserError(f"--lr {self.lr}: must be positive.")
+        if not 0 < self.lr < math.inf:
+            raise errors.UserError(f"--lr {self.lr}: must be positive and finite.")
 
     @property
     def n_steps(self) -> int:
