@@ -238,7 +238,7 @@ p {{ margin: .2rem 0 .6rem; color: #555; }}
 nav {{ font-size: 13px; margin: .6rem 0 1rem; }} nav a {{ color: #46c; margin-right: .7em; text-decoration: none; }}
 section {{ background: #fff; border: 1px solid #e2e2de; border-radius: 8px; padding: .8rem 1rem; margin: 0 0 1rem; }}
 .scale {{ display: inline-block; width: 120px; height: .7em; border-radius: 3px; margin: 0 .4em; background: linear-gradient(90deg, {STOPS}); }}
-.row {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(136px, 1fr)); gap: 8px; }}
+.row {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(124px, 1fr)); gap: 8px; }}
 figure {{ margin: 0; min-width: 0; position: relative; }}
 img {{ width: 100%; aspect-ratio: 1; object-fit: contain; display: block; border-radius: 3px; background: #eee; }}
 figure .plain {{ position: absolute; top: 0; left: 0; opacity: 0; }} figure:hover .plain {{ opacity: 1; }}
