@@ -2,6 +2,7 @@
 
 import collections.abc
 import contextlib
+import hashlib
 import importlib
 import itertools
 import json
@@ -33,8 +34,18 @@ def atomic(fpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
         with tmp_fpath.open("rb+") as fd:
             os.fsync(fd.fileno())
         tmp_fpath.replace(fpath)
+        _sync_directory(fpath.parent)
     finally:
         tmp_fpath.unlink(missing_ok=True)
+
+
+def _sync_directory(dpath: pathlib.Path) -> None:
+    """A rename is on the disk once its directory is."""
+    fd = os.open(dpath, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def write_text(fpath: pathlib.Path, text: str) -> None:
@@ -46,6 +57,11 @@ def write_text(fpath: pathlib.Path, text: str) -> None:
 def canonical_json(obj: object) -> str:
     """JSON with sorted keys and no spaces: equal objects give equal text, so its hash names the object."""
     return json.dumps(obj, sort_keys=True, separators=(",", ":"))
+
+
+def hash_of(obj: object) -> str:
+    """sha256 hex digest of an object's canonical JSON."""
+    return hashlib.sha256(canonical_json(obj).encode()).hexdigest()
 
 
 def progress(

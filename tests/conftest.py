@@ -25,7 +25,7 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
     """A function that writes a complete shard directory of its own and returns (its path, what it wrote as (N, L, T, D)).
 
     Without `acts` the activations are standard normal. Token 0 is [CLS] if `cls_token`, so T is n_patches + 1.
-    Image i has path "class{i % 3}/{i:04}.jpg" and label "class{i % 3}".
+    The images `skip` are recorded as corrupt. Image i has path "class{i % 3}/{i:04}.jpg" and label "class{i % 3}".
     """
     numbers = itertools.count()
 
@@ -39,6 +39,9 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
         per_shard: int = 3,
         acts: np.ndarray | None = None,
         seed: int = 0,
+        dtype: str = "float32",
+        name: str = "made-up",
+        skip: tuple[int, ...] = (),
     ) -> tuple[pathlib.Path, np.ndarray]:
         n_tokens = n_patches + cls_token
         if acts is None:
@@ -46,7 +49,7 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
             acts = np.random.default_rng(seed).standard_normal(shape, np.float32)
         metadata = shards.Metadata(
             vit_family="timm",
-            vit_ckpt="made-up",
+            vit_ckpt=name,
             layers=layers,
             n_patches_per_img=n_patches,
             cls_token=cls_token,
@@ -54,6 +57,7 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
             n_imgs=n_imgs,
             max_patches_per_shard=per_shard * n_tokens * len(layers),
             data={"root": "made-up", "__class__": "ImageFolder"},
+            **shards.stored_as(dtype),
         )
         records = [
             shards.Record(f"class{i % 3}/{i:04}.jpg", f"class{i % 3}") for i in range(n_imgs)
@@ -61,9 +65,10 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
         dump_to = tmp_path / f"shards{next(numbers)}"
         out = shards.ShardDir.create(dump_to, metadata, records, {})
         for shard_i in range(metadata.n_shards):
-            image_is = out.imgs_in(shard_i)
-            with out.writing(shard_i) as shard_NLTD:
-                shard_NLTD[: len(image_is)] = acts[image_is.start : image_is.stop]
+            image_is = metadata.imgs_in(shard_i)
+            with out.writing(shard_i) as writer:
+                writer.skipped += [shards.Skipped(i, "corrupt") for i in image_is if i in skip]
+                writer.write(np.ascontiguousarray(acts[image_is.start : image_is.stop], np.float32))
         return out.dpath, acts
 
     return make

@@ -82,8 +82,8 @@ def test_every_loader_of_any_shape(make_shards, data: st.DataObject) -> None:
 
     want_NTD = np.stack(list(want.values())).reshape(n_imgs, -1, d_vit)
     blocks = ordered.Ordered(cfg, n_imgs=data.draw(st.integers(1, 12)))
-    for (start, acts_NTD), want_start in zip(blocks, range(0, n_imgs, blocks.block), strict=True):
-        assert start == want_start
+    for (image_i_N, acts_NTD), start in zip(blocks, range(0, n_imgs, blocks.block), strict=True):
+        assert image_i_N.tolist() == list(range(start, min(start + blocks.block, n_imgs)))
         np.testing.assert_array_equal(acts_NTD, want_NTD[start : start + blocks.block])
 
     start, stop = sorted(data.draw(st.integers(0, n_imgs)) for _ in range(2))
@@ -101,7 +101,7 @@ def test_ordered_gives_the_array_in_blocks(small, block: int) -> None:
     cfg, acts_NLTD = small
     stream = ordered.Ordered(cfg, n_imgs=block)
     blocks = list(stream)
-    assert [start for start, _ in blocks] == list(range(0, 9, block))
+    assert [image_i_N[0] for image_i_N, _ in blocks] == list(range(0, 9, block))
     assert len(stream) == len(blocks)
     np.testing.assert_array_equal(np.concatenate([a for _, a in blocks]), acts_NLTD[:, 1, 1:])
     assert len(list(stream)) == len(blocks), "a second pass starts again"
@@ -119,7 +119,7 @@ def test_indexed(make_shards) -> None:
     dpath, acts_NLTD = make_shards(n_imgs=5, n_patches=4, d_vit=6, layers=(11, 23), per_shard=2)
     acts = saev.data.Indexed(str(dpath), layer=23)
     assert len(acts) == 20
-    assert sorted(acts[6]) == ["act", "image_i", "patch_i"]
+    assert sorted(acts[6]) == ["act", "image_i", "layer", "patch_i"]
     assert (acts[6]["image_i"], acts[6]["patch_i"]) == (1, 2)
     assert acts[6]["act"].dtype == torch.float32
     np.testing.assert_array_equal(acts[6]["act"], acts_NLTD[1, 1, 3])
@@ -250,7 +250,7 @@ def test_pool_bytes_bound_the_memory(make_shards) -> None:
         pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert pool_bytes < peak < 1.5 * pool_bytes
+    assert 0.8 * pool_bytes < peak < 1.1 * pool_bytes
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

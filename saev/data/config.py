@@ -68,10 +68,16 @@ class Dump:
     """Where the shard directory (named by the hash of its metadata) is made."""
     max_patches_per_shard: int = 2_400_000
     """Tokens x layers per shard file."""
+    dtype: tp.Literal["float32", "float16", "bfloat16"] = "float32"
+    """How activations are stored. Half precision takes half the bytes; loaders give float32 again."""
     vit_batch_size: int = 64
     """Images per forward pass."""
     n_workers: int = 4
-    """Threads that decode images."""
+    """Threads that decode images (of each job)."""
+    n_jobs: int = 1
+    """Slurm array tasks (without --slurm-acct: local processes) among which the shards are divided. The bytes are the same."""
+    skip_corrupt: bool = False
+    """Leave corrupt images out and record them in skipped.json, instead of stopping at the first."""
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
     dry_run: bool = False
@@ -86,16 +92,34 @@ class Dump:
             raise errors.UserError("--vit-layers is empty: name at least one layer.")
         if len(set(self.vit_layers)) < len(self.vit_layers):
             raise errors.UserError(f"--vit-layers {self.vit_layers} names a layer twice.")
+        for name in ("vit_batch_size", "n_workers", "n_jobs"):
+            if getattr(self, name) < 1:
+                raise errors.UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1."
+                )
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class DumpJob:
+    """One of the jobs that a dump is divided into: it writes the shards whose number leaves `job_i` when divided by n_jobs."""
+
+    dump: Dump
+    job_i: int = 0
 
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """Activations to read: one layer of one shard directory."""
+    """Activations to read: one layer (or all) of one or more shard directories."""
 
     shard_root: str = ""
     """Shard directory, as printed by `python -m saev.data` (the one with metadata.json)."""
-    layer: int = -1
-    """Recorded layer to read; negative counts from the end of the recorded layers."""
+    layer: int | tp.Literal["all"] = -1
+    """Recorded layer to read; negative counts from the end of the recorded layers. all: every recorded layer."""
     patches: Patches = "image"
     """image: the patch tokens. cls: the [CLS] token. all: both."""
+    more_roots: tuple[str, ...] = ()
+    """More shard directories of the same ViT, read after shard_root as one stream."""
+    partial: bool = False
+    """Read the complete shards of an interrupted dump too."""

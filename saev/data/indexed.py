@@ -5,6 +5,7 @@ import pathlib
 import typing as tp
 
 import beartype
+import numpy as np
 import torch
 
 from saev.data import config, reader
@@ -12,9 +13,10 @@ from saev.formats import shards
 
 
 class Indexed:
-    """acts[i] -> {"act": (D,) float32 tensor, "image_i": int, "patch_i": int}; acts.images[j] -> (path, label).
+    """acts[i] -> {"act": (D,) float32 tensor, "image_i", "patch_i", "layer": int}; acts.images[j] -> (path, label).
 
-    patch_i counts the patches in raster order; [CLS] (patches "cls" or "all") has patch_i -1.
+    patch_i counts the patches in raster order; [CLS] (patches "cls" or "all") has patch_i -1. Images that could not
+    be read are left out of acts, but acts.images counts them, so that acts.images[acts[i]["image_i"]] is right.
 
     Raises:
         UserError: see `reader.Reader`. IndexError past the end.
@@ -22,9 +24,13 @@ class Indexed:
 
     @beartype.beartype
     def __init__(
-        self, shard_root: str | pathlib.Path, layer: int = -1, patches: config.Patches = "image"
+        self,
+        shard_root: str | pathlib.Path,
+        layer: int | tp.Literal["all"] = -1,
+        patches: config.Patches = "image",
     ):
-        self.reader = reader.Reader(config.Shards(str(shard_root), layer, patches))
+        cfg = config.Shards(str(shard_root), layer, patches)
+        self.reader = reader.Reader(cfg, reader.RANDOM)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -32,13 +38,20 @@ class Indexed:
     @property
     def images(self) -> list[shards.Record]:
         """Path (relative to the dataset's root) and label of each image."""
-        return self.reader.dir.records
+        return self.reader.records
 
     @beartype.beartype
     def __getitem__(self, i: tp.SupportsIndex) -> dict[str, tp.Any]:
         i = operator.index(i)  # numpy's integers and zero-dimensional tensors too
         if not -len(self) <= i < len(self):
             raise IndexError(f"activation {i} of {len(self)}")
-        image_i, token_i = divmod(i % len(self), self.reader.n_tokens)
-        act_D = torch.from_numpy(self.reader.read(image_i, image_i + 1)[0, token_i].copy())
-        return {"act": act_D, "image_i": image_i, "patch_i": self.reader.first_patch + token_i}
+        position, x = divmod(i % len(self), self.reader.n_per_img)
+        layer_i, token_i = divmod(x, self.reader.n_tokens)
+        stored_D = np.empty(self.reader.d_vit, shards.STORED[self.reader.dtype])
+        self.reader.read_rows(position, layer_i, token_i, [memoryview(stored_D).cast("B")])
+        return {
+            "act": torch.from_numpy(shards.decode(stored_D, self.reader.dtype)),
+            "image_i": int(self.reader.image_is_N[position]),
+            "patch_i": self.reader.first_patch + token_i,
+            "layer": self.reader.layers[layer_i],
+        }

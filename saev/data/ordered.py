@@ -2,16 +2,30 @@
 
 import collections.abc
 import math
+import typing as tp
 
 import beartype
 import numpy as np
-from jaxtyping import Float32, jaxtyped
+from jaxtyping import Float32, Int64
 
 from saev.data import config, reader
+from saev.data.ahead import ahead
+
+AHEAD = 2
+"""Blocks read before they are asked for."""
+
+
+class Block(tp.NamedTuple):
+    """Consecutive images."""
+
+    image_i_N: Int64[np.ndarray, " N"]
+    """Their numbers, rising; an image that could not be read is left out."""
+    act_NXD: Float32[np.ndarray, "N X D"]
+    """Their tokens; with layer "all" those of the first layer come first."""
 
 
 class Ordered:
-    """Iterates over (first image number, activations (N, T, D)) in image order, at most `n_imgs` images at a time.
+    """Iterates over blocks of at most `n_imgs` images, in image order.
 
     Raises:
         UserError: see `reader.Reader`; while iterating, NaN or infinite activations (names the image).
@@ -26,12 +40,12 @@ class Ordered:
         """Number of blocks."""
         return math.ceil(self.reader.n_imgs / self.block)
 
-    def __iter__(self) -> collections.abc.Iterator[tuple[int, np.ndarray]]:
-        for start in range(0, self.reader.n_imgs, self.block):
-            yield start, self._read(start)
+    def __iter__(self) -> collections.abc.Iterator[Block]:
+        return ahead(self._blocks(), AHEAD)
 
-    @jaxtyped(typechecker=beartype.beartype)
-    def _read(self, start: int) -> Float32[np.ndarray, "N T D"]:
-        acts_NTD = self.reader.read(start, min(start + self.block, self.reader.n_imgs))
-        reader.check_finite(acts_NTD, self.reader, start)
-        return acts_NTD
+    def _blocks(self) -> collections.abc.Iterator[Block]:
+        for start in range(0, self.reader.n_imgs, self.block):
+            stop = min(start + self.block, self.reader.n_imgs)
+            block = Block(self.reader.image_is_N[start:stop], self.reader.read(start, stop))
+            reader.check_finite(block.act_NXD, block.image_i_N, self.reader)
+            yield block

@@ -1,102 +1,335 @@
-"""The only code that reads acts*.bin: blocks of consecutive images of one layer.
+"""The only code that reads acts*.bin: tokens of chosen layers from one or more shard directories.
 
-Shape letters: N images, T tokens of an image that were asked for, D d_vit.
+Images are addressed by their position among the images that can be read (skipped ones are left out);
+`Reader.image_is_N` gives their numbers, which count every image of every directory.
+
+Shape letters: N images, X tokens of an image that were asked for (layer after layer), D d_vit.
 """
+
+import bisect
+import collections.abc
+import functools
+import os
+import typing as tp
 
 import beartype
 import numpy as np
-from jaxtyping import Float32, jaxtyped
+from jaxtyping import Float32, Int64, jaxtyped
 
-from saev import errors
+from saev import errors, helpers
 from saev.data import config
 from saev.formats import shards
 
+GAP_BYTES = 128 * 2**10
+"""Unwanted bytes between wanted ones are read along (and dropped) up to this length; longer gaps are jumped over."""
+IOV_MAX = 1024
+"""Buffers of one system call (Linux)."""
+N_OPEN = 256
+"""Shard files open at a time."""
+
+SEQUENTIAL = getattr(os, "POSIX_FADV_SEQUENTIAL", 0)
+RANDOM = getattr(os, "POSIX_FADV_RANDOM", 0)
+WILLNEED = getattr(os, "POSIX_FADV_WILLNEED", 0)
+
+
+def _advise(fd: int, start: int, length: int, advice: int) -> None:
+    """A hint to the kernel, where it takes hints."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, start, length, advice)
+
+
+class _File:
+    """A file open for reading, closed when nobody holds it any more: a thread may still read what a cache let go."""
+
+    def __init__(self, fpath: str, advice: int):
+        self.fd = -1
+        self.fd = os.open(fpath, os.O_RDONLY)
+        _advise(self.fd, 0, 0, advice)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class _Files:
+    """The last files that were read. A copy for another process starts with none open."""
+
+    def __init__(self) -> None:
+        self.open = functools.lru_cache(N_OPEN)(_File)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Files, ()
+
+
+class _Part(tp.NamedTuple):
+    """One shard directory of the stream."""
+
+    dir: shards.ShardDir
+    layer_is: tuple[int, ...]
+    """Positions of the chosen layers among the recorded ones."""
+    first_image: int
+    first: int
+    """Position of its first readable image."""
+
 
 class Reader:
-    """One layer and one choice of tokens of a complete shard directory.
+    """Chosen layers and tokens of shard directories, as one stream.
+
+    Args:
+        cfg: which.
+        advice: to the kernel, of the order in which files will be read.
 
     Raises:
-        UserError: see `shards.ShardDir.open`; also a layer that was not recorded, or [CLS] asked of a model without.
+        UserError: see `shards.ShardDir.open`; also a layer that was not recorded, [CLS] asked of a model without, or
+            directories that do not fit each other.
     """
 
     @beartype.beartype
-    def __init__(self, cfg: config.Shards):
+    def __init__(self, cfg: config.Shards, advice: int = SEQUENTIAL):
         if not cfg.shard_root:
             raise errors.UserError(
                 "--data.shard-root is missing: pass the directory that `python -m saev.data` printed."
             )
-        self.dir = shards.ShardDir.open(cfg.shard_root)
-        self.metadata = self.dir.metadata
-        self.layer_i = self.dir.layer_i(cfg.layer)
-        self.layer = self.metadata.layers[self.layer_i]
-        self.tokens = _token_slice(self.metadata, cfg)
-        self.n_imgs = self.metadata.n_imgs
+        self.advice = advice
+        self.partial = cfg.partial
+        roots = (cfg.shard_root, *cfg.more_roots)
+        self.dirs = [shards.ShardDir.open(root, partial=cfg.partial) for root in roots]
+        self.metadata = self.dirs[0].metadata
+        self.layers = _layers(self.dirs, cfg.layer)
+        self.tokens = _token_slice(self.dirs[0], cfg.patches)
         self.n_tokens = self.tokens.stop - self.tokens.start
         self.d_vit = self.metadata.d_vit
-        self._open_i, self._open_acts = -1, None
+        self.dtype = self.metadata.dtype
+        self.token_bytes = self.metadata.token_bytes
+        _check_alike(self.dirs)
+        self._files = _Files()
+        self._parts: list[_Part] = []
+        images, first_image, first = [], 0, 0
+        for part in self.dirs:
+            layer_is = tuple(part.metadata.layers.index(layer) for layer in self.layers)
+            self._parts.append(_Part(part, layer_is, first_image, first))
+            images.append(part.image_is_N + first_image)
+            first_image += part.metadata.n_imgs
+            first += len(part.image_is_N)
+        self._firsts = [part.first for part in self._parts]
+        self.image_is_N: Int64[np.ndarray, " N"] = np.concatenate(images)
+        self.n_all = first_image
+        if not len(self.image_is_N):
+            raise errors.UserError(f"{cfg.shard_root}: holds no image that could be read.")
+
+    @property
+    def n_imgs(self) -> int:
+        """Images that can be read."""
+        return len(self.image_is_N)
+
+    @property
+    def n_per_img(self) -> int:
+        """X: tokens of an image, over all chosen layers."""
+        return len(self.layers) * self.n_tokens
 
     def __len__(self) -> int:
         """Activations in the stream."""
-        return self.n_imgs * self.n_tokens
+        return self.n_imgs * self.n_per_img
 
     @property
     def first_patch(self) -> int:
         """patch_i of token 0 of the choice: -1 stands for [CLS]."""
         return self.tokens.start - int(self.metadata.cls_token)
 
+    @property
+    def hash(self) -> str:
+        """Names what the stream holds: the directory's hash, or one of the directories' hashes and of which images are there."""
+        parts = [part.metadata.hash for part in self.dirs]
+        if len(parts) == 1 and not self.partial:
+            return parts[0]
+        return helpers.hash_of([parts, self.n_imgs, int(self.image_is_N.sum())])
+
+    @functools.cached_property
+    def records(self) -> list[shards.Record]:
+        """Path and label by image number, of the images that cannot be read too.
+
+        Raises:
+            UserError: see `shards.ShardDir.records`.
+        """
+        return [record for part in self.dirs for record in part.records]
+
+    def transform(self) -> dict[str, object]:
+        """The image transform's description; empty when another tool made the dump.
+
+        Raises:
+            UserError: the directories differ in it.
+        """
+        first, *others = [part.transform() for part in self.dirs]
+        if any(other != first for other in others):
+            raise errors.UserError(
+                f"{self.dirs[0].dpath} and the other shard directories were made with different image transforms. Read them one by one."
+            )
+        return first
+
+    def shard_positions(self) -> list[range]:
+        """Positions of the images of each shard file."""
+        out = []
+        for part in self._parts:
+            image_is_N = part.dir.image_is_N
+            bounds = [part.dir.metadata.imgs_in(i) for i in part.dir.shard_is]
+            starts = np.searchsorted(image_is_N, [r.start for r in bounds]) + part.first
+            stops = np.searchsorted(image_is_N, [r.stop for r in bounds]) + part.first
+            out += [range(a, b) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+        return out
+
+    # ---- whole images ----
+
     @jaxtyped(typechecker=beartype.beartype)
-    def read(self, start: int, stop: int) -> Float32[np.ndarray, "N T D"]:
-        """Activations of images start ... stop - 1, as a copy in memory.
+    def read(self, start: int, stop: int) -> Float32[np.ndarray, "N X D"]:
+        """Activations of the images at positions start ... stop - 1, as a copy in memory.
 
         Raises:
             UserError: a shard file vanished or was cut while reading.
         """
-        out_NTD = np.empty((stop - start, self.n_tokens, self.d_vit), np.float32)
-        per_shard = self.metadata.imgs_per_shard
-        at = start
-        while at < stop:
-            shard_i, first = divmod(at, per_shard)
-            n = min(stop - at, per_shard - first)
-            acts_NLTD = self._acts(shard_i)
-            out_NTD[at - start : at - start + n] = acts_NLTD[
-                first : first + n, self.layer_i, self.tokens
-            ]
-            at += n
-        return out_NTD
+        shape = (stop - start, self.n_per_img, self.d_vit)
+        out_NXD = np.empty(shape, shards.STORED[self.dtype])
+        rows = memoryview(out_NXD).cast("B") if out_NXD.size else memoryview(b"")
+        wanted = [*self._extents(start, stop), ("", 0, 0)]
+        begin, buffers, fpath, end = 0, [], "", 0
+        scratch = memoryview(bytearray(GAP_BYTES))
+        filled = 0
+        for next_fpath, offset, length in wanted:
+            gap = offset - end
+            if next_fpath != fpath or not 0 <= gap <= GAP_BYTES:
+                self._preadv(fpath, buffers, begin)
+                begin, buffers, fpath = offset, [], next_fpath
+            elif gap:
+                buffers.append(scratch[:gap])
+            buffers.append(rows[filled : filled + length])
+            filled, end = filled + length, offset + length
+        return shards.decode(out_NXD, self.dtype)
 
-    def _acts(self, shard_i: int) -> np.memmap:
-        """Keeps the last shard open: consecutive reads mostly stay in one."""
-        if shard_i != self._open_i:
-            try:
-                self._open_i, self._open_acts = shard_i, self.dir.acts(shard_i)
-            except (OSError, ValueError) as err:
-                raise errors.UserError(
-                    f"{self.dir.acts_fpath(shard_i)}: cannot be read ({err}). Run the same `python -m saev.data` command again."
-                ) from err
-        return self._open_acts
+    def _extents(self, start: int, stop: int) -> collections.abc.Iterator[tuple[str, int, int]]:
+        """(file, offset, length in bytes) of the wanted tokens, layer by layer of each image."""
+        length = self.n_tokens * self.token_bytes
+        for position in range(start, stop):
+            for layer in range(len(self.layers)):
+                yield *self._locate(position, layer, 0), length
+
+    def _locate(self, position: int, layer: int, token: int) -> tuple[str, int]:
+        """(file, offset in bytes) of a chosen token of a chosen layer."""
+        part = self._parts[bisect.bisect_right(self._firsts, position) - 1]
+        metadata = part.dir.metadata
+        image_i = int(self.image_is_N[position]) - part.first_image
+        shard_i, image_i = divmod(image_i, metadata.imgs_per_shard)
+        token_i = part.layer_is[layer] * metadata.n_tokens + self.tokens.start + token
+        offset = image_i * metadata.img_bytes + token_i * self.token_bytes
+        return str(part.dir.acts_fpath(shard_i)), offset
+
+    # ---- runs of tokens ----
+
+    def will_need(self, position: int, layer: int, token: int, n: int) -> None:
+        """Asks the kernel to fetch `n` tokens in the background.
+
+        Raises:
+            UserError: a shard file vanished.
+        """
+        fpath, offset = self._locate(position, layer, token)
+        with _read_errors(fpath):
+            file = self._files.open(fpath, self.advice)
+            _advise(file.fd, offset, n * self.token_bytes, WILLNEED)
+
+    def read_rows(self, position: int, layer: int, token: int, rows: list[memoryview]) -> None:
+        """Fills `rows` (bytes of one token each) with consecutive tokens of one layer, as they are stored.
+
+        Raises:
+            UserError: a shard file vanished or was cut while reading.
+        """
+        fpath, offset = self._locate(position, layer, token)
+        self._preadv(fpath, rows, offset)
+
+    def _preadv(self, fpath: str, buffers: list[memoryview], offset: int) -> None:
+        """Fills the buffers from consecutive bytes of a file."""
+        if not buffers:
+            return
+        with _read_errors(fpath):
+            file = self._files.open(fpath, self.advice)
+            at = 0
+            while at < len(buffers):
+                n = os.preadv(file.fd, buffers[at : at + IOV_MAX], offset)
+                if not n:
+                    raise errors.UserError(
+                        f"{fpath}: ends at byte {offset}, in the middle of its activations. "
+                        "Delete it and its .json, and run the same `python -m saev.data` command again."
+                    )
+                offset += n
+                while at < len(buffers) and n >= len(buffers[at]):
+                    n -= len(buffers[at])
+                    at += 1
+                if n:
+                    buffers[at] = buffers[at][n:]
 
 
-def _token_slice(metadata: shards.Metadata, cfg: config.Shards) -> slice:
-    n_cls = int(metadata.cls_token)
-    if cfg.patches == "cls" and not n_cls:
+class _read_errors:
+    """Turns an error of the operating system into one line. A class: it is entered for every read."""
+
+    def __init__(self, fpath: str):
+        self.fpath = fpath
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, err: BaseException | None, _: object) -> None:
+        if isinstance(err, OSError):
+            raise errors.UserError(
+                f"{self.fpath}: cannot be read ({err.strerror}). Check the file system, or run the same `python -m saev.data` command again."
+            ) from err
+
+
+def _layers(dirs: list[shards.ShardDir], layer: int | str) -> tuple[int, ...]:
+    """The chosen layers, by their numbers."""
+    first = dirs[0].metadata.layers
+    chosen = first if layer == "all" else (first[dirs[0].layer_i(layer)],)
+    for part in dirs[1:]:
+        if layer == "all" and set(part.metadata.layers) != set(first):
+            raise errors.UserError(
+                f"{part.dpath}: recorded layers {part.metadata.layers}, but {dirs[0].dpath} {first}. Pass one --data.layer that both have."
+            )
+        part.layer_i(chosen[0])
+    return chosen
+
+
+def _check_alike(dirs: list[shards.ShardDir]) -> None:
+    """Directories of one stream come from the same model and store the same type; none is there twice."""
+    for name in ("vit_ckpt", "d_vit", "n_patches_per_img", "cls_token", "dtype"):
+        values = {getattr(part.metadata, name) for part in dirs}
+        if len(values) > 1:
+            raise errors.UserError(
+                f"--data.more-roots: the directories differ in {name} ({', '.join(map(repr, sorted(values)))}). Pass dumps of one ViT."
+            )
+    if len({part.metadata.hash for part in dirs}) < len(dirs):
+        raise errors.UserError("--data.more-roots: a shard directory is named twice.")
+
+
+def _token_slice(part: shards.ShardDir, patches: config.Patches) -> slice:
+    n_cls, n_tokens = int(part.metadata.cls_token), part.metadata.n_tokens
+    if patches == "cls" and not n_cls:
         raise errors.UserError(
-            f"{cfg.shard_root}: {metadata.vit_ckpt} has no [CLS] token. Pass --data.patches image."
+            f"{part.dpath}: {part.metadata.vit_ckpt} has no [CLS] token. Pass --data.patches image."
         )
     return {
-        "image": slice(n_cls, metadata.n_tokens),
+        "image": slice(n_cls, n_tokens),
         "cls": slice(0, n_cls),
-        "all": slice(0, metadata.n_tokens),
-    }[cfg.patches]
+        "all": slice(0, n_tokens),
+    }[patches]
 
 
-@beartype.beartype
-def check_finite(acts: np.ndarray, reader: Reader, first_img: int) -> None:
-    """Raises UserError naming the first image (of images first_img ...) with a NaN or infinite activation."""
-    if np.isfinite(acts.sum(dtype=np.float64)):
-        return
-    bad_i = np.flatnonzero(~np.isfinite(acts).reshape(len(acts), -1).all(axis=1))
-    if len(bad_i):
+@jaxtyped(typechecker=beartype.beartype)
+def check_finite(
+    acts_BXD: Float32[np.ndarray, "B *X D"], image_i_B: Int64[np.ndarray, " B"], acts: Reader
+) -> None:
+    """Raises UserError naming the first image with a NaN or infinite activation. image_i_B: the image of each row."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(acts_BXD.sum()):
+            return
+    bad_B = ~np.isfinite(acts_BXD).reshape(len(acts_BXD), -1).all(axis=1)
+    if bad_B.any():
+        layers = ", ".join(map(str, acts.layers))
         raise errors.UserError(
-            f"{reader.dir.dpath}: image {first_img + int(bad_i[0])} has NaN or infinite activations at layer {reader.layer}. "
-            "Delete its shard and run the same dump again."
+            f"{acts.dirs[0].dpath}: image {image_i_B[bad_B].min()} has NaN or infinite activations at layer {layers}. "
+            "Delete its shard (and the shard's .json) and run the same dump again."
         )

@@ -1,31 +1,55 @@
-"""Activation shards, protocol 1.0.0: the one owner of the directory's paths, contents and checks.
+"""Activation shards: the one owner of the directory's paths, contents and checks.
 
     <dump_to>/<HASH>/
-        metadata.json    what was dumped; HASH is the sha256 of its canonical JSON
+        metadata.json    what was dumped (`metadata.Metadata`); HASH is the sha256 of its canonical JSON
         shards.json      [{"name": "acts000000.bin", "n_imgs": 937}, ...], the complete shards in order
-        acts000000.bin   C-contiguous little-endian float32 (images, layers, tokens, d_vit); the last one is zero-padded
-        images.jsonl     ours: per image, in order, {"path": ..., "label": ...}; path is relative to the dataset's root
-        transform.json   ours: how an image became the ViT's input (for heat maps)
+        acts000000.bin   C-contiguous little-endian (images, layers, tokens, d_vit); the last one is zero-padded
 
-Readers that know only protocol 1.0.0 can ignore images.jsonl and transform.json.
+    and, to be ignored by readers that know protocol 1.0.0 alone:
+        images.jsonl     per image, in order, {"path": ..., "label": ...}; path is relative to the dataset's root
+        transform.json   how an image became the ViT's input (for heat maps)
+        acts000000.json  {"n_imgs": ..., "xxh3_128": checksum of its images' bytes, "skipped": [...]}
+        skipped.json     [{"image_i": ..., "error": ...}], the corrupt images of all shards; their activations are zero
+
+A shard is complete when its acts000000.json is there: that is written last. The directory is complete when
+shards.json lists all of metadata.json's images. Any number of processes may write different shards at a time.
 """
 
 import collections.abc
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import pathlib
+import re
 import typing as tp
 
 import beartype
 import numpy as np
+import xxhash
+from jaxtyping import Float32, Int64, Shaped, jaxtyped
 
 from saev import errors, helpers
+from saev.formats.metadata import Metadata, stored_as
 
-PROTOCOL = "1.0.0"
+__all__ = [
+    "Metadata",
+    "Record",
+    "ShardDir",
+    "ShardWriter",
+    "Sidecar",
+    "Skipped",
+    "decode",
+    "encode",
+    "stored_as",
+]
+
+STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+"""How the bytes are seen by numpy, which has no bfloat16."""
+SYNC_BYTES = 64 * 2**20
+"""A shard in writing is flushed to the disk every so many bytes, so that its end costs no long wait."""
+AGAIN = "Run the same `python -m saev.data` command again; it continues."
 
 
 class Record(tp.NamedTuple):
@@ -36,100 +60,87 @@ class Record(tp.NamedTuple):
     label: str
 
 
+class Skipped(tp.NamedTuple):
+    """An image that could not be read; --skip-corrupt left its activations zero."""
+
+    image_i: int
+    error: str
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def encode(acts: Float32[np.ndarray, "*shape"], dtype: str) -> Shaped[np.ndarray, "*shape"]:
+    """Values as they are stored: rounded to the nearest, ties to even. Too large for float16 becomes infinite."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(acts).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(acts, STORED[dtype])
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def decode(stored: Shaped[np.ndarray, "*shape"], dtype: str) -> Float32[np.ndarray, "*shape"]:
+    """Inverse of `encode`; float32 is not copied."""
+    if dtype == "bfloat16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
-class Metadata:
-    """metadata.json, key for key."""
+class Sidecar:
+    """acts000000.json."""
 
-    vit_family: str
-    vit_ckpt: str
-    layers: tuple[int, ...]
-    n_patches_per_img: int
-    cls_token: bool
-    d_vit: int
     n_imgs: int
-    max_patches_per_shard: int
-    data: dict[str, object]
-    dtype: str = "float32"
-    protocol: str = PROTOCOL
-
-    def __post_init__(self) -> None:
-        if self.imgs_per_shard < 1:
-            raise errors.UserError(
-                f"--max-patches-per-shard {self.max_patches_per_shard} holds not one image "
-                f"({self.n_tokens} tokens x {len(self.layers)} layers). Pass at least {self.n_tokens * len(self.layers)}."
-            )
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens per image, [CLS] included."""
-        return self.n_patches_per_img + int(self.cls_token)
-
-    @property
-    def imgs_per_shard(self) -> int:
-        return self.max_patches_per_shard // (self.n_tokens * len(self.layers))
-
-    @property
-    def n_shards(self) -> int:
-        return -(-self.n_imgs // self.imgs_per_shard)
-
-    @property
-    def shard_shape(self) -> tuple[int, int, int, int]:
-        """(images, layers, tokens, d_vit) of a full shard."""
-        return self.imgs_per_shard, len(self.layers), self.n_tokens, self.d_vit
-
-    @property
-    def img_bytes(self) -> int:
-        return 4 * len(self.layers) * self.n_tokens * self.d_vit
-
-    @property
-    def hash(self) -> str:
-        """Full sha256 hex digest of the canonical JSON: the directory's name."""
-        return hashlib.sha256(helpers.canonical_json(self._fields()).encode()).hexdigest()
-
-    def _fields(self) -> dict[str, object]:
-        return {**dataclasses.asdict(self), "layers": list(self.layers)}
+    xxh3_128: str
+    skipped: tuple[Skipped, ...] = ()
 
     def dumps(self) -> str:
-        return json.dumps(self._fields(), indent=4)
+        fields = dataclasses.asdict(self) | {"skipped": [s._asdict() for s in self.skipped]}
+        return json.dumps(fields, indent=2)
 
     @classmethod
-    def loads(cls, text: str, fpath: pathlib.Path) -> "Metadata":
-        """Parses metadata.json.
+    def loads(cls, fpath: pathlib.Path) -> "Sidecar":
+        """Raises UserError when the file cannot be read."""
+        with _readable(fpath):
+            obj = json.loads(fpath.read_text("utf-8"))
+            skipped = tuple(Skipped(**s) for s in obj["skipped"])
+            return cls(obj["n_imgs"], obj["xxh3_128"], skipped)
 
-        Raises:
-            UserError: not JSON, another protocol or dtype, or missing keys or values of a wrong type; names them.
-        """
-        try:
-            obj = json.loads(text)
-        except ValueError as err:
-            raise errors.UserError(f"{fpath}: not JSON ({err}). Dump the directory again.") from err
-        protocol = obj.get("protocol") if isinstance(obj, dict) else None
-        if protocol != PROTOCOL:
-            raise errors.UserError(
-                f"{fpath}: shard protocol {protocol!r} is not supported (supported: {PROTOCOL}). Dump the activations again."
-            )
-        names = {f.name for f in dataclasses.fields(cls)}
-        if missing := sorted(names - obj.keys()):
-            raise errors.UserError(
-                f"{fpath}: keys missing: {', '.join(missing)}. Dump the directory again."
-            )
-        if obj["dtype"] != "float32":
-            raise errors.UserError(
-                f"{fpath}: dtype {obj['dtype']!r} is not supported (supported: float32)."
-            )
-        try:
-            if min(obj["n_imgs"], len(obj["layers"])) < 1:
-                raise ValueError("no images or no layers")
-            return cls(
-                **{k: tuple(v) if k == "layers" else v for k, v in obj.items() if k in names}
-            )
-        except errors.UserError:
-            raise
-        except Exception as err:  # wrong types, whatever the file holds
-            raise errors.UserError(
-                f"{fpath}: its values do not fit protocol {PROTOCOL} ({errors.first_line(err)}). Dump the directory again."
-            ) from err
+
+@contextlib.contextmanager
+def _readable(fpath: pathlib.Path) -> collections.abc.Iterator[None]:
+    """Whatever a damaged JSON file makes Python raise becomes one UserError."""
+    try:
+        yield
+    except (OSError, errors.UserError):
+        raise
+    except Exception as err:  # ValueError, KeyError, TypeError, beartype's own
+        raise errors.UserError(
+            f"{fpath}: cannot be read ({errors.first_line(err)}). Delete it and run the same `python -m saev.data` command again."
+        ) from err
+
+
+class ShardWriter:
+    """A shard in writing, image after image in order."""
+
+    def __init__(self, fd: tp.BinaryIO, dtype: str):
+        self.fd = fd
+        self.dtype = dtype
+        self.sum = xxhash.xxh3_128()
+        self.skipped: list[Skipped] = []
+        self.n_unsynced = 0
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def write(self, acts_BLTD: Float32[np.ndarray, "B L T D"]) -> None:
+        """Appends images."""
+        stored = memoryview(encode(acts_BLTD, self.dtype)).cast("B")
+        self.sum.update(stored)
+        self.fd.write(stored)
+        self.n_unsynced += len(stored)
+        if self.n_unsynced >= SYNC_BYTES:
+            self.fd.flush()
+            os.fsync(self.fd.fileno())
+            self.n_unsynced = 0
 
 
 @beartype.beartype
@@ -145,6 +156,9 @@ class ShardDir:
     def acts_fpath(self, shard_i: int) -> pathlib.Path:
         return self.dpath / f"acts{shard_i:06}.bin"
 
+    def sidecar_fpath(self, shard_i: int) -> pathlib.Path:
+        return self.dpath / f"acts{shard_i:06}.json"
+
     @property
     def shards_fpath(self) -> pathlib.Path:
         return self.dpath / "shards.json"
@@ -156,6 +170,10 @@ class ShardDir:
     @property
     def transform_fpath(self) -> pathlib.Path:
         return self.dpath / "transform.json"
+
+    @property
+    def skipped_fpath(self) -> pathlib.Path:
+        return self.dpath / "skipped.json"
 
     # ---- writing ----
 
@@ -170,77 +188,124 @@ class ShardDir:
         """Makes the directory, or takes up an interrupted dump of the same images.
 
         Raises:
-            UserError: the directory lists other images than `records` (the dataset changed since).
+            UserError: the directory lists other images than `records` (the dataset changed since), or another transform.
         """
         shards = cls(dump_to / metadata.hash, metadata)
         shards.dpath.mkdir(parents=True, exist_ok=True)
         # ASCII: names may hold line separators, or bytes that are not UTF-8 (Python's surrogates).
         text = "".join(json.dumps(r._asdict()) + "\n" for r in records)
-        if shards.images_fpath.exists() and shards.images_fpath.read_text("utf-8") != text:
-            raise errors.UserError(
-                f"{shards.dpath}: was dumped from other images than the dataset holds now (images.jsonl differs). "
-                "Move that directory away, or pass another --dump-to."
-            )
-        helpers.write_text(shards.images_fpath, text)
-        helpers.write_text(shards.transform_fpath, json.dumps(transform, indent=4))
-        helpers.write_text(shards.dpath / "metadata.json", metadata.dumps())
+        shards._write_once(shards.images_fpath, text, "other images than the dataset holds now")
+        text = json.dumps(transform, indent=4)
+        shards._write_once(shards.transform_fpath, text, "images transformed in another way")
+        shards._write_once(shards.dpath / "metadata.json", metadata.dumps(), "another dataset")
         shards.write_index()
         return shards
 
-    def imgs_in(self, shard_i: int) -> range:
-        """Image numbers that shard `shard_i` holds."""
-        n = self.metadata.imgs_per_shard
-        return range(shard_i * n, min((shard_i + 1) * n, self.metadata.n_imgs))
+    def _write_once(self, fpath: pathlib.Path, text: str, other: str) -> None:
+        if not fpath.exists():
+            helpers.write_text(fpath, text)
+        elif fpath.read_text("utf-8") != text:
+            raise errors.UserError(
+                f"{self.dpath}: was dumped from {other} ({fpath.name} differs). Move that directory away, or pass another --dump-to."
+            )
 
     def has(self, shard_i: int) -> bool:
-        """Is this shard there? Shards appear whole or not at all."""
-        return self.acts_fpath(shard_i).exists()
+        """Is this shard complete?"""
+        return self.sidecar_fpath(shard_i).exists() and self.acts_fpath(shard_i).exists()
 
     @contextlib.contextmanager
-    def writing(self, shard_i: int) -> collections.abc.Iterator[np.memmap]:
-        """Yields the zero-filled shard (images, layers, tokens, d_vit) to write into; it appears when the block ends well."""
-        with helpers.atomic(self.acts_fpath(shard_i)) as tmp_fpath:
-            self._allocate(tmp_fpath, len(self.imgs_in(shard_i)))
-            acts_NLTD = np.memmap(tmp_fpath, "<f4", "r+", shape=self.metadata.shard_shape)
-            yield acts_NLTD
-            acts_NLTD.flush()
-        self.write_index()
+    def writing(self, shard_i: int) -> collections.abc.Iterator[ShardWriter]:
+        """Yields a writer for all images of the shard; the shard appears when the block ends well.
 
-    def _allocate(self, fpath: pathlib.Path, n_imgs: int) -> None:
-        """Makes a full shard of zeros and reserves the disk space of its images (the padding stays a hole).
-
-        So a full disk is an error now, not a crash (SIGBUS) while writing into the map.
+        Raises:
+            UserError: it cannot be written (a full disk, a folder without permission).
         """
-        n_bytes = n_imgs * self.metadata.img_bytes
-        with fpath.open("wb") as fd:
-            try:
-                os.posix_fallocate(fd.fileno(), 0, n_bytes)
-                fd.truncate(self.metadata.imgs_per_shard * self.metadata.img_bytes)
-            except OSError as err:
-                raise errors.UserError(
-                    f"{self.dpath}: cannot reserve {n_bytes:,} bytes for a shard ({err.strerror}). "
-                    "Free space and run the same command again, or lower --max-patches-per-shard."
-                ) from err
+        fpath, n_imgs = self.acts_fpath(shard_i), len(self.metadata.imgs_in(shard_i))
+        self._remove_temporaries(f".{fpath.name}.*.tmp")  # of a writer that was killed
+        try:
+            with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
+                writer = ShardWriter(fd, self.metadata.dtype)
+                yield writer
+                assert fd.tell() == n_imgs * self.metadata.img_bytes
+                fd.flush()
+                fd.truncate(self.metadata.shard_bytes)
+            sidecar = Sidecar(n_imgs, writer.sum.hexdigest(), tuple(writer.skipped))
+            helpers.write_text(self.sidecar_fpath(shard_i), sidecar.dumps())
+            self.write_index()
+        except OSError as err:
+            raise errors.UserError(
+                f"{self.dpath}: shard {shard_i} cannot be written ({err.strerror}). "
+                "Check the free space and the permissions, then run the same command again."
+            ) from err
 
     def write_index(self) -> None:
-        """Writes shards.json from the shards that are there."""
-        done = [i for i in range(self.metadata.n_shards) if self.has(i)]
-        index = [{"name": self.acts_fpath(i).name, "n_imgs": len(self.imgs_in(i))} for i in done]
-        helpers.write_text(self.shards_fpath, json.dumps(index, indent=2))
+        """Writes shards.json (and, once all is there, skipped.json) from the shards that are there.
+
+        Parallel writers may overtake each other: each looks again after it has written, so the last one to
+        write has seen all.
+        """
+        written = None
+        while (index := self._index()) != written:
+            if len(index) == self.metadata.n_shards:
+                self._write_skipped()
+            helpers.write_text(self.shards_fpath, json.dumps(index, indent=2))
+            written = index
+
+    def _index(self) -> list[dict[str, object]]:
+        names = set(os.listdir(self.dpath))  # noqa: PTH208  (names only, thousands of them)
+        return [
+            {"name": self.acts_fpath(i).name, "n_imgs": len(self.metadata.imgs_in(i))}
+            for i in range(self.metadata.n_shards)
+            if {self.acts_fpath(i).name, self.sidecar_fpath(i).name} <= names
+        ]
+
+    def _write_skipped(self) -> None:
+        skipped = self.skipped_in(range(self.metadata.n_shards))
+        if skipped:
+            text = json.dumps([s._asdict() for s in skipped], indent=2)
+            helpers.write_text(self.skipped_fpath, text)
+
+    def finish(self) -> None:
+        """Brings the index up to date and removes what killed writers left. Only when nobody writes any more."""
+        self.write_index()
+        self._remove_temporaries(".*.tmp")
+
+    def _remove_temporaries(self, pattern: str) -> None:
+        for fpath in self.dpath.glob(pattern):
+            fpath.unlink(missing_ok=True)
 
     # ---- reading ----
 
     @classmethod
-    def open(cls, dpath: pathlib.Path | str) -> "ShardDir":
-        """Opens a complete directory.
+    def open(cls, dpath: pathlib.Path | str, *, partial: bool = False) -> "ShardDir":
+        """Opens a complete directory; with `partial` also one whose dump was interrupted.
 
         Raises:
             UserError: no such directory, not a shard directory, incomplete, or a shard file missing or truncated.
         """
+        shards = cls.look(dpath)
+        if not partial:
+            shards._check_complete()
+        if not shards.shard_is:
+            raise errors.UserError(f"{dpath}: holds no complete shard. {AGAIN}")
+        for shard_i in shards.shard_is:
+            if problem := shards.size_problem(shard_i):
+                raise errors.UserError(
+                    f"{problem}. Delete it and its .json, and run the same `python -m saev.data` command again."
+                )
+        return shards
+
+    @classmethod
+    def look(cls, dpath: pathlib.Path | str) -> "ShardDir":
+        """Opens a directory without asking whether its shards are there and whole.
+
+        Raises:
+            UserError: no such directory, or not a shard directory.
+        """
         dpath = pathlib.Path(dpath)
         if not dpath.is_dir():
             raise errors.UserError(
-                f"{dpath}: no such shard directory. Pass as --data.shard-root the directory that `python -m saev.data` printed."
+                f"{dpath}: no such shard directory. Pass the directory that `python -m saev.data` printed."
             )
         fpath = dpath / "metadata.json"
         if not fpath.exists():
@@ -251,58 +316,86 @@ class ShardDir:
                 else "Dump it first."
             )
             raise errors.UserError(f"{dpath}: not a shard directory (no metadata.json). {hint}")
-        shards = cls(dpath, Metadata.loads(fpath.read_text("utf-8"), fpath))
-        shards._check_complete()
-        return shards
+        return cls(dpath, Metadata.loads(fpath.read_text("utf-8"), fpath))
 
     @functools.cached_property
-    def n_imgs_per_file(self) -> list[int]:
-        """Images in each listed shard file, in order."""
+    def shard_is(self) -> list[int]:
+        """Numbers of the complete shards.
+
+        An interrupted dump of another tool may have no shards.json; it wrote in order, so all but its last file are complete.
+
+        Raises:
+            UserError: shards.json cannot be read, or does not fit metadata.json.
+        """
         if not self.shards_fpath.exists():
-            return []
-        try:
-            return [
-                int(s["n_imgs"])
-                for s in json.loads(self.shards_fpath.read_text("utf-8"))
-                if s["n_imgs"]
-            ]
-        except (ValueError, KeyError, TypeError) as err:
-            raise errors.UserError(
-                f"{self.shards_fpath}: cannot be read ({err!r}). Run the same dump again."
-            ) from err
+            return sorted(int(p.stem[4:]) for p in self.dpath.glob("acts*.bin"))[:-1]
+        out = []
+        with _readable(self.shards_fpath):
+            for entry in json.loads(self.shards_fpath.read_text("utf-8")):
+                n_imgs = entry["n_imgs"] if "n_imgs" in entry else entry["n_examples"]
+                shard_i = int(re.fullmatch(r"acts(\d+)\.bin", entry["name"])[1])
+                if n_imgs == 0:  # other tools end with an empty shard
+                    continue
+                if n_imgs != (want := len(self.metadata.imgs_in(shard_i))):
+                    raise errors.UserError(
+                        f"{self.shards_fpath}: shard {shard_i} holds {n_imgs} images, but metadata.json gives it {want}. Dump the directory again."
+                    )
+                out.append(shard_i)
+        return sorted(set(out))
 
     def _check_complete(self) -> None:
-        found, want = sum(self.n_imgs_per_file), self.metadata.n_imgs
-        if found != want:
+        found = sum(len(self.metadata.imgs_in(i)) for i in self.shard_is)
+        if found != self.metadata.n_imgs or not self.shards_fpath.exists():
             raise errors.UserError(
-                f"{self.dpath}: incomplete dump: {found} of {want} images. Run the same `python -m saev.data` command again; it continues."
+                f"{self.dpath}: incomplete dump: {found} of {self.metadata.n_imgs} images. {AGAIN} "
+                "(To read what is there: --data.partial.)"
             )
-        wanted = [len(self.imgs_in(i)) for i in range(self.metadata.n_shards)]
-        for i, (listed, n) in enumerate(zip(self.n_imgs_per_file, wanted, strict=False)):
-            if listed != n:
-                raise errors.UserError(
-                    f"{self.shards_fpath}: shard {i} holds {listed} images, but metadata.json gives it {n}. Dump the directory again."
-                )
-            fpath = self.acts_fpath(i)
-            size = fpath.stat().st_size if fpath.exists() else -1
-            if size < n * self.metadata.img_bytes:
-                what = (
-                    "is missing"
-                    if size < 0
-                    else f"is truncated ({size} of {n * self.metadata.img_bytes} bytes)"
-                )
-                raise errors.UserError(
-                    f"{fpath} {what}. Delete it and run the same `python -m saev.data` command again."
-                )
 
-    def acts(self, shard_i: int) -> np.memmap:
-        """Shard `shard_i` as a read-only memory map (images, layers, tokens, d_vit)."""
-        shape = (self.n_imgs_per_file[shard_i], *self.metadata.shard_shape[1:])
-        return np.memmap(self.acts_fpath(shard_i), "<f4", "r", shape=shape)
+    def size_problem(self, shard_i: int) -> str | None:
+        """What is wrong with a shard file's presence and size."""
+        fpath = self.acts_fpath(shard_i)
+        n_bytes = len(self.metadata.imgs_in(shard_i)) * self.metadata.img_bytes
+        try:
+            size = fpath.stat().st_size
+        except FileNotFoundError:
+            return f"{fpath} is missing"
+        return None if size >= n_bytes else f"{fpath} is truncated ({size} of {n_bytes} bytes)"
+
+    def checksum(self, shard_i: int) -> str:
+        """XXH3 (128 bits, hex) of the bytes of the shard's images; its padding is left out."""
+        left = len(self.metadata.imgs_in(shard_i)) * self.metadata.img_bytes
+        buffer = memoryview(bytearray(min(left, 8 * 2**20)))
+        digest = xxhash.xxh3_128()
+        with self.acts_fpath(shard_i).open("rb", buffering=0) as fd:
+            while left and (n := fd.readinto(buffer[:left])):
+                digest.update(buffer[:n])
+                left -= n
+        return digest.hexdigest()
+
+    def skipped_in(self, shard_is: collections.abc.Iterable[int]) -> list[Skipped]:
+        """Corrupt images that these shards left out, from their .json files."""
+        fpaths = [self.sidecar_fpath(i) for i in shard_is]
+        return [s for fpath in fpaths if fpath.exists() for s in Sidecar.loads(fpath).skipped]
+
+    @functools.cached_property
+    def image_is_N(self) -> Int64[np.ndarray, " N"]:
+        """Numbers of the images that can be read, in order: those of complete shards, without the skipped ones."""
+        parts = [np.arange(r.start, r.stop) for r in map(self.metadata.imgs_in, self.shard_is)]
+        image_is_N = np.concatenate([np.arange(0), *parts])
+        skipped = [s.image_i for s in self._all_skipped()]
+        return image_is_N[~np.isin(image_is_N, skipped)] if skipped else image_is_N
+
+    def _all_skipped(self) -> list[Skipped]:
+        if len(self.shard_is) < self.metadata.n_shards:
+            return self.skipped_in(self.shard_is)
+        if not self.skipped_fpath.exists():
+            return []
+        with _readable(self.skipped_fpath):
+            return [Skipped(**s) for s in json.loads(self.skipped_fpath.read_text("utf-8"))]
 
     @functools.cached_property
     def records(self) -> list[Record]:
-        """Path and label of each image.
+        """Path and label of each image, whether it can be read or not.
 
         Raises:
             UserError: the directory has no images.jsonl (dumped by another tool), or it does not fit the metadata.
@@ -322,7 +415,8 @@ class ShardDir:
         """The image transform's description; empty when another tool made the dump."""
         if not self.transform_fpath.exists():
             return {}
-        return json.loads(self.transform_fpath.read_text("utf-8"))
+        with _readable(self.transform_fpath):
+            return json.loads(self.transform_fpath.read_text("utf-8"))
 
     def layer_i(self, layer: int) -> int:
         """Position of a recorded layer; a negative one counts from the last recorded.

@@ -1,0 +1,1 @@
+"""Speed, in ratios to a reference timed in the same run: `uv run python -m benchmarks.NAME [--quick]`."""

@@ -1,0 +1,52 @@
+"""What the benchmarks share: timing, a cold page cache, and the lines that they end with."""
+
+import collections.abc
+import json
+import os
+import pathlib
+import statistics
+import time
+
+Case = dict[str, object]
+
+
+def seconds(call: collections.abc.Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    start_s = time.perf_counter()
+    call()
+    return time.perf_counter() - start_s
+
+
+def interleaved(
+    calls: dict[str, collections.abc.Callable[[], float]], n_repeats: int
+) -> dict[str, list[float]]:
+    """Each call's figures; the calls take turns, so that a slow spell of the machine hits all of them."""
+    out: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(n_repeats):
+        for name, call in calls.items():
+            out[name].append(call())
+    return out
+
+
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Median of the repeats' own ratios: each pair was timed one after the other."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def drop_page_cache(fpaths: list[pathlib.Path]) -> None:
+    """Takes files out of the page cache; needs no privilege."""
+    for fpath in fpaths:
+        fd = os.open(fpath, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def report(cases: list[Case]) -> None:
+    """A table, then one JSON object a line."""
+    print(f"\n{'case':44}{'ratio':>8}  to")
+    for case in cases:
+        print(f"{case['name']:44}{case['ratio']:8.3f}  {case['reference']}")
+    print()
+    for case in cases:
+        print(json.dumps(case))

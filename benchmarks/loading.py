@@ -1,0 +1,201 @@
+"""How fast the loaders are, against reading the same files from end to end. N images, X tokens of an image, D d_vit.
+
+    uv run python -m benchmarks.loading [--quick] [--root DIR] [--gb GB]
+
+Cold: the files are taken out of the page cache before each pass; the reference is one thread that reads them in
+16 MB pieces. Warm: the reference is copying as many bytes in memory. The shuffled loader's time runs from its
+first batch to the moment when it has read the whole epoch: in this span each activation that it hands out is
+paid for by one that it reads, as in a long run.
+"""
+
+import argparse
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+
+from benchmarks import common
+from saev.data import config, ordered, shuffled
+from saev.formats import shards
+
+N_PATCHES, D, BATCH = 256, 384, 4096
+PER_SHARD = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small files, few repeats: under 40 s")
+    parser.add_argument("--root", help="folder for the files (default: the system's temporary one)")
+    parser.add_argument("--gb", type=float, help="size of the files")
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--threads", type=int, default=4)
+    args = parser.parse_args()
+    gb = args.gb or (1.2 if args.quick else 6.0)
+    n_repeats = args.repeats or (3 if args.quick else 5)
+    with tempfile.TemporaryDirectory(dir=args.root) as root:
+        dirs = {
+            dtype: write(pathlib.Path(root), gb, dtype)
+            for dtype in (("float32",) if args.quick else ("float32", "bfloat16", "float16"))
+        }
+        cases = []
+        for dtype, dpath in dirs.items():
+            for cold in (True, False):
+                cases += measure(dpath, dtype, cold, gb, n_repeats, args.threads)
+        common.report(cases)
+
+
+def write(root: pathlib.Path, gb: float, dtype: str) -> pathlib.Path:
+    """A dump of random activations. The first two values of each tell its place in the stream (exact in every dtype)."""
+    n_imgs = int(gb * 1e9 / ((N_PATCHES + 1) * D * (4 if dtype == "float32" else 2)))
+    metadata = shards.Metadata(
+        vit_family="timm",
+        vit_ckpt="random",
+        layers=(11,),
+        n_patches_per_img=N_PATCHES,
+        cls_token=True,
+        d_vit=D,
+        n_imgs=n_imgs,
+        max_patches_per_shard=PER_SHARD * (N_PATCHES + 1),
+        data={},
+        **shards.stored_as(dtype),
+    )
+    records = [shards.Record(f"{i}.png", "") for i in range(n_imgs)]
+    out = shards.ShardDir.create(root, metadata, records, {})
+    block_NLTD = np.random.default_rng(0).standard_normal((100, 1, N_PATCHES + 1, D), np.float32)
+    for shard_i in range(metadata.n_shards):
+        with out.writing(shard_i) as writer:
+            image_is = metadata.imgs_in(shard_i)
+            for start in range(image_is.start, image_is.stop, 100):
+                n = min(100, image_is.stop - start)
+                mark(block_NLTD, start)
+                writer.write(block_NLTD[:n])
+    return out.dpath
+
+
+def mark(block_NLTD: np.ndarray, start: int) -> None:
+    """Writes (image, patch) into the first values, in digits to base 128."""
+    image_i_N = np.arange(start, start + len(block_NLTD))
+    for digit in range(3):
+        block_NLTD[:, 0, :, digit] = (image_i_N // 128**digit % 128)[:, None]
+    block_NLTD[:, 0, 1:, 3] = np.arange(N_PATCHES) % 128
+    block_NLTD[:, 0, 1:, 4] = np.arange(N_PATCHES) // 128
+
+
+def marked(act_BD: np.ndarray) -> np.ndarray:
+    """image * N_PATCHES + patch of each activation."""
+    image_i_B = act_BD[:, :3] @ np.array([1, 128, 128**2], np.float64)
+    patch_i_B = act_BD[:, 3:5] @ np.array([1, 128], np.float64)
+    return (image_i_B * N_PATCHES + patch_i_B).astype(np.int64)
+
+
+def measure(
+    dpath: pathlib.Path, dtype: str, cold: bool, gb: float, n_repeats: int, n_threads: int
+) -> list[common.Case]:
+    cfg = config.Shards(str(dpath))
+    fpaths = sorted(dpath.glob("acts*.bin"))
+    n_bytes = sum(f.stat().st_size for f in fpaths)
+    checked: dict[str, str] = {}
+    first_s: list[float] = []
+
+    def prepare() -> None:
+        if cold:
+            common.drop_page_cache(fpaths)
+
+    def raw() -> float:
+        prepare()
+        return n_bytes / common.seconds(lambda: read_all(fpaths))
+
+    def copy() -> float:
+        return n_bytes / common.seconds(lambda: copy_all(n_bytes))
+
+    def in_order() -> float:
+        prepare()
+        stream = ordered.Ordered(cfg)
+        return n_bytes / common.seconds(lambda: sum(len(b.image_i_N) for b in stream))
+
+    def shuffle(pool_gb: float) -> float:
+        prepare()
+        stream = shuffled.Shuffled(
+            cfg, batch_size=BATCH, pool_bytes=int(pool_gb * 1e9), n_threads=n_threads
+        )
+        layout = stream.layout
+        n_batches = (layout.n_acts - layout.n_pool) // BATCH
+        start_s = time.perf_counter()
+        batches = iter(stream)
+        next(batches)
+        first_s.append(time.perf_counter() - start_s)
+        took_s = common.seconds(lambda: [None for _, _ in zip(range(n_batches), batches)])
+        batches.close()
+        return n_batches * BATCH * layout_bytes(stream) / took_s
+
+    pools = (gb / 4,) if gb < 3 else (1.0, 2.0)
+    calls = {"reference": raw if cold else copy, "ordered": in_order}
+    calls |= {f"shuffled, pool {p:.1f} GB": lambda p=p: shuffle(p) for p in pools}
+    checked["ordered"] = check_ordered(cfg)
+    checked |= dict.fromkeys(list(calls)[2:], check_shuffled(cfg, int(pools[0] * 1e9)))
+    if not cold:
+        read_all(fpaths)
+    rates = common.interleaved(calls, n_repeats)
+    reference = "raw sequential read, cold" if cold else "memcpy"
+    return [
+        {
+            "name": f"{name}, {dtype}, {'cold' if cold else 'warm'}",
+            "ratio": common.median_ratio(rates[name], rates["reference"]),
+            "reference": reference,
+            "mb_per_s": round(float(np.median(rates[name])) / 1e6),
+            "reference_mb_per_s": round(float(np.median(rates["reference"])) / 1e6),
+            "spread": [
+                round(a / b, 3) for a, b in zip(rates[name], rates["reference"], strict=True)
+            ],
+            "checked": checked[name],
+        }
+        for name in list(calls)[1:]
+    ]
+
+
+def layout_bytes(stream: shuffled.Shuffled) -> float:
+    """Bytes in the files for each activation handed out: [CLS] is in between."""
+    return stream.reader.token_bytes * (N_PATCHES + 1) / N_PATCHES
+
+
+def read_all(fpaths: list[pathlib.Path]) -> None:
+    buffer = bytearray(16 * 2**20)
+    for fpath in fpaths:
+        with fpath.open("rb", buffering=0) as fd:
+            while fd.readinto(buffer):
+                pass
+
+
+def copy_all(n_bytes: int) -> None:
+    source = np.ones(64 * 2**20, np.uint8)
+    target = np.zeros_like(source)
+    for _ in range(round(n_bytes / len(source))):
+        np.copyto(target, source)
+
+
+def check_ordered(cfg: config.Shards) -> str:
+    n = 0
+    for image_i_N, act_NXD in ordered.Ordered(cfg):
+        got = marked(act_NXD.reshape(-1, D))
+        want = (image_i_N[:, None] * N_PATCHES + np.arange(N_PATCHES)).reshape(-1)
+        assert (got == want).all()
+        n += len(got)
+    return f"{n} activations at their place"
+
+
+def check_shuffled(cfg: config.Shards, pool_bytes: int) -> str:
+    """One epoch: each activation once, and where it says."""
+    stream = shuffled.Shuffled(cfg, batch_size=BATCH, pool_bytes=pool_bytes)
+    n_acts = stream.layout.n_acts
+    seen = np.zeros(n_acts, np.int64)
+    for at, batch in zip(range(0, n_acts, BATCH), stream):
+        got = marked(batch.act_BD.numpy())
+        assert (got == batch.image_i_B * N_PATCHES + batch.patch_i_B).all()
+        seen[got[: n_acts - at]] += 1
+    assert (seen == 1).all()
+    return f"{n_acts} activations once each in an epoch, at their place"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""One thread that works ahead of its consumer, and ends with it."""
+
+import collections.abc
+import contextlib
+import queue
+import threading
+import typing as tp
+
+T = tp.TypeVar("T")
+
+
+def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Iterator[T]:
+    """Yields from `items`, which a thread of its own computes, up to `n` ahead.
+
+    What `items` raises is raised here. When the consumer stops (break, an exception, Ctrl-C, or this iterator is
+    dropped), the thread finishes the item that it is at and ends; then `items` is closed. Nothing is started
+    before the first item is asked for, so the iterator may be made before a fork.
+    """
+    done: queue.Queue[tuple[str, tp.Any]] = queue.Queue(n)
+    stopped = threading.Event()
+
+    def work() -> None:
+        try:
+            for item in items:
+                done.put(("item", item))
+                if stopped.is_set():
+                    break
+            done.put(("end", None))
+        except BaseException as err:
+            done.put(("error", err))
+
+    thread = threading.Thread(target=work, name="saev-ahead", daemon=True)
+    thread.start()
+    try:
+        while (got := done.get())[0] == "item":
+            yield got[1]
+            del got  # the consumer may need the memory
+        if got[0] == "error":
+            raise got[1]
+    finally:
+        stopped.set()
+        while thread.is_alive():  # it may be waiting for room in the queue
+            with contextlib.suppress(queue.Empty):
+                done.get(timeout=0.02)
+        if hasattr(items, "close"):
+            items.close()

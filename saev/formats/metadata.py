@@ -1,0 +1,140 @@
+"""metadata.json of a shard directory: our own protocol and the field's older and newer ones, under one set of names."""
+
+import dataclasses
+import json
+import pathlib
+import typing as tp
+
+import beartype
+
+from saev import errors, helpers
+
+PROTOCOL = "1.0.0"
+PROTOCOL_HALF = "1.0.1"
+"""Of dtypes other than float32, so that a reader that knows 1.0.0 alone refuses them instead of misreading the bytes."""
+READABLE = ("1.0", "1.1", "2.0", "2.1")
+"""Protocols (major.minor) whose acts files have the same layout."""
+ALIASES = {
+    "vit_family": ("family",),
+    "vit_ckpt": ("ckpt",),
+    "d_vit": ("d_model",),
+    "n_imgs": ("n_examples",),
+    "n_patches_per_img": ("patches_per_ex", "content_tokens_per_example"),
+    "max_patches_per_shard": ("patches_per_shard", "max_tokens_per_shard"),
+}
+"""Our name of a key -> what 1.1 and 2.x call it."""
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """metadata.json of protocol 1.0.0, key for key."""
+
+    vit_family: str
+    vit_ckpt: str
+    layers: tuple[int, ...]
+    n_patches_per_img: int
+    cls_token: bool
+    d_vit: int
+    n_imgs: int
+    max_patches_per_shard: int
+    data: dict[str, object] | str
+    """The dataset's config. In 2.x a pickle in base64: an opaque string that nobody decodes."""
+    dtype: str = "float32"
+    protocol: str = PROTOCOL
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise errors.UserError(
+                f"dtype {self.dtype!r} is not supported (supported: {', '.join(ITEM_BYTES)})."
+            )
+        if self.imgs_per_shard < 1:
+            raise errors.UserError(
+                f"--max-patches-per-shard {self.max_patches_per_shard} holds not one image "
+                f"({self.n_tokens} tokens x {len(self.layers)} layers). Pass at least {self.n_tokens * len(self.layers)}."
+            )
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens per image, [CLS] included."""
+        return self.n_patches_per_img + int(self.cls_token)
+
+    @property
+    def imgs_per_shard(self) -> int:
+        return self.max_patches_per_shard // (self.n_tokens * len(self.layers))
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.n_imgs // self.imgs_per_shard)
+
+    @property
+    def token_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype] * self.d_vit
+
+    @property
+    def img_bytes(self) -> int:
+        return self.token_bytes * len(self.layers) * self.n_tokens
+
+    @property
+    def shard_bytes(self) -> int:
+        """Size of every acts file that we write, padding of the last one included."""
+        return self.img_bytes * self.imgs_per_shard
+
+    @property
+    def hash(self) -> str:
+        """Full sha256 hex digest of the canonical JSON: the directory's name (of protocol 1.0)."""
+        return helpers.hash_of(self._fields())
+
+    def imgs_in(self, shard_i: int) -> range:
+        """Image numbers that shard `shard_i` holds."""
+        n = self.imgs_per_shard
+        return range(shard_i * n, min((shard_i + 1) * n, self.n_imgs))
+
+    def _fields(self) -> dict[str, object]:
+        return {**dataclasses.asdict(self), "layers": list(self.layers)}
+
+    def dumps(self) -> str:
+        return json.dumps(self._fields(), indent=4)
+
+    @classmethod
+    def loads(cls, text: str, fpath: pathlib.Path) -> "Metadata":
+        """Parses metadata.json of any readable protocol.
+
+        Raises:
+            UserError: not JSON, another protocol or dtype, or missing keys or values of a wrong type; names them.
+        """
+        try:
+            obj = json.loads(text)
+        except ValueError as err:
+            raise errors.UserError(f"{fpath}: not JSON ({err}). Dump the directory again.") from err
+        protocol = obj.get("protocol") if isinstance(obj, dict) else None
+        if not isinstance(protocol, str) or ".".join(protocol.split(".")[:2]) not in READABLE:
+            raise errors.UserError(
+                f"{fpath}: shard protocol {protocol!r} is not supported (supported: {', '.join(READABLE)}). Dump the activations again."
+            )
+        our_name = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+        obj = {our_name.get(key, key): value for key, value in obj.items()}
+        names = {f.name for f in dataclasses.fields(cls)}
+        if missing := sorted(names - obj.keys()):
+            raise errors.UserError(
+                f"{fpath}: keys missing: {', '.join(missing)}. Dump the directory again."
+            )
+        try:
+            if min(obj["n_imgs"], obj["d_vit"], obj["n_patches_per_img"], len(obj["layers"])) < 1:
+                raise ValueError("no images, layers, patches or width")
+            return cls(
+                **{k: tuple(v) if k == "layers" else v for k, v in obj.items() if k in names}
+            )
+        except errors.UserError as err:
+            raise errors.UserError(f"{fpath}: {err}") from err
+        except Exception as err:  # wrong types, whatever the file holds
+            raise errors.UserError(
+                f"{fpath}: its values do not fit protocol {protocol} ({errors.first_line(err)}). Dump the directory again."
+            ) from err
+
+
+@beartype.beartype
+def stored_as(dtype: str) -> dict[str, tp.Any]:
+    """The fields `dtype` and `protocol` of a new dump."""
+    return {"dtype": dtype, "protocol": PROTOCOL if dtype == "float32" else PROTOCOL_HALF}
