@@ -125,7 +125,9 @@ def measure(
         batches = iter(stream)
         next(batches)
         first_s.append(time.perf_counter() - start_s)
-        took_s = common.seconds(lambda: [None for _, _ in zip(range(n_batches), batches)])
+        took_s = common.seconds(
+            lambda: [None for _, _ in zip(range(n_batches), batches, strict=False)]
+        )
         batches.close()
         return n_batches * BATCH * layout_bytes(stream) / took_s
 
@@ -189,7 +191,7 @@ def check_shuffled(cfg: config.Shards, pool_bytes: int) -> str:
     stream = shuffled.Shuffled(cfg, batch_size=BATCH, pool_bytes=pool_bytes)
     n_acts = stream.layout.n_acts
     seen = np.zeros(n_acts, np.int64)
-    for at, batch in zip(range(0, n_acts, BATCH), stream):
+    for at, batch in zip(range(0, n_acts, BATCH), stream, strict=False):
         got = marked(batch.act_BD.numpy())
         assert (got == batch.image_i_B * N_PATCHES + batch.patch_i_B).all()
         seen[got[: n_acts - at]] += 1

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import pathlib
 import sys
@@ -67,8 +68,11 @@ def hash_of(obj: object) -> str:
 def progress(
     iterable: collections.abc.Iterable[T], desc: str, total: int, unit: str, every_s: float = 30.0
 ) -> collections.abc.Iterator[T]:
-    """Yields from `iterable` and shows rate and time left: a bar on a terminal, a plain line each `every_s` seconds in a log."""
-    if sys.stderr.isatty():
+    """Yields from `iterable` and shows rate and time left: a bar on a terminal, a plain line each `every_s` seconds in a log.
+
+    One of several processes that share a terminal writes plain lines too.
+    """
+    if sys.stderr.isatty() and multiprocessing.parent_process() is None:
         yield from tqdm.tqdm(iterable, desc=desc, total=total, unit=f" {unit}", dynamic_ncols=True)
         return
     start_s = last_s = time.monotonic()

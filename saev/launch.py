@@ -11,10 +11,14 @@ import errno
 import importlib
 import io
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import shutil
+import signal
 import sys
+import threading
 import time
 import typing as tp
 
@@ -116,19 +120,23 @@ class Call:
 
 @beartype.beartype
 def run(
-    target: str, args: collections.abc.Sequence[object], slurm: SlurmConfig, name: str
+    target: str,
+    args: collections.abc.Sequence[object],
+    slurm: SlurmConfig,
+    name: str,
+    n_processes: int = 1,
 ) -> list[tp.Any]:
     """Calls stage `target` ("module:function") on each argument and returns the results in order.
 
-    Without a Slurm account the calls run one after another here; with one they are a job array, and this
-    process waits for it.
+    Without a Slurm account the calls run one after another here, or each in a process of its own when
+    `n_processes` is more than one; with an account they are a job array, and this process waits for it.
 
     Raises:
         UserError: what a stage raised, or no Slurm on this machine, or a job that died (with its log's path).
     """
     calls = [Call(target, arg) for arg in args]
     if not slurm.slurm_acct:
-        return [call.run() for call in calls]
+        return [call.run() for call in calls] if n_processes == 1 else _in_processes(calls)
     jobs = _submit(calls, slurm, name)
     ids = ", ".join(job.job_id for job in jobs)
     logger.info("submitted %d job(s): %s; logs in %s", len(jobs), ids, slurm.log_to)
@@ -142,6 +150,63 @@ def run(
         )
         sys.exit(130)
     return [_result(job) for job in jobs]
+
+
+def _in_processes(calls: list[Call]) -> list[tp.Any]:
+    """Runs each call in a process of its own. The first to fail ends the others; so does the end of this process."""
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in calls]
+    processes = [
+        context.Process(target=_process, args=(call, sender), daemon=True)
+        for call, (_, sender) in zip(calls, pipes, strict=True)
+    ]
+    try:
+        for process, (_, sender) in zip(processes, pipes, strict=True):
+            process.start()
+            sender.close()  # so that a process that dies is seen as the end of its pipe
+        values: dict[int, tp.Any] = {}
+        receivers = {receiver: i for i, (receiver, _) in enumerate(pipes)}
+        while waited := [r for r, i in receivers.items() if i not in values]:
+            for receiver in multiprocessing.connection.wait(waited):
+                i = receivers[tp.cast(tp.Any, receiver)]
+                values[i] = _received(receiver, i, processes[i])
+        return [values[i] for i in range(len(calls))]
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+
+
+def _received(receiver: tp.Any, i: int, process: tp.Any) -> tp.Any:
+    try:
+        kind, value = receiver.recv()
+    except EOFError as err:
+        process.join()
+        raise errors.UserError(
+            f"local job {i} died (exit code {process.exitcode}). Run the same command again; it continues."
+        ) from err
+    if kind == "error":
+        raise errors.UserError(f"local job {i}: {value}")
+    return value
+
+
+def _process(call: Call, sender: tp.Any) -> None:
+    """A local job. Ctrl-C is its parent's business; when the parent is gone, it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = tp.cast(tp.Any, multiprocessing.parent_process())
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    _configure_logging()
+    try:
+        with _os_errors():
+            sender.send(("ok", call.run()))
+    except errors.UserError as err:
+        sender.send(("error", str(err)))
+
+
+def _end_with(parent: tp.Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _submit(calls: list[Call], slurm: SlurmConfig, name: str) -> list[tp.Any]:

@@ -249,7 +249,7 @@ def test_config_is_written_beside_the_checkpoint(cfg: config.Train) -> None:
 
 def trained_id(cfg: config.Train) -> str:
     acts = reader.Reader(cfg.data)
-    return loop.run_id(loop._with_d_vit(cfg, acts.d_vit), acts.metadata.hash, acts.layer)
+    return loop.run_id(loop._with_d_vit(cfg, acts.d_vit), acts.hash)
 
 
 def test_run_id_depends_on_what_decides_the_weights_and_on_nothing_else(

@@ -8,8 +8,15 @@ def main() -> None:
     (cfg,) = sweeps.parse(config.Dump, "Dumps the activations of a pretrained ViT to shards.")
     if cfg.dry_run:
         return launch.show([cfg])
-    for dpath in launch.run("saev.data.dump:main", [cfg], cfg.slurm, "saev-dump"):
-        print(dpath)
+    jobs = [config.DumpJob(cfg, i) for i in range(cfg.n_jobs)]
+    dpath, *_ = launch.run(
+        "saev.data.dump:job", jobs, cfg.slurm, "saev-dump", n_processes=len(jobs)
+    )
+    from saev.formats import shards  # numpy: not to be waited for by --help
+
+    shards.ShardDir.look(dpath).finish()
+    shards.ShardDir.open(dpath)  # complete, or an error that says what is missing
+    print(dpath)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
 """Stage 1: images -> ViT -> shards. Killed at any moment, the same command goes on with the first missing shard.
 
-Shape letters: B images of a forward pass, N images of a shard, L layers, T tokens, D d_vit.
+A dump is divided among jobs by shard number, so jobs need no lock and no word of each other. Within a job three
+things go on at a time: threads decode the next images, the ViT runs, and a thread writes the batch before.
+
+Shape letters: B images of a forward pass, L layers, T tokens, D d_vit.
 """
 
 import collections
 import collections.abc
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import logging
 import pathlib
+import typing as tp
 
 import beartype
 import numpy as np
@@ -24,44 +29,63 @@ logger = logging.getLogger("saev")
 
 PREFETCH = 3
 """Batches of images decoded ahead of the ViT."""
+UNWRITTEN = 2
+"""Batches of activations that may wait for the disk."""
+
+
+class Decoded(tp.NamedTuple):
+    """An image as the ViT takes it; zeros and the reason where it cannot be read."""
+
+    img_3HW: Tensor
+    error: str
+
+
+class Loaded(tp.NamedTuple):
+    """A batch of images."""
+
+    image_is: range
+    imgs_BCHW: Tensor
+    skipped: list[shards.Skipped]
 
 
 @beartype.beartype
-def main(cfg: config.Dump) -> str:
-    """Dumps what is missing and returns the shard directory's path.
+def main(cfg: config.Dump, job_i: int = 0) -> str:
+    """Dumps those missing shards that are this job's and returns the shard directory's path.
 
     Raises:
         UserError: no images, a corrupt image (names it), a layer that the model lacks, a --d-vit or
-            --n-patches-per-img that does not fit, or NaN/Inf activations (names the image).
+            --n-patches-per-img that does not fit, NaN/Inf activations (names the image), or a disk that is full.
     """
     records = images.list_images(cfg.data)
     vit = vits.load(cfg.vit)
-    layers = vits.resolve_layers(cfg.vit_layers, vit.n_blocks)
     metadata = shards.Metadata(
         vit_family=cfg.vit.vit_family,
         vit_ckpt=vit.ckpt_id,
-        layers=layers,
+        layers=vits.resolve_layers(cfg.vit_layers, vit.n_blocks),
         n_patches_per_img=vit.n_patches,
         cls_token=vit.cls_token,
         d_vit=vit.d_vit,
         n_imgs=len(records),
         max_patches_per_shard=cfg.max_patches_per_shard,
         data=_describe(cfg.data),
+        **shards.stored_as(cfg.dtype),
     )
-    out = shards.ShardDir.create(
-        pathlib.Path(cfg.dump_to), metadata, records, vit.transform.to_dict()
-    )
-    todo = [i for i in range(metadata.n_shards) if not out.has(i)]
-    if len(todo) < metadata.n_shards:
-        logger.info(
-            "%s: %d of %d shards are there already",
-            out.dpath,
-            metadata.n_shards - len(todo),
-            metadata.n_shards,
-        )
+    transform = vit.transform.to_dict()
+    out = shards.ShardDir.create(pathlib.Path(cfg.dump_to), metadata, records, transform)
+    mine = range(job_i, metadata.n_shards, cfg.n_jobs)
+    todo = [i for i in mine if not out.has(i)]
+    if len(todo) < len(mine):
+        done = len(mine) - len(todo)
+        logger.info("%s: %d of %d shards are there already", out.dpath, done, len(mine))
     if todo:
-        _write_shards(cfg, vit, out, records, todo)
+        _Dumper(cfg, vit, out, records, _device(cfg.device, job_i)).write(todo)
     return str(out.dpath)
+
+
+@beartype.beartype
+def job(part: config.DumpJob) -> str:
+    """One of the jobs of a dump."""
+    return main(part.dump, part.job_i)
 
 
 def _describe(data: config.ImageFolder | config.Cub200) -> dict[str, object]:
@@ -69,78 +93,159 @@ def _describe(data: config.ImageFolder | config.Cub200) -> dict[str, object]:
     return {**fields, "__class__": type(data).__name__}
 
 
-def _write_shards(
-    cfg: config.Dump,
-    vit: vits.Vit,
-    out: shards.ShardDir,
-    records: list[shards.Record],
-    todo: list[int],
-) -> None:
-    device = devices.pick(cfg.device)
-    vit.to(device)
-    root = images.image_root(cfg.data)
-
-    def read(image_i: int) -> Tensor:
-        return vit.transform(images.open_rgb(root / records[image_i].path))
-
-    batches = [b for i in todo for b in _batched(out.imgs_in(i), cfg.vit_batch_size)]
-    with concurrent.futures.ThreadPoolExecutor(max(1, cfg.n_workers)) as pool:
-        stream = _prefetched(pool, read, batches)
-        stream = helpers.progress(stream, "dump", len(batches), "batches")
-        for shard_i in todo:
-            _write_shard(vit, out, shard_i, stream, records, device)
+def _device(name: str, job_i: int) -> torch.device:
+    """Jobs on one machine take its GPUs in turn, unless the user named one."""
+    device = devices.pick(name)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", job_i % torch.cuda.device_count())
+    return device
 
 
-def _batched(image_is: range, size: int) -> list[range]:
-    return [image_is[at : at + size] for at in range(0, len(image_is), size)]
+class _Dumper:
+    """A job at work."""
 
+    def __init__(
+        self,
+        cfg: config.Dump,
+        vit: vits.Vit,
+        out: shards.ShardDir,
+        records: list[shards.Record],
+        device: torch.device,
+    ):
+        self.cfg = cfg
+        self.vit = vit.to(device)
+        self.out = out
+        self.records = records
+        self.root = images.image_root(cfg.data)
+        self.device = device
 
-def _prefetched(
-    pool: concurrent.futures.Executor,
-    read: collections.abc.Callable[[int], Tensor],
-    batches: list[range],
-) -> collections.abc.Iterator[tuple[range, Tensor]]:
-    """Yields (image numbers, images (B, 3, H, W)) in order while the pool decodes the next PREFETCH batches."""
-    ahead = iter(batches)
-    queue = collections.deque(
-        (b, [pool.submit(read, i) for i in b]) for b in itertools.islice(ahead, PREFETCH)
-    )
-    try:
-        while queue:
-            image_is, futures = queue.popleft()
-            imgs_BCHW = torch.stack([f.result() for f in futures])
-            if (following := next(ahead, None)) is not None:
-                queue.append((following, [pool.submit(read, i) for i in following]))
-            yield image_is, imgs_BCHW
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    def write(self, shard_is: list[int]) -> None:
+        """Writes these shards, one after the other."""
+        size = self.cfg.vit_batch_size
+        wholes = [self.out.metadata.imgs_in(i) for i in shard_is]
+        batches = [r[at : at + size] for r in wholes for at in range(0, len(r), size)]
+        with (
+            concurrent.futures.ThreadPoolExecutor(self.cfg.n_workers) as decoders,
+            concurrent.futures.ThreadPoolExecutor(1) as saver,
+        ):
+            loaded = self._load(decoders, batches)
+            computed = self._compute(helpers.progress(loaded, "dump", len(batches), "batches"))
+            with contextlib.closing(loaded):
+                for shard_i in shard_is:
+                    self._write_shard(shard_i, computed, saver)
 
+    def _decode(self, image_i: int) -> Decoded:
+        try:
+            img = images.open_rgb(self.root / self.records[image_i].path)
+            return Decoded(self.vit.transform(img), "")
+        except errors.UserError as err:
+            if not self.cfg.skip_corrupt:
+                raise errors.UserError(
+                    f"{err} (Or leave such images out: --skip-corrupt.)"
+                ) from err
+            return Decoded(torch.zeros(3, *self.vit.transform.size), str(err))
 
-@torch.inference_mode()
-def _write_shard(
-    vit: vits.Vit,
-    out: shards.ShardDir,
-    shard_i: int,
-    stream: collections.abc.Iterator[tuple[range, Tensor]],
-    records: list[shards.Record],
-    device: torch.device,
-) -> None:
-    """Takes the shard's batches from the stream, and no more."""
-    image_is = out.imgs_in(shard_i)
-    with out.writing(shard_i) as shard_NLTD:
-        done = image_is.start
-        while done < image_is.stop:
-            batch_is, imgs_BCHW = next(stream)
-            acts_BLTD = vit(imgs_BCHW.to(device), out.metadata.layers).cpu().numpy()
-            _check_finite(acts_BLTD, batch_is, records)
-            shard_NLTD[batch_is.start - image_is.start : batch_is.stop - image_is.start] = acts_BLTD
-            done = batch_is.stop
-
-
-def _check_finite(acts_BLTD: np.ndarray, batch_is: range, records: list[shards.Record]) -> None:
-    bad_B = ~np.isfinite(acts_BLTD).reshape(len(acts_BLTD), -1).all(axis=1)
-    if bad_B.any():
-        image_i = batch_is[int(bad_B.argmax())]
-        raise errors.UserError(
-            f"image {records[image_i].path}: the ViT gives NaN or infinite activations. Check the image and the weights."
+    def _load(
+        self, decoders: concurrent.futures.Executor, batches: list[range]
+    ) -> collections.abc.Generator[Loaded, None, None]:
+        """Yields batches in order while the threads decode the next PREFETCH ones."""
+        ahead = iter(batches)
+        queue = collections.deque(
+            (b, [decoders.submit(self._decode, i) for i in b])
+            for b in itertools.islice(ahead, PREFETCH)
         )
+        try:
+            while queue:
+                image_is, futures = queue.popleft()
+                decoded = [f.result() for f in futures]
+                if (following := next(ahead, None)) is not None:
+                    tasks = [decoders.submit(self._decode, i) for i in following]
+                    queue.append((following, tasks))
+                skipped = [
+                    shards.Skipped(i, d.error)
+                    for i, d in zip(image_is, decoded, strict=True)
+                    if d.error
+                ]
+                yield Loaded(image_is, torch.stack([d.img_3HW for d in decoded]), skipped)
+        finally:
+            decoders.shutdown(wait=False, cancel_futures=True)
+
+    @torch.inference_mode()
+    def _compute(
+        self, loaded: collections.abc.Iterable[Loaded]
+    ) -> collections.abc.Iterator[tuple[Loaded, np.ndarray]]:
+        """Yields each batch's activations (B, L, T, D). On a GPU the copy back goes on during the next batch's forward pass."""
+        on_gpu = self.device.type == "cuda"
+        waiting: tuple[Loaded, Tensor, tp.Any] | None = None
+        for batch in loaded:
+            imgs_BCHW = batch.imgs_BCHW.pin_memory() if on_gpu else batch.imgs_BCHW
+            acts_BLTD = self.vit(
+                imgs_BCHW.to(self.device, non_blocking=True), self.out.metadata.layers
+            )
+            if not on_gpu:
+                yield batch, acts_BLTD.contiguous().numpy()
+                continue
+            host_BLTD = torch.empty(acts_BLTD.shape, pin_memory=True)
+            host_BLTD.copy_(acts_BLTD, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            if waiting is not None:
+                yield self._arrived(*waiting)
+            waiting = batch, host_BLTD, copied
+        if waiting is not None:
+            yield self._arrived(*waiting)
+
+    @staticmethod
+    def _arrived(batch: Loaded, host_BLTD: Tensor, copied: tp.Any) -> tuple[Loaded, np.ndarray]:
+        copied.synchronize()
+        return batch, host_BLTD.numpy()
+
+    def _write_shard(
+        self,
+        shard_i: int,
+        computed: collections.abc.Iterator[tuple[Loaded, np.ndarray]],
+        saver: concurrent.futures.Executor,
+    ) -> None:
+        """Takes the shard's batches from the stream, and no more."""
+        end = self.out.metadata.imgs_in(shard_i).stop
+        with self.out.writing(shard_i) as writer:
+            unwritten: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+            try:
+                for batch, acts_BLTD in computed:
+                    unwritten.append(saver.submit(self._save, writer, batch, acts_BLTD))
+                    if len(unwritten) > UNWRITTEN:
+                        unwritten.popleft().result()
+                    if batch.image_is.stop == end:
+                        break
+                while unwritten:
+                    unwritten.popleft().result()
+            finally:  # on an error no thread writes to a closed file
+                concurrent.futures.wait(unwritten)
+
+    def _save(self, writer: shards.ShardWriter, batch: Loaded, acts_BLTD: np.ndarray) -> None:
+        """Checks a batch and writes it."""
+        for skipped in batch.skipped:
+            logger.warning("left out: %s", skipped.error)
+            acts_BLTD[skipped.image_i - batch.image_is.start] = 0
+        self._check_finite(acts_BLTD, batch.image_is)
+        writer.write(acts_BLTD)
+        writer.skipped += batch.skipped
+
+    def _check_finite(self, acts_BLTD: np.ndarray, image_is: range) -> None:
+        dtype = self.out.metadata.dtype
+        if dtype == "float16":
+            limit = np.finfo(np.float16).max
+            bad_B = ~(np.abs(acts_BLTD) <= limit).reshape(len(acts_BLTD), -1).all(axis=1)
+        elif np.isfinite(acts_BLTD.sum(dtype=np.float64)):
+            return
+        else:
+            bad_B = ~np.isfinite(acts_BLTD).reshape(len(acts_BLTD), -1).all(axis=1)
+        if bad_B.any():
+            path = self.records[image_is[int(bad_B.argmax())]].path
+            if np.isfinite(acts_BLTD[bad_B]).all():
+                raise errors.UserError(
+                    f"image {path}: an activation is too large for float16 ({np.abs(acts_BLTD).max():.0f} > {limit:.0f}). Pass --dtype bfloat16."
+                )
+            raise errors.UserError(
+                f"image {path}: the ViT gives NaN or infinite activations. Check the image and the weights."
+            )

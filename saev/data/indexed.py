@@ -45,13 +45,16 @@ class Indexed:
         i = operator.index(i)  # numpy's integers and zero-dimensional tensors too
         if not -len(self) <= i < len(self):
             raise IndexError(f"activation {i} of {len(self)}")
-        position, x = divmod(i % len(self), self.reader.n_per_img)
-        layer_i, token_i = divmod(x, self.reader.n_tokens)
-        stored_D = np.empty(self.reader.d_vit, shards.STORED[self.reader.dtype])
-        self.reader.read_rows(position, layer_i, token_i, [memoryview(stored_D).cast("B")])
+        acts, i = self.reader, i % len(self)
+        stored_D = np.empty(acts.d_vit, shards.STORED[acts.dtype])
+        acts.read_extents(
+            acts.extents(np.array([i]), np.array([1])), memoryview(stored_D).cast("B")
+        )
+        position, x = divmod(i, acts.n_per_img)
+        layer_i, token_i = divmod(x, acts.n_tokens)
         return {
-            "act": torch.from_numpy(shards.decode(stored_D, self.reader.dtype)),
-            "image_i": int(self.reader.image_is_N[position]),
-            "patch_i": self.reader.first_patch + token_i,
-            "layer": self.reader.layers[layer_i],
+            "act": torch.from_numpy(shards.decode(stored_D, acts.dtype)),
+            "image_i": int(acts.image_is_N[position]),
+            "patch_i": acts.first_patch + token_i,
+            "layer": acts.layers[layer_i],
         }

@@ -6,8 +6,6 @@ Images are addressed by their position among the images that can be read (skippe
 Shape letters: N images, X tokens of an image that were asked for (layer after layer), D d_vit.
 """
 
-import bisect
-import collections.abc
 import functools
 import os
 import typing as tp
@@ -61,6 +59,14 @@ class _Files:
         return _Files, ()
 
 
+class Extent(tp.NamedTuple):
+    """Consecutive bytes of a file."""
+
+    fpath: str
+    offset: int
+    length: int
+
+
 class _Part(tp.NamedTuple):
     """One shard directory of the stream."""
 
@@ -91,7 +97,6 @@ class Reader:
                 "--data.shard-root is missing: pass the directory that `python -m saev.data` printed."
             )
         self.advice = advice
-        self.partial = cfg.partial
         roots = (cfg.shard_root, *cfg.more_roots)
         self.dirs = [shards.ShardDir.open(root, partial=cfg.partial) for root in roots]
         self.metadata = self.dirs[0].metadata
@@ -122,6 +127,18 @@ class Reader:
         """Images that can be read."""
         return len(self.image_is_N)
 
+    def only_layer(self, what: str) -> int:
+        """The chosen layer.
+
+        Raises:
+            UserError: --data.layer all.
+        """
+        if len(self.layers) > 1:
+            raise errors.UserError(
+                f"--data.layer all: {what} one layer at a time. Pass one of {self.layers}."
+            )
+        return self.layers[0]
+
     @property
     def n_per_img(self) -> int:
         """X: tokens of an image, over all chosen layers."""
@@ -138,11 +155,9 @@ class Reader:
 
     @property
     def hash(self) -> str:
-        """Names what the stream holds: the directory's hash, or one of the directories' hashes and of which images are there."""
-        parts = [part.metadata.hash for part in self.dirs]
-        if len(parts) == 1 and not self.partial:
-            return parts[0]
-        return helpers.hash_of([parts, self.n_imgs, int(self.image_is_N.sum())])
+        """Names what the stream holds: activations, images and their order, layers and tokens."""
+        parts = [part.fingerprint for part in self.dirs]
+        return helpers.hash_of([parts, self.layers, self.tokens.start, self.tokens.stop])
 
     @functools.cached_property
     def records(self) -> list[shards.Record]:
@@ -189,11 +204,11 @@ class Reader:
         shape = (stop - start, self.n_per_img, self.d_vit)
         out_NXD = np.empty(shape, shards.STORED[self.dtype])
         rows = memoryview(out_NXD).cast("B") if out_NXD.size else memoryview(b"")
-        wanted = [*self._extents(start, stop), ("", 0, 0)]
-        begin, buffers, fpath, end = 0, [], "", 0
+        runs_G = np.arange(start * self.n_per_img, stop * self.n_per_img, self.n_tokens)
+        extents = self.extents(runs_G, np.full_like(runs_G, self.n_tokens))
+        begin, buffers, fpath, end, filled = 0, [], "", 0, 0
         scratch = memoryview(bytearray(GAP_BYTES))
-        filled = 0
-        for next_fpath, offset, length in wanted:
+        for next_fpath, offset, length in extents:
             gap = offset - end
             if next_fpath != fpath or not 0 <= gap <= GAP_BYTES:
                 self._preadv(fpath, buffers, begin)
@@ -202,46 +217,53 @@ class Reader:
                 buffers.append(scratch[:gap])
             buffers.append(rows[filled : filled + length])
             filled, end = filled + length, offset + length
+        self._preadv(fpath, buffers, begin)
         return shards.decode(out_NXD, self.dtype)
-
-    def _extents(self, start: int, stop: int) -> collections.abc.Iterator[tuple[str, int, int]]:
-        """(file, offset, length in bytes) of the wanted tokens, layer by layer of each image."""
-        length = self.n_tokens * self.token_bytes
-        for position in range(start, stop):
-            for layer in range(len(self.layers)):
-                yield *self._locate(position, layer, 0), length
-
-    def _locate(self, position: int, layer: int, token: int) -> tuple[str, int]:
-        """(file, offset in bytes) of a chosen token of a chosen layer."""
-        part = self._parts[bisect.bisect_right(self._firsts, position) - 1]
-        metadata = part.dir.metadata
-        image_i = int(self.image_is_N[position]) - part.first_image
-        shard_i, image_i = divmod(image_i, metadata.imgs_per_shard)
-        token_i = part.layer_is[layer] * metadata.n_tokens + self.tokens.start + token
-        offset = image_i * metadata.img_bytes + token_i * self.token_bytes
-        return str(part.dir.acts_fpath(shard_i)), offset
 
     # ---- runs of tokens ----
 
-    def will_need(self, position: int, layer: int, token: int, n: int) -> None:
-        """Asks the kernel to fetch `n` tokens in the background.
+    @jaxtyped(typechecker=beartype.beartype)
+    def extents(
+        self, index_G: Int64[np.ndarray, " G"], n_G: Int64[np.ndarray, " G"]
+    ) -> list[Extent]:
+        """Where runs of consecutive tokens lie: the one that begins with activation index_G of the stream, n_G long.
 
-        Raises:
-            UserError: a shard file vanished.
+        A run does not go beyond its image and layer.
         """
-        fpath, offset = self._locate(position, layer, token)
-        with _read_errors(fpath):
-            file = self._files.open(fpath, self.advice)
-            _advise(file.fd, offset, n * self.token_bytes, WILLNEED)
+        position_G, x_G = np.divmod(index_G, self.n_per_img)
+        layer_G, token_G = np.divmod(x_G, self.n_tokens)
+        part_G = np.searchsorted(self._firsts, position_G, "right") - 1
+        image_i_G = self.image_is_N[position_G]
+        out: list[Extent] = [Extent("", 0, 0)] * len(index_G)
+        for part_i in np.unique(part_G).tolist():
+            part, mine = self._parts[part_i], np.flatnonzero(part_G == part_i)
+            metadata = part.dir.metadata
+            shard_g, local_g = np.divmod(
+                image_i_G[mine] - part.first_image, metadata.imgs_per_shard
+            )
+            layer_i_g = np.array(part.layer_is)[layer_G[mine]]
+            token_i_g = layer_i_g * metadata.n_tokens + self.tokens.start + token_G[mine]
+            offset_g = local_g * metadata.img_bytes + token_i_g * self.token_bytes
+            fpaths = {i: str(part.dir.acts_fpath(i)) for i in np.unique(shard_g).tolist()}
+            columns = (mine, shard_g, offset_g, n_G[mine] * self.token_bytes)
+            for g, shard_i, offset, length in zip(*(c.tolist() for c in columns), strict=True):
+                out[g] = Extent(fpaths[shard_i], offset, length)
+        return out
 
-    def read_rows(self, position: int, layer: int, token: int, rows: list[memoryview]) -> None:
-        """Fills `rows` (bytes of one token each) with consecutive tokens of one layer, as they are stored.
+    def read_extents(self, extents: list[Extent], into: memoryview) -> None:
+        """Reads extents one after the other into memory, as they are stored; asks the kernel for all of them first.
 
         Raises:
             UserError: a shard file vanished or was cut while reading.
         """
-        fpath, offset = self._locate(position, layer, token)
-        self._preadv(fpath, rows, offset)
+        for fpath, offset, length in extents:
+            with _read_errors(fpath):
+                file = self._files.open(fpath, self.advice)
+                _advise(file.fd, offset, length, WILLNEED)
+        at = 0
+        for fpath, offset, length in extents:
+            self._preadv(fpath, [into[at : at + length]], offset)
+            at += length
 
     def _preadv(self, fpath: str, buffers: list[memoryview], offset: int) -> None:
         """Fills the buffers from consecutive bytes of a file."""

@@ -17,12 +17,13 @@ import collections.abc
 import concurrent.futures
 import itertools
 import math
+import threading
 import typing as tp
 
 import beartype
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, Shaped
 
 from saev.data import config, reader
 from saev.data.ahead import ahead
@@ -36,6 +37,10 @@ BLOCKS_PER_BATCH = 5
 """The pool shall hold so many blocks for each activation of a batch, if its size allows: then few of a batch share an image."""
 LAG_BYTES = 64 * 2**20
 """About so much of the pool is being read while the rest may be drawn."""
+SHARE_BYTES = 4 * 2**20
+"""A thread reads about so much at a time."""
+INDEX_BYTES = 40
+"""What the plan keeps of each activation in the pool."""
 AHEAD = 2
 """Batches made before they are asked for."""
 
@@ -81,8 +86,11 @@ class Shuffled:
         self.seed = seed
         self.n_threads = n_threads
         self.pin = pin
+        # An eighth is for the threads' reads; batches are being made, waiting, and with the consumer.
         batch_bytes = 4 * self.reader.d_vit * batch_size
-        n_fit = (pool_bytes - (AHEAD + 2) * batch_bytes) // self.reader.token_bytes
+        n_bytes = pool_bytes - pool_bytes // 8 - (AHEAD + 2) * batch_bytes
+        n_fit = n_bytes // (self.reader.token_bytes + INDEX_BYTES)
+        self.share_bytes = min(SHARE_BYTES, pool_bytes // 8 // n_threads)
         self.layout = Layout.of(self.reader, batch_size, n_fit)
 
     def __iter__(self) -> collections.abc.Iterator[Batch]:
@@ -94,8 +102,7 @@ class Shuffled:
         return ahead(self._batches(start), AHEAD)
 
     def _batches(self, start: int) -> collections.abc.Iterator[Batch]:
-        pool = _Pool(self.reader, self.layout, self.seed, self.n_threads, start)
-        acts = self.reader
+        pool, acts = _Pool(self, start), self.reader
         try:
             while True:
                 act_BD = torch.empty(self.batch_size, acts.d_vit, pin_memory=self.pin)
@@ -161,45 +168,74 @@ class Layout(tp.NamedTuple):
     def n_acts(self) -> int:
         return sum(map(len, self.shards)) * self.n_per_img
 
-    def blocks(self, seed: int, epoch: int) -> collections.abc.Iterator[int]:
-        """All blocks of an epoch in the order in which they come into the pool."""
+    def order(self, seed: int, epoch: int) -> collections.abc.Iterator[Int64[np.ndarray, " G"]]:
+        """All blocks of an epoch in the order in which they come into the pool, a group of shards at a time."""
         rng = np.random.default_rng((seed, epoch, 0))
         per_img = self.n_layers * self.n_parts
         order = rng.permutation(len(self.shards)).tolist()
         for at in range(0, len(order), GROUP_SHARDS):
             group = [self.shards[i] for i in order[at : at + GROUP_SHARDS]]
-            blocks = np.concatenate([np.arange(r.start * per_img, r.stop * per_img) for r in group])
-            rng.shuffle(blocks)
-            yield from map(int, blocks)
+            parts = [np.arange(r.start * per_img, r.stop * per_img) for r in group]
+            block_G = np.concatenate(parts)
+            rng.shuffle(block_G)
+            yield block_G
 
-    def n_in(self, block: int) -> int:
-        """Activations of a block."""
-        return min(self.n_block, self.n_tokens - block % self.n_parts * self.n_block)
+    def n_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
+        """Activations of each block."""
+        return np.minimum(self.n_block, self.n_tokens - block_G % self.n_parts * self.n_block)
 
-    def blocks_of(self, index_R: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " blocks"]:
+    def first_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
+        """Number of each block's first activation in the stream; its others follow."""
+        x_G, part_G = np.divmod(block_G, self.n_parts)
+        return x_G * self.n_tokens + part_G * self.n_block
+
+    def all_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " n"]:
+        """Numbers of all activations of the blocks, one block after the other."""
+        n_G = self.n_in(block_G)
+        before_G = np.cumsum(n_G) - n_G
+        return np.repeat(self.first_in(block_G) - before_G, n_G) + np.arange(n_G.sum())
+
+    def blocks_of(self, index_R: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " G"]:
         """The blocks that hold these activations."""
         x_R, token_R = np.divmod(index_R, self.n_tokens)
         return np.unique(x_R * self.n_parts + token_R // self.n_block)
 
-    def where(self, block: int) -> tuple[int, int, int, int]:
-        """(position of the image, number of the layer among the chosen ones, first token, tokens) of a block."""
-        x, part = divmod(block, self.n_parts)
-        position, layer = divmod(x, self.n_layers)
-        return position, layer, part * self.n_block, self.n_in(block)
 
-    def first_index(self, block: int) -> int:
-        """Number of a block's first activation in the stream; the others follow it."""
-        x, part = divmod(block, self.n_parts)
-        return x * self.n_tokens + part * self.n_block
+class Cursor:
+    """The blocks of all epochs from `epoch` on, in order, taken whole."""
+
+    def __init__(self, layout: Layout, seed: int, epoch: int):
+        self.layout = layout
+        self.groups = (g for e in itertools.count(epoch) for g in layout.order(seed, e))
+        self.block_G = self.n_before_G = np.empty(0, np.int64)
+        self.at = 0
+
+    def take(self, n_max: int) -> Int64[np.ndarray, " G"]:
+        """As many of the next blocks as hold at most `n_max` activations together."""
+        parts = [np.empty(0, np.int64)]
+        while True:
+            if self.at == len(self.block_G):
+                self.block_G, self.at = next(self.groups), 0
+                self.n_before_G = np.concatenate([[0], np.cumsum(self.layout.n_in(self.block_G))])
+            bound = self.n_before_G[self.at] + n_max
+            stop = int(np.searchsorted(self.n_before_G, bound, "right")) - 1
+            parts.append(self.block_G[self.at : stop])
+            n_max -= int(self.n_before_G[stop] - self.n_before_G[self.at])
+            self.at = stop
+            if stop < len(self.block_G):
+                return np.concatenate(parts)
+
+
+Source = collections.abc.Callable[[int], Int64[np.ndarray, "n 2"]]
+"""n_max -> (number in the stream, place in the pool) of the next blocks' activations, n_max of them at most."""
 
 
 class _Epoch:
-    """One epoch's draws: which activations are ready, and which of them go next. Reads nothing."""
+    """One epoch's draws: which activations are ready, and which of them go next."""
 
     def __init__(self, layout: Layout, seed: int, epoch: int):
         self.layout = layout
         self.rng = np.random.default_rng((seed, epoch, 1))
-        self.blocks = _Peekable(layout.blocks(seed, epoch))
         self.n_drawn = 0
         self.n_filled = 0
         self.n_ready = 0
@@ -210,20 +246,13 @@ class _Epoch:
     def n_left(self) -> int:
         return self.layout.n_acts - self.n_drawn
 
-    def fill(self, place: collections.abc.Callable[[int], Int64[np.ndarray, " n"] | int]) -> None:
-        """Adds the blocks that are ready now, at the places that `place(block)` says."""
+    def fill(self, source: Source) -> None:
+        """Adds the blocks that are ready now."""
         bound = min(self.layout.n_ready + self.n_drawn, self.layout.n_acts)
-        while self.n_filled < bound:
-            n = self.layout.n_in(self.blocks.peek())
-            if self.n_filled + n > bound:
-                break
-            block = next(self.blocks)
-            first = self.layout.first_index(block)
-            rows_n2 = self.ready_R2[self.n_ready : self.n_ready + n]
-            rows_n2[:, 0] = np.arange(first, first + n)
-            rows_n2[:, 1] = place(block)
-            self.n_ready += n
-            self.n_filled += n
+        added_n2 = source(bound - self.n_filled)
+        self.ready_R2[self.n_ready : self.n_ready + len(added_n2)] = added_n2
+        self.n_ready += len(added_n2)
+        self.n_filled += len(added_n2)
 
     def draw(self, n: int) -> Int64[np.ndarray, "n 2"]:
         """Takes `n` of the ready rows at random; the last ones move into their place."""
@@ -239,86 +268,85 @@ class _Epoch:
         return out_n2
 
 
-class _Peekable(collections.abc.Iterator[int]):
-    """An iterator whose next item can be looked at."""
-
-    def __init__(self, items: collections.abc.Iterator[int]):
-        self.items = items
-        self.ahead: int | None = None
-
-    def peek(self) -> int:
-        if self.ahead is None:
-            self.ahead = next(self.items)
-        return self.ahead
-
-    def __next__(self) -> int:
-        item, self.ahead = self.peek(), None
-        return item
-
-
 class Plan:
     """Which activation is in which batch, from batch `start` on."""
 
-    def __init__(self, layout: Layout, seed: int, start: int):
+    def __init__(self, layout: Layout, seed: int, start: int = 0):
         self.layout = layout
         self.seed = seed
         self.epoch_i, n_drawn = divmod(start * layout.batch_size, layout.n_acts)
         self.epoch = _Epoch(layout, seed, self.epoch_i)
+        self.cursor = Cursor(layout, seed, self.epoch_i)
         while self.epoch.n_drawn < n_drawn:
-            self.epoch.fill(lambda _: -1)  # no place: nothing is read
+            self.epoch.fill(self.without_places)
             drawn = self.epoch_i * layout.n_acts + self.epoch.n_drawn
             self.epoch.draw(min(layout.batch_size - drawn % layout.batch_size, self.epoch.n_left))
 
-    def draw(
-        self, place: collections.abc.Callable[[int], Int64[np.ndarray, " n"] | int]
-    ) -> collections.abc.Iterator[Int64[np.ndarray, "n 2"]]:
+    def without_places(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
+        """A source that reads nothing."""
+        index_n = self.layout.all_in(self.cursor.take(n_max))
+        return np.stack([index_n, np.full_like(index_n, -1)], axis=1)
+
+    def draw(self, source: Source) -> collections.abc.Iterator[Int64[np.ndarray, "n 2"]]:
         """The next batch's (number in the stream, place in the pool), in one part for each epoch that it touches."""
         n_left = self.layout.batch_size
         while n_left:
             if not self.epoch.n_left:
                 self.epoch_i += 1
                 self.epoch = _Epoch(self.layout, self.seed, self.epoch_i)
-            self.epoch.fill(place)
+            self.epoch.fill(source)
             n = min(n_left, self.epoch.n_left)
             n_left -= n
             yield self.epoch.draw(n)
-
-    def unread(self) -> collections.abc.Iterator[int]:
-        """The blocks that `draw` will ask for, in order, without end."""
-        blocks = self.layout.blocks(self.seed, self.epoch_i)
-        n = 0
-        while n < self.epoch.n_filled:
-            n += self.layout.n_in(next(blocks))
-        yield from blocks
-        for epoch_i in itertools.count(self.epoch_i + 1):
-            yield from self.layout.blocks(self.seed, epoch_i)
 
 
 # ---- pool: the plan followed with activations ----
 
 
-class _Reading(tp.NamedTuple):
-    """A block on its way into the pool."""
+class _Reading:
+    """Blocks on their way into the pool."""
 
-    block: int
-    place_n: Int64[np.ndarray, " n"]
-    done: concurrent.futures.Future[None]
+    def __init__(
+        self,
+        n_G: Int64[np.ndarray, " G"],
+        row_n2: Int64[np.ndarray, "n 2"],
+        dones: list[concurrent.futures.Future[None]],
+    ):
+        self.n_before_G = np.concatenate([[0], np.cumsum(n_G)])
+        self.row_n2 = row_n2
+        self.dones = dones
+        self.at = 0
+
+    def take(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
+        """Rows of whole blocks, at most `n_max`; waits until they are read."""
+        start = self.n_before_G[self.at]
+        self.at = int(np.searchsorted(self.n_before_G, start + n_max, "right")) - 1
+        row_n2 = self.row_n2[start : self.n_before_G[self.at]]
+        if len(row_n2):
+            for done in self.dones:
+                done.result()
+        return row_n2
+
+    @property
+    def is_over(self) -> bool:
+        return self.at == len(self.n_before_G) - 1
 
 
 class _Pool:
     """Activations in memory, each at a place that it keeps until it is drawn."""
 
-    def __init__(self, acts: reader.Reader, layout: Layout, seed: int, n_threads: int, start: int):
+    def __init__(self, stream: Shuffled, start: int):
+        acts, layout = stream.reader, stream.layout
         self.reader = acts
         self.layout = layout
-        self.plan = Plan(layout, seed, start)
-        self.unread = _Peekable(self.plan.unread())
-        self.threads = concurrent.futures.ThreadPoolExecutor(n_threads, "saev-read")
-        self.n_threads = n_threads
+        self.plan = Plan(layout, stream.seed, start)
+        self.threads = concurrent.futures.ThreadPoolExecutor(stream.n_threads, "saev-read")
+        self.n_threads = stream.n_threads
+        self.share_bytes = stream.share_bytes
+        self.local = threading.local()
         self.act_PD = np.empty((layout.n_pool, acts.d_vit), shards.STORED[acts.dtype])
-        self.bytes = memoryview(self.act_PD).cast("B")
-        self.reading: collections.deque[_Reading] = collections.deque()
-        self.free_P = np.arange(layout.n_pool)
+        self.readings: collections.deque[_Reading] = collections.deque()
+        self.free_P = np.arange(layout.n_pool)[::-1].copy()  # the last ones go first
         self.n_free = layout.n_pool
         self._reload()
         self._read_ahead()
@@ -326,12 +354,15 @@ class _Pool:
     def draw(self, out_BD: Float32[np.ndarray, "B D"]) -> Int64[np.ndarray, " B"]:
         """Fills `out_BD` with the next batch and returns each activation's number in the stream."""
         index_parts, at = [], 0
-        for part_n2 in self.plan.draw(self._take):
+        for part_n2 in self.plan.draw(self._ready):
             self._move(part_n2[:, 1], out_BD[at : at + len(part_n2)])
             self._read_ahead()
             index_parts.append(part_n2[:, 0])
             at += len(part_n2)
         return np.concatenate(index_parts)
+
+    def close(self) -> None:
+        self.threads.shutdown(wait=True, cancel_futures=True)
 
     def _move(self, place_n: Int64[np.ndarray, " n"], out_nD: Float32[np.ndarray, "n D"]) -> None:
         """Copies activations out of the pool and frees their places."""
@@ -342,63 +373,76 @@ class _Pool:
         self.free_P[self.n_free : self.n_free + len(place_n)] = place_n
         self.n_free += len(place_n)
 
-    def close(self) -> None:
-        self.threads.shutdown(wait=True, cancel_futures=True)
-
-    def _take(self, block: int) -> Int64[np.ndarray, " n"]:
-        """The places of the next block, once it is read."""
-        reading = self.reading.popleft()
-        assert reading.block == block
-        reading.done.result()
-        return reading.place_n
+    def _ready(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
+        """The plan's source."""
+        parts = [np.empty((0, 2), np.int64)]
+        while self.readings:
+            parts.append(self.readings[0].take(n_max))
+            n_max -= len(parts[-1])
+            if not self.readings[0].is_over:
+                break
+            self.readings.popleft()
+        return np.concatenate(parts)
 
     def _read_ahead(self) -> None:
-        """Starts to read the next blocks while there are free places for them."""
-        todo = []
-        while (n := self.layout.n_in(self.unread.peek())) <= self.n_free:
-            self.n_free -= n
-            place_n = self.free_P[self.n_free : self.n_free + n].copy()
-            todo.append((next(self.unread), place_n))
-        dones = self._submit([(block, self._rows(place_n)) for block, place_n in todo])
-        self.reading += [_Reading(*item, done) for item, done in zip(todo, dones, strict=True)]
+        """Starts to read the next blocks, as many as there are free places for."""
+        block_G = self.plan.cursor.take(self.n_free)
+        if len(block_G):
+            index_n = self.layout.all_in(block_G)
+            place_n = self._places(len(index_n))
+            row_n2 = np.stack([index_n, place_n], axis=1)
+            dones = self._read(block_G, place_n)
+            self.readings.append(_Reading(self.layout.n_in(block_G), row_n2, dones))
 
-    def _submit(
-        self, todo: list[tuple[int, list[memoryview]]]
-    ) -> list[concurrent.futures.Future[None]]:
-        """Starts to read blocks into rows, in the order of the files, a share by each thread."""
-        order = sorted(range(len(todo)), key=lambda i: todo[i][0])
-        size = max(1, min(64, math.ceil(len(todo) / self.n_threads)))
-        dones = {}
-        for at in range(0, len(todo), size):
-            share = order[at : at + size]
-            done = self.threads.submit(self._read, [todo[i] for i in share])
-            dones |= dict.fromkeys(share, done)
-        return [dones[i] for i in range(len(todo))]
-
-    def _read(self, share: list[tuple[int, list[memoryview]]]) -> None:
-        wheres = [self.layout.where(block) for block, _ in share]
-        for where in wheres:
-            self.reader.will_need(*where)
-        for (position, layer, token, _), (_, rows) in zip(wheres, share, strict=True):
-            self.reader.read_rows(position, layer, token, rows)
-
-    def _rows(self, place_n: Int64[np.ndarray, " n"]) -> list[memoryview]:
-        size = self.reader.token_bytes
-        return [self.bytes[p * size : (p + 1) * size] for p in place_n.tolist()]
+    def _places(self, n: int) -> Int64[np.ndarray, " n"]:
+        self.n_free -= n
+        return self.free_P[self.n_free : self.n_free + n].copy()
 
     def _reload(self) -> None:
         """Reads what a plan that starts in the middle of an epoch finds in its pool."""
-        epoch = self.plan.epoch
-        ready_R2 = epoch.ready_R2[: epoch.n_ready]
-        self.n_free -= len(ready_R2)
-        ready_R2[:, 1] = self.free_P[self.n_free : self.n_free + len(ready_R2)]
-        place_of = dict(ready_R2.tolist())
-        drawn = memoryview(bytearray(self.reader.token_bytes))  # rows that are not needed any more
-        todo = []
-        for block in self.layout.blocks_of(ready_R2[:, 0]).tolist():
-            first, n = self.layout.first_index(block), self.layout.n_in(block)
-            places = [place_of.get(first + i) for i in range(n)]
-            rows = [drawn if p is None else self._rows(np.array([p]))[0] for p in places]
-            todo.append((block, rows))
-        for done in self._submit(todo):
+        ready_R2 = self.plan.epoch.ready_R2[: self.plan.epoch.n_ready]
+        ready_R2[:, 1] = self._places(len(ready_R2))
+        order_R = np.argsort(ready_R2[:, 0])
+        block_G = self.layout.blocks_of(ready_R2[:, 0])
+        index_n = self.layout.all_in(block_G)  # rising, as order_R's
+        place_n = np.full(len(index_n), -1)  # drawn already
+        place_n[np.searchsorted(index_n, ready_R2[order_R, 0])] = ready_R2[order_R, 1]
+        for done in self._read(block_G, place_n):
             done.result()
+
+    def _read(
+        self, block_G: Int64[np.ndarray, " G"], place_n: Int64[np.ndarray, " n"]
+    ) -> list[concurrent.futures.Future[None]]:
+        """Starts to read blocks to their activations' places (-1: to none), in the order of the files."""
+        order_G = np.argsort(block_G)
+        n_G = self.layout.n_in(block_G)
+        start_G = np.cumsum(n_G) - n_G
+        n_share = max(1, self.share_bytes // (self.layout.n_block * self.reader.token_bytes))
+        n_share = max(1, min(n_share, math.ceil(len(block_G) / self.n_threads)))
+        shares = [order_G[at : at + n_share] for at in range(0, len(order_G), n_share)]
+        return [
+            self.threads.submit(
+                self._read_share,
+                block_G[share],
+                [place_n[start_G[g] : start_G[g] + n_G[g]] for g in share],
+            )
+            for share in shares
+        ]
+
+    def _read_share(
+        self, block_G: Int64[np.ndarray, " G"], places: list[Int64[np.ndarray, " n"]]
+    ) -> None:
+        """Reads blocks one after the other, then moves all their activations at once: Python's lock is taken rarely."""
+        place_n = np.concatenate(places)
+        staged_nD = self._staging(len(place_n))
+        extents = self.reader.extents(self.layout.first_in(block_G), self.layout.n_in(block_G))
+        self.reader.read_extents(extents, memoryview(staged_nD).cast("B"))
+        if place_n.min() < 0:
+            place_n, staged_nD = place_n[place_n >= 0], staged_nD[place_n >= 0]
+        self.act_PD[place_n] = staged_nD
+
+    def _staging(self, n: int) -> Shaped[np.ndarray, "n D"]:
+        """Memory of this thread, used again and again."""
+        if len(getattr(self.local, "staging", ())) < n:
+            self.local.staging = np.empty((n, self.reader.d_vit), self.act_PD.dtype)
+        return self.local.staging[:n]

@@ -9,16 +9,18 @@
         images.jsonl     per image, in order, {"path": ..., "label": ...}; path is relative to the dataset's root
         transform.json   how an image became the ViT's input (for heat maps)
         acts000000.json  {"n_imgs": ..., "xxh3_128": checksum of its images' bytes, "skipped": [...]}
-        skipped.json     [{"image_i": ..., "error": ...}], the corrupt images of all shards; their activations are zero
+        complete.json    the same of all shards: {"xxh3_128": {name: checksum}, "skipped": [{"image_i": ..., "error": ...}]}
 
 A shard is complete when its acts000000.json is there: that is written last. The directory is complete when
 shards.json lists all of metadata.json's images. Any number of processes may write different shards at a time.
+The activations of skipped images are zero.
 """
 
 import collections.abc
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -172,8 +174,8 @@ class ShardDir:
         return self.dpath / "transform.json"
 
     @property
-    def skipped_fpath(self) -> pathlib.Path:
-        return self.dpath / "skipped.json"
+    def complete_fpath(self) -> pathlib.Path:
+        return self.dpath / "complete.json"
 
     # ---- writing ----
 
@@ -192,6 +194,10 @@ class ShardDir:
         """
         shards = cls(dump_to / metadata.hash, metadata)
         shards.dpath.mkdir(parents=True, exist_ok=True)
+        if shards.shards_fpath.exists() and not shards.images_fpath.exists():
+            raise errors.UserError(
+                f"{shards.dpath}: was written by another tool. It can be read as it is; pass another --dump-to to dump it anew."
+            )
         # ASCII: names may hold line separators, or bytes that are not UTF-8 (Python's surrogates).
         text = "".join(json.dumps(r._asdict()) + "\n" for r in records)
         shards._write_once(shards.images_fpath, text, "other images than the dataset holds now")
@@ -239,7 +245,7 @@ class ShardDir:
             ) from err
 
     def write_index(self) -> None:
-        """Writes shards.json (and, once all is there, skipped.json) from the shards that are there.
+        """Writes shards.json (and, once all is there, complete.json) from the shards that are there.
 
         Parallel writers may overtake each other: each looks again after it has written, so the last one to
         write has seen all.
@@ -247,7 +253,7 @@ class ShardDir:
         written = None
         while (index := self._index()) != written:
             if len(index) == self.metadata.n_shards:
-                self._write_skipped()
+                self._write_complete()
             helpers.write_text(self.shards_fpath, json.dumps(index, indent=2))
             written = index
 
@@ -259,11 +265,16 @@ class ShardDir:
             if {self.acts_fpath(i).name, self.sidecar_fpath(i).name} <= names
         ]
 
-    def _write_skipped(self) -> None:
-        skipped = self.skipped_in(range(self.metadata.n_shards))
-        if skipped:
-            text = json.dumps([s._asdict() for s in skipped], indent=2)
-            helpers.write_text(self.skipped_fpath, text)
+    def _write_complete(self) -> None:
+        sidecars = {
+            self.acts_fpath(i).name: Sidecar.loads(self.sidecar_fpath(i))
+            for i in range(self.metadata.n_shards)
+        }
+        fields = {
+            "xxh3_128": {name: sidecar.xxh3_128 for name, sidecar in sidecars.items()},
+            "skipped": [s._asdict() for sidecar in sidecars.values() for s in sidecar.skipped],
+        }
+        helpers.write_text(self.complete_fpath, json.dumps(fields, indent=2))
 
     def finish(self) -> None:
         """Brings the index up to date and removes what killed writers left. Only when nobody writes any more."""
@@ -372,26 +383,57 @@ class ShardDir:
                 left -= n
         return digest.hexdigest()
 
-    def skipped_in(self, shard_is: collections.abc.Iterable[int]) -> list[Skipped]:
-        """Corrupt images that these shards left out, from their .json files."""
-        fpaths = [self.sidecar_fpath(i) for i in shard_is]
-        return [s for fpath in fpaths if fpath.exists() for s in Sidecar.loads(fpath).skipped]
+    @functools.cached_property
+    def sidecars(self) -> dict[int, Sidecar]:
+        """Checksum and skipped images of each complete shard; empty when another tool made the dump."""
+        is_complete = len(self.shard_is) == self.metadata.n_shards
+        if not is_complete or not self.complete_fpath.exists():
+            fpaths = {i: self.sidecar_fpath(i) for i in self.shard_is}
+            return {i: Sidecar.loads(fpath) for i, fpath in fpaths.items() if fpath.exists()}
+        with _readable(self.complete_fpath):
+            obj = json.loads(self.complete_fpath.read_text("utf-8"))
+            skipped: dict[int, list[Skipped]] = {i: [] for i in self.shard_is}
+            for entry in obj["skipped"]:
+                skipped[entry["image_i"] // self.metadata.imgs_per_shard].append(Skipped(**entry))
+            return {
+                i: Sidecar(
+                    len(self.metadata.imgs_in(i)),
+                    obj["xxh3_128"][self.acts_fpath(i).name],
+                    tuple(skipped[i]),
+                )
+                for i in self.shard_is
+            }
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of what the directory says and holds: results that are kept under it are found again only for the same activations.
+
+        Of another tool's dump, which has no checksums, a sample of the bytes stands for all.
+        """
+        texts = [
+            hashlib.sha256(fpath.read_bytes()).hexdigest()
+            for fpath in (self.images_fpath, self.transform_fpath)
+            if fpath.exists()
+        ]
+        sums = [[i, s.xxh3_128] for i, s in sorted(self.sidecars.items())]
+        sample = (
+            []
+            if self.sidecars
+            else [self._sample(i) for i in self.shard_is[:: -(-len(self.shard_is) // 64)]]
+        )
+        return helpers.hash_of([self.metadata.hash, texts, self.shard_is, sums, sample])
+
+    def _sample(self, shard_i: int) -> str:
+        with self.acts_fpath(shard_i).open("rb") as fd:
+            return hashlib.sha256(fd.read(2**16)).hexdigest()
 
     @functools.cached_property
     def image_is_N(self) -> Int64[np.ndarray, " N"]:
         """Numbers of the images that can be read, in order: those of complete shards, without the skipped ones."""
         parts = [np.arange(r.start, r.stop) for r in map(self.metadata.imgs_in, self.shard_is)]
         image_is_N = np.concatenate([np.arange(0), *parts])
-        skipped = [s.image_i for s in self._all_skipped()]
+        skipped = [s.image_i for sidecar in self.sidecars.values() for s in sidecar.skipped]
         return image_is_N[~np.isin(image_is_N, skipped)] if skipped else image_is_N
-
-    def _all_skipped(self) -> list[Skipped]:
-        if len(self.shard_is) < self.metadata.n_shards:
-            return self.skipped_in(self.shard_is)
-        if not self.skipped_fpath.exists():
-            return []
-        with _readable(self.skipped_fpath):
-            return [Skipped(**s) for s in json.loads(self.skipped_fpath.read_text("utf-8"))]
 
     @functools.cached_property
     def records(self) -> list[Record]:

@@ -22,6 +22,9 @@ from saev.protoeval import ap, config, report
 
 logger = logging.getLogger("saev")
 
+REVISION = 1
+"""Raised whenever the same activations, labels and config may give other numbers."""
+
 
 class Bank(tp.NamedTuple):
     """A fitted scorer and the numbers of prototypes it is evaluated at (prefixes of it)."""
@@ -67,7 +70,12 @@ def main(cfgs: list[config.ProtoEval]) -> str:
 
 def _run_id(cfgs: list[config.ProtoEval], labels: cub.Cub) -> str:
     """Hash of all that decides the table: activations, labels, scorers, grid and seed; not of where they lie."""
-    parts: list[object] = [labels.paths_N, labels.is_train_N.tolist(), labels.attribute_names_T]
+    parts: list[object] = [
+        REVISION,
+        labels.paths_N,
+        labels.is_train_N.tolist(),
+        labels.attribute_names_T,
+    ]
     digest = hashlib.sha256(labels.labels_NT.tobytes())
     for cfg in cfgs:
         parts += [_identity(data) for data in (cfg.train_data, cfg.test, cfg.fit)]
@@ -80,9 +88,9 @@ def _run_id(cfgs: list[config.ProtoEval], labels: cub.Cub) -> str:
     return digest.hexdigest()[:8]
 
 
-def _identity(data: data_config.Shards) -> list[object]:
+def _identity(data: data_config.Shards) -> str:
     reader = ordered.Ordered(data).reader
-    return [reader.metadata.hash, reader.layer, data.patches]
+    return reader.hash
 
 
 # ---- scorers ----
@@ -133,15 +141,16 @@ def _label(cfg: config.ProtoEval, cfgs: list[config.ProtoEval]) -> str:
 
 @beartype.beartype
 def _join(data: data_config.Shards, labels: cub.Cub, train: bool) -> dict[int, int]:
-    """Image number in the shards -> row in the labels, for all images of the split.
+    """Image number in the shards -> row in the labels, for all images of the split; skipped images are not there.
 
     Raises:
         UserError: an image of the split is not in the shards, or a path is there twice.
     """
     reader = ordered.Ordered(data).reader
     row_of = {path: row for row, path in enumerate(labels.paths_N)}
-    rows = [row_of.get(r.path.removeprefix("images/"), -1) for r in reader.dir.records]
-    join = {i: row for i, row in enumerate(rows) if row >= 0 and labels.is_train_N[row] == train}
+    paths = {int(i): reader.records[i].path.removeprefix("images/") for i in reader.image_is_N}
+    rows = {i: row_of[path] for i, path in paths.items() if path in row_of}
+    join = {i: row for i, row in rows.items() if labels.is_train_N[row] == train}
     split = "train" if train else "test"
     if len(set(join.values())) < len(join):
         raise errors.UserError(
@@ -188,12 +197,15 @@ def score_images(
 ) -> Float32[np.ndarray, "N K"]:
     """Scores of every image for all prototypes of all scorers, side by side: the max over the image's patches."""
     stream = ordered.Ordered(data, n_imgs=16)
-    scores_NK = np.empty((stream.reader.n_imgs, sum(s.n_prototypes for s in run)), np.float32)
-    for start, acts_BPD in helpers.progress(stream, "score", len(stream), "blocks"):
+    n_prototypes = sum(s.n_prototypes for s in run)
+    scores_NK = np.full(
+        (stream.reader.n_all, n_prototypes), np.nan, np.float32
+    )  # no score: no silent use
+    for image_i_B, acts_BPD in helpers.progress(stream, "score", len(stream), "blocks"):
         B, P, _ = acts_BPD.shape
         x_XD = torch.from_numpy(acts_BPD).to(device).flatten(0, 1)
         max_BK = torch.cat([s(x_XD).unflatten(0, (B, P)).amax(dim=1) for s in run], dim=1)
-        scores_NK[start : start + B] = max_BK.cpu().numpy()
+        scores_NK[image_i_B] = max_BK.cpu().numpy()
     return scores_NK
 
 

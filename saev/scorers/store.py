@@ -1,7 +1,6 @@
 """Fit, save and load scorers. A fitted scorer is a file named by what decides it, and is never fitted twice."""
 
 import dataclasses
-import hashlib
 import io
 import logging
 import pathlib
@@ -17,6 +16,8 @@ from saev.scorers import base, config, kmeans, pca, random, sae
 
 logger = logging.getLogger("saev")
 
+REVISION = 1
+"""Raised whenever a fitter may give other numbers: what was fitted before is then fitted again."""
 FITTERS = {config.Random: random.fit, config.KMeans: kmeans.fit, config.Pca: pca.fit}
 
 
@@ -57,13 +58,12 @@ def _key(cfg: config.Scorer, data: data_config.Shards, k: int, seed: int) -> str
     fields = {
         "cls": _name(cfg),
         "cfg": dataclasses.asdict(cfg),
-        "shards": acts.metadata.hash,
-        "layer": acts.layer,
-        "patches": data.patches,
+        "revision": REVISION,
+        "activations": acts.hash,
         "k": k,
         "seed": seed,
     }
-    return hashlib.sha256(helpers.canonical_json(fields).encode()).hexdigest()[:12]
+    return helpers.hash_of(fields)[:12]
 
 
 def _load_sae(cfg: config.Sae, data: data_config.Shards) -> sae.SaeLatents:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import pathlib
@@ -20,6 +19,9 @@ from saev.training import config
 
 logger = logging.getLogger("saev")
 
+REVISION = 1
+"""Raised whenever the same config may give other weights."""
+
 
 @beartype.beartype
 def main(cfgs: list[config.Train]) -> list[str]:
@@ -34,6 +36,7 @@ def main(cfgs: list[config.Train]) -> list[str]:
         batch_size=cfgs[0].batch_size,
         seed=cfgs[0].seed,
         pool_bytes=int(cfgs[0].pool_gb * 1e9),
+        pin=devices.pick(cfgs[0].device).type == "cuda",
     )
     cfgs = [_with_d_vit(cfg, stream.reader.d_vit) for cfg in cfgs]
     fpaths = [_dpath(cfg, stream) / "sae.pt" for cfg in cfgs]
@@ -51,8 +54,8 @@ def main(cfgs: list[config.Train]) -> list[str]:
 
 
 @beartype.beartype
-def run_id(cfg: config.Train, shards_hash: str, layer: int) -> str:
-    """Eight hex digits of the hash of all that decides the weights."""
+def run_id(cfg: config.Train, activations: str) -> str:
+    """Eight hex digits of the hash of all that decides the weights. activations: `reader.Reader.hash`."""
     skip = {
         "data",
         "ckpt_to",
@@ -65,17 +68,12 @@ def run_id(cfg: config.Train, shards_hash: str, layer: int) -> str:
         "dead_window",
     }
     fields = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in skip}
-    fields |= {
-        "cls": type(cfg.sae).__name__,
-        "shards": shards_hash,
-        "layer": layer,
-        "patches": cfg.data.patches,
-    }
-    return hashlib.sha256(helpers.canonical_json(fields).encode()).hexdigest()[:8]
+    fields |= {"revision": REVISION, "cls": type(cfg.sae).__name__, "activations": activations}
+    return helpers.hash_of(fields)[:8]
 
 
 def _dpath(cfg: config.Train, stream: shuffled.Shuffled) -> pathlib.Path:
-    return pathlib.Path(cfg.ckpt_to) / run_id(cfg, stream.reader.metadata.hash, stream.reader.layer)
+    return pathlib.Path(cfg.ckpt_to) / run_id(cfg, stream.reader.hash)
 
 
 def _with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
@@ -175,7 +173,7 @@ def _steps(
     lost: list[errors.UserError] = []
     steps = range(cfg.n_steps)
     for step in helpers.progress(steps, f"train {len(runs)} SAE(s)", cfg.n_steps, "steps"):
-        x_BD = x_BD.to(device)
+        x_BD = x_BD.to(device, non_blocking=True)
         outs = [run.step(step, x_BD) for run in runs]
         if cfg.logs_at(step):
             runs = _log(step, runs, outs, x_BD, batches, lost)

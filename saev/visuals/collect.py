@@ -56,8 +56,8 @@ def main(cfg: config.Visuals) -> str:
     dpath = pathlib.Path(cfg.dump_to).resolve()
     render.check_target(dpath)
     # What can be wrong is looked for before the long pass: every path of a small data set, a sample of a large one.
-    n_imgs = len(gallery.records)
-    render.check_images(gallery, range(0, n_imgs, max(1, n_imgs // MAX_CHECKED)))
+    image_is = stream.reader.image_is_N
+    render.check_images(gallery, image_is[:: max(1, len(image_is) // MAX_CHECKED)].tolist())
     stats = collect(sae, stream, cfg.n_images)
     pages = _pages(sae, stream, stats, choose(cfg, stats))
     render.write(dpath, gallery, pages)
@@ -81,17 +81,18 @@ def _gallery(cfg: config.Visuals, source: reader.Reader) -> render.Gallery:
     """Where the images come from, and how the patches lie on them."""
     if not cfg.images.root:
         raise errors.UserError("--images.root is missing: pass the folder that was dumped.")
-    fields = source.dir.transform()
+    fields = source.transform()
     if not fields:
         logger.info(
             "%s: has no transform.json; heat maps assume a square centre crop", cfg.data.shard_root
         )
     transform = images.Transform.from_dict(fields) if fields else None
+    layer = source.only_layer("heat maps show")
     return render.Gallery(
         ckpt=cfg.ckpt,
-        source=f"layer {source.layer} of {source.metadata.vit_ckpt} on {source.n_imgs:,} images",
+        source=f"layer {layer} of {source.metadata.vit_ckpt} on {source.n_imgs:,} images",
         root=images.image_root(cfg.images),
-        records=source.dir.records,
+        records=source.records,
         transform=transform,
         grid=render.grid(source.n_tokens, transform.size if transform else None),
     )
@@ -106,12 +107,12 @@ def collect(sae: nn.SparseAutoencoder, stream: ordered.Ordered, k: int) -> Stats
     total_S = torch.zeros(S, dtype=torch.float64, device=device)
     value_SK = torch.zeros(S, 0, device=device)
     image_SK = torch.zeros(S, 0, dtype=torch.int64, device=device)
-    for start, acts_BPD in helpers.progress(stream, "collect", len(stream), "blocks"):
+    for image_i_B, acts_BPD in helpers.progress(stream, "collect", len(stream), "blocks"):
         f_BPS = _codes(sae, acts_BPD)
         n_fired_S += (f_BPS > metrics.EPS_ACTIVE).sum(dim=(0, 1))
         total_S += f_BPS.sum(dim=(0, 1), dtype=torch.float64)
         value_SB = f_BPS.amax(dim=1).T
-        image_SB = torch.arange(start, start + len(acts_BPD), device=device).expand(S, -1)
+        image_SB = torch.from_numpy(image_i_B).to(device).expand(S, -1)
         # Earlier images come first and the sort is stable, so among equals the lower number wins.
         value_SX, image_SX = torch.cat([value_SK, value_SB], 1), torch.cat([image_SK, image_SB], 1)
         value_SX, order_SX = value_SX.sort(dim=1, descending=True, stable=True)
@@ -186,9 +187,14 @@ def _pages(
                 wanted.setdefault(int(image_i), []).append((latent, rank))
     heat_P: dict[tuple[int, int], np.ndarray] = {}
     for image_i in helpers.progress(sorted(wanted), "heat maps", len(wanted), "images"):
-        f_PS = _codes(sae, stream.reader.read(image_i, image_i + 1))[0].cpu().numpy()
+        f_PS = _codes(sae, _read_image(stream.reader, image_i))[0].cpu().numpy()
         heat_P |= {key: f_PS[:, key[0]].copy() for key in wanted[image_i]}
     return [_page(stats, latent, heat_P) for latent in latents_C.tolist()]
+
+
+def _read_image(source: reader.Reader, image_i: int) -> np.ndarray:
+    position = int(np.searchsorted(source.image_is_N, image_i))
+    return source.read(position, position + 1)
 
 
 def _page(stats: Stats, latent: int, heat_P: dict[tuple[int, int], np.ndarray]) -> render.Page:
