@@ -230,14 +230,15 @@ def test_a_full_pool_is_a_uniform_shuffle(make_shards) -> None:
 
 
 def test_a_bounded_pool_still_mixes_images(make_shards) -> None:
-    """A pool of a quarter of the data: a batch has nearly as many different images as a uniform sample."""
-    dpath, _ = make_shards(n_imgs=400, n_patches=16, d_vit=4, layers=(0,), per_shard=50)
-    batches = take(config.Shards(str(dpath)), 90, batch_size=64, pool_bytes=1600 * 16)
-    # The pool holds 100 images; half of it is drawn before it is filled again.
-    uniform = 100 * (1 - (1 - 1 / 100) ** 64)
+    """A pool of a quarter of the data: a batch has nearly as many different images as a uniform sample of all."""
+    dpath, _ = make_shards(n_imgs=400, n_patches=16, d_vit=64, layers=(0,), per_shard=50)
+    stream = shuffled.Shuffled(config.Shards(str(dpath)), batch_size=64, pool_bytes=600_000)
+    assert 1500 < stream.layout.n_pool < 1600
+    batches = list(itertools.islice(stream, 90))
+    uniform = 400 * (1 - (1 - 1 / 400) ** 64)
     n_images = [len(set(batch.image_i_B.tolist())) for batch in batches]
-    assert np.mean(n_images) > 0.9 * uniform
-    assert len({i for batch in batches[:10] for i in batch.image_i_B.tolist()}) > 90
+    assert np.mean(n_images) > 0.8 * uniform
+    assert len({i for batch in batches[:10] for i in batch.image_i_B.tolist()}) > 110
 
 
 def test_pool_bytes_bound_the_memory(make_shards) -> None:

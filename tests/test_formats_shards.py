@@ -145,7 +145,7 @@ def test_index_that_lacks_shards(golden: pathlib.Path, n_listed: int) -> None:
 
 def test_no_index(golden: pathlib.Path) -> None:
     (golden / "shards.json").unlink()
-    refuses(golden, "incomplete dump: 0 of 5 images")
+    refuses(golden, "incomplete dump: 4 of 5 images. Finish it with the tool that wrote it")
 
 
 @pytest.mark.parametrize("text", ["", "[3]", '[{"name": "x"}]', '{"n_imgs": 5}', "7"])
@@ -194,7 +194,7 @@ def test_empty_directory(tmp_path: pathlib.Path) -> None:
     refuses(tmp_path, "not a shard directory.*Dump it first")
 
 
-@pytest.mark.parametrize("protocol", ["1.1", "2.1", None])
+@pytest.mark.parametrize("protocol", ["0.9", "1", "3.0", 2.1, None])
 def test_other_protocol(golden: pathlib.Path, protocol: str | None) -> None:
     edit(golden / "metadata.json", protocol=protocol)
     refuses(golden, f"shard protocol {protocol!r} is not supported")
@@ -203,7 +203,7 @@ def test_other_protocol(golden: pathlib.Path, protocol: str | None) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"dtype": "float16"}, "dtype 'float16' is not supported"),
+        ({"dtype": "float64"}, "dtype 'float64' is not supported"),
         ({"layers": "3"}, "metadata.json"),
         ({"layers": []}, "metadata.json"),
         ({"layers": None}, "metadata.json"),
@@ -253,11 +253,18 @@ def names(dpath: pathlib.Path) -> list[str]:
     return sorted(p.name for p in dpath.iterdir())
 
 
+def write(out: shards.ShardDir, shard_i: int) -> None:
+    image_is = out.metadata.imgs_in(shard_i)
+    with out.writing(shard_i) as writer:
+        for image_i in image_is:  # in any portions
+            writer.write(GOLDEN_NLTD[image_i : image_i + 1])
+
+
 def test_interrupted_write_leaves_nothing_and_resumes(tmp_path: pathlib.Path) -> None:
     out = shards.ShardDir.create(tmp_path, metadata(), records(), {})
     before = names(out.dpath)
-    with pytest.raises(KeyboardInterrupt), out.writing(0) as acts_NLTD:
-        acts_NLTD[:] = 1
+    with pytest.raises(KeyboardInterrupt), out.writing(0) as writer:
+        writer.write(GOLDEN_NLTD[:1])
         raise KeyboardInterrupt
     assert names(out.dpath) == before
     assert not out.has(0)
@@ -265,12 +272,10 @@ def test_interrupted_write_leaves_nothing_and_resumes(tmp_path: pathlib.Path) ->
 
     again = shards.ShardDir.create(tmp_path, metadata(), records(), {})
     for shard_i in (2, 0, 1):  # in any order
-        image_is = again.imgs_in(shard_i)
-        with again.writing(shard_i) as acts_NLTD:
-            acts_NLTD[: len(image_is)] = GOLDEN_NLTD[image_is.start : image_is.stop]
+        write(again, shard_i)
         assert again.has(shard_i)
     np.testing.assert_array_equal(read(again.dpath, layer=3), GOLDEN_NLTD[:, 0, 1:])
-    for name in ("acts000000.bin", "acts000001.bin", "acts000002.bin"):
+    for name in ("acts000000.bin", "acts000001.bin", "acts000002.bin", "shards.json"):
         assert (again.dpath / name).read_bytes() == (GOLDEN / name).read_bytes()
 
 
@@ -286,26 +291,29 @@ def test_shard_too_small_for_one_image() -> None:
         metadata(max_patches_per_shard=9)
 
 
-def test_no_space_is_an_error_before_the_first_write(tmp_path: pathlib.Path) -> None:
-    """The kernel's file size limit stands in for a full disk: both refuse the reservation."""
-    records = [shards.Record(f"{i}.png", "") for i in range(5)]
-    out = shards.ShardDir.create(tmp_path, metadata(), records, {})
-    before = sorted(p.name for p in out.dpath.iterdir())
+@pytest.mark.parametrize("limit", [100, 700])
+def test_no_space_is_one_error_and_leaves_nothing(tmp_path: pathlib.Path, limit: int) -> None:
+    """The kernel's file size limit stands in for a full disk: in the images, and in the padding."""
+    out = shards.ShardDir.create(tmp_path, metadata(n_imgs=3), records(3), {})
+    before = names(out.dpath)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(errors.UserError, match="cannot reserve 640 bytes"), out.writing(0):
-            pass
+        with pytest.raises(errors.UserError, match="shard 0 cannot be written .File too large"):
+            with out.writing(0) as writer:
+                writer.write(np.tile(GOLDEN_NLTD[:2], (1, 1, 1, 1)))
+                writer.fd.flush()
+                writer.fd.truncate(1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(p.name for p in out.dpath.iterdir()) == before
+    assert names(out.dpath) == before
 
 
 def test_padding_takes_no_disk_space(tmp_path: pathlib.Path) -> None:
     large = metadata(n_imgs=1, max_patches_per_shard=10_000_000)
     out = shards.ShardDir.create(tmp_path, large, [shards.Record("0.png", "")], {})
-    with out.writing(0):
-        pass
+    with out.writing(0) as writer:
+        writer.write(GOLDEN_NLTD[:1])
     stat = out.acts_fpath(0).stat()
     assert stat.st_size == large.imgs_per_shard * large.img_bytes
     assert stat.st_blocks * 512 < 100_000

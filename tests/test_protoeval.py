@@ -43,9 +43,10 @@ def write_shards(dpath: pathlib.Path, paths: list[str], acts_NPD: np.ndarray) ->
     )
     out = shards.ShardDir.create(dpath, metadata, [shards.Record(p, "") for p in paths], {})
     for shard_i in range(metadata.n_shards):
-        with out.writing(shard_i) as shard_NLPD:
-            image_is = out.imgs_in(shard_i)
-            shard_NLPD[: len(image_is), 0] = acts_NPD[image_is.start : image_is.stop]
+        with out.writing(shard_i) as writer:
+            image_is = metadata.imgs_in(shard_i)
+            acts_NLPD = acts_NPD[image_is.start : image_is.stop, None]
+            writer.write(np.ascontiguousarray(acts_NLPD, np.float32))
     return data_config.Shards(str(out.dpath), 3)
 
 

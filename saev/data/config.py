@@ -8,7 +8,7 @@ import tyro
 
 from saev import errors, launch
 
-Family = tp.Literal["clip", "siglip", "dinov2", "timm"]
+Family = tp.Literal["clip", "siglip", "dinov2", "dinov3", "mae", "timm"]
 Patches = tp.Literal["image", "cls", "all"]
 
 
@@ -38,19 +38,26 @@ class Vit:
     """Which vision transformer, with which weights."""
 
     vit_family: Family = "clip"
-    """clip, siglip: open_clip models. dinov2: the dinov2_vit{s,b,l,g}14[_reg] names. timm: any timm ViT."""
+    """clip, siglip: open_clip models. dinov2, dinov3, mae: the authors' names. timm: any timm ViT."""
     vit_ckpt: str = "ViT-L-14/openai"
-    """clip, siglip: ARCH/PRETRAINED or hf-hub:ORG/NAME. dinov2, timm: the model's name."""
+    """clip, siglip: ARCH/PRETRAINED or hf-hub:ORG/NAME. Others: the model's name (dinov2_vitl14_reg, dinov3_vitl16, mae_vit_base_patch16)."""
     vit_weights: str = "hub"
     """Where the weights come from: 'hub', 'random' (seeded by --vit-seed), or a local .safetensors/.pt state dict."""
     vit_seed: int = 0
     """Seed of --vit-weights random."""
-    img_size: int | None = None
-    """Input side in pixels. Left out: 224 for dinov2, else the size that the model's library prescribes."""
+    img_size: int | tuple[int, int] | None = None
+    """Input side in pixels, or height and width; multiples of the patch size. Left out: 224 for dinov2, 256 for dinov3, else what the model's library prescribes."""
     d_vit: int | None = None
     """Width of the residual stream. Left out: inferred. Given: checked against the model."""
     n_patches_per_img: int | None = None
     """Patches per image. Left out: inferred. Given: checked against the model."""
+    autocast: tp.Literal["off", "bfloat16"] = "off"
+    """bfloat16: run the ViT in bfloat16 autocast, which is faster on GPUs and rounds more; activations still come out as float32."""
+
+    def __post_init__(self) -> None:
+        sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,)
+        if any(side is not None and side < 1 for side in sides):
+            raise errors.UserError(f"--img-size {self.img_size}: must be at least 1 pixel.")
 
 
 @beartype.beartype

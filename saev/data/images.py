@@ -131,10 +131,10 @@ class Transform:
 
     size: tuple[int, int]
     """(height, width) of the ViT's input, in pixels."""
-    resize: int
-    """The shorter side is resized to this, then the centre is cropped. Ignored with squash."""
+    resize: int | tuple[int, int]
+    """Before the centre is cropped, the shorter side is resized to this; (height, width): the image is resized to just cover it."""
     squash: bool
-    """Resize to `size` whatever the aspect ratio; nothing is cropped."""
+    """Resize to exactly `resize` (of an int: a square) whatever the aspect ratio."""
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -144,23 +144,30 @@ class Transform:
             raise errors.UserError(
                 f"transform: interpolation {self.interpolation!r} is not supported (supported: {', '.join(INTERPOLATIONS)})."
             )
-        if not self.squash and self.resize < max(self.size):
+        if any(have < want for have, want in zip(self._cover(), self.size, strict=True)):
             raise errors.UserError(
-                f"transform: cannot crop {self.size} from a shorter side of {self.resize}."
+                f"transform: cannot crop {self.size} from an image resized to {self.resize}."
             )
 
     def geometry(self, img: PIL.Image.Image) -> PIL.Image.Image:
         """The part of the image that the ViT sees, `size` pixels large: heat maps lie on exactly this."""
         height, width = self.size
         resample = INTERPOLATIONS[self.interpolation]
-        if self.squash:
-            return img.resize((width, height), resample)
         img = img.resize(self._resized(img.width, img.height), resample)
         left, top = round((img.width - width) / 2.0), round((img.height - height) / 2.0)
         return img.crop((left, top, left + width, top + height))
 
+    def _cover(self) -> tuple[int, int]:
+        """(height, width) that the resized image has at least."""
+        return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
+
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) with the shorter side at `resize`; the longer one is rounded down."""
+        """(width, height) of the resized image; the libraries round the longer side down where `resize` is an int."""
+        if self.squash:
+            return self._cover()[::-1]
+        if isinstance(self.resize, tuple):
+            scale = min(height / self.resize[0], width / self.resize[1])
+            return round(width / scale), round(height / scale)
         if width <= height:
             return self.resize, int(self.resize * height / width)
         return int(self.resize * width / height), self.resize

@@ -1,35 +1,84 @@
 """Pretrained vision transformers from open_clip and timm, behind one interface.
 
 Recorded layer i is the residual stream after block i, taken from the library's own `forward_intermediates`, which
-stops after the last block that is asked for. B images, L layers, T tokens, D d_vit.
+stops after the last block that is asked for. B images, L layers, T tokens, P patches, X prefix tokens, D d_vit.
 """
 
 import collections.abc
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import logging
 import math
 import pathlib
-import re
 import typing as tp
 import warnings
 
 import beartype
 import torch
-from jaxtyping import Float, jaxtyped
+from jaxtyping import Float, Float32, jaxtyped
 from torch import Tensor
 
 from saev import errors
 from saev.data import config, images
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DINOV2_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
-DINOV2_IMG_SIZE = 224
-"""The field's convention for DINOv2 features: 256 patches, although it was trained at up to 518 pixels."""
-
 Intermediates = collections.abc.Callable[[Tensor, list[int]], list[tuple[Tensor, Tensor | None]]]
 """(images, sorted layers) -> per layer (patch tokens, prefix tokens)."""
+
+
+class _Published(tp.NamedTuple):
+    """Models that timm carries under other names than their authors'."""
+
+    timm_names: dict[str, str]
+    """The authors' name -> timm's."""
+    side: int | None = None
+    """Input side in pixels where none is asked for; None: timm's."""
+    crop_pct: float | None = None
+    """Input side / shorter side of the resized photo; None: timm's."""
+
+
+PUBLISHED = {
+    # The field's convention for DINOv2 features: 256 patches, although it was trained at up to 518 pixels.
+    "dinov2": _Published(
+        {
+            "dinov2_vits14": "vit_small_patch14_dinov2",
+            "dinov2_vitb14": "vit_base_patch14_dinov2",
+            "dinov2_vitl14": "vit_large_patch14_dinov2",
+            "dinov2_vitg14": "vit_giant_patch14_dinov2",
+            "dinov2_vits14_reg": "vit_small_patch14_reg4_dinov2",
+            "dinov2_vitb14_reg": "vit_base_patch14_reg4_dinov2",
+            "dinov2_vitl14_reg": "vit_large_patch14_reg4_dinov2",
+            "dinov2_vitg14_reg": "vit_giant_patch14_reg4_dinov2",
+        },
+        side=224,
+        crop_pct=224 / 256,
+    ),
+    # The authors' evaluation crops 256 -> 224 pixels and asks that this ratio be kept at other sizes; timm crops
+    # nothing. The side is timm's and that of the pretraining crops: 256 patches, as many as DINOv2 has at 224.
+    "dinov3": _Published(
+        {
+            "dinov3_vits16": "vit_small_patch16_dinov3_qkvb.lvd1689m",
+            "dinov3_vits16plus": "vit_small_plus_patch16_dinov3_qkvb.lvd1689m",
+            "dinov3_vitb16": "vit_base_patch16_dinov3_qkvb.lvd1689m",
+            "dinov3_vitl16": "vit_large_patch16_dinov3_qkvb.lvd1689m",
+            "dinov3_vith16plus": "vit_huge_plus_patch16_dinov3_qkvb.lvd1689m",
+            "dinov3_vit7b16": "vit_7b_patch16_dinov3.lvd1689m",  # the one without qkv biases
+            "dinov3_vitl16_sat493m": "vit_large_patch16_dinov3_qkvb.sat493m",
+            "dinov3_vit7b16_sat493m": "vit_7b_patch16_dinov3.sat493m",
+        },
+        side=256,
+        crop_pct=224 / 256,
+    ),
+    "mae": _Published(
+        {
+            "mae_vit_base_patch16": "vit_base_patch16_224.mae",
+            "mae_vit_large_patch16": "vit_large_patch16_224.mae",
+            "mae_vit_huge_patch14": "vit_huge_patch14_224.mae",
+        }
+    ),
+}
+"""family -> its models, of which none is reached by a branch of code."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +87,12 @@ class _Tower:
 
     module: torch.nn.Module
     intermediates: Intermediates
-    n_blocks: int
+    blocks: collections.abc.Sequence[torch.nn.Module]
+    n_prefix: int
+    """Tokens before the patches: [CLS], registers, distillation."""
     has_cls: bool
+    grid: tuple[int, int]
+    """(rows, columns) of the patches."""
     transform: images.Transform
 
 
@@ -47,32 +100,53 @@ class Vit(torch.nn.Module):
     """An image tower in evaluation mode.
 
     Attributes:
-        ckpt_id: name that tells these weights from others (it goes into the shards' metadata).
-        d_vit, n_blocks, n_patches, cls_token: its shape.
+        ckpt_id: name that tells these activations' model from others (it goes into the shards' metadata).
+        d_vit, n_blocks, n_patches, grid (rows, columns), cls_token: its shape.
         transform: from a photo to its input.
+
+    Raises:
+        UserError: its blocks do not hold one token per patch, in raster order of the grid.
     """
 
-    def __init__(self, tower: _Tower, ckpt_id: str):
+    def __init__(self, tower: _Tower, cfg: config.Vit):
         super().__init__()
-        self.ckpt_id = ckpt_id
+        self.ckpt_id = _ckpt_id(cfg)
         self.module = tower.module.eval().requires_grad_(False)
         self.intermediates = tower.intermediates
-        self.n_blocks = tower.n_blocks
+        self.n_blocks = len(tower.blocks)
         self.cls_token = tower.has_cls
+        self.grid = tower.grid
+        self.n_patches = math.prod(tower.grid)
         self.transform = tower.transform
-        with torch.inference_mode():
-            acts_BLTD = self(torch.zeros(1, 3, *self.transform.size), (0,))
-        self.d_vit = acts_BLTD.shape[3]
-        self.n_patches = acts_BLTD.shape[2] - int(self.cls_token)
+        self.autocast = cfg.autocast != "off"
+        self.d_vit = self._probe(tower, cfg)
+
+    @torch.inference_mode()
+    def _probe(self, tower: _Tower, cfg: config.Vit) -> int:
+        """Width of block 0's output, having checked that it is what we record of it."""
+        seen: list[Tensor] = []
+        hook = tower.blocks[0].register_forward_hook(lambda _module, _args, out: seen.append(out))
+        height, width = self.transform.size
+        ramp_BCHW = torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)
+        acts_BTD = self(ramp_BCHW, (0,))[:, 0]
+        hook.remove()
+        n_cls = int(self.cls_token)
+        if seen[0].shape[:-1] != (1, tower.n_prefix + self.n_patches):
+            raise _not_a_vit(cfg)
+        want_BTD = torch.cat([seen[0][:, :n_cls], seen[0][:, tower.n_prefix :]], dim=1).float()
+        if not torch.equal(acts_BTD, want_BTD):
+            raise _not_a_vit(cfg)
+        return acts_BTD.shape[2]
 
     @jaxtyped(typechecker=beartype.beartype)
     def forward(
         self, imgs_BCHW: Float[Tensor, "B 3 H W"], layers: tuple[int, ...]
-    ) -> Float[Tensor, "B L T D"]:
+    ) -> Float32[Tensor, "B L T D"]:
         """Activations of the layers, in the order asked for; [CLS] first where there is one, registers dropped."""
         ordered = sorted(layers)
-        acts = dict(zip(ordered, self.intermediates(imgs_BCHW, ordered), strict=True))
-        return torch.stack([self._tokens(*acts[layer]) for layer in layers], dim=1)
+        with torch.autocast(imgs_BCHW.device.type, torch.bfloat16, enabled=self.autocast):
+            acts = dict(zip(ordered, self.intermediates(imgs_BCHW, ordered), strict=True))
+        return torch.stack([self._tokens(*acts[layer]) for layer in layers], dim=1).float()
 
     def _tokens(self, patches_BPD: Tensor, prefix_BXD: Tensor | None) -> Tensor:
         """[CLS] is the first prefix token; the others are registers or a distillation token."""
@@ -101,14 +175,11 @@ def load(cfg: config.Vit) -> Vit:
     """Builds the model on the CPU, in float32.
 
     Raises:
-        UserError: unknown model, weights that cannot be had or do not fit, or --d-vit / --n-patches-per-img that
-            the model does not have.
+        UserError: unknown model, one that is no ViT, weights that cannot be had or do not fit, or --img-size,
+            --d-vit, --n-patches-per-img that the model cannot have.
     """
-    build = {"clip": _open_clip, "siglip": _open_clip, "dinov2": _dinov2, "timm": _timm}[
-        cfg.vit_family
-    ]
     with _quiet():
-        vit = Vit(build(cfg), _ckpt_id(cfg))
+        vit = Vit(_open_clip(cfg) if cfg.vit_family in ("clip", "siglip") else _timm(cfg), cfg)
     _check(cfg, "--d-vit", cfg.d_vit, vit.d_vit, "wide")
     _check(cfg, "--n-patches-per-img", cfg.n_patches_per_img, vit.n_patches, "patches per image")
     return vit
@@ -134,14 +205,23 @@ def _quiet() -> collections.abc.Iterator[None]:
         logging.root.setLevel(level)
 
 
+def _size(cfg: config.Vit) -> tuple[int, int] | None:
+    """(height, width) that the user asked for."""
+    return (cfg.img_size, cfg.img_size) if isinstance(cfg.img_size, int) else cfg.img_size
+
+
 def _ckpt_id(cfg: config.Vit) -> str:
-    size = f"@{cfg.img_size}px" if cfg.img_size else ""
+    suffix = ""
+    if size := _size(cfg):
+        suffix += f"@{size[0]}px" if size[0] == size[1] else f"@{size[0]}x{size[1]}px"
+    if cfg.autocast == "bfloat16":
+        suffix += "@bf16"
     if cfg.vit_weights == "hub":
-        return cfg.vit_ckpt + size
+        return cfg.vit_ckpt + suffix
     if cfg.vit_weights == "random":
-        return f"{cfg.vit_ckpt}@random:{cfg.vit_seed}{size}"
+        return f"{cfg.vit_ckpt}@random:{cfg.vit_seed}{suffix}"
     with pathlib.Path(cfg.vit_weights).open("rb") as fd:
-        return f"{cfg.vit_ckpt}@sha256:{hashlib.file_digest(fd, 'sha256').hexdigest()[:16]}{size}"
+        return f"{cfg.vit_ckpt}@sha256:{hashlib.file_digest(fd, 'sha256').hexdigest()[:16]}{suffix}"
 
 
 # ---- open_clip ----
@@ -151,7 +231,7 @@ def _open_clip(cfg: config.Vit) -> _Tower:
     import open_clip
 
     name, tag = _split_ckpt(cfg)
-    kwargs: dict[str, tp.Any] = {"pretrained_text": False, "force_image_size": cfg.img_size}
+    kwargs: dict[str, tp.Any] = {"pretrained_text": False, "force_image_size": _size(cfg)}
     if tag is not None:
         known = open_clip.get_pretrained_cfg(name, tag)
         if name not in open_clip.list_models() or not known:
@@ -171,7 +251,7 @@ def _open_clip(cfg: config.Vit) -> _Tower:
             **kwargs,
         )
     visual = model.visual
-    blocks = _open_clip_blocks(visual, cfg)
+    shape = _open_clip_shape(visual, cfg)
     if not hub and cfg.vit_weights != "random":
         _load_file(visual, cfg)
 
@@ -182,21 +262,14 @@ def _open_clip(cfg: config.Vit) -> _Tower:
             stop_early=True,
             intermediates_only=True,
             output_fmt="NLC",
-            output_extra_tokens=True,
+            output_extra_tokens=shape["n_prefix"] > 0,
         )
         patches = out["image_intermediates"]
         return list(
             zip(patches, out.get("image_intermediates_prefix", [None] * len(patches)), strict=True)
         )
 
-    has_cls = not hasattr(visual, "trunk") or _has_cls(visual.trunk)
-    return _Tower(
-        visual,
-        intermediates,
-        len(blocks),
-        has_cls,
-        _open_clip_transform(visual.preprocess_cfg, cfg),
-    )
+    return _Tower(visual, intermediates, **shape)
 
 
 def _split_ckpt(cfg: config.Vit) -> tuple[str, str | None]:
@@ -211,66 +284,59 @@ def _split_ckpt(cfg: config.Vit) -> tuple[str, str | None]:
     return name, tag
 
 
-def _open_clip_blocks(visual: torch.nn.Module, cfg: config.Vit) -> collections.abc.Sized:
+def _open_clip_shape(visual: torch.nn.Module, cfg: config.Vit) -> dict[str, tp.Any]:
+    """The fields of _Tower that describe the model."""
+    if not hasattr(visual, "trunk") and not hasattr(visual, "transformer"):
+        raise _not_a_vit(cfg)
+    transform = _open_clip_transform(visual.preprocess_cfg, cfg)
     if hasattr(visual, "trunk"):
-        return _timm_blocks(visual.trunk, cfg)
-    if hasattr(visual, "transformer"):
-        return visual.transformer.resblocks
-    raise _not_a_vit(cfg)
+        return _timm_shape(visual.trunk, transform, cfg)
+    _check_size(visual.patch_size, cfg)
+    return {
+        "blocks": visual.transformer.resblocks,
+        "n_prefix": 1,
+        "has_cls": True,
+        "grid": visual.grid_size,
+        "transform": transform,
+    }
 
 
 def _open_clip_transform(prep: dict[str, tp.Any], cfg: config.Vit) -> images.Transform:
+    """open_clip's evaluation transform; its cover resize for non-square inputs is bicubic, whatever the model says."""
     size = prep["size"]
     height, width = (size, size) if isinstance(size, int) else size
-    if prep["resize_mode"] not in ("shortest", "squash") or height != width:
+    if prep["resize_mode"] not in ("shortest", "squash"):
         raise errors.UserError(
-            f"--vit-ckpt {cfg.vit_ckpt}: resize mode {prep['resize_mode']!r} to {size} is not supported. Pass another model."
+            f"--vit-ckpt {cfg.vit_ckpt}: resize mode {prep['resize_mode']!r} is not supported. Pass another model."
         )
+    squash = prep["resize_mode"] == "squash"
     return images.Transform(
         size=(height, width),
-        resize=height,
-        squash=prep["resize_mode"] == "squash",
-        interpolation=prep["interpolation"],
-        mean=tuple(prep["mean"]),
-        std=tuple(prep["std"]),
+        resize=height if height == width else (height, width),
+        squash=squash,
+        interpolation=prep["interpolation"] if squash or height == width else "bicubic",
+        mean=tuple(map(float, prep["mean"])),
+        std=tuple(map(float, prep["std"])),
     )
 
 
 # ---- timm ----
 
 
-def _dinov2(cfg: config.Vit) -> _Tower:
-    match = re.fullmatch(r"dinov2_vit([sblg])14(_reg)?", cfg.vit_ckpt)
-    if match is None:
-        raise errors.UserError(
-            f"--vit-ckpt {cfg.vit_ckpt}: family dinov2 has dinov2_vits14, dinov2_vitb14, dinov2_vitl14, dinov2_vitg14, each also with _reg."
-        )
-    name = f"vit_{DINOV2_SIZES[match[1]]}_patch14_{'reg4_' if match[2] else ''}dinov2"
-    size = cfg.img_size or DINOV2_IMG_SIZE
-    # The official evaluation transform: 256 -> 224, scaled with the size.
-    resize = round(size * 256 / 224)
-    transform = images.Transform(
-        (size, size), resize, False, "bicubic", IMAGENET_MEAN, IMAGENET_STD
-    )
-    return _timm_tower(name, size, cfg, transform)
-
-
 def _timm(cfg: config.Vit) -> _Tower:
-    return _timm_tower(cfg.vit_ckpt, cfg.img_size, cfg, None)
-
-
-def _timm_tower(
-    name: str, size: int | None, cfg: config.Vit, transform: images.Transform | None
-) -> _Tower:
     import timm
 
+    name, size, crop_pct = _timm_name(cfg)
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name}*")[:3]) or "see timm.list_models()"
         raise errors.UserError(f"--vit-ckpt {cfg.vit_ckpt}: timm knows no such model ({close}).")
     hub, kwargs = cfg.vit_weights == "hub", {"img_size": size} if size else {}
     with _seeded(cfg), _hub_errors(cfg):
         model = timm.create_model(name, pretrained=hub, num_classes=0, **kwargs)
-    blocks = _timm_blocks(model, cfg)
+    if cfg.vit_family == "dinov3":
+        # The authors' weights hold the rotary periods in bfloat16, which timm computes anew in float32.
+        model.rope.periods.copy_(model.rope.periods.bfloat16())
+    shape = _timm_shape(model, _timm_transform(model, size, crop_pct, cfg), cfg)
     if not hub and cfg.vit_weights != "random":
         _load_file(model, cfg)
 
@@ -281,53 +347,88 @@ def _timm_tower(
             stop_early=True,
             intermediates_only=True,
             output_fmt="NLC",
-            return_prefix_tokens=True,
+            return_prefix_tokens=shape["n_prefix"] > 0,
         )
         return [o if isinstance(o, tuple) else (o, None) for o in out]
 
-    return _Tower(
-        model,
-        intermediates,
-        len(blocks),
-        _has_cls(model),
-        transform or _timm_transform(model, size, cfg),
-    )
+    return _Tower(model, intermediates, **shape)
 
 
-def _timm_blocks(model: torch.nn.Module, cfg: config.Vit) -> collections.abc.Sized:
+def _timm_name(cfg: config.Vit) -> tuple[str, tuple[int, int] | None, float | None]:
+    """timm's name of the model, its input size and crop_pct; None stands for timm's own."""
+    if cfg.vit_family == "timm":
+        return cfg.vit_ckpt, _size(cfg), None
+    family = PUBLISHED[cfg.vit_family]
+    if cfg.vit_ckpt not in family.timm_names:
+        raise errors.UserError(
+            f"--vit-ckpt {cfg.vit_ckpt}: family {cfg.vit_family} has {', '.join(family.timm_names)}."
+        )
+    size = _size(cfg) or (family.side and (family.side, family.side))
+    return family.timm_names[cfg.vit_ckpt], size, family.crop_pct
+
+
+def _timm_shape(
+    model: torch.nn.Module, transform: images.Transform, cfg: config.Vit
+) -> dict[str, tp.Any]:
+    """The fields of _Tower that describe the model."""
+    embed = getattr(model, "patch_embed", None)
     if not (
         hasattr(model, "blocks")
-        and hasattr(model, "patch_embed")
         and hasattr(model, "num_prefix_tokens")
+        and hasattr(embed, "dynamic_feat_size")
+        and "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
     ):
         raise _not_a_vit(cfg)
-    return model.blocks
+    _check_size(embed.feat_ratio(as_scalar=False), cfg)
+    return {
+        "blocks": model.blocks,
+        "n_prefix": model.num_prefix_tokens,
+        "has_cls": getattr(model, "cls_token", None) is not None,
+        "grid": tuple(embed.dynamic_feat_size(transform.size)),
+        "transform": transform,
+    }
 
 
-def _has_cls(model: torch.nn.Module) -> bool:
-    return getattr(model, "cls_token", None) is not None
+def _check_size(patch: tuple[int, int], cfg: config.Vit) -> None:
+    """Only of a size that was asked for: some models' own leave a margin (SigLIP So400m: 384 pixels, patches of 14)."""
+    size = _size(cfg)
+    if size and (size[0] % patch[0] or size[1] % patch[1]):
+        near = " ".join(str(max(1, round(n / p)) * p) for n, p in zip(size, patch, strict=True))
+        raise errors.UserError(
+            f"--img-size {size[0]} {size[1]}: not a multiple of the {patch[0]} x {patch[1]} pixel patches of {cfg.vit_ckpt}. Pass --img-size {near}."
+        )
 
 
 def _not_a_vit(cfg: config.Vit) -> errors.UserError:
     return errors.UserError(
-        f"--vit-ckpt {cfg.vit_ckpt}: not a vision transformer with blocks and patches. Pass a ViT."
+        f"--vit-ckpt {cfg.vit_ckpt}: not a vision transformer whose blocks all hold one token per patch. Pass a plain ViT."
     )
 
 
-def _timm_transform(model: torch.nn.Module, size: int | None, cfg: config.Vit) -> images.Transform:
-    """timm's evaluation transform: resize to size / crop_pct, crop the centre."""
+def _timm_transform(
+    model: torch.nn.Module,
+    size: tuple[int, int] | None,
+    crop_pct: float | None,
+    cfg: config.Vit,
+) -> images.Transform:
+    """timm's evaluation transform: resize (or squash) to size / crop_pct, crop the centre."""
     import timm.data
 
-    data = timm.data.resolve_data_config({}, model=model)
-    height, width = (size, size) if size else data["input_size"][1:]
-    squash = data["crop_mode"] == "squash" and data["crop_pct"] == 1
-    if height != width or (data["crop_mode"] != "center" and not squash):
+    data = timm.data.resolve_data_config({"crop_pct": crop_pct}, model=model)
+    if data["crop_mode"] not in ("center", "squash"):
         raise errors.UserError(
-            f"--vit-ckpt {cfg.vit_ckpt}: input {height} x {width} with crop mode {data['crop_mode']!r} is not supported. Pass another model."
+            f"--vit-ckpt {cfg.vit_ckpt}: crop mode {data['crop_mode']!r} is not supported. Pass another model."
         )
-    resize = math.floor(height / data["crop_pct"])
-    mean, std = tuple(data["mean"]), tuple(data["std"])
-    return images.Transform((height, width), resize, squash, data["interpolation"], mean, std)
+    height, width = size or data["input_size"][1:]
+    resize = (math.floor(height / data["crop_pct"]), math.floor(width / data["crop_pct"]))
+    return images.Transform(
+        size=(height, width),
+        resize=resize[0] if resize[0] == resize[1] else resize,
+        squash=data["crop_mode"] == "squash",
+        interpolation=data["interpolation"],
+        mean=tuple(map(float, data["mean"])),
+        std=tuple(map(float, data["std"])),
+    )
 
 
 # ---- weights ----

@@ -357,9 +357,10 @@ class ShardDir:
     def _check_complete(self) -> None:
         found = sum(len(self.metadata.imgs_in(i)) for i in self.shard_is)
         if found != self.metadata.n_imgs or not self.shards_fpath.exists():
+            ours = self.images_fpath.exists()
             raise errors.UserError(
-                f"{self.dpath}: incomplete dump: {found} of {self.metadata.n_imgs} images. {AGAIN} "
-                "(To read what is there: --data.partial.)"
+                f"{self.dpath}: incomplete dump: {found} of {self.metadata.n_imgs} images. "
+                f"{AGAIN if ours else 'Finish it with the tool that wrote it.'} (To read what is there: --data.partial.)"
             )
 
     def size_problem(self, shard_i: int) -> str | None:
