@@ -20,11 +20,16 @@ def seconds(call: collections.abc.Callable[[], object]) -> float:
 def interleaved(
     calls: dict[str, collections.abc.Callable[[], float]], n_repeats: int
 ) -> dict[str, list[float]]:
-    """Each call's figures; the calls take turns, so that a slow spell of the machine hits all of them."""
+    """Each call's figures; the calls take turns, so that a slow spell of the machine hits all of them.
+
+    Each round begins with another one: whoever comes first may pay for something that the others find done.
+    """
     out: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(n_repeats):
-        for name, call in calls.items():
-            out[name].append(call())
+    names = list(calls)
+    for i in range(n_repeats):
+        start = i % len(names)
+        for name in names[start:] + names[:start]:
+            out[name].append(calls[name]())
     return out
 
 

@@ -4,13 +4,18 @@ import json
 import pathlib
 
 import numpy as np
+import open_clip
 import PIL.Image
 import pytest
+import timm.data
 import torch
 import torchvision.transforms
 
 from saev import errors
 from saev.data import config, images
+
+
+BICUBIC = torchvision.transforms.InterpolationMode.BICUBIC
 
 
 def save(fpath: pathlib.Path, size: tuple[int, int] = (9, 7), mode: str = "RGB") -> None:
@@ -119,17 +124,43 @@ def test_transform_equals_torchvision(
     save(tmp_path / "x.png", size)
     img = images.open_rgb(tmp_path / "x.png")
     mean, std = (0.48, 0.45, 0.40), (0.26, 0.26, 0.27)
-    interpolation = torchvision.transforms.InterpolationMode.BICUBIC
     geometry = [
-        torchvision.transforms.Resize(resize, interpolation),
+        torchvision.transforms.Resize(resize, BICUBIC),
         torchvision.transforms.CenterCrop(crop),
     ]
     tail = [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize(mean, std)]
     got = images.Transform((crop, crop), resize, False, "bicubic", mean, std)(img)
     assert torch.equal(got, torchvision.transforms.Compose(geometry + tail)(img))
     squashed = images.Transform((crop, crop), crop, True, "bicubic", mean, std)(img)
-    squash = torchvision.transforms.Resize((crop, crop), interpolation)
+    squash = torchvision.transforms.Resize((crop, crop), BICUBIC)
     assert torch.equal(squashed, torchvision.transforms.Compose([squash, *tail])(img))
+
+
+@pytest.mark.parametrize("size", [(300, 200), (201, 333), (57, 41), (999, 57)])
+def test_transforms_to_inputs_that_are_not_square(size: tuple[int, int]) -> None:
+    """The image just covers `resize`, as timm's and open_clip's own classes have it; squash goes to `resize` exactly."""
+    rng = np.random.default_rng(0)
+    img = PIL.Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8))
+    for resize, crop in (((64, 96), (64, 96)), ((73, 54), (64, 48)), ((40, 161), (32, 160))):
+        transform = images.Transform(crop, resize, False, "bicubic", (0.5,) * 3, (0.5,) * 3)
+        for lib in (timm.data.transforms, open_clip.transform):
+            cover = lib.ResizeKeepRatio(
+                resize, interpolation="bicubic" if lib is timm.data.transforms else BICUBIC
+            )
+            want = torchvision.transforms.CenterCrop(crop)(cover(img))
+            assert np.array_equal(transform.geometry(img), want)
+        squash = images.Transform(crop, resize, True, "bicubic", (0.5,) * 3, (0.5,) * 3)
+        want = torchvision.transforms.Resize(resize, BICUBIC)(img)
+        want = torchvision.transforms.CenterCrop(crop)(want)
+        assert np.array_equal(squash.geometry(img), want)
+        assert images.Transform.from_dict(json.loads(json.dumps(squash.to_dict()))) == squash
+
+
+def test_transform_files_of_older_dumps_load() -> None:
+    text = '{"size": [224, 224], "resize": 256, "squash": false, "interpolation": "bicubic", "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}'
+    transform = images.Transform.from_dict(json.loads(text))
+    assert (transform.size, transform.resize) == ((224, 224), 256)
+    assert json.dumps(transform.to_dict()) == text
 
 
 def test_transform_survives_json_and_refuses_nonsense() -> None:
@@ -140,5 +171,6 @@ def test_transform_survives_json_and_refuses_nonsense() -> None:
             images.Transform.from_dict(transform.to_dict() | changes)
     with pytest.raises(errors.UserError, match="interpolation 'cubic' is not supported"):
         images.Transform.from_dict(transform.to_dict() | {"interpolation": "cubic"})
-    with pytest.raises(errors.UserError, match="cannot crop"):
-        images.Transform((64, 64), 36, False, "bilinear", (0.5,), (0.2,))
+    for resize in (36, (64, 36), (36, 100)):
+        with pytest.raises(errors.UserError, match="cannot crop"):
+            images.Transform((64, 64), resize, False, "bilinear", (0.5,), (0.2,))

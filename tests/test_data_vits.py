@@ -1,13 +1,20 @@
 """Every family against its library's own modules, on random weights. B images, L layers, T tokens, D d_vit."""
 
+import functools
+import itertools
+import json
+import math
 import pathlib
 
+import numpy as np
+import open_clip
 import PIL.Image
 import pytest
 import safetensors.torch
 import sklearn.datasets
 import timm
 import torch
+import tyro
 
 from saev import errors
 from saev.data import config, images, vits
@@ -17,12 +24,35 @@ FAMILIES = {
     "siglip": ("siglip", "ViT-B-16-SigLIP/webli", 768, 196, 0, 0),
     "dinov2": ("dinov2", "dinov2_vits14", 384, 256, 1, 0),
     "dinov2 with registers": ("dinov2", "dinov2_vits14_reg", 384, 256, 1, 4),
+    "dinov3": ("dinov3", "dinov3_vits16", 384, 256, 1, 4),
+    "mae": ("mae", "mae_vit_base_patch16", 768, 196, 1, 0),
     "timm": ("timm", "vit_tiny_patch16_224", 192, 196, 1, 0),
     "timm without CLS": ("timm", "vit_base_patch16_siglip_224", 768, 196, 0, 0),
     "timm distilled": ("timm", "deit_tiny_distilled_patch16_224", 192, 196, 1, 1),
     "timm eva": ("timm", "eva02_tiny_patch14_224", 192, 256, 1, 0),
 }
 """name -> family, ckpt, d_vit, patches, [CLS] tokens, other prefix tokens."""
+
+KINDS = {
+    "plain": ("test_vit", 16, 1, 0),
+    "registers without CLS": ("test_vit2", 16, 0, 1),
+    "relative positions": ("test_vit_relpos", 16, 0, 0),
+    "clip": ("vit_xsmall_patch16_clip_224", 16, 1, 0),
+    "flexible patches": ("flexivit_small", 16, 1, 0),
+    "layer scale": ("deit3_small_patch16_224", 16, 1, 0),
+    "distilled": ("deit_tiny_distilled_patch16_224", 16, 1, 1),
+    "convolutional stem": ("vit_tiny_r_s16_p8_224", 32, 1, 0),
+    "parallel blocks": ("vit_small_patch16_18x2_224", 16, 1, 0),
+    "pooled": ("vit_little_patch16_reg4_gap_256", 16, 0, 4),
+    "beit": ("beit_base_patch16_224", 16, 1, 0),
+    "eva": ("eva02_tiny_patch14_224", 14, 1, 0),
+    "rotary": ("vit_small_patch16_rope_mixed_ape_224", 16, 1, 0),
+    "perception encoder": ("vit_pe_core_tiny_patch16_384", 16, 1, 0),
+    "dinov3 of timm": ("vit_tiny_patch16_dinov3_qkvb", 16, 1, 4),
+}
+"""kind of timm ViT -> its smallest model, patch side, [CLS] tokens, other prefix tokens."""
+
+PHOTO_SIZES = [(300, 200), (201, 333), (57, 411), (640, 99), (128, 64)]
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +63,17 @@ def photo() -> PIL.Image.Image:
     )
 
 
+@functools.cache
 def random(family: str, ckpt: str, **kwargs: object) -> vits.Vit:
     return vits.load(config.Vit(vit_family=family, vit_ckpt=ckpt, vit_weights="random", **kwargs))
+
+
+def noise(size: tuple[int, int]) -> PIL.Image.Image:
+    """A generated photo: coarse and fine colours."""
+    rng = np.random.default_rng(0)
+    small = PIL.Image.fromarray(rng.integers(0, 255, (7, 5, 3), np.uint8)).resize(size)
+    fine = PIL.Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8))
+    return PIL.Image.blend(small, fine, 0.3)
 
 
 def blocks(vit: vits.Vit) -> torch.nn.Module:
@@ -99,8 +138,10 @@ def test_patches_are_in_raster_order() -> None:
 
 def test_random_weights_depend_on_the_seed_alone_and_leave_the_random_state() -> None:
     state = torch.get_rng_state()
-    first, again, other = (random("timm", "vit_tiny_patch16_224", vit_seed=s) for s in (1, 1, 2))
+    cfgs = [config.Vit("timm", "vit_tiny_patch16_224", "random", s) for s in (1, 1, 2)]
+    first, again, other = (vits.load(cfg) for cfg in cfgs)
     assert torch.equal(torch.get_rng_state(), state)
+    assert first is not again
     weights = [v.module.blocks[0].mlp.fc1.weight for v in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert first.ckpt_id == "vit_tiny_patch16_224@random:1" != other.ckpt_id
@@ -122,21 +163,242 @@ def test_image_size() -> None:
     assert random("timm", "vit_tiny_patch16_224", img_size=96).n_patches == 36
 
 
-def test_transforms_are_the_libraries_own(photo: PIL.Image.Image) -> None:
-    import open_clip
+# ---- the authors' names ----
 
-    prep = open_clip.transform.image_transform_v2(
-        open_clip.transform.PreprocessCfg(), is_train=False
+
+@pytest.mark.parametrize(
+    ("family", "name"), [(f, n) for f, models in vits.PUBLISHED.items() for n in models.timm_names]
+)
+def test_published_names_stand_for_timm_models_with_weights(family: str, name: str) -> None:
+    timm_name = vits.PUBLISHED[family].timm_names[name]
+    assert timm.get_pretrained_cfg(timm_name).hf_hub_id
+    with torch.device("meta"):
+        model = timm.create_model(timm_name)
+    letters = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "g": (1536, 40)}
+    letters |= {"h": (1280, 32), "7": (4096, 40)}
+    size = name.removeprefix("mae_").removeprefix(f"{family}_").removeprefix("vit").strip("_")
+    assert (model.embed_dim, len(model.blocks)) == letters[size[0]]
+    n_registers = 4 if family == "dinov3" or name.endswith("_reg") else 0
+    assert (model.num_prefix_tokens, model.cls_token is None) == (1 + n_registers, False)
+    patch = 14 if family == "dinov2" or "huge" in name else 16
+    assert model.patch_embed.patch_size == (patch, patch)
+    assert ("plus" in name) == ("plus" in timm_name) and ("sat493m" in name) == (
+        "sat493m" in timm_name
     )
-    assert torch.equal(prep(photo), random("clip", "ViT-B-32/openai").transform(photo))
-    squash = open_clip.transform.PreprocessCfg(
-        mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode="squash"
-    )
-    prep = open_clip.transform.image_transform_v2(squash, is_train=False)
-    assert torch.equal(prep(photo), random("siglip", "ViT-B-16-SigLIP/webli").transform(photo))
-    model = timm.create_model("vit_tiny_patch16_224")
-    prep = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
-    assert torch.equal(prep(photo), random("timm", "vit_tiny_patch16_224").transform(photo))
+
+
+def test_dinov2_is_as_ever() -> None:
+    vit = random("dinov2", "dinov2_vits14")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    want = images.Transform((224, 224), 256, False, "bicubic", mean, std)
+    assert vit.transform == want and vit.ckpt_id == "dinov2_vits14@random:0"
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=224)
+    state = vit.module.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_transforms_of_the_published_models() -> None:
+    """DINOv3: the authors' 256 / 224, rounded down as they do; the satellite models have their own colours. MAE: timm's."""
+    dinov3 = random("dinov3", "dinov3_vits16").transform
+    assert (dinov3.size, dinov3.resize, dinov3.mean[0]) == ((256, 256), 292, 0.485)
+    with torch.device("meta"):
+        model = timm.create_model(vits.PUBLISHED["dinov3"].timm_names["dinov3_vitl16_sat493m"])
+    cfg = config.Vit("dinov3", "dinov3_vitl16_sat493m")
+    sat = vits._timm_transform(model, (256, 256), 224 / 256, cfg)
+    assert sat.mean == (0.430, 0.411, 0.296) and sat.std == (0.213, 0.156, 0.143)
+    mae = random("mae", "mae_vit_base_patch16").transform
+    assert (mae.size, mae.resize, mae.mean[0]) == ((224, 224), 248, 0.485)
+
+
+def test_dinov3_has_the_rounded_periods_of_its_authors_weights() -> None:
+    periods = random("dinov3", "dinov3_vits16").module.rope.periods
+    plain = timm.create_model("vit_small_patch16_dinov3_qkvb").rope.periods
+    assert periods.dtype == torch.float32 and not torch.equal(periods, plain)
+    torch.testing.assert_close(periods, plain, rtol=2**-8, atol=0)
+    assert torch.equal(periods, periods.bfloat16().float())
+
+
+def test_an_authors_dinov3_file_loads(tmp_path: pathlib.Path) -> None:
+    source = random("dinov3", "dinov3_vits16", vit_seed=5)
+    state = {}
+    for key, value in source.module.state_dict().items():
+        key = key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
+        if not key.endswith("_bias"):
+            state[key.replace("reg_token", "storage_tokens")] = value
+    for i in range(source.n_blocks):
+        state[f"blocks.{i}.attn.qkv.bias"] = torch.zeros(3 * source.d_vit)
+        state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.zeros(3 * source.d_vit)
+    state |= {"mask_token": torch.zeros(1, 384), "rope_embed.periods": torch.zeros(16)}
+    torch.save(state, tmp_path / "dinov3.pth")
+    vit = vits.load(config.Vit("dinov3", "dinov3_vits16", str(tmp_path / "dinov3.pth")))
+    imgs_BCHW = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(vit(imgs_BCHW, (11,)), source(imgs_BCHW, (11,)))
+
+
+# ---- every kind of timm ViT, and inputs that are not square ----
+
+
+def check_layers_and_grid(
+    vit: vits.Vit, size: tuple[int, int], patch: int, n_cls: int, n_other: int
+) -> None:
+    """Hooks on the model's own forward pass; patch (1, 3) of a 3 x 5 grid is the tenth in raster order."""
+    rows, columns = size[0] // patch, size[1] // patch
+    assert vit.transform.size == size and vit.grid == (rows, columns)
+    assert (vit.n_patches, vit.cls_token) == (rows * columns, bool(n_cls))
+    a_BCHW = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    b_BCHW = a_BCHW.clone()
+    b_BCHW[:, :, patch : 2 * patch, 3 * patch : 4 * patch] += 3
+    want = hooked(vit, lambda: vit.module(a_BCHW))
+    layers = tuple(range(vit.n_blocks))[::-1]
+    acts_BLTD = vit(a_BCHW, layers)
+    for i, layer in enumerate(layers):
+        want_BTD = want[layer]
+        want_BTD = torch.cat([want_BTD[:, :n_cls], want_BTD[:, n_cls + n_other :]], dim=1)
+        assert torch.equal(acts_BLTD[:, i], want_BTD)
+    diff_T = (vit(b_BCHW, (0,)) - acts_BLTD[:, -1:]).norm(dim=3)[0, 0, n_cls:]
+    assert diff_T.argmax() == columns + 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_timm_vit_on_a_wide_input(kind: str) -> None:
+    name, patch, n_cls, n_other = KINDS[kind]
+    vit = random("timm", name, img_size=(3 * patch, 5 * patch))
+    check_layers_and_grid(vit, (3 * patch, 5 * patch), patch, n_cls, n_other)
+    assert vit.ckpt_id == f"{name}@random:0@{3 * patch}x{5 * patch}px"
+
+
+@pytest.mark.parametrize(("name", "patch"), [("clip", 32), ("siglip", 16)])
+def test_open_clip_on_a_wide_input(name: str, patch: int) -> None:
+    vit = random(*FAMILIES[name][:2], img_size=(3 * patch, 5 * patch))
+    check_layers_and_grid(vit, (3 * patch, 5 * patch), patch, *FAMILIES[name][4:])
+
+
+@pytest.mark.parametrize("name", ["dinov2 with registers", "dinov3"])
+def test_published_models_on_a_tall_input(name: str) -> None:
+    patch = 14 if "dinov2" in name else 16
+    vit = random(*FAMILIES[name][:2], img_size=(8 * patch, 4 * patch))
+    check_layers_and_grid(vit, (8 * patch, 4 * patch), patch, *FAMILIES[name][4:])
+    height, width = (math.floor(n / (224 / 256)) for n in vit.transform.size)
+    assert vit.transform.resize == (height, width)
+
+
+def test_a_model_that_its_library_made_for_tall_inputs() -> None:
+    vit = random("timm", "vit_base_patch16_sapiens2")
+    assert vit.transform.size == (1024, 768) and vit.grid == (64, 48) and vit.n_patches == 3072
+    data = timm.data.resolve_data_config({}, model=vit.module)
+    prep = timm.data.create_transform(**data)
+    assert torch.equal(prep(noise((201, 333))), vit.transform(noise((201, 333))))
+    vit = random("timm", "vit_base_patch16_sapiens2", img_size=(64, 80))
+    check_layers_and_grid(vit, (64, 80), 16, 1, 8)
+
+
+@pytest.mark.parametrize("size", [(100, 224), (224, 100), 100])
+@pytest.mark.parametrize(
+    ("family", "ckpt", "patch", "near"),
+    [
+        ("timm", "test_vit", 16, 96),
+        ("timm", "vit_tiny_r_s16_p8_224", 32, 96),
+        ("dinov2", "dinov2_vits14", 14, 98),
+    ],
+)
+def test_sizes_that_are_no_multiple_of_the_patch_size(
+    family: str, ckpt: str, patch: int, near: int, size: int | tuple[int, int]
+) -> None:
+    match = rf"not a multiple of the {patch} x {patch} pixel patches of {ckpt}. Pass --img-size .*{near}"
+    with pytest.raises(errors.UserError, match=match):
+        random(family, ckpt, img_size=size)
+
+
+def test_a_size_that_is_no_multiple_in_open_clip() -> None:
+    with pytest.raises(errors.UserError, match=r"--img-size 64 100: not a multiple of the 32 x 32"):
+        random("clip", "ViT-B-32/openai", img_size=(64, 100))
+
+
+def test_image_size_flags() -> None:
+    def parse(*args: str) -> config.Vit:
+        return tyro.cli(config.Vit, args=args)
+
+    assert parse().img_size is None
+    assert parse("--img-size", "224").img_size == 224
+    assert parse("--img-size", "224", "336").img_size == (224, 336)
+    for size in (0, (16, -16)):
+        with pytest.raises(errors.UserError, match="must be at least 1 pixel"):
+            config.Vit(img_size=size)
+    square = random("timm", "test_vit", img_size=(96, 96))
+    same = random("timm", "test_vit", img_size=96)
+    assert square.ckpt_id == same.ckpt_id == "test_vit@random:0@96px"
+    assert square.transform == same.transform
+
+
+# ---- transforms ----
+
+
+def test_transforms_are_the_libraries_own(photo: PIL.Image.Image) -> None:
+    for name in ("clip", "siglip"):
+        vit = random(*FAMILIES[name][:2])
+        cfg = open_clip.transform.PreprocessCfg(**vit.module.preprocess_cfg)
+        prep = open_clip.transform.image_transform_v2(cfg, is_train=False)
+        assert torch.equal(prep(photo), vit.transform(photo))
+        assert vit.transform.squash == (name == "siglip")
+    vit = random("timm", "vit_tiny_patch16_224")
+    prep = timm.data.create_transform(**timm.data.resolve_data_config({}, model=vit.module))
+    assert torch.equal(prep(photo), vit.transform(photo))
+
+
+@pytest.mark.parametrize("size", PHOTO_SIZES)
+@pytest.mark.parametrize("target", [(64, 96), (160, 48), (97, 96), (64, 64)])
+def test_timm_transforms(size: tuple[int, int], target: tuple[int, int]) -> None:
+    model, img, cfg = random("timm", "test_vit").module, noise(size), config.Vit("timm", "test_vit")
+    data = timm.data.resolve_data_config({}, model=model)
+    modes, pcts, interpolations = ("center", "squash"), (1.0, 0.95, 0.875), ("bicubic", "bilinear")
+    for mode, pct, interpolation in itertools.product(modes, pcts, interpolations):
+        data |= {"input_size": (3, *target), "crop_mode": mode, "interpolation": interpolation}
+        model.pretrained_cfg = model.pretrained_cfg | data
+        got = vits._timm_transform(model, target, pct, cfg)(img)
+        assert torch.equal(got, timm.data.create_transform(**data | {"crop_pct": pct})(img))
+
+
+@pytest.mark.parametrize("size", PHOTO_SIZES)
+@pytest.mark.parametrize("target", [(64, 96), (160, 48), (97, 96), (64, 64)])
+def test_open_clip_transforms(size: tuple[int, int], target: tuple[int, int]) -> None:
+    """Also where open_clip forgets the interpolation, in its cover resize."""
+    for mode, interpolation in itertools.product(("shortest", "squash"), ("bicubic", "bilinear")):
+        prep = open_clip.transform.PreprocessCfg(
+            size=target, resize_mode=mode, interpolation=interpolation
+        )
+        got = vits._open_clip_transform(vars(prep), config.Vit())(noise(size))
+        want = open_clip.transform.image_transform_v2(prep, is_train=False)(noise(size))
+        assert torch.equal(got, want)
+
+
+def test_crop_modes_that_pad_are_refused() -> None:
+    model = random("timm", "test_vit").module
+    model.pretrained_cfg = model.pretrained_cfg | {"crop_mode": "border"}
+    with pytest.raises(errors.UserError, match="crop mode 'border' is not supported"):
+        vits._timm_transform(model, None, None, config.Vit("timm", "test_vit"))
+    prep = vars(open_clip.transform.PreprocessCfg(resize_mode="longest"))
+    with pytest.raises(errors.UserError, match="resize mode 'longest' is not supported"):
+        vits._open_clip_transform(prep, config.Vit())
+
+
+# ---- autocast ----
+
+
+@pytest.mark.parametrize("name", ["clip", "timm", "dinov3"])
+def test_autocast_is_close_and_named(name: str) -> None:
+    family, ckpt = FAMILIES[name][:2]
+    patch = 32 if name == "clip" else 16
+    exact = random(family, ckpt, img_size=4 * patch)
+    vit = random(family, ckpt, img_size=4 * patch, autocast="bfloat16")
+    assert vit.ckpt_id == f"{ckpt}@random:0@{4 * patch}px@bf16" == exact.ckpt_id + "@bf16"
+    imgs_BCHW = torch.randn(2, 3, *vit.transform.size, generator=torch.Generator().manual_seed(0))
+    layers = (0, vit.n_blocks - 1)
+    got, want = vit(imgs_BCHW, layers), exact(imgs_BCHW, layers)
+    assert got.dtype == want.dtype == torch.float32 and not torch.equal(got, want)
+    assert (got - want).norm() < 0.02 * want.norm()
+    with torch.autocast("cpu", torch.bfloat16):  # somebody else's
+        torch.testing.assert_close(exact(imgs_BCHW, layers), want, rtol=0, atol=0)
 
 
 # ---- local weights ----
@@ -175,6 +437,31 @@ def test_another_position_grid_is_resampled_as_timm_does(tmp_path: pathlib.Path)
     torch.testing.assert_close(vit.module.pos_embed, want.pos_embed)
 
 
+def test_open_clips_own_position_grid_is_resampled_as_open_clip_does(
+    tmp_path: pathlib.Path,
+) -> None:
+    source = random("clip", "ViT-B-32/openai", vit_seed=5)
+    state = {f"visual.{k}": v for k, v in source.module.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "clip.safetensors")
+    weights = str(tmp_path / "clip.safetensors")
+    vit = vits.load(config.Vit("clip", "ViT-B-32/openai", weights, img_size=(96, 160)))
+    own = source.module.positional_embedding
+    grid_1DYX = own[1:].T.reshape(1, -1, 7, 7)
+    want_1DYX = torch.nn.functional.interpolate(grid_1DYX, (3, 5), mode="bicubic", antialias=True)
+    want_PD = torch.cat([own[:1], want_1DYX.flatten(2)[0].T])
+    torch.testing.assert_close(vit.module.positional_embedding, want_PD)
+
+
+def test_a_timm_tower_of_open_clip_is_resampled_too(tmp_path: pathlib.Path) -> None:
+    source = random("siglip", "ViT-B-16-SigLIP/webli")
+    state = {f"visual.{k}": v for k, v in source.module.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "siglip.safetensors")
+    weights = str(tmp_path / "siglip.safetensors")
+    vit = vits.load(config.Vit("siglip", "ViT-B-16-SigLIP/webli", weights, img_size=(32, 48)))
+    want = timm.layers.resample_abs_pos_embed(source.module.trunk.pos_embed, [2, 3], None, 0)
+    torch.testing.assert_close(vit.module.trunk.pos_embed, want)
+
+
 # ---- errors ----
 
 
@@ -183,10 +470,19 @@ def test_another_position_grid_is_resampled_as_timm_does(tmp_path: pathlib.Path)
     [
         ("timm", "vit_tinyy", "timm knows no such model"),
         ("timm", "resnet18", "not a vision transformer"),
+        ("timm", "cait_xxs24_224", "not a vision transformer whose blocks all hold one token per"),
+        ("timm", "convit_tiny", "not a vision transformer"),
+        ("timm", "xcit_nano_12_p8_224", "not a vision transformer"),
+        ("timm", "hiera_tiny_224", "not a vision transformer"),
+        ("timm", "samvit_base_patch16_224", "not a vision transformer"),
+        ("timm", "naflexvit_base_patch16_gap", "not a vision transformer"),
+        ("timm", "swin_tiny_patch4_window7_224", "not a vision transformer"),
         ("clip", "ViT-B-32", "wants ARCH/PRETRAINED"),
         ("clip", "ViT-B-32/nope", "open_clip knows no such model .tags of ViT-B-32: openai"),
         ("clip", "RN50/openai", "not a vision transformer"),
-        ("dinov2", "dinov2_vitx14", "family dinov2 has dinov2_vits14"),
+        ("dinov2", "dinov2_vitx14", "family dinov2 has dinov2_vits14, dinov2_vitb14"),
+        ("dinov3", "dinov2_vits14", "family dinov3 has dinov3_vits16, .*dinov3_vit7b16,"),
+        ("mae", "vit_base_patch16_224", "family mae has mae_vit_base_patch16,"),
     ],
 )
 def test_unknown_models(family: str, ckpt: str, match: str) -> None:
@@ -255,6 +551,26 @@ def test_a_hub_out_of_reach(
         vits.load(config.Vit(vit_family=family, vit_ckpt=ckpt))
 
 
+def test_blocks_whose_tokens_are_not_what_is_recorded_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever a future timm does in a model that looks like a ViT."""
+    block = timm.models.vision_transformer.Block
+    own = block.forward
+    for wrong in (lambda x: x[:, :-1], lambda x: x[:, None]):
+        monkeypatch.setattr(block, "forward", lambda self, x, f=wrong: f(own(self, x)))
+        with pytest.raises(errors.UserError, match="not a vision transformer whose blocks"):
+            vits.load(config.Vit("timm", "test_vit", "random"))
+
+
 def test_transform_is_recorded_as_plain_values() -> None:
     transform = random("timm", "vit_tiny_patch16_224").transform
     assert images.Transform.from_dict(transform.to_dict()) == transform
+    assert json.loads(json.dumps(transform.to_dict())) == {
+        "size": [224, 224],
+        "resize": 248,
+        "squash": False,
+        "interpolation": "bicubic",
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+    }

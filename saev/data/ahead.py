@@ -1,5 +1,6 @@
 """One thread that works ahead of its consumer, and ends with it."""
 
+import atexit
 import collections.abc
 import contextlib
 import queue
@@ -30,7 +31,17 @@ def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Iterato
             done.put(("error", err))
 
     thread = threading.Thread(target=work, name="saev-ahead", daemon=True)
+
+    def close() -> None:
+        stopped.set()
+        while thread.is_alive():  # it may be waiting for room in the queue
+            with contextlib.suppress(queue.Empty):
+                done.get(timeout=0.02)
+        if hasattr(items, "close"):
+            items.close()
+
     thread.start()
+    atexit.register(close)  # of an iterator that is never dropped
     try:
         while (got := done.get())[0] == "item":
             yield got[1]
@@ -38,9 +49,5 @@ def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Iterato
         if got[0] == "error":
             raise got[1]
     finally:
-        stopped.set()
-        while thread.is_alive():  # it may be waiting for room in the queue
-            with contextlib.suppress(queue.Empty):
-                done.get(timeout=0.02)
-        if hasattr(items, "close"):
-            items.close()
+        close()
+        atexit.unregister(close)

@@ -22,7 +22,7 @@ GAP_BYTES = 128 * 2**10
 """Unwanted bytes between wanted ones are read along (and dropped) up to this length; longer gaps are jumped over."""
 IOV_MAX = 1024
 """Buffers of one system call (Linux)."""
-N_OPEN = 256
+N_OPEN = 512
 """Shard files open at a time."""
 
 SEQUENTIAL = getattr(os, "POSIX_FADV_SEQUENTIAL", 0)

@@ -29,7 +29,7 @@ from saev.data import config, reader
 from saev.data.ahead import ahead
 from saev.formats import shards
 
-GROUP_SHARDS = 128
+GROUP_SHARDS = 512
 """Shards that are read at the same time."""
 READ_BYTES = 64 * 2**10
 """Blocks are at least so long (or a whole image): shorter reads are slow on every disk."""
@@ -62,7 +62,7 @@ class Shuffled:
         batch_size: activations per batch.
         seed: of the order.
         pool_bytes: bound of the memory: the pool, and the batches made ahead. (The pool holds two batches in any
-            case; the order of the blocks takes 8 bytes a block of the shards that are read at the same time.)
+            case; the order of the blocks takes 4 bytes a block of the shards that are read at the same time.)
         n_threads: threads that read.
         pin: make the batches in page-locked memory, so that `.to("cuda", non_blocking=True)` copies in the background.
 
@@ -86,12 +86,15 @@ class Shuffled:
         self.seed = seed
         self.n_threads = n_threads
         self.pin = pin
-        # An eighth is for the threads' reads; batches are being made, waiting, and with the consumer.
-        batch_bytes = 4 * self.reader.d_vit * batch_size
-        n_bytes = pool_bytes - pool_bytes // 8 - (AHEAD + 2) * batch_bytes
-        n_fit = n_bytes // (self.reader.token_bytes + INDEX_BYTES)
         self.share_bytes = min(SHARE_BYTES, pool_bytes // 8 // n_threads)
-        self.layout = Layout.of(self.reader, batch_size, n_fit)
+        self.layout = Layout.of(
+            self.reader.shard_positions(),
+            n_layers=len(self.reader.layers),
+            n_tokens=self.reader.n_tokens,
+            token_bytes=self.reader.token_bytes,
+            batch_size=batch_size,
+            n_fit=n_fit(pool_bytes, batch_size, self.reader.d_vit, self.reader.token_bytes),
+        )
 
     def __iter__(self) -> collections.abc.Iterator[Batch]:
         return self.batches()
@@ -119,6 +122,13 @@ class Shuffled:
 # ---- plan: index numbers only ----
 
 
+def n_fit(pool_bytes: int, batch_size: int, d_vit: int, token_bytes: int) -> int:
+    """Activations that the pool can hold beside the threads' reads (an eighth) and the batches that are being made, waiting, and with the consumer."""
+    batch_bytes = 4 * d_vit * batch_size
+    n_bytes = pool_bytes - pool_bytes // 8 - (AHEAD + 2) * batch_bytes
+    return n_bytes // (token_bytes + INDEX_BYTES)
+
+
 class Layout(tp.NamedTuple):
     """How a stream is cut into blocks, and how many activations the pool holds."""
 
@@ -135,25 +145,27 @@ class Layout(tp.NamedTuple):
     """Activations that may be drawn at a time (fewer at an epoch's end); the others are being read."""
 
     @classmethod
-    def of(cls, acts: reader.Reader, batch_size: int, n_fit: int) -> "Layout":
-        """n_fit: activations that fit into memory."""
-        longest = min(acts.n_tokens, reader.IOV_MAX)
+    def of(
+        cls,
+        shards: list[range],
+        *,
+        n_layers: int,
+        n_tokens: int,
+        token_bytes: int,
+        batch_size: int,
+        n_fit: int,
+    ) -> "Layout":
+        """n_fit: activations that fit into memory. In the long run a batch's activations are spread over twice as many
+        blocks as fit into the pool (a block leaves it bit by bit, so more of them are there than would be whole)."""
+        n_acts = sum(map(len, shards)) * n_layers * n_tokens
         mixing = 2 * n_fit // (BLOCKS_PER_BATCH * batch_size)
-        n_block = min(max(mixing, READ_BYTES // acts.token_bytes, 1), longest)
-        n_block = math.ceil(acts.n_tokens / math.ceil(acts.n_tokens / n_block))
+        n_block = min(max(mixing, READ_BYTES // token_bytes, 1), n_tokens)
+        n_block = math.ceil(n_tokens / math.ceil(n_tokens / n_block))
         # Both bounds from below: a batch can always be drawn, and a block can always be read.
-        n_pool = min(max(n_fit, 2 * (batch_size + n_block)), 2 * len(acts) + n_block)
-        lag = min(n_pool // 8, max(4 * batch_size, LAG_BYTES // acts.token_bytes))
-        n_ready = min(n_pool - lag, len(acts))
-        return cls(
-            acts.shard_positions(),
-            len(acts.layers),
-            acts.n_tokens,
-            n_block,
-            batch_size,
-            n_pool,
-            n_ready,
-        )
+        n_pool = min(max(n_fit, 2 * (batch_size + n_block)), 2 * n_acts + n_block)
+        lag = min(n_pool // 8, max(4 * batch_size, LAG_BYTES // token_bytes))
+        n_ready = min(n_pool - lag, n_acts)
+        return cls(shards, n_layers, n_tokens, n_block, batch_size, n_pool, n_ready)
 
     @property
     def n_per_img(self) -> int:
@@ -169,16 +181,18 @@ class Layout(tp.NamedTuple):
         return sum(map(len, self.shards)) * self.n_per_img
 
     def order(self, seed: int, epoch: int) -> collections.abc.Iterator[Int64[np.ndarray, " G"]]:
-        """All blocks of an epoch in the order in which they come into the pool, a group of shards at a time."""
+        """All blocks of an epoch in the order in which they come into the pool."""
         rng = np.random.default_rng((seed, epoch, 0))
         per_img = self.n_layers * self.n_parts
         order = rng.permutation(len(self.shards)).tolist()
         for at in range(0, len(order), GROUP_SHARDS):
             group = [self.shards[i] for i in order[at : at + GROUP_SHARDS]]
-            parts = [np.arange(r.start * per_img, r.stop * per_img) for r in group]
+            dtype = np.min_scalar_type(per_img * max(r.stop for r in group))
+            parts = [np.arange(r.start * per_img, r.stop * per_img, dtype=dtype) for r in group]
             block_G = np.concatenate(parts)
             rng.shuffle(block_G)
-            yield block_G
+            for start in range(0, len(block_G), 2**16):
+                yield block_G[start : start + 2**16].astype(np.int64)
 
     def n_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
         """Activations of each block."""
@@ -256,7 +270,7 @@ class _Epoch:
 
     def draw(self, n: int) -> Int64[np.ndarray, "n 2"]:
         """Takes `n` of the ready rows at random; the last ones move into their place."""
-        drawn_n = self.rng.choice(self.n_ready, n, replace=False)
+        drawn_n = _sample(self.rng, self.n_ready, n)
         out_n2 = self.ready_R2[drawn_n]
         self.n_ready -= n
         last_n2 = self.ready_R2[self.n_ready : self.n_ready + n]
@@ -266,6 +280,18 @@ class _Epoch:
         self.ready_R2[drawn_n[~is_last_n]] = last_n2[stays_n]
         self.n_drawn += n
         return out_n2
+
+
+def _sample(rng: np.random.Generator, n_all: int, n: int) -> Int64[np.ndarray, " n"]:
+    """n of range(n_all) without replacement, in random order. numpy's own choice takes O(n_all)."""
+    if 4 * n > n_all:
+        return rng.permutation(n_all)[:n]
+    drawn_n = np.empty(0, np.int64)
+    while (n_missing := n - len(drawn_n)) > 0:  # draw again for those that came twice
+        drawn_n = np.sort(np.concatenate([drawn_n, rng.integers(n_all, size=n_missing)]))
+        drawn_n = drawn_n[np.diff(drawn_n, prepend=-1) > 0]
+    rng.shuffle(drawn_n)
+    return drawn_n
 
 
 class Plan:

@@ -12,6 +12,7 @@ import inspect
 import logging
 import math
 import pathlib
+import types
 import typing as tp
 import warnings
 
@@ -87,7 +88,7 @@ class _Tower:
 
     module: torch.nn.Module
     intermediates: Intermediates
-    blocks: collections.abc.Sequence[torch.nn.Module]
+    blocks: torch.nn.ModuleList | torch.nn.Sequential
     n_prefix: int
     """Tokens before the patches: [CLS], registers, distillation."""
     has_cls: bool
@@ -290,7 +291,9 @@ def _open_clip_shape(visual: torch.nn.Module, cfg: config.Vit) -> dict[str, tp.A
         raise _not_a_vit(cfg)
     transform = _open_clip_transform(visual.preprocess_cfg, cfg)
     if hasattr(visual, "trunk"):
-        return _timm_shape(visual.trunk, transform, cfg)
+        shape = _timm_shape(visual.trunk, transform, cfg)
+        _check_size(visual.trunk.patch_embed.feat_ratio(as_scalar=False), cfg)
+        return shape
     _check_size(visual.patch_size, cfg)
     return {
         "blocks": visual.transformer.resblocks,
@@ -330,6 +333,8 @@ def _timm(cfg: config.Vit) -> _Tower:
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name}*")[:3]) or "see timm.list_models()"
         raise errors.UserError(f"--vit-ckpt {cfg.vit_ckpt}: timm knows no such model ({close}).")
+    if cfg.img_size:
+        _check_timm_size(name, cfg)
     hub, kwargs = cfg.vit_weights == "hub", {"img_size": size} if size else {}
     with _seeded(cfg), _hub_errors(cfg):
         model = timm.create_model(name, pretrained=hub, num_classes=0, **kwargs)
@@ -379,7 +384,6 @@ def _timm_shape(
         and "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
     ):
         raise _not_a_vit(cfg)
-    _check_size(embed.feat_ratio(as_scalar=False), cfg)
     return {
         "blocks": model.blocks,
         "n_prefix": model.num_prefix_tokens,
@@ -387,6 +391,16 @@ def _timm_shape(
         "grid": tuple(embed.dynamic_feat_size(transform.size)),
         "transform": transform,
     }
+
+
+def _check_timm_size(name: str, cfg: config.Vit) -> None:
+    """Looks at the model at its own size and without weights, before any are fetched."""
+    import timm
+
+    with _seeded(cfg), _hub_errors(cfg), torch.device("meta"):
+        embed = getattr(timm.create_model(name), "patch_embed", None)
+    if hasattr(embed, "feat_ratio"):
+        _check_size(embed.feat_ratio(as_scalar=False), cfg)
 
 
 def _check_size(patch: tuple[int, int], cfg: config.Vit) -> None:
@@ -456,23 +470,21 @@ def _hub_errors(cfg: config.Vit) -> collections.abc.Iterator[None]:
 
 
 def _load_file(module: torch.nn.Module, cfg: config.Vit) -> None:
-    """Loads a local state dict strictly; head keys and a CLIP's text tower are dropped, another position grid is resampled as timm does."""
+    """Loads a local state dict strictly; head keys and a CLIP's text tower are dropped, another position grid is resampled as the library does."""
     state = _read_file(pathlib.Path(cfg.vit_weights))
     if any(k.startswith("visual.") for k in state):
         state = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+    if "storage_tokens" in state:
+        state = _rename_dinov3(state, module)
     wanted = module.state_dict()
     state = {
         k: v
         for k, v in state.items()
         if k in wanted or not k.startswith(("head.", "fc_norm.", "mask_token"))
     }
-    position = state.get("pos_embed")
-    if (
-        position is not None
-        and "pos_embed" in wanted
-        and position.shape != wanted["pos_embed"].shape
-    ):
-        state["pos_embed"] = _resample(position, module)
+    for key in ("pos_embed", "trunk.pos_embed", "positional_embedding"):
+        if key in state and key in wanted and state[key].shape != wanted[key].shape:
+            state[key] = _resample(state[key], module)
     wrong = sorted(state.keys() ^ wanted.keys())
     wrong += sorted(k for k in state.keys() & wanted.keys() if state[k].shape != wanted[k].shape)
     if wrong:
@@ -490,7 +502,7 @@ def _read_file(fpath: pathlib.Path) -> dict[str, Tensor]:
         if fpath.suffix == ".safetensors":
             return safetensors.torch.load_file(fpath)
         state = torch.load(fpath, map_location="cpu", weights_only=True)
-        return state.get("state_dict", state)
+        return state.get("state_dict", state.get("model", state))
     except Exception as err:  # each reader has its own exception types
         first_line = (str(err).strip().splitlines() or [repr(err)])[0][:200]
         raise errors.UserError(
@@ -498,10 +510,32 @@ def _read_file(fpath: pathlib.Path) -> dict[str, Tensor]:
         ) from err
 
 
+def _rename_dinov3(state: dict[str, Tensor], module: torch.nn.Module) -> dict[str, Tensor]:
+    """The names that timm gives to the tensors of the authors' own file."""
+    import timm.models.eva
+
+    return timm.models.eva.checkpoint_filter_fn(state, module)
+
+
 def _resample(position: Tensor, module: torch.nn.Module) -> Tensor:
+    """Position embeddings of a square grid on the module's grid; of any other grid as they are, which will not fit."""
+    if not hasattr(module, "trunk") and not hasattr(module, "patch_embed"):
+        return _resample_open_clip(position, module)
     from timm.layers import resample_abs_pos_embed
 
-    n_prefix = 0 if getattr(module, "no_embed_class", False) else module.num_prefix_tokens
-    return resample_abs_pos_embed(
-        position, list(module.patch_embed.grid_size), num_prefix_tokens=n_prefix
-    )
+    model = getattr(module, "trunk", module)
+    n_prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+    n_patches = position.shape[1] - n_prefix
+    if math.isqrt(n_patches) ** 2 != n_patches:
+        return position
+    grid = list(model.patch_embed.grid_size)
+    return resample_abs_pos_embed(position, grid, num_prefix_tokens=n_prefix)
+
+
+def _resample_open_clip(position: Tensor, visual: torch.nn.Module) -> Tensor:
+    """The same for open_clip's own ViT, whose resampling works on a whole CLIP."""
+    import open_clip.model
+
+    state = {"visual.positional_embedding": position}
+    open_clip.model.resize_pos_embed(state, types.SimpleNamespace(visual=visual))
+    return state["visual.positional_embedding"]

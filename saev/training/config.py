@@ -33,8 +33,8 @@ class Train:
     """Steps of linear learning-rate warm-up."""
     seed: int = 0
     """Seed of the initial weights and of the stream's order."""
-    pool_gb: float = 1.0
-    """Memory of the pool that mixes the stream, in GB."""
+    pool_gb: float = 2.0
+    """Bound of the memory that mixes and prefetches the stream, in GB. (Less is taken when the activations fit into less.)"""
     dead_window: int = 1_000_000
     """A latent is dead (`dead_pct`) when it did not fire within this many activations."""
     log_every: int = 50
