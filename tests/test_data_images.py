@@ -14,7 +14,6 @@ import torchvision.transforms
 from saev import errors
 from saev.data import config, images
 
-
 BICUBIC = torchvision.transforms.InterpolationMode.BICUBIC
 
 

@@ -84,7 +84,7 @@ class Dump:
     n_jobs: int = 1
     """Slurm array tasks (without --slurm-acct: local processes) among which the shards are divided. The bytes are the same."""
     skip_corrupt: bool = False
-    """Leave corrupt images out and record them in skipped.json, instead of stopping at the first."""
+    """Leave corrupt images out and record them in complete.json, instead of stopping at the first."""
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
     dry_run: bool = False

@@ -53,7 +53,7 @@ class Indexed:
         position, x = divmod(i, acts.n_per_img)
         layer_i, token_i = divmod(x, acts.n_tokens)
         return {
-            "act": torch.from_numpy(shards.decode(stored_D, acts.dtype)),
+            "act": torch.from_numpy(acts.decoded(stored_D)),
             "image_i": int(acts.image_is_N[position]),
             "patch_i": acts.first_patch + token_i,
             "layer": acts.layers[layer_i],

@@ -12,7 +12,8 @@ import typing as tp
 
 import beartype
 import numpy as np
-from jaxtyping import Float32, Int64, jaxtyped
+import torch
+from jaxtyping import Float32, Int64, Shaped, jaxtyped
 
 from saev import errors, helpers
 from saev.data import config
@@ -22,6 +23,8 @@ GAP_BYTES = 128 * 2**10
 """Unwanted bytes between wanted ones are read along (and dropped) up to this length; longer gaps are jumped over."""
 IOV_MAX = 1024
 """Buffers of one system call (Linux)."""
+SERIAL = 2**14
+"""Values that torch converts at a time in one thread."""
 N_OPEN = 512
 """Shard files open at a time."""
 
@@ -218,7 +221,29 @@ class Reader:
             buffers.append(rows[filled : filled + length])
             filled, end = filled + length, offset + length
         self._preadv(fpath, buffers, begin)
-        return shards.decode(out_NXD, self.dtype)
+        return self.decoded(out_NXD)
+
+    def decoded(self, stored: Shaped[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+        """Stored values as float32; those that are float32 are not copied."""
+        if self.dtype == "float32":
+            return stored
+        out = np.empty(stored.shape, np.float32)
+        self.decode_to(stored, out)
+        return out
+
+    def decode_to(
+        self, stored: Shaped[np.ndarray, "*shape"], out: Float32[np.ndarray, "*shape"]
+    ) -> None:
+        """`shards.decode` without temporaries; torch reads float16 thirty times as fast as numpy.
+
+        Piece by piece: on larger ones torch would start OpenMP, which does not survive a fork.
+        """
+        if self.dtype == "bfloat16":
+            np.left_shift(stored, np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
+            return
+        source, target = torch.from_numpy(stored).flatten(), torch.from_numpy(out).view(-1)
+        for at in range(0, len(source), SERIAL):
+            target[at : at + SERIAL].copy_(source[at : at + SERIAL])
 
     # ---- runs of tokens ----
 

@@ -395,7 +395,7 @@ class _Pool:
         if self.act_PD.dtype == out_nD.dtype:
             self.act_PD.take(place_n, axis=0, out=out_nD, mode="clip")  # clip: no buffer for `out`
         else:
-            out_nD[:] = shards.decode(self.act_PD[place_n], self.reader.dtype)
+            self.reader.decode_to(self.act_PD[place_n], out_nD)
         self.free_P[self.n_free : self.n_free + len(place_n)] = place_n
         self.n_free += len(place_n)
 

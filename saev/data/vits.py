@@ -106,7 +106,7 @@ class Vit(torch.nn.Module):
         transform: from a photo to its input.
 
     Raises:
-        UserError: its blocks do not hold one token per patch, in raster order of the grid.
+        UserError: block 0 does not hold one token per patch of the grid, or the library reports others than it holds.
     """
 
     def __init__(self, tower: _Tower, cfg: config.Vit):
@@ -124,20 +124,20 @@ class Vit(torch.nn.Module):
 
     @torch.inference_mode()
     def _probe(self, tower: _Tower, cfg: config.Vit) -> int:
-        """Width of block 0's output, having checked that it is what we record of it."""
+        """Width of block 0's output, having checked that we record just that: models that only look like a ViT end here."""
         seen: list[Tensor] = []
         hook = tower.blocks[0].register_forward_hook(lambda _module, _args, out: seen.append(out))
         height, width = self.transform.size
         ramp_BCHW = torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)
-        acts_BTD = self(ramp_BCHW, (0,))[:, 0]
+        (recorded,) = self.intermediates(ramp_BCHW, [0])
         hook.remove()
-        n_cls = int(self.cls_token)
         if seen[0].shape[:-1] != (1, tower.n_prefix + self.n_patches):
             raise _not_a_vit(cfg)
-        want_BTD = torch.cat([seen[0][:, :n_cls], seen[0][:, tower.n_prefix :]], dim=1).float()
-        if not torch.equal(acts_BTD, want_BTD):
+        cls_BXD = seen[0][:, : int(self.cls_token)]
+        want_BTD = torch.cat([cls_BXD, seen[0][:, tower.n_prefix :]], dim=1)
+        if not torch.equal(self._tokens(*recorded), want_BTD):
             raise _not_a_vit(cfg)
-        return acts_BTD.shape[2]
+        return want_BTD.shape[2]
 
     @jaxtyped(typechecker=beartype.beartype)
     def forward(
