@@ -45,7 +45,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def test_no_such_shard_directory(tmp_path: pathlib.Path) -> None:
     line = fails("train.py", "--data.shard-root", tmp_path / "gone", "--ckpt-to", tmp_path / "ck")
-    assert "gone: no such shard directory. Pass as --data.shard-root" in line
+    assert "gone: no such shard directory. Pass the directory" in line
     assert not (tmp_path / "ck").exists()
 
 

@@ -5,9 +5,13 @@ import collections.abc
 import contextlib
 import queue
 import threading
+import time
 import typing as tp
 
 T = tp.TypeVar("T")
+
+PATIENCE_S = 5.0
+"""So long is waited for a thread that hangs in a read; then it is left behind (it does not keep the process alive)."""
 
 
 def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Iterator[T]:
@@ -34,10 +38,11 @@ def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Iterato
 
     def close() -> None:
         stopped.set()
-        while thread.is_alive():  # it may be waiting for room in the queue
+        give_up_s = time.monotonic() + PATIENCE_S
+        while thread.is_alive() and time.monotonic() < give_up_s:
             with contextlib.suppress(queue.Empty):
-                done.get(timeout=0.02)
-        if hasattr(items, "close"):
+                done.get(timeout=0.02)  # it may be waiting for room in the queue
+        if not thread.is_alive() and hasattr(items, "close"):
             items.close()
 
     thread.start()

@@ -35,6 +35,8 @@ class Train:
     """Seed of the initial weights and of the stream's order."""
     pool_gb: float = 2.0
     """Bound of the memory that mixes and prefetches the stream, in GB. (Less is taken when the activations fit into less.)"""
+    n_threads: int = 4
+    """Threads that read activations. The order of the stream does not depend on it."""
     dead_window: int = 1_000_000
     """A latent is dead (`dead_pct`) when it did not fire within this many activations."""
     log_every: int = 50
@@ -55,7 +57,7 @@ class Train:
     """Where to run."""
 
     def __post_init__(self) -> None:
-        for name in ("n_patches", "batch_size", "log_every", "dead_window"):
+        for name in ("n_patches", "batch_size", "log_every", "dead_window", "n_threads"):
             if getattr(self, name) < 1:
                 raise errors.UserError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1."
@@ -82,6 +84,7 @@ class Train:
             self.batch_size,
             self.seed,
             self.pool_gb,
+            self.n_threads,
             self.device,
             self.log_every,
         )

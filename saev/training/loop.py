@@ -36,6 +36,7 @@ def main(cfgs: list[config.Train]) -> list[str]:
         batch_size=cfgs[0].batch_size,
         seed=cfgs[0].seed,
         pool_bytes=int(cfgs[0].pool_gb * 1e9),
+        n_threads=cfgs[0].n_threads,
         pin=devices.pick(cfgs[0].device).type == "cuda",
     )
     cfgs = [_with_d_vit(cfg, stream.reader.d_vit) for cfg in cfgs]
@@ -65,6 +66,7 @@ def run_id(cfg: config.Train, activations: str) -> str:
         "dry_run",
         "slurm",
         "log_every",
+        "n_threads",
         "dead_window",
     }
     fields = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in skip}
