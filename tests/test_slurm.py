@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+import PIL.Image
 import pytest
 
 from saev import errors, launch
@@ -141,20 +143,27 @@ def saev(*args: object) -> list[str]:
     return done.stdout.strip().splitlines()
 
 
-def pipeline(dpath: pathlib.Path, cub: pathlib.Path, *where: object) -> dict[str, bytes]:
-    """Dump, a sweep of two, protoeval; the contents of what they made, by name."""
-    vit = [
-        "--vit-family",
-        "timm",
-        "--vit-ckpt",
-        "vit_tiny_patch16_224",
-        "--vit-weights",
-        "random",
-        "--img-size",
-        64,
-    ]
-    dump = ["--vit-layers", 1, "--device", "cpu", "--dump-to", dpath / "shards", *where]
-    (shards,) = saev("-m", "saev.data", *vit, *dump, "data:cub200", "--data.root", cub)
+VIT = [
+    "--vit-family",
+    "timm",
+    "--vit-ckpt",
+    "vit_tiny_patch16_224",
+    "--vit-weights",
+    "random",
+    "--img-size",
+    "64",
+    "--vit-layers",
+    "1",
+]
+
+
+def pipeline(
+    dpath: pathlib.Path, cub: pathlib.Path, n_jobs: int, *where: object
+) -> dict[str, bytes]:
+    """Dump (4 shards), a sweep of two, protoeval; the contents of what they made, by name."""
+    dump = ["--device", "cpu", "--dump-to", dpath / "shards", "--max-patches-per-shard", 170]
+    dump += ["--n-jobs", n_jobs, *where]
+    (shards,) = saev("-m", "saev.data", *VIT, *dump, "data:cub200", "--data.root", cub)
     (dpath / "sweep.toml").write_text("[[sae]]\ntype = 'top-k'\n[[sae]]\ntype = 'relu'\n")
     train = [
         "--n-patches",
@@ -209,10 +218,52 @@ def test_the_commands_give_on_slurm_what_they_give_here(tmp_path: pathlib.Path) 
     cub = tmp_path / "CUB_200_2011"
     minicub.draw(cub, n_imgs=40)
     where = ["--slurm-acct", "test", "--slurm-partition", "nextgen", "--n-gpus", 0, "--n-cpus", 2]
-    here = pipeline(tmp_path / "here", cub)
+    here = pipeline(tmp_path / "here", cub, 1)
     there = pipeline(
-        tmp_path / "there", cub, *where, "--n-hours", 0.2, "--log-to", tmp_path / "logs"
+        tmp_path / "there", cub, 3, *where, "--n-hours", 0.2, "--log-to", tmp_path / "logs"
     )
     assert len(list((tmp_path / "logs").glob("*.pkl"))) > 0
-    assert here.keys() == there.keys() and {"summary.csv", "acts000000.bin"} <= here.keys()
+    assert here.keys() == there.keys() and {"summary.csv", "acts000003.bin"} <= here.keys()
     assert [name for name in here if here[name] != there[name]] == []
+
+
+def test_a_dump_whose_tasks_are_killed_goes_on(tmp_path: pathlib.Path) -> None:
+    """Both tasks get SIGKILL when some shards are there; the same command ends with the bytes of an undisturbed dump."""
+    root = tmp_path / "images"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(root / f"{i:03}.png")
+    dump = [sys.executable, "-m", "saev.data", *VIT, "--device", "cpu", "--vit-batch-size", "1"]
+    dump += ["--max-patches-per-shard", "17"]  # an image a shard
+    data = ["data:image-folder", "--data.root", str(root)]
+    subprocess.run([*dump, "--dump-to", tmp_path / "here", *data], cwd=ROOT, check=True)
+
+    dump += [
+        "--n-jobs",
+        "2",
+        "--slurm-acct",
+        "test",
+        "--slurm-partition",
+        "nextgen",
+        "--n-gpus",
+        "0",
+        "--n-cpus",
+        "1",
+    ]
+    dump += ["--dump-to", str(tmp_path / "there"), "--log-to", str(tmp_path / "logs"), *data]
+    process = subprocess.Popen(dump, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(list(tmp_path.glob("there/*/acts*.json"))) > 5)
+    (array_id,) = {p.stem.split("_")[0] for p in (tmp_path / "logs").glob("*submitted.pkl")}
+    subprocess.run(["scancel", "--full", "--signal=KILL", array_id], check=True)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Its log: " in stderr and "Traceback" not in stderr
+    n_done = len(list(tmp_path.glob("there/*/acts*.json")))
+    assert 5 < n_done < 200
+
+    done = subprocess.run(dump, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+    (here,) = (tmp_path / "here").iterdir()
+    there = pathlib.Path(done.stdout.strip())
+    assert sorted(f.name for f in here.iterdir()) == sorted(f.name for f in there.iterdir())
+    assert [f.name for f in here.iterdir() if f.read_bytes() != (there / f.name).read_bytes()] == []
