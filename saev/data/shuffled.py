@@ -7,7 +7,8 @@ delivers every activation exactly once and the next starts when it is over: only
 activations of both, so every batch is full.
 
 The plan (which activation is in which batch) depends on the seed, the batch size and the pool's size alone, never
-on the threads that read. It can be followed without reading, so a stream starts at any step at the cost of reading one pool.
+on the threads that read. It can be followed without reading, so a stream starts at any step at the cost of reading a
+few pools (what is left of the blocks that the pool then holds).
 
 Shape letters: B batch, P places in the pool, R places that may be drawn, D d_vit.
 """

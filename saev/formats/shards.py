@@ -416,7 +416,7 @@ class ShardDir:
             for fpath in (self.images_fpath, self.transform_fpath)
             if fpath.exists()
         ]
-        sums = [[i, s.xxh3_128] for i, s in sorted(self.sidecars.items())]
+        sums = [[i, s.xxh3_128, s.skipped] for i, s in sorted(self.sidecars.items())]
         sample = (
             []
             if self.sidecars

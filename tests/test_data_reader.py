@@ -1,0 +1,382 @@
+"""Loaders under faults, across processes, over several directories, and on the field's other protocols. N images, D d_vit."""
+
+import collections.abc
+import errno
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import threading
+import time
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+
+import saev
+from saev import errors
+from saev.data import config, ordered, reader, shuffled
+from saev.data.ahead import ahead
+
+GOLDEN = pathlib.Path(__file__).parent / "data" / "shards_1_0_0"
+GOLDEN_NLTD = np.arange(5 * 2 * 5 * 8, dtype=np.float32).reshape(5, 2, 5, 8) / 8
+
+Stream = collections.abc.Iterable[object]
+
+
+@pytest.fixture
+def many(make_shards) -> tuple[config.Shards, np.ndarray]:
+    """60 images in 30 shards: more than any loader reads ahead."""
+    dpath, acts_NLTD = make_shards(n_imgs=60, n_patches=4, d_vit=6, layers=(3, 7), per_shard=2)
+    return config.Shards(str(dpath), 7), acts_NLTD
+
+
+def streams(cfg: config.Shards) -> list[Stream]:
+    small = {"batch_size": 8, "pool_bytes": 1}
+    return [ordered.Ordered(cfg, n_imgs=2), shuffled.Shuffled(cfg, **small)]
+
+
+def our_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("saev")]
+
+
+# ---- faults ----
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("fault", ["cut", "gone", "io"])
+def test_a_failing_read_is_one_error_within_seconds(
+    many, monkeypatch: pytest.MonkeyPatch, which: int, fault: str
+) -> None:
+    cfg, _ = many
+    stream = iter(streams(cfg)[which])
+    next(stream)
+    if fault == "io":
+
+        def fail(*_: object) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(os, "preadv", fail)
+    for fpath in pathlib.Path(cfg.shard_root).glob("acts*.bin"):
+        os.truncate(fpath, 100) if fault == "cut" else fpath.unlink() if fault == "gone" else None
+    start_s = time.monotonic()
+    match = {"cut": "ends at byte", "gone": "No such file", "io": "Input/output error"}[fault]
+    with pytest.raises(errors.UserError, match=rf"acts0000\d\d\.bin.*{match}"):
+        for _ in range(1000):
+            next(stream)
+    assert time.monotonic() - start_s < 5
+    assert not our_threads()
+
+
+def test_threads_end_with_their_consumer(many) -> None:
+    cfg, _ = many
+    for stream in streams(cfg):
+        for _ in stream:
+            assert our_threads()
+            break
+        assert not our_threads(), "after a break"
+        for stop in (ValueError, KeyboardInterrupt):
+            with pytest.raises(stop):
+                for _ in stream:
+                    raise stop
+            assert not our_threads(), stop
+        iterator = iter(stream)
+        assert not our_threads(), "nothing is started before it is needed"
+        next(iterator)
+        del iterator
+        assert not our_threads(), "when the iterator is dropped"
+
+
+def test_what_the_thread_raises_is_raised_and_in_its_turn() -> None:
+    def items() -> collections.abc.Iterator[int]:
+        yield from (1, 2)
+        raise ValueError("third")
+
+    stream = ahead(items(), 5)
+    assert [next(stream), next(stream)] == [1, 2]
+    with pytest.raises(ValueError, match="third"):
+        next(stream)
+
+
+def test_a_thread_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saev.data.ahead.PATIENCE_S", 0.2)
+    release = threading.Event()
+
+    def items() -> collections.abc.Iterator[int]:
+        yield 1
+        release.wait(30)
+
+    start_s = time.monotonic()
+    for _ in ahead(items(), 1):
+        break
+    assert time.monotonic() - start_s < 5
+    release.set()
+
+
+# ---- processes ----
+
+
+def consume(streams: list[Stream], indexed: object) -> None:
+    """In a child: two epochs of each, and the right sum."""
+    loaded, mixed = streams
+    total = sum(float(block.act_NXD.sum(dtype=np.float64)) for block in loaded)
+    batches = itertools.islice(mixed, 60)
+    twice = sum(float(batch.act_BD.double().sum()) for batch in batches)
+    assert abs(2 * total - twice) < 1e-6 and len(indexed) == 240
+    torch.ones(300, 300) @ torch.ones(300, 300)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_loaders_work_in_a_child_after_openmp_in_the_parent(many, method: str) -> None:
+    cfg, _ = many
+    torch.ones(500, 500).matmul(torch.ones(500, 500)).sum()
+    loaders = streams(cfg)
+    for stream in loaders:
+        next(iter(stream))  # the parent has files open, too
+    acts = saev.data.Indexed(cfg.shard_root, 7)
+    _ = acts[3]
+    context = multiprocessing.get_context(method)
+    child = context.Process(
+        target=_consume_without_torch if method == "fork" else consume, args=(loaders, acts)
+    )
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def _consume_without_torch(streams: list[Stream], indexed: object) -> None:
+    """A forked child cannot use OpenMP (libgomp's limit, not ours); our loaders do not."""
+    loaded, mixed = streams
+    total = sum(float(block.act_NXD.sum(dtype=np.float64)) for block in loaded)
+    batches = itertools.islice(mixed, 60)
+    twice = sum(float(batch.act_BD.numpy().sum(dtype=np.float64)) for batch in batches)
+    os._exit(0 if abs(2 * total - twice) < 1e-6 and len(indexed) == 240 else 1)
+
+
+# ---- the plan ----
+
+
+def index(batch: shuffled.Batch) -> list[tuple[int, int, int]]:
+    return list(zip(batch.image_i_B, batch.layer_B, batch.patch_i_B, strict=True))
+
+
+@pytest.mark.parametrize("pool_bytes", [1, 12_000, 1 << 20])
+def test_the_sequence_does_not_depend_on_the_threads(many, pool_bytes: int) -> None:
+    cfg, _ = many
+    runs = []
+    for n_threads in (1, 2, 7):
+        stream = shuffled.Shuffled(cfg, batch_size=7, pool_bytes=pool_bytes, n_threads=n_threads)
+        runs.append([(index(b), b.act_BD.tolist()) for b in itertools.islice(stream, 80)])
+    assert runs[0] == runs[1] == runs[2]
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(data=st.data())
+def test_a_plan_delivers_each_activation_once_and_starts_anywhere(data: st.DataObject) -> None:
+    def draw(low: int, high: int) -> int:
+        return data.draw(st.integers(low, high))
+
+    n_imgs, per_shard = draw(1, 40), draw(1, 12)
+    layout = shuffled.Layout.of(
+        [range(a, min(a + per_shard, n_imgs)) for a in range(0, n_imgs, per_shard)],
+        n_layers=draw(1, 3),
+        n_tokens=draw(1, 9),
+        token_bytes=data.draw(st.sampled_from([32, 16_384, 65_536])),
+        batch_size=draw(1, 80),
+        n_fit=draw(0, 300),
+    )
+    n_batches = 3 * layout.n_acts // layout.batch_size + 1
+
+    def batches(start: int) -> list[list[int]]:
+        plan = shuffled.Plan(layout, 5, start)
+        return [
+            np.concatenate([part_n2[:, 0] for part_n2 in plan.draw(plan.without_places)]).tolist()
+            for _ in range(start, n_batches)
+        ]
+
+    whole = batches(0)
+    assert {len(batch) for batch in whole} == {layout.batch_size}
+    flat = list(itertools.chain(*whole))
+    for epoch in range(len(flat) // layout.n_acts):
+        part = flat[epoch * layout.n_acts : (epoch + 1) * layout.n_acts]
+        assert sorted(part) == list(range(layout.n_acts))
+    start = draw(0, n_batches)
+    assert batches(start) == whole[start:]
+
+
+@pytest.mark.parametrize("start", [1, 11, 29, 30, 31, 75])
+def test_a_stream_starts_at_any_batch(many, start: int) -> None:
+    cfg, _ = many
+    stream = shuffled.Shuffled(cfg, batch_size=8, pool_bytes=5000)
+    assert stream.layout.n_pool < 100
+    whole = [(index(b), b.act_BD.tolist()) for b in itertools.islice(stream, 90)]
+    rest = [(index(b), b.act_BD.tolist()) for b in itertools.islice(stream.batches(start), 15)]
+    assert rest == whole[start : start + 15]
+
+
+def test_a_late_start_reads_a_few_pools(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    dpath, _ = make_shards(n_imgs=1600, n_patches=64, d_vit=64, layers=(0,), per_shard=800)
+    stream = shuffled.Shuffled(config.Shards(str(dpath)), batch_size=64, pool_bytes=1 << 20)
+    n_pool, lock, read = stream.layout.n_pool, threading.Lock(), [0]
+    preadv = os.preadv
+
+    def count(*args: object) -> int:
+        n = preadv(*args)
+        with lock:
+            read[0] += n
+        return n
+
+    monkeypatch.setattr(os, "preadv", count)
+    batches = stream.batches(1250)  # of 1600 in an epoch
+    next(batches)
+    batches.close()
+    pool_bytes = n_pool * stream.reader.token_bytes
+    assert pool_bytes < read[0] < 5 * pool_bytes < 0.2 * 1250 * 64 * 256
+
+
+# ---- layers, directories, partial dumps ----
+
+
+def test_all_layers_are_one_stream(many) -> None:
+    cfg, acts_NLTD = many
+    cfg = config.Shards(cfg.shard_root, "all")
+    blocks = np.concatenate([b.act_NXD for b in ordered.Ordered(cfg, n_imgs=7)])
+    np.testing.assert_array_equal(blocks, acts_NLTD[:, :, 1:].reshape(60, 8, 6))
+    layer_i = {3: 0, 7: 1}
+    seen = set()
+    for batch in itertools.islice(shuffled.Shuffled(cfg, batch_size=48), 10):
+        for key, act_D in zip(index(batch), batch.act_BD, strict=True):
+            image_i, layer, patch_i = key
+            assert act_D.tolist() == acts_NLTD[image_i, layer_i[layer], 1 + patch_i].tolist()
+            seen.add(key)
+    assert len(seen) == 480
+    acts = saev.data.Indexed(cfg.shard_root, "all")
+    assert (acts[5]["layer"], acts[5]["patch_i"], acts[5]["image_i"]) == (7, 1, 0)
+    assert acts[5]["act"].tolist() == acts_NLTD[0, 1, 2].tolist()
+
+
+def test_several_directories_are_one_stream(make_shards) -> None:
+    parts = [
+        make_shards(n_imgs=n, seed=n, per_shard=2, skip=s)
+        for n, s in ((5, (1,)), (3, ()), (4, (0,)))
+    ]
+    (first, *more), arrays = zip(*parts, strict=True)
+    cfg = config.Shards(str(first), 7, more_roots=tuple(map(str, more)))
+    acts_ND = np.concatenate(arrays)[:, 1, 1:]
+    kept = [i for i in range(12) if i not in (1, 8)]
+    blocks = list(ordered.Ordered(cfg, n_imgs=4))
+    assert np.concatenate([b.image_i_N for b in blocks]).tolist() == kept
+    np.testing.assert_array_equal(np.concatenate([b.act_NXD for b in blocks]), acts_ND[kept])
+    for batch in itertools.islice(shuffled.Shuffled(cfg, batch_size=40), 3):
+        np.testing.assert_array_equal(batch.act_BD, acts_ND[batch.image_i_B, batch.patch_i_B])
+        assert len(set(index(batch))) == 40
+    assert len(reader.Reader(cfg).records) == 12
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        ({"d_vit": 16}, "differ in d_vit"),
+        ({"name": "another"}, "differ in vit_ckpt"),
+        ({"dtype": "bfloat16"}, "differ in dtype"),
+        ({"layers": (3, 8)}, "layer 7 was not recorded"),
+        ({"n_imgs": 5}, "named twice"),
+    ],
+)
+def test_directories_that_do_not_fit(make_shards, other: dict, match: str) -> None:
+    (a, _), (b, _) = make_shards(n_imgs=5), make_shards(**{"n_imgs": 6} | other)
+    with pytest.raises(errors.UserError, match=match):
+        reader.Reader(config.Shards(str(a), 7, more_roots=(str(b),)))
+
+
+def test_partial_reads_what_is_complete_under_its_own_numbers(many) -> None:
+    cfg, acts_NLTD = many
+    dpath = pathlib.Path(cfg.shard_root)
+    shards = json.loads((dpath / "shards.json").read_text())
+    (dpath / "shards.json").write_text(json.dumps([shards[i] for i in (0, 4, 5)]))
+    for i in (1, 2, 3):
+        (dpath / f"acts{i:06}.bin").unlink()
+    with pytest.raises(errors.UserError, match="incomplete dump: 6 of 60 images. Run the same"):
+        reader.Reader(cfg)
+    cfg = config.Shards(cfg.shard_root, 7, partial=True)
+    (block,) = ordered.Ordered(cfg)
+    assert block.image_i_N.tolist() == [0, 1, 8, 9, 10, 11]
+    np.testing.assert_array_equal(block.act_NXD, acts_NLTD[block.image_i_N, 1, 1:])
+    batch = next(iter(shuffled.Shuffled(cfg, batch_size=24)))
+    np.testing.assert_array_equal(batch.act_BD, acts_NLTD[batch.image_i_B, 1, 1 + batch.patch_i_B])
+
+
+def test_results_are_named_by_what_the_stream_holds(make_shards) -> None:
+    """The same metadata, other activations; the same activations, other layers, tokens or skipped images."""
+    (a, _), (b, _), (c, _) = make_shards(seed=0), make_shards(seed=1), make_shards(skip=(2,))
+    cfgs = [config.Shards(str(d), 7) for d in (a, b, c)]
+    cfgs += [
+        config.Shards(str(a), 3),
+        config.Shards(str(a), 7, "all"),
+        config.Shards(str(a), "all"),
+    ]
+    assert len({reader.Reader(cfg).hash for cfg in cfgs}) == len(cfgs)
+    (again, _) = make_shards(seed=0)
+    assert reader.Reader(config.Shards(str(again), 7)).hash == reader.Reader(cfgs[0]).hash
+
+
+# ---- the field's other protocols ----
+
+RENAMES = {
+    "1.1": {"n_patches_per_img": "patches_per_ex", "max_patches_per_shard": "patches_per_shard"},
+    "2.1": {
+        "n_patches_per_img": "content_tokens_per_example",
+        "max_patches_per_shard": "max_tokens_per_shard",
+    },
+}
+OTHERS = {"vit_family": "family", "vit_ckpt": "ckpt", "d_vit": "d_model", "n_imgs": "n_examples"}
+
+
+@pytest.fixture(params=["1.1", "2.1", "2.1.0"])
+def foreign(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path:
+    """The golden directory as a newer tool writes it; its pickle would run code if it were read."""
+    dpath = pathlib.Path(shutil.copytree(GOLDEN, tmp_path / "1a2b3c4d"))
+    fields = json.loads((dpath / "metadata.json").read_text())
+    renames = OTHERS | RENAMES[request.param[:3]]
+    fields = {renames.get(k, k): v for k, v in fields.items()} | {"protocol": request.param}
+    fields |= {"data": "gASVIgAAAAAAAACMBXBvc2l4lIwGc3lzdGVtlJOUjAd0b3VjaCBwlIWUUpQu"}
+    fields |= {"dataset": "/nowhere", "pixel_agg": "majority"}
+    (dpath / "metadata.json").write_text(json.dumps(fields))
+    index = [{"name": f"acts00000{i}.bin", "n_examples": n} for i, n in enumerate((2, 2, 1, 0))]
+    (dpath / "shards.json").write_text(json.dumps(index))
+    (dpath / "acts000003.bin").write_bytes(bytes(640))
+    (dpath / "labels.bin").write_bytes(bytes(20))
+    return dpath
+
+
+@pytest.mark.parametrize("layer", [3, 7])
+def test_newer_protocols_read(foreign: pathlib.Path, layer: int) -> None:
+    cfg, layer_i = config.Shards(str(foreign), layer), (3, 7).index(layer)
+    (block,) = ordered.Ordered(cfg)
+    np.testing.assert_array_equal(block.act_NXD, GOLDEN_NLTD[:, layer_i, 1:])
+    batch = next(iter(shuffled.Shuffled(cfg, batch_size=20)))
+    want_BD = GOLDEN_NLTD[batch.image_i_B, layer_i, 1 + batch.patch_i_B]
+    np.testing.assert_array_equal(batch.act_BD, want_BD)
+    assert (
+        saev.data.Indexed(foreign, layer)[6]["act"].tolist() == GOLDEN_NLTD[1, layer_i, 3].tolist()
+    )
+
+
+@pytest.mark.parametrize("index", [None, [0, 1]])
+def test_an_interrupted_foreign_dump(foreign: pathlib.Path, index: list[int] | None) -> None:
+    """Without shards.json the last file may be half written; it is left out."""
+    shards = json.loads((foreign / "shards.json").read_text())
+    (foreign / "acts000003.bin").unlink()
+    if index is None:
+        (foreign / "shards.json").unlink()
+    else:
+        (foreign / "shards.json").write_text(json.dumps([shards[i] for i in index]))
+    with pytest.raises(errors.UserError, match="incomplete dump: 4 of 5 images. Finish it with"):
+        reader.Reader(config.Shards(str(foreign)))
+    (block,) = ordered.Ordered(config.Shards(str(foreign), 3, partial=True))
+    np.testing.assert_array_equal(block.act_NXD, GOLDEN_NLTD[:4, 0, 1:])
