@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--root", help="folder for the files (default: the system's temporary one)")
     parser.add_argument("--gb", type=float, help="size of the files")
     parser.add_argument("--repeats", type=int)
-    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     gb = args.gb or (1.2 if args.quick else 4.0)
     n_repeats = args.repeats or (3 if args.quick else 5)

@@ -18,6 +18,7 @@ import collections.abc
 import concurrent.futures
 import itertools
 import math
+import os
 import threading
 import typing as tp
 
@@ -64,7 +65,7 @@ class Shuffled:
         seed: of the order.
         pool_bytes: bound of the memory: the pool, and the batches made ahead. (The pool holds two batches in any
             case; the order of the blocks takes 4 bytes a block of the shards that are read at the same time.)
-        n_threads: threads that read.
+        n_threads: threads that read; 0: one for each core, at most 4 (on few cores more get in each other's way).
         pin: make the batches in page-locked memory, so that `.to("cuda", non_blocking=True)` copies in the background.
 
     Raises:
@@ -79,15 +80,15 @@ class Shuffled:
         batch_size: int,
         seed: int = 0,
         pool_bytes: int = 2 * 10**9,
-        n_threads: int = 4,
+        n_threads: int = 0,
         pin: bool = False,
     ):
         self.reader = reader.Reader(cfg, reader.RANDOM)
         self.batch_size = batch_size
         self.seed = seed
-        self.n_threads = n_threads
+        self.n_threads = n_threads or min(4, os.cpu_count() or 1)
         self.pin = pin
-        self.share_bytes = min(SHARE_BYTES, pool_bytes // 8 // n_threads)
+        self.share_bytes = min(SHARE_BYTES, pool_bytes // 8 // self.n_threads)
         self.layout = Layout.of(
             self.reader.shard_positions(),
             n_layers=len(self.reader.layers),
@@ -396,7 +397,9 @@ class _Pool:
         if self.act_PD.dtype == out_nD.dtype:
             self.act_PD.take(place_n, axis=0, out=out_nD, mode="clip")  # clip: no buffer for `out`
         else:
-            self.reader.decode_to(self.act_PD[place_n], out_nD)
+            stored_nD = self._staging(len(place_n))
+            self.act_PD.take(place_n, axis=0, out=stored_nD, mode="clip")
+            self.reader.decode_to(stored_nD, out_nD)
         self.free_P[self.n_free : self.n_free + len(place_n)] = place_n
         self.n_free += len(place_n)
 

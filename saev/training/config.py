@@ -35,8 +35,8 @@ class Train:
     """Seed of the initial weights and of the stream's order."""
     pool_gb: float = 2.0
     """Bound of the memory that mixes and prefetches the stream, in GB. (Less is taken when the activations fit into less.)"""
-    n_threads: int = 4
-    """Threads that read activations. The order of the stream does not depend on it."""
+    n_threads: int = 0
+    """Threads that read activations; 0: one for each core, at most 4. The order of the stream does not depend on it."""
     dead_window: int = 1_000_000
     """A latent is dead (`dead_pct`) when it did not fire within this many activations."""
     log_every: int = 50
@@ -57,13 +57,16 @@ class Train:
     """Where to run."""
 
     def __post_init__(self) -> None:
-        for name in ("n_patches", "batch_size", "log_every", "dead_window", "n_threads"):
+        for name in ("n_patches", "batch_size", "log_every", "dead_window"):
             if getattr(self, name) < 1:
                 raise errors.UserError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1."
                 )
-        if self.seed < 0:
-            raise errors.UserError(f"--seed {self.seed}: must not be negative.")
+        for name in ("seed", "n_threads"):
+            if getattr(self, name) < 0:
+                raise errors.UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative."
+                )
         if not 0 < self.lr < math.inf:
             raise errors.UserError(f"--lr {self.lr}: must be positive and finite.")
 
