@@ -236,7 +236,8 @@ def test_traits_without_a_positive_are_reported_not_averaged() -> None:
         ),
     ]
     assert rows[1].mean_ap == 0.75
-    note = report._notes(rows, ["has_a::x", "has_b::y"])
+    note = report._notes(rows, ["has_a::x", "has_b::y"], "CLIP, layer 3.")
+    assert note.startswith("\nCLIP, layer 3. mAP")
     assert "1 trait(s) without a positive test image are left out" in note
     assert "With 9 train images 1 trait(s) have no positive one" in note
 

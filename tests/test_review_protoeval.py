@@ -1,4 +1,4 @@
-"""Ways to a wrong protoeval number that a reviewer looked for, all through the command's stage; those marked xfail are open.
+"""Ways to a wrong protoeval number that a reviewer looked for, all through the command's stage.
 
 N images, L layers, T tokens, D d_vit.
 """
@@ -24,12 +24,6 @@ N, D = 40, 4
 PATHS = [f"{i % 5:03}.Bird/bird {i:03}.jpg" for i in range(N)]
 LABELS_N2 = np.random.default_rng(0).random((N, 2)) < 0.4
 LABELS_TXT = "attributes/image_attribute_labels.txt"
-
-
-def open_bug(reason: str) -> pytest.MarkDecorator:
-    """Expected to fail by its assertion only: any other exception is an error of the test."""
-    failures = (AssertionError, pytest.fail.Exception)
-    return pytest.mark.xfail(strict=True, raises=failures, reason=reason)
 
 
 def write_shards(
@@ -98,7 +92,6 @@ def save_sae(fpath: pathlib.Path, *, seed: int | None = None) -> scorers_config.
 # ---- caches ----
 
 
-@open_bug("a run's name hashes the shards' metadata.json, not what they hold")
 def test_new_activations_with_old_metadata_are_evaluated_anew(
     cfg: config.ProtoEval, tmp_path: pathlib.Path
 ) -> None:
@@ -110,7 +103,6 @@ def test_new_activations_with_old_metadata_are_evaluated_anew(
     assert summary(other) == want
 
 
-@open_bug("a fitted scorer's name hashes the shards' metadata.json, not what they hold")
 def test_new_activations_with_old_metadata_are_fitted_anew(tmp_path: pathlib.Path) -> None:
     data = [write_shards(tmp_path / f"dump{roll}", roll=roll) for roll in (0, 1)]
     a, b = (scorers.fit(scorers_config.Random(), d, 4, dpath=tmp_path / "s") for d in data)
@@ -174,7 +166,6 @@ def test_each_patch_meets_its_own_label(
     assert [(t["prototype"], t["test_ap"]) for t in (x, y)] == [("0", "1.0"), ("1", "1.0")]
 
 
-@open_bug("nothing compares the train, test and fit activations with each other")
 @pytest.mark.parametrize(
     ("name", "vit_ckpt", "change"),
     [
@@ -194,7 +185,6 @@ def test_activations_of_another_space_are_refused(
         select.main([dataclasses.replace(cfg, **{name: data})])
 
 
-@open_bug("without its shard root, a --test-data or --fit-data flag is dropped in silence")
 @pytest.mark.parametrize("name", ["test", "fit"])
 def test_a_typed_layer_without_its_shard_root_counts(name: str) -> None:
     layers = {f"{name}_data": data_config.Shards("", 13)}
@@ -249,7 +239,6 @@ def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
 # ---- what the table says ----
 
 
-@open_bug("a row is named by the SAE's folder, or by the fit data's root and layer")
 def test_rows_of_different_scorers_have_different_names(cfg: config.ProtoEval) -> None:
     fit_data = dataclasses.replace(cfg.train_data, patches="all")
     saes = [scorers_config.Sae(f"{vit}/x/sae.pt") for vit in ("clip", "dino")]
@@ -262,7 +251,6 @@ def test_rows_of_different_scorers_have_different_names(cfg: config.ProtoEval) -
         assert len(set(names)) == 2, names
 
 
-@open_bug("no file of the results says which layer of which shards they are of")
 def test_results_say_what_they_are_of(cfg: config.ProtoEval) -> None:
     dpath = pathlib.Path(select.main([cfg]))
     text = "".join(fpath.read_text() for fpath in dpath.iterdir() if fpath.suffix != ".png")

@@ -52,6 +52,13 @@ class ProtoEval:
     """Where to run."""
 
     def __post_init__(self) -> None:
+        for name in ("test_data", "fit_data"):
+            data = getattr(self, name)
+            if not data.shard_root and data != data_config.Shards():
+                flag = name.replace("_", "-")
+                raise errors.UserError(
+                    f"--{flag}.*: flags were given without --{flag}.shard-root. Pass that too, or leave them out to take the train data."
+                )
         if not self.n_prototypes or min(self.n_prototypes) < 1:
             raise errors.UserError(
                 f"--n-prototypes {self.n_prototypes}: pass numbers of at least 1."

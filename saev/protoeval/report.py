@@ -1,5 +1,7 @@
 """Table, CSV and chart of a protoeval run."""
 
+import dataclasses
+import json
 import pathlib
 
 import beartype
@@ -7,23 +9,35 @@ import matplotlib.figure
 
 from saev import helpers
 from saev.formats import results
+from saev.protoeval import config
 
 
 @beartype.beartype
-def write(dpath: pathlib.Path, rows: list[results.Row], names: list[str]) -> None:
-    """Writes table.md, summary.csv, traits.csv and chart.png into `dpath`, each atomically."""
+def write(
+    dpath: pathlib.Path,
+    rows: list[results.Row],
+    names: list[str],
+    cfgs: list[config.ProtoEval],
+    what: str,
+) -> None:
+    """Writes config.json, summary.csv, traits.csv, chart.png and table.md into `dpath`, each atomically, the table last.
+
+    names: of the traits. what: a sentence that says what the table is of.
+    """
+    fields = [dataclasses.asdict(cfg) | {"scorer_type": type(cfg.scorer).__name__} for cfg in cfgs]
+    helpers.write_text(dpath / "config.json", json.dumps(fields, indent=4))
     results.write_csv(dpath / "summary.csv", results.SUMMARY, map(results.summary, rows))
     lines = (line for row in rows for line in results.trait_lines(row, names))
     results.write_csv(dpath / "traits.csv", results.TRAITS, lines)
     with helpers.atomic(dpath / "chart.png") as tmp_fpath:
         chart(rows).savefig(tmp_fpath, format="png", dpi=150)
-    helpers.write_text(dpath / "table.md", results.markdown(rows) + _notes(rows, names))
+    helpers.write_text(dpath / "table.md", results.markdown(rows) + _notes(rows, names, what))
 
 
-def _notes(rows: list[results.Row], names: list[str]) -> str:
-    """What the means leave out."""
+def _notes(rows: list[results.Row], names: list[str], what: str) -> str:
+    """What the table is of, and what the means leave out."""
     missing = len(names) - len(rows[0].measured_T)
-    note = f"\nmAP is the mean over {len(rows[0].measured_T)} traits; 5% and 95% are quantiles over traits."
+    note = f"\n{what} mAP is the mean over {len(rows[0].measured_T)} traits; 5% and 95% are quantiles over traits."
     if missing:
         note += f" {missing} trait(s) without a positive test image are left out."
     unseen = {row.n_train: int((row.train_ap_T != row.train_ap_T).sum()) for row in rows}

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float32, Float64, Int64, jaxtyped
 
 from saev import devices, errors, helpers, scorers
 from saev.data import config as data_config
-from saev.data import cub, ordered
+from saev.data import cub, ordered, reader
 from saev.formats import results
 from saev.protoeval import ap, config, report
 
@@ -53,6 +53,7 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     cfg = cfgs[0]
     if not cfg.cub_root:
         raise errors.UserError("--cub-root is missing: pass the CUB_200_2011 folder.")
+    check_one_space(cfgs)
     labels = cub.load(cfg.cub_root, min_certainty=cfg.min_certainty)
     joins = [_join(cfg.train_data, labels, True), _join(cfg.test, labels, False)]
     out = pathlib.Path(cfg.dump_to) / _run_id(cfgs, labels)
@@ -64,8 +65,46 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     ]
     train, test = _score(cfg, banks, labels, joins)
     rows = evaluate(train, test, banks, labels.attribute_names_T, cfg.n_train, cfg.seed)
-    report.write(out, rows, labels.attribute_names_T)
+    report.write(out, rows, labels.attribute_names_T, cfgs, _describe(cfg))
     return str(out)
+
+
+@beartype.beartype
+def check_one_space(cfgs: list[config.ProtoEval]) -> None:
+    """Prototypes of one ViT layer say nothing of another's patches, even where both are equally wide.
+
+    Raises:
+        UserError: train, test or fit activations of different ViTs, layers or (train and test) tokens; layer "all".
+    """
+    readers = {
+        data: reader.Reader(data) for cfg in cfgs for data in (cfg.train_data, cfg.test, cfg.fit)
+    }
+    train = cfgs[0].train_data
+    for flag, data in [("test", cfgs[0].test), *(("fit", cfg.fit) for cfg in cfgs)]:
+        want, got = _space(readers[train]), _space(readers[data])
+        want |= {"patches": train.patches} if flag == "test" else {}
+        got |= {"patches": data.patches} if flag == "test" else {}
+        if differ := [key for key in want if want[key] != got[key]]:
+            what = ", ".join(f"{key} {got[key]} instead of {want[key]}" for key in differ)
+            raise errors.UserError(
+                f"--{flag}-data.shard-root {data.shard_root}: not in the space of the train activations: {what}. "
+                f"Pass the same ViT and --{flag}-data.layer as --train-data has."
+            )
+
+
+def _space(acts: reader.Reader) -> dict[str, object]:
+    layer = acts.only_layer("protoeval compares")
+    return {"ViT": f"{acts.metadata.vit_family} {acts.metadata.vit_ckpt}", "layer": layer}
+
+
+def _describe(cfg: config.ProtoEval) -> str:
+    """What the table is of, in a sentence."""
+    acts, space = reader.Reader(cfg.train_data), _space(reader.Reader(cfg.train_data))
+    names = [pathlib.Path(data.shard_root).name[:8] for data in (cfg.train_data, cfg.test)]
+    return (
+        f"{space['ViT']}, layer {space['layer']}, {acts.n_tokens} tokens an image ({cfg.train_data.patches}), "
+        f"shards {' and '.join(dict.fromkeys(names))}; certainty from {cfg.min_certainty}; seed {cfg.seed}."
+    )
 
 
 def _run_id(cfgs: list[config.ProtoEval], labels: cub.Cub) -> str:
@@ -85,12 +124,11 @@ def _run_id(cfgs: list[config.ProtoEval], labels: cub.Cub) -> str:
             fields |= {"ckpt": [ckpt.parent.name, hashlib.sha256(ckpt.read_bytes()).hexdigest()]}
         parts.append(fields)
     digest.update(helpers.canonical_json(parts).encode())
-    return digest.hexdigest()[:8]
+    return digest.hexdigest()[:12]
 
 
 def _identity(data: data_config.Shards) -> str:
-    reader = ordered.Ordered(data).reader
-    return reader.hash
+    return reader.Reader(data).hash
 
 
 # ---- scorers ----
@@ -118,8 +156,21 @@ def _banks(cfg: config.ProtoEval, name: str) -> list[Bank]:
 
 @beartype.beartype
 def labels_of(cfgs: list[config.ProtoEval]) -> list[str]:
-    """The scorers' names in the table: the class, an SAE's run id, and whatever else tells two of them apart."""
-    return [_label(cfg, cfgs) for cfg in cfgs]
+    """The scorers' names in the table: the class, an SAE's run id, and whatever else tells two of them apart.
+
+    Raises:
+        UserError: the same scorer, fitted on the same activations, is there twice.
+    """
+    short = [_label(cfg, cfgs) for cfg in cfgs]
+    full = [
+        f"{name} ({getattr(cfg.scorer, 'ckpt', '')} fit on {cfg.fit.shard_root} layer {cfg.fit.layer} {cfg.fit.patches})"
+        for name, cfg in zip(short, cfgs, strict=True)
+    ]
+    names = [s if short.count(s) == 1 else f for s, f in zip(short, full, strict=True)]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise errors.UserError(f"the scorer {twice} is given twice. Name it once in the sweep.")
+    return names
 
 
 def _label(cfg: config.ProtoEval, cfgs: list[config.ProtoEval]) -> str:
@@ -146,9 +197,9 @@ def _join(data: data_config.Shards, labels: cub.Cub, train: bool) -> dict[int, i
     Raises:
         UserError: an image of the split is not in the shards, or a path is there twice.
     """
-    reader = ordered.Ordered(data).reader
+    acts = reader.Reader(data)
     row_of = {path: row for row, path in enumerate(labels.paths_N)}
-    paths = {int(i): reader.records[i].path.removeprefix("images/") for i in reader.image_is_N}
+    paths = {int(i): acts.records[i].path.removeprefix("images/") for i in acts.image_is_N}
     rows = {i: row_of[path] for i, path in paths.items() if path in row_of}
     join = {i: row for i, row in rows.items() if labels.is_train_N[row] == train}
     split = "train" if train else "test"
