@@ -241,6 +241,37 @@ def test_a_bounded_pool_still_mixes_images(make_shards) -> None:
     assert len({i for batch in batches[:10] for i in batch.image_i_B.tolist()}) > 110
 
 
+def test_the_default_pool_mixes_a_large_dump() -> None:
+    """ViT-L, 200,000 images, batches of 4,096: at least 0.9 of the different images that uniform sampling gives."""
+    n_imgs, batch_size, d_vit = 200_000, 4096, 1024
+    layout = shuffled.Layout.of(
+        [range(a, min(a + 2334, n_imgs)) for a in range(0, n_imgs, 2334)],
+        n_layers=1,
+        n_tokens=256,
+        token_bytes=4 * d_vit,
+        batch_size=batch_size,
+        n_fit=shuffled.n_fit(2 * 10**9, batch_size, d_vit, 4 * d_vit),
+    )
+    assert layout.n_pool * (4 * d_vit + shuffled.INDEX_BYTES) < 2e9
+    plan = shuffled.Plan(layout, 0, start=3 * layout.n_pool // batch_size)
+    n_images = []
+    for _ in range(50):
+        (index_B2,) = plan.draw(plan.without_places)
+        n_images.append(len(np.unique(index_B2[:, 0] // 256)))
+    uniform = n_imgs * (1 - (1 - 1 / n_imgs) ** batch_size)
+    assert np.mean(n_images) > 0.9 * uniform
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
+def test_pinned_batches_hold_the_same(small) -> None:
+    cfg, _ = small
+    plain, pinned = (
+        next(iter(shuffled.Shuffled(cfg, batch_size=8, pin=pin))) for pin in (False, True)
+    )
+    assert pinned.act_BD.is_pinned() and not plain.act_BD.is_pinned()
+    assert torch.equal(pinned.act_BD.to("cuda", non_blocking=True).cpu(), plain.act_BD)
+
+
 def test_pool_bytes_bound_the_memory(make_shards) -> None:
     dpath, _ = make_shards(n_imgs=400, n_patches=16, d_vit=256, layers=(0,), per_shard=100)
     cfg = config.Shards(str(dpath))
