@@ -14,7 +14,7 @@ import typing as tp
 import numpy as np
 
 from benchmarks import common
-from saev.data import shuffled
+from saev.data import mixing
 
 BATCH = 4096
 
@@ -46,21 +46,21 @@ def main() -> None:
     common.report([simulate(dump, gb) for dump in DUMPS for gb in pools])
 
 
-def layout(dump: Dump, pool_gb: float) -> shuffled.Layout:
+def layout(dump: Dump, pool_gb: float) -> mixing.Layout:
     """As `shuffled.Shuffled` makes it."""
     starts = range(0, dump.n_imgs, dump.imgs_per_shard)
-    return shuffled.Layout.of(
+    return mixing.Layout.of(
         [range(a, min(a + dump.imgs_per_shard, dump.n_imgs)) for a in starts],
         n_layers=1,
         n_tokens=dump.n_tokens,
         token_bytes=4 * dump.d_vit,
         batch_size=BATCH,
-        n_fit=shuffled.n_fit(int(pool_gb * 1e9), BATCH, dump.d_vit, 4 * dump.d_vit),
+        n_fit=mixing.n_fit(int(pool_gb * 1e9), BATCH, dump.d_vit, 4 * dump.d_vit),
     )
 
 
 def simulate(dump: Dump, pool_gb: float) -> common.Case:
-    plan = shuffled.Plan(of := layout(dump, pool_gb), 0)
+    plan = mixing.Plan(of := layout(dump, pool_gb), 0)
     n_warm = min(3 * of.n_pool, of.n_acts // 2) // BATCH
     images, classes = [], []
     start_s = time.perf_counter()

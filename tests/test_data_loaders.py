@@ -13,7 +13,7 @@ import torch
 
 import saev
 from saev import errors
-from saev.data import config, ordered, reader, shuffled
+from saev.data import config, mixing, ordered, reader, shuffled
 
 settings = hypothesis.settings(
     deadline=None,
@@ -244,16 +244,16 @@ def test_a_bounded_pool_still_mixes_images(make_shards) -> None:
 def test_the_default_pool_mixes_a_large_dump() -> None:
     """ViT-L, 200,000 images, batches of 4,096: at least 0.9 of the different images that uniform sampling gives."""
     n_imgs, batch_size, d_vit = 200_000, 4096, 1024
-    layout = shuffled.Layout.of(
+    layout = mixing.Layout.of(
         [range(a, min(a + 2334, n_imgs)) for a in range(0, n_imgs, 2334)],
         n_layers=1,
         n_tokens=256,
         token_bytes=4 * d_vit,
         batch_size=batch_size,
-        n_fit=shuffled.n_fit(2 * 10**9, batch_size, d_vit, 4 * d_vit),
+        n_fit=mixing.n_fit(2 * 10**9, batch_size, d_vit, 4 * d_vit),
     )
-    assert layout.n_pool * (4 * d_vit + shuffled.INDEX_BYTES) < 2e9
-    plan = shuffled.Plan(layout, 0, start=3 * layout.n_pool // batch_size)
+    assert layout.n_pool * (4 * d_vit + mixing.INDEX_BYTES) < 2e9
+    plan = mixing.Plan(layout, 0, start=3 * layout.n_pool // batch_size)
     n_images = []
     for _ in range(50):
         (index_B2,) = plan.draw(plan.without_places)

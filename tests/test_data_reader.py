@@ -19,7 +19,7 @@ import torch
 
 import saev
 from saev import errors
-from saev.data import config, ordered, reader, shuffled
+from saev.data import config, mixing, ordered, reader, shuffled
 from saev.data.ahead import ahead
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "shards_1_0_0"
@@ -175,14 +175,20 @@ def test_the_sequence_does_not_depend_on_the_threads(many, pool_bytes: int) -> N
     assert runs[0] == runs[1] == runs[2]
 
 
-@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
 @hypothesis.given(data=st.data())
-def test_a_plan_delivers_each_activation_once_and_starts_anywhere(data: st.DataObject) -> None:
+def test_a_plan_delivers_each_activation_once_and_starts_anywhere(
+    monkeypatch: pytest.MonkeyPatch, data: st.DataObject
+) -> None:
     def draw(low: int, high: int) -> int:
         return data.draw(st.integers(low, high))
 
     n_imgs, per_shard = draw(1, 40), draw(1, 12)
-    layout = shuffled.Layout.of(
+    layout = mixing.Layout.of(
         [range(a, min(a + per_shard, n_imgs)) for a in range(0, n_imgs, per_shard)],
         n_layers=draw(1, 3),
         n_tokens=draw(1, 9),
@@ -190,10 +196,11 @@ def test_a_plan_delivers_each_activation_once_and_starts_anywhere(data: st.DataO
         batch_size=draw(1, 80),
         n_fit=draw(0, 300),
     )
+    monkeypatch.setattr(mixing, "GROUP_SHARDS", data.draw(st.sampled_from([1, 2, 512])))
     n_batches = 3 * layout.n_acts // layout.batch_size + 1
 
     def batches(start: int) -> list[list[int]]:
-        plan = shuffled.Plan(layout, 5, start)
+        plan = mixing.Plan(layout, 5, start)
         return [
             np.concatenate([part_n2[:, 0] for part_n2 in plan.draw(plan.without_places)]).tolist()
             for _ in range(start, n_batches)

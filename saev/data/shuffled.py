@@ -1,22 +1,15 @@
 """Well-mixed batches of single activations, for training.
 
-Mixing. An epoch visits the shards in random order, GROUP_SHARDS at a time, and the blocks of such a group (a few
-dozen neighbouring tokens of one image and layer) in random order. Blocks are read into a pool of bounded size, and
-every batch is drawn from the pool at random without replacement; blocks come in as activations go out. An epoch
-delivers every activation exactly once and the next starts when it is over: only the batch at the seam holds
-activations of both, so every batch is full.
+`mixing` says which activation is in which batch; here threads read blocks of neighbouring tokens into a pool of bounded
+size, and batches are copied out of it. The threads have no say in the order. A stream starts at any batch at the cost
+of reading a few pools: the blocks that the pool then holds parts of.
 
-The plan (which activation is in which batch) depends on the seed, the batch size and the pool's size alone, never
-on the threads that read. It can be followed without reading, so a stream starts at any step at the cost of reading a
-few pools (what is left of the blocks that the pool then holds).
-
-Shape letters: B batch, P places in the pool, R places that may be drawn, D d_vit.
+Shape letters: B batch, P places in the pool, G blocks, R activations that may be drawn, D d_vit.
 """
 
 import collections
 import collections.abc
 import concurrent.futures
-import itertools
 import math
 import os
 import threading
@@ -27,24 +20,12 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, Shaped
 
-from saev.data import config, reader
+from saev.data import config, mixing, reader
 from saev.data.ahead import ahead
 from saev.formats import shards
 
-GROUP_SHARDS = 512
-"""Shards that are read at the same time."""
-READ_BYTES = 64 * 2**10
-"""Blocks are at least so long (or a whole image): shorter reads are slow on every disk."""
-BLOCKS_PER_BATCH = 5
-"""The pool shall hold so many blocks for each activation of a batch, if its size allows: then few of a batch share an image."""
-LAG_BYTES = 64 * 2**20
-"""About so much of the pool is being read while the rest may be drawn."""
 SHARE_BYTES = 4 * 2**20
 """A thread reads about so much at a time."""
-INDEX_BYTES = 40
-"""What the plan keeps of each activation in the pool."""
-AHEAD = 2
-"""Batches made before they are asked for."""
 
 
 class Batch(tp.NamedTuple):
@@ -89,13 +70,13 @@ class Shuffled:
         self.n_threads = n_threads or min(4, os.cpu_count() or 1)
         self.pin = pin
         self.share_bytes = min(SHARE_BYTES, pool_bytes // 8 // self.n_threads)
-        self.layout = Layout.of(
+        self.layout = mixing.Layout.of(
             self.reader.shard_positions(),
             n_layers=len(self.reader.layers),
             n_tokens=self.reader.n_tokens,
             token_bytes=self.reader.token_bytes,
             batch_size=batch_size,
-            n_fit=n_fit(pool_bytes, batch_size, self.reader.d_vit, self.reader.token_bytes),
+            n_fit=mixing.n_fit(pool_bytes, batch_size, self.reader.d_vit, self.reader.token_bytes),
         )
 
     def __iter__(self) -> collections.abc.Iterator[Batch]:
@@ -104,7 +85,7 @@ class Shuffled:
     @beartype.beartype
     def batches(self, start: int = 0) -> collections.abc.Iterator[Batch]:
         """The stream from its batch number `start` on."""
-        return ahead(self._batches(start), AHEAD)
+        return ahead(self._batches(start), mixing.AHEAD)
 
     def _batches(self, start: int) -> collections.abc.Iterator[Batch]:
         pool, acts = _Pool(self, start), self.reader
@@ -119,216 +100,6 @@ class Shuffled:
                 yield Batch(act_BD, image_i_B, token_i_B + acts.first_patch, layer_B)
         finally:
             pool.close()
-
-
-# ---- plan: index numbers only ----
-
-
-def n_fit(pool_bytes: int, batch_size: int, d_vit: int, token_bytes: int) -> int:
-    """Activations that the pool can hold beside the threads' reads (an eighth) and the batches that are being made, waiting, and with the consumer."""
-    batch_bytes = 4 * d_vit * batch_size
-    n_bytes = pool_bytes - pool_bytes // 8 - (AHEAD + 2) * batch_bytes
-    return n_bytes // (token_bytes + INDEX_BYTES)
-
-
-class Layout(tp.NamedTuple):
-    """How a stream is cut into blocks, and how many activations the pool holds."""
-
-    shards: list[range]
-    """Positions of the images of each shard."""
-    n_layers: int
-    n_tokens: int
-    """Per image and layer."""
-    n_block: int
-    """Tokens of a block; the last block of an image may be shorter."""
-    batch_size: int
-    n_pool: int
-    n_ready: int
-    """Activations that may be drawn at a time (fewer at an epoch's end); the others are being read."""
-
-    @classmethod
-    def of(
-        cls,
-        shards: list[range],
-        *,
-        n_layers: int,
-        n_tokens: int,
-        token_bytes: int,
-        batch_size: int,
-        n_fit: int,
-    ) -> "Layout":
-        """n_fit: activations that fit into memory. In the long run a batch's activations are spread over twice as many
-        blocks as fit into the pool (a block leaves it bit by bit, so more of them are there than would be whole)."""
-        n_acts = sum(map(len, shards)) * n_layers * n_tokens
-        mixing = 2 * n_fit // (BLOCKS_PER_BATCH * batch_size)
-        n_block = min(max(mixing, READ_BYTES // token_bytes, 1), n_tokens)
-        n_block = math.ceil(n_tokens / math.ceil(n_tokens / n_block))
-        # Both bounds from below: a batch can always be drawn, and a block can always be read.
-        n_pool = min(max(n_fit, 2 * (batch_size + n_block)), 2 * n_acts + n_block)
-        lag = min(n_pool // 8, max(4 * batch_size, LAG_BYTES // token_bytes))
-        n_ready = min(n_pool - lag, n_acts)
-        return cls(shards, n_layers, n_tokens, n_block, batch_size, n_pool, n_ready)
-
-    @property
-    def n_per_img(self) -> int:
-        return self.n_layers * self.n_tokens
-
-    @property
-    def n_parts(self) -> int:
-        """Blocks per image and layer."""
-        return math.ceil(self.n_tokens / self.n_block)
-
-    @property
-    def n_acts(self) -> int:
-        return sum(map(len, self.shards)) * self.n_per_img
-
-    def order(self, seed: int, epoch: int) -> collections.abc.Iterator[Int64[np.ndarray, " G"]]:
-        """All blocks of an epoch in the order in which they come into the pool."""
-        rng = np.random.default_rng((seed, epoch, 0))
-        per_img = self.n_layers * self.n_parts
-        order = rng.permutation(len(self.shards)).tolist()
-        for at in range(0, len(order), GROUP_SHARDS):
-            group = [self.shards[i] for i in order[at : at + GROUP_SHARDS]]
-            dtype = np.min_scalar_type(per_img * max(r.stop for r in group))
-            parts = [np.arange(r.start * per_img, r.stop * per_img, dtype=dtype) for r in group]
-            block_G = np.concatenate(parts)
-            rng.shuffle(block_G)
-            for start in range(0, len(block_G), 2**16):
-                yield block_G[start : start + 2**16].astype(np.int64)
-
-    def n_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
-        """Activations of each block."""
-        return np.minimum(self.n_block, self.n_tokens - block_G % self.n_parts * self.n_block)
-
-    def first_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
-        """Number of each block's first activation in the stream; its others follow."""
-        x_G, part_G = np.divmod(block_G, self.n_parts)
-        return x_G * self.n_tokens + part_G * self.n_block
-
-    def all_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " n"]:
-        """Numbers of all activations of the blocks, one block after the other."""
-        n_G = self.n_in(block_G)
-        before_G = np.cumsum(n_G) - n_G
-        return np.repeat(self.first_in(block_G) - before_G, n_G) + np.arange(n_G.sum())
-
-    def blocks_of(self, index_R: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " G"]:
-        """The blocks that hold these activations."""
-        x_R, token_R = np.divmod(index_R, self.n_tokens)
-        return np.unique(x_R * self.n_parts + token_R // self.n_block)
-
-
-class Cursor:
-    """The blocks of all epochs from `epoch` on, in order, taken whole."""
-
-    def __init__(self, layout: Layout, seed: int, epoch: int):
-        self.layout = layout
-        self.groups = (g for e in itertools.count(epoch) for g in layout.order(seed, e))
-        self.block_G = self.n_before_G = np.empty(0, np.int64)
-        self.at = 0
-
-    def take(self, n_max: int) -> Int64[np.ndarray, " G"]:
-        """As many of the next blocks as hold at most `n_max` activations together."""
-        parts = [np.empty(0, np.int64)]
-        while True:
-            if self.at == len(self.block_G):
-                self.block_G, self.at = next(self.groups), 0
-                self.n_before_G = np.concatenate([[0], np.cumsum(self.layout.n_in(self.block_G))])
-            bound = self.n_before_G[self.at] + n_max
-            stop = int(np.searchsorted(self.n_before_G, bound, "right")) - 1
-            parts.append(self.block_G[self.at : stop])
-            n_max -= int(self.n_before_G[stop] - self.n_before_G[self.at])
-            self.at = stop
-            if stop < len(self.block_G):
-                return np.concatenate(parts)
-
-
-Source = collections.abc.Callable[[int], Int64[np.ndarray, "n 2"]]
-"""n_max -> (number in the stream, place in the pool) of the next blocks' activations, n_max of them at most."""
-
-
-class _Epoch:
-    """One epoch's draws: which activations are ready, and which of them go next."""
-
-    def __init__(self, layout: Layout, seed: int, epoch: int):
-        self.layout = layout
-        self.rng = np.random.default_rng((seed, epoch, 1))
-        self.n_drawn = 0
-        self.n_filled = 0
-        self.n_ready = 0
-        self.ready_R2 = np.empty((layout.n_ready, 2), np.int64)
-        """Number in the stream and place in the pool of what may be drawn; the first `n_ready` rows count."""
-
-    @property
-    def n_left(self) -> int:
-        return self.layout.n_acts - self.n_drawn
-
-    def fill(self, source: Source) -> None:
-        """Adds the blocks that are ready now."""
-        bound = min(self.layout.n_ready + self.n_drawn, self.layout.n_acts)
-        added_n2 = source(bound - self.n_filled)
-        self.ready_R2[self.n_ready : self.n_ready + len(added_n2)] = added_n2
-        self.n_ready += len(added_n2)
-        self.n_filled += len(added_n2)
-
-    def draw(self, n: int) -> Int64[np.ndarray, "n 2"]:
-        """Takes `n` of the ready rows at random; the last ones move into their place."""
-        drawn_n = _sample(self.rng, self.n_ready, n)
-        out_n2 = self.ready_R2[drawn_n]
-        self.n_ready -= n
-        last_n2 = self.ready_R2[self.n_ready : self.n_ready + n]
-        is_last_n = drawn_n >= self.n_ready
-        stays_n = np.ones(n, bool)
-        stays_n[drawn_n[is_last_n] - self.n_ready] = False
-        self.ready_R2[drawn_n[~is_last_n]] = last_n2[stays_n]
-        self.n_drawn += n
-        return out_n2
-
-
-def _sample(rng: np.random.Generator, n_all: int, n: int) -> Int64[np.ndarray, " n"]:
-    """n of range(n_all) without replacement, in random order. numpy's own choice takes O(n_all)."""
-    if 4 * n > n_all:
-        return rng.permutation(n_all)[:n]
-    drawn_n = np.empty(0, np.int64)
-    while (n_missing := n - len(drawn_n)) > 0:  # draw again for those that came twice
-        drawn_n = np.sort(np.concatenate([drawn_n, rng.integers(n_all, size=n_missing)]))
-        drawn_n = drawn_n[np.diff(drawn_n, prepend=-1) > 0]
-    rng.shuffle(drawn_n)
-    return drawn_n
-
-
-class Plan:
-    """Which activation is in which batch, from batch `start` on."""
-
-    def __init__(self, layout: Layout, seed: int, start: int = 0):
-        self.layout = layout
-        self.seed = seed
-        self.epoch_i, n_drawn = divmod(start * layout.batch_size, layout.n_acts)
-        self.epoch = _Epoch(layout, seed, self.epoch_i)
-        self.cursor = Cursor(layout, seed, self.epoch_i)
-        while self.epoch.n_drawn < n_drawn:
-            self.epoch.fill(self.without_places)
-            drawn = self.epoch_i * layout.n_acts + self.epoch.n_drawn
-            self.epoch.draw(min(layout.batch_size - drawn % layout.batch_size, self.epoch.n_left))
-
-    def without_places(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
-        """A source that reads nothing."""
-        index_n = self.layout.all_in(self.cursor.take(n_max))
-        return np.stack([index_n, np.full_like(index_n, -1)], axis=1)
-
-    def draw(self, source: Source) -> collections.abc.Iterator[Int64[np.ndarray, "n 2"]]:
-        """The next batch's (number in the stream, place in the pool), in one part for each epoch that it touches."""
-        n_left = self.layout.batch_size
-        while n_left:
-            if not self.epoch.n_left:
-                self.epoch_i += 1
-                self.epoch = _Epoch(self.layout, self.seed, self.epoch_i)
-            self.epoch.fill(source)
-            n = min(n_left, self.epoch.n_left)
-            n_left -= n
-            yield self.epoch.draw(n)
-
-
-# ---- pool: the plan followed with activations ----
 
 
 class _Reading:
@@ -367,7 +138,7 @@ class _Pool:
         acts, layout = stream.reader, stream.layout
         self.reader = acts
         self.layout = layout
-        self.plan = Plan(layout, stream.seed, start)
+        self.plan = mixing.Plan(layout, stream.seed, start)
         self.threads = concurrent.futures.ThreadPoolExecutor(stream.n_threads, "saev-read")
         self.n_threads = stream.n_threads
         self.share_bytes = stream.share_bytes

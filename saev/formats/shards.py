@@ -18,7 +18,6 @@ The activations of skipped images are zero.
 
 import collections.abc
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -30,25 +29,25 @@ import typing as tp
 import beartype
 import numpy as np
 import xxhash
-from jaxtyping import Float32, Int64, Shaped, jaxtyped
+from jaxtyping import Float32, Int64, jaxtyped
 
 from saev import errors, helpers
+from saev.formats.dtypes import STORED, decode, encode
 from saev.formats.metadata import Metadata, stored_as
+from saev.formats.sidecar import Sidecar, Skipped, readable
 
 __all__ = [
+    "STORED",
     "Metadata",
     "Record",
     "ShardDir",
     "ShardWriter",
-    "Sidecar",
     "Skipped",
     "decode",
     "encode",
     "stored_as",
 ]
 
-STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
-"""How the bytes are seen by numpy, which has no bfloat16."""
 SYNC_BYTES = 64 * 2**20
 """A shard in writing is flushed to the disk every so many bytes, so that its end costs no long wait."""
 AGAIN = "Run the same `python -m saev.data` command again; it continues."
@@ -60,66 +59,6 @@ class Record(tp.NamedTuple):
     path: str
     """Relative to the dataset's root, with forward slashes."""
     label: str
-
-
-class Skipped(tp.NamedTuple):
-    """An image that could not be read; --skip-corrupt left its activations zero."""
-
-    image_i: int
-    error: str
-
-
-@jaxtyped(typechecker=beartype.beartype)
-def encode(acts: Float32[np.ndarray, "*shape"], dtype: str) -> Shaped[np.ndarray, "*shape"]:
-    """Values as they are stored: rounded to the nearest, ties to even. Too large for float16 becomes infinite."""
-    if dtype == "bfloat16":
-        bits = np.ascontiguousarray(acts).view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(acts, STORED[dtype])
-
-
-@jaxtyped(typechecker=beartype.beartype)
-def decode(stored: Shaped[np.ndarray, "*shape"], dtype: str) -> Float32[np.ndarray, "*shape"]:
-    """Inverse of `encode`; float32 is not copied."""
-    if dtype == "bfloat16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32, copy=False)
-
-
-@beartype.beartype
-@dataclasses.dataclass(frozen=True)
-class Sidecar:
-    """acts000000.json."""
-
-    n_imgs: int
-    xxh3_128: str
-    skipped: tuple[Skipped, ...] = ()
-
-    def dumps(self) -> str:
-        fields = dataclasses.asdict(self) | {"skipped": [s._asdict() for s in self.skipped]}
-        return json.dumps(fields, indent=2)
-
-    @classmethod
-    def loads(cls, fpath: pathlib.Path) -> "Sidecar":
-        """Raises UserError when the file cannot be read."""
-        with _readable(fpath):
-            obj = json.loads(fpath.read_text("utf-8"))
-            skipped = tuple(Skipped(**s) for s in obj["skipped"])
-            return cls(obj["n_imgs"], obj["xxh3_128"], skipped)
-
-
-@contextlib.contextmanager
-def _readable(fpath: pathlib.Path) -> collections.abc.Iterator[None]:
-    """Whatever a damaged JSON file makes Python raise becomes one UserError."""
-    try:
-        yield
-    except (OSError, errors.UserError):
-        raise
-    except Exception as err:  # ValueError, KeyError, TypeError, beartype's own
-        raise errors.UserError(
-            f"{fpath}: cannot be read ({errors.first_line(err)}). Delete it and run the same `python -m saev.data` command again."
-        ) from err
 
 
 class ShardWriter:
@@ -341,7 +280,7 @@ class ShardDir:
         if not self.shards_fpath.exists():
             return sorted(int(p.stem[4:]) for p in self.dpath.glob("acts*.bin"))[:-1]
         out = []
-        with _readable(self.shards_fpath):
+        with readable(self.shards_fpath):
             for entry in json.loads(self.shards_fpath.read_text("utf-8")):
                 n_imgs = entry["n_imgs"] if "n_imgs" in entry else entry["n_examples"]
                 shard_i = int(re.fullmatch(r"acts(\d+)\.bin", entry["name"])[1])
@@ -391,7 +330,7 @@ class ShardDir:
         if not is_complete or not self.complete_fpath.exists():
             fpaths = {i: self.sidecar_fpath(i) for i in self.shard_is}
             return {i: Sidecar.loads(fpath) for i, fpath in fpaths.items() if fpath.exists()}
-        with _readable(self.complete_fpath):
+        with readable(self.complete_fpath):
             obj = json.loads(self.complete_fpath.read_text("utf-8"))
             skipped: dict[int, list[Skipped]] = {i: [] for i in self.shard_is}
             for entry in obj["skipped"]:
@@ -458,7 +397,7 @@ class ShardDir:
         """The image transform's description; empty when another tool made the dump."""
         if not self.transform_fpath.exists():
             return {}
-        with _readable(self.transform_fpath):
+        with readable(self.transform_fpath):
             return json.loads(self.transform_fpath.read_text("utf-8"))
 
     def layer_i(self, layer: int) -> int:

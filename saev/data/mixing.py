@@ -1,0 +1,237 @@
+"""Which activation is in which batch of a shuffled stream: index numbers only, nothing is read.
+
+An epoch visits the shards in random order, GROUP_SHARDS at a time, and the blocks of such a group (a few dozen
+neighbouring tokens of one image and layer) in random order. Blocks come into a pool of bounded size as activations go
+out of it, and every batch is drawn from the pool at random without replacement. An epoch delivers every activation
+exactly once and the next starts when it is over: only the batch at the seam holds activations of both.
+
+The plan depends on the seed, the batch size and the pool's size alone. It can be followed from the start of an epoch to
+any batch in it at a fraction of a millisecond a batch.
+
+Shape letters: B batch, G blocks, R activations that may be drawn, n as many as there are.
+"""
+
+import collections.abc
+import itertools
+import math
+import typing as tp
+
+import numpy as np
+from jaxtyping import Int64
+
+GROUP_SHARDS = 512
+"""Shards that are read at the same time."""
+READ_BYTES = 64 * 2**10
+"""Blocks are at least so long (or a whole image): shorter reads are slow on every disk."""
+BLOCKS_PER_BATCH = 5
+"""The pool shall hold so many blocks for each activation of a batch, if its size allows: then few of a batch share an image."""
+LAG_BYTES = 64 * 2**20
+"""About so much of the pool is being read while the rest may be drawn."""
+INDEX_BYTES = 40
+"""What the plan keeps of each activation in the pool."""
+AHEAD = 2
+"""Batches made before they are asked for."""
+
+
+def n_fit(pool_bytes: int, batch_size: int, d_vit: int, token_bytes: int) -> int:
+    """Activations that the pool can hold beside the threads' reads (an eighth) and the batches that are being made, waiting, and with the consumer."""
+    batch_bytes = 4 * d_vit * batch_size
+    n_bytes = pool_bytes - pool_bytes // 8 - (AHEAD + 2) * batch_bytes
+    return n_bytes // (token_bytes + INDEX_BYTES)
+
+
+class Layout(tp.NamedTuple):
+    """How a stream is cut into blocks, and how many activations the pool holds."""
+
+    shards: list[range]
+    """Positions of the images of each shard."""
+    n_layers: int
+    n_tokens: int
+    """Per image and layer."""
+    n_block: int
+    """Tokens of a block; the last block of an image may be shorter."""
+    batch_size: int
+    n_pool: int
+    n_ready: int
+    """Activations that may be drawn at a time (fewer at an epoch's end); the others are being read."""
+
+    @classmethod
+    def of(
+        cls,
+        shards: list[range],
+        *,
+        n_layers: int,
+        n_tokens: int,
+        token_bytes: int,
+        batch_size: int,
+        n_fit: int,
+    ) -> "Layout":
+        """n_fit: activations that fit into memory. In the long run a batch's activations are spread over twice as many
+        blocks as fit into the pool (a block leaves it bit by bit, so more of them are there than would be whole)."""
+        n_acts = sum(map(len, shards)) * n_layers * n_tokens
+        mixing = 2 * n_fit // (BLOCKS_PER_BATCH * batch_size)
+        n_block = min(max(mixing, READ_BYTES // token_bytes, 1), n_tokens)
+        n_block = math.ceil(n_tokens / math.ceil(n_tokens / n_block))
+        # Both bounds from below: a batch can always be drawn, and a block can always be read.
+        n_pool = min(max(n_fit, 2 * (batch_size + n_block)), 2 * n_acts + n_block)
+        lag = min(n_pool // 8, max(4 * batch_size, LAG_BYTES // token_bytes))
+        n_ready = min(n_pool - lag, n_acts)
+        return cls(shards, n_layers, n_tokens, n_block, batch_size, n_pool, n_ready)
+
+    @property
+    def n_per_img(self) -> int:
+        return self.n_layers * self.n_tokens
+
+    @property
+    def n_parts(self) -> int:
+        """Blocks per image and layer."""
+        return math.ceil(self.n_tokens / self.n_block)
+
+    @property
+    def n_acts(self) -> int:
+        return sum(map(len, self.shards)) * self.n_per_img
+
+    def order(self, seed: int, epoch: int) -> collections.abc.Iterator[Int64[np.ndarray, " G"]]:
+        """All blocks of an epoch in the order in which they come into the pool."""
+        rng = np.random.default_rng((seed, epoch, 0))
+        per_img = self.n_layers * self.n_parts
+        order = rng.permutation(len(self.shards)).tolist()
+        for at in range(0, len(order), GROUP_SHARDS):
+            group = [self.shards[i] for i in order[at : at + GROUP_SHARDS]]
+            dtype = np.min_scalar_type(per_img * max(r.stop for r in group))
+            parts = [np.arange(r.start * per_img, r.stop * per_img, dtype=dtype) for r in group]
+            block_G = np.concatenate(parts)
+            rng.shuffle(block_G)
+            for start in range(0, len(block_G), 2**16):
+                yield block_G[start : start + 2**16].astype(np.int64)
+
+    def n_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
+        """Activations of each block."""
+        return np.minimum(self.n_block, self.n_tokens - block_G % self.n_parts * self.n_block)
+
+    def first_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
+        """Number of each block's first activation in the stream; its others follow."""
+        x_G, part_G = np.divmod(block_G, self.n_parts)
+        return x_G * self.n_tokens + part_G * self.n_block
+
+    def all_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " n"]:
+        """Numbers of all activations of the blocks, one block after the other."""
+        n_G = self.n_in(block_G)
+        before_G = np.cumsum(n_G) - n_G
+        return np.repeat(self.first_in(block_G) - before_G, n_G) + np.arange(n_G.sum())
+
+    def blocks_of(self, index_R: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " G"]:
+        """The blocks that hold these activations."""
+        x_R, token_R = np.divmod(index_R, self.n_tokens)
+        return np.unique(x_R * self.n_parts + token_R // self.n_block)
+
+
+class Cursor:
+    """The blocks of all epochs from `epoch` on, in order, taken whole."""
+
+    def __init__(self, layout: Layout, seed: int, epoch: int):
+        self.layout = layout
+        self.groups = (g for e in itertools.count(epoch) for g in layout.order(seed, e))
+        self.block_G = self.n_before_G = np.empty(0, np.int64)
+        self.at = 0
+
+    def take(self, n_max: int) -> Int64[np.ndarray, " G"]:
+        """As many of the next blocks as hold at most `n_max` activations together."""
+        parts = [np.empty(0, np.int64)]
+        while True:
+            if self.at == len(self.block_G):
+                self.block_G, self.at = next(self.groups), 0
+                self.n_before_G = np.concatenate([[0], np.cumsum(self.layout.n_in(self.block_G))])
+            bound = self.n_before_G[self.at] + n_max
+            stop = int(np.searchsorted(self.n_before_G, bound, "right")) - 1
+            parts.append(self.block_G[self.at : stop])
+            n_max -= int(self.n_before_G[stop] - self.n_before_G[self.at])
+            self.at = stop
+            if stop < len(self.block_G):
+                return np.concatenate(parts)
+
+
+Source = collections.abc.Callable[[int], Int64[np.ndarray, "n 2"]]
+"""n_max -> (number in the stream, place in the pool) of the next blocks' activations, n_max of them at most."""
+
+
+class _Epoch:
+    """One epoch's draws: which activations are ready, and which of them go next."""
+
+    def __init__(self, layout: Layout, seed: int, epoch: int):
+        self.layout = layout
+        self.rng = np.random.default_rng((seed, epoch, 1))
+        self.n_drawn = 0
+        self.n_filled = 0
+        self.n_ready = 0
+        self.ready_R2 = np.empty((layout.n_ready, 2), np.int64)
+        """Number in the stream and place in the pool of what may be drawn; the first `n_ready` rows count."""
+
+    @property
+    def n_left(self) -> int:
+        return self.layout.n_acts - self.n_drawn
+
+    def fill(self, source: Source) -> None:
+        """Adds the blocks that are ready now."""
+        bound = min(self.layout.n_ready + self.n_drawn, self.layout.n_acts)
+        added_n2 = source(bound - self.n_filled)
+        self.ready_R2[self.n_ready : self.n_ready + len(added_n2)] = added_n2
+        self.n_ready += len(added_n2)
+        self.n_filled += len(added_n2)
+
+    def draw(self, n: int) -> Int64[np.ndarray, "n 2"]:
+        """Takes `n` of the ready rows at random; the last ones move into their place."""
+        drawn_n = _sample(self.rng, self.n_ready, n)
+        out_n2 = self.ready_R2[drawn_n]
+        self.n_ready -= n
+        last_n2 = self.ready_R2[self.n_ready : self.n_ready + n]
+        is_last_n = drawn_n >= self.n_ready
+        stays_n = np.ones(n, bool)
+        stays_n[drawn_n[is_last_n] - self.n_ready] = False
+        self.ready_R2[drawn_n[~is_last_n]] = last_n2[stays_n]
+        self.n_drawn += n
+        return out_n2
+
+
+def _sample(rng: np.random.Generator, n_all: int, n: int) -> Int64[np.ndarray, " n"]:
+    """n of range(n_all) without replacement, in random order. numpy's own choice takes O(n_all)."""
+    if 4 * n > n_all:
+        return rng.permutation(n_all)[:n]
+    drawn_n = np.empty(0, np.int64)
+    while (n_missing := n - len(drawn_n)) > 0:  # draw again for those that came twice
+        drawn_n = np.sort(np.concatenate([drawn_n, rng.integers(n_all, size=n_missing)]))
+        drawn_n = drawn_n[np.diff(drawn_n, prepend=-1) > 0]
+    rng.shuffle(drawn_n)
+    return drawn_n
+
+
+class Plan:
+    """Which activation is in which batch, from batch `start` on."""
+
+    def __init__(self, layout: Layout, seed: int, start: int = 0):
+        self.layout = layout
+        self.seed = seed
+        self.epoch_i, n_drawn = divmod(start * layout.batch_size, layout.n_acts)
+        self.epoch = _Epoch(layout, seed, self.epoch_i)
+        self.cursor = Cursor(layout, seed, self.epoch_i)
+        while self.epoch.n_drawn < n_drawn:
+            self.epoch.fill(self.without_places)
+            drawn = self.epoch_i * layout.n_acts + self.epoch.n_drawn
+            self.epoch.draw(min(layout.batch_size - drawn % layout.batch_size, self.epoch.n_left))
+
+    def without_places(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
+        """A source that reads nothing."""
+        index_n = self.layout.all_in(self.cursor.take(n_max))
+        return np.stack([index_n, np.full_like(index_n, -1)], axis=1)
+
+    def draw(self, source: Source) -> collections.abc.Iterator[Int64[np.ndarray, "n 2"]]:
+        """The next batch's (number in the stream, place in the pool), in one part for each epoch that it touches."""
+        n_left = self.layout.batch_size
+        while n_left:
+            if not self.epoch.n_left:
+                self.epoch_i += 1
+                self.epoch = _Epoch(self.layout, self.seed, self.epoch_i)
+            self.epoch.fill(source)
+            n = min(n_left, self.epoch.n_left)
+            n_left -= n
+            yield self.epoch.draw(n)

@@ -1,0 +1,26 @@
+"""How activations are stored: float32, float16 or bfloat16, little-endian."""
+
+import beartype
+import numpy as np
+from jaxtyping import Float32, Shaped, jaxtyped
+
+STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+"""How the bytes are seen by numpy, which has no bfloat16."""
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def encode(acts: Float32[np.ndarray, "*shape"], dtype: str) -> Shaped[np.ndarray, "*shape"]:
+    """Values as they are stored: rounded to the nearest, ties to even. Too large for float16 becomes infinite."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(acts).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(acts, STORED[dtype])
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def decode(stored: Shaped[np.ndarray, "*shape"], dtype: str) -> Float32[np.ndarray, "*shape"]:
+    """Inverse of `encode`; float32 is not copied."""
+    if dtype == "bfloat16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
