@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few images: under 40 s on 2 cores")
     parser.add_argument("--images", help="folder of images (default: made-up JPEGs)")
     parser.add_argument("--n-imgs", type=int)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--workers", type=int, nargs="+", default=[4])
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--device", default="cpu")
@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--vit-weights", help="'random', 'hub' or a file (default: the demo's)")
     parser.add_argument("--autocast", default="off")
     args = parser.parse_args()
-    n_imgs = args.n_imgs or (32 if args.quick else 128)
+    n_imgs = args.n_imgs or (24 if args.quick else 128)
+    batch_size = args.batch_size or (8 if args.quick else 32)
     n_repeats = args.repeats or (3 if args.quick else 5)
     with tempfile.TemporaryDirectory() as tmp:
         root = pathlib.Path(args.images or pathlib.Path(tmp) / "images")
@@ -56,7 +57,7 @@ def main() -> None:
             vit=vit_cfg,
             data=config.ImageFolder(str(root)),
             vit_layers=(-1,),
-            vit_batch_size=args.batch_size,
+            vit_batch_size=batch_size,
             device=args.device,
         )
         common.report(measure(cfg, pathlib.Path(tmp), n_imgs, n_repeats, args.workers))

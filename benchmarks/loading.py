@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     gb = args.gb or (1.2 if args.quick else 4.0)
-    n_repeats = args.repeats or (3 if args.quick else 5)
+    n_repeats = args.repeats or 5
     sizes = (
         {"float32": gb} if args.quick else {"float32": gb, "bfloat16": gb / 2, "float16": gb / 2}
     )
@@ -130,7 +130,7 @@ def measure(
         batches.close()
         return n_batches * BATCH * layout_bytes(stream) / took_s
 
-    pool_gb = gb / 4
+    pool_gb = round(gb / 3, 2)
     calls = {"reference": raw if cold else copy, "ordered": in_order}
     calls["shuffled"] = lambda: shuffle(pool_gb)
     checked = {"ordered": check_ordered(cfg), "shuffled": check_shuffled(cfg, int(pool_gb * 1e9))}
