@@ -249,6 +249,29 @@ def test_a_late_start_reads_a_few_pools(make_shards, monkeypatch: pytest.MonkeyP
 # ---- layers, directories, partial dumps ----
 
 
+@pytest.mark.parametrize("gap_bytes", [0, 24, 1 << 17])
+@pytest.mark.parametrize("iov_max", [1, 3, 1024])
+@pytest.mark.parametrize("layer", [3, 5, 7, "all"])
+def test_reads_in_pieces_give_the_same(
+    make_shards, monkeypatch: pytest.MonkeyPatch, gap_bytes: int, iov_max: int, layer: int | str
+) -> None:
+    """Long gaps between layers are jumped over, many buffers take several calls, and a call may return early."""
+    dpath, acts_NLTD = make_shards(n_imgs=9, d_vit=6, layers=(3, 5, 7), per_shard=4)
+    preadv = os.preadv
+
+    def early(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return preadv(fd, [buffers[0][:37]], offset)
+
+    monkeypatch.setattr(os, "preadv", early)
+    monkeypatch.setattr(reader, "GAP_BYTES", gap_bytes)
+    monkeypatch.setattr(reader, "IOV_MAX", iov_max)
+    layer_is = [0, 1, 2] if layer == "all" else [(3, 5, 7).index(layer)]
+    for patches, tokens in (("image", slice(1, 5)), ("cls", slice(0, 1)), ("all", slice(0, 5))):
+        acts = reader.Reader(config.Shards(str(dpath), layer, patches))
+        want_NXD = acts_NLTD[2:9, layer_is, tokens].reshape(7, -1, 6)
+        np.testing.assert_array_equal(acts.read(2, 9), want_NXD)
+
+
 def test_all_layers_are_one_stream(many) -> None:
     cfg, acts_NLTD = many
     cfg = config.Shards(cfg.shard_root, "all")
