@@ -1,5 +1,7 @@
 """Pre-activations -> codes. B batch, S latents."""
 
+import typing as tp
+
 import beartype
 import torch
 from jaxtyping import Float, jaxtyped
@@ -30,3 +32,51 @@ def batch_top_k(pre_BS: Float[Tensor, "B S"], k: int) -> Float[Tensor, "B S"]:
 def above(pre_BS: Float[Tensor, "B S"], threshold: Float[Tensor, ""]) -> Float[Tensor, "B S"]:
     """Values above the threshold; the rest 0."""
     return torch.where(pre_BS > threshold, pre_BS, 0.0)
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: tp.Any, pre: Tensor, threshold: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.width = width
+        return torch.where(pre > threshold, pre, 0.0)
+
+    @staticmethod
+    def backward(ctx: tp.Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.width / 2
+        g_threshold = torch.where(near, g * (-threshold / ctx.width), 0.0)
+        return torch.where(pre > threshold, g, 0.0), g_threshold.sum_to_size(threshold.shape), None
+
+
+class _Fires(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: tp.Any, pre: Tensor, threshold: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.width = width
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx: tp.Any, g: Tensor) -> tuple[None, Tensor, None]:
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.width / 2
+        return None, torch.where(near, g / -ctx.width, 0.0).sum_to_size(threshold.shape), None
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def jump(
+    pre: Float[Tensor, "*B S"], threshold: Float[Tensor, "#S"], width: float
+) -> Float[Tensor, "*B S"]:
+    """Values above their thresholds; the rest 0. Within half a width of it, a threshold gets a gradient too.
+
+    JumpReLU with the rectangle kernel (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 11).
+    """
+    return _Jump.apply(pre, threshold, width)
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def fires(
+    pre: Float[Tensor, "*B S"], threshold: Float[Tensor, "#S"], width: float
+) -> Float[Tensor, "*B S"]:
+    """1 above the threshold, else 0; its sum is L0. The gradient reaches the threshold alone (ibid., eq. 12)."""
+    return _Fires.apply(pre, threshold, width)

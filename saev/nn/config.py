@@ -1,4 +1,4 @@
-"""Configs of sparse autoencoders: one class per architecture. Imports no torch."""
+"""Configs of sparse autoencoders: one class per architecture, one per objective. Imports no torch."""
 
 import dataclasses
 import typing as tp
@@ -17,10 +17,28 @@ class Architecture:
     """Width of the activations. Left out: inferred from the shards. Given: checked against them."""
     exp_factor: int = 16
     """Dictionary size d_sae as a multiple of d_vit."""
+    normalize: tp.Literal["scale", "none"] = "scale"
+    """scale: activations are multiplied so that their mean squared distance from their mean is d_vit (saved with the model). none: taken as they are."""
+    b_dec_init: tp.Literal["mean", "geometric-median", "zero"] = "mean"
+    """Where the decoder's bias starts: the mean of the first batch, its geometric median (Bricken et al. 2023), or 0."""
+    tied_init: bool = True
+    """Start the encoder as the decoder's transpose (Gao et al. 2024); else with a draw of its own."""
 
     def __post_init__(self) -> None:
-        if self.exp_factor < 1:
-            raise errors.UserError(f"--sae.exp-factor {self.exp_factor}: must be at least 1.")
+        _at_least(1, self, "exp_factor")
+        if self.d_vit is not None:
+            _at_least(1, self, "d_vit")
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents.
+
+        Raises:
+            ValueError: d_vit is not known yet.
+        """
+        if self.d_vit is None:
+            raise ValueError("d_vit must be set")
+        return self.d_vit * self.exp_factor
 
 
 @beartype.beartype
@@ -29,14 +47,14 @@ class Relu(Architecture):
     """ReLU with an L1 penalty (Bricken et al. 2023, Towards Monosemanticity)."""
 
     sparsity_coeff: float = 4e-4
-    """Weight of the L1 norm of a sample's code against the mean squared error per dimension."""
+    """Weight of the L1 norm of a sample's code (each latent times its decoder row's norm) against the mean squared error per dimension."""
+    resample_every: int = 0
+    """Steps between resamplings of dead latents (Bricken et al. 2023); 0: never. None happens in the last fifth of training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sparsity_coeff < 0:
-            raise errors.UserError(
-                f"--sae.sparsity-coeff {self.sparsity_coeff}: must not be negative."
-            )
+        _at_least(0, self, "sparsity_coeff")
+        _at_least(0, self, "resample_every")
 
 
 @beartype.beartype
@@ -46,10 +64,14 @@ class TopK(Architecture):
 
     top_k: int = 32
     """Latents allowed to fire per activation."""
+    aux_coeff: float = 1 / 32
+    """Weight of the AuxK loss (Gao et al. 2024), by which dead latents learn to reconstruct what the others miss. 0: none."""
+    aux_k: int = 0
+    """Dead latents allowed to fire per activation in the AuxK loss. 0: half of d_vit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_top_k(self.top_k)
+        _check_top_k(self)
 
 
 @beartype.beartype
@@ -61,22 +83,89 @@ class BatchTopK(Architecture):
     """Latents allowed to fire per activation, on average over the batch."""
     threshold_momentum: float = 0.02
     """Step of the moving average of the smallest firing value, which is the threshold at inference."""
+    aux_coeff: float = 1 / 32
+    """See sae:top-k."""
+    aux_k: int = 0
+    """See sae:top-k."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_top_k(self.top_k)
+        _check_top_k(self)
         if not 0 < self.threshold_momentum <= 1:
             raise errors.UserError(
                 f"--sae.threshold-momentum {self.threshold_momentum}: must be in (0, 1]."
             )
 
 
-def _check_top_k(top_k: int) -> None:
-    if top_k < 1:
-        raise errors.UserError(f"--sae.top-k {top_k}: must be at least 1.")
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class JumpRelu(Architecture):
+    """A learned threshold for each latent, with an L0 penalty (Rajamanoharan et al. 2024, arXiv 2407.14435)."""
+
+    sparsity_coeff: float = 1e-3
+    """Weight of L0 (the number of latents that fire) against the mean squared error per dimension."""
+    bandwidth: float = 0.1
+    """Width of the window about the threshold in which gradients reach it, in units of the (scaled) pre-activations."""
+    init_threshold: float = 0.1
+    """Every latent's threshold at the start."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(0, self, "sparsity_coeff")
+        for name in ("bandwidth", "init_threshold"):
+            if getattr(self, name) <= 0:
+                raise errors.UserError(f"{_flag(name)} {getattr(self, name)}: must be positive.")
 
 
-Sae = Relu | TopK | BatchTopK
+def _check_top_k(cfg: TopK | BatchTopK) -> None:
+    _at_least(1, cfg, "top_k")
+    _at_least(0, cfg, "aux_coeff")
+    _at_least(0, cfg, "aux_k")
+    if cfg.d_vit is not None and cfg.top_k > cfg.d_sae:
+        raise errors.UserError(
+            f"--sae.top-k {cfg.top_k}: the dictionary has {cfg.d_sae} latents (d_vit {cfg.d_vit} x exp_factor {cfg.exp_factor}). "
+            "Lower it or raise --sae.exp-factor."
+        )
 
-BY_NAME: dict[str, tp.Any] = {cls.__name__: cls for cls in (Relu, TopK, BatchTopK)}
+
+def _at_least(least: int, cfg: object, name: str) -> None:
+    value = getattr(cfg, name)
+    if not value >= least:  # so that NaN is refused too
+        wanted = "must not be negative" if least == 0 else f"must be at least {least}"
+        raise errors.UserError(f"{_flag(name)} {value}: {wanted}.")
+
+
+def _flag(name: str) -> str:
+    return f"--sae.{name.replace('_', '-')}"
+
+
+Sae = Relu | TopK | BatchTopK | JumpRelu
+
+BY_NAME: dict[str, tp.Any] = {cls.__name__: cls for cls in (Relu, TopK, BatchTopK, JumpRelu)}
 """What a checkpoint's header may name."""
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Vanilla:
+    """The reconstruction error of the whole dictionary."""
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Matryoshka:
+    """The mean reconstruction error of nested prefixes of the dictionary (Bussmann et al. 2025, arXiv 2503.17547)."""
+
+    n_prefixes: int = 10
+    """Prefixes, the whole dictionary among them."""
+    prefixes: tp.Literal["fixed", "sampled"] = "sampled"
+    """fixed: each is twice as long as the one before. sampled: drawn anew at each step, short ones more often (a Pareto distribution)."""
+
+    def __post_init__(self) -> None:
+        if self.n_prefixes < 1:
+            raise errors.UserError(
+                f"--objective.n-prefixes {self.n_prefixes}: must be at least 1."
+            )
+
+
+Objective = Vanilla | Matryoshka

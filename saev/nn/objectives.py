@@ -1,35 +1,268 @@
-"""What a sparse autoencoder is trained to minimise. B batch, D d_vit, S latents."""
+"""What a sparse autoencoder is trained to minimise. B batch, D d_vit, S latents, P prefixes, n codes, C dead latents.
+
+Two ways to the same numbers: through sparse codes (`saev.nn.sparse`) where few latents fire, dense products where many do.
+"""
 
 import typing as tp
 
 import beartype
 import torch
-from jaxtyping import Float, jaxtyped
+from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
-from saev.nn import config
+from saev.nn import activations, config, sparse
 from saev.nn.sae import SparseAutoencoder
+
+SPARSE_BELOW = 0.03
+"""A ReLU or JumpReLU step takes the sparse way when a smaller fraction of pre-activations mattered in the step before."""
 
 
 class Output(tp.NamedTuple):
-    """One training step's results."""
+    """One training step's results. Only `loss` carries gradients."""
 
     loss: Float[Tensor, ""]
+    reconstruction: Float[Tensor, ""]
+    """Its part that is the reconstruction error."""
     x_hat_BD: Float[Tensor, "B D"]
-    f_BS: Float[Tensor, "B S"]
+    """Of the whole dictionary, in the units of the activations."""
+    codes: "sparse.Codes | Float[Tensor, 'B S']"
+    fired_S: Bool[Tensor, " S"]
+    """Latents that fired in this batch."""
+
+    def dense(self) -> Float[Tensor, "B S"]:
+        """The codes with all their zeros."""
+        return self.codes if isinstance(self.codes, Tensor) else self.codes.dense()
+
+    @property
+    def values(self) -> Tensor:
+        """The codes' values; zeros are left out where the codes are sparse."""
+        return self.codes if isinstance(self.codes, Tensor) else self.codes.value_n
+
+
+class _Coded(tp.NamedTuple):
+    """A batch's codes as the objective needs them."""
+
+    f: Tensor
+    """(n,) or (B, S), differentiable."""
+    index: sparse.Index | None
+    """Their places; None where they are dense."""
+    penalty: Tensor
+    """Differentiable: L1 or L0 of a sample's code, averaged over the batch; 0 where the architecture has none."""
+
+
+class Objective:
+    """The loss of one sparse autoencoder, with what it remembers from step to step (nothing that changes its value).
+
+    Args:
+        sae: in training mode.
+        cfg: vanilla or Matryoshka.
+        joint: see `sparse.BatchSearch`.
+        n_processes: among which each batch is divided.
+        is_bfloat16: multiply by the encoder in bfloat16 (mixed precision).
+    """
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        cfg: config.Objective,
+        *,
+        joint: sparse.Joint = lambda value_n: value_n,
+        n_processes: int = 1,
+        is_bfloat16: bool = False,
+        way: tp.Literal["auto", "dense", "sparse"] = "auto",
+    ):
+        self.sae = sae
+        self.cfg = cfg
+        self.search = sparse.BatchSearch(joint, n_processes)
+        self.is_bfloat16 = is_bfloat16
+        self.way = way
+        self.density = 1.0
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def __call__(
+        self,
+        x_BD: Float[Tensor, "B D"],
+        *,
+        sparsity: float = 1.0,
+        end_P: Int[Tensor, " P"] | None = None,
+        dead_C: Int[Tensor, " C"] | None = None,
+    ) -> Output:
+        """Mean squared error in scaled units (so that one learning rate suits every layer), plus the architecture's penalty.
+
+        Args:
+            x_BD: raw activations.
+            sparsity: factor of the sparsity coefficient (its warm-up).
+            end_P: the prefixes' lengths, rising, the last one d_sae. None: the whole dictionary alone.
+            dead_C: latents for the AuxK loss.
+        """
+        sae = self.sae
+        scaled_BD = x_BD * sae.scale
+        coded = self._encode(scaled_BD)
+        x_hat_BPD = self._decode(coded, end_P)
+        reconstruction = (x_hat_BPD - scaled_BD[:, None]).square().mean()
+        loss = reconstruction
+        if isinstance(sae.cfg, config.Relu | config.JumpRelu):
+            loss = loss + sparsity * sae.cfg.sparsity_coeff * coded.penalty
+        x_hat_BD = x_hat_BPD[:, -1].detach()
+        if dead_C is not None and len(dead_C) and getattr(sae.cfg, "aux_coeff", 0):
+            loss = loss + sae.cfg.aux_coeff * aux_k(sae, scaled_BD, scaled_BD - x_hat_BD, dead_C)
+        return self._output(loss, reconstruction, x_hat_BD, coded)
+
+    def _output(
+        self, loss: Tensor, reconstruction: Tensor, x_hat_BD: Tensor, coded: _Coded
+    ) -> Output:
+        f = coded.f.detach()
+        if coded.index is None:
+            codes, fired_S = f, (f > 0).any(dim=0)
+        else:
+            codes = sparse.Codes(f, coded.index)
+            fired_S = codes.fired_S
+        return Output(loss, reconstruction.detach(), x_hat_BD / self.sae.scale, codes, fired_S)
+
+    # ---- codes ----
+
+    def _encode(self, x_BD: Tensor) -> _Coded:
+        """x_BD: scaled."""
+        if self._is_sparse(x_BD):
+            return self._encode_sparse(x_BD)
+        sae = self.sae
+        weights = (sae.W_enc, sae.b_enc, sae.b_dec)
+        pre_BS = sparse.pre_activations(*weights, x_BD, is_bfloat16=self.is_bfloat16)
+        match sae.cfg:
+            case config.Relu():
+                f_BS = pre_BS.relu_()
+                penalty = (f_BS @ torch.linalg.vector_norm(sae.W_dec, dim=1)).mean()
+                self._note(f_BS > 0)
+                return _Coded(f_BS, None, penalty)
+            case config.JumpRelu(bandwidth=width):
+                threshold_S = sae.log_threshold.exp()
+                f_BS = activations.jump(pre_BS, threshold_S, width)
+                penalty = activations.fires(pre_BS, threshold_S, width).sum(dim=1).mean()
+                self._note(pre_BS > threshold_S - width / 2)
+                return _Coded(f_BS, None, penalty)
+            case config.TopK(top_k=k):
+                return _Coded(activations.top_k(pre_BS, k), None, pre_BS.new_zeros(()))
+            case config.BatchTopK(top_k=k):
+                f_BS = activations.batch_top_k(pre_BS, k)
+                sae.update_threshold(f_BS.detach())
+                return _Coded(f_BS, None, pre_BS.new_zeros(()))
+
+    def _is_sparse(self, x_BD: Tensor) -> bool:
+        if self.way != "auto":
+            return self.way == "sparse"
+        if isinstance(self.sae.cfg, config.TopK | config.BatchTopK):
+            return True
+        # On a GPU nobody waits for a count: dense.
+        return not x_BD.is_cuda and self.density < SPARSE_BELOW
+
+    def _note(self, matters_BS: Tensor) -> None:
+        if not matters_BS.is_cuda:
+            self.density = matters_BS.count_nonzero().item() / matters_BS.numel()
+
+    def _encode_sparse(self, x_BD: Tensor) -> _Coded:
+        sae = self.sae
+        W_SD = sae.W_enc.detach().T.contiguous()
+        encoder = sparse.Encoder(W_SD, sae.b_enc.detach(), self.is_bfloat16)
+        found = self._find(encoder, x_BD - sae.b_dec.detach())
+        value_n = sparse.encode_at(
+            sae.W_enc, sae.b_enc, sae.b_dec, x_BD, found.index, found.value_n
+        )
+        latent_n = found.index.latent_n
+        match sae.cfg:
+            case config.Relu():
+                norm_S = torch.linalg.vector_norm(sae.W_dec, dim=1)
+                penalty = (value_n * norm_S[latent_n]).sum() / len(x_BD)
+                return _Coded(value_n, found.index, penalty)
+            case config.JumpRelu(bandwidth=width):
+                threshold_n = sae.log_threshold.exp()[latent_n]
+                f_n = activations.jump(value_n, threshold_n, width)
+                l0 = activations.fires(value_n, threshold_n, width).sum() / len(x_BD)
+                return _Coded(f_n, found.index, l0)
+            case _:
+                return _Coded(value_n, found.index, value_n.new_zeros(()))
+
+    def _find(self, encoder: sparse.Encoder, xc_BD: Tensor) -> sparse.Codes:
+        sae = self.sae
+        match sae.cfg:
+            case config.TopK(top_k=k):
+                return sparse.top_k(encoder, xc_BD, k)
+            case config.BatchTopK(top_k=k):
+                codes = self.search(encoder, xc_BD, k)
+                sae.update_threshold(self.search.joint(codes.value_n))
+                return codes
+            case config.Relu():
+                least_S = torch.zeros_like(sae.b_enc)
+            case config.JumpRelu(bandwidth=width):
+                least_S = sae.log_threshold.detach().exp() - width / 2
+        n_all = len(xc_BD) * sae.d_sae
+        codes = sparse.above(encoder, xc_BD, least_S, int(min(self.density, 1.0) * n_all))
+        if not xc_BD.is_cuda:
+            self.density = len(codes.value_n) / n_all
+        return codes
+
+    # ---- reconstructions ----
+
+    def _decode(self, coded: _Coded, end_P: Tensor | None) -> Float[Tensor, "B P D"]:
+        """Each prefix's reconstruction, scaled."""
+        sae = self.sae
+        if coded.index is None:
+            ends = [sae.d_sae] if end_P is None else end_P.tolist()
+            blocks = zip([0, *ends[:-1]], ends, strict=True)
+            parts = [coded.f[:, i:j] @ sae.W_dec[i:j] for i, j in blocks]
+            part_BPD = torch.stack(parts, dim=1) if len(parts) > 1 else parts[0][:, None]
+        elif end_P is None:
+            part_BPD = sparse.decode(coded.f, sae.W_dec, coded.index)[:, None]
+        else:
+            index = coded.index.split(end_P)
+            part_BPD = sparse.decode(coded.f, sae.W_dec, index).unflatten(0, (-1, len(end_P)))
+        if part_BPD.shape[1] > 1:
+            part_BPD = part_BPD.cumsum(dim=1)
+        return part_BPD + sae.b_dec
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def vanilla(sae: SparseAutoencoder, x_BD: Float[Tensor, "B D"]) -> Output:
-    """Mean squared error in scaled units (so that one learning rate suits every layer), plus ReLU's L1 penalty.
+def aux_k(
+    sae: SparseAutoencoder,
+    x_BD: Float[Tensor, "B D"],
+    error_BD: Float[Tensor, "B D"],
+    dead_C: Int[Tensor, " C"],
+) -> Float[Tensor, ""]:
+    """AuxK (Gao et al. 2024, section 3.2): how badly dead latents, the aux_k largest of a sample, reconstruct what the others miss.
 
-    L1 is the sum over latents of f times the decoder row's norm, averaged over the batch.
+    Scaled by the share of aux_k that is dead, where fewer are.
+
+    Args:
+        x_BD: scaled activations.
+        error_BD: scaled error of the reconstruction; no gradient flows into it.
     """
-    x_hat_BD, f_BS = sae(x_BD)
-    loss = (x_hat_BD - x_BD).mul(sae.scale).square().mean()
-    if isinstance(sae.cfg, config.Relu):
-        loss = (
-            loss
-            + sae.cfg.sparsity_coeff * (f_BS @ torch.linalg.vector_norm(sae.W_dec, dim=1)).mean()
-        )
-    return Output(loss, x_hat_BD, f_BS)
+    wanted = sae.cfg.aux_k or max(1, sae.d_vit // 2)
+    k = min(wanted, len(dead_C))
+    W_dec_CD = sae.W_dec[dead_C]
+    pre_BC = sparse.pre_activations(
+        sae.W_enc.T[dead_C].T, sae.b_enc[dead_C], sae.b_dec, x_BD
+    )
+    error_hat_BD = activations.top_k(pre_BC, k) @ W_dec_CD
+    return (k / wanted) * (error_hat_BD - error_BD.detach()).square().mean()
+
+
+@beartype.beartype
+def prefixes(cfg: config.Objective, d_sae: int, seed: int, step: int) -> list[int] | None:
+    """The prefixes' lengths of one step, rising, the last one d_sae; None for the vanilla objective.
+
+    Sampled ones (Bussmann et al. 2025, arXiv 2503.17547) follow a Pareto distribution with exponent 1/2, cut at d_sae, and depend on
+    seed and step alone, so a resumed run draws the same.
+    """
+    if not isinstance(cfg, config.Matryoshka):
+        return None
+    n = min(cfg.n_prefixes, d_sae)
+    if cfg.prefixes == "fixed":
+        lengths = {max(1, d_sae >> i) for i in range(n)}
+        return sorted(lengths)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    length_S = torch.arange(1, d_sae, dtype=torch.float64)
+    weight_S = length_S**-0.5 - (length_S + 1) ** -0.5
+    if n == 1:
+        return [d_sae]
+    drawn = torch.multinomial(weight_S, n - 1, replacement=False, generator=generator)
+    return [*(drawn + 1).sort().values.tolist(), d_sae]
+

@@ -2,13 +2,15 @@
 
     x' = scale x,   f = act((x' - b_dec) W_enc + b_enc),   x_hat = (f W_dec + b_dec) / scale
 
-Shape letters: B batch, D d_vit, S latents. W_enc is (D, S), W_dec (S, D) with unit-norm rows.
+Shape letters: B batch, D d_vit, S latents. W_enc is (D, S), W_dec (S, D) with unit-norm rows. In memory W_enc is
+the transpose of a contiguous (S, D): what belongs to a latent lies together.
 """
 
 import dataclasses
 import io
 import math
 import pathlib
+import typing as tp
 
 import beartype
 import torch
@@ -21,7 +23,7 @@ from saev.nn import activations, config
 
 
 class SparseAutoencoder(torch.nn.Module):
-    """One dictionary. In training mode BatchTopK selects over the batch; in evaluation mode no code depends on its batch mates.
+    """One dictionary. Codes never depend on batch mates, but for BatchTopK's in training mode.
 
     Args:
         cfg: the architecture, with d_vit set.
@@ -31,15 +33,17 @@ class SparseAutoencoder(torch.nn.Module):
     @beartype.beartype
     def __init__(self, cfg: config.Sae, seed: int = 0):
         super().__init__()
-        if cfg.d_vit is None:
-            raise ValueError("cfg.d_vit must be set")
         self.cfg = cfg
         generator = torch.Generator().manual_seed(seed)
-        W_dec = torch.randn(cfg.d_vit * cfg.exp_factor, cfg.d_vit, generator=generator)
-        self.W_dec = torch.nn.Parameter(torch.nn.functional.normalize(W_dec, dim=1))
-        self.W_enc = torch.nn.Parameter(self.W_dec.detach().T.contiguous())
-        self.b_enc = torch.nn.Parameter(torch.zeros(self.d_sae))
+        W_dec = _directions(cfg, generator)
+        W_enc = W_dec if cfg.tied_init else _directions(cfg, generator)
+        self.W_dec = torch.nn.Parameter(W_dec)
+        self.W_enc = torch.nn.Parameter(W_enc.clone().T)
+        self.b_enc = torch.nn.Parameter(torch.zeros(cfg.d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(cfg.d_vit))
+        if isinstance(cfg, config.JumpRelu):
+            start = math.log(cfg.init_threshold)
+            self.log_threshold = torch.nn.Parameter(torch.full((cfg.d_sae,), start))
         self.scale: Tensor
         self.threshold: Tensor
         self.register_buffer("scale", torch.ones(()))
@@ -47,20 +51,27 @@ class SparseAutoencoder(torch.nn.Module):
 
     @property
     def d_vit(self) -> int:
-        return self.cfg.d_vit
+        return tp.cast(int, self.cfg.d_vit)
 
     @property
     def d_sae(self) -> int:
-        return self.cfg.d_vit * self.cfg.exp_factor
+        return self.cfg.d_sae
 
     @torch.no_grad()
     @jaxtyped(typechecker=beartype.beartype)
     def initialize(self, x_BD: Float[Tensor, "B D"]) -> None:
-        """Fits what should start from data: b_dec (mean of x') and the scale (mean squared norm of x' - b_dec becomes d_vit)."""
+        """Fits what should start from data: the scale (mean squared distance of x' from its mean becomes d_vit) and b_dec."""
         mean_D = x_BD.mean(dim=0)
-        mean_square = (x_BD - mean_D).square().sum(dim=1).mean()
-        self.scale.copy_(math.sqrt(self.d_vit) / mean_square.clamp(min=1e-12).sqrt())
-        self.b_dec.copy_(mean_D * self.scale)
+        if self.cfg.normalize == "scale":
+            mean_square = (x_BD - mean_D).square().sum(dim=1).mean()
+            self.scale.copy_(math.sqrt(self.d_vit) / mean_square.clamp(min=1e-12).sqrt())
+        match self.cfg.b_dec_init:
+            case "mean":
+                self.b_dec.copy_(mean_D * self.scale)
+            case "geometric-median":
+                self.b_dec.copy_(geometric_median(x_BD) * self.scale)
+            case "zero":
+                self.b_dec.zero_()
 
     @jaxtyped(typechecker=beartype.beartype)
     def encode(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B S"]:
@@ -73,10 +84,12 @@ class SparseAutoencoder(torch.nn.Module):
                 return activations.top_k(pre_BS, k)
             case config.BatchTopK(top_k=k) if self.training:
                 f_BS = activations.batch_top_k(pre_BS, k)
-                self._update_threshold(f_BS.detach())
+                self.update_threshold(f_BS.detach())
                 return f_BS
             case config.BatchTopK():
                 return activations.above(pre_BS, self.threshold).relu()
+            case config.JumpRelu(bandwidth=width):
+                return activations.jump(pre_BS, self.log_threshold.exp(), width)
 
     @jaxtyped(typechecker=beartype.beartype)
     def decode(self, f_BS: Float[Tensor, "B S"]) -> Float[Tensor, "B D"]:
@@ -92,9 +105,11 @@ class SparseAutoencoder(torch.nn.Module):
         return self.decode(f_BS), f_BS
 
     @torch.no_grad()
-    def _update_threshold(self, f_BS: Tensor) -> None:
-        """Moving average of the smallest value that fired; the first batch sets it."""
-        least = torch.where(f_BS > 0, f_BS, torch.inf).min()
+    def update_threshold(self, f: Tensor) -> None:
+        """Moving average of the smallest value that fired; the first batch sets it. f: codes of any shape."""
+        if f.numel() == 0:
+            return
+        least = torch.where(f > 0, f, torch.inf).min()
         step = torch.where(self.threshold == 0, 1.0, self.cfg.threshold_momentum)
         moved = torch.lerp(self.threshold, least, step)
         self.threshold.copy_(torch.where(least.isfinite(), moved, self.threshold))
@@ -112,11 +127,30 @@ class SparseAutoencoder(torch.nn.Module):
         grad_SD -= along_S * self.W_dec
 
 
+def _directions(cfg: config.Sae, generator: torch.Generator) -> Float[Tensor, "S D"]:
+    """Unit vectors in all directions alike."""
+    return torch.nn.functional.normalize(
+        torch.randn(cfg.d_sae, tp.cast(int, cfg.d_vit), generator=generator), dim=1
+    )
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def geometric_median(x_BD: Float[Tensor, "B D"], n_iters: int = 100) -> Float[Tensor, " D"]:
+    """The point with the least mean distance to the samples, by Weiszfeld's algorithm (Weiszfeld 1937)."""
+    median_D = x_BD.mean(dim=0)
+    for _ in range(n_iters):
+        weight_B = 1 / torch.linalg.vector_norm(x_BD - median_D, dim=1).clamp(min=1e-8)
+        last_D, median_D = median_D, weight_B @ x_BD / weight_B.sum()
+        if torch.linalg.vector_norm(median_D - last_D) <= 1e-6 * torch.linalg.vector_norm(median_D):
+            break
+    return median_D
+
+
 @beartype.beartype
 def save(sae: SparseAutoencoder, fpath: pathlib.Path | str) -> None:
     """Writes the checkpoint atomically: a JSON header line, then the state dict."""
     payload = io.BytesIO()
-    torch.save({k: v.detach().cpu() for k, v in sae.state_dict().items()}, payload)
+    torch.save({k: v.detach().cpu().contiguous() for k, v in sae.state_dict().items()}, payload)
     header = {"cls": type(sae.cfg).__name__, "cfg": dataclasses.asdict(sae.cfg)}
     checkpoint.write(pathlib.Path(fpath), "sae", header, payload.getvalue())
 

@@ -1,0 +1,322 @@
+"""Kernels for the CPU, compiled on first use: they find the codes of a batch, order them, and update weights.
+
+Shape letters: B batch, D d_vit, S latents, G groups, n codes of the batch in row order (within a row by latent).
+
+Codes are found in float32 pre-activations, or in bfloat16 ones ("screened", a quarter of the cost where the
+processor multiplies bfloat16): then every pre-activation lies within known bounds of its screened value, only
+latents whose bounds allow them to fire are computed in float32, and the result is that of float32. With u = 2^-8
+(bfloat16's unit roundoff) and exact bias b, |x . w - fl(x . w)| <= (2u + u^2) |x| |w| + u |fl(x . w)|.
+
+Kernels release Python's lock; `in_threads` runs them on ranges of rows, and no result depends on the number of threads.
+"""
+
+import collections.abc
+import concurrent.futures
+import functools
+import os
+
+import numba
+import numpy as np
+import torch
+
+ROUNDOFF = 2.0**-8
+"""Unit roundoff of bfloat16."""
+MARGIN = 1.01 * (2 * ROUNDOFF + ROUNDOFF**2)
+"""Bound of |x . w - x~ . w~| / (|x| |w|) for x~, w~ rounded to bfloat16, and 1% for float32's accumulation."""
+
+_jit = functools.partial(numba.njit, nogil=True, cache=True)
+_jit_sums = functools.partial(_jit, fastmath={"reassoc", "contract", "nsz"})
+"""For sums, whose order the compiler may then choose."""
+
+
+# ---- threads ----
+
+
+@functools.cache
+def _pool(n_threads: int, pid: int) -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(n_threads, "saev-kernel")
+
+
+def in_threads(kernel: collections.abc.Callable[[int, int], object], n: int) -> list[object]:
+    """Calls `kernel(start, end)` on parts of range(n), one for each of torch's threads, and returns the results in order."""
+    n_threads = max(1, min(torch.get_num_threads(), n))
+    ends = [n * (i + 1) // n_threads for i in range(n_threads)]
+    if n_threads == 1:
+        return [kernel(0, n)]
+    pool = _pool(n_threads, os.getpid())  # a fork's own
+    return list(pool.map(kernel, [0, *ends[:-1]], ends))
+
+
+# ---- codes of a row ----
+
+
+@_jit
+def _kth_largest(value_n, n, k):
+    """The k-th largest (from 1) of value_n[:n], which is reordered."""
+    low, high = 0, n - 1
+    while low < high:
+        pivot = value_n[(low + high) >> 1]
+        i, j = low, high
+        while i <= j:
+            while value_n[i] > pivot:
+                i += 1
+            while value_n[j] < pivot:
+                j -= 1
+            if i <= j:
+                value_n[i], value_n[j] = value_n[j], value_n[i]
+                i += 1
+                j -= 1
+        if k - 1 <= j:
+            high = j
+        elif k - 1 >= i:
+            low = i
+        else:
+            break
+    return value_n[k - 1]
+
+
+@_jit
+def _bounds(pre_S, is_screened, b_S, norm_S, margin, low_S, high_S):
+    """Bounds between which the row's pre-activations lie."""
+    if is_screened:
+        bits_S = low_S.view(np.uint32)  # bfloat16 is the upper half of float32
+        for s in range(len(pre_S)):
+            bits_S[s] = np.uint32(pre_S[s]) * 65536
+        for s in range(len(pre_S)):
+            pre = low_S[s]
+            error = margin * norm_S[s] + np.float32(ROUNDOFF) * abs(pre)
+            low_S[s] = pre + b_S[s] - error
+            high_S[s] = pre + b_S[s] + error
+    else:
+        for s in range(len(pre_S)):
+            low_S[s] = pre_S[s]
+            high_S[s] = pre_S[s]
+
+
+@_jit
+def _collect(value_S, least_S, out_n):
+    """Latents whose value is above their least; returns how many."""
+    n = 0
+    n_words = len(value_S) // 64
+    for word in range(n_words):
+        start = word * 64
+        fires = np.uint64(0)  # a bit for each latent: 64 comparisons are a few instructions
+        for i in range(64):
+            is_above = np.uint64(value_S[start + i] > least_S[start + i])
+            fires |= is_above << np.uint64(i)
+        while fires:
+            lowest = fires & (~fires + np.uint64(1))
+            fires ^= lowest
+            s = start
+            while lowest > np.uint64(1):
+                lowest >>= np.uint64(1)
+                s += 1
+            out_n[n] = s
+            n += 1
+    for s in range(n_words * 64, len(value_S)):
+        out_n[n] = s
+        n += value_S[s] > least_S[s]
+    return n
+
+
+@_jit
+def _least_of_top(value_S, k, group_G, scratch_G):
+    """At least k values are not below what this returns: the k-th largest of groups' maxima. (-inf where k exceeds the groups.)"""
+    G = len(group_G)
+    if k >= G:
+        return -np.inf
+    n_full = len(value_S) // G
+    for g in range(G):
+        group_G[g] = value_S[g]
+    for i in range(1, n_full):
+        for g in range(G):
+            value = value_S[i * G + g]
+            group_G[g] = value if value > group_G[g] else group_G[g]
+    for s in range(n_full * G, len(value_S)):
+        g = s - n_full * G
+        group_G[g] = value_S[s] if value_S[s] > group_G[g] else group_G[g]
+    scratch_G[:] = group_G
+    return _kth_largest(scratch_G, G, k)
+
+
+@_jit_sums
+def _dot(a_D, b_D):
+    total = a_D[0] * b_D[0]
+    for d in range(1, len(a_D)):
+        total += a_D[d] * b_D[d]
+    return total
+
+
+@_jit
+def _rescore(x_D, W_SD, b_S, latent_n, n, value_n):
+    for i in range(n):
+        value_n[i] = _dot(x_D, W_SD[latent_n[i]]) + b_S[latent_n[i]]
+
+
+# ---- codes of rows ----
+
+
+@_jit
+def top_k(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, k, n_B, value_BK, latent_BK):
+    """The k largest pre-activations of each row, if positive; the lowest latents of several equal ones.
+
+    Fills the first n_B[b] places of row b.
+    """
+    B, S = pre_BS.shape
+    G = max(S // 16, min(S, 4 * k))
+    low_S, high_S = np.empty(S, x_BD.dtype), np.empty(S, x_BD.dtype)
+    least_S = np.empty(S, x_BD.dtype)
+    group_G, scratch_G = np.empty(G, x_BD.dtype), np.empty(G, x_BD.dtype)
+    latent_n, value_n, scratch_n = (
+        np.empty(S, np.int32),
+        np.empty(S, x_BD.dtype),
+        np.empty(S, x_BD.dtype),
+    )
+    for b in range(B):
+        _bounds(pre_BS[b], is_screened, b_S, norm_S, margin_B[b], low_S, high_S)
+        least = _least_of_top(low_S, k, group_G, scratch_G)
+        # the next lower number: values equal to the least are wanted
+        least_S[:] = max(np.nextafter(np.float32(least), np.float32(-np.inf)), 0)
+        n = _collect(high_S, least_S, latent_n)
+        if is_screened:
+            _rescore(x_BD[b], W_SD, b_S, latent_n, n, value_n)
+        else:
+            for i in range(n):
+                value_n[i] = pre_BS[b, latent_n[i]]
+        n_B[b] = _trim(value_n, latent_n, n, k, scratch_n, value_BK[b], latent_BK[b])
+
+
+@_jit
+def _trim(value_n, latent_n, n, k, scratch_n, value_K, latent_K):
+    """Copies the k largest of n values, if positive; returns how many."""
+    least, n_ties = value_n.dtype.type(0), 0
+    if n > k:
+        scratch_n[:n] = value_n[:n]
+        least = _kth_largest(scratch_n, n, k)
+        n_ties = k
+        for i in range(n):
+            n_ties -= value_n[i] > least
+    n_kept = 0
+    for i in range(n):
+        is_tie = n > k and value_n[i] == least and n_ties > 0
+        if value_n[i] > 0 and (value_n[i] > least or is_tie):
+            n_ties -= is_tie
+            value_K[n_kept] = value_n[i]
+            latent_K[n_kept] = latent_n[i]
+            n_kept += 1
+    return n_kept
+
+
+@_jit
+def above(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, least_S, n_B, value_n, latent_n):
+    """Pre-activations above their latent's least, row after row; returns how many, or -1 where `value_n` is too short."""
+    B, S = pre_BS.shape
+    low_S, high_S = np.empty(S, x_BD.dtype), np.empty(S, x_BD.dtype)
+    found_n, score_n = np.empty(S, np.int32), np.empty(S, x_BD.dtype)
+    n = 0
+    for b in range(B):
+        if is_screened:
+            _bounds(pre_BS[b], is_screened, b_S, norm_S, margin_B[b], low_S, high_S)
+            n_found = _collect(high_S, least_S, found_n)
+            _rescore(x_BD[b], W_SD, b_S, found_n, n_found, score_n)
+        else:
+            n_found = _collect(pre_BS[b], least_S, found_n)
+            for i in range(n_found):
+                score_n[i] = pre_BS[b, found_n[i]]
+        if n + n_found > len(value_n):
+            return -1
+        start = n
+        for i in range(n_found):
+            if score_n[i] > least_S[found_n[i]]:
+                value_n[n] = score_n[i]
+                latent_n[n] = found_n[i]
+                n += 1
+        n_B[b] = n - start
+    return n
+
+
+# ---- order ----
+
+
+@_jit
+def by_latent(start_O1, latent_n, latent_start_S1, order_n, row_n):
+    """Counting sort, stable: `order_n` lists the codes by latent, `row_n` their rows in that order."""
+    S = len(latent_start_S1) - 1
+    latent_start_S1[:] = 0
+    for i in range(len(latent_n)):
+        latent_start_S1[latent_n[i] + 1] += 1
+    for s in range(S):
+        latent_start_S1[s + 1] += latent_start_S1[s]
+    at_S = latent_start_S1[:S].copy()
+    for o in range(len(start_O1) - 1):
+        for i in range(start_O1[o], start_O1[o + 1]):
+            at = at_S[latent_n[i]]
+            order_n[at] = i
+            row_n[at] = o
+            at_S[latent_n[i]] = at + 1
+
+
+# ---- weights ----
+
+
+@_jit_sums
+def row_dots(w_SD, g_SD, first, last, dots_S3):
+    """Of rows first to last: g . w, g . g and w . w."""
+    for s in range(first, last):
+        gw, gg, ww = w_SD.dtype.type(0), w_SD.dtype.type(0), w_SD.dtype.type(0)
+        for d in range(w_SD.shape[1]):
+            gw += g_SD[s, d] * w_SD[s, d]
+            gg += g_SD[s, d] * g_SD[s, d]
+            ww += w_SD[s, d] * w_SD[s, d]
+        dots_S3[s, 0], dots_S3[s, 1], dots_S3[s, 2] = gw, gg, ww
+
+
+@_jit_sums
+def adam_rows(w_SD, g_SD, m_SD, v_SD, first, last, along_S, factors, is_unit):
+    """Adam (Kingma & Ba 2015) on rows first to last with gradient clip (g - along w); `is_unit` rows are normalised after it.
+
+    factors: clip, step size, beta1, beta2, eps, 1 / sqrt(1 - beta2^t), in the weights' dtype.
+    """
+    clip, step, beta1, beta2, eps, correction = factors
+    one, least = w_SD.dtype.type(1), w_SD.dtype.type(1e-8)
+    for s in range(first, last):
+        along = along_S[s]
+        norm2 = w_SD.dtype.type(0)
+        for d in range(w_SD.shape[1]):
+            g = clip * (g_SD[s, d] - along * w_SD[s, d])
+            m = beta1 * m_SD[s, d] + (one - beta1) * g
+            v = beta2 * v_SD[s, d] + (one - beta2) * g * g
+            w = w_SD[s, d] - step * m / (np.sqrt(v) * correction + eps)
+            m_SD[s, d], v_SD[s, d], w_SD[s, d] = m, v, w
+            norm2 += w * w
+        if is_unit:
+            scale = one / max(np.sqrt(norm2), least)
+            for d in range(w_SD.shape[1]):
+                w_SD[s, d] *= scale
+
+
+# ---- the products that the gradient needs ----
+
+
+@_jit
+def bag_dot(a_OD, table_RD, index_n, start_O1, first, last, out_n):
+    """<a[o], table[index[j]]> for the codes j of rows o = first to last."""
+    for o in range(first, last):
+        for j in range(start_O1[o], start_O1[o + 1]):
+            out_n[j] = _dot(a_OD[o], table_RD[index_n[j]])
+
+
+@_jit
+def keep_from(value_n, latent_n, n_B, least):
+    """Drops values below `least`, in place; returns how many are left."""
+    n, at = 0, 0
+    for b in range(len(n_B)):
+        start = n
+        for i in range(at, at + n_B[b]):
+            if value_n[i] >= least:
+                value_n[n] = value_n[i]
+                latent_n[n] = latent_n[i]
+                n += 1
+        at += n_B[b]
+        n_B[b] = n - start
+    return n

@@ -1,0 +1,127 @@
+"""The update of a sparse autoencoder's parameters: decoder gradients without their part along the rows, one norm to
+clip by, Adam, decoder rows of unit norm. On a CPU two passes over the weights; on a GPU torch's fused Adam.
+"""
+
+import typing as tp
+
+import beartype
+import numpy as np
+import torch
+from jaxtyping import Float, jaxtyped
+from torch import Tensor
+
+from saev.nn import kernels
+from saev.nn.sae import SparseAutoencoder
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) for one sparse autoencoder.
+
+    Args:
+        max_norm: gradients whose norm (all parameters together) is larger are scaled down to it; 0: never.
+    """
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def __init__(self, sae: SparseAutoencoder, max_norm: float = 0.0):
+        self.sae = sae
+        self.max_norm = max_norm
+        self.t = 0
+        self.m = {name: torch.zeros_like(p) for name, p in sae.named_parameters()}
+        self.v = {name: torch.zeros_like(p) for name, p in sae.named_parameters()}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Float[Tensor, ""]:
+        """Updates the parameters from their gradients, which it leaves changed, and returns the norm before clipping."""
+        self.t += 1
+        with_grad = {n: p for n, p in self.sae.named_parameters() if p.grad is not None}
+        if next(iter(with_grad.values())).is_cuda:
+            return self._step_torch(with_grad, lr)
+        return self._step_kernels(with_grad, lr)
+
+    def _step_kernels(self, with_grad: dict[str, Tensor], lr: float) -> Tensor:
+        arrays = {
+            n: [_rows(t) for t in (p, p.grad, self.m[n], self.v[n])] for n, p in with_grad.items()
+        }
+        along, square = {}, 0.0
+        for name, (w_SD, g_SD, _, _) in arrays.items():
+            dots_S3 = np.empty((len(w_SD), 3), w_SD.dtype)
+            kernels.in_threads(
+                lambda i, j, w=w_SD, g=g_SD, out=dots_S3: kernels.row_dots(w, g, i, j, out),
+                len(w_SD),
+            )
+            gw_S, gg_S, ww_S = dots_S3.T.astype(np.float64)
+            # Normalising would undo a change along the row.
+            along[name] = gw_S if name == "W_dec" else np.zeros_like(gw_S)
+            square += float((gg_S - 2 * along[name] * gw_S + along[name] ** 2 * ww_S).sum())
+        norm = max(square, 0.0) ** 0.5 if square == square else square
+        for name, (w_SD, g_SD, m_SD, v_SD) in arrays.items():
+            along_S = along[name].astype(w_SD.dtype)
+            factors = tuple(w_SD.dtype.type(f) for f in self._factors(lr, norm))
+            kernels.in_threads(
+                lambda i, j, a=(w_SD, g_SD, m_SD, v_SD), along_S=along_S, f=factors, name=name: (
+                    kernels.adam_rows(*a, i, j, along_S, f, name == "W_dec")
+                ),
+                len(w_SD),
+            )
+        return torch.tensor(norm)
+
+    def _factors(self, lr: float, norm: float) -> tuple[float, ...]:
+        clip = self.max_norm / norm if 0 < self.max_norm < norm else 1.0
+        return clip, lr / (1 - BETA1**self.t), BETA1, BETA2, EPS, (1 - BETA2**self.t) ** -0.5
+
+    def _step_torch(self, with_grad: dict[str, Tensor], lr: float) -> Tensor:
+        self.sae.remove_parallel_grad()
+        names = list(with_grad)
+        params = list(with_grad.values())
+        grads = [p.grad for p in params]
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
+        if self.max_norm:
+            torch._foreach_mul_(grads, (self.max_norm / norm).clamp(max=1.0))
+        torch.optim.adam.adam(
+            params,
+            grads,
+            [self.m[n] for n in names],
+            [self.v[n] for n in names],
+            [],
+            [torch.full((), self.t - 1.0, device=p.device) for p in params],
+            fused=True,
+            amsgrad=False,
+            beta1=BETA1,
+            beta2=BETA2,
+            lr=lr,
+            weight_decay=0.0,
+            eps=EPS,
+            maximize=False,
+        )
+        self.sae.normalize_decoder()
+        return norm
+
+    def state_dict(self) -> dict[str, tp.Any]:
+        return {"t": self.t, "m": self.m, "v": self.v}
+
+    def load_state_dict(self, state: dict[str, tp.Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self.t = state["t"]
+        for name in self.m:
+            self.m[name].copy_(state["m"][name])
+            self.v[name].copy_(state["v"][name])
+
+    @torch.no_grad()
+    def forget(self, latent_C: Tensor) -> None:
+        """Sets the moments of some latents' parameters to 0 (they were given new values)."""
+        for moments in (self.m, self.v):
+            for name, moment in moments.items():
+                if name == "W_enc":
+                    moment[:, latent_C] = 0
+                elif name != "b_dec":
+                    moment[latent_C] = 0
+
+
+def _rows(t: Tensor) -> np.ndarray:
+    """A parameter (or what has its layout) by latent: (S, D), or (1, n) for a bias."""
+    array = t.detach().numpy()
+    if array.ndim == 1:
+        return array[None]
+    return array if array.flags.c_contiguous else array.T

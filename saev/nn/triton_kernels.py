@@ -1,0 +1,2 @@
+"""placeholder until the kernels are there"""
+def available(t): return False
