@@ -12,10 +12,11 @@ import os
 import pathlib
 import typing as tp
 import urllib.parse
+import uuid
 
 import beartype
 
-from saev import errors
+from saev import errors, helpers
 
 logger = logging.getLogger("saev")
 
@@ -31,34 +32,86 @@ class Tracker(tp.Protocol):
 
     def log(self, step: int, metrics: Metrics) -> None: ...
 
+    def flush(self) -> None:
+        """What was logged is on the disk."""
+        ...
+
     def finish(self) -> None: ...
 
 
-class JsonLines:
-    """One JSON object a line in metrics.jsonl; each line is flushed, so a killed run keeps what it logged."""
+class Nothing:
+    """Keeps nothing: for processes that help another one."""
 
-    def __init__(self, fpath: pathlib.Path):
+    def log(self, step: int, metrics: Metrics) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class JsonLines:
+    """One JSON object a line in metrics.jsonl; each line is flushed, so a killed run keeps what it logged.
+
+    Of an earlier try only the steps before `from_step` are kept: the others come again.
+    """
+
+    def __init__(self, fpath: pathlib.Path, from_step: int = 0):
         fpath.parent.mkdir(parents=True, exist_ok=True)
-        self.fd = fpath.open("w", encoding="utf-8")
+        kept = "".join(_lines_before(fpath, from_step)) if from_step else ""
+        helpers.write_text(fpath, kept)
+        self.fd = fpath.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Metrics) -> None:
         self.fd.write(json.dumps({"step": step, **metrics}) + "\n")
         self.fd.flush()
 
+    def flush(self) -> None:
+        os.fsync(self.fd.fileno())
+
     def finish(self) -> None:
         self.fd.close()
 
 
-class Wandb:
-    """One wandb run. Offline when nobody is logged in (sync later with `wandb sync`); never prompts."""
+def _lines_before(fpath: pathlib.Path, step: int) -> collections.abc.Iterator[str]:
+    """Whole lines of earlier steps; a killed process may have left a part of one."""
+    text = fpath.read_text("utf-8", "replace") if fpath.exists() else ""
+    for line in text.splitlines(keepends=True):
+        try:
+            is_earlier = line.endswith("\n") and json.loads(line)["step"] < step
+        except (ValueError, KeyError, TypeError):
+            is_earlier = False
+        if is_earlier:
+            yield line
 
-    def __init__(self, dpath: pathlib.Path, project: str, name: str, config: dict[str, object]):
+
+class Wandb:
+    """One wandb run. Offline when nobody is logged in (sync later with `wandb sync`); never prompts.
+
+    A run that goes on keeps its wandb id (wandb-id.txt), so that wandb shows one run.
+    """
+
+    def __init__(
+        self,
+        dpath: pathlib.Path,
+        project: str,
+        name: str,
+        config: dict[str, object],
+        from_step: int = 0,
+    ):
         import wandb
 
+        id_fpath = dpath / "wandb-id.txt"
+        if not (from_step and id_fpath.exists()):
+            helpers.write_text(id_fpath, uuid.uuid4().hex[:8])
         try:
             self.run = wandb.init(
                 project=project,
                 name=name,
+                id=id_fpath.read_text(),
+                resume="allow" if from_step else None,
                 config=config,
                 dir=str(dpath),
                 mode=wandb_mode(),
@@ -73,6 +126,9 @@ class Wandb:
     def log(self, step: int, metrics: Metrics) -> None:
         self.run.log(dict(metrics), step=step)
 
+    def flush(self) -> None:
+        pass  # wandb writes by itself
+
     def finish(self) -> None:
         self.run.finish()
 
@@ -86,6 +142,10 @@ class Both:
     def log(self, step: int, metrics: Metrics) -> None:
         for tracker in self.trackers:
             tracker.log(step, metrics)
+
+    def flush(self) -> None:
+        for tracker in self.trackers:
+            tracker.flush()
 
     def finish(self) -> None:
         for tracker in self.trackers:
@@ -131,10 +191,18 @@ def _netrc_hosts() -> set[str]:
 
 @beartype.beartype
 def start(
-    dpath: pathlib.Path, *, name: str, config: dict[str, object], wandb_project: str
+    dpath: pathlib.Path,
+    *,
+    name: str,
+    config: dict[str, object],
+    wandb_project: str,
+    from_step: int = 0,
 ) -> Tracker:
-    """The tracker of the run whose files are in `dpath`; without a project name only metrics.jsonl is written."""
-    local = JsonLines(dpath / "metrics.jsonl")
+    """The tracker of the run whose files are in `dpath`; without a project name only metrics.jsonl is written.
+
+    from_step: the step with which a run goes on.
+    """
+    local = JsonLines(dpath / "metrics.jsonl", from_step)
     if not wandb_project:
         return local
-    return Both(local, Wandb(dpath, wandb_project, name, config))
+    return Both(local, Wandb(dpath, wandb_project, name, config, from_step))

@@ -162,6 +162,20 @@ class Reader:
         parts = [part.fingerprint for part in self.dirs]
         return helpers.hash_of([parts, self.layers, self.tokens.start, self.tokens.stop])
 
+    def describe(self) -> dict[str, object]:
+        """What the activations are of, for those who keep something made from them: the ViT, its layers, which tokens."""
+        m = self.metadata
+        kinds = {(False, True): "all", (True, False): "cls"}
+        is_cls = self.tokens.stop - self.tokens.start == 1 and m.cls_token and self.first_patch < 0
+        patches = kinds.get((is_cls, self.first_patch < 0 and not is_cls), "image")
+        return {
+            "vit_family": m.vit_family,
+            "vit_ckpt": m.vit_ckpt,
+            "layers": list(self.layers),
+            "patches": patches,
+            "d_vit": m.d_vit,
+        }
+
     @functools.cached_property
     def records(self) -> list[shards.Record]:
         """Path and label by image number, of the images that cannot be read too.

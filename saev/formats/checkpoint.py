@@ -18,7 +18,7 @@ from saev import errors, helpers
 SCHEMA = 100
 """Schema that this version writes. A change of the format takes the next number."""
 
-Kind = tp.Literal["sae", "scorer"]
+Kind = tp.Literal["sae", "scorer", "state"]
 
 
 @beartype.beartype

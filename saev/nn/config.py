@@ -163,9 +163,7 @@ class Matryoshka:
 
     def __post_init__(self) -> None:
         if self.n_prefixes < 1:
-            raise errors.UserError(
-                f"--objective.n-prefixes {self.n_prefixes}: must be at least 1."
-            )
+            raise errors.UserError(f"--objective.n-prefixes {self.n_prefixes}: must be at least 1.")
 
 
 Objective = Vanilla | Matryoshka

@@ -13,6 +13,7 @@ Kernels release Python's lock; `in_threads` runs them on ranges of rows, and no 
 import collections.abc
 import concurrent.futures
 import functools
+import inspect
 import os
 
 import numba
@@ -24,9 +25,15 @@ ROUNDOFF = 2.0**-8
 MARGIN = 1.01 * (2 * ROUNDOFF + ROUNDOFF**2)
 """Bound of |x . w - x~ . w~| / (|x| |w|) for x~, w~ rounded to bfloat16, and 1% for float32's accumulation."""
 
-_jit = functools.partial(numba.njit, nogil=True, cache=True)
-_jit_sums = functools.partial(_jit, fastmath={"reassoc", "contract", "nsz"})
-"""For sums, whose order the compiler may then choose."""
+
+def _jit(function, **options):
+    """Compiles for each dtype that it is called with. (numba cannot compile what a test's import hook wraps around functions.)"""
+    return numba.njit(nogil=True, cache=True, **options)(inspect.unwrap(function))
+
+
+def _jit_sums(function):
+    """For sums, whose order the compiler may choose."""
+    return _jit(function, fastmath={"reassoc", "contract", "nsz"})
 
 
 # ---- threads ----

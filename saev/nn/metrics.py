@@ -113,18 +113,23 @@ def grad_norm(parameters: list[torch.nn.Parameter]) -> float:
 def measure(
     x_BD: Float[Tensor, "B D"],
     x_hat_BD: Float[Tensor, "B D"],
-    f_BS: Float[Tensor, "B S"],
-    W_dec: Float[Tensor, "S D"],
+    values: Float[Tensor, "..."],
+    n_latents: int,
 ) -> dict[str, float]:
-    """All metrics that one batch and the decoder give, by name."""
+    """The metrics that cost little beside a step, by name. values: of the batch's codes, of any shape; zeros may be left out."""
+    n_B = len(x_BD)
+    l0_count = (values.abs() > EPS_ACTIVE).sum().item() / n_B
     return {
         "mse": mse(x_BD, x_hat_BD),
         "normalized_mse": normalized_mse(x_BD, x_hat_BD),
         "explained_variance": explained_variance(x_BD, x_hat_BD),
-        "l0": l0(f_BS),
-        "l0_count": l0(f_BS) * f_BS.shape[1],
-        "l1": l1(f_BS),
-        "mean_abs_corr": mean_abs_corr(f_BS),
-        "coherence": coherence(W_dec),
-        "avg_w_col_norm": avg_w_col_norm(W_dec),
+        "l0": l0_count / n_latents,
+        "l0_count": l0_count,
+        "l1": values.abs().sum().item() / (n_B * n_latents),
     }
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def costly(f_BS: Float[Tensor, "B S"], W_dec: Float[Tensor, "S D"]) -> dict[str, float]:
+    """The metrics that cost S^2, by name."""
+    return {"mean_abs_corr": mean_abs_corr(f_BS), "coherence": coherence(W_dec)}

@@ -238,9 +238,7 @@ def aux_k(
     wanted = sae.cfg.aux_k or max(1, sae.d_vit // 2)
     k = min(wanted, len(dead_C))
     W_dec_CD = sae.W_dec[dead_C]
-    pre_BC = sparse.pre_activations(
-        sae.W_enc.T[dead_C].T, sae.b_enc[dead_C], sae.b_dec, x_BD
-    )
+    pre_BC = sparse.pre_activations(sae.W_enc.T[dead_C].T, sae.b_enc[dead_C], sae.b_dec, x_BD)
     error_hat_BD = activations.top_k(pre_BC, k) @ W_dec_CD
     return (k / wanted) * (error_hat_BD - error_BD.detach()).square().mean()
 
@@ -265,4 +263,3 @@ def prefixes(cfg: config.Objective, d_sae: int, seed: int, step: int) -> list[in
         return [d_sae]
     drawn = torch.multinomial(weight_S, n - 1, replacement=False, generator=generator)
     return [*(drawn + 1).sort().values.tolist(), d_sae]
-

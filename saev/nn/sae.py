@@ -34,6 +34,8 @@ class SparseAutoencoder(torch.nn.Module):
     def __init__(self, cfg: config.Sae, seed: int = 0):
         super().__init__()
         self.cfg = cfg
+        self.activations: dict[str, tp.Any] = {}
+        """What a checkpoint says that it was trained on (`vit_family`, `vit_ckpt`, `layers`, `patches`); empty where it does not."""
         generator = torch.Generator().manual_seed(seed)
         W_dec = _directions(cfg, generator)
         W_enc = W_dec if cfg.tied_init else _directions(cfg, generator)
@@ -147,11 +149,21 @@ def geometric_median(x_BD: Float[Tensor, "B D"], n_iters: int = 100) -> Float[Te
 
 
 @beartype.beartype
-def save(sae: SparseAutoencoder, fpath: pathlib.Path | str) -> None:
-    """Writes the checkpoint atomically: a JSON header line, then the state dict."""
+def save(
+    sae: SparseAutoencoder, fpath: pathlib.Path | str, activations: dict[str, tp.Any] | None = None
+) -> None:
+    """Writes the checkpoint atomically: a JSON header line, then the state dict.
+
+    Args:
+        activations: what it was trained on (ViT, layers, ...). None: what `load` found.
+    """
     payload = io.BytesIO()
     torch.save({k: v.detach().cpu().contiguous() for k, v in sae.state_dict().items()}, payload)
-    header = {"cls": type(sae.cfg).__name__, "cfg": dataclasses.asdict(sae.cfg)}
+    header = {
+        "cls": type(sae.cfg).__name__,
+        "cfg": dataclasses.asdict(sae.cfg),
+        "activations": sae.activations if activations is None else activations,
+    }
     checkpoint.write(pathlib.Path(fpath), "sae", header, payload.getvalue())
 
 
@@ -171,6 +183,8 @@ def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
         raise errors.UserError(
             f"{fpath}: its tensors cannot be read ({errors.first_line(err)}). The file is cut or edited: train again."
         ) from err
+    found = header.get("activations")
+    sae.activations = found if isinstance(found, dict) else {}
     return sae.eval().requires_grad_(False).to(device)
 
 

@@ -1,2 +1,5 @@
 """placeholder until the kernels are there"""
-def available(t): return False
+
+
+def available(t):
+    return False

@@ -17,20 +17,40 @@ from saev.nn import config as nn_config
 class Train:
     """Trains sparse autoencoders on activation shards."""
 
-    sae: nn_config.Relu | nn_config.TopK | nn_config.BatchTopK = dataclasses.field(
-        default_factory=nn_config.BatchTopK
+    sae: nn_config.Relu | nn_config.TopK | nn_config.BatchTopK | nn_config.JumpRelu = (
+        dataclasses.field(default_factory=nn_config.BatchTopK)
     )
     """The architecture."""
+    objective: nn_config.Vanilla | nn_config.Matryoshka = dataclasses.field(
+        default_factory=nn_config.Vanilla
+    )
+    """What is minimised."""
     data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
     """The activations."""
+    val_data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
+    """Held-out activations for the evaluation after training. Left out: some of --data's (and metrics.json says so)."""
     n_patches: int = 100_000_000
     """Activations to train on; the stream repeats when it is shorter."""
+    n_val_patches: int = 1_000_000
+    """Activations to evaluate on (all there are, if fewer)."""
     batch_size: int = 4096
     """Activations per step."""
     lr: float = 4e-4
     """Adam's learning rate after warm-up."""
     n_lr_warmup: int = 500
     """Steps of linear learning-rate warm-up."""
+    lr_decay: tp.Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate falls to 0 in the last --decay-frac of the steps (constant: it does not)."""
+    decay_frac: float = 0.2
+    """Fraction of the steps in which the learning rate falls."""
+    n_sparsity_warmup: int = 0
+    """Steps in which the sparsity coefficient of ReLU and JumpReLU rises linearly from 0."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it. 0: never."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then what is saved and evaluated. 0: off."""
+    precision: tp.Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: the encoder multiplies in bfloat16 (weights and sums stay float32)."""
     seed: int = 0
     """Seed of the initial weights and of the stream's order."""
     pool_gb: float = 2.0
@@ -38,9 +58,17 @@ class Train:
     n_threads: int = 0
     """Threads that read activations; 0: one for each core, at most 4. The order of the stream does not depend on it."""
     dead_window: int = 1_000_000
-    """A latent is dead (`dead_pct`) when it did not fire within this many activations."""
+    """A latent is dead (`dead_pct`, AuxK, resampling) when it did not fire within this many activations."""
     log_every: int = 50
     """Steps between log lines."""
+    costly_every: int = 1000
+    """Steps between measurements of `mean_abs_corr` and `coherence`, which cost d_sae squared."""
+    save_every: float = 10.0
+    """Minutes between saved states, from which the same command goes on after a crash."""
+    keep_last: int = 2
+    """Saved states to keep."""
+    data_parallel: int = 1
+    """Processes (GPUs) that share each batch of an SAE. With Slurm they are tasks of one job; torchrun starts them itself."""
     ckpt_to: str = "checkpoints"
     """Where <run id>/sae.pt goes. The run id is a hash of the config: the same command finds its finished runs."""
     wandb_project: str = "saev"
@@ -57,18 +85,36 @@ class Train:
     """Where to run."""
 
     def __post_init__(self) -> None:
-        for name in ("n_patches", "batch_size", "log_every", "dead_window"):
-            if getattr(self, name) < 1:
-                raise errors.UserError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1."
-                )
-        for name in ("seed", "n_threads"):
-            if getattr(self, name) < 0:
-                raise errors.UserError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative."
-                )
-        if not 0 < self.lr < math.inf:
-            raise errors.UserError(f"--lr {self.lr}: must be positive and finite.")
+        for name in (
+            "n_patches",
+            "n_val_patches",
+            "batch_size",
+            "log_every",
+            "costly_every",
+            "dead_window",
+            "keep_last",
+            "data_parallel",
+        ):
+            self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("seed", "n_threads", "n_lr_warmup", "n_sparsity_warmup", "max_grad_norm"):
+            self._check(name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("lr", "pool_gb", "save_every"):
+            positive = 0 < getattr(self, name) < math.inf
+            self._check(name, positive, "must be positive and finite")
+        self._check("decay_frac", 0 <= self.decay_frac <= 1, "must be between 0 and 1")
+        self._check("ema", 0 <= self.ema < 1, "must be in [0, 1)")
+        if self.batch_size % self.data_parallel:
+            raise errors.UserError(
+                f"--batch-size {self.batch_size}: must be a multiple of --data-parallel {self.data_parallel}."
+            )
+        if self.n_sparsity_warmup and not hasattr(self.sae, "sparsity_coeff"):
+            raise errors.UserError(
+                f"--n-sparsity-warmup {self.n_sparsity_warmup}: {type(self.sae).__name__} has no sparsity coefficient. Leave it out."
+            )
+
+    def _check(self, name: str, is_right: bool, wanted: str) -> None:
+        if not is_right:
+            raise errors.UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: {wanted}.")
 
     @property
     def n_steps(self) -> int:
@@ -77,6 +123,28 @@ class Train:
     def logs_at(self, step: int) -> bool:
         """Are metrics measured at this step? At the last one always."""
         return step % self.log_every == 0 or step == self.n_steps - 1
+
+    def costly_at(self, step: int) -> bool:
+        """Are the costly metrics measured too? Where metrics are: at the first log step of each interval, and at the last."""
+        return self.logs_at(step) and (
+            step % self.costly_every < self.log_every or step == self.n_steps - 1
+        )
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, a plateau, then the decay, which would reach 0 at the step after the last."""
+        warm = min(1.0, (step + 1) / max(1, self.n_lr_warmup))
+        n_decay = self.decay_frac * self.n_steps
+        left = min(1.0, (self.n_steps - step) / max(1.0, n_decay))
+        match self.lr_decay:
+            case "constant":
+                left = 1.0
+            case "cosine":
+                left = 0.5 * (1 - math.cos(math.pi * left))
+        return self.lr * warm * left
+
+    def sparsity_at(self, step: int) -> float:
+        """Factor of the sparsity coefficient."""
+        return min(1.0, (step + 1) / max(1, self.n_sparsity_warmup))
 
     @property
     def stream(self) -> tuple[object, ...]:
@@ -90,6 +158,7 @@ class Train:
             self.n_threads,
             self.device,
             self.log_every,
+            self.data_parallel,
         )
 
 

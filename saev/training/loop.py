@@ -1,5 +1,6 @@
-"""The training loop: every run of a group sees the same batches. B batch, D d_vit, S latents."""
+"""The training loop: every run of a group sees the same batches. B batch, D d_vit."""
 
+import collections.abc
 import contextlib
 import dataclasses
 import json
@@ -9,212 +10,243 @@ import time
 
 import beartype
 import torch
-from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 from saev import devices, errors, helpers, nn, tracking
 from saev.data import shuffled
-from saev.nn import metrics, objectives
-from saev.training import config
+from saev.nn import objectives
+from saev.training import config, evaluate, interrupts, parallel, state
+from saev.training.run import Run, with_d_vit
 
 logger = logging.getLogger("saev")
 
-REVISION = 1
+REVISION = 2
 """Raised whenever the same config may give other weights."""
+
+NOT_IN_ID = {
+    "data",
+    "val_data",
+    "n_val_patches",
+    "ckpt_to",
+    "wandb_project",
+    "device",
+    "sweep",
+    "dry_run",
+    "slurm",
+    "log_every",
+    "costly_every",
+    "save_every",
+    "keep_last",
+    "n_threads",
+    "data_parallel",
+}
+"""Fields of the config that do not decide the weights."""
 
 
 @beartype.beartype
 def main(cfgs: list[config.Train]) -> list[str]:
-    """Trains the runs of one group and returns the paths of their checkpoints, in order. Finished runs are left alone.
+    """Trains and evaluates the runs of one group and returns the paths of their checkpoints, in order.
+
+    Finished runs are left alone; interrupted ones go on from their newest saved state.
 
     Raises:
         UserError: bad shards, a d_vit that does not fit them, or a loss that is not finite (after the
             other runs of the group are trained and saved).
     """
-    stream = shuffled.Shuffled(
-        cfgs[0].data,
-        batch_size=cfgs[0].batch_size,
-        seed=cfgs[0].seed,
-        pool_bytes=int(cfgs[0].pool_gb * 1e9),
-        n_threads=cfgs[0].n_threads,
-        pin=devices.pick(cfgs[0].device).type == "cuda",
+    with parallel.joined(cfgs[0].data_parallel, devices.pick(cfgs[0].device)) as world:
+        stream = _stream(cfgs[0])
+        cfgs = [with_d_vit(cfg, stream.reader.d_vit) for cfg in cfgs]
+        dpaths = [pathlib.Path(c.ckpt_to) / run_id(c, stream.reader.hash) for c in cfgs]
+        todo = {}  # equal runs are trained once
+        for cfg, dpath in zip(cfgs, dpaths, strict=True):
+            if (dpath / "sae.pt").exists():
+                logger.info(
+                    "%s: trained already; pass another --seed or --ckpt-to to train it again", dpath
+                )
+            else:
+                todo[dpath] = cfg
+        lost: list[str] = []
+        for start, together in state.starts(list(todo)):
+            lost += _train(stream, {d: todo[d] for d in together}, start, world)
+        if world.is_first:
+            for dpath, cfg in dict(zip(dpaths, cfgs, strict=True)).items():
+                evaluate.ensure(dpath, cfg)
+        if lost:
+            raise errors.UserError(" ".join(lost))
+        return [str(dpath / "sae.pt") for dpath in dpaths]
+
+
+def _stream(cfg: config.Train) -> shuffled.Shuffled:
+    return shuffled.Shuffled(
+        cfg.data,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        pool_bytes=int(cfg.pool_gb * 1e9),
+        n_threads=cfg.n_threads,
+        pin=devices.pick(cfg.device).type == "cuda",
     )
-    cfgs = [_with_d_vit(cfg, stream.reader.d_vit) for cfg in cfgs]
-    fpaths = [_dpath(cfg, stream) / "sae.pt" for cfg in cfgs]
-    todo = {}  # equal runs are trained once
-    for cfg, fpath in zip(cfgs, fpaths, strict=True):
-        if fpath.exists():
-            logger.info(
-                "%s: trained already; pass another --seed or --ckpt-to to train it again", fpath
-            )
-        else:
-            todo[fpath] = cfg
-    if todo:
-        _train(stream, todo)
-    return [str(fpath) for fpath in fpaths]
 
 
 @beartype.beartype
 def run_id(cfg: config.Train, activations: str) -> str:
     """Eight hex digits of the hash of all that decides the weights. activations: `reader.Reader.hash`."""
-    skip = {
-        "data",
-        "ckpt_to",
-        "wandb_project",
-        "device",
-        "sweep",
-        "dry_run",
-        "slurm",
-        "log_every",
-        "n_threads",
-        "dead_window",
-    }
-    fields = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in skip}
-    fields |= {"revision": REVISION, "cls": type(cfg.sae).__name__, "activations": activations}
+    fields = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_IN_ID}
+    if not any(getattr(cfg.sae, name, 0) for name in ("aux_coeff", "resample_every")):
+        del fields["dead_window"]  # decides a metric only
+    fields |= {"revision": REVISION, "activations": activations}
+    fields |= {"cls": type(cfg.sae).__name__, "objective_cls": type(cfg.objective).__name__}
     return helpers.hash_of(fields)[:8]
 
 
-def _dpath(cfg: config.Train, stream: shuffled.Shuffled) -> pathlib.Path:
-    return pathlib.Path(cfg.ckpt_to) / run_id(cfg, stream.reader.hash)
+def _train(
+    stream: shuffled.Shuffled,
+    cfgs: dict[pathlib.Path, config.Train],
+    start: int,
+    world: parallel.World,
+) -> list[str]:
+    """Trains runs that have all done `start` steps; returns what went wrong, a line for each run that was lost."""
+    device = devices.pick(next(iter(cfgs.values())).device)
+    runs = [Run(cfg, dpath, device, world) for dpath, cfg in cfgs.items()]
+    if start:
+        logger.info("going on after step %d: %s", start, ", ".join(d.name for d in cfgs))
+    for run in runs if start else []:
+        run.restore(state.load(run.dpath, start))
+    with contextlib.ExitStack() as trackers:  # closed also when a run fails
+        started = []
+        for run in runs:
+            tracker = _start_tracker(run, start, stream) if world.is_first else tracking.Nothing()
+            trackers.callback(tracker.finish)
+            started.append((run, tracker))
+        return _Loop(stream, started, start, device, world).run()
 
 
-def _with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
-    if cfg.sae.d_vit not in (None, d_vit):
-        raise errors.UserError(
-            f"--sae.d-vit {cfg.sae.d_vit}: the activations in {cfg.data.shard_root} are {d_vit} wide. "
-            f"Pass --sae.d-vit {d_vit} or leave it out."
-        )
-    return dataclasses.replace(cfg, sae=dataclasses.replace(cfg.sae, d_vit=d_vit))
+def _start_tracker(run: Run, start: int, stream: shuffled.Shuffled) -> tracking.Tracker:
+    """Writes the run's config.json and opens its metrics."""
+    cfg, dpath = run.cfg, run.dpath
+    fields = {
+        **dataclasses.asdict(cfg),
+        "architecture": type(cfg.sae).__name__,
+        "objective_name": type(cfg.objective).__name__,
+        "activations": stream.reader.describe(),
+    }
+    helpers.write_text(dpath / "config.json", json.dumps(fields, indent=4))
+    (dpath / "failed.json").unlink(missing_ok=True)
+    return tracking.start(
+        dpath, name=dpath.name, config=fields, wandb_project=cfg.wandb_project, from_step=start
+    )
 
 
-class Run:
-    """One SAE in training, with its optimiser, tracker and dead-latent count."""
+class _Loop:
+    """All steps of runs that share a stream, their metrics, saved states and checkpoints."""
 
-    @jaxtyped(typechecker=beartype.beartype)
     def __init__(
         self,
-        cfg: config.Train,
-        dpath: pathlib.Path,
-        x_BD: Float[Tensor, "B D"],
+        stream: shuffled.Shuffled,
+        runs: list[tuple[Run, tracking.Tracker]],
+        start: int,
         device: torch.device,
+        world: parallel.World,
     ):
-        self.cfg = cfg
-        self.dpath = dpath
-        self.sae = nn.SparseAutoencoder(cfg.sae, cfg.seed)
-        self.sae.initialize(x_BD)
-        self.sae.to(device)
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=cfg.lr)
-        self.grad_norm = 0.0
-        self.tokens_since_fired_S = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
-        fields = {**dataclasses.asdict(cfg), "architecture": type(cfg.sae).__name__}
-        helpers.write_text(dpath / "config.json", json.dumps(fields, indent=4))
-        self.tracker = tracking.start(
-            dpath, name=dpath.name, config=fields, wandb_project=cfg.wandb_project
+        self.stream = stream
+        self.runs = runs
+        self.start = start
+        self.device = device
+        self.world = world
+        self.cfg = runs[0][0].cfg
+        self.batches = _Timed(stream.batches(start))
+        self.lost: list[str] = []
+        self.saved_s = time.monotonic()
+
+    def run(self) -> list[str]:
+        n_steps = self.cfg.n_steps
+        steps = helpers.progress(
+            range(self.start, n_steps),
+            f"train {len(self.runs)} SAE(s)",
+            n_steps - self.start,
+            "steps",
         )
+        with interrupts.Interrupts() as signals:
+            for step in steps:
+                self.step(step)
+                if not self.runs:
+                    return self.lost
+                self.save_if_due(step + 1, signals)
+        for run, _ in self.runs:
+            if self.world.is_first:
+                nn.save(run.finished(), run.dpath / "sae.pt", self.stream.reader.describe())
+                state.remove(run.dpath)
+        return self.lost
 
-    @jaxtyped(typechecker=beartype.beartype)
-    def step(self, step: int, x_BD: Float[Tensor, "B D"]) -> objectives.Output:
-        """Forward, backward, update."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(step)
-        out = objectives.vanilla(self.sae, x_BD)
-        self.optimizer.zero_grad()
-        out.loss.backward()
-        self.sae.remove_parallel_grad()
-        if self.cfg.logs_at(step):
-            self.grad_norm = metrics.grad_norm(list(self.sae.parameters()))
-        self.optimizer.step()
-        self.sae.normalize_decoder()
-        fired_S = (out.f_BS.detach() > metrics.EPS_ACTIVE).any(dim=0)
-        self.tokens_since_fired_S += len(x_BD)
-        self.tokens_since_fired_S[fired_S] = 0
-        return out
+    def step(self, step: int) -> None:
+        """One step of every run, on the same batch."""
+        x_BD = next(self.batches).to(self.device, non_blocking=True)
+        if step == 0:
+            for run, _ in self.runs:
+                run.start(x_BD)
+        outs = [run.step(step, x_BD) for run, _ in self.runs]
+        logs = self.cfg.logs_at(step)
+        if logs or self.device.type == "cpu":
+            outs = self._drop_lost(step, outs)
+        if logs and self.world.is_first:
+            rates = self.batches.rates(len(x_BD))
+            for (run, tracker), out in zip(self.runs, outs, strict=True):
+                tracker.log(step, {**run.measure(step, x_BD, out), **rates})
 
-    def lr(self, step: int) -> float:
-        """Linear warm-up, then constant."""
-        return self.cfg.lr * min(1.0, (step + 1) / max(1, self.cfg.n_lr_warmup))
+    def _drop_lost(self, step: int, outs: list[objectives.Output]) -> list[objectives.Output]:
+        """Takes runs out whose loss is no number any more; the others go on."""
+        is_good = [bool(run.is_finite) for run, _ in self.runs]
+        if self.world.size > 1:
+            flags = torch.tensor([not good for good in is_good], device=self.device)
+            is_good = [not bad for bad in self.world.any(flags).tolist()]
+        if all(is_good):
+            return outs
+        for (run, _), good in zip(self.runs, is_good, strict=True):
+            if not good:
+                self.lost.append(self._lose(run, step))
+        self.runs = [pair for pair, good in zip(self.runs, is_good, strict=True) if good]
+        return [out for out, good in zip(outs, is_good, strict=True) if good]
 
-    @torch.no_grad()
-    def measure(self, step: int, x_BD: Tensor, out: objectives.Output) -> dict[str, float]:
-        """The metrics of this step's batch, by their fixed names.
+    def _lose(self, run: Run, step: int) -> str:
+        """Keeps the last good state of a run as a checkpoint, and says what happened."""
+        reason = f"run {run.dpath.name}: the loss is not finite at step {step}. Lower --lr (now {run.cfg.lr})"
+        if self.world.is_first:
+            if steps := state.saved(run.dpath):
+                run.restore(state.load(run.dpath, steps[-1]))
+                fpath = run.dpath / "last-good.pt"
+                nn.save(run.finished(), fpath, self.stream.reader.describe())
+                reason += f"; {fpath} holds it after step {steps[-1]}"
+            record = {"step": step, "reason": reason}
+            helpers.write_text(run.dpath / "failed.json", json.dumps(record))
+        logger.warning("%s", reason)
+        return f"{reason}."
 
-        Raises:
-            UserError: the loss is not finite.
-        """
-        if not out.loss.isfinite():
-            raise errors.UserError(
-                f"run {self.dpath.name}: the loss is {out.loss.item()} at step {step}. Lower --lr (now {self.cfg.lr})."
-            )
-        values = metrics.measure(
-            x_BD, out.x_hat_BD.detach(), out.f_BS.detach(), self.sae.W_dec.detach()
-        )
-        values["dead_pct"] = metrics.dead_pct(self.tokens_since_fired_S, self.cfg.dead_window)
-        return {"loss": out.loss.item(), **values, "grad_norm": self.grad_norm, "lr": self.lr(step)}
+    # ---- saved states ----
 
-    def save(self) -> None:
-        nn.save(self.sae.eval(), self.dpath / "sae.pt")
-
-
-def _train(stream: shuffled.Shuffled, todo: dict[pathlib.Path, config.Train]) -> None:
-    cfg = next(iter(todo.values()))
-    device = devices.pick(cfg.device)
-    batches = _Timed(stream)
-    x_BD = next(batches)
-    with contextlib.ExitStack() as trackers:  # closed also when a run fails
-        runs = []
-        for fpath, run_cfg in todo.items():
-            runs.append(Run(run_cfg, fpath.parent, x_BD, device))
-            trackers.callback(runs[-1].tracker.finish)
-        _steps(cfg, runs, x_BD, batches, device)
-
-
-def _steps(
-    cfg: config.Train, runs: list[Run], x_BD: Tensor, batches: "_Timed", device: torch.device
-) -> None:
-    """All steps, then the checkpoints. A run whose loss is not finite drops out; the others go on, then it is reported."""
-    lost: list[errors.UserError] = []
-    steps = range(cfg.n_steps)
-    for step in helpers.progress(steps, f"train {len(runs)} SAE(s)", cfg.n_steps, "steps"):
-        x_BD = x_BD.to(device, non_blocking=True)
-        outs = [run.step(step, x_BD) for run in runs]
-        if cfg.logs_at(step):
-            runs = _log(step, runs, outs, x_BD, batches, lost)
-        if not runs:
-            break
-        if step < cfg.n_steps - 1:
-            x_BD = next(batches)
-    for run in runs:
-        run.save()
-    if lost:
-        raise errors.UserError(" ".join(map(str, lost)))
-
-
-def _log(
-    step: int,
-    runs: list[Run],
-    outs: list[objectives.Output],
-    x_BD: Tensor,
-    batches: "_Timed",
-    lost: list[errors.UserError],
-) -> list[Run]:
-    """Logs each run's metrics; returns the runs with a finite loss and adds the others' errors to `lost`."""
-    rates = batches.rates(len(x_BD))
-    alive = []
-    for run, out in zip(runs, outs, strict=True):
-        try:
-            run.tracker.log(step, {**run.measure(step, x_BD, out), **rates})
-        except errors.UserError as err:
-            lost.append(err)
-        else:
-            alive.append(run)
-    return alive
+    def save_if_due(self, n_done: int, signals: interrupts.Interrupts) -> None:
+        """Saves states every --save-every minutes and when a signal asks to stop; then lets the signal act."""
+        asked = signals.asked is not None
+        due = time.monotonic() - self.saved_s >= 60 * self.cfg.save_every
+        if self.world.size > 1:  # all or none
+            flags = torch.tensor([asked, due], device=self.device)
+            asked, due = self.world.any(flags).tolist()
+        if not (asked or due) or n_done == self.cfg.n_steps:
+            return
+        if self.device.type != "cpu":
+            self._drop_lost(n_done - 1, [])
+        if self.world.is_first:
+            for run, tracker in self.runs:
+                tracker.flush()
+                state.save(run.dpath, n_done, run.state(), self.cfg.keep_last)
+            logger.info("saved the state after step %d of %d", n_done, self.cfg.n_steps)
+        self.saved_s = time.monotonic()
+        signals.act()
 
 
 class _Timed:
     """The stream's activations, with the time spent waiting for them."""
 
-    def __init__(self, stream: shuffled.Shuffled):
-        self.batches = iter(stream)
+    def __init__(self, batches: collections.abc.Iterator[shuffled.Batch]):
+        self.batches = batches
         self.wait_s, self.n, self.start_s = 0.0, 0, time.monotonic()
 
     def __next__(self) -> Tensor:

@@ -1,0 +1,91 @@
+"""Several processes that share each batch of an SAE (data parallel), through torch.distributed.
+
+Every process reads the whole stream and takes its own rows of each batch, so the sum over processes is the joint
+batch's, exactly: the same SAE as one process would train.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import os
+
+import beartype
+import torch
+from torch import Tensor
+
+from saev import errors
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The processes that train together; this one is number `rank`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Does this process write files?"""
+        return self.rank == 0
+
+    def share(self, x_BD: Tensor) -> Tensor:
+        """This process's rows of a batch."""
+        n = len(x_BD) // self.size
+        return x_BD[self.rank * n : (self.rank + 1) * n]
+
+    def all_values(self, value_n: Tensor) -> Tensor:
+        """The values of all processes, one process after the other; (n,) may differ between them."""
+        if self.size == 1:
+            return value_n
+        n_W = [torch.zeros(1, dtype=torch.int64, device=value_n.device) for _ in range(self.size)]
+        torch.distributed.all_gather(n_W, torch.tensor([len(value_n)], device=value_n.device))
+        lengths = [int(n) for n in n_W]
+        padded = torch.nn.functional.pad(value_n, (0, max(lengths) - len(value_n)))
+        out_W = [torch.empty_like(padded) for _ in range(self.size)]
+        torch.distributed.all_gather(out_W, padded)
+        return torch.cat([out[:n] for out, n in zip(out_W, lengths, strict=True)])
+
+    def mean(self, *tensors: Tensor) -> None:
+        """Replaces each tensor by its mean over the processes, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                # The layout of the encoder's gradient is its transpose's.
+                flat = tensor if tensor.is_contiguous() else tensor.T
+                torch.distributed.all_reduce(flat)
+                flat /= self.size
+
+    def any(self, flags: Tensor) -> Tensor:
+        """Element-wise: true in any process."""
+        if self.size == 1:
+            return flags
+        counts = flags.to(torch.uint8)
+        torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MAX)
+        return counts.bool()
+
+
+@contextlib.contextmanager
+def joined(n_processes: int, device: torch.device):
+    """The world of this process, by torchrun's variables (WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+
+    Raises:
+        UserError: --data-parallel says another number.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size != n_processes:
+        raise errors.UserError(
+            f"--data-parallel {n_processes}: {size} process(es) were started. Start with `torchrun --nproc-per-node {n_processes} train.py ...`, "
+            "or without torchrun, and train.py starts them."
+        )
+    if size == 1:
+        yield World()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30)
+    )
+    try:
+        yield World(torch.distributed.get_rank(), size)
+    finally:
+        torch.distributed.destroy_process_group()

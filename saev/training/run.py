@@ -1,0 +1,219 @@
+"""One SAE in training: its model, optimiser and counters, and what a step does. B batch, D d_vit, S latents."""
+
+import copy
+import dataclasses
+import pathlib
+import typing as tp
+
+import beartype
+import torch
+from jaxtyping import Float, jaxtyped
+from torch import Tensor
+
+from saev import errors, nn
+from saev.nn import config as nn_config
+from saev.nn import metrics, objectives, optim
+from saev.training import config, parallel
+
+DEAD_EVERY = 10
+"""Steps between looks at which latents are dead, for AuxK (on a GPU a look waits for the device)."""
+
+
+class Run:
+    """One SAE in training.
+
+    Args:
+        cfg: with sae.d_vit set.
+        world: the processes that share its batches.
+    """
+
+    @beartype.beartype
+    def __init__(
+        self,
+        cfg: config.Train,
+        dpath: pathlib.Path,
+        device: torch.device,
+        world: parallel.World = parallel.World(),  # noqa: B008
+    ):
+        self.cfg = cfg
+        self.dpath = dpath
+        self.device = device
+        self.world = world
+        self.sae = nn.SparseAutoencoder(cfg.sae, cfg.seed).to(device)
+        self.averaged = copy.deepcopy(self.sae.state_dict()) if cfg.ema else None
+        self.objective = objectives.Objective(
+            self.sae,
+            cfg.objective,
+            joint=world.all_values,
+            n_processes=world.size,
+            is_bfloat16=cfg.precision == "bfloat16",
+        )
+        self.optimizer = optim.Adam(self.sae, cfg.max_grad_norm)
+        self.tokens_since_fired_S = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
+        self.dead_C: Tensor | None = None
+        self.grad_norm = torch.zeros(())
+        self.is_finite = torch.ones((), dtype=torch.bool, device=device)
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def start(self, x_BD: Float[Tensor, "B D"]) -> None:
+        """Fits what starts from data, before the first step."""
+        self.sae.initialize(x_BD.to(self.device))
+        if self.averaged is not None:
+            self.averaged = copy.deepcopy(self.sae.state_dict())
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def step(self, step: int, x_BD: Float[Tensor, "B D"]) -> objectives.Output:
+        """Forward, backward, update. x_BD: the whole batch, on this run's device.
+
+        With a loss that is not finite, nothing is updated on a CPU; a GPU does not look, `is_finite` remembers.
+        """
+        if self._resamples_at(step):
+            self.resample(step, x_BD)
+        mine_BD = self.world.share(x_BD)
+        out = self.objective(
+            mine_BD,
+            sparsity=self.cfg.sparsity_at(step),
+            end_P=self._prefixes(step),
+            dead_C=self._dead(step),
+        )
+        self.is_finite &= out.loss.detach().isfinite()
+        if not self.is_finite.is_cuda and not self.is_finite:
+            return out
+        for parameter in self.sae.parameters():
+            parameter.grad = None
+        out.loss.backward()
+        self.world.mean(*(p.grad for p in self.sae.parameters() if p.grad is not None))
+        self.grad_norm = self.optimizer.step(self.cfg.lr_at(step))
+        self._average()
+        self.tokens_since_fired_S += len(x_BD)
+        self.tokens_since_fired_S.masked_fill_(self.world.any(out.fired_S), 0)
+        return out
+
+    def _prefixes(self, step: int) -> Tensor | None:
+        lengths = objectives.prefixes(self.cfg.objective, self.sae.d_sae, self.cfg.seed, step)
+        return None if lengths is None else torch.tensor(lengths, device=self.device)
+
+    def _dead(self, step: int) -> Tensor | None:
+        """Latents that AuxK is to revive."""
+        if not getattr(self.cfg.sae, "aux_coeff", 0):
+            return None
+        if step % DEAD_EVERY == 0 or self.dead_C is None:
+            self.dead_C = self._is_dead_S().nonzero().flatten()
+        return self.dead_C
+
+    def _is_dead_S(self) -> Tensor:
+        return self.tokens_since_fired_S >= self.cfg.dead_window
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.averaged is not None:
+            for name, tensor in self.sae.state_dict().items():
+                self.averaged[name].lerp_(tensor, 1 - self.cfg.ema)
+
+    # ---- resampling ----
+
+    def _resamples_at(self, step: int) -> bool:
+        every = getattr(self.cfg.sae, "resample_every", 0)
+        return bool(every) and step > 0 and step % every == 0 and step < 0.8 * self.cfg.n_steps
+
+    @torch.no_grad()
+    @jaxtyped(typechecker=beartype.beartype)
+    def resample(self, step: int, x_BD: Float[Tensor, "B D"]) -> None:
+        """Gives each dead latent the direction of an activation that is badly reconstructed (Bricken et al. 2023, "Neuron Resampling").
+
+        Activations are drawn with probability proportional to the square of their loss; the encoder's vector gets a
+        fifth of the living ones' mean norm, its bias 0, and Adam forgets both.
+        """
+        dead_C = self._is_dead_S().nonzero().flatten()
+        if len(dead_C) == 0:
+            return
+        sae = self.sae
+        x_hat_BD, _ = sae(x_BD)
+        loss_B = (x_BD - x_hat_BD).square().sum(dim=1).cpu()
+        generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + step)
+        chosen_C = torch.multinomial(
+            loss_B.double().square() + 1e-30, len(dead_C), replacement=True, generator=generator
+        )
+        chosen_CD = x_BD[chosen_C.to(x_BD.device)] * sae.scale - sae.b_dec
+        unit_CD = torch.nn.functional.normalize(chosen_CD, dim=1)
+        alive_S = ~self._is_dead_S()
+        norm = sae.W_enc[:, alive_S].norm(dim=0).mean() if alive_S.any() else 1.0
+        sae.W_dec[dead_C] = unit_CD
+        sae.W_enc[:, dead_C] = 0.2 * norm * unit_CD.T
+        sae.b_enc[dead_C] = 0
+        self.optimizer.forget(dead_C)
+        self.tokens_since_fired_S[dead_C] = 0
+
+    # ---- metrics ----
+
+    @torch.no_grad()
+    def measure(self, step: int, x_BD: Tensor, out: objectives.Output) -> dict[str, float]:
+        """The metrics of this step's batch (with several processes: of this one's rows), by their fixed names."""
+        mine_BD = self.world.share(x_BD)
+        costly = self.cfg.costly_at(step)
+        return {
+            "loss": out.loss.item(),
+            **metrics.measure(mine_BD, out.x_hat_BD, out.values, self.sae.d_sae),
+            **(metrics.costly(out.dense(), self.sae.W_dec.detach()) if costly else {}),
+            "avg_w_col_norm": metrics.avg_w_col_norm(self.sae.W_dec.detach()),
+            "dead_pct": metrics.dead_pct(self.tokens_since_fired_S, self.cfg.dead_window),
+            "grad_norm": self.grad_norm.item(),
+            "lr": self.cfg.lr_at(step),
+        }
+
+    # ---- what is kept ----
+
+    def state(self) -> dict[str, tp.Any]:
+        """All that the next steps depend on."""
+        return {
+            "sae": _on_cpu(self.sae.state_dict()),
+            "averaged": None if self.averaged is None else _on_cpu(self.averaged),
+            "optimizer": _on_cpu(self.optimizer.state_dict()),
+            "tokens_since_fired_S": self.tokens_since_fired_S.cpu(),
+            "dead_C": None if self.dead_C is None else self.dead_C.cpu(),
+        }
+
+    def restore(self, state: dict[str, tp.Any]) -> None:
+        """Takes over what `state` gave."""
+        self.sae.load_state_dict(state["sae"])
+        self.averaged = state["averaged"] and {
+            k: v.to(self.device) for k, v in state["averaged"].items()
+        }
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.tokens_since_fired_S.copy_(state["tokens_since_fired_S"])
+        dead_C = state["dead_C"]
+        self.dead_C = None if dead_C is None else dead_C.to(self.device)
+
+    def finished(self) -> nn.SparseAutoencoder:
+        """A copy of the model as it is saved: averaged if asked for, in evaluation mode."""
+        sae = copy.deepcopy(self.sae)
+        if self.averaged is not None:
+            sae.load_state_dict(self.averaged)
+            sae.normalize_decoder()
+        return sae.eval().requires_grad_(False)
+
+
+def _on_cpu(tree: tp.Any) -> tp.Any:
+    if isinstance(tree, Tensor):
+        return tree.detach().cpu().contiguous()
+    return {k: _on_cpu(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+@beartype.beartype
+def with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
+    """The config with the width of the activations filled in.
+
+    Raises:
+        UserError: it names another width, or does not fit this one.
+    """
+    if cfg.sae.d_vit not in (None, d_vit):
+        raise errors.UserError(
+            f"--sae.d-vit {cfg.sae.d_vit}: the activations in {cfg.data.shard_root} are {d_vit} wide. "
+            f"Pass --sae.d-vit {d_vit} or leave it out."
+        )
+    sae = dataclasses.replace(cfg.sae, d_vit=d_vit)
+    if isinstance(cfg.objective, nn_config.Matryoshka) and cfg.objective.n_prefixes > sae.d_sae:
+        raise errors.UserError(
+            f"--objective.n-prefixes {cfg.objective.n_prefixes}: the dictionary has {sae.d_sae} latents. Lower it."
+        )
+    return dataclasses.replace(cfg, sae=sae)
