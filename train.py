@@ -9,9 +9,15 @@ def main() -> None:
     if cfgs[0].dry_run:
         return launch.show(cfgs)
     groups = config.group(cfgs)
-    for fpaths in launch.run("saev.training.loop:main", groups, cfgs[0].slurm, "saev-train"):
-        for fpath in fpaths:
-            print(fpath)
+    results = launch.run(
+        "saev.training.loop:main",
+        groups,
+        cfgs[0].slurm,
+        "saev-train",
+        n_tasks=cfgs[0].data_parallel,
+    )
+    for fpath in dict.fromkeys(fpath for fpaths in results for fpath in fpaths):
+        print(fpath)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -91,11 +92,20 @@ def _configure_logging() -> None:
 
 
 class Call:
-    """One stage on one argument, as submitit pickles it. Preempted or out of time, it is queued again; stages resume."""
+    """One stage on one argument, as submitit pickles it. Preempted or out of time, it is queued again; stages resume.
 
-    def __init__(self, target: str, arg: object):
+    Args:
+        n_tasks: processes that work on it together; more than one find each other by torchrun's variables.
+        rank: this one's number, where Slurm does not say it.
+        port: on which they meet, where Slurm does not decide it.
+    """
+
+    def __init__(self, target: str, arg: object, n_tasks: int = 1, rank: int = 0, port: int = 0):
         self.target = target
         self.arg = arg
+        self.n_tasks = n_tasks
+        self.rank = rank
+        self.port = port
 
     def __call__(self) -> tuple[str, object]:
         """Returns ("ok", result) or ("error", message): a UserError crosses the process as text."""
@@ -108,8 +118,26 @@ class Call:
             return "error", str(err)
 
     def run(self) -> object:
+        if self.n_tasks > 1:
+            os.environ.update(self._meeting())
         module_name, _, function_name = self.target.partition(":")
         return getattr(importlib.import_module(module_name), function_name)(self.arg)
+
+    def _meeting(self) -> dict[str, str]:
+        rank, host, port = self.rank, "127.0.0.1", self.port
+        if not port:  # a Slurm job of several tasks
+            import submitit
+
+            job = submitit.JobEnvironment()
+            rank, host = job.global_rank, job.hostnames[0]
+            port = 20_000 + int(job.raw_job_id) % 20_000
+        return {
+            "WORLD_SIZE": str(self.n_tasks),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(port),
+        }
 
     def checkpoint(self) -> object:
         """What submitit resubmits on a time-out or preemption."""
@@ -125,19 +153,25 @@ def run(
     slurm: SlurmConfig,
     name: str,
     n_processes: int = 1,
+    n_tasks: int = 1,
 ) -> list[tp.Any]:
     """Calls stage `target` ("module:function") on each argument and returns the results in order.
 
     Without a Slurm account the calls run one after another here, or each in a process of its own when
     `n_processes` is more than one; with an account they are a job array, and this process waits for it.
+    With `n_tasks` more than one, so many processes work on each argument together (on one node), and the result
+    is that of the first; started by torchrun, this process is one of them.
 
     Raises:
         UserError: what a stage raised, or no Slurm on this machine, or a job that died (with its log's path).
     """
-    calls = [Call(target, arg) for arg in args]
+    calls = [Call(target, arg, n_tasks) for arg in args]
+    if not slurm.slurm_acct and n_tasks > 1 and "WORLD_SIZE" not in os.environ:
+        return [_together(target, arg, n_tasks) for arg in args]
     if not slurm.slurm_acct:
+        calls = [Call(target, arg) for arg in args]
         return [call.run() for call in calls] if n_processes == 1 else _in_processes(calls)
-    jobs = _submit(calls, slurm, name)
+    jobs = _submit(calls, slurm, name, n_tasks)
     ids = ", ".join(job.job_id for job in jobs)
     logger.info("submitted %d job(s): %s; logs in %s", len(jobs), ids, slurm.log_to)
     try:
@@ -150,6 +184,14 @@ def run(
         )
         sys.exit(130)
     return [_result(job) for job in jobs]
+
+
+def _together(target: str, arg: object, n_tasks: int) -> tp.Any:
+    """Runs one call in several local processes; returns the first one's result."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return _in_processes([Call(target, arg, n_tasks, rank, port) for rank in range(n_tasks)])[0]
 
 
 def _in_processes(calls: list[Call]) -> list[tp.Any]:
@@ -209,7 +251,7 @@ def _end_with(parent: tp.Any) -> None:
     os._exit(1)
 
 
-def _submit(calls: list[Call], slurm: SlurmConfig, name: str) -> list[tp.Any]:
+def _submit(calls: list[Call], slurm: SlurmConfig, name: str, n_tasks: int = 1) -> list[tp.Any]:
     if shutil.which("sbatch") is None:
         raise errors.UserError(
             f"--slurm-acct {slurm.slurm_acct}: no sbatch on this machine. Run on the cluster's login node, or leave --slurm-acct out."
@@ -217,8 +259,11 @@ def _submit(calls: list[Call], slurm: SlurmConfig, name: str) -> list[tp.Any]:
     import submitit
 
     pathlib.Path(slurm.log_to).mkdir(parents=True, exist_ok=True)
-    executor = submitit.SlurmExecutor(folder=str(pathlib.Path(slurm.log_to).resolve()))
-    executor.update_parameters(**_slurm_parameters(slurm, name))
+    # Each time-out is one more turn of a long run, not a failure.
+    executor = submitit.SlurmExecutor(
+        folder=str(pathlib.Path(slurm.log_to).resolve()), max_num_timeout=1000
+    )
+    executor.update_parameters(**_slurm_parameters(slurm, name, n_tasks))
     try:
         # submitit prints sbatch's complaint too; ours is one line
         with contextlib.redirect_stderr(io.StringIO()), executor.batch():
@@ -230,7 +275,7 @@ def _submit(calls: list[Call], slurm: SlurmConfig, name: str) -> list[tp.Any]:
         ) from err
 
 
-def _slurm_parameters(slurm: SlurmConfig, name: str) -> dict[str, object]:
+def _slurm_parameters(slurm: SlurmConfig, name: str, n_tasks: int = 1) -> dict[str, object]:
     optional = {
         "partition": slurm.slurm_partition,
         "mem": f"{slurm.mem_gb}GB" if slurm.mem_gb else "",
@@ -241,7 +286,7 @@ def _slurm_parameters(slurm: SlurmConfig, name: str) -> dict[str, object]:
         "account": slurm.slurm_acct,
         "time": max(1, round(slurm.n_hours * 60)),
         "cpus_per_task": slurm.n_cpus,
-        "ntasks_per_node": 1,
+        "ntasks_per_node": n_tasks,
         "stderr_to_stdout": True,
         **{k: v for k, v in optional.items() if v},
     }

@@ -60,7 +60,7 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ctrl_c_in_the_middle_of_training(make_shards, tmp_path: pathlib.Path) -> None:
-    """A real SIGINT to a real process: exit code 130, one line, no checkpoint, and nothing half-written."""
+    """A real SIGINT to a real process: exit code 130, one last line, a state to go on from, nothing half-written."""
     dpath, _ = make_shards(n_imgs=50, n_patches=16, d_vit=32, layers=(0,), per_shard=20)
     command = [
         sys.executable,
@@ -90,7 +90,8 @@ def test_ctrl_c_in_the_middle_of_training(make_shards, tmp_path: pathlib.Path) -
     assert process.returncode == 130
     assert stderr.strip().splitlines()[-1] == "interrupted; run the same command again to go on."
     assert "Traceback" not in stderr
-    assert sorted(p.name for p in logs[0].parent.iterdir()) == ["config.json", "metrics.jsonl"]
+    config, metrics, state = sorted(p.name for p in logs[0].parent.iterdir())
+    assert (config, metrics) == ("config.json", "metrics.jsonl") and state.startswith("state-")
 
 
 def test_errors_of_the_operating_system_are_one_line() -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import threading
+import time
 import types
 import typing as tp
 
@@ -12,6 +13,9 @@ logger = logging.getLogger("saev")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """Ctrl-C; the end of a Slurm job, `kill`; submitit's warning before time-out or preemption."""
+
+GRACE_S = 20.0
+"""How long after another process's signal this one's is waited for."""
 
 
 class Interrupts(contextlib.AbstractContextManager):
@@ -38,10 +42,17 @@ class Interrupts(contextlib.AbstractContextManager):
         logger.info("%s: saving after this step", signal.Signals(signum).name)
 
     def act(self) -> None:
-        """Does what the noted signal would have done. Returns if that was nothing."""
+        """Does what the noted signal would have done. Returns if that was nothing.
+
+        A process that none reached stops because another one was asked to: it waits for its own signal, then ends.
+        """
+        waited_s = 0.0
+        while self.asked is None and waited_s < GRACE_S:
+            time.sleep(0.1)
+            waited_s += 0.1
         signum, self.asked = self.asked, None
         if signum is None:
-            return
+            raise SystemExit(1)
         handler = self.previous[signum]
         if callable(handler):  # submitit's: queues the job again
             handler(signum, None)

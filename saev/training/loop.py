@@ -239,7 +239,8 @@ class _Loop:
                 state.save(run.dpath, n_done, run.state(), self.cfg.keep_last)
             logger.info("saved the state after step %d of %d", n_done, self.cfg.n_steps)
         self.saved_s = time.monotonic()
-        signals.act()
+        if asked:
+            signals.act()
 
 
 class _Timed:

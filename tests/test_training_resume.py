@@ -1,0 +1,365 @@
+"""Training that is stopped and goes on: the same weights, bit for bit. Real signals, real processes."""
+
+import collections.abc
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from saev import errors, nn
+from saev.data import config as data_config
+from saev.nn import config as nn_config
+from saev.training import config, loop, run, state
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+SAES = {
+    "top-k": nn_config.TopK(exp_factor=4, top_k=3),
+    "batch-top-k": nn_config.BatchTopK(exp_factor=4, top_k=3),
+    "relu": nn_config.Relu(exp_factor=4, resample_every=7),
+    "jump-relu": nn_config.JumpRelu(exp_factor=4),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> collections.abc.Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cfg(make_shards, tmp_path: pathlib.Path) -> config.Train:
+    """40 steps on 400 activations of width 8; latents die within two batches."""
+    dpath, _ = make_shards(n_imgs=100, n_patches=4, d_vit=8, layers=(0,), per_shard=20)
+    return config.Train(
+        sae=SAES["top-k"],
+        data=data_config.Shards(str(dpath)),
+        n_patches=40 * 32,
+        batch_size=32,
+        lr=1e-2,
+        n_lr_warmup=4,
+        dead_window=64,
+        log_every=6,
+        ckpt_to=str(tmp_path / "checkpoints"),
+        wandb_project="",
+        device="cpu",
+    )
+
+
+def change(cfg: config.Train, **changes: object) -> config.Train:
+    return dataclasses.replace(cfg, **changes)
+
+
+def weights(fpath: str | pathlib.Path) -> dict[str, torch.Tensor]:
+    return nn.load(fpath).state_dict()
+
+
+def assert_same(fpath: str | pathlib.Path, other: str | pathlib.Path) -> None:
+    mine, theirs = weights(fpath), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def logged(fpath: str | pathlib.Path) -> list[dict[str, float]]:
+    """Metrics without those of the clock."""
+    text = (pathlib.Path(fpath).parent / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in m.items() if k not in ("tokens_per_s", "loader_wait")} for m in lines]
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> None:
+    """Sends this process a signal in the middle of a step."""
+    real = run.Run.step
+
+    def stepping(self: run.Run, at: int, x_BD: torch.Tensor) -> object:
+        if at == step:
+            os.kill(os.getpid(), signum)
+        return real(self, at, x_BD)
+
+    monkeypatch.setattr(run.Run, "step", stepping)
+
+
+# ---- in one process: every architecture and option ----
+
+
+@pytest.mark.parametrize("name", SAES)
+@pytest.mark.parametrize("objective", [nn_config.Vanilla(), nn_config.Matryoshka(n_prefixes=3)])
+def test_interrupted_run_ends_with_the_same_weights(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch, name: str, objective: object
+) -> None:
+    cfg = change(cfg, sae=SAES[name], objective=objective, ema=0.9, n_threads=1)
+    (want,) = loop.main([change(cfg, ckpt_to=cfg.ckpt_to + "-undisturbed")])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 23, signal.SIGINT)
+        loop.main([cfg])
+    (dpath,) = pathlib.Path(cfg.ckpt_to).iterdir()
+    assert state.saved(dpath) == [24], "the step in which the signal came was finished"
+    (fpath,) = loop.main([cfg])
+    assert_same(fpath, want)
+    assert logged(fpath) == logged(want)
+    assert state.saved(dpath) == [], "a finished run needs no states"
+
+
+def test_resampling_revives_dead_latents(cfg: config.Train, tmp_path: pathlib.Path) -> None:
+    sae = nn_config.Relu(d_vit=8, exp_factor=4, resample_every=10)
+    mine = run.Run(change(cfg, sae=sae), tmp_path, torch.device("cpu"))
+    x_BD = 3 + torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    mine.start(x_BD)
+    dead_S = torch.arange(32) < 12
+    with torch.no_grad():
+        mine.sae.b_enc[dead_S] = -100
+    for _ in range(3):  # 96 activations; latents die after 64
+        out = mine.step(1, x_BD)
+    assert not out.fired_S[dead_S].any() and out.fired_S[~dead_S].all()
+    before = {n: p.detach().clone() for n, p in mine.sae.named_parameters()}
+    mine.resample(10, x_BD)
+    for name, parameter in mine.sae.named_parameters():
+        rows = parameter.T if name == "W_enc" else parameter
+        if name != "b_dec":
+            old = before[name].T if name == "W_enc" else before[name]
+            assert torch.equal(rows[~dead_S], old[~dead_S]), f"{name}: the living are left alone"
+            moment = mine.optimizer.m[name]
+            assert not (moment.T if name == "W_enc" else moment)[dead_S].any()
+    unit_BD = torch.nn.functional.normalize(x_BD * mine.sae.scale - mine.sae.b_dec, dim=1)
+    cos_SB = mine.sae.W_dec[dead_S] @ unit_BD.T
+    torch.testing.assert_close(cos_SB.amax(dim=1), torch.ones(12), msg="directions of activations")
+    alive_norm = mine.sae.W_enc[:, ~dead_S].norm(dim=0).mean()
+    norms_S = mine.sae.W_enc[:, dead_S].norm(dim=0)
+    torch.testing.assert_close(norms_S, (0.2 * alive_norm).expand(12))
+    assert mine.step(11, x_BD).fired_S[dead_S].all()
+
+
+def test_sigterm_saves_at_once(cfg: config.Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        interrupt_at(patch, 5, signal.SIGTERM)
+        loop.main([cfg])
+    assert stop.value.code == 128 + signal.SIGTERM
+    (dpath,) = pathlib.Path(cfg.ckpt_to).iterdir()
+    assert state.saved(dpath) == [6]
+
+
+def test_sigusr2_saves_and_leaves_the_rest_to_whoever_listened(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """submitit's handler requeues the job; one that returns lets the training go on."""
+    seen: list[list[int]] = []
+
+    def handler(*args: object) -> None:
+        (dpath,) = pathlib.Path(cfg.ckpt_to).iterdir()
+        seen.append(state.saved(dpath))
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 5, signal.SIGUSR2)
+            (fpath,) = loop.main([cfg])
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert seen == [[6]]
+    assert pathlib.Path(fpath).exists()
+
+
+def test_states_are_saved_by_the_clock_and_the_newest_kept(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = change(cfg, save_every=1e-9, keep_last=3)
+    kept: list[list[int]] = []
+    real = state.save
+
+    def save(dpath: pathlib.Path, n_steps: int, *args: object) -> None:
+        real(dpath, n_steps, *args)
+        kept.append(state.saved(dpath))
+
+    monkeypatch.setattr(loop.state, "save", save)
+    loop.main([cfg])
+    assert kept[:4] == [[1], [1, 2], [1, 2, 3], [2, 3, 4]]
+    assert len(kept) == 39, "after every step but the last, whose result is the checkpoint"
+
+
+def test_a_new_run_of_the_group_does_not_throw_the_others_back(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 23, signal.SIGINT)
+        loop.main([cfg])
+    new = change(cfg, lr=1e-3)
+    steps: list[tuple[float, int]] = []
+    real = run.Run.step
+
+    def stepping(self: run.Run, at: int, x_BD: torch.Tensor) -> object:
+        steps.append((self.cfg.lr, at))
+        return real(self, at, x_BD)
+
+    monkeypatch.setattr(run.Run, "step", stepping)
+    loop.main([cfg, new])
+    assert [at for lr, at in steps if lr == 1e-2] == list(range(24, 40))
+    assert [at for lr, at in steps if lr == 1e-3] == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("saved", "want"),
+    [
+        ({"a": [], "b": []}, [(0, "ab")]),
+        ({"a": [5, 9], "b": [5, 9]}, [(9, "ab")]),
+        ({"a": [5, 9], "b": [5]}, [(5, "ab")]),
+        ({"a": [5, 9], "b": []}, [(0, "b"), (9, "a")]),
+        ({"a": [7, 9], "b": [5], "c": [9]}, [(5, "b"), (9, "ac")]),
+    ],
+)
+def test_which_runs_go_on_together(
+    tmp_path: pathlib.Path, saved: dict[str, list[int]], want: list[tuple[int, str]]
+) -> None:
+    for name, steps in saved.items():
+        (tmp_path / name).mkdir()
+        for n_steps in steps:
+            state.save(tmp_path / name, n_steps, {}, keep_last=9)
+    got = state.starts([tmp_path / name for name in saved])
+    assert [(start, "".join(d.name for d in dpaths)) for start, dpaths in got] == want
+
+
+def test_a_state_of_another_run_is_refused(cfg: config.Train, tmp_path: pathlib.Path) -> None:
+    state.save(tmp_path / "a", 5, {}, keep_last=1)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a/state-000000005.pt").rename(tmp_path / "b/state-000000005.pt")
+    with pytest.raises(errors.UserError, match="is step 5 of run a. Delete it"):
+        state.load(tmp_path / "b", 5)
+
+
+def test_a_cut_state_is_named(tmp_path: pathlib.Path) -> None:
+    state.save(tmp_path, 5, {"w": torch.zeros(1000)}, keep_last=1)
+    fpath = tmp_path / "state-000000005.pt"
+    fpath.write_bytes(fpath.read_bytes()[:-2000])
+    with pytest.raises(errors.UserError, match="state-000000005.pt: cannot be read .* Delete it"):
+        state.load(tmp_path, 5)
+
+
+# ---- a loss that is no number ----
+
+
+def test_diverged_run_keeps_its_last_good_state(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = run.Run.step
+
+    last_good = {}
+
+    def stepping(self: run.Run, at: int, x_BD: torch.Tensor) -> object:
+        if at == 17 and self.cfg.lr == 1e-3:
+            last_good.update({k: v.clone() for k, v in self.sae.state_dict().items()})
+            x_BD = x_BD * float("nan")
+        return real(self, at, x_BD)
+
+    monkeypatch.setattr(run.Run, "step", stepping)
+    bad = change(cfg, lr=1e-3, save_every=1e-9)
+    with pytest.raises(errors.UserError, match=r"not finite at step 17.*last-good.pt holds it"):
+        loop.main([change(cfg, save_every=1e-9), bad])
+    dpaths = {
+        json.loads((d / "config.json").read_text())["lr"]: d
+        for d in pathlib.Path(cfg.ckpt_to).iterdir()
+    }
+    assert (dpaths[1e-2] / "metrics.json").exists(), "the other run was finished and evaluated"
+    assert not (dpaths[1e-3] / "sae.pt").exists()
+    assert json.loads((dpaths[1e-3] / "failed.json").read_text())["step"] == 17
+    good = weights(dpaths[1e-3] / "last-good.pt")
+    assert good.keys() == last_good.keys()
+    assert all(torch.equal(good[name], last_good[name]) for name in good)
+
+
+# ---- real processes ----
+
+
+def command(cfg: config.Train, *more: str) -> list[str]:
+    return [
+        *(sys.executable, str(ROOT / "train.py"), "--data.shard-root", cfg.data.shard_root),
+        *("--n-patches", str(3000 * 32), "--batch-size", "32", "--lr", "1e-2"),
+        *("--dead-window", "64", "--log-every", "100", "--ckpt-to", cfg.ckpt_to),
+        *("--wandb-project", "", "--device", "cpu", "--save-every", "1e-3", *more),
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+
+
+def sweep(tmp_path: pathlib.Path) -> str:
+    fpath = tmp_path / "two.toml"
+    fpath.write_text(
+        '[[sae]]\ntype = "top-k"\nexp_factor = 4\ntop_k = 3\n[[sae]]\ntype = "relu"\nexp_factor = 4\n'
+    )
+    return str(fpath)
+
+
+def test_killed_three_times_ends_with_the_same_weights(
+    cfg: config.Train, tmp_path: pathlib.Path
+) -> None:
+    """kill -9, wherever it strikes: in a step, while states are written, between the runs of the group."""
+    args = command(cfg, "--sweep", sweep(tmp_path))
+    undisturbed = change(cfg, ckpt_to=cfg.ckpt_to + "-undisturbed")
+    want = subprocess.run(
+        command(undisturbed, "--sweep", sweep(tmp_path)),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+    ).stdout.split()
+    rng, n_killed, reached = random.Random(0), 0, []
+    while True:
+        process = subprocess.Popen(
+            args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        )
+        if n_killed < 3:
+            newest = max(reached, default=0)
+            while process.poll() is None and newest_state(cfg.ckpt_to) <= newest:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.2))
+            process.kill()
+        out, err = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err
+        n_killed += 1
+        reached.append(newest_state(cfg.ckpt_to))
+    assert n_killed == 3
+    assert reached == sorted(set(reached)), "each try went on from where the last one had come"
+    assert "going on after step" in err
+    for mine, undisturbed_fpath in zip(out.split(), want, strict=True):
+        assert_same(mine, undisturbed_fpath)
+        assert logged(mine) == logged(undisturbed_fpath)
+    assert not [p for p in pathlib.Path(cfg.ckpt_to).rglob("*") if p.name.startswith(".")]
+
+
+def newest_state(ckpt_to: str) -> int:
+    dpaths = pathlib.Path(ckpt_to).glob("*")
+    return max((n for d in dpaths for n in state.saved(d)), default=0)
+
+
+@pytest.mark.parametrize("sae", ["sae:batch-top-k", "sae:relu", "sae:jump-relu"])
+def test_two_processes_equal_one(cfg: config.Train, sae: str) -> None:
+    """Data parallel over gloo: each takes half of each batch."""
+    more = ["--n-patches", str(60 * 32), "--lr", "1e-3", sae, "--sae.exp-factor", "4"]
+    fpaths = []
+    for n in ("1", "2"):
+        parallel = change(cfg, ckpt_to=f"{cfg.ckpt_to}-{n}")
+        out = subprocess.run(
+            command(parallel, "--data-parallel", n, *more),
+            capture_output=True,
+            text=True,
+            env=environment(),
+        )
+        assert out.returncode == 0, out.stderr
+        (fpath,) = out.stdout.split()
+        fpaths.append(fpath)
+    mine, theirs = map(weights, fpaths)
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=2e-5)
