@@ -4,7 +4,7 @@ The header says what the bytes are, so a file can be identified with `head -1` a
 is read. Nothing here unpickles; `saev.nn` and `saev.scorers` read the bytes with `weights_only=True`.
 
 Headers of this package carry {"lib": "saev", "schema": SCHEMA, "kind": "sae" | "scorer", ...}. Schema numbers
-start at 100 because files with 1 to 5 (and with none) exist in the field and mean something else.
+start at 100 because files with 1 to 5 (and with none) exist in the field and mean something else (`field`).
 """
 
 import json
@@ -14,9 +14,22 @@ import typing as tp
 import beartype
 
 from saev import errors, helpers
+from saev.formats import field
 
-SCHEMA = 100
+SCHEMA = 101
 """Schema that this version writes. A change of the format takes the next number."""
+
+
+def _from_100(header: dict[str, tp.Any]) -> dict[str, tp.Any]:
+    """101 says what an SAE was trained on; its configs have an auxiliary loss, which 100's had not."""
+    cfg = header.get("cfg")
+    if header.get("cls") in ("TopK", "BatchTopK") and isinstance(cfg, dict):
+        cfg = {"aux_coeff": 0.0, **cfg}
+    return {**header, "cfg": cfg, "activations": {}}
+
+
+UPGRADES = {100: _from_100}
+"""Schema n -> header of schema n + 1."""
 
 Kind = tp.Literal["sae", "scorer", "state"]
 
@@ -32,7 +45,9 @@ def write(fpath: pathlib.Path, kind: Kind, header: dict[str, object], payload: b
 
 @beartype.beartype
 def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
-    """Reads (header, payload).
+    """Reads (header, payload). Headers of older schemas are brought to the present one.
+
+    Where an SAE is wanted, one of the field's (`field.is_field`) is given as it stands.
 
     Raises:
         UserError: no such file, a directory, not a checkpoint, another kind, or a schema that this version does not know.
@@ -48,7 +63,11 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
     with fpath.open("rb") as fd:
         header = _parse_header(fpath, fd.readline(1 << 20))
         payload = fd.read()
+    if wanted == "sae" and field.is_field(header):
+        return header, payload
     _check_header(fpath, header, wanted)
+    for schema in range(header["schema"], SCHEMA):
+        header = UPGRADES[schema](header)
     return header, payload
 
 
@@ -75,10 +94,11 @@ def _parse_header(fpath: pathlib.Path, line: bytes) -> dict[str, tp.Any]:
 
 
 def _check_header(fpath: pathlib.Path, header: dict[str, tp.Any], wanted: Kind) -> None:
-    if header.get("lib") != "saev" or header.get("schema") != SCHEMA:
+    known = [*UPGRADES, SCHEMA]
+    if header.get("lib") != "saev" or header.get("schema") not in known:
         raise errors.UserError(
             f"{fpath}: checkpoint schema {header.get('schema', 'missing')!r} (lib {header.get('lib')!r}) is unknown to "
-            f"this version, which reads schema {SCHEMA} of lib 'saev'. Use the version that wrote it, or retrain."
+            f"this version, which reads schemas {known[0]} to {SCHEMA} of lib 'saev'. Use the version that wrote it, or retrain."
         )
     if header.get("kind") != wanted:
         raise errors.UserError(

@@ -18,8 +18,9 @@ from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 from saev import errors
-from saev.formats import checkpoint
+from saev.formats import checkpoint, field
 from saev.nn import activations, config
+from saev.nn import field as nn_field
 
 
 class SparseAutoencoder(torch.nn.Module):
@@ -169,23 +170,39 @@ def save(
 
 @beartype.beartype
 def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
-    """Loads a checkpoint in evaluation mode.
+    """Loads a checkpoint, ours or the field's (`saev.formats.field`), in evaluation mode.
 
     Raises:
         UserError: see `checkpoint.read`; also an unknown architecture, or tensors that do not fit the header.
     """
     fpath = pathlib.Path(fpath)
     header, payload = checkpoint.read(fpath, "sae")
-    sae = SparseAutoencoder(_config(header, fpath))
+    if field.is_field(header):
+        said = field.upgrade(header, fpath)
+        cfg, state = nn_field.convert(said, _tensors(payload, fpath), fpath)
+    else:
+        cfg, state = _config(header, fpath), _tensors(payload, fpath)
+    sae = SparseAutoencoder(cfg)
     try:
-        sae.load_state_dict(torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True))
-    except Exception as err:  # torch raises many types for a cut or foreign file
-        raise errors.UserError(
-            f"{fpath}: its tensors cannot be read ({errors.first_line(err)}). The file is cut or edited: train again."
-        ) from err
+        sae.load_state_dict(state)
+    except Exception as err:  # names or shapes that do not fit, or no dict at all
+        raise _unreadable(fpath, err) from err
     found = header.get("activations")
     sae.activations = found if isinstance(found, dict) else {}
     return sae.eval().requires_grad_(False).to(device)
+
+
+def _tensors(payload: bytes, fpath: pathlib.Path) -> tp.Any:
+    try:
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as err:  # torch raises many types for a cut or foreign file
+        raise _unreadable(fpath, err) from err
+
+
+def _unreadable(fpath: pathlib.Path, err: Exception) -> errors.UserError:
+    return errors.UserError(
+        f"{fpath}: its tensors cannot be read ({errors.first_line(err)}). The file is cut or edited: train again."
+    )
 
 
 def _config(header: dict[str, object], fpath: pathlib.Path) -> config.Sae:

@@ -1,0 +1,98 @@
+"""SAEs of the field's checkpoints as ours. B activations, D d_vit, S latents."""
+
+import logging
+import pathlib
+
+import beartype
+import torch
+from jaxtyping import Float, jaxtyped
+from torch import Tensor
+
+from saev import errors
+from saev.formats import field
+from saev.nn import config
+
+logger = logging.getLogger("saev")
+
+
+@beartype.beartype
+def convert(
+    said: field.FieldSae, state: object, fpath: pathlib.Path
+) -> tuple[config.Sae, dict[str, Tensor]]:
+    """(our config, our state dict) of a field SAE.
+
+    Its encoder does not subtract b_dec, ours does: b_enc + b_dec W_enc, in float64, makes up for it. BatchTopK of
+    schemas before 5 has no threshold (and those of 1 and 2 kept top_k values of the whole batch, not of each sample):
+    every positive value is kept until `calibrate` sets one.
+
+    Raises:
+        UserError: tensors that are missing, of another shape, or not finite.
+    """
+    D, S = said.d_vit, said.d_sae
+    shapes = {"W_enc": (D, S), "b_enc": (S,), "W_dec": (S, D), "b_dec": (D,)}
+    found = _checked(state, shapes, fpath)
+    threshold = torch.zeros(())
+    if said.activation == "BatchTopK":
+        if said.schema >= 5:
+            name = "activation.threshold"
+            threshold = _checked(state, {name: ()}, fpath)[name]
+        else:
+            logger.warning(
+                "%s: a BatchTopK of schema %s has no threshold; every positive value fires. "
+                "saev.nn.field.calibrate(sae, activations, k) sets one.",
+                fpath,
+                said.schema,
+            )
+    shift_S = (found["b_dec"].double() @ found["W_enc"].double()).float()
+    common = {"d_vit": D, "exp_factor": S // D, "normalize": "none"}
+    sparse = {**common, "top_k": min(said.top_k, S), "aux_coeff": 0.0}
+    cfg = {
+        "Relu": lambda: config.Relu(**common),
+        "TopK": lambda: config.TopK(**sparse),
+        "BatchTopK": lambda: config.BatchTopK(**sparse),
+    }[said.activation]()
+    scale = torch.ones(())
+    ours = {**found, "b_enc": found["b_enc"] + shift_S, "scale": scale, "threshold": threshold}
+    return cfg, ours
+
+
+def _checked(
+    state: object, shapes: dict[str, tuple[int, ...]], fpath: pathlib.Path
+) -> dict[str, Tensor]:
+    out = {}
+    for name, shape in shapes.items():
+        tensor = state.get(name) if isinstance(state, dict) else None
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+            seen = (
+                f"has shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else "is missing"
+            )
+            raise errors.UserError(
+                f"{fpath}: tensor {name} {seen}; its header wants {shape}. The file is cut or edited."
+            )
+        out[name] = tensor.detach().float()
+        if not out[name].isfinite().all():
+            raise errors.UserError(
+                f"{fpath}: tensor {name} holds NaN or infinity. Train again, or use an older checkpoint."
+            )
+    return out
+
+
+@torch.no_grad()
+@jaxtyped(typechecker=beartype.beartype)
+def calibrate(sae: torch.nn.Module, x_BD: Float[Tensor, "B D"], k: int) -> None:
+    """Sets a BatchTopK's threshold so that on these (raw) activations k latents fire on average.
+
+    Raises:
+        UserError: it is no BatchTopK, or fewer values than that are positive.
+    """
+    if not isinstance(getattr(sae, "cfg", None), config.BatchTopK):
+        raise errors.UserError("calibrate: only a BatchTopK has a threshold.")
+    pre_BS = (x_BD * sae.scale - sae.b_dec) @ sae.W_enc + sae.b_enc
+    wanted = k * len(x_BD)
+    values_n = pre_BS[pre_BS > 0]
+    if len(values_n) <= wanted:
+        raise errors.UserError(
+            f"calibrate: only {len(values_n)} values of {len(x_BD)} activations are positive, {wanted} are wanted. Lower k."
+        )
+    # values above the threshold fire, so it is the first that does not
+    sae.threshold.copy_(values_n.kthvalue(len(values_n) - wanted).values)
