@@ -188,10 +188,14 @@ def test_grad_norm() -> None:
 
 def test_measure_gives_each_metric_under_its_name() -> None:
     x_BD, x_hat_BD, f_BS, W_dec = rand(B, D), rand(B, D, seed=1), codes(), rand(S, D)
-    got = metrics.measure(x_BD, x_hat_BD, f_BS, W_dec)
+    got = metrics.measure(x_BD, x_hat_BD, f_BS, S)
     assert got.pop("l0_count") == pytest.approx(metrics.l0(f_BS) * S)
     recon = ("mse", "normalized_mse", "explained_variance")
     want = {name: getattr(metrics, name)(x_BD, x_hat_BD) for name in recon}
-    want |= {name: getattr(metrics, name)(f_BS) for name in ("l0", "l1", "mean_abs_corr")}
-    want |= {name: getattr(metrics, name)(W_dec) for name in ("coherence", "avg_w_col_norm")}
-    assert got == want
+    want |= {name: getattr(metrics, name)(f_BS) for name in ("l0", "l1")}
+    assert got == pytest.approx(want)
+    without_zeros = metrics.measure(x_BD, x_hat_BD, f_BS[f_BS != 0], S)
+    without_zeros.pop("l0_count")
+    assert without_zeros == pytest.approx(want), "sparse codes leave their zeros out"
+    costly = {"mean_abs_corr": metrics.mean_abs_corr(f_BS), "coherence": metrics.coherence(W_dec)}
+    assert metrics.costly(f_BS, W_dec) == costly

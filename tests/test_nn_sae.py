@@ -181,7 +181,7 @@ def plain_loss(cfg: config.Sae, p: dict[str, Tensor], scale: float, x_BD: Tensor
 @each_cfg
 def test_loss_and_gradients_equal_the_plain_formula(cfg: config.Sae) -> None:
     sae, x_BD = make(cfg), batch(2)
-    out = objectives.vanilla(sae, x_BD)
+    out = objectives.Objective(sae, config.Vanilla())(x_BD)
     out.loss.backward()
     params = {k: p.detach().double().requires_grad_() for k, p in sae.named_parameters()}
     want = plain_loss(cfg, params, sae.scale.item(), x_BD.double())
@@ -196,7 +196,7 @@ def test_loss_and_gradients_equal_the_plain_formula(cfg: config.Sae) -> None:
 def test_gradient_equals_finite_differences(cfg: config.Sae) -> None:
     """Of the loss along a random direction, in float64."""
     sae, x_BD = make(cfg).double(), batch(2).double()
-    objectives.vanilla(sae, x_BD).loss.backward()
+    objectives.Objective(sae, config.Vanilla())(x_BD).loss.backward()
     generator = torch.Generator().manual_seed(0)
     step = {
         k: torch.randn(p.shape, generator=generator).double() for k, p in sae.named_parameters()
@@ -208,7 +208,7 @@ def test_gradient_equals_finite_differences(cfg: config.Sae) -> None:
         with torch.no_grad():
             for k, p in moved.named_parameters():
                 p += eps * step[k]
-        return objectives.vanilla(moved, x_BD).loss.item()
+        return objectives.Objective(moved, config.Vanilla())(x_BD).loss.item()
 
     eps = 1e-7
     assert (loss(eps) - loss(-eps)) / (2 * eps) == pytest.approx(slope, rel=1e-4)
@@ -251,7 +251,7 @@ def test_normalize_decoder_gives_unit_rows_in_the_same_direction() -> None:
 
 def test_remove_parallel_grad_leaves_the_orthogonal_part() -> None:
     sae = make(CFGS[0])
-    objectives.vanilla(sae, batch()).loss.backward()
+    objectives.Objective(sae, config.Vanilla())(batch()).loss.backward()
     before_SD = sae.W_dec.grad.clone()
     sae.remove_parallel_grad()
     for w_D, g_D, old_D in zip(sae.W_dec.detach(), sae.W_dec.grad, before_SD, strict=True):
@@ -289,3 +289,47 @@ def test_config_refuses(cls: type, fields: dict, match: str) -> None:
 @each_cfg
 def test_defaults_pass_their_own_checks(cfg: config.Sae) -> None:
     assert dataclasses.replace(type(cfg)()) == type(cfg)()
+
+
+# ---- what it was trained on ----
+
+TRAINED_ON = {
+    "vit_family": "clip",
+    "vit_ckpt": "ViT-L-14/openai",
+    "layers": [13],
+    "patches": "image",
+    "d_vit": D,
+}
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        ({"d_vit": D + 1}, f"{D} wide, but shards/x holds {D + 1}"),
+        (
+            {"vit_ckpt": "ViT-L-14/laion"},
+            "of ViT-L-14/openai, but shards/x holds those of ViT-L-14/laion",
+        ),
+        ({"vit_family": "siglip"}, "of clip, but shards/x holds those of siglip"),
+        ({"layers": [23]}, "on layer 13, not on 23 of shards/x. Pass --data.layer 13"),
+    ],
+)
+def test_activations_of_another_vit_or_layer_are_refused(
+    other: dict[str, object], match: str, tmp_path: pathlib.Path
+) -> None:
+    nn.save(make(CFGS[1]), tmp_path / "sae.pt", TRAINED_ON)
+    sae = nn.load(tmp_path / "sae.pt")
+    sae.check_fits(TRAINED_ON, "sae.pt", "shards/x")
+    sae.check_fits(TRAINED_ON | {"vit_ckpt": "ViT-L-14/openai@bf16"}, "sae.pt", "shards/x")
+    with pytest.raises(errors.UserError, match=match):
+        sae.check_fits(TRAINED_ON | other, "sae.pt", "shards/x")
+
+
+def test_a_checkpoint_that_does_not_say_is_taken_at_the_users_word() -> None:
+    make(CFGS[1]).check_fits(TRAINED_ON | {"layers": [23]}, "sae.pt", "shards/x")
+
+
+def test_a_copy_keeps_what_it_was_trained_on(tmp_path: pathlib.Path) -> None:
+    nn.save(make(CFGS[1]), tmp_path / "a.pt", TRAINED_ON)
+    nn.save(nn.load(tmp_path / "a.pt"), tmp_path / "b.pt")
+    assert nn.load(tmp_path / "b.pt").activations == TRAINED_ON

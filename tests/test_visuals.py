@@ -81,7 +81,11 @@ def test_stats_and_top_images_of_a_plain_loop(
 
 
 @pytest.mark.parametrize(
-    "sae_cfg", [nn_config.TopK(d_vit=S, exp_factor=1, top_k=2), nn_config.BatchTopK(S, 1)]
+    "sae_cfg",
+    [
+        nn_config.TopK(d_vit=S, exp_factor=1, top_k=2),
+        nn_config.BatchTopK(d_vit=S, exp_factor=1, top_k=S),
+    ],
 )
 def test_other_architectures_in_any_blocks(
     cfg: config.Visuals, acts_NPD: np.ndarray, sae_cfg: nn_config.Architecture

@@ -73,11 +73,15 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
 
 @beartype.beartype
 def kind(fpath: pathlib.Path) -> str | None:
-    """The kind that a checkpoint's header names; None where there is no such header (`read` then says why)."""
+    """The kind that a checkpoint's header names; None where there is no such header (`read` then says why).
+
+    The field's headers name none: they are SAEs.
+    """
     if not fpath.is_file():
         return None
     with fpath.open("rb") as fd:
-        return _parse_header(fpath, fd.readline(1 << 20)).get("kind")
+        header = _parse_header(fpath, fd.readline(1 << 20))
+    return "sae" if field.is_field(header) else header.get("kind")
 
 
 def _parse_header(fpath: pathlib.Path, line: bytes) -> dict[str, tp.Any]:

@@ -117,6 +117,31 @@ class SparseAutoencoder(torch.nn.Module):
         moved = torch.lerp(self.threshold, least, step)
         self.threshold.copy_(torch.where(least.isfinite(), moved, self.threshold))
 
+    @beartype.beartype
+    def check_fits(self, found: dict[str, tp.Any], ckpt: str, shard_root: str) -> None:
+        """Are these activations (`reader.Reader.describe`) what it was trained on, as far as its checkpoint says?
+
+        Raises:
+            UserError: another width, ViT or layer.
+        """
+        if self.d_vit != found["d_vit"]:
+            raise errors.UserError(
+                f"{ckpt}: was trained on activations {self.d_vit} wide, but {shard_root} holds {found['d_vit']}. Pass shards of the same ViT."
+            )
+        said = self.activations
+        for name in ("vit_family", "vit_ckpt"):
+            # rounding of the ViT's arithmetic is no other ViT
+            mine, theirs = (str(d.get(name)).removesuffix("@bf16") for d in (said, found))
+            if said.get(name) and mine != theirs:
+                raise errors.UserError(
+                    f"{ckpt}: was trained on activations of {mine}, but {shard_root} holds those of {theirs}. Pass shards of the same ViT."
+                )
+        layers = said.get("layers")
+        if isinstance(layers, list) and layers and not set(found["layers"]) <= set(layers):
+            raise errors.UserError(
+                f"{ckpt}: was trained on layer {', '.join(map(str, layers))}, not on {', '.join(map(str, found['layers']))} of {shard_root}. Pass --data.layer {layers[-1]} (protoeval: --train-data.layer, --test-data.layer)."
+            )
+
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Makes decoder rows unit vectors."""

@@ -70,11 +70,7 @@ def _load_sae(cfg: config.Sae, data: data_config.Shards) -> sae.SaeLatents:
     if not cfg.ckpt:
         raise errors.UserError("--scorer.ckpt is missing: pass the sae.pt that train.py printed.")
     model = nn.load(cfg.ckpt)
-    d_vit = reader.Reader(data).d_vit
-    if model.d_vit != d_vit:
-        raise errors.UserError(
-            f"{cfg.ckpt}: was trained on activations {model.d_vit} wide, but {data.shard_root} holds {d_vit}. Pass shards of the same ViT."
-        )
+    model.check_fits(reader.Reader(data).describe(), cfg.ckpt, data.shard_root)
     return sae.SaeLatents(model, model.d_sae)
 
 

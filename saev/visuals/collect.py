@@ -68,11 +68,7 @@ def _stream(cfg: config.Visuals, sae: nn.SparseAutoencoder) -> ordered.Ordered:
     """The image patches in order, in blocks whose codes fit in MAX_CODES."""
     data = dataclasses.replace(cfg.data, patches="image")
     source = reader.Reader(data)
-    if sae.d_vit != source.d_vit:
-        raise errors.UserError(
-            f"{cfg.ckpt}: was trained on activations {sae.d_vit} wide, but {cfg.data.shard_root} holds {source.d_vit}. "
-            "Pass shards of the same ViT."
-        )
+    sae.check_fits(source.describe(), cfg.ckpt, cfg.data.shard_root)
     n_imgs = max(1, min(64, MAX_CODES // (source.n_tokens * sae.d_sae)))
     return ordered.Ordered(data, n_imgs=n_imgs)
 

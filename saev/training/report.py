@@ -1,0 +1,285 @@
+"""`python -m saev.training.report RUNS`: a sweep as a table, and the front of normalised MSE against L0.
+
+RUNS are run directories (checkpoints/<run id>) or folders of them.
+"""
+
+import collections.abc
+import csv
+import dataclasses
+import io
+import json
+import math
+import pathlib
+import typing as tp
+
+import beartype
+import tyro
+
+from saev import errors, helpers, launch
+
+NOT_SHOWN = {
+    *("data", "val_data", "ckpt_to", "wandb_project", "device", "sweep", "dry_run", "slurm"),
+    *("activations", "architecture", "objective_name", "n_threads", "log_every", "costly_every"),
+    *("save_every", "keep_last", "data_parallel", "pool_gb"),
+}
+"""Fields of a run's config that do not tell one SAE from another."""
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Prints trained SAEs as a table and draws normalised MSE against L0."""
+
+    runs: tp.Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run directories (checkpoints/RUN) or folders of them."""
+    csv: str = ""
+    """Also write the table to this CSV file."""
+    plot: str = "front.png"
+    """Where to draw. Empty: nowhere."""
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One run."""
+
+    name: str
+    kind: str
+    """Architecture, and objective when it is not the vanilla one."""
+    cfg: dict[str, object]
+    """Dotted name -> value."""
+    state: str
+    source: str
+    """What its figures are of."""
+    l0: float
+    normalized_mse: float
+    explained_variance: float
+    dead_pct: float
+    d_sae: int
+
+    @property
+    def is_measured(self) -> bool:
+        return math.isfinite(self.l0) and math.isfinite(self.normalized_mse) and self.l0 > 0
+
+
+# ---- reading ----
+
+
+@beartype.beartype
+def read(paths: tuple[str, ...]) -> list[Row]:
+    """The runs in these folders, by architecture and L0.
+
+    Raises:
+        UserError: no such folder, or none of its folders is a run.
+    """
+    dpaths: dict[pathlib.Path, None] = {}
+    for path in map(pathlib.Path, paths):
+        if not path.is_dir():
+            raise errors.UserError(
+                f"{path}: no such folder. Pass run directories (checkpoints/RUN) or a folder of them."
+            )
+        found = [path] if (path / "config.json").exists() else sorted(_runs_in(path))
+        if not found:
+            raise errors.UserError(f"{path}: holds no run (no */config.json). Train one first.")
+        dpaths |= dict.fromkeys(found)
+    rows = [_row(dpath) for dpath in dpaths]
+    return sorted(rows, key=lambda r: (r.kind, r.l0 if r.is_measured else math.inf, r.name))
+
+
+def _runs_in(dpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
+    return (p.parent for p in dpath.glob("*/config.json"))
+
+
+def _row(dpath: pathlib.Path) -> Row:
+    cfg = _json(dpath / "config.json")
+    try:
+        kind = str(cfg["architecture"])
+        d_sae = cfg["sae"]["d_vit"] * cfg["sae"]["exp_factor"]
+        n_steps = max(1, cfg["n_patches"] // cfg["batch_size"])
+    except (KeyError, TypeError) as err:
+        raise errors.UserError(
+            f"{dpath / 'config.json'}: {err} is missing: not a run of train.py. Leave it out."
+        ) from err
+    if cfg.get("objective_name", "Vanilla") != "Vanilla":
+        kind += f" {cfg['objective_name']}"
+    source, figures = _figures(dpath)
+    l0, nmse, ev, dead = (
+        _number(figures.get(name))
+        for name in ("l0_count", "normalized_mse", "explained_variance", "dead_pct")
+    )
+    state = _state(dpath, figures, n_steps)
+    return Row(dpath.name, kind, dict(_flat(cfg)), state, source, l0, nmse, ev, dead, d_sae)
+
+
+def _figures(dpath: pathlib.Path) -> tuple[str, dict[str, tp.Any]]:
+    """(what they are of, by name): of the evaluation, else of the last whole log line."""
+    if (dpath / "metrics.json").exists():
+        found = _json(dpath / "metrics.json")
+        n_dead, n = _number(found.get("n_dead")), _number(found.get("n_latents"))
+        of = "held-out" if found.get("held_out") else "training sample"
+        return of, {**found, "dead_pct": 100 * n_dead / n}
+    lines = dpath / "metrics.jsonl"
+    text = lines.read_text("utf-8", "replace") if lines.exists() else ""
+    for line in reversed(text.splitlines()):
+        try:
+            figures = json.loads(line)
+        except ValueError:  # a killed run's last line may be cut
+            continue
+        if isinstance(figures, dict):
+            return "last log line", figures
+    return "-", {}
+
+
+def _state(dpath: pathlib.Path, figures: dict[str, tp.Any], n_steps: int) -> str:
+    if (dpath / "failed.json").exists():
+        return f"failed at step {_json(dpath / 'failed.json').get('step', '?')}"
+    if (dpath / "sae.pt").exists():
+        return "done"
+    return f"step {figures.get('step', 0)} of {n_steps}"
+
+
+def _json(fpath: pathlib.Path) -> dict[str, tp.Any]:
+    try:
+        found = json.loads(fpath.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as err:
+        raise errors.UserError(
+            f"{fpath} cannot be read ({errors.first_line(err)}). Leave that run out."
+        ) from err
+    if not isinstance(found, dict):
+        raise errors.UserError(f"{fpath} holds no JSON object. Leave that run out.")
+    return found
+
+
+def _number(value: object) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(tp.cast(float, value)) if is_number else math.nan
+
+
+def _flat(cfg: dict[str, tp.Any], prefix: str = "") -> collections.abc.Iterator[tuple[str, object]]:
+    for key, value in cfg.items():
+        if prefix or key not in NOT_SHOWN:
+            if isinstance(value, dict):
+                yield from _flat(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, str(value) if isinstance(value, list) else value
+
+
+# ---- table ----
+
+
+@beartype.beartype
+def front(rows: list[Row]) -> set[str]:
+    """Names of the runs that no other beats: with at most their L0 and their error, and one of them lower."""
+    measured = [r for r in rows if r.is_measured]
+    return {
+        r.name
+        for r in measured
+        if not any(
+            o.l0 <= r.l0
+            and o.normalized_mse <= r.normalized_mse
+            and (o.l0 < r.l0 or o.normalized_mse < r.normalized_mse)
+            for o in measured
+        )
+    }
+
+
+@beartype.beartype
+def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """(header, cells). Of the config, the fields that differ among the runs; a run on the front is marked with *."""
+    keys = dict.fromkeys(key for row in rows for key in row.cfg)
+    vary = [key for key in keys if len({repr(row.cfg.get(key)) for row in rows}) > 1]
+    header = ["run", "architecture", "d_sae", *vary, "L0", "norm. MSE", "expl. var."]
+    header += ["dead %", "of", "state"]
+    best = front(rows)
+    cells = []
+    for row in rows:
+        config = ["-" if row.cfg.get(key) is None else f"{row.cfg[key]}" for key in vary]
+        name = row.name + (" *" if row.name in best else "")
+        figures = [_shown(row.l0, 1), _shown(row.normalized_mse, 4)]
+        figures += [_shown(row.explained_variance, 4), _shown(row.dead_pct, 1)]
+        cells.append([name, row.kind, str(row.d_sae), *config, *figures, row.source, row.state])
+    return header, cells
+
+
+def _shown(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+@beartype.beartype
+def markdown(header: list[str], cells: list[list[str]]) -> str:
+    """The table with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in (header, ["-" * w for w in widths], *cells)
+    ]
+    return "\n".join(lines)
+
+
+# ---- drawing ----
+
+
+@beartype.beartype
+def draw(rows: list[Row], fpath: pathlib.Path) -> None:
+    """Normalised MSE against L0, a colour for each kind, the front as a line, each run with its name."""
+    from matplotlib.backends import backend_agg
+    from matplotlib.figure import Figure
+
+    measured = sorted((r for r in rows if r.is_measured), key=lambda r: (r.l0, r.normalized_mse))
+    best = front(rows)
+    figure = Figure(figsize=(8.5, 5.5), layout="constrained")
+    backend_agg.FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    line = [r for r in measured if r.name in best]
+    axes.plot(
+        [r.l0 for r in line], [r.normalized_mse for r in line], color="0.8", zorder=1, label="front"
+    )
+    for i, kind in enumerate(sorted({r.kind for r in measured})):
+        mine = [r for r in measured if r.kind == kind]
+        axes.scatter(
+            [r.l0 for r in mine],
+            [r.normalized_mse for r in mine],
+            color=f"C{i % 10}",
+            marker="osD^vP*X"[i % 8],
+            label=kind,
+            zorder=2,
+        )
+    axes.set_xscale("log")
+    size = max(4.0, 8.0 - len(measured) / 10)
+    for i, row in enumerate(measured):  # neighbours' names go to different sides
+        dx, dy, side = [(5, 4, "left"), (-5, -9, "right"), (5, -9, "left"), (-5, 4, "right")][i % 4]
+        axes.annotate(
+            row.name,
+            (row.l0, row.normalized_mse),
+            xytext=(dx, dy),
+            textcoords="offset points",
+            ha=side,
+            fontsize=size,
+            color="0.35",
+        )
+    axes.set_xlabel("L0 (latents that fire per activation)")
+    axes.set_ylabel("normalised MSE")
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
+        figure.savefig(fd, format="png", dpi=140)
+
+
+def main() -> None:
+    cfg = tyro.cli(Report, prog="python -m saev.training.report", description=Report.__doc__)
+    if not cfg.runs:
+        raise errors.UserError("name at least one run directory, or a folder of them.")
+    rows = read(cfg.runs)
+    header, cells = table(rows)
+    print(markdown(header, cells))
+    if cfg.csv:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([header, *cells])
+        helpers.write_text(pathlib.Path(cfg.csv), text.getvalue())
+    if cfg.plot and any(row.is_measured for row in rows):
+        draw(rows, pathlib.Path(cfg.plot))
+        print(f"\n{cfg.plot}: * marks the runs on the front")
+
+
+if __name__ == "__main__":
+    launch.entry(main)

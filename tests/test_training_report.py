@@ -1,0 +1,160 @@
+"""The report of a sweep: its table, its front, its picture."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import matplotlib.image
+import pytest
+
+from saev import errors
+from saev.training import report
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def write(
+    dpath: pathlib.Path,
+    *,
+    lr: float = 1e-3,
+    architecture: str = "TopK",
+    objective: str = "Vanilla",
+    metrics: object = None,
+    lines: str = "",
+    done: bool = True,
+) -> None:
+    dpath.mkdir(parents=True)
+    cfg = {
+        "sae": {"d_vit": 8, "exp_factor": 4, "top_k": 3},
+        "architecture": architecture,
+        "objective_name": objective,
+        "lr": lr,
+        "n_patches": 640,
+        "batch_size": 32,
+        "ckpt_to": str(dpath.parent),
+        "data": {"shard_root": "x"},
+    }
+    (dpath / "config.json").write_text(json.dumps(cfg))
+    (dpath / "metrics.jsonl").write_text(lines)
+    if metrics is not None:
+        (dpath / "metrics.json").write_text(json.dumps(metrics))
+    if done:
+        (dpath / "sae.pt").write_bytes(b"")
+
+
+def evaluated(l0: float, nmse: float | None, n_dead: int = 8) -> dict[str, object]:
+    return {
+        "held_out": True,
+        "l0_count": l0,
+        "normalized_mse": nmse,
+        "explained_variance": None if nmse is None else 1 - nmse,
+        "n_dead": n_dead,
+        "n_latents": 32,
+    }
+
+
+def test_the_table(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "aa", lr=1e-3, metrics=evaluated(16.0, 0.3))
+    write(tmp_path / "bb", lr=3e-3, metrics=evaluated(16.0, 0.25))
+    write(tmp_path / "cc", architecture="Relu", objective="Matryoshka", metrics=evaluated(9.5, 0.5))
+    line = json.dumps({"step": 5, "l0_count": 20.0, "normalized_mse": 0.2, "dead_pct": 12.5})
+    write(tmp_path / "dd", lines=f'{line}\n{{"step": 6, "l0_c', done=False)
+    write(tmp_path / "ee", metrics=evaluated(16.0, None), done=False)
+    (tmp_path / "ee" / "failed.json").write_text('{"step": 7, "reason": "x"}')
+    header, cells = report.table(report.read((str(tmp_path),)))
+    assert header == [
+        *("run", "architecture", "d_sae", "lr", "L0", "norm. MSE", "expl. var.", "dead %"),
+        *("of", "state"),
+    ], "of the config only what differs, and no paths"
+    assert cells == [
+        [
+            "cc *",
+            "Relu Matryoshka",
+            "32",
+            "0.001",
+            "9.5",
+            "0.5000",
+            "0.5000",
+            "25.0",
+            "held-out",
+            "done",
+        ],
+        ["aa", "TopK", "32", "0.001", "16.0", "0.3000", "0.7000", "25.0", "held-out", "done"],
+        ["bb *", "TopK", "32", "0.003", "16.0", "0.2500", "0.7500", "25.0", "held-out", "done"],
+        [
+            "dd *",
+            "TopK",
+            "32",
+            "0.001",
+            "20.0",
+            "0.2000",
+            "-",
+            "12.5",
+            "last log line",
+            "step 5 of 20",
+        ],
+        ["ee", "TopK", "32", "0.001", "16.0", "-", "-", "25.0", "held-out", "failed at step 7"],
+    ]
+    lines = report.markdown(header, cells).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines) == 7
+
+
+def row(name: str, l0: float, nmse: float) -> report.Row:
+    return report.Row(name, "TopK", {}, "done", "held-out", l0, nmse, 0.0, 0.0, 32)
+
+
+POINTS = st.lists(
+    st.tuples(st.sampled_from([1.0, 2.0, 4.0, 8.0]), st.sampled_from([0.1, 0.2, 0.4]))
+)
+
+
+@hypothesis.given(POINTS)
+def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
+    rows = [row(str(i), *point) for i, point in enumerate(points)]
+    want = set()
+    for i, (l0, nmse) in enumerate(points):
+        beaten = [p for p in points if p != (l0, nmse) and p[0] <= l0 and p[1] <= nmse]
+        if not beaten:
+            want.add(str(i))
+    assert report.front(rows) == want
+
+
+@pytest.mark.parametrize("n", [1, 12, 40])
+def test_the_picture(n: int, tmp_path: pathlib.Path) -> None:
+    rows = [row(f"run{i:05}", 4.0 * (1 + i % 7), 0.5 / (1 + i % 7) + i / 300) for i in range(n)]
+    report.draw(rows, tmp_path / "front.png")
+    pixels = matplotlib.image.imread(tmp_path / "front.png")
+    assert pixels.shape[0] > 500 and pixels[..., :3].std() > 0.02
+
+
+def test_what_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(errors.UserError, match="no such folder"):
+        report.read((str(tmp_path / "nowhere"),))
+    with pytest.raises(errors.UserError, match="holds no run"):
+        report.read((str(tmp_path),))
+    (tmp_path / "a").mkdir()
+    for text, match in [("{", "cannot be read"), ("[]", "no JSON object"), ("{}", "is missing")]:
+        (tmp_path / "a" / "config.json").write_text(text)
+        with pytest.raises(errors.UserError, match=match):
+            report.read((str(tmp_path),))
+
+
+def test_the_command(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "runs" / "aa", metrics=evaluated(16.0, 0.3))
+    write(tmp_path / "runs" / "bb", lr=3e-3, metrics=evaluated(8.0, 0.4))
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "saev.training.report", *args]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    png, table = tmp_path / "front.png", tmp_path / "table.csv"
+    done = run(str(tmp_path / "runs"), "--plot", str(png), "--csv", str(table))
+    assert done.returncode == 0, done.stderr
+    assert "| bb *" in done.stdout and png.read_bytes().startswith(b"\x89PNG")
+    assert len(table.read_text().splitlines()) == 3
+    wrong = run(str(tmp_path / "nowhere"))
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert run().returncode == 2
