@@ -302,7 +302,44 @@ def adam_rows(w_SD, g_SD, m_SD, v_SD, first, last, along_S, factors, is_unit):
                 w_SD[s, d] *= scale
 
 
-# ---- the products that the gradient needs ----
+# ---- reconstruction ----
+
+
+@_jit_sums
+def reconstruct(
+    x_BD, value_n, latent_n, start_B1, W_SD, b_D, end_P, first, last, x_hat_BD, error_B, g_BPD, g_n
+):
+    """Samples first to last, reconstructed by each prefix of the dictionary; x_hat is the last one's.
+
+    error[b] is the squared error summed over prefixes and dimensions; with its half's gradient: g[b, p] with respect to
+    what latents of block p contribute (the errors of prefix p and all longer ones), g[n] with respect to code n.
+    """
+    D, P = W_SD.shape[1], len(end_P)
+    sum_D = np.empty(D, W_SD.dtype)
+    for b in range(first, last):
+        sum_D[:] = b_D
+        j, stop = start_B1[b], start_B1[b + 1]
+        total = W_SD.dtype.type(0)
+        for p in range(P):
+            while j < stop and latent_n[j] < end_P[p]:
+                value, s = value_n[j], latent_n[j]
+                for d in range(D):
+                    sum_D[d] += value * W_SD[s, d]
+                j += 1
+            for d in range(D):
+                error = sum_D[d] - x_BD[b, d]
+                g_BPD[b, p, d] = error
+                total += error * error
+        error_B[b] = total
+        x_hat_BD[b] = sum_D
+        for p in range(P - 2, -1, -1):
+            for d in range(D):
+                g_BPD[b, p, d] += g_BPD[b, p + 1, d]
+        p = 0
+        for j in range(start_B1[b], stop):
+            while latent_n[j] >= end_P[p]:
+                p += 1
+            g_n[j] = _dot(g_BPD[b, p], W_SD[latent_n[j]])
 
 
 @_jit

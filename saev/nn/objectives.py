@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
-from saev.nn import activations, config, sparse
+from saev.nn import activations, config, dense, sparse
 from saev.nn.sae import SparseAutoencoder
 
 SPARSE_BELOW = 0.03
@@ -77,6 +77,8 @@ class Objective:
         self.is_bfloat16 = is_bfloat16
         self.way = way
         self.density = 1.0
+        self.codes_BS: Tensor | None = None
+        """Memory of a dense ReLU step's codes, which the next step overwrites."""
 
     @jaxtyped(typechecker=beartype.beartype)
     def __call__(
@@ -97,13 +99,20 @@ class Objective:
         """
         sae = self.sae
         scaled_BD = x_BD * sae.scale
+        if self._is_dense_relu(scaled_BD, end_P):
+            return self._dense_relu(scaled_BD, sparsity)
         coded = self._encode(scaled_BD)
-        x_hat_BPD = self._decode(coded, end_P)
-        reconstruction = (x_hat_BPD - scaled_BD[:, None]).square().mean()
+        if end_P is None:
+            end_P = torch.tensor([sae.d_sae], device=x_BD.device)
+        if coded.index is None:
+            reconstruction, x_hat_BD = self._reconstruct_densely(coded.f, scaled_BD, end_P)
+        else:
+            reconstruction, x_hat_BD = sparse.reconstruct(
+                coded.f, sae.W_dec, sae.b_dec, scaled_BD, coded.index, end_P
+            )
         loss = reconstruction
         if isinstance(sae.cfg, config.Relu | config.JumpRelu):
             loss = loss + sparsity * sae.cfg.sparsity_coeff * coded.penalty
-        x_hat_BD = x_hat_BPD[:, -1].detach()
         if dead_C is not None and len(dead_C) and getattr(sae.cfg, "aux_coeff", 0):
             loss = loss + sae.cfg.aux_coeff * aux_k(sae, scaled_BD, scaled_BD - x_hat_BD, dead_C)
         return self._output(loss, reconstruction, x_hat_BD, coded)
@@ -118,6 +127,22 @@ class Objective:
             codes = sparse.Codes(f, coded.index)
             fired_S = codes.fired_S
         return Output(loss, reconstruction.detach(), x_hat_BD / self.sae.scale, codes, fired_S)
+
+    def _is_dense_relu(self, x_BD: Tensor, end_P: Tensor | None) -> bool:
+        """The case that `dense` is made for."""
+        is_plain = isinstance(self.sae.cfg, config.Relu) and end_P is None
+        return is_plain and not (x_BD.is_cuda or self.is_bfloat16 or self._is_sparse(x_BD))
+
+    def _dense_relu(self, x_BD: Tensor, sparsity: float) -> Output:
+        sae = self.sae
+        if self.codes_BS is None or len(self.codes_BS) != len(x_BD):
+            self.codes_BS = x_BD.new_empty(len(x_BD), sae.d_sae)
+        weights = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+        coeff = sparsity * tp.cast(config.Relu, sae.cfg).sparsity_coeff
+        loss, step = dense.relu(*weights, x_BD, coeff, self.codes_BS)
+        self.density = self.codes_BS.count_nonzero().item() / self.codes_BS.numel()
+        fired_S = self.codes_BS.amax(dim=0) > 0
+        return Output(loss, step.error, step.x_hat_BD / sae.scale, self.codes_BS, fired_S)
 
     # ---- codes ----
 
@@ -202,22 +227,16 @@ class Objective:
 
     # ---- reconstructions ----
 
-    def _decode(self, coded: _Coded, end_P: Tensor | None) -> Float[Tensor, "B P D"]:
-        """Each prefix's reconstruction, scaled."""
-        sae = self.sae
-        if coded.index is None:
-            ends = [sae.d_sae] if end_P is None else end_P.tolist()
-            blocks = zip([0, *ends[:-1]], ends, strict=True)
-            parts = [coded.f[:, i:j] @ sae.W_dec[i:j] for i, j in blocks]
-            part_BPD = torch.stack(parts, dim=1) if len(parts) > 1 else parts[0][:, None]
-        elif end_P is None:
-            part_BPD = sparse.decode(coded.f, sae.W_dec, coded.index)[:, None]
-        else:
-            index = coded.index.split(end_P)
-            part_BPD = sparse.decode(coded.f, sae.W_dec, index).unflatten(0, (-1, len(end_P)))
-        if part_BPD.shape[1] > 1:
-            part_BPD = part_BPD.cumsum(dim=1)
-        return part_BPD + sae.b_dec
+    def _reconstruct_densely(
+        self, f_BS: Tensor, x_BD: Tensor, end_P: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `sparse.reconstruct`."""
+        sae, ends = self.sae, end_P.tolist()
+        x_hat_BD, error = sae.b_dec, torch.zeros((), dtype=x_BD.dtype, device=x_BD.device)
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            x_hat_BD = x_hat_BD + f_BS[:, start:end] @ sae.W_dec[start:end]
+            error = error + (x_hat_BD - x_BD).square().mean() / len(ends)
+        return error, x_hat_BD.detach()
 
 
 @jaxtyped(typechecker=beartype.beartype)

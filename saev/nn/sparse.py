@@ -171,6 +171,68 @@ def decode(
     return _Decode.apply(value_n, W_dec, index)
 
 
+class _Reconstruct(torch.autograd.Function):
+    """On a CPU: everything that needs the rows of W_dec that a sample fires, while they are in the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: tp.Any,
+        value_n: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        x_BD: Tensor,
+        index: Index,
+        end_P: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        (B, D), P = x_BD.shape, len(end_P)
+        x_hat_BD, error_B = torch.empty_like(x_BD), x_BD.new_empty(B)
+        g_BPD, g_n = x_BD.new_empty(B, P, D), torch.empty_like(value_n)
+        inputs = (x_BD, value_n, index.latent_n, index.start_O1, W_dec.contiguous(), b_dec, end_P)
+        arrays = [t.detach().numpy() for t in inputs]
+        outputs = [t.numpy() for t in (x_hat_BD, error_B, g_BPD, g_n)]
+        kernels.in_threads(
+            lambda first, last: kernels.reconstruct(*arrays, first, last, *outputs), B
+        )
+        ctx.save_for_backward(value_n, g_BPD, g_n, end_P)
+        ctx.index = index
+        ctx.mark_non_differentiable(x_hat_BD)
+        return error_B.sum() / g_BPD.numel(), x_hat_BD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: tp.Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        value_n, g_BPD, g_n, end_P = ctx.saved_tensors
+        factor = g * 2 / g_BPD.numel()
+        order_n, row_n, start_S1 = ctx.index.by_latent
+        if len(end_P) > 1:  # a latent's samples are those rows of g that belong to its block
+            latents_S = torch.arange(ctx.index.n_latents)
+            block_S = torch.searchsorted(end_P, latents_S, right=True).int()
+            row_n = row_n * len(end_P) + block_S.repeat_interleave(start_S1.diff())
+        grad_SD = bag(g_BPD.flatten(0, 1), row_n, (value_n * factor)[order_n], start_S1)
+        return g_n * factor, grad_SD, g_BPD[:, 0].sum(dim=0) * factor, None, None, None
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def reconstruct(
+    value_n: Float[Tensor, " n"],
+    W_dec: Float[Tensor, "S D"],
+    b_dec: Float[Tensor, " D"],
+    x_BD: Float[Tensor, "B D"],
+    index: Index,
+    end_P: Int[Tensor, " P"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "B D"]]:
+    """(mean squared error over samples, prefixes and dimensions; reconstructions by the longest prefix, the whole dictionary).
+
+    Differentiable in the codes, W_dec and b_dec, through the error alone.
+    """
+    if x_BD.is_cuda:
+        B, P = len(x_BD), len(end_P)
+        parts = index.split(end_P) if P > 1 else index
+        x_hat_BPD = decode(value_n, W_dec, parts).unflatten(0, (B, P)).cumsum(dim=1) + b_dec
+        return (x_hat_BPD - x_BD[:, None]).square().mean(), x_hat_BPD[:, -1].detach()
+    return _Reconstruct.apply(value_n, W_dec, b_dec, x_BD, index, end_P)
+
+
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -1,14 +1,22 @@
 """Triton kernels for the GPU: the two products with sparse codes that every sparse step is made of.
 
-Float32 accumulation whatever the tables' dtype, and no atomics: each output is summed by one program in a fixed
-order, so the same inputs give the same bits. A latent that fires on every sample is one long sum; its programs (one
-for each block of dimensions) take longer than the others, which run beside them.
+Accumulation is in float32 whatever the tables' dtype, and there are no atomics: each output number belongs to one
+program, which adds in an order that depends on shapes alone, so the same inputs give the same bits. The price: a latent
+that fires on every sample is one long loop of one program for each block of dimensions. It runs beside the programs of
+all other latents. Splitting it would need atomics (an order that varies) or the longest segment's length on the host
+(a wait for the GPU in every step).
 
-Shape letters: O rows of codes, R table rows, D d_vit, n codes.
+Rows are read ROWS at a time, in blocks of neighbouring dimensions. Products are kept for each of the ROWS places and
+summed once, after the loop: a sum inside it would make a program's threads wait for each other on every turn.
+
+Indices are trusted: one outside its table reads foreign memory, and to check them would wait for the GPU.
+
+Shape letters: O rows of codes (segments), R table rows, D d_vit, n codes.
 """
 
 import functools
 import importlib.util
+import inspect
 import typing as tp
 
 import beartype
@@ -18,6 +26,8 @@ from torch import Tensor
 
 ROWS = 8
 """Table rows that a program loads at a time."""
+OPTIONS = {"enable_fp_fusion": True}
+"""Multiply and add in one rounding. Triton 3.9 warns where this is left open: its default is about to change."""
 
 
 @functools.cache
@@ -26,33 +36,40 @@ def _is_installed() -> bool:
 
 
 def available(table_RD: Tensor) -> bool:
-    """Do the kernels run where this tensor is?"""
+    """Do the kernels run where this tensor is? (Not for float64, which they would round to float32.)"""
     return table_RD.is_cuda and table_RD.dtype != torch.float64 and _is_installed()
 
 
 @functools.cache
 def _kernels() -> tuple[tp.Any, tp.Any]:
-    """Compiled on first use: this module can be imported without Triton."""
+    """Compiled on first use: this module can be imported without Triton.
+
+    Row and output offsets are int64: a table may have more than 2^31 numbers.
+    """
     import triton
     import triton.language as tl
 
-    @triton.jit
+    def jit(function):
+        """(Triton cannot compile what a test's import hook wraps around functions.)"""
+        return triton.jit(inspect.unwrap(function))
+
+    @jit
     def bag_kernel(table, index, weight, start, out, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         o = tl.program_id(0).to(tl.int64)
         d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         first = tl.load(start + o)
         last = tl.load(start + o + 1)
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
         for at in range(first, last, ROWS):
             j = at + tl.arange(0, ROWS)
             row = tl.load(index + j, mask=j < last, other=0).to(tl.int64)
             factor = tl.load(weight + j, mask=j < last, other=0.0).to(tl.float32)
             mask = (j < last)[:, None] & (d < D)[None, :]
             values = tl.load(table + row[:, None] * D + d[None, :], mask=mask, other=0.0)
-            total += tl.sum(values.to(tl.float32) * factor[:, None], axis=0)
-        tl.store(out + o * D + d, total, mask=d < D)
+            total += values.to(tl.float32) * factor[:, None]
+        tl.store(out + o * D + d, tl.sum(total, axis=0), mask=d < D)
 
-    @triton.jit
+    @jit
     def bag_dot_kernel(a, table, index, start, out, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         o = tl.program_id(0).to(tl.int64)
         first = tl.load(start + o)
@@ -60,20 +77,20 @@ def _kernels() -> tuple[tp.Any, tp.Any]:
         for at in range(first, last, ROWS):
             j = at + tl.arange(0, ROWS)
             row = tl.load(index + j, mask=j < last, other=0).to(tl.int64)
-            total = tl.zeros((ROWS,), dtype=tl.float32)
+            total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
             for begin in range(0, D, BLOCK):
                 d = begin + tl.arange(0, BLOCK)
                 left = tl.load(a + o * D + d, mask=d < D, other=0.0).to(tl.float32)
                 mask = (j < last)[:, None] & (d < D)[None, :]
                 right = tl.load(table + row[:, None] * D + d[None, :], mask=mask, other=0.0)
-                total += tl.sum(right.to(tl.float32) * left[None, :], axis=1)
-            tl.store(out + j, total, mask=j < last)
+                total += right.to(tl.float32) * left[None, :]
+            tl.store(out + j, tl.sum(total, axis=1), mask=j < last)
 
     return bag_kernel, bag_dot_kernel
 
 
 def _block(D: int) -> int:
-    """Dimensions that a program handles: a power of two, at most 256."""
+    """Dimensions that a program handles at a time: a power of two, from 16 to 256."""
     return min(256, 1 << max(4, (D - 1).bit_length()))
 
 
@@ -83,17 +100,21 @@ def bag(
     index_n: Int[Tensor, " n"],
     weight_n: Float[Tensor, " n"],
     start_O1: Int[Tensor, " O1"],
+    *,
+    out_dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "O D"]:
-    """out[o] = sum over j in start[o] .. start[o + 1] of weight[j] table[index[j]], in float32. An empty sum is 0."""
+    """out[o] = sum over j in start[o] .. start[o + 1] of weight[j] table[index[j]]. An empty sum is 0.
+
+    The sparse decoder (o a sample, the table W_dec) and the sparse gradient of a weight matrix (o a latent, codes
+    ordered by latent, the table a batch). A program computes one o and one block of dimensions.
+    """
     O, D = len(start_O1) - 1, table_RD.shape[1]  # noqa: E741
-    out_OD = torch.empty(O, D, dtype=torch.float32, device=table_RD.device)
-    if O:
+    out_OD = torch.empty(O, D, dtype=out_dtype, device=table_RD.device)
+    if out_OD.numel():
         block = _block(D)
-        kernel = _kernels()[0]
-        table_RD, weight_n = table_RD.contiguous(), weight_n.contiguous()
-        kernel[(O, -(-D // block))](
-            table_RD, index_n, weight_n, start_O1, out_OD, D, ROWS=ROWS, BLOCK=block
-        )
+        ins = [t.contiguous() for t in (table_RD, index_n, weight_n, start_O1)]
+        with torch.cuda.device_of(table_RD):  # Triton launches on the current GPU
+            _kernels()[0][(O, -(-D // block))](*ins, out_OD, D, ROWS=ROWS, BLOCK=block, **OPTIONS)
     return out_OD
 
 
@@ -102,13 +123,18 @@ def bag_dot(
     a_OD: Float[Tensor, "O D"],
     table_RD: Float[Tensor, "R D"],
     index_n: Int[Tensor, " n"],
-    start_O1: Int[Tensor, " O1"],
+    start_O1: Int[Tensor, " O+1"],
+    *,
+    out_dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, " n"]:
-    """out[j] = <a[o], table[index[j]]> for j in start[o] .. start[o + 1], in float32."""
+    """out[j] = <a[o], table[index[j]]> for j in start[o] .. start[o + 1]: the gradient of the codes.
+
+    Codes of no segment get 0. A program computes all dots of one o.
+    """
     O, D = a_OD.shape  # noqa: E741
-    out_n = torch.empty(len(index_n), dtype=torch.float32, device=table_RD.device)
-    if len(index_n):
-        kernel = _kernels()[1]
-        a_OD, table_RD = a_OD.contiguous(), table_RD.contiguous()
-        kernel[(O,)](a_OD, table_RD, index_n, start_O1, out_n, D, ROWS=ROWS, BLOCK=_block(D))
+    out_n = torch.zeros(len(index_n), dtype=out_dtype, device=table_RD.device)
+    if O and len(index_n):
+        ins = [t.contiguous() for t in (a_OD, table_RD, index_n, start_O1)]
+        with torch.cuda.device_of(table_RD):
+            _kernels()[1][(O,)](*ins, out_n, D, ROWS=ROWS, BLOCK=_block(D), **OPTIONS)
     return out_n

@@ -1,0 +1,93 @@
+"""The step of a ReLU SAE while many latents fire: five dense products and little else. B batch, D d_vit, S latents.
+
+Some samples at a time, so that what lies between the products stays in a CPU's cache; gradients are computed on the way.
+"""
+
+import typing as tp
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 8 * 2**20
+"""Codes of the samples that are handled at a time."""
+
+
+class ReluStep(tp.NamedTuple):
+    """Results of `relu`."""
+
+    error: Tensor
+    """Mean squared error over samples and dimensions."""
+    l1: Tensor
+    """L1 of a code, each latent times its decoder row's norm; mean over samples."""
+    x_hat_BD: Tensor
+    f_BS: Tensor
+
+
+class _Relu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: tp.Any,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        x_BD: Tensor,
+        l1_coeff: float,
+        f_BS: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        B, D = x_BD.shape
+        W_SD, norm_S = W_enc.T, W_dec.norm(dim=1)
+        grad_enc_SD, grad_dec_SD = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
+        grad_b_S, f_sum_S = torch.zeros_like(b_enc), torch.zeros_like(b_enc)
+        error, x_hat_BD, g_sum_D = x_BD.new_zeros(()), torch.empty_like(x_BD), x_BD.new_zeros(D)
+        size = max(16, CHUNK_BYTES // (4 * len(W_dec)))
+        df_buffer_CS = x_BD.new_empty(min(size, B), len(W_dec))
+        for start in range(0, B, size):
+            mine = slice(start, min(start + size, B))
+            xc_CD, f_CS = x_BD[mine] - b_dec, f_BS[mine]
+            df_CS = df_buffer_CS[: len(xc_CD)]
+            torch.addmm(b_enc, xc_CD, W_SD.T, out=f_CS).relu_()
+            torch.addmm(b_dec, f_CS, W_dec, out=x_hat_BD[mine])
+            error_CD = x_hat_BD[mine] - x_BD[mine]
+            error += error_CD.square().sum()
+            g_CD = error_CD.mul_(2 / (B * D))
+            torch.addmm(norm_S * (l1_coeff / B), g_CD, W_dec.T, out=df_CS)
+            torch.ops.aten.threshold_backward.grad_input(df_CS, f_CS, 0, grad_input=df_CS)
+            grad_dec_SD.addmm_(f_CS.T, g_CD)
+            grad_enc_SD.addmm_(df_CS.T, xc_CD)
+            grad_b_S += df_CS.sum(dim=0)
+            f_sum_S += f_CS.sum(dim=0)
+            g_sum_D += g_CD.sum(dim=0)
+        grad_dec_SD += (l1_coeff / B) * (f_sum_S / norm_S.clamp(min=1e-12))[:, None] * W_dec
+        grad_b_dec_D = g_sum_D - W_enc @ grad_b_S
+        ctx.save_for_backward(grad_enc_SD.T, grad_b_S, grad_dec_SD, grad_b_dec_D)
+        error, l1 = error / (B * D), f_sum_S @ norm_S / B
+        ctx.mark_non_differentiable(error, l1, x_hat_BD)
+        return error + l1_coeff * l1, error, l1, x_hat_BD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: tp.Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grads = ctx.saved_tensors
+        if g != 1:
+            grads = tuple(grad * g for grad in grads)
+        return *grads, None, None, None
+
+
+def relu(
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    x_BD: Tensor,
+    l1_coeff: float,
+    f_BS: Tensor,
+) -> tuple[Tensor, ReluStep]:
+    """(loss, what it is made of): the mean squared error plus l1_coeff times L1. Differentiable in the parameters through the loss.
+
+    Args:
+        x_BD: scaled activations.
+        f_BS: memory for the codes, which are returned in it.
+    """
+    loss, error, l1, x_hat_BD = _Relu.apply(W_enc, b_enc, W_dec, b_dec, x_BD, l1_coeff, f_BS)
+    return loss, ReluStep(error, l1, x_hat_BD, f_BS)
