@@ -161,7 +161,7 @@ def test_training_equals_a_plain_loop(cfg: config.Train) -> None:
         if step == 0:
             sae.initialize(x_BD)
         left = min(1, (12 - step) / (0.2 * 12))
-        optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 4) * left
+        optimizer.param_groups[0]["lr"] = 1e-2 * left  # a tenth of the steps is one: no warm-up
         optimizer.zero_grad()
         x_hat_BD, _ = sae(x_BD)
         ((x_hat_BD - x_BD) * sae.scale).square().mean().backward()
@@ -191,6 +191,33 @@ def test_runs_on_one_stream_equal_runs_alone(cfg: config.Train) -> None:
             assert torch.equal(tensor, weights(fpath)[name]), name
 
 
+def test_schedules() -> None:
+    """200 steps: 20 of warm-up, a plateau, 40 of decay."""
+    cfg = config.Train(n_patches=200 * 8, batch_size=8, lr=1.0, n_lr_warmup=20)
+    for name, at_190 in [
+        ("constant", 1.0),
+        ("linear", 0.25),
+        ("cosine", 0.5 - 0.5 * math.cos(math.pi / 4)),
+    ]:
+        lr = [change(cfg, lr_decay=name).lr_at(step) for step in range(200)]
+        assert lr[:20] == pytest.approx([(i + 1) / 20 for i in range(20)])
+        assert lr[20:160] == [1.0] * 140
+        assert lr[190] == pytest.approx(at_190)
+        assert all(a >= b > 0 for a, b in zip(lr[19:], lr[20:], strict=False))
+    assert change(cfg, n_lr_warmup=500).lr_at(19) == 1.0, "at most a tenth of the steps"
+    relu = change(cfg, sae=nn_config.Relu(), n_sparsity_warmup=10)
+    assert [relu.sparsity_at(step) for step in (0, 4, 9, 100)] == [0.1, 0.5, 1.0, 1.0]
+
+
+def test_learning_rate_that_is_left_out() -> None:
+    def peak(n_steps: int, sae: nn_config.Architecture) -> float:
+        return config.Train(n_patches=8 * n_steps, batch_size=8, sae=sae).peak_lr
+
+    assert peak(500, nn_config.TopK()) == peak(1000, nn_config.BatchTopK()) == 4e-3
+    assert peak(4000, nn_config.TopK()) == pytest.approx(2e-3)
+    assert peak(500, nn_config.Relu()) == peak(50_000, nn_config.JumpRelu()) == 4e-4
+
+
 def test_groups_share_a_stream_only_when_it_is_the_same(cfg: config.Train) -> None:
     others = [
         change(cfg, seed=1),
@@ -216,7 +243,7 @@ def test_every_metric_is_logged_and_finite(cfg: config.Train) -> None:
         for line in lines:
             assert line.keys() >= NAMES
             assert all(math.isfinite(v) for v in line.values()), line
-        assert [line["lr"] for line in lines] == pytest.approx([0.0025, 0.01, 0.01, 0.01])
+        assert [line["lr"] for line in lines] == pytest.approx([0.01] * 4)
         assert all(0 <= line["loader_wait"] <= 1 and line["tokens_per_s"] > 0 for line in lines)
         assert lines[0]["grad_norm"] > 0
 
@@ -284,6 +311,7 @@ def test_run_id_depends_on_what_decides_the_weights_and_on_nothing_else(
         change(cfg, batch_size=16),
         change(cfg, n_patches=13 * 32),
         change(cfg, n_lr_warmup=5),
+        change(cfg, lr=None),
         change(cfg, lr_decay="cosine"),
         change(cfg, max_grad_norm=0.5),
         change(cfg, ema=0.9),

@@ -35,10 +35,10 @@ class Train:
     """Activations to evaluate on (all there are, if fewer)."""
     batch_size: int = 4096
     """Activations per step."""
-    lr: float = 4e-4
-    """Adam's learning rate after warm-up."""
+    lr: float | None = None
+    """Adam's learning rate after warm-up. Left out: 4e-4 for ReLU and JumpReLU; for TopK and BatchTopK 4e-3, in more than 1,000 steps falling as 1 / sqrt(steps) (logbook 008)."""
     n_lr_warmup: int = 500
-    """Steps of linear learning-rate warm-up."""
+    """Steps of linear learning-rate warm-up (at most a tenth of all)."""
     lr_decay: tp.Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate falls to 0 in the last --decay-frac of the steps (constant: it does not)."""
     decay_frac: float = 0.2
@@ -99,7 +99,8 @@ class Train:
         for name in ("seed", "n_threads", "n_lr_warmup", "n_sparsity_warmup", "max_grad_norm"):
             self._check(name, getattr(self, name) >= 0, "must not be negative")
         for name in ("lr", "pool_gb", "save_every"):
-            positive = 0 < getattr(self, name) < math.inf
+            value = getattr(self, name)
+            positive = value is None or 0 < value < math.inf
             self._check(name, positive, "must be positive and finite")
         self._check("decay_frac", 0 <= self.decay_frac <= 1, "must be between 0 and 1")
         self._check("ema", 0 <= self.ema < 1, "must be in [0, 1)")
@@ -132,7 +133,7 @@ class Train:
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, a plateau, then the decay, which would reach 0 at the step after the last."""
-        warm = min(1.0, (step + 1) / max(1, self.n_lr_warmup))
+        warm = min(1.0, (step + 1) / max(1, min(self.n_lr_warmup, self.n_steps // 10)))
         n_decay = self.decay_frac * self.n_steps
         left = min(1.0, (self.n_steps - step) / max(1.0, n_decay))
         match self.lr_decay:
@@ -140,7 +141,16 @@ class Train:
                 left = 1.0
             case "cosine":
                 left = 0.5 * (1 - math.cos(math.pi * left))
-        return self.lr * warm * left
+        return self.peak_lr * warm * left
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate between warm-up and decay."""
+        if self.lr is not None:
+            return self.lr
+        if not isinstance(self.sae, nn_config.TopK | nn_config.BatchTopK):
+            return 4e-4
+        return 4e-3 * min(1.0, (1000 / self.n_steps) ** 0.5)
 
     def sparsity_at(self, step: int) -> float:
         """Factor of the sparsity coefficient."""

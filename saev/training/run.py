@@ -201,7 +201,7 @@ def _on_cpu(tree: tp.Any) -> tp.Any:
 
 @beartype.beartype
 def with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
-    """The config with the width of the activations filled in.
+    """The config with the width of the activations and the learning rate filled in.
 
     Raises:
         UserError: it names another width, or does not fit this one.
@@ -216,4 +216,4 @@ def with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
         raise errors.UserError(
             f"--objective.n-prefixes {cfg.objective.n_prefixes}: the dictionary has {sae.d_sae} latents. Lower it."
         )
-    return dataclasses.replace(cfg, sae=sae)
+    return dataclasses.replace(cfg, sae=sae, lr=cfg.peak_lr)
