@@ -2,6 +2,7 @@
 
 import collections.abc
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -203,7 +204,7 @@ def test_schedules() -> None:
         assert lr[:20] == pytest.approx([(i + 1) / 20 for i in range(20)])
         assert lr[20:160] == [1.0] * 140
         assert lr[190] == pytest.approx(at_190)
-        assert all(a >= b > 0 for a, b in zip(lr[19:], lr[20:], strict=False))
+        assert all(a >= b > 0 for a, b in itertools.pairwise(lr[19:]))
     assert change(cfg, n_lr_warmup=500).lr_at(19) == 1.0, "at most a tenth of the steps"
     relu = change(cfg, sae=nn_config.Relu(), n_sparsity_warmup=10)
     assert [relu.sparsity_at(step) for step in (0, 4, 9, 100)] == [0.1, 0.5, 1.0, 1.0]
