@@ -107,7 +107,7 @@ BAD = {
     "[sae]\ntype = {a = 1}": "sae.type = {'a': 1}: valid types are relu, ",
     "lr = [1.0, 2.0]\n[[paired]]\nlr = 3.0": r"lr is given twice: in \[\[paired\]\] and beside it",
     "lr = {a = 1}": "lr = {'a': 1}: must be float",
-    "[n_hours]\na = 1": "n_hours = {'a': 1}: must be float",
+    "[n_hours]\na = 1": "n_hours = {'a': 1}: must be float, not dict",
     "seed = true": "seed = True: must be int, not bool",
     "[sae]\nd_vit = 'x'": "sae.d_vit = 'x': must be int",
     "[data]\npatches = 'img'": "data.patches = 'img': must be one of 'image', 'cls', 'all'",

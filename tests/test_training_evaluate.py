@@ -1,0 +1,123 @@
+"""Evaluation after training, against plain formulas over all activations at once. B batch, D d_vit, S latents."""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+from saev import nn
+from saev.data import config as data_config
+from saev.nn import config as nn_config
+from saev.nn import metrics
+from saev.training import config, evaluate, loop
+
+
+@pytest.fixture
+def trained(make_shards, tmp_path: pathlib.Path) -> tuple[config.Train, pathlib.Path, np.ndarray]:
+    """(config, run directory, held-out activations): 100 training activations, 60 held out, far from zero."""
+    rng = np.random.default_rng(0)
+    acts = 50 + rng.standard_normal((25, 1, 4, 8), np.float32)
+    held_out = 50 + rng.standard_normal((15, 1, 4, 8), np.float32)
+    more = {"n_patches": 4, "d_vit": 8, "layers": (0,), "cls_token": False, "per_shard": 4}
+    shards, _ = make_shards(n_imgs=25, acts=acts, **more)
+    val_shards, _ = make_shards(n_imgs=15, acts=held_out, **more)
+    cfg = config.Train(
+        sae=nn_config.BatchTopK(exp_factor=4, top_k=3),
+        data=data_config.Shards(str(shards)),
+        val_data=data_config.Shards(str(val_shards)),
+        n_patches=30 * 16,
+        batch_size=16,
+        ckpt_to=str(tmp_path / "ck"),
+        wandb_project="",
+        device="cpu",
+    )
+    (fpath,) = loop.main([cfg])
+    return cfg, pathlib.Path(fpath).parent, held_out.reshape(-1, 8)
+
+
+def test_metrics_are_those_of_all_held_out_activations(trained) -> None:
+    _, dpath, x_ND = trained
+    found = json.loads((dpath / "metrics.json").read_text())
+    x_BD = torch.from_numpy(x_ND)
+    x_hat_BD, f_BS = nn.load(dpath / "sae.pt")(x_BD)
+    assert (found["held_out"], found["n"], found["n_latents"]) == (True, 60, 32)
+    for name in ("mse", "normalized_mse", "explained_variance"):
+        want = getattr(metrics, name)(x_BD.double().float(), x_hat_BD)
+        assert found[name] == pytest.approx(want, rel=1e-3), name
+    fires_BS = f_BS > 0
+    assert found["l0_count"] == pytest.approx(fires_BS.sum(dim=1).double().mean().item())
+    assert found["l0"] == pytest.approx(metrics.l0(f_BS))
+    assert found["l1"] == pytest.approx(metrics.l1(f_BS), rel=1e-5)
+    assert found["n_dead"] == (~fires_BS).all(dim=0).sum()
+    assert found["n_dense"] == (fires_BS.float().mean(dim=0) > 0.1).sum()
+    assert 0 < found["n_dense"] < 32
+
+    latents = np.load(dpath / "latents.npz")
+    np.testing.assert_array_equal(latents["n_fired"], fires_BS.sum(dim=0))
+    np.testing.assert_allclose(latents["frequency"], fires_BS.double().mean(dim=0))
+    np.testing.assert_allclose(latents["max_value"], f_BS.amax(dim=0), rtol=1e-6)
+    total_S, n_S = f_BS.double().sum(dim=0).numpy(), fires_BS.sum(dim=0).numpy()
+    want_S = np.divide(total_S, n_S, out=np.zeros(32), where=n_S > 0)
+    np.testing.assert_allclose(latents["mean_value"], want_S, rtol=1e-6)
+
+
+def test_batches_of_any_size_add_up_to_the_same(trained) -> None:
+    _, dpath, x_ND = trained
+    sae, x_BD = nn.load(dpath / "sae.pt"), torch.from_numpy(x_ND)
+    results = []
+    for size in (1, 7, 60):
+        sums = evaluate.Sums(sae)
+        for part_BD in x_BD.split(size):
+            sums.add(part_BD)
+        results.append(sums.metrics())
+    assert results[0] == pytest.approx(results[2], rel=1e-4)
+    assert results[1] == pytest.approx(results[2], rel=1e-4)
+
+
+def test_without_held_out_activations_it_says_so(trained) -> None:
+    cfg, _, _ = trained
+    alone = config.Train(**{**vars(cfg), "val_data": data_config.Shards(), "seed": 1})
+    (fpath,) = loop.main([alone])
+    found = json.loads((pathlib.Path(fpath).parent / "metrics.json").read_text())
+    assert (found["held_out"], found["n"]) == (False, 100)
+
+
+def test_fewer_activations_on_request(trained) -> None:
+    cfg, dpath, _ = trained
+    (dpath / "metrics.json").unlink()
+    evaluate.ensure(dpath, config.Train(**{**vars(cfg), "n_val_patches": 50}))
+    assert json.loads((dpath / "metrics.json").read_text())["n"] == 50
+
+
+def test_a_run_killed_before_its_evaluation_is_evaluated_by_the_same_command(trained) -> None:
+    cfg, dpath, _ = trained
+    before = (dpath / "metrics.json").read_text()
+    stamp = (dpath / "sae.pt").stat().st_mtime_ns
+    (dpath / "metrics.json").unlink()
+    loop.main([cfg])
+    assert (dpath / "metrics.json").read_text() == before
+    assert (dpath / "sae.pt").stat().st_mtime_ns == stamp
+
+
+def test_constant_activations_have_no_normalised_error(trained) -> None:
+    _, dpath, _ = trained
+    sums = evaluate.Sums(nn.load(dpath / "sae.pt"))
+    sums.add(torch.full((5, 8), 50.0))
+    found = sums.metrics()
+    assert found["normalized_mse"] is None and found["explained_variance"] is None
+    assert math.isfinite(found["mse"])
+    json.dumps(found, allow_nan=False)
+
+
+def test_how_rare_and_how_common(trained) -> None:
+    """A latent that fires once in 200,000 is almost dead, one that fires on a fifth is dense."""
+    _, dpath, _ = trained
+    sums = evaluate.Sums(nn.load(dpath / "sae.pt"))
+    sums.n = 200_000
+    sums.n_fired_S[:] = 1000
+    sums.n_fired_S[:3] = torch.tensor([0.0, 1.0, 40_000.0])
+    found = sums.metrics()
+    assert (found["n_dead"], found["n_almost_dead"], found["n_dense"]) == (1, 1, 1)
