@@ -307,7 +307,7 @@ def _result(job: tp.Any) -> tp.Any:
     import submitit
 
     try:
-        kind, value = job.result()
+        kind, value = job.results()[0]  # of several tasks that work together, the first
     except submitit.core.utils.FailedJobError as err:
         raise errors.UserError(
             f"job {job.job_id} failed: {_exception_line(str(err)).rstrip('.')}. Its log: {job.paths.stdout}"

@@ -17,7 +17,8 @@ from saev.nn import triton_kernels
 ROOT = pathlib.Path(__file__).parent.parent
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 I32, I64 = torch.int32, torch.int64
-ROUNDOFF = {F32: 2.0**-24, BF16: 2.0**-8, F16: 2.0**-11}
+ROUNDOFF = {F32: 2.0**-24, BF16: 2.0**-7, F16: 2.0**-11}
+"""Relative error of a stored result. (To bfloat16 the interpreter truncates; a GPU rounds, with half that error.)"""
 
 CASES = [
     # rows R, width D, codes of each segment, dtype of indices, of starts, of tables, of results
@@ -172,18 +173,12 @@ def test_they_compile_for_a_gpu(compiler, table: str, index: str, start: str, ou
 
 
 def test_offsets_are_64_bit(compiler) -> None:
-    """Row numbers are multiplied by D in 64 bits, though both come as int32."""
-    bag = {
-        "table": "*fp32",
-        "index": "*i32",
-        "weight": "*fp32",
-        "start": "*i32",
-        "out": "*fp32",
-    }
+    """Row x D and segment x D are products of 64-bit numbers, though rows and D come as int32."""
+    bag = {"table": "*fp32", "index": "*i32", "weight": "*fp32", "start": "*i32", "out": "*fp32"}
     dot = {"a": "*fp32", "table": "*fp32", "index": "*i32", "start": "*i32", "out": "*fp32"}
     for ptx in (compiler(0, bag), compiler(1, dot)):
-        assert "mul.wide.s32" in ptx or "mul.lo.s64" in ptx
-        assert "mul.lo.s32" not in ptx
+        assert "mul.lo.s64" in ptx
+        assert "mul.lo.s32" not in ptx and "mad.lo.s32" not in ptx
 
 
 @pytest.mark.parametrize("n_starts", [2, 4])

@@ -11,8 +11,9 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
-from saev import errors, launch
+from saev import errors, launch, nn
 from saev.demo import minicub
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -267,3 +268,59 @@ def test_a_dump_whose_tasks_are_killed_goes_on(tmp_path: pathlib.Path) -> None:
     there = pathlib.Path(done.stdout.strip())
     assert sorted(f.name for f in here.iterdir()) == sorted(f.name for f in there.iterdir())
     assert [f.name for f in here.iterdir() if f.read_bytes() != (there / f.name).read_bytes()] == []
+
+
+# ---- training ----
+
+
+def train_command(shards: pathlib.Path, ckpt_to: pathlib.Path, *more: str) -> list[str]:
+    """Some 20 seconds of training, two processes at most."""
+    return [
+        *(sys.executable, "train.py", "--data.shard-root", str(shards)),
+        *("--n-patches", str(8000 * 64), "--batch-size", "64", "--log-every", "500"),
+        *("--lr", "1e-3", "--wandb-project", "", "--device", "cpu", "--ckpt-to", str(ckpt_to)),
+        *(*more, "sae:batch-top-k", "--sae.exp-factor", "4", "--sae.top-k", "4"),
+    ]
+
+
+ON_SLURM = (
+    *("--slurm-acct", "test", "--slurm-partition", "nextgen", "--n-gpus", "0"),
+    *("--n-cpus", "1", "--n-hours", "0.2"),
+)
+
+
+def test_training_out_of_time_goes_on_to_the_same_weights(
+    make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGUSR2 in the middle: the state is saved, the job queued again, and nothing is trained twice."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
+    (here,) = saev(*train_command(shards, tmp_path / "here")[1:])
+    logs = tmp_path / "logs"
+    command = train_command(shards, tmp_path / "there", *ON_SLURM, "--log-to", str(logs))
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: any(f.stat().st_size for f in tmp_path.glob("there/*/metrics.jsonl")))
+    (job_id,) = {p.stem.removesuffix("_submitted") for p in logs.glob("*submitted.pkl")}
+    subprocess.run(["scancel", "--signal=USR2", job_id.split("_")[0]], check=True)
+    stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    there = pathlib.Path(stdout.strip())
+    log = "".join(f.read_text() for f in logs.glob("*.out"))
+    assert "SIGUSR2: saving after this step" in log and "going on after step" in log
+    assert there.read_bytes() == pathlib.Path(here).read_bytes()
+
+
+def test_two_tasks_share_the_batches_of_one_sae(
+    make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
+    few = ("--n-patches", str(60 * 64))
+    (here,) = saev(*train_command(shards, tmp_path / "here", *few)[1:])
+    more = (*few, *ON_SLURM, "--log-to", str(tmp_path / "logs"), "--data-parallel", "2")
+    (there,) = saev(*train_command(shards, tmp_path / "there", *more)[1:])
+    mine, theirs = nn.load(here).state_dict(), nn.load(there).state_dict()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
