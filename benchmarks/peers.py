@@ -169,6 +169,10 @@ def overcomplete(task: Task) -> Trained:
     pre-activation of the latents that no activation of the batch fires, as its documentation recommends. Its
     examples are of unit variance in each dimension: activations are scaled to a mean square of 1.
     """
+    import matplotlib.cm
+
+    if not hasattr(matplotlib.cm, "get_cmap"):  # its plots want what matplotlib 3.9 removed
+        matplotlib.cm.get_cmap = matplotlib.colormaps.get_cmap
     from overcomplete import sae as lib
 
     rms = task.batches(0).square().mean().sqrt().item()

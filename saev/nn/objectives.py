@@ -131,7 +131,11 @@ class Objective:
     def _is_dense_relu(self, x_BD: Tensor, end_P: Tensor | None) -> bool:
         """The case that `dense` is made for."""
         is_plain = isinstance(self.sae.cfg, config.Relu) and end_P is None
-        return is_plain and not (x_BD.is_cuda or self.is_bfloat16 or self._is_sparse(x_BD))
+        return (
+            is_plain
+            and sparse.uses_kernels(x_BD)
+            and not (self.is_bfloat16 or self._is_sparse(x_BD))
+        )
 
     def _dense_relu(self, x_BD: Tensor, sparsity: float) -> Output:
         sae = self.sae
@@ -178,10 +182,10 @@ class Objective:
         if isinstance(self.sae.cfg, config.TopK | config.BatchTopK):
             return True
         # On a GPU nobody waits for a count: dense.
-        return not x_BD.is_cuda and self.density < SPARSE_BELOW
+        return sparse.uses_kernels(x_BD) and self.density < SPARSE_BELOW
 
     def _note(self, matters_BS: Tensor) -> None:
-        if not matters_BS.is_cuda:
+        if sparse.uses_kernels(matters_BS):
             self.density = matters_BS.count_nonzero().item() / matters_BS.numel()
 
     def _encode_sparse(self, x_BD: Tensor) -> _Coded:
@@ -203,8 +207,8 @@ class Objective:
                 f_n = activations.jump(value_n, threshold_n, width)
                 l0 = activations.fires(value_n, threshold_n, width).sum() / len(x_BD)
                 return _Coded(f_n, found.index, l0)
-            case _:
-                return _Coded(value_n, found.index, value_n.new_zeros(()))
+            case _:  # on a GPU places with values that are not positive are among the codes
+                return _Coded(value_n.relu(), found.index, value_n.new_zeros(()))
 
     def _find(self, encoder: sparse.Encoder, xc_BD: Tensor) -> sparse.Codes:
         sae = self.sae
@@ -221,7 +225,7 @@ class Objective:
                 least_S = sae.log_threshold.detach().exp() - width / 2
         n_all = len(xc_BD) * sae.d_sae
         codes = sparse.above(encoder, xc_BD, least_S, int(min(self.density, 1.0) * n_all))
-        if not xc_BD.is_cuda:
+        if sparse.uses_kernels(xc_BD):
             self.density = len(codes.value_n) / n_all
         return codes
 

@@ -1,5 +1,5 @@
 """The update of a sparse autoencoder's parameters: decoder gradients without their part along the rows, one norm to
-clip by, Adam, decoder rows of unit norm. On a CPU two passes over the weights; on a GPU torch's fused Adam.
+clip by, Adam, decoder rows of unit norm. On a CPU two passes over the weights; on a GPU torch's operations.
 """
 
 import typing as tp
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
-from saev.nn import kernels
+from saev.nn import kernels, sparse
 from saev.nn.sae import SparseAutoencoder
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -36,7 +36,7 @@ class Adam:
         """Updates the parameters from their gradients, which it leaves changed, and returns the norm before clipping."""
         self.t += 1
         with_grad = {n: p for n, p in self.sae.named_parameters() if p.grad is not None}
-        if next(iter(with_grad.values())).is_cuda:
+        if not sparse.uses_kernels(self.sae.W_dec):
             return self._step_torch(with_grad, lr)
         return self._step_kernels(with_grad, lr)
 
@@ -73,28 +73,15 @@ class Adam:
 
     def _step_torch(self, with_grad: dict[str, Tensor], lr: float) -> Tensor:
         self.sae.remove_parallel_grad()
-        names = list(with_grad)
-        params = list(with_grad.values())
-        grads = [p.grad for p in params]
-        norm = torch.stack(torch._foreach_norm(grads)).norm()
-        if self.max_norm:
-            torch._foreach_mul_(grads, (self.max_norm / norm).clamp(max=1.0))
-        torch.optim.adam.adam(
-            params,
-            grads,
-            [self.m[n] for n in names],
-            [self.v[n] for n in names],
-            [],
-            [torch.full((), self.t - 1.0, device=p.device) for p in params],
-            fused=True,
-            amsgrad=False,
-            beta1=BETA1,
-            beta2=BETA2,
-            lr=lr,
-            weight_decay=0.0,
-            eps=EPS,
-            maximize=False,
-        )
+        norms = [torch.linalg.vector_norm(p.grad) for p in with_grad.values()]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        _, step, beta1, beta2, eps, correction = self._factors(lr, 0.0)
+        clip = (self.max_norm / norm).clamp(max=1.0) if self.max_norm else None
+        for name, p in with_grad.items():
+            g = p.grad if clip is None else p.grad.mul_(clip)
+            self.m[name].lerp_(g, 1 - beta1)
+            self.v[name].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            p.addcdiv_(self.m[name], self.v[name].sqrt().mul_(correction).add_(eps), value=-step)
         self.sae.normalize_decoder()
         return norm
 

@@ -48,7 +48,7 @@ class Index:
     @functools.cached_property
     def by_latent(self) -> "ByLatent":
         """The same codes in the order of their latents, rows rising within each."""
-        if self.latent_n.is_cuda:
+        if not uses_kernels(self.latent_n):
             order_n = torch.sort(self.latent_n, stable=True).indices
             n_S = torch.bincount(self.latent_n, minlength=self.n_latents)
             start_S1 = torch.nn.functional.pad(n_S.cumsum(0), (1, 0)).int()
@@ -93,15 +93,20 @@ class Codes:
     @property
     def fired_S(self) -> Bool[Tensor, " S"]:
         """Latents with a positive value somewhere."""
-        fired_S = torch.zeros(self.index.n_latents, dtype=torch.bool, device=self.value_n.device)
-        fired_S[self.index.latent_n[self.value_n > 0]] = True
-        return fired_S
+        fired_S = torch.zeros(self.index.n_latents, dtype=torch.uint8, device=self.value_n.device)
+        fires_n = (self.value_n > 0).to(torch.uint8)
+        return fired_S.scatter_reduce_(0, self.index.latent_n.long(), fires_n, "amax").bool()
 
     def dense(self) -> Float[Tensor, "O S"]:
         """The same codes with all their zeros."""
         f_OS = self.value_n.new_zeros(self.index.n_rows, self.index.n_latents)
         f_OS[self.index.row_n.long(), self.index.latent_n.long()] = self.value_n.detach()
         return f_OS
+
+
+def uses_kernels(t: Tensor) -> bool:
+    """Is this tensor handled by the compiled CPU kernels? Elsewhere the same is done by torch's operations (and Triton)."""
+    return not t.is_cuda
 
 
 # ---- sums of rows ----
@@ -129,7 +134,7 @@ def bag_dot(a_OD: Tensor, table_RD: Tensor, index: Index) -> Float[Tensor, " n"]
     """<a[o], table[latent[j]]> for each code j of row o."""
     if triton_kernels.available(table_RD):
         return triton_kernels.bag_dot(a_OD, table_RD, index.latent_n, index.start_O1)
-    if table_RD.is_cuda:
+    if not uses_kernels(table_RD):
         return (a_OD[index.row_n] * table_RD[index.latent_n]).sum(dim=1)
     out_n = np.empty(len(index.latent_n), table_RD.detach().numpy().dtype)
     a, table = a_OD.detach().contiguous().numpy(), table_RD.detach().contiguous().numpy()
@@ -225,7 +230,7 @@ def reconstruct(
 
     Differentiable in the codes, W_dec and b_dec, through the error alone.
     """
-    if x_BD.is_cuda:
+    if not uses_kernels(x_BD):
         B, P = len(x_BD), len(end_P)
         parts = index.split(end_P) if P > 1 else index
         x_hat_BPD = decode(value_n, W_dec, parts).unflatten(0, (B, P)).cumsum(dim=1) + b_dec
@@ -389,7 +394,7 @@ def top_k(encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int) -> Codes:
     """The k largest pre-activations of each row, if positive. Of equal ones a CPU keeps the lowest latents."""
     B, S = len(xc_BD), len(encoder.W_SD)
     k = min(k, S)
-    if xc_BD.is_cuda:
+    if not uses_kernels(xc_BD):
         value_BK, latent_BK = _dense(encoder, xc_BD).topk(k, dim=1, sorted=False)
         latent_BK, order_BK = latent_BK.int().sort(dim=1)
         return _of_places(value_BK.gather(1, order_BK), latent_BK, S)
@@ -426,7 +431,7 @@ def above(
         n_likely: about how many there are in the batch (memory is taken for twice as many, and more when needed).
     """
     S = len(encoder.W_SD)
-    if xc_BD.is_cuda:
+    if not uses_kernels(xc_BD):
         pre_BS = _dense(encoder, xc_BD)
         return _where(pre_BS, pre_BS > least_S)
     n_B = np.empty(len(xc_BD), np.int32)
@@ -509,7 +514,7 @@ class BatchSearch:
 def _from(codes: Codes, least: float) -> Codes:
     """The codes that are not below `least`."""
     index = codes.index
-    if codes.value_n.is_cuda:
+    if not uses_kernels(codes.value_n):
         keep_n = codes.value_n >= least
         n_B = torch.segment_reduce(keep_n.float(), "sum", offsets=index.start_O1.long(), initial=0)
         start_B1 = torch.nn.functional.pad(n_B.cumsum(0), (1, 0)).int()

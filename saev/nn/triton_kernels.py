@@ -1,10 +1,9 @@
 """Triton kernels for the GPU: the two products with sparse codes that every sparse step is made of.
 
 Accumulation is in float32 whatever the tables' dtype, and there are no atomics: each output number belongs to one
-program, which adds in an order that depends on shapes alone, so the same inputs give the same bits. The price: a latent
-that fires on every sample is one long loop of one program for each block of dimensions. It runs beside the programs of
-all other latents. Splitting it would need atomics (an order that varies) or the longest segment's length on the host
-(a wait for the GPU in every step).
+program, which adds in a fixed order, so the same inputs give the same bits. The price: a latent that fires on every
+sample is one long loop of one program for each block of dimensions. It runs beside the programs of all other latents.
+Splitting it would need atomics, whose order varies, or a second pass over partial sums.
 
 Rows are read ROWS at a time, in blocks of neighbouring dimensions. Products are kept for each of the ROWS places and
 summed once, after the loop: a sum inside it would make a program's threads wait for each other on every turn.
