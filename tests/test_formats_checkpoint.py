@@ -134,8 +134,18 @@ def test_header_of_an_sae(sae_fpath: pathlib.Path) -> None:
     header, _ = checkpoint.read(sae_fpath, "sae")
     assert header == {
         "lib": "saev",
-        "schema": 100,
+        "schema": 101,
         "kind": "sae",
         "cls": "TopK",
-        "cfg": {"d_vit": 4, "exp_factor": 2, "top_k": 32},
+        "cfg": {
+            "d_vit": 4,
+            "exp_factor": 2,
+            "normalize": "scale",
+            "b_dec_init": "mean",
+            "tied_init": True,
+            "top_k": 3,
+            "aux_coeff": 1 / 32,
+            "aux_k": 0,
+        },
+        "activations": {},
     }

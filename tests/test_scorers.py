@@ -141,7 +141,9 @@ def test_sae_scores_are_its_first_latents_codes(data, tmp_path: pathlib.Path) ->
 
 
 def test_sae_of_another_width_is_refused(data, tmp_path: pathlib.Path) -> None:
-    nn.save(nn.SparseAutoencoder(nn_config.TopK(d_vit=8, exp_factor=2)), tmp_path / "sae.pt")
+    nn.save(
+        nn.SparseAutoencoder(nn_config.TopK(d_vit=8, exp_factor=2, top_k=3)), tmp_path / "sae.pt"
+    )
     with pytest.raises(errors.UserError, match=r"8 wide, but .* holds 6"):
         scorers.fit(config.Sae(str(tmp_path / "sae.pt")), data[0], 5)
 
