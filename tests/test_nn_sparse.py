@@ -82,7 +82,7 @@ def plain_loss(
         pre_BC = pre_BS[:, dead_C]
         values_BK, which_BK = pre_BC.topk(k, dim=1)
         f_BC = torch.zeros_like(pre_BC).scatter(1, which_BK, values_BK.relu())
-        aux = ((f_BC @ sae.W_dec[dead_C] - error_BD) ** 2).mean()
+        aux = ((f_BC @ sae.W_dec[dead_C] - error_BD) ** 2).mean() / (error_BD**2).mean()
         loss = loss + cfg.aux_coeff * k / (D // 2) * aux
     return loss
 

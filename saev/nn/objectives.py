@@ -252,7 +252,7 @@ def aux_k(
 ) -> Float[Tensor, ""]:
     """AuxK (Gao et al. 2024, section 3.2): how badly dead latents, the aux_k largest of a sample, reconstruct what the others miss.
 
-    Scaled by the share of aux_k that is dead, where fewer are.
+    As a share of what is missed, and times the share of aux_k that is dead where fewer are.
 
     Args:
         x_BD: scaled activations.
@@ -263,7 +263,9 @@ def aux_k(
     W_dec_CD = sae.W_dec[dead_C]
     pre_BC = sparse.pre_activations(sae.W_enc.T[dead_C].T, sae.b_enc[dead_C], sae.b_dec, x_BD)
     error_hat_BD = activations.top_k(pre_BC, k) @ W_dec_CD
-    return (k / wanted) * (error_hat_BD - error_BD.detach()).square().mean()
+    error_BD = error_BD.detach()
+    missed = error_BD.square().mean().clamp(min=1e-12)
+    return (k / wanted) * (error_hat_BD - error_BD).square().mean() / missed
 
 
 @beartype.beartype
