@@ -15,10 +15,14 @@ import concurrent.futures
 import functools
 import inspect
 import os
+import threading
+import typing as tp
 
 import numba
 import numpy as np
 import torch
+
+T = tp.TypeVar("T")
 
 ROUNDOFF = 2.0**-8
 """Unit roundoff of bfloat16."""
@@ -41,17 +45,34 @@ def _jit_sums(function):
 
 @functools.cache
 def _pool(n_threads: int, pid: int) -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(n_threads, "saev-kernel")
+    """Threads in which torch's operations use one thread each."""
+    pool = concurrent.futures.ThreadPoolExecutor(n_threads, "saev-kernel")
+    started = threading.Barrier(n_threads + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    for _ in range(n_threads):
+        pool.submit(start)
+    started.wait()
+    torch.set_num_threads(n_threads)  # what threads that start later use, this one's as before
+    return pool
 
 
-def in_threads(kernel: collections.abc.Callable[[int, int], object], n: int) -> list[object]:
-    """Calls `kernel(start, end)` on parts of range(n), one for each of torch's threads, and returns the results in order."""
+def each_in_threads(call: collections.abc.Callable[[tp.Any], T], items: list) -> list[T]:
+    """Calls `call` on each item, in as many threads as torch uses, and returns the results in order."""
+    n_threads = torch.get_num_threads()
+    if n_threads == 1 or len(items) < 2:
+        return [call(item) for item in items]
+    return list(_pool(n_threads, os.getpid()).map(call, items))  # a fork has its own
+
+
+def in_threads(kernel: collections.abc.Callable[[int, int], T], n: int) -> list[T]:
+    """Calls `kernel(start, end)` on parts of range(n), one for each thread, and returns the results in order."""
     n_threads = max(1, min(torch.get_num_threads(), n))
-    ends = [n * (i + 1) // n_threads for i in range(n_threads)]
-    if n_threads == 1:
-        return [kernel(0, n)]
-    pool = _pool(n_threads, os.getpid())  # a fork's own
-    return list(pool.map(kernel, [0, *ends[:-1]], ends))
+    ends = [n * i // n_threads for i in range(n_threads + 1)]
+    return each_in_threads(lambda i: kernel(ends[i], ends[i + 1]), list(range(n_threads)))
 
 
 # ---- codes of a row ----
@@ -348,6 +369,16 @@ def bag_dot(a_OD, table_RD, index_n, start_O1, first, last, out_n):
     for o in range(first, last):
         for j in range(start_O1[o], start_O1[o + 1]):
             out_n[j] = _dot(a_OD[o], table_RD[index_n[j]])
+
+
+@_jit
+def n_positive(f_BS, first, last):
+    """Of each latent: the samples first to last in which it is positive."""
+    n_S = np.zeros(f_BS.shape[1], np.int32)
+    for b in range(first, last):
+        for s in range(len(n_S)):
+            n_S[s] += f_BS[b, s] > 0
+    return n_S
 
 
 @_jit

@@ -144,9 +144,9 @@ class Objective:
         weights = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
         coeff = sparsity * tp.cast(config.Relu, sae.cfg).sparsity_coeff
         loss, step = dense.relu(*weights, x_BD, coeff, self.codes_BS)
-        self.density = self.codes_BS.count_nonzero().item() / self.codes_BS.numel()
-        fired_S = self.codes_BS.amax(dim=0) > 0
-        return Output(loss, step.error, step.x_hat_BD / sae.scale, self.codes_BS, fired_S)
+        n_S = sparse.n_positive(self.codes_BS)
+        self.density = n_S.sum().item() / self.codes_BS.numel()
+        return Output(loss, step.error, step.x_hat_BD / sae.scale, self.codes_BS, n_S > 0)
 
     # ---- codes ----
 

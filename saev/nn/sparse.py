@@ -20,8 +20,13 @@ from torch import Tensor
 
 from saev.nn import kernels, triton_kernels
 
-CHUNK_BYTES = 8 * 2**20
-"""Pre-activations that are held at a time on a CPU: they stay in its cache."""
+PART_BYTES, N_PARTS = 2 * 2**20, 16
+"""On a CPU a batch is searched in a multiple of N_PARTS parts, whose pre-activations (at most PART_BYTES) stay in its cache.
+
+They do not depend on the number of threads, so that no result does.
+"""
+
+T = tp.TypeVar("T")
 
 Joint = collections.abc.Callable[[Tensor], Tensor]
 """(n,) of this process -> those of all processes, one after the other."""
@@ -107,6 +112,15 @@ class Codes:
 def uses_kernels(t: Tensor) -> bool:
     """Is this tensor handled by the compiled CPU kernels? Elsewhere the same is done by torch's operations (and Triton)."""
     return not t.is_cuda
+
+
+def n_positive(f_BS: Float[Tensor, "B S"]) -> Int[Tensor, " S"]:
+    """Of each latent: the samples in which it is positive."""
+    if not uses_kernels(f_BS):
+        return (f_BS > 0).sum(dim=0)
+    array = f_BS.detach().numpy()
+    parts = kernels.in_threads(lambda i, j: kernels.n_positive(array, i, j), len(array))
+    return torch.from_numpy(np.sum(parts, axis=0))
 
 
 # ---- sums of rows ----
@@ -353,35 +367,35 @@ class _Rows(tp.NamedTuple):
     norm_S: np.ndarray
     margin_B: np.ndarray
 
-    def part(self, start: int, end: int) -> "_Rows":
-        return self._replace(
-            pre_BS=self.pre_BS[start:end],
-            x_BD=self.x_BD[start:end],
-            margin_B=self.margin_B[start:end],
-        )
 
-
-def _chunks(encoder: Encoder, xc_BD: Tensor) -> collections.abc.Iterator[tuple[int, _Rows]]:
-    """Pre-activations of a batch on a CPU, some rows at a time: (first row, rows)."""
+def _search(
+    encoder: Encoder, xc_BD: Tensor, find: collections.abc.Callable[[int, int, _Rows], T]
+) -> list[T]:
+    """`find(first, last, rows)` on the pre-activations of all rows of a batch on a CPU, some at a time, in threads."""
     W_SD, b_S, is_bfloat16 = encoder
     is_screened = xc_BD.dtype == torch.float32 and _multiplies_bfloat16() and not is_bfloat16
     low = is_screened or is_bfloat16
-    w_SD = W_SD.bfloat16() if low else W_SD
-    norm_S = W_SD.norm(dim=1)
-    margin_B = kernels.MARGIN * xc_BD.norm(dim=1)
+    w_SD, x_BD = (W_SD.bfloat16(), xc_BD.bfloat16()) if low else (W_SD, xc_BD)
+    norm_S = W_SD.norm(dim=1).numpy()
+    margin_B = (kernels.MARGIN * xc_BD.norm(dim=1)).numpy()
     B, S = len(xc_BD), len(W_SD)
-    size = max(16, CHUNK_BYTES // (S * w_SD.element_size()))
-    buffer_BS = torch.empty(min(size, B), S, dtype=w_SD.dtype)
-    for start in range(0, B, size):
-        x_CD = xc_BD[start : start + size]
-        pre_CS = buffer_BS[: len(x_CD)]
+    n_parts = N_PARTS * -(-B * S * w_SD.element_size() // (N_PARTS * PART_BYTES))
+    size = max(16, -(-B // n_parts))
+
+    def part(first: int) -> T:
+        last = min(first + size, B)
+        x_CD = x_BD[first:last]
         if low:
-            torch.mm(x_CD.bfloat16(), w_SD.T, out=pre_CS)
+            pre_CS = torch.mm(x_CD, w_SD.T)
             pre_CS = pre_CS.view(torch.uint16) if is_screened else pre_CS.float().add_(b_S)
         else:
-            torch.addmm(b_S, x_CD, w_SD.T, out=pre_CS)
-        rows = (pre_CS, is_screened, x_CD, W_SD, b_S, norm_S, margin_B[start : start + size])
-        yield start, _Rows(*(v.numpy() if isinstance(v, Tensor) else v for v in rows))
+            pre_CS = torch.addmm(b_S, x_CD, w_SD.T)
+        exact = (xc_BD[first:last].numpy(), W_SD.numpy(), b_S.numpy(), norm_S)
+        return find(
+            first, last, _Rows(pre_CS.numpy(), is_screened, *exact, margin_B[first:last])
+        )
+
+    return kernels.each_in_threads(part, list(range(0, B, size)))
 
 
 def _index(latent_n: np.ndarray, n_B: np.ndarray, n_latents: int) -> Index:
@@ -401,13 +415,12 @@ def top_k(encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int) -> Codes:
     n_B = np.empty(B, np.int32)
     value_BK = np.empty((B, k), xc_BD.numpy().dtype)
     latent_BK = np.empty((B, k), np.int32)
-    for at, rows in _chunks(encoder, xc_BD):
 
-        def find(start: int, end: int, at: int = at, rows: _Rows = rows) -> None:
-            mine = slice(at + start, at + end)
-            kernels.top_k(*rows.part(start, end), k, n_B[mine], value_BK[mine], latent_BK[mine])
+    def find(first: int, last: int, rows: _Rows) -> None:
+        mine = slice(first, last)
+        kernels.top_k(*rows, k, n_B[mine], value_BK[mine], latent_BK[mine])
 
-        kernels.in_threads(find, len(rows.x_BD))
+    _search(encoder, xc_BD, find)
     if n_B.min() == k:
         return Codes(torch.from_numpy(value_BK.ravel()), _index(latent_BK.ravel(), n_B, S))
     fires_BK = np.arange(k) < n_B[:, None]
@@ -436,22 +449,17 @@ def above(
         return _where(pre_BS, pre_BS > least_S)
     n_B = np.empty(len(xc_BD), np.int32)
     least = least_S.to(xc_BD.dtype).numpy()
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    for at, rows in _chunks(encoder, xc_BD):
 
-        def find(
-            start: int, end: int, at: int = at, rows: _Rows = rows
-        ) -> tuple[np.ndarray, np.ndarray]:
-            size = 64 + 2 * n_likely * (end - start) // len(xc_BD)
-            while True:
-                value_n, latent_n = np.empty(size, least.dtype), np.empty(size, np.int32)
-                n_mine_B = n_B[at + start : at + end]
-                n = kernels.above(*rows.part(start, end), least, n_mine_B, value_n, latent_n)
-                if n >= 0:
-                    return value_n[:n], latent_n[:n]
-                size *= 2
+    def find(first: int, last: int, rows: _Rows) -> tuple[np.ndarray, np.ndarray]:
+        size = 64 + 2 * n_likely * (last - first) // len(xc_BD)
+        while True:
+            value_n, latent_n = np.empty(size, least.dtype), np.empty(size, np.int32)
+            n = kernels.above(*rows, least, n_B[first:last], value_n, latent_n)
+            if n >= 0:
+                return value_n[:n], latent_n[:n]
+            size *= 2
 
-        found += tp.cast(tp.Any, kernels.in_threads(find, len(rows.x_BD)))
+    found = _search(encoder, xc_BD, find)
     value_n, latent_n = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return Codes(torch.from_numpy(value_n), _index(latent_n, n_B, S))
 
