@@ -344,10 +344,12 @@ def newest_state(ckpt_to: str) -> int:
     return max((n for d in dpaths for n in state.saved(d)), default=0)
 
 
-@pytest.mark.parametrize("sae", ["sae:batch-top-k", "sae:relu", "sae:jump-relu"])
-def test_two_processes_equal_one(cfg: config.Train, sae: str) -> None:
+@pytest.mark.parametrize(
+    "sae", [["sae:batch-top-k", "--sae.top-k", "3"], ["sae:relu"], ["sae:jump-relu"]], ids=str
+)
+def test_two_processes_equal_one(cfg: config.Train, sae: list[str]) -> None:
     """Data parallel over gloo: each takes half of each batch."""
-    more = ["--n-patches", str(60 * 32), "--lr", "1e-3", sae, "--sae.exp-factor", "4"]
+    more = ["--n-patches", str(60 * 32), "--lr", "1e-3", *sae, "--sae.exp-factor", "4"]
     fpaths = []
     for n in ("1", "2"):
         parallel = change(cfg, ckpt_to=f"{cfg.ckpt_to}-{n}")
