@@ -79,9 +79,7 @@ def cases(quick: bool) -> list[Case]:
             out.append(Case(f"3 x TopK {shape}", nn_config.TopK(**size), batch_size, n_saes=3))
     if quick:
         return [
-            dataclasses.replace(
-                c, name=c.name.replace("4096", "1024"), batch_size=1024, n_steps=6
-            )
+            dataclasses.replace(c, name=c.name.replace("4096", "1024"), batch_size=1024, n_steps=6)
             for c in out
             if "384 x 8, batch 4096" in c.name
         ]

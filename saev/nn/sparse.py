@@ -391,9 +391,7 @@ def _search(
         else:
             pre_CS = torch.addmm(b_S, x_CD, w_SD.T)
         exact = (xc_BD[first:last].numpy(), W_SD.numpy(), b_S.numpy(), norm_S)
-        return find(
-            first, last, _Rows(pre_CS.numpy(), is_screened, *exact, margin_B[first:last])
-        )
+        return find(first, last, _Rows(pre_CS.numpy(), is_screened, *exact, margin_B[first:last]))
 
     return kernels.each_in_threads(part, list(range(0, B, size)))
 
