@@ -76,8 +76,9 @@ def main() -> None:
         sources.append(from_shards(args))
     cases = []
     for data in sources:
-        print(f"\n{describe(data)}\n{HEADER}")
+        print(f"\n{describe(data)}")
         for k in data.ks:
+            print(f"k {k}\n{HEADER}")
             cases += compare(data, k, methods, args)
     common.report(cases)
 
@@ -102,7 +103,7 @@ def _args() -> argparse.Namespace:
     parser.add_argument("--skip-planted", action="store_true", help="--shards only")
     args = parser.parse_args()
     if args.quick:
-        args.tokens, args.ks, args.exp_factor = 60_000, args.ks[:1], 4
+        args.tokens, args.ks, args.exp_factor = 30_000, args.ks[:1], 4
     return args
 
 
@@ -115,7 +116,7 @@ def planted(args: argparse.Namespace) -> Data:
     Atom a fires with a probability that falls as (a + 1)^-0.7, independently of the others, with a coefficient from
     0.5 to 1.5. There is an offset of norm 2 and noise of 0.03 in each dimension.
     """
-    n, n_held_out = (40_000, 8_000) if args.quick else (500_000, 50_000)
+    n, n_held_out = (20_000, 4_000) if args.quick else (500_000, 50_000)
     rng = np.random.default_rng(0)
     atoms_AD = rng.standard_normal((256, 64), dtype=np.float32)
     atoms_AD /= np.linalg.norm(atoms_AD, axis=1, keepdims=True)
@@ -172,7 +173,7 @@ class Order:
 
 # ---- measures ----
 
-HEADER = f"{'method':42}{'nmse':>8}{'l0':>7}{'own nmse':>10}{'own l0':>8}{'dead %':>8}{'found %':>9}{'cos':>7}{'s':>7}"
+HEADER = f"{'method':<32}{'lr':>7}{'nmse':>8}{'l0':>7}{'own nmse':>10}{'own l0':>8}{'dead %':>8}{'found %':>9}{'cos':>7}{'s':>7}"
 
 
 def compare(
@@ -184,10 +185,7 @@ def compare(
         for name, train in methods.items():
             if name == FOR_INFORMATION and kind == "TopK":
                 continue
-            case = {"name": f"{data.name} k {k}: {name} {kind}"}
-            case |= best_of(data, k, kind, train, args)
-            print(row(case), flush=True)
-            cases.append(case)
+            cases.append(best_of(data, k, kind, name, train, args))
     rivals = [case for case in cases if FOR_INFORMATION not in case["name"]]
     best = min(rivals, key=lambda case: case["nmse"])
     for case in cases:
@@ -197,16 +195,18 @@ def compare(
 
 
 def best_of(
-    data: Data, k: int, kind: peers.Kind, train: peers.Train, args: argparse.Namespace
+    data: Data, k: int, kind: peers.Kind, name: str, train: peers.Train, args: argparse.Namespace
 ) -> common.Case:
-    """Means over seeds at the learning rate with the lowest error."""
+    """Means over seeds at the learning rate with the lowest error. Prints those of every learning rate."""
     trials = []
     for lr_factor in args.lr_factors:
         runs = [one(data, k, kind, train, seed, lr_factor) for seed in range(args.seeds)]
         mean = {key: round(statistics.mean(run[key] for run in runs), 5) for key in runs[0]}
         errors = [round(run["nmse"], 5) for run in runs]
+        print(row(f"{name} {kind}", lr_factor, mean), flush=True)
         trials.append({**mean, "nmse_by_seed": errors, "lr_factor": lr_factor})
-    return min(trials, key=lambda trial: trial["nmse"])
+    best = min(trials, key=lambda trial: trial["nmse"])
+    return {"name": f"{data.name} k {k}: {name} {kind}", **best}
 
 
 def one(
@@ -267,11 +267,11 @@ def check(trained: peers.Trained, x_BD: Tensor) -> None:
     assert np.allclose(np.linalg.norm(trained.decoder_SD, axis=1), 1, atol=1e-4)
 
 
-def row(case: common.Case) -> str:
-    found, cos = case.get("found_pct", float("nan")), case.get("cos", float("nan"))
+def row(method: str, lr_factor: float, values: dict[str, float]) -> str:
+    found, cos = values.get("found_pct", float("nan")), values.get("cos", float("nan"))
     return (
-        f"{case['name']:42}{case['nmse']:8.4f}{case['l0']:7.1f}{case['own_nmse']:10.4f}{case['own_l0']:8.1f}"
-        f"{case['dead_pct']:8.1f}{found:9.1f}{cos:7.3f}{case['train_s']:7.1f}"
+        f"{method:<32}{f'x{lr_factor:g}':>7}{values['nmse']:8.4f}{values['l0']:7.1f}{values['own_nmse']:10.4f}{values['own_l0']:8.1f}"
+        f"{values['dead_pct']:8.1f}{found:9.1f}{cos:7.3f}{values['train_s']:7.1f}"
     )
 
 

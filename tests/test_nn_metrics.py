@@ -174,18 +174,6 @@ def test_coherence_sees_opposite_rows_in_different_chunks(monkeypatch: pytest.Mo
     assert metrics.coherence(W_dec) == pytest.approx(1)
 
 
-def test_grad_norm() -> None:
-    params = [
-        torch.nn.Parameter(rand(3, 2)),
-        torch.nn.Parameter(rand(4)),
-        torch.nn.Parameter(rand(2)),
-    ]
-    assert metrics.grad_norm(params) == 0
-    params[0].grad, params[1].grad = rand(3, 2, seed=1), rand(4, seed=2)
-    total = sum(v**2 for p in params[:2] for v in p.grad.flatten().tolist())
-    assert metrics.grad_norm(params) == pytest.approx(math.sqrt(total), rel=1e-5)
-
-
 def test_measure_gives_each_metric_under_its_name() -> None:
     x_BD, x_hat_BD, f_BS, W_dec = rand(B, D), rand(B, D, seed=1), codes(), rand(S, D)
     got = metrics.measure(x_BD, x_hat_BD, f_BS, S)

@@ -102,13 +102,6 @@ def avg_w_col_norm(W_dec: Float[Tensor, "S D"]) -> float:
     return torch.linalg.vector_norm(W_dec, dim=1).mean().item()
 
 
-@beartype.beartype
-def grad_norm(parameters: list[torch.nn.Parameter]) -> float:
-    """L2 norm of all gradients together; parameters without one count 0."""
-    norms = [p.grad.norm() for p in parameters if p.grad is not None]
-    return torch.stack(norms).norm().item() if norms else 0.0
-
-
 @jaxtyped(typechecker=beartype.beartype)
 def measure(
     x_BD: Float[Tensor, "B D"],
