@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import pathlib
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from saev.data import config as data_config
 from saev.data import cub
 from saev.demo import minicub
 from saev.formats import results, shards
-from saev.protoeval import config, report, select
+from saev.protoeval import config, report, scoring, select
 from saev.scorers import base
 from saev.scorers import config as scorers_config
 
@@ -100,14 +101,15 @@ def evaluate(
     """The grid for ready-made scorers, through the same joins and scores as the command."""
     banks = [select.Bank(name, scorer, (scorer.n_prototypes,)) for name, scorer in run.items()]
     joins = [select._join(cfg.train_data, labels, True), select._join(cfg.test, labels, False)]
-    train, test = select._score(cfg, banks, labels, joins)
-    return select.evaluate(train, test, banks, labels.attribute_names_T, cfg.n_train, cfg.seed)
+    with tempfile.TemporaryDirectory() as dpath:
+        splits = select._score(cfg, banks, labels, joins, pathlib.Path(dpath))
+        return select.evaluate(*splits, banks, cfg)
 
 
 def test_a_scorer_that_knows_the_traits_gets_one(cfg: config.ProtoEval, labels: cub.Cub) -> None:
     *_, row = evaluate(cfg, labels, {"oracle": oracle(labels)})
     assert row.n_train == labels.is_train_N.sum()
-    np.testing.assert_array_equal(row.best_T, np.arange(len(labels.attribute_names_T)))
+    np.testing.assert_array_equal(row.best_RT[0], np.arange(len(labels.attribute_names_T)))
     np.testing.assert_array_equal(row.measured_T, 1.0)
 
 
@@ -127,14 +129,19 @@ def test_labels_shifted_by_one_image_drop_to_the_constant_row(
 
 
 def test_scores_are_the_max_over_patches_of_a_plain_loop(
-    planted: data_config.Shards, labels: cub.Cub
+    planted: data_config.Shards, labels: cub.Cub, tmp_path: pathlib.Path
 ) -> None:
     scorer = oracle(labels)
-    got_NK = select.score_images([scorer, scorer.prefix(2)], planted, torch.device("cpu"))
+    image_is = [3, 0, 159, 70]
+    got = scoring.score(
+        [scorer, scorer.prefix(2)], planted, image_is, tmp_path / "s", torch.device("cpu")
+    )
     order = np.random.default_rng(5).permutation(len(labels.paths_N))
-    for n, acts_PD in enumerate(plant(labels.labels_NT)[order]):
-        want_K = np.max(acts_PD, axis=0)
-        np.testing.assert_allclose(got_NK[n], [*want_K, *want_K[:2]], rtol=1e-6)
+    acts_NPD = plant(labels.labels_NT)[order]
+    for n, i in enumerate(image_is):
+        want_K = np.max(acts_NPD[i], axis=0)
+        np.testing.assert_allclose(got.scores_KN[:, n], [*want_K, *want_K[:2]], rtol=1e-6)
+        np.testing.assert_allclose(got.mean_ND[n], acts_NPD[i].mean(axis=0), atol=1e-6)
 
 
 def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub) -> None:
@@ -144,6 +151,7 @@ def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub)
     grid = [(r["scorer"], r["n_prototypes"], r["n_train"]) for r in lines]
     assert grid == [
         ("constant", "1", n_train),
+        *(("Linear probe", "1", n) for n in ("16", n_train)),
         *(("Pca", k, n) for k in ("4", "16") for n in ("16", n_train)),
     ]
     table = (dpath / "table.md").read_text()
@@ -166,9 +174,9 @@ def test_all_scorers_of_a_group_give_what_each_gives_alone(cfg: config.ProtoEval
     assert len(config.group(cfgs)) == 1
     together = (pathlib.Path(select.main(cfgs)) / "summary.csv").read_text().splitlines()
     alone = [
-        (pathlib.Path(select.main([c])) / "summary.csv").read_text().splitlines()[2:] for c in cfgs
+        (pathlib.Path(select.main([c])) / "summary.csv").read_text().splitlines()[4:] for c in cfgs
     ]
-    assert together[2:] == [line for lines in alone for line in lines]
+    assert together[4:] == [line for lines in alone for line in lines]
 
 
 def test_scorers_of_one_table_have_different_names(cfg: config.ProtoEval) -> None:
@@ -217,7 +225,14 @@ def test_n_train_subsets_are_nested_and_seeded() -> None:
 
 def test_ties_take_the_lowest_prototype() -> None:
     ap_KT = np.array([[0.5, np.nan, 0.1], [0.5, np.nan, 0.2], [0.4, np.nan, 0.2]])
-    np.testing.assert_array_equal(select.choose(ap_KT), [0, 0, 1])
+    none = select.Choice(np.zeros(3, np.int64), np.full(3, np.nan))
+    whole = select.better(none, ap_KT, 0)
+    np.testing.assert_array_equal(whole.best_T, [0, 0, 1])
+    np.testing.assert_array_equal(whole.train_ap_T, [0.5, np.nan, 0.2])
+    in_parts = none
+    for k in range(3):
+        in_parts = select.better(in_parts, ap_KT[k : k + 1], k)
+    np.testing.assert_array_equal(in_parts.best_T, whole.best_T)
 
 
 def test_the_best_of_k_is_chosen_among_the_first_k(cfg: config.ProtoEval) -> None:
@@ -226,14 +241,16 @@ def test_the_best_of_k_is_chosen_among_the_first_k(cfg: config.ProtoEval) -> Non
     assert max(int(t["prototype"]) for t in lines if t["n_prototypes"] == "16") >= 4
 
 
+def cell(name: str, k: int, n: int, train: list[float], test: list[float]) -> results.Row:
+    """One draw, no resamples."""
+    best_RT = np.zeros((1, len(train)), int)
+    return results.Row(name, k, n, best_RT, np.array([train]), np.array([test]), np.empty(0))
+
+
 def test_traits_without_a_positive_are_reported_not_averaged() -> None:
     rows = [
-        results.Row(
-            "constant", 1, 9, np.zeros(2, int), np.array([0.5, 0.5]), np.array([0.5, np.nan])
-        ),
-        results.Row(
-            "Pca", 4, 9, np.zeros(2, int), np.array([np.nan, 0.9]), np.array([0.75, np.nan])
-        ),
+        cell("constant", 1, 9, [0.5, 0.5], [0.5, np.nan]),
+        cell("Pca", 4, 9, [np.nan, 0.9], [0.75, np.nan]),
     ]
     assert rows[1].mean_ap == 0.75
     note = report._notes(rows, ["has_a::x", "has_b::y"], "CLIP, layer 3.")
@@ -244,7 +261,7 @@ def test_traits_without_a_positive_are_reported_not_averaged() -> None:
 
 def test_the_chart_shows_every_line_whole() -> None:
     def row(name: str, k: int, n: int, value: float) -> results.Row:
-        return results.Row(name, k, n, np.zeros(1, int), np.array([value]), np.array([value]))
+        return cell(name, k, n, [value], [value])
 
     rows = [
         row("constant", 1, 99, 0.2),

@@ -17,7 +17,7 @@ from saev import errors, nn, scorers
 from saev.data import config as data_config
 from saev.formats import shards
 from saev.nn import config as nn_config
-from saev.protoeval import config, select
+from saev.protoeval import config, scoring, select
 from saev.scorers import config as scorers_config
 
 N, D = 40, 4
@@ -205,7 +205,9 @@ def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
     for n in (50, 60):
         labels_NT = rng.random((n, n_traits)) < 0.3
         scores_NK = rng.integers(-4, 4, (n, 9)).astype(np.float32)
-        splits.append(select.Split(scores_NK, labels_NT))
+        means_ND = rng.standard_normal((n, D)).astype(np.float32)
+        scores = scoring.Scores(scores_NK.T, means_ND, np.arange(n))
+        splits.append(select.Split(scores, np.arange(n), labels_NT))
     train, test = splits
     train.labels_NT[:, 3], test.labels_NT[:, 4] = False, False
     zeros_D = torch.zeros(D)
@@ -213,9 +215,9 @@ def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
         select.Bank(name, scorers.Prototypes(torch.zeros(k, D), zeros_D, "dot"), ks)
         for name, k, ks in (("a", 3, (3,)), ("b", 6, (2, 6)))
     ]
-    names = [f"has_a::{t}" for t in range(n_traits)]
-    constant, *rows = select.evaluate(train, test, banks, names, (7, -1), 0)
-    np.testing.assert_allclose(constant.test_ap_T[:4], test.labels_NT[:, :4].mean(axis=0))
+    cfg = config.ProtoEval(n_train=(7, -1), n_boot=0, memory_gb=1e-6)
+    constant, _, _, *rows = select.evaluate(train, test, banks, cfg)
+    np.testing.assert_allclose(constant.test_ap_RT[0][:4], test.labels_NT[:, :4].mean(axis=0))
     cells = [("a", 0, 3), ("b", 3, 2), ("b", 3, 6)]
     wanted = [(*cell, n_train) for cell in cells for n_train in (7, 50)]
     assert [(r.scorer, r.n_prototypes, r.n_train) for r in rows] == [(c[0], *c[2:]) for c in wanted]
@@ -224,16 +226,18 @@ def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
         for t in range(n_traits):
             seen, y = train.labels_NT[drawn, t], test.labels_NT[:, t]
             aps = [
-                sklearn.metrics.average_precision_score(seen, train.scores_NK[drawn, first + i])
+                sklearn.metrics.average_precision_score(
+                    seen, train.scores.scores_KN[first + i, drawn]
+                )
                 for i in range(k if seen.any() else 0)
             ]
             best = int(np.argmax(np.round(aps, 12))) if aps else 0
-            assert row.best_T[t] == best
+            assert row.best_RT[0][t] == best
             if not y.any():
-                assert np.isnan(row.test_ap_T[t])
+                assert np.isnan(row.test_ap_RT[0][t])
                 continue
-            score = sklearn.metrics.average_precision_score(y, test.scores_NK[:, first + best])
-            assert row.test_ap_T[t] == pytest.approx(score, abs=1e-12)
+            score = sklearn.metrics.average_precision_score(y, test.scores.scores_KN[first + best])
+            assert row.test_ap_RT[0][t] == pytest.approx(score, abs=1e-12)
 
 
 # ---- what the table says ----

@@ -26,22 +26,28 @@ TRAITS = ("scorer", "n_prototypes", "n_train", "trait", "group", "prototype", "t
 
 
 class Row(tp.NamedTuple):
-    """One cell of the grid: a scorer with K prototypes, chosen on n_train images."""
+    """One cell of the grid: a scorer with K prototypes, chosen on n_train images.
+
+    R draws of the train images, M bootstrap resamples of the test images.
+    """
 
     scorer: str
     n_prototypes: int
     n_train: int
-    best_T: Int64[np.ndarray, " T"]
+    best_RT: Int64[np.ndarray, "R T"]
     """Chosen prototype of each trait."""
-    train_ap_T: Float64[np.ndarray, " T"]
+    train_ap_RT: Float64[np.ndarray, "R T"]
     """Its AP on the train images it was chosen on; NaN where these hold no positive."""
-    test_ap_T: Float64[np.ndarray, " T"]
+    test_ap_RT: Float64[np.ndarray, "R T"]
     """Its AP on all test images; NaN where these hold no positive."""
+    boot_M: Float64[np.ndarray, " M"]
+    """mAP (mean over draws) on resamples of the test images, the same resamples for all rows."""
 
     @property
     def measured_T(self) -> Float64[np.ndarray, " T"]:
-        """Test APs of the traits that have one."""
-        return self.test_ap_T[~np.isnan(self.test_ap_T)]
+        """Test APs, means over draws, of the traits that have one."""
+        ap_T = self.test_ap_RT.mean(axis=0)
+        return ap_T[~np.isnan(ap_T)]
 
     @property
     def mean_ap(self) -> float:
@@ -67,7 +73,7 @@ def summary(row: Row) -> dict[str, object]:
         row.mean_ap,
         *row.quantiles,
         len(row.measured_T),
-        int(np.isnan(row.train_ap_T).sum()),
+        int(np.isnan(row.train_ap_RT).any(axis=0).sum()),
     )
     return dict(zip(SUMMARY, values, strict=True))
 
@@ -76,7 +82,11 @@ def summary(row: Row) -> dict[str, object]:
 def trait_lines(row: Row, names: list[str]) -> collections.abc.Iterator[dict[str, object]]:
     """The lines of traits.csv; a trait's group is its name up to '::'."""
     columns = zip(
-        names, row.best_T.tolist(), row.train_ap_T.tolist(), row.test_ap_T.tolist(), strict=True
+        names,
+        row.best_RT[0].tolist(),
+        row.train_ap_RT[0].tolist(),
+        row.test_ap_RT[0].tolist(),
+        strict=True,
     )
     for name, best, train_ap, test_ap in columns:
         group = name.partition("::")[0]

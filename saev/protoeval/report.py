@@ -6,6 +6,7 @@ import pathlib
 
 import beartype
 import matplotlib.figure
+import numpy as np
 
 from saev import helpers
 from saev.formats import results
@@ -40,7 +41,7 @@ def _notes(rows: list[results.Row], names: list[str], what: str) -> str:
     note = f"\n{what} mAP is the mean over {len(rows[0].measured_T)} traits; 5% and 95% are quantiles over traits."
     if missing:
         note += f" {missing} trait(s) without a positive test image are left out."
-    unseen = {row.n_train: int((row.train_ap_T != row.train_ap_T).sum()) for row in rows}
+    unseen = {row.n_train: int(np.isnan(row.train_ap_RT).any(axis=0).sum()) for row in rows}
     for n_train, n in sorted(unseen.items()):
         if n:
             note += f" With {n_train} train images {n} trait(s) have no positive one: prototype 0 is taken for them."
@@ -50,7 +51,8 @@ def _notes(rows: list[results.Row], names: list[str], what: str) -> str:
 @beartype.beartype
 def chart(rows: list[results.Row]) -> matplotlib.figure.Figure:
     """mAP against the number of train images: one panel per scorer, one line per number of prototypes."""
-    constant, *measured = rows
+    constant, *others = rows
+    measured = [row for row in others if row.scorer != "Linear probe"]
     names = list(dict.fromkeys(row.scorer for row in measured))
     figure = matplotlib.figure.Figure(figsize=(3.2 * len(names) + 0.6, 3.2), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
