@@ -160,12 +160,16 @@ def _identity(data: data_config.Shards) -> str:
 
 def _banks(cfg: config.ProtoEval, name: str) -> list[Bank]:
     """K-means is fitted once per K; the others once, and their prefixes serve the smaller K."""
-    fit_ks = cfg.n_prototypes if type(cfg.scorer).__name__ == "KMeans" else (max(cfg.n_prototypes),)
+    fit_ks = (
+        sorted(set(cfg.n_prototypes))
+        if type(cfg.scorer).__name__ == "KMeans"
+        else [max(cfg.n_prototypes)]
+    )
+    fitted = scorers.fit_each(
+        cfg.scorer, cfg.fit, fit_ks, seed=cfg.seed, dpath=pathlib.Path(cfg.scorers_to)
+    )
     out = []
-    for k_max in fit_ks:
-        scorer = scorers.fit(
-            cfg.scorer, cfg.fit, k_max, seed=cfg.seed, dpath=pathlib.Path(cfg.scorers_to)
-        )
+    for k_max, scorer in zip(fit_ks, fitted, strict=True):
         wanted = (k_max,) if len(fit_ks) > 1 else cfg.n_prototypes
         ks = tuple(sorted({min(k, scorer.n_prototypes) for k in wanted}))
         if scorer.n_prototypes < k_max:
