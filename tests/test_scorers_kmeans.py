@@ -55,7 +55,7 @@ def test_plus_plus_draws_by_squared_distance() -> None:
     x_BD = torch.tensor([[0.0], [1.0], [3.0], [4.0], [9.0]])
     counts: dict[tuple[int, ...], collections.Counter[int]] = {}
     place = {x: i for i, x in enumerate(x_BD.flatten().tolist())}
-    for seed in range(2500):
+    for seed in range(1500):
         first, second, third = (
             place[x] for x in kmeans.plus_plus(x_BD, 3, seed).flatten().tolist()
         )
@@ -63,7 +63,7 @@ def test_plus_plus_draws_by_squared_distance() -> None:
     checked = 0
     for (first, second), thirds in counts.items():
         distance_B = (x_BD - x_BD[[first, second]].T).double().square().amin(dim=1).numpy()
-        if sum(thirds.values()) < 150:
+        if sum(thirds.values()) < 100:
             continue
         seen = [thirds[i] for i in range(5) if distance_B[i] > 0]
         expected = distance_B[distance_B > 0] / distance_B.sum() * sum(seen)

@@ -6,7 +6,6 @@ stream's mean, so that float32 loses nothing to it.
 
 import dataclasses
 import io
-import logging
 import pathlib
 
 import beartype
@@ -22,12 +21,12 @@ from saev.formats import checkpoint
 from saev.nn import sparse
 from saev.scorers import base, config, random
 
-logger = logging.getLogger("saev")
-
 CHUNK = 2**15
 """Activations whose distances a GPU computes at a time; on a CPU they are searched in a core's cache."""
 N_FAR = 256
 """Activations far from their centres that a pass remembers, for centres that no activation is nearest to."""
+WARM_UP, WARM_UP_SAMPLES = 4, 128
+"""Iterations on the sample before the stream is passed over, and activations for each centre in them."""
 ROUNDING = 1e-6
 """Squared distances below this fraction of an activation's squared norm are float32's rounding: they count 0."""
 
@@ -63,7 +62,7 @@ def fit(
         x_BD = _space(torch.from_numpy(sample.acts_KD), mean_D, cfg.normalize)
         # k-means++ draws one centre after the other: the first K of a longer draw are a draw of K
         start_KD = plus_plus(x_BD, max(ks), seed)
-        states = [State(mean_D, start_KD[:k].clone()) for k in ks]
+        states = [State(mean_D, _warmed_up(start_KD[:k].clone(), x_BD, cfg)) for k in ks]
     while open_states := [s for s in states if s.n_passes < cfg.n_iters and not s.is_done]:
         one_pass(open_states, data, cfg)
         if state_fpath is not None:
@@ -165,6 +164,17 @@ def _taken(x_CD: Tensor, before_C: Tensor, uniform_C: np.ndarray) -> list[int]:
     return taken
 
 
+def _warmed_up(start_KD: Tensor, x_BD: Tensor, cfg: config.KMeans) -> Tensor:
+    """The centres after some iterations on a part of the sample: cheap beside a stream that is larger."""
+    state = State(torch.zeros(x_BD.shape[1]), start_KD)
+    for _ in range(WARM_UP):
+        sums = _Sums(state)
+        for x_CD in x_BD[: WARM_UP_SAMPLES * len(start_KD)].split(CHUNK):
+            sums.add(x_CD)
+        sums.finish(cfg)
+    return state.center_KD
+
+
 # ---- passes over the stream ----
 
 
@@ -229,13 +239,6 @@ class _Sums:
         )
         state.center_KD, state.inertia = center_KD, self.inertia
         state.n_passes += 1
-        logger.info(
-            "k-means K %d, pass %d: inertia %.6g, %d empty",
-            len(center_KD),
-            state.n_passes,
-            self.inertia,
-            len(empty_n),
-        )
 
 
 # ---- between passes, on disk ----
