@@ -43,6 +43,10 @@ class ProtoEval:
     """Bootstrap resamples of the test images, for 95% intervals of each mAP and of its difference to random activations. 0: none."""
     memory_gb: float = 4.0
     """Bound of the activations and scores in memory, in GB, beside the prototypes."""
+    gallery: str = ""
+    """Gallery that visuals.py made of the SAE: traits.md then links each trait's latent to its images."""
+    report: str = ""
+    """Evaluate nothing: join all results below this folder into one report."""
     dump_to: str = "results"
     """Where the results directory (named by the hash of the configs) goes."""
     scorers_to: str = "scorers"

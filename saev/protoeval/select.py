@@ -4,7 +4,9 @@ N images, K prototypes, C of them, T traits, D d_vit, R draws of train images, M
 """
 
 import dataclasses
+import datetime
 import hashlib
+import json
 import logging
 import pathlib
 import shutil
@@ -77,19 +79,32 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     check_one_space(cfgs)
     labels = cub.load(cfg.cub_root, min_certainty=cfg.min_certainty)
     joins = [_join(cfg.train_data, labels, True), _join(cfg.test, labels, False)]
+    linked = _in_gallery(cfgs)
     out = pathlib.Path(cfg.dump_to) / _run_id(cfgs, labels)
     if (out / "table.md").exists():
         logger.info("%s: evaluated already", out)
-        return str(out)
+    else:
+        _evaluate_into(out, cfgs, labels, joins)
+    if linked:
+        report.link(out, linked, pathlib.Path(cfg.gallery))
+    return str(out)
+
+
+def _evaluate_into(
+    out: pathlib.Path,
+    cfgs: list[config.ProtoEval],
+    labels: cub.Cub,
+    joins: list[dict[int, int]],
+) -> None:
+    cfg = cfgs[0]
     banks = [
         bank for c, name in zip(cfgs, labels_of(cfgs), strict=True) for bank in _banks(c, name)
     ]
     partial = out.with_name(f".{out.name}.partial")
     train, test = _score(cfg, banks, labels, joins, partial)
     rows = evaluate(train, test, banks, cfg)
-    report.write(out, rows, labels.attribute_names_T, cfgs, _describe(cfg))
+    report.write(out, rows, labels.attribute_names_T, cfgs, _about(cfg, labels))
     shutil.rmtree(partial, ignore_errors=True)
-    return str(out)
 
 
 @beartype.beartype
@@ -120,35 +135,66 @@ def _space(acts: reader.Reader) -> dict[str, object]:
     return {"ViT": f"{acts.metadata.vit_family} {acts.metadata.vit_ckpt}", "layer": layer}
 
 
-def _describe(cfg: config.ProtoEval) -> str:
-    """What the table is of, in a sentence."""
+def _about(cfg: config.ProtoEval, labels: cub.Cub) -> results.About:
     acts, space = reader.Reader(cfg.train_data), _space(reader.Reader(cfg.train_data))
     names = [pathlib.Path(data.shard_root).name[:8] for data in (cfg.train_data, cfg.test)]
-    return (
-        f"{space['ViT']}, layer {space['layer']}, {acts.n_tokens} tokens an image ({cfg.train_data.patches}), "
-        f"shards {' and '.join(dict.fromkeys(names))}; certainty from {cfg.min_certainty}; seed {cfg.seed}."
+    return results.About(
+        vit=str(space["ViT"]),
+        layer=tp.cast(int, space["layer"]),
+        tokens=f"{acts.n_tokens} tokens an image ({cfg.train_data.patches})",
+        shards=list(dict.fromkeys(names)),
+        labels=_labels_hash(labels),
+        min_certainty=cfg.min_certainty,
+        seed=cfg.seed,
+        n_seeds=cfg.n_seeds,
+        n_boot=cfg.n_boot,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+    )
+
+
+def _labels_hash(labels: cub.Cub) -> str:
+    parts = [labels.paths_N, labels.is_train_N.tolist(), labels.attribute_names_T]
+    digest = hashlib.sha256(labels.labels_NT.tobytes())
+    digest.update(helpers.canonical_json(parts).encode())
+    return digest.hexdigest()
+
+
+def _in_gallery(cfgs: list[config.ProtoEval]) -> str:
+    """Name of the SAE that --gallery shows; empty without the flag.
+
+    Raises:
+        UserError: no gallery there, or of none of the SAEs.
+    """
+    if not cfgs[0].gallery:
+        return ""
+    fpath = pathlib.Path(cfgs[0].gallery) / "gallery.json"
+    try:
+        shown = json.loads(fpath.read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise errors.UserError(
+            f"--gallery {cfgs[0].gallery}: no gallery.json that names its SAE. Pass a folder that visuals.py wrote."
+        ) from err
+    for cfg, name in zip(cfgs, labels_of(cfgs), strict=True):
+        ckpt = pathlib.Path(getattr(cfg.scorer, "ckpt", ""))
+        if ckpt.is_file() and helpers.hash_file(ckpt) == shown:
+            return name
+    raise errors.UserError(
+        f"--gallery {cfgs[0].gallery}: shows another SAE than --scorer.ckpt. Run visuals.py on that checkpoint."
     )
 
 
 def _run_id(cfgs: list[config.ProtoEval], labels: cub.Cub) -> str:
     """Hash of all that decides the table: activations, labels, scorers, grid and seed; not of where they lie."""
-    parts: list[object] = [
-        REVISION,
-        labels.paths_N,
-        labels.is_train_N.tolist(),
-        labels.attribute_names_T,
-    ]
-    digest = hashlib.sha256(labels.labels_NT.tobytes())
+    parts: list[object] = [REVISION, _labels_hash(labels)]
     for cfg in cfgs:
         parts += [_identity(data) for data in (cfg.train_data, cfg.test, cfg.fit)]
         parts += [type(cfg.scorer).__name__, cfg.n_prototypes, cfg.n_train]
         parts += [cfg.seed, cfg.n_seeds, cfg.n_boot]
         fields = dataclasses.asdict(cfg.scorer)
         if (ckpt := pathlib.Path(fields.get("ckpt", ""))).is_file():
-            fields |= {"ckpt": [ckpt.parent.name, hashlib.sha256(ckpt.read_bytes()).hexdigest()]}
+            fields |= {"ckpt": [ckpt.parent.name, helpers.hash_file(ckpt)]}
         parts.append(fields)
-    digest.update(helpers.canonical_json(parts).encode())
-    return digest.hexdigest()[:12]
+    return helpers.hash_of(parts)[:12]
 
 
 def _identity(data: data_config.Shards) -> str:

@@ -4,6 +4,7 @@ import collections.abc
 import csv
 import dataclasses
 import html
+import json
 import math
 import pathlib
 import shutil
@@ -157,6 +158,8 @@ def _write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
             heat = overlay(view, heat_P.reshape(gallery.grid))
             _save(heat, dpath / _heat_fname(page, rank))
     _write_table(dpath / "latents.csv", pages)
+    source = {"ckpt": gallery.ckpt, "sha256": helpers.hash_file(pathlib.Path(gallery.ckpt))}
+    (dpath / "gallery.json").write_text(json.dumps(source))
     helpers.write_text(dpath / "index.html", _index(gallery, pages))
 
 
