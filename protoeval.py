@@ -19,6 +19,11 @@ def main() -> None:
         print((dpath / "table.md").read_text())
         print(dpath)
         return None
+    if cfgs[0].check:
+        from saev.protoeval import select
+
+        print(select.look(cfgs[0]))
+        return None
     groups = config.group(cfgs)
     for dpath in launch.run("saev.protoeval.select:main", groups, cfgs[0].slurm, "saev-protoeval"):
         print((pathlib.Path(dpath) / "table.md").read_text())

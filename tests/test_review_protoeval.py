@@ -21,7 +21,7 @@ from saev.protoeval import config, scoring, select
 from saev.scorers import config as scorers_config
 
 N, D = 40, 4
-PATHS = [f"{i % 5:03}.Bird/bird {i:03}.jpg" for i in range(N)]
+PATHS = [f"{i % 5 + 1:03}.Bird/bird {i:03}.jpg" for i in range(N)]
 LABELS_N2 = np.random.default_rng(0).random((N, 2)) < 0.4
 LABELS_TXT = "attributes/image_attribute_labels.txt"
 
@@ -58,7 +58,7 @@ def cfg(tmp_path: pathlib.Path) -> config.ProtoEval:
     files = {
         "images.txt": [f"{i} {path}" for i, path in enumerate(PATHS, 1)],
         "train_test_split.txt": [f"{i} {i % 2}" for i in range(1, N + 1)],
-        "image_class_labels.txt": [f"{i} 1" for i in range(1, N + 1)],
+        "image_class_labels.txt": [f"{i} {(i - 1) % 5 + 1}" for i in range(1, N + 1)],
         "attributes/attributes.txt": ["1 has_a::x", "2 has_a::y"],
         LABELS_TXT: [f"{i + 1} {t + 1} {int(present)} 4 1.0" for (i, t), present in pairs],
     }

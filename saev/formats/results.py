@@ -295,7 +295,7 @@ def table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
 def kinds_table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
     """mAP by kind of trait, one row for each scorer, from lines of kinds.csv."""
     kinds = [k for k in KINDS if any(line["kind"] == k for line in lines)]
-    counts = {line["kind"]: line["n_traits"] for line in lines}
+    counts = {k: max((x["n_traits"] for x in lines if x["kind"] == k), default=0) for k in kinds}
     rows: dict[tuple[object, ...], dict[str, float]] = {}
     for line in lines:
         key = (line["scorer"], line["n_prototypes"], line["n_train"])

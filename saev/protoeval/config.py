@@ -47,6 +47,10 @@ class ProtoEval:
     """Gallery that visuals.py made of the SAE: traits.md then links each trait's latent to its images."""
     report: str = ""
     """Evaluate nothing: join all results below this folder into one report."""
+    check: bool = False
+    """Evaluate nothing: print what the labels (and, where --train-data is given, their join with the activations) look like."""
+    force: bool = False
+    """Go on although the labels look wrong."""
     dump_to: str = "results"
     """Where the results directory (named by the hash of the configs) goes."""
     scorers_to: str = "scorers"

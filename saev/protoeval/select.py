@@ -21,7 +21,7 @@ from saev import devices, errors, helpers, scorers
 from saev.data import config as data_config
 from saev.data import cub, reader
 from saev.formats import results
-from saev.protoeval import ap, config, probe, report, scoring
+from saev.protoeval import ap, check, config, probe, report, scoring
 
 logger = logging.getLogger("saev")
 
@@ -78,6 +78,8 @@ def main(cfgs: list[config.ProtoEval]) -> str:
         raise errors.UserError("--cub-root is missing: pass the CUB_200_2011 folder.")
     check_one_space(cfgs)
     labels = cub.load(cfg.cub_root, min_certainty=cfg.min_certainty)
+    if not cfg.force:
+        check.refuse_implausible(labels, cfg.cub_root)
     joins = [_join(cfg.train_data, labels, True), _join(cfg.test, labels, False)]
     linked = _in_gallery(cfgs)
     out = pathlib.Path(cfg.dump_to) / _run_id(cfgs, labels)
@@ -88,6 +90,27 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     if linked:
         report.link(out, linked, pathlib.Path(cfg.gallery))
     return str(out)
+
+
+@beartype.beartype
+def look(cfg: config.ProtoEval) -> str:
+    """What --check prints.
+
+    Raises:
+        UserError: bad or (without --force) implausible labels, or shards that lack an image.
+    """
+    if not cfg.cub_root:
+        raise errors.UserError("--cub-root is missing: pass the CUB_200_2011 folder.")
+    labels = cub.load(cfg.cub_root, min_certainty=cfg.min_certainty)
+    lines = [check.describe(labels)]
+    if cfg.train_data.shard_root:
+        for split, data in (("train", cfg.train_data), ("test", cfg.test)):
+            n = len(_join(data, labels, split == "train"))
+            lines.append(f"{data.shard_root}: holds all {n:,} {split} images.")
+    lines += [f"Implausible: {problem}." for problem in check.problems(labels)]
+    if len(lines) and lines[-1].startswith("Implausible") and not cfg.force:
+        raise errors.UserError("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _evaluate_into(
@@ -273,10 +296,19 @@ def _join(data: data_config.Shards, labels: cub.Cub, train: bool) -> dict[int, i
     """
     acts = reader.Reader(data)
     row_of = {path: row for row, path in enumerate(labels.paths_N)}
-    paths = {int(i): acts.records[i].path.removeprefix("images/") for i in acts.image_is_N}
-    rows = {i: row_of[path] for i, path in paths.items() if path in row_of}
+    paths = {int(i): acts.records[i].path for i in acts.image_is_N}
+    rows = {i: row_of[cub.key(path)] for i, path in paths.items() if cub.key(path) in row_of}
     join = {i: row for i, row in rows.items() if labels.is_train_N[row] == train}
-    split = "train" if train else "test"
+    split, other = ("train", "test") if train else ("test", "train")
+    if wrong := [paths[i] for i in join if paths[i].startswith(f"{other}/")]:
+        raise errors.UserError(
+            f"{data.shard_root}: {len(wrong)} images lie in {other}/ but are {split} images by train_test_split.txt (first: {wrong[0]}). Sort the photos again."
+        )
+    if unknown := sorted(paths[i] for i in paths.keys() - rows.keys()):
+        logger.info(
+            "%s: %d of %d images are none of CUB's (first: %s); they are left out",
+            *(data.shard_root, len(unknown), len(paths), unknown[0]),
+        )
     if len(set(join.values())) < len(join):
         raise errors.UserError(
             f"{data.shard_root}: holds a {split} image of CUB twice. Dump one folder of CUB images."

@@ -63,6 +63,8 @@ class Gallery:
     """What the ViT saw of an image; None stands for a square centre crop."""
     grid: tuple[int, int]
     """(rows, columns) of the patches."""
+    sha256: str = ""
+    """Of the checkpoint's bytes."""
 
 
 @beartype.beartype
@@ -158,8 +160,8 @@ def _write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
             heat = overlay(view, heat_P.reshape(gallery.grid))
             _save(heat, dpath / _heat_fname(page, rank))
     _write_table(dpath / "latents.csv", pages)
-    source = {"ckpt": gallery.ckpt, "sha256": helpers.hash_file(pathlib.Path(gallery.ckpt))}
-    (dpath / "gallery.json").write_text(json.dumps(source))
+    shown = {"ckpt": gallery.ckpt, "sha256": gallery.sha256}
+    helpers.write_text(dpath / "gallery.json", json.dumps(shown))
     helpers.write_text(dpath / "index.html", _index(gallery, pages))
 
 
