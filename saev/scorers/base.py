@@ -3,6 +3,7 @@
 B activations or images, P patches of an image, D d_vit, K prototypes, R rows and C columns of a tile.
 """
 
+import collections.abc
 import dataclasses
 import typing as tp
 
@@ -61,14 +62,22 @@ class Prototypes:
 
     @jaxtyped(typechecker=beartype.beartype)
     def of_images(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
-        x_BPD, p_KD = acts_BPD - self.mean_D, self.vectors_KD - self.mean_D
-        if self.similarity == "distance":  # 2 x . p - |p|^2 - |x|^2
-            square_BP, square_K = x_BPD.square().sum(dim=2), p_KD.square().sum(dim=1)
-            return largest(2 * x_BPD, p_KD, -square_BP) - square_K
-        if self.similarity == "cosine":
-            x_BPD = torch.nn.functional.normalize(x_BPD, dim=2)
-            p_KD = torch.nn.functional.normalize(p_KD, dim=1)
-        return largest(x_BPD, p_KD)
+        p_KD = self.vectors_KD - self.mean_D
+        match self.similarity:
+            case "cosine":
+                p_KD = torch.nn.functional.normalize(p_KD, dim=1)
+                return largest(acts_BPD, p_KD, self._directions)
+            case "distance":  # 2 x . p - |x|^2 - |p|^2
+                return largest(acts_BPD, p_KD, self._doubled) - p_KD.square().sum(dim=1)
+            case _:
+                return largest(acts_BPD, p_KD, lambda x_RD: (x_RD - self.mean_D, None))
+
+    def _directions(self, x_RD: Tensor) -> tuple[Tensor, None]:
+        return torch.nn.functional.normalize(x_RD - self.mean_D, dim=1), None
+
+    def _doubled(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
+        x_RD = x_RD - self.mean_D
+        return 2 * x_RD, -x_RD.square().sum(dim=1)
 
     def prefix(self, k: int) -> "Prototypes":
         return dataclasses.replace(self, vectors_KD=self.vectors_KD[:k])
@@ -79,32 +88,34 @@ class Prototypes:
         )
 
 
+Prepare = collections.abc.Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""Raw activations (R, D) -> what is multiplied (R, D), and what is added to each row's products (R,) or None."""
+
+
 @torch.no_grad()
 @jaxtyped(typechecker=beartype.beartype)
 def largest(
-    x_BPD: Float[Tensor, "B P D"],
-    w_KD: Float[Tensor, "K D"],
-    offset_BP: Float[Tensor, "B P"] | None = None,
+    acts_BPD: Float[Tensor, "B P D"], w_KD: Float[Tensor, "K D"], prepare: Prepare
 ) -> Float[Tensor, "B K"]:
-    """max over p of x_BPD . w_KD + offset_BP; no score of a single patch outlives its tile."""
-    (B, P, _), K = x_BPD.shape, len(w_KD)
-    n_rows, n_bytes = TILE[x_BPD.device.type]
+    """max over an image's patches of prepared activations times w; no score of a single patch outlives its tile."""
+    (B, P, _), K = acts_BPD.shape, len(w_KD)
+    n_rows, n_bytes = TILE[acts_BPD.device.type]
     n_imgs = max(1, n_rows // P)
-    width = max(1, n_bytes // (x_BPD.element_size() * n_imgs * P))
-    out_BK = x_BPD.new_empty(B, K)
+    width = max(1, n_bytes // (acts_BPD.element_size() * n_imgs * P))
+    out_BK = acts_BPD.new_empty(B, K)
 
     def rows(first: int) -> None:
-        with torch.inference_mode(x_BPD.is_inference()), torch.no_grad():
-            x_RD = x_BPD[first : first + n_imgs].flatten(0, 1)
+        with torch.inference_mode(acts_BPD.is_inference()), torch.no_grad():
+            x_RD, offset_R = prepare(acts_BPD[first : first + n_imgs].flatten(0, 1))
             for start in range(0, K, width):
                 score_RC = x_RD @ w_KD[start : start + width].T
-                if offset_BP is not None:
-                    score_RC += offset_BP[first : first + n_imgs].reshape(-1, 1)
+                if offset_R is not None:
+                    score_RC += offset_R[:, None]
                 best = score_RC.unflatten(0, (-1, P)).amax(dim=1)
                 out_BK[first : first + n_imgs, start : start + width] = best
 
     firsts = list(range(0, B, n_imgs))
-    if x_BPD.device.type == "cpu":
+    if acts_BPD.device.type == "cpu":
         kernels.each_in_threads(rows, firsts)
     else:
         for first in firsts:

@@ -29,10 +29,9 @@ class SaeLatents:
     def of_images(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
         """Largest codes of each image. All but TopK's rise with their own pre-activation alone: its largest is enough."""
         sae, K = self.sae, self.n_prototypes
-        x_BPD = acts_BPD * sae.scale - sae.b_dec
         if isinstance(sae.cfg, config.TopK):
-            return self._top_k(x_BPD, sae.cfg.top_k)
-        pre_BK = base.largest(x_BPD, sae.W_enc.T[:K]) + sae.b_enc[:K]
+            return self._top_k(acts_BPD * sae.scale - sae.b_dec, sae.cfg.top_k)
+        pre_BK = base.largest(acts_BPD, sae.W_enc.T[:K], self._scaled) + sae.b_enc[:K]
         match sae.cfg:
             case config.BatchTopK():
                 least = sae.threshold
@@ -41,6 +40,9 @@ class SaeLatents:
             case _:
                 return pre_BK.relu()
         return torch.where(pre_BK > least, pre_BK, 0.0).relu()
+
+    def _scaled(self, x_RD: Tensor) -> tuple[Tensor, None]:
+        return x_RD * self.sae.scale - self.sae.b_dec, None
 
     def _top_k(self, x_BPD: Float[Tensor, "B P D"], k: int) -> Float[Tensor, "B K"]:
         sae, (B, P, _) = self.sae, x_BPD.shape
