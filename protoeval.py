@@ -12,6 +12,18 @@ def main() -> None:
     )
     if cfgs[0].dry_run:
         return launch.show(cfgs)
+    if cfgs[0].report:
+        from saev.protoeval import joint  # draws charts, which --help need not wait for
+
+        dpath = joint.write(pathlib.Path(cfgs[0].report))
+        print((dpath / "table.md").read_text())
+        print(dpath)
+        return None
+    if cfgs[0].check:
+        from saev.protoeval import select
+
+        print(select.look(cfgs[0]))
+        return None
     groups = config.group(cfgs)
     for dpath in launch.run("saev.protoeval.select:main", groups, cfgs[0].slurm, "saev-protoeval"):
         print((pathlib.Path(dpath) / "table.md").read_text())

@@ -65,6 +65,12 @@ def hash_of(obj: object) -> str:
     return hashlib.sha256(canonical_json(obj).encode()).hexdigest()
 
 
+def hash_file(fpath: pathlib.Path) -> str:
+    """sha256 hex digest of a file's bytes."""
+    with fpath.open("rb") as fd:
+        return hashlib.file_digest(fd, "sha256").hexdigest()
+
+
 def progress(
     iterable: collections.abc.Iterable[T], desc: str, total: int, unit: str, every_s: float = 30.0
 ) -> collections.abc.Iterator[T]:

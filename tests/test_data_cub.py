@@ -259,3 +259,60 @@ def test_pair_without_a_line(root: pathlib.Path) -> None:
     fpath = root / "attributes" / "image_attribute_labels.txt"
     fpath.write_text(LABELS.replace("12 1 0 3 0.0\n", "").replace("3 2 1 2 0 1.5\n", ""))
     refuses(root, "2 image x attribute pairs have no line, the first is image 3, attribute 2")
+
+
+# ---- another layout, repeated annotations, the cache ----
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_metadata_folder(root: pathlib.Path, tmp_path: pathlib.Path, is_flat: bool) -> None:
+    want = cub.load(root)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    root.rename(copy / "metadata")
+    if is_flat:
+        for fpath in (copy / "metadata" / "attributes").iterdir():
+            fpath.rename(copy / "metadata" / fpath.name)
+    got = cub.load(copy)
+    assert got.paths_N == want.paths_N and got.attribute_names_T == want.attribute_names_T
+    np.testing.assert_array_equal(got.labels_NT, want.labels_NT)
+
+
+def test_keys_of_dumped_paths() -> None:
+    path = "001.Black/a a.jpg"
+    for place in ("", "images/", "train/", "test/"):
+        assert cub.key(place + path) == path
+
+
+def test_counts_of_annotations(root: pathlib.Path) -> None:
+    labels = cub.load(root)
+    assert (labels.n_lines, labels.n_repeated) == (8, 1)
+    assert labels.n_uncertain == 2  # 3 2 1 2 and 7 2 1 1
+    assert cub.load(root, min_certainty=1).n_uncertain == 0
+
+
+def test_parse_is_kept_under_the_files_hash(
+    root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cub, "CACHE_FROM", 1)
+    want = cub.load(root)
+    (cached,) = (tmp_path / "cache" / "saev").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(cub, "_first_four_fields", None)  # a second parse would be a TypeError
+        np.testing.assert_array_equal(cub.load(root).labels_NT, want.labels_NT)
+        assert cub.load(root, min_certainty=1).labels_NT.sum() > want.labels_NT.sum()
+    cached.write_bytes(cached.read_bytes()[:-20])  # a broken cache is parsed again, and mended
+    np.testing.assert_array_equal(cub.load(root).labels_NT, want.labels_NT)
+    fpath = root / "attributes" / "image_attribute_labels.txt"
+    fpath.write_text(LABELS.replace("12 1 0 3", "12 1 1 3"))
+    assert cub.load(root).labels_NT.sum() == want.labels_NT.sum() + 1
+    assert len(list((tmp_path / "cache" / "saev").iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written(
+    root: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
+    monkeypatch.setattr(cub, "CACHE_FROM", 1)
+    assert cub.load(root).n_lines == 8

@@ -8,8 +8,10 @@ import csv
 import dataclasses
 import pathlib
 import shutil
+import tempfile
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from saev.data import config as data_config
 from saev.data import cub
 from saev.demo import minicub
 from saev.formats import results, shards
-from saev.protoeval import config, report, select
+from saev.protoeval import config, scoring, select
 from saev.scorers import base
 from saev.scorers import config as scorers_config
 
@@ -100,14 +102,15 @@ def evaluate(
     """The grid for ready-made scorers, through the same joins and scores as the command."""
     banks = [select.Bank(name, scorer, (scorer.n_prototypes,)) for name, scorer in run.items()]
     joins = [select._join(cfg.train_data, labels, True), select._join(cfg.test, labels, False)]
-    train, test = select._score(cfg, banks, labels, joins)
-    return select.evaluate(train, test, banks, labels.attribute_names_T, cfg.n_train, cfg.seed)
+    with tempfile.TemporaryDirectory() as dpath:
+        splits = select._score(cfg, banks, labels, joins, pathlib.Path(dpath))
+        return select.evaluate(*splits, banks, cfg)
 
 
 def test_a_scorer_that_knows_the_traits_gets_one(cfg: config.ProtoEval, labels: cub.Cub) -> None:
     *_, row = evaluate(cfg, labels, {"oracle": oracle(labels)})
     assert row.n_train == labels.is_train_N.sum()
-    np.testing.assert_array_equal(row.best_T, np.arange(len(labels.attribute_names_T)))
+    np.testing.assert_array_equal(row.best_RT[0], np.arange(len(labels.attribute_names_T)))
     np.testing.assert_array_equal(row.measured_T, 1.0)
 
 
@@ -127,14 +130,19 @@ def test_labels_shifted_by_one_image_drop_to_the_constant_row(
 
 
 def test_scores_are_the_max_over_patches_of_a_plain_loop(
-    planted: data_config.Shards, labels: cub.Cub
+    planted: data_config.Shards, labels: cub.Cub, tmp_path: pathlib.Path
 ) -> None:
     scorer = oracle(labels)
-    got_NK = select.score_images([scorer, scorer.prefix(2)], planted, torch.device("cpu"))
+    image_is = [3, 0, 159, 70]
+    got = scoring.score(
+        [scorer, scorer.prefix(2)], planted, image_is, tmp_path / "s", torch.device("cpu")
+    )
     order = np.random.default_rng(5).permutation(len(labels.paths_N))
-    for n, acts_PD in enumerate(plant(labels.labels_NT)[order]):
-        want_K = np.max(acts_PD, axis=0)
-        np.testing.assert_allclose(got_NK[n], [*want_K, *want_K[:2]], rtol=1e-6)
+    acts_NPD = plant(labels.labels_NT)[order]
+    for n, i in enumerate(image_is):
+        want_K = np.max(acts_NPD[i], axis=0)
+        np.testing.assert_allclose(got.scores_KN[:, n], [*want_K, *want_K[:2]], rtol=1e-6)
+        np.testing.assert_allclose(got.mean_ND[n], acts_NPD[i].mean(axis=0), atol=1e-6)
 
 
 def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub) -> None:
@@ -144,18 +152,19 @@ def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub)
     grid = [(r["scorer"], r["n_prototypes"], r["n_train"]) for r in lines]
     assert grid == [
         ("constant", "1", n_train),
+        *(("Linear probe", "1", n) for n in ("16", n_train)),
         *(("Pca", k, n) for k in ("4", "16") for n in ("16", n_train)),
     ]
     table = (dpath / "table.md").read_text()
     assert "| constant | 1 |" in table and "| Pca | 16 |" in table
     assert (dpath / "chart.png").read_bytes().startswith(b"\x89PNG")
-    traits = read_csv(dpath / "traits.csv")
+    traits = pyarrow.parquet.read_table(dpath / "traits.parquet").to_pylist()
     assert len(traits) == len(lines) * len(labels.attribute_names_T)
     shown = float(lines[-1]["map"])
     mine = [
-        float(t["test_ap"])
+        t["test_ap"]
         for t in traits
-        if (t["scorer"], t["n_prototypes"], t["n_train"]) == grid[-1]
+        if (t["scorer"], str(t["n_prototypes"]), str(t["n_train"])) == grid[-1]
     ]
     assert shown == pytest.approx(np.nanmean(mine))
 
@@ -166,9 +175,9 @@ def test_all_scorers_of_a_group_give_what_each_gives_alone(cfg: config.ProtoEval
     assert len(config.group(cfgs)) == 1
     together = (pathlib.Path(select.main(cfgs)) / "summary.csv").read_text().splitlines()
     alone = [
-        (pathlib.Path(select.main([c])) / "summary.csv").read_text().splitlines()[2:] for c in cfgs
+        (pathlib.Path(select.main([c])) / "summary.csv").read_text().splitlines()[4:] for c in cfgs
     ]
-    assert together[2:] == [line for lines in alone for line in lines]
+    assert together[4:] == [line for lines in alone for line in lines]
 
 
 def test_scorers_of_one_table_have_different_names(cfg: config.ProtoEval) -> None:
@@ -203,9 +212,9 @@ def test_a_finished_evaluation_is_found_again(
     assert table.read_text() == "kept"
     others = [
         dataclasses.replace(cfg, **{k: v})
-        for k, v in (("seed", 1), ("n_train", (8,)), ("min_certainty", 4))
+        for k, v in (("seed", 1), ("n_train", (8,)), ("min_certainty", 4), ("n_boot", 7))
     ]
-    assert len({str(table.parent), *(select.main([c]) for c in others)}) == 4
+    assert len({str(table.parent), *(select.main([c]) for c in others)}) == 5
 
 
 def test_n_train_subsets_are_nested_and_seeded() -> None:
@@ -215,48 +224,68 @@ def test_n_train_subsets_are_nested_and_seeded() -> None:
     assert set(small) != set(select.train_subset(100, 10, 1))
 
 
+def test_draws_differ_and_the_first_is_that_of_one_draw(cfg: config.ProtoEval) -> None:
+    one, three = (
+        read_csv(pathlib.Path(select.main([dataclasses.replace(cfg, n_seeds=n)])) / "summary.csv")
+        for n in (1, 3)
+    )
+    assert {line["spread"] for line in one} == {"nan"}
+    of_16, of_all = ([x for x in three if (x["n_train"] == "16") is few] for few in (True, False))
+    assert all(float(line["spread"]) > 0 for line in of_16)
+    assert {line["spread"] for line in of_all} == {"nan"}  # all images can be drawn in one way
+    assert [x["map"] for x in of_all] == [x["map"] for x in one if x["n_train"] != "16"]
+    draws = [select.train_subset(100, 10, 0, r) for r in range(3)]
+    assert len({tuple(draw) for draw in draws}) == 3
+    np.testing.assert_array_equal(draws[0], select.train_subset(100, 10, 0))
+
+
+def test_intervals_hold_the_map_and_grow_with_fewer_test_images(
+    cfg: config.ProtoEval, labels: cub.Cub
+) -> None:
+    lines = read_csv(pathlib.Path(select.main([cfg])) / "summary.csv")
+    for line in lines:
+        low, value, high = (float(line[key]) for key in ("low", "map", "high"))
+        # a resample's positives are fewer or more, so its mAP is not centred on the sample's
+        assert low - 0.05 < value < high and 0 < high - low < 0.5
+
+
+def test_a_killed_evaluation_leaves_no_table_and_ends_the_same(
+    cfg: config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pathlib.Path(select.main([cfg]))
+    again = dataclasses.replace(cfg, dump_to=str(tmp_path / "again"))
+
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(select.report, "write", full_disk)
+        select.main([again])
+    (partial,) = pathlib.Path(again.dump_to).iterdir()
+    assert partial.name == f".{whole.name}.partial"
+    monkeypatch.setattr(scorers.Prototypes, "of_images", full_disk)  # a second pass would end
+    done = pathlib.Path(select.main([again]))
+    assert (done / "summary.csv").read_text() == (whole / "summary.csv").read_text()
+    assert [p.name for p in pathlib.Path(again.dump_to).iterdir()] == [whole.name]
+
+
 def test_ties_take_the_lowest_prototype() -> None:
     ap_KT = np.array([[0.5, np.nan, 0.1], [0.5, np.nan, 0.2], [0.4, np.nan, 0.2]])
-    np.testing.assert_array_equal(select.choose(ap_KT), [0, 0, 1])
+    none = select.Choice(np.zeros(3, np.int64), np.full(3, np.nan))
+    whole = select.better(none, ap_KT, 0)
+    np.testing.assert_array_equal(whole.best_T, [0, 0, 1])
+    np.testing.assert_array_equal(whole.train_ap_T, [0.5, np.nan, 0.2])
+    in_parts = none
+    for k in range(3):
+        in_parts = select.better(in_parts, ap_KT[k : k + 1], k)
+    np.testing.assert_array_equal(in_parts.best_T, whole.best_T)
 
 
 def test_the_best_of_k_is_chosen_among_the_first_k(cfg: config.ProtoEval) -> None:
-    lines = read_csv(pathlib.Path(select.main([cfg])) / "traits.csv")
-    assert max(int(t["prototype"]) for t in lines if t["n_prototypes"] == "4") < 4
-    assert max(int(t["prototype"]) for t in lines if t["n_prototypes"] == "16") >= 4
-
-
-def test_traits_without_a_positive_are_reported_not_averaged() -> None:
-    rows = [
-        results.Row(
-            "constant", 1, 9, np.zeros(2, int), np.array([0.5, 0.5]), np.array([0.5, np.nan])
-        ),
-        results.Row(
-            "Pca", 4, 9, np.zeros(2, int), np.array([np.nan, 0.9]), np.array([0.75, np.nan])
-        ),
-    ]
-    assert rows[1].mean_ap == 0.75
-    note = report._notes(rows, ["has_a::x", "has_b::y"], "CLIP, layer 3.")
-    assert note.startswith("\nCLIP, layer 3. mAP")
-    assert "1 trait(s) without a positive test image are left out" in note
-    assert "With 9 train images 1 trait(s) have no positive one" in note
-
-
-def test_the_chart_shows_every_line_whole() -> None:
-    def row(name: str, k: int, n: int, value: float) -> results.Row:
-        return results.Row(name, k, n, np.zeros(1, int), np.array([value]), np.array([value]))
-
-    rows = [
-        row("constant", 1, 99, 0.2),
-        *(row("Low", 4, n, 0.3) for n in (16, 99)),
-        *(row("High", 4, n, 0.9) for n in (16, 99)),
-    ]
-    low, high = report.chart(rows).axes
-    assert [axes.get_title() for axes in (low, high)] == ["Low", "High"]
-    for axes in (low, high):
-        assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 0.9
-    np.testing.assert_array_equal(high.get_lines()[0].get_xydata(), [[16, 0.9], [99, 0.9]])
-    assert set(high.get_lines()[1].get_ydata()) == {0.2}  # the constant row
+    fpath = pathlib.Path(select.main([cfg])) / "traits.parquet"
+    lines = pyarrow.parquet.read_table(fpath).to_pylist()
+    assert max(t["prototype"] for t in lines if t["n_prototypes"] == 4) < 4
+    assert max(t["prototype"] for t in lines if t["n_prototypes"] == 16) >= 4
 
 
 def test_a_missing_image_is_named(

@@ -79,7 +79,7 @@ def test_paired_is_the_diagonal_of_the_matrix() -> None:
     scores_NT, labels_NT = scores("tied", 60, 6, rng), rng.random((60, 6)) < 0.2
     labels_NT[:, 3] = False
     full_TT = ap.average_precision(scores_NT, labels_NT)
-    got_T = ap.paired_average_precision(scores_NT, labels_NT)
+    got_T = ap.paired(scores_NT.T, labels_NT)
     np.testing.assert_allclose(got_T, np.diag(full_TT), rtol=1e-14)
 
 
@@ -106,3 +106,43 @@ def test_equals_sklearn_on_any_small_input(data: st.DataObject) -> None:
 
 def test_public_name() -> None:
     assert saev.protoeval.average_precision is ap.average_precision
+
+
+def test_equals_sklearn_in_float64_and_float16() -> None:
+    rng = np.random.default_rng(4)
+    close_NK = 1 + 1e-12 * rng.integers(-50, 50, (90, 5))  # equal in float32
+    labels_NT = rng.random((90, 4)) < 0.3
+    for scores_NK in (close_NK, rng.standard_normal((90, 5)).astype(np.float16)):
+        want_KT = reference(scores_NK, labels_NT)
+        got_KT = ap.average_precision(scores_NK, labels_NT)
+        np.testing.assert_allclose(got_KT, want_KT, rtol=0, atol=1e-12)
+
+
+def test_blocks_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(6)
+    scores_NK, labels_NT = scores("tied", 50, 13, rng), rng.random((50, 6)) < 0.2
+    whole_KT = ap.average_precision(scores_NK, labels_NT)
+    monkeypatch.setattr(ap, "BLOCK_BYTES", 3 * 8 * 50)
+    np.testing.assert_array_equal(ap.average_precision(scores_NK, labels_NT), whole_KT)
+
+
+@pytest.mark.parametrize("kind", ["random", "tied", "mostly zero", "all tied"])
+def test_resampled_equals_sklearn_on_the_repeated_images(kind: str) -> None:
+    rng = np.random.default_rng(2)
+    scores_NT, labels_NT = scores(kind, 40, 5, rng), rng.random((40, 5)) < 0.15
+    labels_NT[:, 0] = np.arange(40) == 3  # one positive: some resamples have none
+    times_MN = ap.resamples(40, 300, seed=1)
+    got_TM = ap.resampled(scores_NT.T, labels_NT, times_MN)
+    assert np.isnan(got_TM[0]).any()
+    for m in (0, 7, 255, 256, 299):
+        rows = np.repeat(np.arange(40), times_MN[m])
+        want_TT = reference(scores_NT[rows], labels_NT[rows])
+        np.testing.assert_allclose(got_TM[:, m], np.diag(want_TT), rtol=0, atol=1e-12)
+
+
+def test_resamples_draw_with_replacement_the_same_for_one_seed() -> None:
+    times_MN = ap.resamples(500, 400, seed=3)
+    assert (times_MN.sum(axis=1) == 500).all()
+    np.testing.assert_array_equal(times_MN, ap.resamples(500, 400, seed=3))
+    assert times_MN.var() == pytest.approx(1, abs=0.02)  # Poisson with mean 1
+    assert (times_MN == 0).mean() == pytest.approx(np.exp(-1), abs=0.01)

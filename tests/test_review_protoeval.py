@@ -3,12 +3,12 @@
 N images, L layers, T tokens, D d_vit.
 """
 
-import csv
 import dataclasses
 import pathlib
 import shutil
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import sklearn.metrics
 import torch
@@ -17,11 +17,11 @@ from saev import errors, nn, scorers
 from saev.data import config as data_config
 from saev.formats import shards
 from saev.nn import config as nn_config
-from saev.protoeval import config, select
+from saev.protoeval import config, scoring, select
 from saev.scorers import config as scorers_config
 
 N, D = 40, 4
-PATHS = [f"{i % 5:03}.Bird/bird {i:03}.jpg" for i in range(N)]
+PATHS = [f"{i % 5 + 1:03}.Bird/bird {i:03}.jpg" for i in range(N)]
 LABELS_N2 = np.random.default_rng(0).random((N, 2)) < 0.4
 LABELS_TXT = "attributes/image_attribute_labels.txt"
 
@@ -58,7 +58,7 @@ def cfg(tmp_path: pathlib.Path) -> config.ProtoEval:
     files = {
         "images.txt": [f"{i} {path}" for i, path in enumerate(PATHS, 1)],
         "train_test_split.txt": [f"{i} {i % 2}" for i in range(1, N + 1)],
-        "image_class_labels.txt": [f"{i} 1" for i in range(1, N + 1)],
+        "image_class_labels.txt": [f"{i} {(i - 1) % 5 + 1}" for i in range(1, N + 1)],
         "attributes/attributes.txt": ["1 has_a::x", "2 has_a::y"],
         LABELS_TXT: [f"{i + 1} {t + 1} {int(present)} 4 1.0" for (i, t), present in pairs],
     }
@@ -126,7 +126,8 @@ def test_what_decides_the_result_is_in_its_name(
         {"seed": 1},
     ]
     names = [select.main([dataclasses.replace(cfg, **change)]) for change in changes]
-    assert len(list((tmp_path / "scorers").iterdir())) == len(changes)
+    # 16 random activations hold the 8 that another run wants
+    assert len(list((tmp_path / "scorers").iterdir())) == len(changes) - 1
     names.append(select.main([dataclasses.replace(cfg, n_train=(8,))]))
     for seed in (None, 1):  # another file under the same path
         sae = save_sae(tmp_path / "run" / "sae.pt", seed=seed)
@@ -161,9 +162,8 @@ def test_each_patch_meets_its_own_label(
             select.main([cfg])
         return
     dpath = pathlib.Path(select.main([cfg]))
-    with (dpath / "traits.csv").open() as fd:
-        *_, x, y = csv.DictReader(fd)
-    assert [(t["prototype"], t["test_ap"]) for t in (x, y)] == [("0", "1.0"), ("1", "1.0")]
+    *_, x, y = pyarrow.parquet.read_table(dpath / "traits.parquet").to_pylist()
+    assert [(t["prototype"], t["test_ap"]) for t in (x, y)] == [(0, 1.0), (1, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,9 @@ def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
     for n in (50, 60):
         labels_NT = rng.random((n, n_traits)) < 0.3
         scores_NK = rng.integers(-4, 4, (n, 9)).astype(np.float32)
-        splits.append(select.Split(scores_NK, labels_NT))
+        means_ND = rng.standard_normal((n, D)).astype(np.float32)
+        scores = scoring.Scores(scores_NK.T, means_ND, np.arange(n))
+        splits.append(select.Split(scores, np.arange(n), labels_NT))
     train, test = splits
     train.labels_NT[:, 3], test.labels_NT[:, 4] = False, False
     zeros_D = torch.zeros(D)
@@ -213,9 +215,9 @@ def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
         select.Bank(name, scorers.Prototypes(torch.zeros(k, D), zeros_D, "dot"), ks)
         for name, k, ks in (("a", 3, (3,)), ("b", 6, (2, 6)))
     ]
-    names = [f"has_a::{t}" for t in range(n_traits)]
-    constant, *rows = select.evaluate(train, test, banks, names, (7, -1), 0)
-    np.testing.assert_allclose(constant.test_ap_T[:4], test.labels_NT[:, :4].mean(axis=0))
+    cfg = config.ProtoEval(n_train=(7, -1), n_boot=0, memory_gb=1e-6)
+    constant, _, _, *rows = select.evaluate(train, test, banks, cfg)
+    np.testing.assert_allclose(constant.test_ap_RT[0][:4], test.labels_NT[:, :4].mean(axis=0))
     cells = [("a", 0, 3), ("b", 3, 2), ("b", 3, 6)]
     wanted = [(*cell, n_train) for cell in cells for n_train in (7, 50)]
     assert [(r.scorer, r.n_prototypes, r.n_train) for r in rows] == [(c[0], *c[2:]) for c in wanted]
@@ -224,16 +226,18 @@ def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
         for t in range(n_traits):
             seen, y = train.labels_NT[drawn, t], test.labels_NT[:, t]
             aps = [
-                sklearn.metrics.average_precision_score(seen, train.scores_NK[drawn, first + i])
+                sklearn.metrics.average_precision_score(
+                    seen, train.scores.scores_KN[first + i, drawn]
+                )
                 for i in range(k if seen.any() else 0)
             ]
             best = int(np.argmax(np.round(aps, 12))) if aps else 0
-            assert row.best_T[t] == best
+            assert row.best_RT[0][t] == best
             if not y.any():
-                assert np.isnan(row.test_ap_T[t])
+                assert np.isnan(row.test_ap_RT[0][t])
                 continue
-            score = sklearn.metrics.average_precision_score(y, test.scores_NK[:, first + best])
-            assert row.test_ap_T[t] == pytest.approx(score, abs=1e-12)
+            score = sklearn.metrics.average_precision_score(y, test.scores.scores_KN[first + best])
+            assert row.test_ap_RT[0][t] == pytest.approx(score, abs=1e-12)
 
 
 # ---- what the table says ----
@@ -253,5 +257,7 @@ def test_rows_of_different_scorers_have_different_names(cfg: config.ProtoEval) -
 
 def test_results_say_what_they_are_of(cfg: config.ProtoEval) -> None:
     dpath = pathlib.Path(select.main([cfg]))
-    text = "".join(fpath.read_text() for fpath in dpath.iterdir() if fpath.suffix != ".png")
+    text = "".join(
+        fpath.read_text() for fpath in dpath.iterdir() if fpath.suffix in (".md", ".json")
+    )
     assert pathlib.Path(cfg.train_data.shard_root).name[:8] in text and "layer" in text

@@ -6,10 +6,15 @@
     CUB_200_2011/attributes/attributes.txt              attribute id, name (or in CUB_200_2011, or beside it)
     CUB_200_2011/attributes/image_attribute_labels.txt  image id, attribute id, present, certainty, [more,] time
 
-Every label is tied to its image's id and path, never to a line's position. Shape letters: N images, T traits.
+Also as copies of it are laid out for image-folder loaders, with all of these files in a folder `metadata/` (attributes/
+inside, or its files there too) and the photos in train/CLASS/ and test/CLASS/ instead of images/CLASS/.
+
+Every label is tied to its image's id and path, never to a line's position. Shape letters: N images, T traits, M lines.
 """
 
+import contextlib
 import dataclasses
+import os
 import pathlib
 import re
 import typing as tp
@@ -19,10 +24,14 @@ import beartype
 import numpy as np
 from jaxtyping import Bool, Int64, jaxtyped
 
-from saev import errors
+from saev import errors, helpers
 
 TEXT: dict[str, tp.Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 """As Python names files whose names are not UTF-8: such a path still equals the dump's."""
+PARSER = 1
+"""Raised when the same file may give other fields."""
+CACHE_FROM = 100_000
+"""Lines from which a parse is worth keeping."""
 NATURAL, INTEGER = re.compile("[0-9]{1,7}"), re.compile("[+-]?[0-9]{1,18}")
 FIELDS = "'IMAGE_ID ATTRIBUTE_ID PRESENT CERTAINTY ...'"
 
@@ -41,6 +50,12 @@ class Cub:
     """Present, with enough certainty."""
     class_N: Int64[np.ndarray, " N"]
     """Class id, from 1, as in classes.txt."""
+    n_lines: int = 0
+    """Annotations in image_attribute_labels.txt."""
+    n_repeated: int = 0
+    """Image x attribute pairs that were annotated more than once."""
+    n_uncertain: int = 0
+    """Annotations "present" that were not certain enough."""
 
 
 @beartype.beartype
@@ -60,6 +75,7 @@ def load(root: str | pathlib.Path, *, min_certainty: int = 3) -> Cub:
         raise errors.UserError(
             f"--cub-root {root}: no such directory. Pass the CUB_200_2011 folder (with images.txt)."
         )
+    root = metadata_root(root)
     paths = _names(_need(root / "images.txt"))
     ids = list(paths)
     names_fpath = _attributes_fpath(root)
@@ -70,14 +86,31 @@ def load(root: str | pathlib.Path, *, min_certainty: int = 3) -> Cub:
         )
     is_train = _numbers(_need(root / "train_test_split.txt"), paths, range(2))
     classes = _numbers(_need(root / "image_class_labels.txt"), paths, range(1, 10_000))
-    fpath = _need(root / "attributes" / "image_attribute_labels.txt")
+    fpaths = [dpath / "image_attribute_labels.txt" for dpath in (root / "attributes", root)]
+    fpath = _need(next((fpath for fpath in fpaths if fpath.is_file()), fpaths[0]))
     return Cub(
         paths_N=[paths[i] for i in ids],
         is_train_N=np.array([is_train[i] == 1 for i in ids]),
         attribute_names_T=[names[t] for t in sorted(names)],
-        labels_NT=_read_labels(fpath, ids, len(names), min_certainty),
         class_N=np.array([classes[i] for i in ids], np.int64),
+        **_read_labels(fpath, ids, len(names), min_certainty),
     )
+
+
+@beartype.beartype
+def metadata_root(root: pathlib.Path) -> pathlib.Path:
+    """The folder with images.txt: `root`, or metadata/ in it."""
+    inner = root / "metadata"
+    return (
+        inner if (inner / "images.txt").is_file() and not (root / "images.txt").is_file() else root
+    )
+
+
+@beartype.beartype
+def key(path: str) -> str:
+    """A dumped image's path -> its path in images.txt: images/, train/ and test/ are places, not part of it."""
+    first, _, rest = path.partition("/")
+    return rest if first in ("images", "train", "test") else path
 
 
 def _need(fpath: pathlib.Path) -> pathlib.Path:
@@ -134,12 +167,15 @@ def _numbers(fpath: pathlib.Path, paths: dict[int, str], allowed: range) -> dict
     return out
 
 
-@jaxtyped(typechecker=beartype.beartype)
 def _read_labels(
     fpath: pathlib.Path, ids: list[int], n_traits: int, min_certainty: int
-) -> Bool[np.ndarray, "N T"]:
-    """Only the first four fields of a line count; the archive has lines with 5 to 7. Of several annotations any positive counts."""
-    fields_M4 = _first_four_fields(fpath)
+) -> dict[str, tp.Any]:
+    """The fields of `Cub` that come from the annotations.
+
+    Only the first four fields of a line count; the archive has lines with 5 to 7. Of several annotations of a pair any positive
+    that is certain enough counts: an annotator who does not see a trait is outvoted by one who does and is sure.
+    """
+    fields_M4 = _cached_fields(fpath)
     row_of = np.full(max(ids) + 2, -1, np.int64)  # its last entry stands for every id beyond
     row_of[ids] = np.arange(len(ids))
     image_M, trait_M, present_M, certainty_M = fields_M4.T
@@ -150,13 +186,18 @@ def _read_labels(
         line_i, line = _filled_lines(fpath)[int(np.flatnonzero(~ok_M)[0])]
         wanted = f"{FIELDS} with a known image, an attribute of 1-{n_traits}, 0 or 1, and 1-4"
         raise _bad_line(fpath, line_i, line, wanted)
-    seen_NT = np.zeros((len(ids), n_traits), bool)
-    seen_NT[row_M, trait_M - 1] = True
-    _check_all_seen(fpath, seen_NT, ids)
+    pair_M = row_M * n_traits + trait_M - 1
+    n_seen_NT = np.bincount(pair_M, minlength=len(ids) * n_traits).reshape(-1, n_traits)
+    _check_all_seen(fpath, n_seen_NT > 0, ids)
     labels_NT = np.zeros((len(ids), n_traits), bool)
     positive_M = (present_M == 1) & (certainty_M >= min_certainty)
     labels_NT[row_M[positive_M], trait_M[positive_M] - 1] = True
-    return labels_NT
+    return {
+        "labels_NT": labels_NT,
+        "n_lines": len(row_M),
+        "n_repeated": int((n_seen_NT > 1).sum()),
+        "n_uncertain": int(((present_M == 1) & ~positive_M).sum()),
+    }
 
 
 def _check_all_seen(fpath: pathlib.Path, seen_NT: np.ndarray, ids: list[int]) -> None:
@@ -167,6 +208,25 @@ def _check_all_seen(fpath: pathlib.Path, seen_NT: np.ndarray, ids: list[int]) ->
         f"{fpath}: {int((~seen_NT).sum())} image x attribute pairs have no line, the first is image {ids[row]}, "
         f"attribute {trait + 1}. The file is cut or from another archive: unpack it again."
     )
+
+
+def _cached_fields(fpath: pathlib.Path) -> np.ndarray:
+    """`_first_four_fields`, kept in the user's cache folder under the hash of the file's bytes: 3.7 million lines are parsed once.
+
+    A cache that cannot be read or written costs the parse, nothing else.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    cached = pathlib.Path(home) / "saev" / f"cub-{PARSER}-{helpers.hash_file(fpath)}.npz"
+    # whatever a cut or foreign file makes numpy raise
+    with contextlib.suppress(Exception), cached.open("rb") as fd:
+        return np.load(fd, allow_pickle=False)["fields_M4"].astype(np.int64)
+    fields_M4 = _first_four_fields(fpath)
+    if len(fields_M4) >= CACHE_FROM and np.abs(fields_M4).max() < 2**31:
+        with contextlib.suppress(OSError):
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with helpers.atomic(cached) as tmp_fpath, tmp_fpath.open("wb") as fd:
+                np.savez_compressed(fd, fields_M4=fields_M4.astype(np.int32))
+    return fields_M4
 
 
 def _first_four_fields(fpath: pathlib.Path) -> np.ndarray:

@@ -14,7 +14,7 @@ from jaxtyping import Float32, jaxtyped
 from torch import Tensor
 
 from saev import errors
-from saev.data import config
+from saev.data import config, cub
 from saev.formats.shards import Record
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -50,17 +50,25 @@ def list_images(cfg: config.ImageFolder | config.Cub200) -> list[Record]:
         raise errors.UserError(
             f"--data.root {cfg.root}: no images found (looked for {' '.join(SUFFIXES)}). Pass the folder that holds the images."
         )
-    return [Record(path, path.rpartition("/")[0].partition("/")[0]) for path in paths]
+    is_cub = isinstance(cfg, config.Cub200)
+    keys = [cub.key(path) if is_cub else path for path in paths]
+    return [
+        Record(path, key.rpartition("/")[0].partition("/")[0])
+        for path, key in zip(paths, keys, strict=True)
+    ]
 
 
 @beartype.beartype
 def image_root(cfg: config.ImageFolder | config.Cub200) -> pathlib.Path:
     """The folder that the records' paths start from."""
-    return (
-        pathlib.Path(cfg.root) / "images"
-        if isinstance(cfg, config.Cub200)
-        else pathlib.Path(cfg.root)
-    )
+    root = pathlib.Path(cfg.root)
+    has_images = isinstance(cfg, config.Cub200) and not _is_split(root)
+    return root / "images" if has_images else root
+
+
+def _is_split(root: pathlib.Path) -> bool:
+    """Are CUB's photos in train/ and test/ instead of images/?"""
+    return not (root / "images").is_dir() and (root / "train").is_dir()
 
 
 def _walk(root: str, prefix: str) -> collections.abc.Iterator[str]:
@@ -76,16 +84,22 @@ def _walk(root: str, prefix: str) -> collections.abc.Iterator[str]:
 
 
 def _cub_paths(cfg: config.Cub200) -> list[str]:
-    root = pathlib.Path(cfg.root)
+    root = cub.metadata_root(pathlib.Path(cfg.root))
     paths = _columns(root / "images.txt")
-    if cfg.split == "all":
+    is_split = _is_split(pathlib.Path(cfg.root))
+    if cfg.split == "all" and not is_split:
         return list(paths.values())
     is_train = _columns(root / "train_test_split.txt")
     if missing := [i for i in paths if i not in is_train]:
         raise errors.UserError(
             f"{root / 'train_test_split.txt'}: image {missing[0]} of images.txt has no line. Unpack CUB again."
         )
-    return [path for i, path in paths.items() if (is_train[i] == "1") == (cfg.split == "train")]
+    folders = {"1": "train", "0": "test"}
+    return [
+        f"{folders.get(is_train[i], 'test')}/{path}" if is_split else path
+        for i, path in paths.items()
+        if cfg.split == "all" or (is_train[i] == "1") == (cfg.split == "train")
+    ]
 
 
 def _columns(fpath: pathlib.Path) -> dict[str, str]:

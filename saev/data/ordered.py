@@ -25,26 +25,27 @@ class Block(tp.NamedTuple):
 
 
 class Ordered:
-    """Iterates over blocks of at most `n_imgs` images, in image order.
+    """Iterates over blocks of at most `n_imgs` images, in image order, from the `first` readable image on.
 
     Raises:
         UserError: see `reader.Reader`; while iterating, NaN or infinite activations (names the image).
     """
 
     @beartype.beartype
-    def __init__(self, cfg: config.Shards, n_imgs: int = 64):
+    def __init__(self, cfg: config.Shards, n_imgs: int = 64, first: int = 0):
         self.reader = reader.Reader(cfg)
         self.block = n_imgs
+        self.first = first
 
     def __len__(self) -> int:
         """Number of blocks."""
-        return math.ceil(self.reader.n_imgs / self.block)
+        return math.ceil((self.reader.n_imgs - self.first) / self.block)
 
     def __iter__(self) -> collections.abc.Iterator[Block]:
         return ahead(self._blocks(), AHEAD)
 
     def _blocks(self) -> collections.abc.Iterator[Block]:
-        for start in range(0, self.reader.n_imgs, self.block):
+        for start in range(self.first, self.reader.n_imgs, self.block):
             stop = min(start + self.block, self.reader.n_imgs)
             block = Block(self.reader.image_is_N[start:stop], self.reader.read(start, stop))
             reader.check_finite(block.act_NXD, block.image_i_N, self.reader)

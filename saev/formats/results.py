@@ -1,7 +1,11 @@
-"""Results of protoeval: the summary table and the per-trait table, as CSV and markdown. T traits."""
+"""Results of protoeval: the summary table, and the per-trait, per-kind and difference tables.
+
+T traits, R draws of the train images, M bootstrap resamples of the test images.
+"""
 
 import collections.abc
 import csv
+import dataclasses
 import io
 import pathlib
 import typing as tp
@@ -10,19 +14,47 @@ import beartype
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from saev import helpers
+from saev import errors, helpers
+
+CONSTANT, PROBE, BASELINE = "constant", "Linear probe", "Random"
+"""Names of the rows that others are held against: the floor, the supervised reference, what a scorer must beat."""
+REFERENCES = (CONSTANT, PROBE)
 
 SUMMARY = (
     "scorer",
     "n_prototypes",
     "n_train",
     "map",
+    "low",
+    "high",
+    "spread",
     "q05",
     "q95",
     "n_traits",
     "n_traits_without_train_positives",
 )
-TRAITS = ("scorer", "n_prototypes", "n_train", "trait", "group", "prototype", "train_ap", "test_ap")
+KINDS = ("colour", "pattern", "shape", "size", "length", "other")
+KIND_COLUMNS = ("scorer", "n_prototypes", "n_train", "kind", "n_traits", "map")
+DIFFERENCES = ("scorer", "n_prototypes", "n_train", "difference", "low", "high", "is_significant")
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What a table is of."""
+
+    vit: str
+    layer: int
+    tokens: str
+    shards: list[str]
+    labels: str
+    """Hash of paths, split, traits and labels."""
+    min_certainty: int
+    seed: int
+    n_seeds: int
+    n_boot: int
+    created: str
+    """ISO 8601, UTC."""
 
 
 class Row(tp.NamedTuple):
@@ -31,17 +63,20 @@ class Row(tp.NamedTuple):
     scorer: str
     n_prototypes: int
     n_train: int
-    best_T: Int64[np.ndarray, " T"]
+    best_RT: Int64[np.ndarray, "R T"]
     """Chosen prototype of each trait."""
-    train_ap_T: Float64[np.ndarray, " T"]
+    train_ap_RT: Float64[np.ndarray, "R T"]
     """Its AP on the train images it was chosen on; NaN where these hold no positive."""
-    test_ap_T: Float64[np.ndarray, " T"]
+    test_ap_RT: Float64[np.ndarray, "R T"]
     """Its AP on all test images; NaN where these hold no positive."""
+    boot_M: Float64[np.ndarray, " M"]
+    """mAP (mean over draws) on resamples of the test images, the same resamples for all rows."""
 
     @property
     def measured_T(self) -> Float64[np.ndarray, " T"]:
-        """Test APs of the traits that have one."""
-        return self.test_ap_T[~np.isnan(self.test_ap_T)]
+        """Test APs, means over draws, of the traits that have one."""
+        ap_T = self.test_ap_RT.mean(axis=0)
+        return ap_T[~np.isnan(ap_T)]
 
     @property
     def mean_ap(self) -> float:
@@ -49,12 +84,28 @@ class Row(tp.NamedTuple):
         return float(self.measured_T.mean()) if len(self.measured_T) else float("nan")
 
     @property
+    def spread(self) -> float:
+        """Standard deviation of the mAP over draws; NaN of one draw."""
+        if len(self.test_ap_RT) < 2 or not len(self.measured_T):
+            return float("nan")
+        return float(np.nanmean(self.test_ap_RT, axis=1).std(ddof=1))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of the mAP over test images: quantiles of its bootstrap distribution; NaN without resamples."""
+        return _quantiles(self.boot_M, 0.025, 0.975)
+
+    @property
     def quantiles(self) -> tuple[float, float]:
         """5% and 95% quantiles over the same traits."""
-        if not len(self.measured_T):
-            return float("nan"), float("nan")
-        low, high = np.quantile(self.measured_T, [0.05, 0.95]).tolist()
-        return low, high
+        return _quantiles(self.measured_T, 0.05, 0.95)
+
+
+def _quantiles(values: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    if not len(values):
+        return float("nan"), float("nan")
+    a, b = np.quantile(values, [low, high]).tolist()
+    return a, b
 
 
 @beartype.beartype
@@ -65,23 +116,111 @@ def summary(row: Row) -> dict[str, object]:
         row.n_prototypes,
         row.n_train,
         row.mean_ap,
+        *row.interval,
+        row.spread,
         *row.quantiles,
         len(row.measured_T),
-        int(np.isnan(row.train_ap_T).sum()),
+        int(np.isnan(row.train_ap_RT).any(axis=0).sum()),
     )
     return dict(zip(SUMMARY, values, strict=True))
 
 
+# ---- traits and their kinds ----
+
+
 @beartype.beartype
-def trait_lines(row: Row, names: list[str]) -> collections.abc.Iterator[dict[str, object]]:
-    """The lines of traits.csv; a trait's group is its name up to '::'."""
-    columns = zip(
-        names, row.best_T.tolist(), row.train_ap_T.tolist(), row.test_ap_T.tolist(), strict=True
-    )
-    for name, best, train_ap, test_ap in columns:
-        group = name.partition("::")[0]
-        values = (row.scorer, row.n_prototypes, row.n_train, name, group, best, train_ap, test_ap)
-        yield dict(zip(TRAITS, values, strict=True))
+def group(trait: str) -> str:
+    """has_wing_color::blue -> has_wing_color."""
+    return trait.partition("::")[0]
+
+
+@beartype.beartype
+def kind(trait: str) -> str:
+    """What a trait is about, by the last word of its group."""
+    last = group(trait).rpartition("_")[2]
+    return {"color": "colour"}.get(last, last if last in KINDS else "other")
+
+
+@beartype.beartype
+def write_traits(fpath: pathlib.Path, rows: list[Row], names: list[str]) -> None:
+    """One line for each row, draw and trait, as parquet, atomically."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns: dict[str, list[object]] = {}
+    for row in rows:
+        n_R, n_T = row.best_RT.shape
+        part = {
+            "scorer": [row.scorer] * n_R * n_T,
+            "n_prototypes": [row.n_prototypes] * n_R * n_T,
+            "n_train": [row.n_train] * n_R * n_T,
+            "draw": np.repeat(np.arange(n_R), n_T).tolist(),
+            "trait": names * n_R,
+            "group": [group(name) for name in names] * n_R,
+            "kind": [kind(name) for name in names] * n_R,
+            "prototype": row.best_RT.ravel().tolist(),
+            "train_ap": row.train_ap_RT.ravel().tolist(),
+            "test_ap": row.test_ap_RT.ravel().tolist(),
+        }
+        for name, values in part.items():
+            columns.setdefault(name, []).extend(values)
+    with helpers.atomic(fpath) as tmp_fpath:
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_fpath)
+
+
+@beartype.beartype
+def best_traits(fpath: pathlib.Path, scorer: str) -> list[dict[str, tp.Any]]:
+    """A scorer's lines of traits.parquet with most prototypes and train images (first draw), best test AP first."""
+    import pyarrow.parquet
+
+    lines = pyarrow.parquet.read_table(fpath).to_pylist()
+    mine = [line for line in lines if line["scorer"] == scorer and line["draw"] == 0]
+    most = max((line["n_train"], line["n_prototypes"]) for line in mine)
+    best = [line for line in mine if (line["n_train"], line["n_prototypes"]) == most]
+    return sorted(best, key=lambda line: -np.nan_to_num(line["test_ap"], nan=-1.0))
+
+
+@beartype.beartype
+def by_kind(rows: list[Row], names: list[str]) -> list[dict[str, object]]:
+    """mAP of the traits of each kind: of each scorer's row with most prototypes and train images."""
+    kinds = np.array([kind(name) for name in names])
+    best: dict[str, Row] = {}
+    for row in rows:
+        now = best.get(row.scorer, row)
+        if (row.n_train, row.n_prototypes) >= (now.n_train, now.n_prototypes):
+            best[row.scorer] = row
+    lines = []
+    for row in best.values():
+        ap_T = row.test_ap_RT.mean(axis=0)
+        for k in KINDS:
+            found_T = ap_T[(kinds == k) & ~np.isnan(ap_T)]
+            if len(found_T):
+                cell = (row.scorer, row.n_prototypes, row.n_train, k, len(found_T))
+                line = (*cell, float(found_T.mean()))
+                lines.append(dict(zip(KIND_COLUMNS, line, strict=True)))
+    return lines
+
+
+@beartype.beartype
+def differences(rows: list[Row]) -> list[dict[str, object]]:
+    """mAP less that of random activations with as many prototypes and train images, with its paired bootstrap interval.
+
+    Both are measured on the same resamples, so what they have in common cancels (Efron and Tibshirani 1993).
+    """
+    base = {(r.n_prototypes, r.n_train): r for r in rows if r.scorer == BASELINE}
+    lines = []
+    for row in rows:
+        other = base.get((row.n_prototypes, row.n_train))
+        if other is None or row.scorer == BASELINE or not len(row.boot_M):
+            continue
+        low, high = _quantiles(row.boot_M - other.boot_M, 0.025, 0.975)
+        cell = (row.scorer, row.n_prototypes, row.n_train, row.mean_ap - other.mean_ap)
+        line = (*cell, low, high, low > 0 or high < 0)
+        lines.append(dict(zip(DIFFERENCES, line, strict=True)))
+    return lines
+
+
+# ---- files ----
 
 
 @beartype.beartype
@@ -97,13 +236,135 @@ def write_csv(
 
 
 @beartype.beartype
-def markdown(rows: list[Row]) -> str:
-    """The table as papers print it."""
-    lines = ["| Scorer | Prototypes | Train | mAP | 5% | 95% |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        low, high = row.quantiles
-        cells = (f"{row.mean_ap:.3f}", f"{low:.3f}", f"{high:.3f}")
-        lines.append(
-            f"| {row.scorer} | {row.n_prototypes:,} | {row.n_train:,} | {' | '.join(cells)} |"
-        )
-    return "\n".join(lines) + "\n"
+def read_csv(fpath: pathlib.Path, header: tuple[str, ...]) -> list[dict[str, tp.Any]]:
+    """Reads what `write_csv` wrote: numbers as numbers.
+
+    Raises:
+        UserError: another header, or a cell that should be a number and is none.
+    """
+    texts = {"scorer", "kind", "is_significant"}
+    try:
+        with fpath.open(newline="") as fd:
+            reader = csv.DictReader(fd)
+            if tuple(reader.fieldnames or ()) != header:
+                raise ValueError(f"its columns are {reader.fieldnames}")
+            return [
+                {key: value if key in texts else _number(value) for key, value in line.items()}
+                for line in reader
+            ]
+    except (OSError, ValueError, TypeError) as err:
+        raise errors.UserError(
+            f"{fpath}: cannot be read ({errors.first_line(err)}). Evaluate again with this version."
+        ) from err
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.isdigit() else float(text)
+
+
+# ---- tables ----
+
+
+@beartype.beartype
+def table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
+    """Header and cells of the table as papers print it, from lines of summary.csv.
+
+    The interval and the spread over draws are left out where no line has one.
+    """
+    has_interval, has_spread = (
+        any(not np.isnan(line[key]) for line in lines) for key in ("low", "spread")
+    )
+    out = [
+        ["Scorer", "Prototypes", "Train", "mAP"]
+        + ["95% interval"] * has_interval
+        + ["Draws"] * has_spread
+        + ["5%", "95%"]
+    ]
+    for line in lines:
+        cells = [str(line["scorer"]), f"{line['n_prototypes']:,}", f"{line['n_train']:,}"]
+        cells.append(f"{line['map']:.3f}")
+        if has_interval:
+            cells.append(f"{line['low']:.3f} to {line['high']:.3f}")
+        if has_spread:
+            cells.append("" if np.isnan(line["spread"]) else f"± {line['spread']:.3f}")
+        out.append([*cells, f"{line['q05']:.3f}", f"{line['q95']:.3f}"])
+    return out
+
+
+@beartype.beartype
+def kinds_table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
+    """mAP by kind of trait, one row for each scorer, from lines of kinds.csv."""
+    kinds = [k for k in KINDS if any(line["kind"] == k for line in lines)]
+    counts = {k: max((x["n_traits"] for x in lines if x["kind"] == k), default=0) for k in kinds}
+    rows: dict[tuple[object, ...], dict[str, float]] = {}
+    for line in lines:
+        key = (line["scorer"], line["n_prototypes"], line["n_train"])
+        rows.setdefault(key, {})[line["kind"]] = line["map"]
+    header = ["Scorer", "Prototypes", "Train", *(f"{k} ({counts[k]})" for k in kinds)]
+    return [header] + [
+        [str(s), f"{k:,}", f"{n:,}", *(f"{found[kind]:.3f}" for kind in kinds)]
+        for (s, k, n), found in rows.items()
+    ]
+
+
+@beartype.beartype
+def differences_table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
+    """From lines of differences.csv."""
+    return [
+        ["Scorer", "Prototypes", "Train", "mAP less Random's", "95% interval", "beyond noise"]
+    ] + [
+        [
+            str(line["scorer"]),
+            f"{line['n_prototypes']:,}",
+            f"{line['n_train']:,}",
+            f"{line['difference']:+.3f}",
+            f"{line['low']:+.3f} to {line['high']:+.3f}",
+            "yes" if str(line["is_significant"]) == "True" else "no",
+        ]
+        for line in lines
+    ]
+
+
+@beartype.beartype
+def markdown(cells: list[list[str]]) -> str:
+    header, *rows = cells
+    lines = [header, ["---"] * len(header), *rows]
+    return (
+        "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        .replace("| --- ", "|---")
+        .replace("|--- |", "|---|")
+    )
+
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+LATEX |= {c: f"\\{c}" for c in "&%$#_{}"}
+
+
+@beartype.beartype
+def latex(cells: list[list[str]]) -> str:
+    """A booktabs table; text columns left, numbers right."""
+    header, *rows = ([_escaped(cell) for cell in line] for line in cells)
+    is_number = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
+    columns = "".join("r" if number else "l" for number in is_number)
+    body = "".join(" & ".join(row) + r" \\" + "\n" for row in rows)
+    return (
+        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{' & '.join(header)} \\\\\n\\midrule\n"
+        f"{body}\\bottomrule\n\\end{{tabular}}\n"
+    )
+
+
+def _escaped(text: str) -> str:
+    return "".join(LATEX.get(c, c) for c in text)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.replace(",", ""))
+    except ValueError:
+        return False
+    return True

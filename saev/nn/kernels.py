@@ -30,14 +30,14 @@ MARGIN = 1.01 * (2 * ROUNDOFF + ROUNDOFF**2)
 """Bound of |x . w - x~ . w~| / (|x| |w|) for x~, w~ rounded to bfloat16, and 1% for float32's accumulation."""
 
 
-def _jit(function, **options):
+def jit(function, **options):
     """Compiles for each dtype that it is called with. (numba cannot compile what a test's import hook wraps around functions.)"""
     return numba.njit(nogil=True, cache=True, **options)(inspect.unwrap(function))
 
 
-def _jit_sums(function):
+def jit_sums(function):
     """For sums, whose order the compiler may choose."""
-    return _jit(function, fastmath={"reassoc", "contract", "nsz"})
+    return jit(function, fastmath={"reassoc", "contract", "nsz"})
 
 
 # ---- threads ----
@@ -78,7 +78,7 @@ def in_threads(kernel: collections.abc.Callable[[int, int], T], n: int) -> list[
 # ---- codes of a row ----
 
 
-@_jit
+@jit
 def _kth_largest(value_n, n, k):
     """The k-th largest (from 1) of value_n[:n], which is reordered."""
     low, high = 0, n - 1
@@ -103,7 +103,7 @@ def _kth_largest(value_n, n, k):
     return value_n[k - 1]
 
 
-@_jit
+@jit
 def _bounds(pre_S, is_screened, b_S, norm_S, margin, low_S, high_S):
     """Bounds between which the row's pre-activations lie."""
     if is_screened:
@@ -121,7 +121,7 @@ def _bounds(pre_S, is_screened, b_S, norm_S, margin, low_S, high_S):
             high_S[s] = pre_S[s]
 
 
-@_jit
+@jit
 def _collect(value_S, least_S, out_n):
     """Latents whose value is above their least; returns how many."""
     n = 0
@@ -147,7 +147,7 @@ def _collect(value_S, least_S, out_n):
     return n
 
 
-@_jit
+@jit
 def _least_of_top(value_S, k, group_G, scratch_G):
     """At least k values are not below what this returns: the k-th largest of groups' maxima. (-inf where k exceeds the groups.)"""
     G = len(group_G)
@@ -167,7 +167,7 @@ def _least_of_top(value_S, k, group_G, scratch_G):
     return _kth_largest(scratch_G, G, k)
 
 
-@_jit_sums
+@jit_sums
 def _dot(a_D, b_D):
     total = a_D[0] * b_D[0]
     for d in range(1, len(a_D)):
@@ -175,7 +175,7 @@ def _dot(a_D, b_D):
     return total
 
 
-@_jit
+@jit
 def _rescore(x_D, W_SD, b_S, latent_n, n, value_n):
     for i in range(n):
         value_n[i] = _dot(x_D, W_SD[latent_n[i]]) + b_S[latent_n[i]]
@@ -184,7 +184,7 @@ def _rescore(x_D, W_SD, b_S, latent_n, n, value_n):
 # ---- codes of rows ----
 
 
-@_jit
+@jit
 def top_k(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, k, n_B, value_BK, latent_BK):
     """The k largest pre-activations of each row, if positive; the lowest latents of several equal ones.
 
@@ -214,7 +214,7 @@ def top_k(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, k, n_B, value_
         n_B[b] = _trim(value_n, latent_n, n, k, scratch_n, value_BK[b], latent_BK[b])
 
 
-@_jit
+@jit
 def _trim(value_n, latent_n, n, k, scratch_n, value_K, latent_K):
     """Copies the k largest of n values, if positive; returns how many."""
     least, n_ties = value_n.dtype.type(0), 0
@@ -235,7 +235,7 @@ def _trim(value_n, latent_n, n, k, scratch_n, value_K, latent_K):
     return n_kept
 
 
-@_jit
+@jit
 def above(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, least_S, n_B, value_n, latent_n):
     """Pre-activations above their latent's least, row after row; returns how many, or -1 where `value_n` is too short."""
     B, S = pre_BS.shape
@@ -266,7 +266,7 @@ def above(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, least_S, n_B, 
 # ---- order ----
 
 
-@_jit
+@jit
 def by_latent(start_O1, latent_n, latent_start_S1, order_n, row_n):
     """Counting sort, stable: `order_n` lists the codes by latent, `row_n` their rows in that order."""
     S = len(latent_start_S1) - 1
@@ -287,7 +287,7 @@ def by_latent(start_O1, latent_n, latent_start_S1, order_n, row_n):
 # ---- weights ----
 
 
-@_jit_sums
+@jit_sums
 def row_dots(w_SD, g_SD, first, last, dots_S3):
     """Of rows first to last: g . w, g . g and w . w."""
     for s in range(first, last):
@@ -299,7 +299,7 @@ def row_dots(w_SD, g_SD, first, last, dots_S3):
         dots_S3[s, 0], dots_S3[s, 1], dots_S3[s, 2] = gw, gg, ww
 
 
-@_jit_sums
+@jit_sums
 def adam_rows(w_SD, g_SD, m_SD, v_SD, first, last, along_S, factors, is_unit):
     """Adam (Kingma & Ba 2015) on rows first to last with gradient clip (g - along w); `is_unit` rows are normalised after it.
 
@@ -326,7 +326,7 @@ def adam_rows(w_SD, g_SD, m_SD, v_SD, first, last, along_S, factors, is_unit):
 # ---- reconstruction ----
 
 
-@_jit_sums
+@jit_sums
 def reconstruct(
     x_BD, value_n, latent_n, start_B1, W_SD, b_D, end_P, first, last, x_hat_BD, error_B, g_BPD, g_n
 ):
@@ -363,7 +363,7 @@ def reconstruct(
             g_n[j] = _dot(g_BPD[b, p], W_SD[latent_n[j]])
 
 
-@_jit
+@jit
 def bag_dot(a_OD, table_RD, index_n, start_O1, first, last, out_n):
     """<a[o], table[index[j]]> for the codes j of rows o = first to last."""
     for o in range(first, last):
@@ -371,7 +371,7 @@ def bag_dot(a_OD, table_RD, index_n, start_O1, first, last, out_n):
             out_n[j] = _dot(a_OD[o], table_RD[index_n[j]])
 
 
-@_jit
+@jit
 def n_positive(f_BS, first, last):
     """Of each latent: the samples first to last in which it is positive."""
     n_S = np.zeros(f_BS.shape[1], np.int32)
@@ -381,7 +381,7 @@ def n_positive(f_BS, first, last):
     return n_S
 
 
-@_jit
+@jit
 def keep_from(value_n, latent_n, n_B, least):
     """Drops values below `least`, in place; returns how many are left."""
     n, at = 0, 0

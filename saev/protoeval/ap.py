@@ -1,17 +1,26 @@
-"""Exact average precision. N images, K prototypes, T traits, P positives of a trait.
+"""Exact average precision. N images, K prototypes, T traits, P positives of a trait, M resamples.
 
 AP = sum over thresholds n of (R_n - R_{n-1}) P_n, with recall R and precision P; tied scores are one threshold,
 as in scikit-learn's `average_precision_score`. Per image that is the mean, over the positive images i, of
 
     (positives scored >= i) / (images scored >= i).
+
+A prototype's images are walked once, best first, and each adds to the traits that it has: the cost is that of sorting
+(by radix) plus the number of labels, not T passes. Images of the lowest score need no walk: what they add follows from
+what came before them. SAE latents score most images 0, and all of those are skipped.
 """
 
 import beartype
 import numpy as np
-import scipy.stats
-from jaxtyping import Bool, Float, Float64, Int64, jaxtyped
+from jaxtyping import Bool, Float, Float64, UInt8, jaxtyped
 
 from saev import errors
+from saev.nn import kernels
+
+BLOCK_BYTES = 64 * 2**20
+"""Of the scores that are copied at a time."""
+LANES = 256
+"""Resamples that are walked together."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -23,48 +32,215 @@ def average_precision(
     Raises:
         UserError: NaN among the scores.
     """
-    ranks_NK = _ranks(scores_NK)
-    ap_KT = np.full((scores_NK.shape[1], labels_NT.shape[1]), np.nan)
-    for t in range(labels_NT.shape[1]):
-        if labels_NT[:, t].any():
-            ap_KT[:, t] = _from_ranks(ranks_NK[labels_NT[:, t]])
+    return of_rows(scores_NK.T, labels_NT)
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def of_rows(
+    scores_KN: Float[np.ndarray, "K N"], labels_NT: Bool[np.ndarray, "N T"]
+) -> Float64[np.ndarray, "K T"]:
+    """`average_precision` of scores that lie prototype by prototype."""
+    n_K, n_N = scores_KN.shape
+    start_N1, trait_n = _labels_of_images(labels_NT)
+    n_positive_T = labels_NT.sum(axis=0)
+    ap_KT = np.empty((n_K, labels_NT.shape[1]))
+    size = max(1, BLOCK_BYTES // (8 * max(1, n_N)))
+    for first in range(0, n_K, size):
+        bits_CN = _sortable(scores_KN[first : first + size], first)
+        out_CT = ap_KT[first : first + size]
+
+        def kernel(start: int, end: int, bits_CN=bits_CN, out_CT=out_CT) -> None:
+            _matrix(bits_CN, start_N1, trait_n, n_positive_T, start, end, out_CT)
+
+        kernels.in_threads(kernel, len(bits_CN))
     return ap_KT
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def paired_average_precision(
-    scores_NT: Float[np.ndarray, "N T"], labels_NT: Bool[np.ndarray, "N T"]
+def paired(
+    scores_TN: Float[np.ndarray, "T N"], labels_NT: Bool[np.ndarray, "N T"]
 ) -> Float64[np.ndarray, " T"]:
-    """AP of column t of the scores for trait t. NaN where a trait has no positive.
+    """AP of row t of the scores for trait t. NaN where a trait has no positive.
 
     Raises:
         UserError: NaN among the scores.
     """
-    ranks_NT = _ranks(scores_NT)
-    columns = zip(ranks_NT.T, labels_NT.T, strict=True)
-    ap = [
-        _from_ranks(rank_N[label_N][:, None])[0] if label_N.any() else np.nan
-        for rank_N, label_N in columns
-    ]
-    return np.array(ap, np.float64)
+    return resampled(scores_TN, labels_NT, np.ones((1, len(labels_NT)), np.uint8))[:, 0]
 
 
-def _ranks(scores_NK: np.ndarray) -> Int64[np.ndarray, "N K"]:
-    """For each image, how many images score at least as high: the size of its threshold's retrieved set."""
-    if np.isnan(scores_NK).any():
-        column = int(np.isnan(scores_NK).any(axis=0).argmax())
+@jaxtyped(typechecker=beartype.beartype)
+def resampled(
+    scores_TN: Float[np.ndarray, "T N"],
+    labels_NT: Bool[np.ndarray, "N T"],
+    times_MN: UInt8[np.ndarray, "M N"],
+) -> Float64[np.ndarray, "T M"]:
+    """`paired` on M resamples of the images, each image counted `times_MN` times. NaN where no positive was drawn.
+
+    Raises:
+        UserError: NaN among the scores.
+    """
+    bits_TN, labels_TN = _sortable(scores_TN, 0), np.ascontiguousarray(labels_NT.T)
+    n_M = len(times_MN)
+    padded_MN = np.pad(times_MN, ((0, -n_M % LANES), (0, 0)))
+    times_GNL = np.ascontiguousarray(
+        padded_MN.reshape(-1, LANES, padded_MN.shape[1]).transpose(0, 2, 1)
+    )
+    ap_TGL = np.empty((len(labels_TN), len(times_GNL), LANES))
+
+    def kernel(start: int, end: int) -> None:
+        _resampled(bits_TN, labels_TN, times_GNL, start, end, ap_TGL)
+
+    kernels.in_threads(kernel, len(labels_TN))
+    return ap_TGL.reshape(len(labels_TN), -1)[:, :n_M]
+
+
+@beartype.beartype
+def resamples(n_images: int, n: int, seed: int) -> UInt8[np.ndarray, "M N"]:
+    """n bootstrap resamples (Efron 1979): how often each of the images is drawn, with replacement."""
+    rng = np.random.default_rng((seed, 0xB007))
+    times_MN = np.empty((n, n_images), np.uint8)
+    for times_N in times_MN:
+        drawn_N = rng.integers(0, n_images, n_images)
+        # 255 of one image would be a wonder: with N images the number drawn of one is Poisson with mean 1
+        times_N[:] = np.minimum(np.bincount(drawn_N, minlength=n_images), 255)
+    return times_MN
+
+
+def _labels_of_images(labels_NT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Traits of each image, one image after the other, and where each image's begin."""
+    image_n, trait_n = np.nonzero(labels_NT)
+    counts_N = np.bincount(image_n, minlength=len(labels_NT))
+    return np.concatenate([[0], np.cumsum(counts_N)]), trait_n.astype(np.int32)
+
+
+def _sortable(scores_CN: np.ndarray, first: int) -> np.ndarray:
+    """Unsigned integers in the reverse order of the scores, equal where those are equal: larger scores come first."""
+    wide = np.float32 if scores_CN.dtype.itemsize <= 4 else np.float64
+    scores_CN = np.ascontiguousarray(scores_CN, wide) + wide(0)  # -0.0 becomes 0.0
+    if np.isnan(scores_CN).any():
+        row = first + int(np.isnan(scores_CN).any(axis=1).argmax())
         raise errors.UserError(
-            f"prototype {column} has NaN scores. Fit the scorer again or check its checkpoint."
+            f"prototype {row} has NaN scores. Fit the scorer again or check its checkpoint."
         )
-    return scipy.stats.rankdata(-scores_NK, method="max", axis=0).astype(np.int64)
+    kind = np.uint32 if wide is np.float32 else np.uint64
+    bits_CN = scores_CN.view(kind)
+    sign = kind(1) << kind(8 * bits_CN.itemsize - 1)
+    return np.where(bits_CN & sign, bits_CN, ~bits_CN & ~sign)
 
 
-def _from_ranks(ranks_PK: Int64[np.ndarray, "P K"]) -> Float64[np.ndarray, " K"]:
-    """AP of each column from the ranks of the positives alone."""
-    n_positive = len(ranks_PK)
-    ranks_PK = np.sort(ranks_PK, axis=0)
-    found_PK = np.broadcast_to(np.arange(1, n_positive + 1)[:, None], ranks_PK.shape).copy()
-    # Tied positives share one threshold: each counts all of its tie, that is the last one's place.
-    found_PK[:-1][ranks_PK[:-1] == ranks_PK[1:]] = n_positive
-    found_PK = np.minimum.accumulate(found_PK[::-1], axis=0)[::-1]
-    return (found_PK / ranks_PK).mean(axis=0)
+@kernels.jit
+def _sort(bits_N, key_2N, place_2N, count_Q):
+    """Images other than those of the last value, smallest bits first, into key_2N[0] and place_2N[0]; returns their number.
+
+    Radix sort with digits of 11 bits; a digit that all keys share costs no pass over the places.
+    """
+    last = bits_N.max()
+    n, common, any_bits = 0, ~bits_N.dtype.type(0), bits_N.dtype.type(0)
+    for i in range(len(bits_N)):
+        if bits_N[i] != last:
+            key_2N[0, n], place_2N[0, n] = bits_N[i], i
+            common &= bits_N[i]
+            any_bits |= bits_N[i]
+            n += 1
+    source = 0
+    for shift in range(0, 8 * bits_N.itemsize, 11):
+        if ((common ^ any_bits) >> bits_N.dtype.type(shift)) & bits_N.dtype.type(2047) == 0:
+            continue
+        count_Q[:] = 0
+        for i in range(n):
+            count_Q[(key_2N[source, i] >> bits_N.dtype.type(shift)) & bits_N.dtype.type(2047)] += 1
+        total = 0
+        for q in range(len(count_Q)):
+            count_Q[q], total = total, total + count_Q[q]
+        for i in range(n):
+            key = key_2N[source, i]
+            q = (key >> bits_N.dtype.type(shift)) & bits_N.dtype.type(2047)
+            at = count_Q[q]
+            count_Q[q] = at + 1
+            key_2N[1 - source, at], place_2N[1 - source, at] = key, place_2N[source, i]
+        source = 1 - source
+    if source == 1:
+        key_2N[0, :n], place_2N[0, :n] = key_2N[1, :n], place_2N[1, :n]
+    return n
+
+
+@kernels.jit
+def _matrix(bits_CN, start_N1, trait_n, n_positive_T, first, last, ap_CT):
+    """Rows first to last of the AP matrix."""
+    n_N, n_T = bits_CN.shape[1], len(n_positive_T)
+    key_2N, place_2N = np.empty((2, n_N), bits_CN.dtype), np.empty((2, n_N), np.int32)
+    count_Q = np.empty(2048, np.int64)
+    found_T, sum_T = np.empty(n_T, np.int64), np.empty(n_T)
+    for c in range(first, last):
+        n = _sort(bits_CN[c], key_2N, place_2N, count_Q)
+        found_T[:] = 0
+        sum_T[:] = 0.0
+        start = 0
+        while start < n:
+            end = start + 1
+            while end < n and key_2N[0, end] == key_2N[0, start]:
+                end += 1
+            share = 1.0 / end
+            if end == start + 1:
+                image = place_2N[0, start]
+                for i in range(start_N1[image], start_N1[image + 1]):
+                    t = trait_n[i]
+                    found_T[t] += 1
+                    sum_T[t] += found_T[t] * share
+            else:
+                for place in place_2N[0, start:end]:
+                    for i in range(start_N1[place], start_N1[place + 1]):
+                        found_T[trait_n[i]] += 1
+                for place in place_2N[0, start:end]:
+                    for i in range(start_N1[place], start_N1[place + 1]):
+                        sum_T[trait_n[i]] += found_T[trait_n[i]] * share
+            start = end
+        for t in range(n_T):
+            p = n_positive_T[t]
+            rest = (p - found_T[t]) * p / n_N
+            ap_CT[c, t] = (sum_T[t] + rest) / p if p else np.nan
+
+
+@kernels.jit
+def _resampled(bits_TN, labels_TN, times_GNL, first, last, ap_TGL):
+    """Traits first to last of `resampled`."""
+    n_G, n_N, n_L = times_GNL.shape
+    key_2N, place_2N = np.empty((2, n_N), bits_TN.dtype), np.empty((2, n_N), np.int32)
+    count_Q = np.empty(2048, np.int64)
+    all_L, found_L, tied_L, total_L, p_L = np.empty((5, n_L), np.int32)
+    sum_L = np.empty(n_L)
+    for t in range(first, last):
+        n = _sort(bits_TN[t], key_2N, place_2N, count_Q)
+        for g in range(n_G):
+            for values_L in (all_L, found_L, total_L, p_L):
+                values_L[:] = 0
+            sum_L[:] = 0.0
+            for i in range(n_N):
+                times_L = times_GNL[g, i]
+                for m in range(n_L):
+                    total_L[m] += times_L[m]
+                if labels_TN[t, i]:
+                    for m in range(n_L):
+                        p_L[m] += times_L[m]
+            start = 0
+            while start < n:
+                end, is_any = start, False
+                tied_L[:] = 0
+                while end < n and key_2N[0, end] == key_2N[0, start]:
+                    times_L = times_GNL[g, place_2N[0, end]]
+                    for m in range(n_L):
+                        all_L[m] += times_L[m]
+                    if labels_TN[t, place_2N[0, end]]:
+                        is_any = True
+                        for m in range(n_L):
+                            tied_L[m] += times_L[m]
+                    end += 1
+                if is_any:
+                    for m in range(n_L):
+                        found_L[m] += tied_L[m]
+                        sum_L[m] += tied_L[m] * (found_L[m] / max(all_L[m], 1))
+                start = end
+            for m in range(n_L):
+                p = p_L[m]
+                rest = (p - found_L[m]) * p / max(total_L[m], 1)
+                ap_TGL[t, g, m] = (sum_L[m] + rest) / p if p else np.nan

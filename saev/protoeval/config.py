@@ -1,6 +1,7 @@
 """Config of `protoeval.py`. Imports no torch."""
 
 import dataclasses
+import math
 import typing as tp
 
 import beartype
@@ -36,6 +37,20 @@ class ProtoEval:
     """A trait counts as present from this certainty on: 1 not visible, 2 guessing, 3 probably, 4 definitely."""
     seed: int = 0
     """Seed of the fitted scorers and of the drawn train images."""
+    n_seeds: int = 1
+    """Draws of each number of train images; the table gives the mean over them and its spread."""
+    n_boot: int = 1000
+    """Bootstrap resamples of the test images, for 95% intervals of each mAP and of its difference to random activations. 0: none."""
+    memory_gb: float = 4.0
+    """Bound of the activations and scores in memory, in GB, beside the prototypes."""
+    gallery: str = ""
+    """Gallery that visuals.py made of the SAE: traits.md then links each trait's latent to its images."""
+    report: str = ""
+    """Evaluate nothing: join all results below this folder into one report."""
+    check: bool = False
+    """Evaluate nothing: print what the labels (and, where --train-data is given, their join with the activations) look like."""
+    force: bool = False
+    """Go on although the labels look wrong."""
     dump_to: str = "results"
     """Where the results directory (named by the hash of the configs) goes."""
     scorers_to: str = "scorers"
@@ -67,6 +82,10 @@ class ProtoEval:
             raise errors.UserError(
                 f"--n-train {self.n_train}: pass numbers of at least 1, or -1 for all."
             )
+        if self.n_seeds < 1 or self.n_boot < 0 or not 0 < self.memory_gb < math.inf:
+            raise errors.UserError(
+                f"--n-seeds {self.n_seeds} --n-boot {self.n_boot} --memory-gb {self.memory_gb}: pass at least 1, at least 0, and more than 0."
+            )
         if not 1 <= self.min_certainty <= 4:
             raise errors.UserError(f"--min-certainty {self.min_certainty}: must be 1, 2, 3 or 4.")
 
@@ -82,7 +101,8 @@ class ProtoEval:
     def stream(self) -> tuple[object, ...]:
         """Configs with equal streams are evaluated in one pass and land in one table."""
         data = (self.cub_root, self.train_data, self.test, self.min_certainty)
-        return (*data, self.n_train, self.seed, self.dump_to, self.device)
+        grid = (self.n_train, self.seed, self.n_seeds, self.n_boot)
+        return (*data, *grid, self.memory_gb, self.dump_to, self.device)
 
 
 @beartype.beartype

@@ -1,11 +1,15 @@
-"""Table, CSV and chart of a protoeval run."""
+"""Tables and chart of a protoeval run."""
 
+import csv
 import dataclasses
 import json
+import os
 import pathlib
 
 import beartype
+import matplotlib.axes
 import matplotlib.figure
+import numpy as np
 
 from saev import helpers
 from saev.formats import results
@@ -18,29 +22,41 @@ def write(
     rows: list[results.Row],
     names: list[str],
     cfgs: list[config.ProtoEval],
-    what: str,
+    about: results.About,
 ) -> None:
-    """Writes config.json, summary.csv, traits.csv, chart.png and table.md into `dpath`, each atomically, the table last.
-
-    names: of the traits. what: a sentence that says what the table is of.
-    """
+    """Writes a results directory, each file atomically, table.md last. names: of the traits."""
     fields = [dataclasses.asdict(cfg) | {"scorer_type": type(cfg.scorer).__name__} for cfg in cfgs]
     helpers.write_text(dpath / "config.json", json.dumps(fields, indent=4))
-    results.write_csv(dpath / "summary.csv", results.SUMMARY, map(results.summary, rows))
-    lines = (line for row in rows for line in results.trait_lines(row, names))
-    results.write_csv(dpath / "traits.csv", results.TRAITS, lines)
-    with helpers.atomic(dpath / "chart.png") as tmp_fpath:
-        chart(rows).savefig(tmp_fpath, format="png", dpi=150)
-    helpers.write_text(dpath / "table.md", results.markdown(rows) + _notes(rows, names, what))
+    helpers.write_text(dpath / "about.json", json.dumps(dataclasses.asdict(about), indent=4))
+    lines = [results.summary(row) for row in rows]
+    kinds, differences = results.by_kind(rows, names), results.differences(rows)
+    results.write_csv(dpath / "summary.csv", results.SUMMARY, lines)
+    results.write_csv(dpath / "kinds.csv", results.KIND_COLUMNS, kinds)
+    results.write_csv(dpath / "differences.csv", results.DIFFERENCES, differences)
+    results.write_traits(dpath / "traits.parquet", rows, names)
+    save(chart([(about, lines)]), dpath / "chart.png")
+    helpers.write_text(dpath / "table.tex", results.latex(results.table(lines)))
+    text = results.markdown(results.table(lines)) + _notes(rows, names, about)
+    text += (
+        f"\nBy kind of trait (number of traits):\n\n{results.markdown(results.kinds_table(kinds))}"
+    )
+    if differences:
+        cells = results.differences_table(differences)
+        text += f"\nAgainst as many random activations, on the same resamples of the test images:\n\n{results.markdown(cells)}"
+    helpers.write_text(dpath / "table.md", text)
 
 
-def _notes(rows: list[results.Row], names: list[str], what: str) -> str:
+def _notes(rows: list[results.Row], names: list[str], about: results.About) -> str:
     """What the table is of, and what the means leave out."""
     missing = len(names) - len(rows[0].measured_T)
-    note = f"\n{what} mAP is the mean over {len(rows[0].measured_T)} traits; 5% and 95% are quantiles over traits."
+    note = f"\n{describe(about)} mAP is the mean over {len(rows[0].measured_T)} traits; 5% and 95% are quantiles over traits."
+    if about.n_boot:
+        note += f" Intervals: {about.n_boot:,} bootstrap resamples of the test images."
+    if about.n_seeds > 1:
+        note += f" Draws: standard deviation over {about.n_seeds} draws of the train images."
     if missing:
         note += f" {missing} trait(s) without a positive test image are left out."
-    unseen = {row.n_train: int((row.train_ap_T != row.train_ap_T).sum()) for row in rows}
+    unseen = {row.n_train: int(np.isnan(row.train_ap_RT).any(axis=0).sum()) for row in rows}
     for n_train, n in sorted(unseen.items()):
         if n:
             note += f" With {n_train} train images {n} trait(s) have no positive one: prototype 0 is taken for them."
@@ -48,29 +64,83 @@ def _notes(rows: list[results.Row], names: list[str], what: str) -> str:
 
 
 @beartype.beartype
-def chart(rows: list[results.Row]) -> matplotlib.figure.Figure:
-    """mAP against the number of train images: one panel per scorer, one line per number of prototypes."""
-    constant, *measured = rows
-    names = list(dict.fromkeys(row.scorer for row in measured))
-    figure = matplotlib.figure.Figure(figsize=(3.2 * len(names) + 0.6, 3.2), layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
-        _panel(axes, name, [row for row in measured if row.scorer == name], constant)
-    panels[0].set_ylabel("mAP on test images")
-    panels[0].set_ylim(bottom=0)  # of all panels, once each has its lines
+def describe(about: results.About) -> str:
+    """What a table is of, in a sentence."""
+    names = " and ".join(about.shards)
+    return f"{about.vit}, layer {about.layer}, {about.tokens}, shards {names}; certainty from {about.min_certainty}; seed {about.seed}."
+
+
+@beartype.beartype
+def save(figure: matplotlib.figure.Figure, fpath: pathlib.Path) -> None:
+    with helpers.atomic(fpath) as tmp_fpath:
+        figure.savefig(tmp_fpath, format="png", dpi=150)
+
+
+@beartype.beartype
+def chart(tables: list[tuple[results.About, list[dict]]]) -> matplotlib.figure.Figure:
+    """mAP against the number of train images: a row of panels for each table, one panel per scorer, one line per K."""
+    scorers = dict.fromkeys(line["scorer"] for _, lines in tables for line in lines)
+    names = [name for name in scorers if name not in results.REFERENCES]
+    size = (3.2 * max(1, len(names)) + 0.6, 2.9 * len(tables) + 0.3)
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(tables), max(1, len(names)), sharey=True, squeeze=False)
+    for panels, (about, lines) in zip(grid, tables, strict=True):
+        for axes, name in zip(panels, names, strict=False):
+            _panel(axes, name, lines)
+            axes.set_title(
+                name if len(tables) == 1 else f"{name}, layer {about.layer}", fontsize=10
+            )
+        panels[0].set_ylabel("mAP on test images")
+    grid[0, 0].set_ylim(bottom=0)  # of all panels, once each has its lines
     return figure
 
 
-def _panel(
-    axes: matplotlib.axes.Axes, name: str, rows: list[results.Row], constant: results.Row
-) -> None:
-    for k in sorted({row.n_prototypes for row in rows}):
-        line = sorted((row.n_train, row.mean_ap) for row in rows if row.n_prototypes == k)
-        axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=f"{k:,}")
-    axes.axhline(constant.mean_ap, color="0.5", linestyle="--", linewidth=1, label="constant")
-    ticks = sorted({row.n_train for row in rows})
+def _panel(axes: matplotlib.axes.Axes, name: str, lines: list[dict]) -> None:
+    mine = [line for line in lines if line["scorer"] == name]
+    for k in sorted({line["n_prototypes"] for line in mine}):
+        points = sorted(
+            (line["n_train"], line["map"], line["low"], line["high"])
+            for line in mine
+            if line["n_prototypes"] == k
+        )
+        n, value, low, high = map(list, zip(*points, strict=True))
+        (drawn,) = axes.plot(n, value, marker="o", markersize=4, label=f"{k:,}")
+        axes.fill_between(n, low, high, color=drawn.get_color(), alpha=0.12, linewidth=0)
+    probe = sorted((x["n_train"], x["map"]) for x in lines if x["scorer"] == results.PROBE)
+    if probe:
+        axes.plot(*zip(*probe, strict=True), color="0.3", linestyle=":", linewidth=1, label="probe")
+    for line in lines:
+        if line["scorer"] == results.CONSTANT:
+            axes.axhline(line["map"], color="0.5", linestyle="--", linewidth=1, label="constant")
+    ticks = sorted({line["n_train"] for line in mine})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    axes.set_title(name, fontsize=10)
     axes.set_xlabel("train images")
-    axes.legend(title="prototypes", fontsize=7, title_fontsize=7, frameon=False, loc="lower left")
+    if mine:
+        axes.legend(
+            title="prototypes", fontsize=7, title_fontsize=7, frameon=False, loc="lower left"
+        )
+
+
+@beartype.beartype
+def link(dpath: pathlib.Path, scorer: str, gallery: pathlib.Path) -> None:
+    """Writes traits.md into a results directory: each trait's latent, linked to its place in a gallery that shows it.
+
+    Args:
+        scorer: the SAE's name in the table; of its rows the one with most prototypes and train images counts.
+    """
+    best = results.best_traits(dpath / "traits.parquet", scorer)
+    with (gallery / "latents.csv").open(newline="") as fd:
+        shown = {int(line["latent"]) for line in csv.DictReader(fd)}
+    index = os.path.relpath(gallery / "index.html", dpath)
+    cells = [["Trait", "Latent", "AP on train images", "AP on test images"]]
+    for trait in best:
+        latent = trait["prototype"]
+        where = f"[{latent}]({index}#latent_{latent:06})" if latent in shown else str(latent)
+        cells.append([trait["trait"], where, *(f"{trait[k]:.3f}" for k in ("train_ap", "test_ap"))])
+    missing = sorted({trait["prototype"] for trait in best} - shown)
+    text = f"Best latents of {scorer} with {best[0]['n_train']} train images.\n\n{results.markdown(cells)}"
+    if missing:
+        flags = " ".join(map(str, sorted({trait["prototype"] for trait in best})))
+        text += f"\n{len(missing)} of them are not in the gallery; visuals.py shows all with --latents {flags}\n"
+    helpers.write_text(dpath / "traits.md", text)

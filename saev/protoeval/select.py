@@ -1,29 +1,34 @@
 """Stage 4 itself: score every image once, choose prototypes on train images, measure them on test images.
 
-N images, K prototypes, T traits, B images of a block, P patches, D d_vit.
+N images, K prototypes, C of them, T traits, D d_vit, R draws of train images, M resamples of test images.
 """
 
 import dataclasses
+import datetime
 import hashlib
+import json
 import logging
 import pathlib
+import shutil
 import typing as tp
 
 import beartype
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Float64, Int64, jaxtyped
+from jaxtyping import Bool, Float, Float32, Float64, Int64, jaxtyped
 
 from saev import devices, errors, helpers, scorers
 from saev.data import config as data_config
-from saev.data import cub, ordered, reader
+from saev.data import cub, reader
 from saev.formats import results
-from saev.protoeval import ap, config, report
+from saev.protoeval import ap, check, config, probe, report, scoring
 
 logger = logging.getLogger("saev")
 
-REVISION = 1
+REVISION = 2
 """Raised whenever the same activations, labels and config may give other numbers."""
+AP_DIGITS = 12
+"""Decimal places in which APs are compared: equal ones of different rankings differ in their last bits."""
 
 
 class Bank(tp.NamedTuple):
@@ -35,10 +40,28 @@ class Bank(tp.NamedTuple):
 
 
 class Split(tp.NamedTuple):
-    """Image scores of one split, in the order of CUB's images.txt, and their labels."""
+    """One split's images, in the order of CUB's images.txt."""
 
-    scores_NK: Float32[np.ndarray, "N K"]
+    scores: scoring.Scores
+    column_N: Int64[np.ndarray, " N"]
+    """Their places among the scores."""
     labels_NT: Bool[np.ndarray, "N T"]
+
+    def of(self, prototypes: slice | np.ndarray) -> Float32[np.ndarray, "C N"]:
+        """Scores of some prototypes, in memory."""
+        return self.scores.scores_KN[prototypes][:, self.column_N]
+
+    @property
+    def mean_ND(self) -> Float32[np.ndarray, "N D"]:
+        return self.scores.mean_ND[self.column_N]
+
+
+class Draw(tp.NamedTuple):
+    """Train images to choose on: draw `r` of about `n` (-1: all)."""
+
+    n: int
+    r: int
+    rows: Int64[np.ndarray, " n"]
 
 
 @beartype.beartype
@@ -55,18 +78,56 @@ def main(cfgs: list[config.ProtoEval]) -> str:
         raise errors.UserError("--cub-root is missing: pass the CUB_200_2011 folder.")
     check_one_space(cfgs)
     labels = cub.load(cfg.cub_root, min_certainty=cfg.min_certainty)
+    if not cfg.force:
+        check.refuse_implausible(labels, cfg.cub_root)
     joins = [_join(cfg.train_data, labels, True), _join(cfg.test, labels, False)]
+    linked = _in_gallery(cfgs)
     out = pathlib.Path(cfg.dump_to) / _run_id(cfgs, labels)
     if (out / "table.md").exists():
         logger.info("%s: evaluated already", out)
-        return str(out)
+    else:
+        _evaluate_into(out, cfgs, labels, joins)
+    if linked:
+        report.link(out, linked, pathlib.Path(cfg.gallery))
+    return str(out)
+
+
+@beartype.beartype
+def look(cfg: config.ProtoEval) -> str:
+    """What --check prints.
+
+    Raises:
+        UserError: bad or (without --force) implausible labels, or shards that lack an image.
+    """
+    if not cfg.cub_root:
+        raise errors.UserError("--cub-root is missing: pass the CUB_200_2011 folder.")
+    labels = cub.load(cfg.cub_root, min_certainty=cfg.min_certainty)
+    lines = [check.describe(labels)]
+    if cfg.train_data.shard_root:
+        for split, data in (("train", cfg.train_data), ("test", cfg.test)):
+            n = len(_join(data, labels, split == "train"))
+            lines.append(f"{data.shard_root}: holds all {n:,} {split} images.")
+    lines += [f"Implausible: {problem}." for problem in check.problems(labels)]
+    if len(lines) and lines[-1].startswith("Implausible") and not cfg.force:
+        raise errors.UserError("\n".join(lines))
+    return "\n".join(lines)
+
+
+def _evaluate_into(
+    out: pathlib.Path,
+    cfgs: list[config.ProtoEval],
+    labels: cub.Cub,
+    joins: list[dict[int, int]],
+) -> None:
+    cfg = cfgs[0]
     banks = [
         bank for c, name in zip(cfgs, labels_of(cfgs), strict=True) for bank in _banks(c, name)
     ]
-    train, test = _score(cfg, banks, labels, joins)
-    rows = evaluate(train, test, banks, labels.attribute_names_T, cfg.n_train, cfg.seed)
-    report.write(out, rows, labels.attribute_names_T, cfgs, _describe(cfg))
-    return str(out)
+    partial = out.with_name(f".{out.name}.partial")
+    train, test = _score(cfg, banks, labels, joins, partial)
+    rows = evaluate(train, test, banks, cfg)
+    report.write(out, rows, labels.attribute_names_T, cfgs, _about(cfg, labels))
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 @beartype.beartype
@@ -97,34 +158,66 @@ def _space(acts: reader.Reader) -> dict[str, object]:
     return {"ViT": f"{acts.metadata.vit_family} {acts.metadata.vit_ckpt}", "layer": layer}
 
 
-def _describe(cfg: config.ProtoEval) -> str:
-    """What the table is of, in a sentence."""
+def _about(cfg: config.ProtoEval, labels: cub.Cub) -> results.About:
     acts, space = reader.Reader(cfg.train_data), _space(reader.Reader(cfg.train_data))
     names = [pathlib.Path(data.shard_root).name[:8] for data in (cfg.train_data, cfg.test)]
-    return (
-        f"{space['ViT']}, layer {space['layer']}, {acts.n_tokens} tokens an image ({cfg.train_data.patches}), "
-        f"shards {' and '.join(dict.fromkeys(names))}; certainty from {cfg.min_certainty}; seed {cfg.seed}."
+    return results.About(
+        vit=str(space["ViT"]),
+        layer=tp.cast(int, space["layer"]),
+        tokens=f"{acts.n_tokens} tokens an image ({cfg.train_data.patches})",
+        shards=list(dict.fromkeys(names)),
+        labels=_labels_hash(labels),
+        min_certainty=cfg.min_certainty,
+        seed=cfg.seed,
+        n_seeds=cfg.n_seeds,
+        n_boot=cfg.n_boot,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+    )
+
+
+def _labels_hash(labels: cub.Cub) -> str:
+    parts = [labels.paths_N, labels.is_train_N.tolist(), labels.attribute_names_T]
+    digest = hashlib.sha256(labels.labels_NT.tobytes())
+    digest.update(helpers.canonical_json(parts).encode())
+    return digest.hexdigest()
+
+
+def _in_gallery(cfgs: list[config.ProtoEval]) -> str:
+    """Name of the SAE that --gallery shows; empty without the flag.
+
+    Raises:
+        UserError: no gallery there, or of none of the SAEs.
+    """
+    if not cfgs[0].gallery:
+        return ""
+    fpath = pathlib.Path(cfgs[0].gallery) / "gallery.json"
+    try:
+        shown = json.loads(fpath.read_text())["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise errors.UserError(
+            f"--gallery {cfgs[0].gallery}: no gallery.json that names its SAE. Pass a folder that visuals.py wrote."
+        ) from err
+    for cfg, name in zip(cfgs, labels_of(cfgs), strict=True):
+        ckpt = pathlib.Path(getattr(cfg.scorer, "ckpt", ""))
+        if ckpt.is_file() and helpers.hash_file(ckpt) == shown:
+            return name
+    raise errors.UserError(
+        f"--gallery {cfgs[0].gallery}: shows another SAE than --scorer.ckpt. Run visuals.py on that checkpoint."
     )
 
 
 def _run_id(cfgs: list[config.ProtoEval], labels: cub.Cub) -> str:
     """Hash of all that decides the table: activations, labels, scorers, grid and seed; not of where they lie."""
-    parts: list[object] = [
-        REVISION,
-        labels.paths_N,
-        labels.is_train_N.tolist(),
-        labels.attribute_names_T,
-    ]
-    digest = hashlib.sha256(labels.labels_NT.tobytes())
+    parts: list[object] = [REVISION, _labels_hash(labels)]
     for cfg in cfgs:
         parts += [_identity(data) for data in (cfg.train_data, cfg.test, cfg.fit)]
-        parts += [type(cfg.scorer).__name__, cfg.n_prototypes, cfg.n_train, cfg.seed]
+        parts += [type(cfg.scorer).__name__, cfg.n_prototypes, cfg.n_train]
+        parts += [cfg.seed, cfg.n_seeds, cfg.n_boot]
         fields = dataclasses.asdict(cfg.scorer)
         if (ckpt := pathlib.Path(fields.get("ckpt", ""))).is_file():
-            fields |= {"ckpt": [ckpt.parent.name, hashlib.sha256(ckpt.read_bytes()).hexdigest()]}
+            fields |= {"ckpt": [ckpt.parent.name, helpers.hash_file(ckpt)]}
         parts.append(fields)
-    digest.update(helpers.canonical_json(parts).encode())
-    return digest.hexdigest()[:12]
+    return helpers.hash_of(parts)[:12]
 
 
 def _identity(data: data_config.Shards) -> str:
@@ -136,12 +229,16 @@ def _identity(data: data_config.Shards) -> str:
 
 def _banks(cfg: config.ProtoEval, name: str) -> list[Bank]:
     """K-means is fitted once per K; the others once, and their prefixes serve the smaller K."""
-    fit_ks = cfg.n_prototypes if type(cfg.scorer).__name__ == "KMeans" else (max(cfg.n_prototypes),)
+    fit_ks = (
+        sorted(set(cfg.n_prototypes))
+        if type(cfg.scorer).__name__ == "KMeans"
+        else [max(cfg.n_prototypes)]
+    )
+    fitted = scorers.fit_each(
+        cfg.scorer, cfg.fit, fit_ks, seed=cfg.seed, dpath=pathlib.Path(cfg.scorers_to)
+    )
     out = []
-    for k_max in fit_ks:
-        scorer = scorers.fit(
-            cfg.scorer, cfg.fit, k_max, seed=cfg.seed, dpath=pathlib.Path(cfg.scorers_to)
-        )
+    for k_max, scorer in zip(fit_ks, fitted, strict=True):
         wanted = (k_max,) if len(fit_ks) > 1 else cfg.n_prototypes
         ks = tuple(sorted({min(k, scorer.n_prototypes) for k in wanted}))
         if scorer.n_prototypes < k_max:
@@ -199,10 +296,19 @@ def _join(data: data_config.Shards, labels: cub.Cub, train: bool) -> dict[int, i
     """
     acts = reader.Reader(data)
     row_of = {path: row for row, path in enumerate(labels.paths_N)}
-    paths = {int(i): acts.records[i].path.removeprefix("images/") for i in acts.image_is_N}
-    rows = {i: row_of[path] for i, path in paths.items() if path in row_of}
+    paths = {int(i): acts.records[i].path for i in acts.image_is_N}
+    rows = {i: row_of[cub.key(path)] for i, path in paths.items() if cub.key(path) in row_of}
     join = {i: row for i, row in rows.items() if labels.is_train_N[row] == train}
-    split = "train" if train else "test"
+    split, other = ("train", "test") if train else ("test", "train")
+    if wrong := [paths[i] for i in join if paths[i].startswith(f"{other}/")]:
+        raise errors.UserError(
+            f"{data.shard_root}: {len(wrong)} images lie in {other}/ but are {split} images by train_test_split.txt (first: {wrong[0]}). Sort the photos again."
+        )
+    if unknown := sorted(paths[i] for i in paths.keys() - rows.keys()):
+        logger.info(
+            "%s: %d of %d images are none of CUB's (first: %s); they are left out",
+            *(data.shard_root, len(unknown), len(paths), unknown[0]),
+        )
     if len(set(join.values())) < len(join):
         raise errors.UserError(
             f"{data.shard_root}: holds a {split} image of CUB twice. Dump one folder of CUB images."
@@ -221,43 +327,48 @@ def _join(data: data_config.Shards, labels: cub.Cub, train: bool) -> dict[int, i
 
 
 def _score(
-    cfg: config.ProtoEval, banks: list[Bank], labels: cub.Cub, joins: list[dict[int, int]]
+    cfg: config.ProtoEval,
+    banks: list[Bank],
+    labels: cub.Cub,
+    joins: list[dict[int, int]],
+    dpath: pathlib.Path,
 ) -> tuple[Split, Split]:
     """Train and test scores; one pass when both lie in the same shards."""
     device = devices.pick(cfg.device)
     run = [bank.scorer.to(device) for bank in banks]
-    train_NK = score_images(run, cfg.train_data, device)
-    test_NK = train_NK if cfg.test == cfg.train_data else score_images(run, cfg.test, device)
-    splits = [
-        _split(scores_NK, join, labels)
-        for scores_NK, join in zip((train_NK, test_NK), joins, strict=True)
-    ]
-    return splits[0], splits[1]
+    train_join, test_join = joins
+    if cfg.test == cfg.train_data:
+        joint = _scores(run, cfg.train_data, train_join | test_join, dpath / "all", device, cfg)
+        both = [joint, joint]
+    else:
+        both = [
+            _scores(run, data, join, dpath / name, device, cfg)
+            for name, data, join in (
+                ("train", cfg.train_data, train_join),
+                ("test", cfg.test, test_join),
+            )
+        ]
+    train, test = (_split(scores, join, labels) for scores, join in zip(both, joins, strict=True))
+    return train, test
 
 
-def _split(scores_NK: np.ndarray, join: dict[int, int], labels: cub.Cub) -> Split:
-    """Rows in the order of images.txt, so that no result depends on the order of the shards."""
+def _scores(
+    run: list[scorers.Scorer],
+    data: data_config.Shards,
+    join: dict[int, int],
+    dpath: pathlib.Path,
+    device: torch.device,
+    cfg: config.ProtoEval,
+) -> scoring.Scores:
+    """In the order of images.txt, so that no result depends on the order of the shards."""
     image_is = sorted(join, key=join.__getitem__)
-    return Split(scores_NK[image_is], labels.labels_NT[[join[i] for i in image_is]])
+    return scoring.score(run, data, image_is, dpath, device, cfg.memory_gb)
 
 
-@torch.inference_mode()
-@jaxtyped(typechecker=beartype.beartype)
-def score_images(
-    run: list[scorers.Scorer], data: data_config.Shards, device: torch.device
-) -> Float32[np.ndarray, "N K"]:
-    """Scores of every image for all prototypes of all scorers, side by side: the max over the image's patches."""
-    stream = ordered.Ordered(data, n_imgs=16)
-    n_prototypes = sum(s.n_prototypes for s in run)
-    scores_NK = np.full(
-        (stream.reader.n_all, n_prototypes), np.nan, np.float32
-    )  # no score: no silent use
-    for image_i_B, acts_BPD in helpers.progress(stream, "score", len(stream), "blocks"):
-        B, P, _ = acts_BPD.shape
-        x_XD = torch.from_numpy(acts_BPD).to(device).flatten(0, 1)
-        max_BK = torch.cat([s(x_XD).unflatten(0, (B, P)).amax(dim=1) for s in run], dim=1)
-        scores_NK[image_i_B] = max_BK.cpu().numpy()
-    return scores_NK
+def _split(scores: scoring.Scores, join: dict[int, int], labels: cub.Cub) -> Split:
+    columns = [n for n, i in enumerate(scores.image_i_N.tolist()) if i in join]
+    rows = [join[i] for i in scores.image_i_N[columns].tolist()]
+    return Split(scores, np.array(columns, np.int64), labels.labels_NT[rows])
 
 
 # ---- choice ----
@@ -265,60 +376,153 @@ def score_images(
 
 @beartype.beartype
 def evaluate(
-    train: Split,
-    test: Split,
-    banks: list[Bank],
-    names: list[str],
-    n_train: tuple[int, ...],
-    seed: int,
+    train: Split, test: Split, banks: list[Bank], cfg: config.ProtoEval
 ) -> list[results.Row]:
-    """The whole grid (scorer x K x n_train), the constant scorer's row first."""
-    rows = [_constant_row(train, test)]
+    """The whole grid (scorer x K x n_train), the constant scorer's row and the linear probe's first."""
+    draws = _draws(len(train.labels_NT), cfg)
+    measure = Measure(test, cfg)
+    rows = [_constant_row(train, measure)]
+    rows += [_probe_row(same_n, train, measure) for same_n in draws]
     start = 0
-    for bank in banks:
-        columns = slice(start, start + bank.scorer.n_prototypes)
-        start = columns.stop
-        cells = [_cells(bank, n, train, test, columns, seed) for n in n_train]
-        rows += [row for same_k in zip(*cells, strict=True) for row in same_k]
+    for bank in helpers.progress(banks, "choose", len(banks), "scorers"):
+        rows += _bank_rows(bank, start, draws, train, measure, cfg.memory_gb)
+        start += bank.scorer.n_prototypes
     return rows
 
 
-def _cells(
-    bank: Bank, n: int, train: Split, test: Split, columns: slice, seed: int
-) -> list[results.Row]:
-    """A scorer's rows for one number of train images: the AP matrix serves every K."""
-    subset = train_subset(len(train.labels_NT), n, seed)
-    ap_KT = ap.average_precision(train.scores_NK[subset, columns], train.labels_NT[subset])
-    return [_row(bank.name, k, len(subset), ap_KT, test, columns.start) for k in bank.ks]
+def _draws(n_images: int, cfg: config.ProtoEval) -> list[list[Draw]]:
+    """For each number of train images its draws; of all images there is one."""
+    out = []
+    for n in cfg.n_train:
+        n_draws = 1 if n == -1 or n >= n_images else cfg.n_seeds
+        out.append([Draw(n, r, train_subset(n_images, n, cfg.seed, r)) for r in range(n_draws)])
+    return out
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def train_subset(n_images: int, n: int, seed: int) -> Int64[np.ndarray, " n"]:
-    """n of the train images (-1 or too many: all), the same for every scorer; smaller subsets lie in larger ones."""
-    order_N = np.random.default_rng((seed, 0xC0B)).permutation(n_images)
+def train_subset(n_images: int, n: int, seed: int, r: int = 0) -> Int64[np.ndarray, " n"]:
+    """Draw r of n train images (-1 or too many: all), the same for every scorer; smaller subsets lie in larger ones."""
+    key = (seed, 0xC0B, r) if r else (seed, 0xC0B)
+    order_N = np.random.default_rng(key).permutation(n_images)
     return np.sort(order_N if n == -1 else order_N[:n])
 
 
+class Measure:
+    """Test APs, and mAPs on resamples of the test images."""
+
+    def __init__(self, test: Split, cfg: config.ProtoEval):
+        self.test = test
+        n_images = len(test.labels_NT)
+        times_MN = ap.resamples(n_images, cfg.n_boot, cfg.seed)
+        self.times_MN = np.concatenate([np.ones((1, n_images), np.uint8), times_MN])
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def __call__(
+        self, scores_TN: Float[np.ndarray, "T N"]
+    ) -> tuple[Float64[np.ndarray, " T"], Float64[np.ndarray, " M"]]:
+        """AP of row t for trait t, and mAPs over the traits that each resample has a positive of."""
+        ap_TM = ap.resampled(scores_TN, self.test.labels_NT, self.times_MN)
+        boot_TM = ap_TM[:, 1:]
+        n_M = np.maximum((~np.isnan(boot_TM)).sum(axis=0), 1)
+        return ap_TM[:, 0], np.nansum(boot_TM, axis=0) / n_M
+
+
+class Choice(tp.NamedTuple):
+    """Of one cell and draw: each trait's prototype, among the scorer's, and its AP on the train images."""
+
+    best_T: Int64[np.ndarray, " T"]
+    train_ap_T: Float64[np.ndarray, " T"]
+
+
+def _bank_rows(
+    bank: Bank,
+    start: int,
+    draws: list[list[Draw]],
+    train: Split,
+    measure: Measure,
+    memory_gb: float,
+) -> list[results.Row]:
+    """A scorer's rows. Prototypes are taken some at a time, and each serves every K that it is among."""
+    n_bytes = 4 * sum(split.labels_NT.shape[0] for split in (train, measure.test))
+    size = max(1, int(memory_gb * 1e9 / (4 * n_bytes)))
+    flat = [draw for same_n in draws for draw in same_n]
+    T = train.labels_NT.shape[1]
+    now = [Choice(np.zeros(T, np.int64), np.full(T, np.nan)) for _ in flat]
+    chosen: dict[tuple[int, int, int], Choice] = {}
+    for first, last in _pieces(bank.ks, size):
+        scores_CN = train.of(slice(start + first, start + last))
+        for i, draw in enumerate(flat):
+            ap_CT = ap.of_rows(scores_CN[:, draw.rows], train.labels_NT[draw.rows])
+            now[i] = better(now[i], ap_CT, first)
+            if last in bank.ks:
+                chosen[last, draw.n, draw.r] = now[i]
+    rows = []
+    for k in bank.ks:
+        for same_n in draws:
+            choices = [chosen[k, draw.n, draw.r] for draw in same_n]
+            measured = [measure(measure.test.of(start + choice.best_T)) for choice in choices]
+            rows.append(_row(bank.name, k, len(same_n[0].rows), choices, measured))
+    return rows
+
+
+def _pieces(ks: tuple[int, ...], size: int) -> list[tuple[int, int]]:
+    """Ranges of at most `size` prototypes, one after the other, of which one ends at each K."""
+    ends = sorted({*ks, *range(size, max(ks), size)})
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
 @jaxtyped(typechecker=beartype.beartype)
-def choose(ap_KT: Float64[np.ndarray, "K T"]) -> Int64[np.ndarray, " T"]:
-    """The prototype of largest AP per trait; among equals (and where there is no AP at all) the lowest number."""
-    return np.nan_to_num(ap_KT, nan=-1.0).argmax(axis=0)
+def better(choice: Choice, ap_CT: Float64[np.ndarray, "C T"], first: int) -> Choice:
+    """The prototype of largest AP per trait, `first` and later ones considered too.
 
-
-def _row(name: str, k: int, n: int, ap_KT: np.ndarray, test: Split, first: int) -> results.Row:
-    best_T = choose(ap_KT[:k])
-    test_ap_T = ap.paired_average_precision(test.scores_NK[:, first + best_T], test.labels_NT)
-    train_ap_T = ap_KT[best_T, np.arange(len(best_T))]
-    return results.Row(name, k, n, best_T, train_ap_T, test_ap_T)
-
-
-def _constant_row(train: Split, test: Split) -> results.Row:
-    """A scorer that says the same of every image: its AP is the trait's prevalence. Nothing real may fall to this row."""
-    n_traits = test.labels_NT.shape[1]
-    train_ap_T, test_ap_T = (
-        ap.paired_average_precision(np.zeros(s.labels_NT.shape, np.float32), s.labels_NT)
-        for s in (train, test)
+    Among equals the lowest number. Where there is no AP at all (a trait without a positive among the train images) it is
+    prototype 0: no better than one drawn at random, and that is what its test AP then says.
+    """
+    ap_CT = ap_CT.round(AP_DIGITS)
+    best_T = np.nan_to_num(ap_CT, nan=-1.0).argmax(axis=0)
+    best_ap_T = ap_CT[best_T, np.arange(len(best_T))]
+    is_new_T = best_ap_T > np.nan_to_num(choice.train_ap_T, nan=-1.0)
+    return Choice(
+        np.where(is_new_T, first + best_T, choice.best_T),
+        np.where(is_new_T, best_ap_T, choice.train_ap_T),
     )
+
+
+def _row(
+    name: str,
+    k: int,
+    n: int,
+    choices: list[Choice],
+    measured: list[tuple[np.ndarray, np.ndarray]],
+) -> results.Row:
+    test_ap, boot = zip(*measured, strict=True)
     return results.Row(
-        "constant", 1, len(train.labels_NT), np.zeros(n_traits, np.int64), train_ap_T, test_ap_T
+        name,
+        k,
+        n,
+        np.stack([choice.best_T for choice in choices]),
+        np.stack([choice.train_ap_T for choice in choices]),
+        np.stack(test_ap),
+        np.mean(boot, axis=0),
     )
+
+
+def _constant_row(train: Split, measure: Measure) -> results.Row:
+    """A scorer that says the same of every image: its AP is the trait's prevalence. Nothing real may fall to this row."""
+    zeros_NT = np.zeros(train.labels_NT.shape, np.float32)
+    train_ap_T = ap.paired(zeros_NT.T, train.labels_NT)
+    choice = Choice(np.zeros(len(train_ap_T), np.int64), train_ap_T)
+    measured = measure(np.zeros(measure.test.labels_NT.T.shape, np.float32))
+    return _row("constant", 1, len(zeros_NT), [choice], [measured])
+
+
+def _probe_row(same_n: list[Draw], train: Split, measure: Measure) -> results.Row:
+    """A linear probe, trained on the images that the others choose on: what labels buy that may form their own direction."""
+    choices, measured = [], []
+    for draw in same_n:
+        train_ND, labels_NT = train.mean_ND[draw.rows], train.labels_NT[draw.rows]
+        own_NT, test_NT = probe.scores(train_ND, labels_NT, train_ND, measure.test.mean_ND)
+        train_ap_T = ap.paired(own_NT.T, labels_NT)
+        choices.append(Choice(np.zeros(len(train_ap_T), np.int64), train_ap_T))
+        measured.append(measure(test_NT.T))
+    return _row("Linear probe", 1, len(same_n[0].rows), choices, measured)

@@ -4,5 +4,6 @@ from saev import helpers
 
 __getattr__ = helpers.lazy_attributes(
     __name__,
-    {"Scorer": "base", "Prototypes": "base", "fit": "store", "load": "store", "save": "store"},
+    {"Scorer": "base", "Prototypes": "base"}
+    | dict.fromkeys(("fit", "fit_each", "load", "save"), "store"),
 )

@@ -20,12 +20,16 @@ class Random:
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class KMeans:
-    """Centroids of Lloyd's algorithm on a sample of the stream, started by k-means++."""
+    """Centroids of Lloyd's algorithm over the whole stream, started by k-means++ on a sample of it."""
 
     n_iters: int = 20
-    """Passes of Lloyd's algorithm (fewer when it converges)."""
+    """Passes of Lloyd's algorithm over the stream (fewer when it converges)."""
+    tolerance: float = 1e-4
+    """It has converged when a pass lowers the sum of squared distances by less than this fraction."""
     n_samples: int = 200_000
-    """Activations to cluster, drawn uniformly from the stream."""
+    """Activations to start from, drawn uniformly from the stream."""
+    normalize: bool = False
+    """Cluster directions (spherical k-means, Dhillon and Modha 2001): activations less the mean, scaled to norm 1."""
     similarity: Similarity = "cosine"
     """See scorer:random."""
 

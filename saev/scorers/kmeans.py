@@ -1,38 +1,269 @@
-"""K-means centroids as prototypes. The clustering itself is scikit-learn's Lloyd on a uniform sample."""
+"""K-means centroids as prototypes: k-means++ on a sample, then Lloyd's algorithm over the whole stream.
 
-import warnings
+B activations of a block or sample, D d_vit, K centres, C candidates. All distances are taken after subtracting the
+stream's mean, so that float32 loses nothing to it.
+"""
+
+import dataclasses
+import io
+import pathlib
 
 import beartype
-import sklearn.cluster
-import sklearn.exceptions
+import numpy as np
 import torch
+from jaxtyping import Float, Int, jaxtyped
+from torch import Tensor
 
-from saev import errors
+from saev import errors, helpers
 from saev.data import config as data_config
+from saev.data import ordered
+from saev.formats import checkpoint
+from saev.nn import sparse
 from saev.scorers import base, config, random
+
+CHUNK = 2**15
+"""Activations whose distances a GPU computes at a time; on a CPU they are searched in a core's cache."""
+N_FAR = 256
+"""Activations far from their centres that a pass remembers, for centres that no activation is nearest to."""
+WARM_UP, WARM_UP_SAMPLES = 4, 128
+"""Iterations on the sample before the stream is passed over, and activations for each centre in them."""
+ROUNDING = 1e-6
+"""Squared distances below this fraction of an activation's squared norm are float32's rounding: they count 0."""
 
 
 @beartype.beartype
-def fit(cfg: config.KMeans, data: data_config.Shards, k: int, seed: int) -> base.Prototypes:
-    """Clusters `cfg.n_samples` activations into k.
+def fit(
+    cfg: config.KMeans,
+    data: data_config.Shards,
+    ks: list[int],
+    seed: int,
+    state_fpath: pathlib.Path | None = None,
+) -> list[base.Prototypes]:
+    """Centroids for each K of `ks`, all from the same passes over the stream.
+
+    Args:
+        state_fpath: where the centres are kept after each pass; a fit that was killed goes on from there. It stays.
 
     Raises:
-        UserError: bad shards, or fewer activations than k.
+        UserError: bad shards, or fewer activations than the largest K.
     """
-    sample = random.reservoir(data, max(k, cfg.n_samples), seed)
-    if len(sample.acts_KD) < k:
-        raise errors.UserError(
-            f"{data.shard_root}: holds {len(sample.acts_KD)} activations, fewer than {k} clusters. Lower --n-prototypes."
+    states = None if state_fpath is None else _read_state(state_fpath)
+    if states is None:
+        if cfg.n_samples < max(ks):
+            raise errors.UserError(
+                f"--scorer.n-samples {cfg.n_samples}: fewer than {max(ks)} clusters. Pass more."
+            )
+        sample = random.reservoir(data, cfg.n_samples, seed)
+        if len(sample.acts_KD) < max(ks):
+            raise errors.UserError(
+                f"{data.shard_root}: holds {len(sample.acts_KD)} activations, fewer than {max(ks)} clusters. Lower --n-prototypes."
+            )
+        mean_D = torch.from_numpy(sample.mean_D)
+        x_BD = _space(torch.from_numpy(sample.acts_KD), mean_D, cfg.normalize)
+        # k-means++ draws one centre after the other: the first K of a longer draw are a draw of K
+        start_KD = plus_plus(x_BD, max(ks), seed)
+        states = [State(mean_D, _warmed_up(start_KD[:k].clone(), x_BD, cfg)) for k in ks]
+    while open_states := [s for s in states if s.n_passes < cfg.n_iters and not s.is_done]:
+        one_pass(open_states, data, cfg)
+        if state_fpath is not None:
+            _write_state(states, state_fpath)
+    return [base.Prototypes(s.center_KD + s.mean_D, s.mean_D, cfg.similarity) for s in states]
+
+
+@jaxtyped(typechecker=beartype.beartype)
+@dataclasses.dataclass
+class State:
+    """One K's centres between two passes."""
+
+    mean_D: Float[Tensor, " D"]
+    center_KD: Float[Tensor, "K D"]
+    """Less the mean."""
+    inertia: float = float("inf")
+    """Sum of squared distances to the nearest centre, as the last pass found it."""
+    n_passes: int = 0
+    is_done: bool = False
+
+
+def _space(x_BD: Tensor, mean_D: Tensor, normalize: bool) -> Tensor:
+    x_BD = x_BD - mean_D
+    return torch.nn.functional.normalize(x_BD, dim=1) if normalize else x_BD
+
+
+# ---- the nearest centre ----
+
+
+@torch.no_grad()
+@jaxtyped(typechecker=beartype.beartype)
+def nearest(
+    x_BD: Float[Tensor, "B D"], center_KD: Float[Tensor, "K D"]
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """The nearest centre of each activation (among equals the lowest) and the squared distance to it.
+
+    It has the largest x . c - |c|^2 / 2. That is the top latent of an encoder with weights c, and is found as such; an
+    activation nearer to the origin than to any centre has no positive value there, and is looked at again by itself.
+    """
+    bias_K = -0.5 * center_KD.square().sum(dim=1)
+    square_B = x_BD.square().sum(dim=1)
+    if not sparse.uses_kernels(x_BD):
+        parts = [torch.addmm(bias_K, x_CD, center_KD.T).max(dim=1) for x_CD in x_BD.split(CHUNK)]
+        value_B, at_B = (torch.cat(p) for p in zip(*parts, strict=True))
+    else:
+        codes = sparse.top_k(sparse.Encoder(center_KD, bias_K, False), x_BD, 1)
+        has_B = codes.index.start_O1.diff() > 0
+        value_B, at_B = x_BD.new_empty(len(x_BD)), torch.empty(len(x_BD), dtype=torch.int32)
+        value_B[has_B], at_B[has_B] = codes.value_n, codes.index.latent_n
+        rest_n = (~has_B).nonzero().flatten()
+        for rows_C in rest_n.split(max(1, 2**24 // len(center_KD))):
+            found = torch.addmm(bias_K, x_BD[rows_C], center_KD.T).max(dim=1)
+            value_B[rows_C], at_B[rows_C] = found.values, found.indices.int()
+    distance_B = square_B - 2 * value_B
+    return at_B.long(), torch.where(distance_B > ROUNDING * square_B, distance_B, 0.0)
+
+
+# ---- the start ----
+
+
+@torch.no_grad()
+@jaxtyped(typechecker=beartype.beartype)
+def plus_plus(x_BD: Float[Tensor, "B D"], k: int, seed: int) -> Float[Tensor, "K D"]:
+    """k-means++ (Arthur and Vassilvitskii 2007): each centre is an activation drawn by its squared distance to those before.
+
+    Exact, but in batches: candidates are drawn by the distances at the batch's start, and each is taken with the probability
+    by which centres taken earlier in the batch have shrunk its squared distance (rejection sampling). Where all distances are
+    0 (fewer distinct activations than k) the rest is drawn uniformly. The first centres of a longer draw are a shorter one.
+    """
+    rng = np.random.default_rng((seed, 0xC3))
+    chosen = [int(rng.integers(len(x_BD)))]
+    _, distance_B = nearest(x_BD, x_BD[chosen])
+    while len(chosen) < k:
+        cumulative_B = np.cumsum(distance_B.numpy(), dtype=np.float64)
+        if cumulative_B[-1] == 0:
+            chosen += rng.integers(0, len(x_BD), k - len(chosen)).tolist()
+            break
+        n = max(1, len(chosen) // 4)
+        drawn_C = np.searchsorted(cumulative_B, rng.random(n) * cumulative_B[-1], side="right")
+        drawn_C = np.minimum(drawn_C, len(x_BD) - 1)
+        taken = _taken(x_BD[drawn_C], distance_B[drawn_C], rng.random(n))
+        fresh = drawn_C[taken].tolist()
+        chosen += fresh
+        _, to_fresh_B = nearest(x_BD, x_BD[fresh])
+        distance_B = torch.minimum(distance_B, to_fresh_B)
+    return x_BD[chosen[:k]]
+
+
+def _taken(x_CD: Tensor, before_C: Tensor, uniform_C: np.ndarray) -> list[int]:
+    """Candidates to take, in order: each with the probability (squared distance now) / (squared distance before)."""
+    between_CC = (
+        torch.cdist(x_CD, x_CD, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
+    )
+    now_C, taken = before_C.numpy().copy(), []
+    for c, uniform in enumerate(uniform_C):
+        if uniform * before_C[c] < now_C[c]:
+            taken.append(c)
+            np.minimum(now_C, between_CC[c], out=now_C)
+    return taken
+
+
+def _warmed_up(start_KD: Tensor, x_BD: Tensor, cfg: config.KMeans) -> Tensor:
+    """The centres after some iterations on a part of the sample: cheap beside a stream that is larger."""
+    state = State(torch.zeros(x_BD.shape[1]), start_KD)
+    for _ in range(WARM_UP):
+        sums = _Sums(state)
+        for x_CD in x_BD[: WARM_UP_SAMPLES * len(start_KD)].split(CHUNK):
+            sums.add(x_CD)
+        sums.finish(cfg)
+    return state.center_KD
+
+
+# ---- passes over the stream ----
+
+
+@torch.no_grad()
+@beartype.beartype
+def one_pass(states: list[State], data: data_config.Shards, cfg: config.KMeans) -> None:
+    """One iteration of Lloyd's algorithm (Lloyd 1982) for each K, in one pass over the stream.
+
+    Centres that no activation is nearest to move to the activations that are farthest from theirs (as scikit-learn's do).
+    """
+    sums = [_Sums(state) for state in states]
+    stream = ordered.Ordered(data)
+    what = f"k-means, pass {max(s.n_passes for s in states) + 1}"
+    for block in helpers.progress(stream, what, len(stream), "blocks"):
+        raw_BD = torch.from_numpy(block.act_NXD).flatten(0, 1)
+        x_BD = _space(raw_BD, states[0].mean_D, cfg.normalize)
+        for one in sums:
+            one.add(x_BD)
+    for one in sums:
+        one.finish(cfg)
+
+
+class _Sums:
+    """What a pass collects for one K: blocks' sums in float32, all blocks' in float64."""
+
+    def __init__(self, state: State):
+        self.state = state
+        K, D = state.center_KD.shape
+        self.sum_KD = torch.zeros(K, D, dtype=torch.float64)
+        self.n_K = torch.zeros(K, dtype=torch.int64)
+        self.inertia = 0.0
+        self.far_C, self.far_CD = torch.zeros(0), torch.zeros(0, D)
+
+    def add(self, x_BD: Tensor) -> None:
+        K = len(self.n_K)
+        at_B, distance_B = nearest(x_BD, self.state.center_KD)
+        start_B1 = torch.arange(len(x_BD) + 1, dtype=torch.int32)
+        by = sparse.Index(at_B.int(), start_B1, K).by_latent
+        self.sum_KD += sparse.bag(x_BD, by.row_n, torch.ones(len(x_BD)), by.start_S1)
+        self.n_K += by.start_S1.diff()
+        self.inertia += distance_B.sum(dtype=torch.float64).item()
+        far = distance_B.topk(min(N_FAR, len(distance_B)))
+        far_C = torch.cat([self.far_C, far.values])
+        far_CD = torch.cat([self.far_CD, x_BD[far.indices]])
+        order_C = far_C.argsort(descending=True, stable=True)[:N_FAR]
+        self.far_C, self.far_CD = far_C[order_C], far_CD[order_C]
+
+    def finish(self, cfg: config.KMeans) -> None:
+        """Moves the centres."""
+        state = self.state
+        center_KD = (self.sum_KD / self.n_K.clamp(min=1)[:, None]).float()
+        empty_n = (self.n_K == 0).nonzero().flatten()
+        far_CD = self.far_CD[self.far_C > 0]
+        n = min(len(empty_n), len(far_CD))
+        center_KD[empty_n] = state.center_KD[empty_n]
+        center_KD[empty_n[:n]] = far_CD[:n]
+        if cfg.normalize:
+            center_KD = torch.nn.functional.normalize(center_KD, dim=1)
+        gain = state.inertia - self.inertia
+        state.is_done = torch.equal(center_KD, state.center_KD) or (
+            n == 0 and gain < cfg.tolerance * self.inertia
         )
-    kmeans = sklearn.cluster.KMeans(
-        k, init="k-means++", n_init=1, max_iter=cfg.n_iters, random_state=seed
+        state.center_KD, state.inertia = center_KD, self.inertia
+        state.n_passes += 1
+
+
+# ---- between passes, on disk ----
+
+
+def _write_state(states: list[State], fpath: pathlib.Path) -> None:
+    payload = io.BytesIO()
+    torch.save(
+        {"mean_D": states[0].mean_D, **{str(i): s.center_KD for i, s in enumerate(states)}}, payload
     )
-    with warnings.catch_warnings():
-        # Fewer distinct activations than k: duplicates of a centroid are harmless prototypes.
-        warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
-        centers_KD = kmeans.fit(sample.acts_KD).cluster_centers_
-    return base.Prototypes(
-        torch.from_numpy(centers_KD.astype("float32")),
-        torch.from_numpy(sample.mean_D),
-        cfg.similarity,
-    )
+    header = {"passes": [[s.inertia, s.n_passes, s.is_done] for s in states]}
+    checkpoint.write(fpath, "state", header, payload.getvalue())
+
+
+def _read_state(fpath: pathlib.Path) -> list[State] | None:
+    if not fpath.exists():
+        return None
+    header, payload = checkpoint.read(fpath, "state")
+    try:
+        tensors = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        return [
+            State(tensors["mean_D"], tensors[str(i)], *values)
+            for i, values in enumerate(header["passes"])
+        ]
+    except Exception as err:  # torch raises many types for a cut or foreign file
+        raise errors.UserError(
+            f"{fpath}: cannot be read ({errors.first_line(err)}). Delete it; the fit then starts again."
+        ) from err

@@ -40,8 +40,8 @@ def moments(data: data_config.Shards) -> tuple[Float64[Tensor, " D"], Float64[Te
     for _, acts_NTD in helpers.progress(stream, "PCA", len(stream), "blocks"):
         x_BD = torch.from_numpy(acts_NTD).flatten(0, 1)
         shift_D = x_BD.mean(dim=0) if shift_D is None else shift_D
-        x_BD = x_BD - shift_D
-        sum_D += x_BD.sum(dim=0, dtype=torch.float64)
+        x_BD -= shift_D  # the block is ours
+        sum_D += torch.ones(len(x_BD)) @ x_BD
         square_DD += (x_BD.T @ x_BD).double()
     mean_D = sum_D / len(stream.reader)
     return mean_D + shift_D.double(), square_DD / len(stream.reader) - torch.outer(mean_D, mean_D)

@@ -1,4 +1,4 @@
-"""Latents of a sparse autoencoder as prototypes. B activations, D d_vit, K prototypes."""
+"""Latents of a sparse autoencoder as prototypes. B activations or images, P patches, D d_vit, K prototypes, n codes."""
 
 import dataclasses
 
@@ -8,6 +8,8 @@ from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 from saev import nn
+from saev.nn import config, sparse
+from saev.scorers import base
 
 
 @beartype.beartype
@@ -21,6 +23,36 @@ class SaeLatents:
     @jaxtyped(typechecker=beartype.beartype)
     def __call__(self, activations: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
         return self.sae.encode(activations)[:, : self.n_prototypes]
+
+    @torch.no_grad()
+    @jaxtyped(typechecker=beartype.beartype)
+    def of_images(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
+        """Largest codes of each image. All but TopK's rise with their own pre-activation alone: its largest is enough."""
+        sae, K = self.sae, self.n_prototypes
+        if isinstance(sae.cfg, config.TopK):
+            return self._top_k(acts_BPD * sae.scale - sae.b_dec, sae.cfg.top_k)
+        pre_BK = base.largest(acts_BPD, sae.W_enc.T[:K], self._scaled) + sae.b_enc[:K]
+        match sae.cfg:
+            case config.BatchTopK():
+                least = sae.threshold
+            case config.JumpRelu():
+                least = sae.log_threshold.exp()[:K]
+            case _:
+                return pre_BK.relu()
+        return torch.where(pre_BK > least, pre_BK, 0.0).relu()
+
+    def _scaled(self, x_RD: Tensor) -> tuple[Tensor, None]:
+        return x_RD * self.sae.scale - self.sae.b_dec, None
+
+    def _top_k(self, x_BPD: Float[Tensor, "B P D"], k: int) -> Float[Tensor, "B K"]:
+        sae, (B, P, _) = self.sae, x_BPD.shape
+        encoder = sparse.Encoder(sae.W_enc.T, sae.b_enc, False)
+        codes = sparse.top_k(encoder, x_BPD.flatten(0, 1), k)
+        image_n = codes.index.row_n.div(P, rounding_mode="floor")
+        at_n = image_n.long() * sae.d_sae + codes.index.latent_n
+        f_BS = x_BPD.new_zeros(B, sae.d_sae)
+        f_BS.view(-1).scatter_reduce_(0, at_n, codes.value_n.relu(), "amax")
+        return f_BS[:, : self.n_prototypes]
 
     def prefix(self, k: int) -> "SaeLatents":
         return dataclasses.replace(self, n_prototypes=min(k, self.n_prototypes))

@@ -16,9 +16,10 @@ from saev.scorers import base, config, kmeans, pca, random, sae
 
 logger = logging.getLogger("saev")
 
-REVISION = 1
+REVISION = 2
 """Raised whenever a fitter may give other numbers: what was fitted before is then fitted again."""
-FITTERS = {config.Random: random.fit, config.KMeans: kmeans.fit, config.Pca: pca.fit}
+NESTED = {config.Random: random.fit, config.Pca: pca.fit}
+"""Scorers whose first k prototypes are those of a fit of k: one fit serves every smaller number."""
 
 
 @beartype.beartype
@@ -37,30 +38,87 @@ def fit(
     Raises:
         UserError: bad shards or checkpoint, or too few activations.
     """
+    return fit_each(cfg, data, [k], seed=seed, dpath=dpath)[0]
+
+
+@beartype.beartype
+def fit_each(
+    cfg: config.Scorer,
+    data: data_config.Shards,
+    ks: list[int],
+    *,
+    seed: int = 0,
+    dpath: pathlib.Path | None = None,
+) -> list[base.Scorer]:
+    """`fit` for each of `ks`, together: k-means in the same passes, the others once for the largest."""
     if isinstance(cfg, config.Sae):
-        return _load_sae(cfg, data).prefix(k)
-    fpath = None if dpath is None else dpath / f"{_name(cfg)}-{k}-{_key(cfg, data, k, seed)}.bin"
-    if fpath is not None and fpath.exists():
-        return load(fpath)
-    scorer = FITTERS[type(cfg)](cfg, data, k, seed)
-    if fpath is not None:
-        save(scorer, fpath)
-        logger.info("fitted %s", fpath)
+        scorer = _load_sae(cfg, data)
+        return [scorer.prefix(k) for k in ks]
+    if isinstance(cfg, config.KMeans):
+        return _fit_kmeans(cfg, data, ks, seed, dpath)
+    scorer = _fit_nested(cfg, data, max(ks), seed, dpath)
+    return [scorer.prefix(k) for k in ks]
+
+
+def _fit_nested(
+    cfg: config.Random | config.Pca,
+    data: data_config.Shards,
+    k: int,
+    seed: int,
+    dpath: pathlib.Path | None,
+) -> base.Prototypes:
+    """Its file may hold more prototypes than asked for."""
+    key = _key(cfg, data, seed)
+    for fpath in (
+        sorted((dpath or pathlib.Path()).glob(f"{_name(cfg)}-*-{key}.bin")) if dpath else []
+    ):
+        if int(fpath.name.split("-")[1]) >= k:
+            return load(fpath).prefix(k)
+    scorer = NESTED[type(cfg)](cfg, data, k, seed)
+    if dpath is not None:
+        _keep(scorer, _fpath(dpath, cfg, k, key))
     return scorer
+
+
+def _fit_kmeans(
+    cfg: config.KMeans,
+    data: data_config.Shards,
+    ks: list[int],
+    seed: int,
+    dpath: pathlib.Path | None,
+) -> list[base.Scorer]:
+    if dpath is None:
+        return kmeans.fit(cfg, data, ks, seed)
+    key = _key(cfg, data, seed)
+    missing = [k for k in sorted(set(ks)) if not _fpath(dpath, cfg, k, key).exists()]
+    if missing:
+        state_fpath = dpath / f"kmeans-{'-'.join(map(str, missing))}-{key}.state"
+        fitted = kmeans.fit(cfg, data, missing, seed, state_fpath)
+        for k, scorer in zip(missing, fitted, strict=True):
+            _keep(scorer, _fpath(dpath, cfg, k, key))
+        state_fpath.unlink(missing_ok=True)
+    return [load(_fpath(dpath, cfg, k, key)) for k in ks]
+
+
+def _fpath(dpath: pathlib.Path, cfg: config.Scorer, k: int, key: str) -> pathlib.Path:
+    return dpath / f"{_name(cfg)}-{k}-{key}.bin"
+
+
+def _keep(scorer: base.Scorer, fpath: pathlib.Path) -> None:
+    save(scorer, fpath)
+    logger.info("fitted %s", fpath)
 
 
 def _name(cfg: config.Scorer) -> str:
     return type(cfg).__name__.lower()
 
 
-def _key(cfg: config.Scorer, data: data_config.Shards, k: int, seed: int) -> str:
-    acts = reader.Reader(data)
+def _key(cfg: config.Scorer, data: data_config.Shards, seed: int) -> str:
     fields = {
         "cls": _name(cfg),
         "cfg": dataclasses.asdict(cfg),
         "revision": REVISION,
-        "activations": acts.hash,
-        "k": k,
+        "activations": reader.Reader(data).hash,
         "seed": seed,
     }
     return helpers.hash_of(fields)[:12]

@@ -91,6 +91,7 @@ def _gallery(cfg: config.Visuals, source: reader.Reader) -> render.Gallery:
         records=source.records,
         transform=transform,
         grid=render.grid(source.n_tokens, transform.size if transform else None),
+        sha256=helpers.hash_file(pathlib.Path(cfg.ckpt)),
     )
 
 

@@ -4,6 +4,7 @@ import collections.abc
 import csv
 import dataclasses
 import html
+import json
 import math
 import pathlib
 import shutil
@@ -62,6 +63,8 @@ class Gallery:
     """What the ViT saw of an image; None stands for a square centre crop."""
     grid: tuple[int, int]
     """(rows, columns) of the patches."""
+    sha256: str = ""
+    """Of the checkpoint's bytes."""
 
 
 @beartype.beartype
@@ -157,6 +160,8 @@ def _write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
             heat = overlay(view, heat_P.reshape(gallery.grid))
             _save(heat, dpath / _heat_fname(page, rank))
     _write_table(dpath / "latents.csv", pages)
+    shown = {"ckpt": gallery.ckpt, "sha256": gallery.sha256}
+    helpers.write_text(dpath / "gallery.json", json.dumps(shown))
     helpers.write_text(dpath / "index.html", _index(gallery, pages))
 
 

@@ -1,0 +1,91 @@
+"""One pass over a shard directory: scores of CUB's images for every prototype of every scorer, and their mean activations.
+
+Both go to files that the pass fills image by image, so memory is bounded and a killed pass goes on. N images, K
+prototypes of all scorers side by side, D d_vit, B images of a block, P patches.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+
+import beartype
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64, jaxtyped
+
+from saev import helpers, scorers
+from saev.data import config as data_config
+from saev.data import ordered, reader
+
+SAVE_S = 30.0
+"""Seconds between notes of how far the pass is."""
+MAX_BLOCK = 256
+
+
+@jaxtyped(typechecker=beartype.beartype)
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Of images in the order of `image_i_N`. The arrays are files mapped into memory."""
+
+    scores_KN: Float32[np.ndarray, "K N"]
+    mean_ND: Float32[np.ndarray, "N D"]
+    """Mean over each image's patches: what a linear probe reads."""
+    image_i_N: Int64[np.ndarray, " N"]
+
+
+@torch.inference_mode()
+@beartype.beartype
+def score(
+    run: list[scorers.Scorer],
+    data: data_config.Shards,
+    image_is: list[int],
+    dpath: pathlib.Path,
+    device: torch.device,
+    memory_gb: float = 4.0,
+) -> Scores:
+    """Scores the images numbered `image_is`, into files in `dpath`; what is there already is not computed again.
+
+    Args:
+        dpath: for these scorers, activations and images alone.
+        memory_gb: bound of the block of activations and scores in memory.
+
+    Raises:
+        UserError: bad shards or activations.
+    """
+    acts = reader.Reader(data)
+    image_i_N = np.array(image_is, np.int64)
+    n_prototypes = sum(s.n_prototypes for s in run)
+    dpath.mkdir(parents=True, exist_ok=True)
+    done_fpath = dpath / "done.json"
+    scores_KN = _mapped(dpath / "scores.bin", (n_prototypes, len(image_i_N)))
+    mean_ND = _mapped(dpath / "means.bin", (len(image_i_N), acts.d_vit))
+    first = json.loads(done_fpath.read_text()) if done_fpath.exists() else 0
+    column_of = np.full(acts.n_all, -1, np.int64)
+    column_of[image_i_N] = np.arange(len(image_i_N))
+    image_bytes = 4 * (5 * acts.n_per_img * acts.d_vit + 2 * n_prototypes)
+    n_imgs = int(np.clip(memory_gb * 1e9 / image_bytes, 1, MAX_BLOCK))
+    stream = ordered.Ordered(data, n_imgs, first)
+    saved_s = time.monotonic()
+    for block in helpers.progress(stream, "score", len(stream), "blocks"):
+        column_B = column_of[block.image_i_N]
+        wanted_B = column_B >= 0
+        if wanted_B.any():
+            acts_BPD = torch.from_numpy(block.act_NXD[wanted_B]).to(device)
+            best_BK = torch.cat([s.of_images(acts_BPD) for s in run], dim=1)
+            scores_KN[:, column_B[wanted_B]] = best_BK.T.cpu().numpy()
+            mean_ND[column_B[wanted_B]] = acts_BPD.mean(dim=1).cpu().numpy()
+        first += len(block.image_i_N)
+        if time.monotonic() - saved_s >= SAVE_S or first == acts.n_imgs:
+            scores_KN.flush()
+            mean_ND.flush()
+            helpers.write_text(done_fpath, json.dumps(first))
+            saved_s = time.monotonic()
+    return Scores(scores_KN, mean_ND, image_i_N)
+
+
+def _mapped(fpath: pathlib.Path, shape: tuple[int, int]) -> np.memmap:
+    if not fpath.exists():
+        with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
+            fd.truncate(4 * shape[0] * shape[1])
+    return np.memmap(fpath, np.float32, "r+", shape=shape)

@@ -1,0 +1,165 @@
+"""Labels that cannot be wrong in silence. N images, T traits."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from saev import errors
+from saev.data import config as data_config
+from saev.data import cub, images
+from saev.demo import minicub
+from saev.protoeval import check, config, select
+
+
+def planted(n_images: int = 600, n_traits: int = 40, n_classes: int = 20, seed: int = 0) -> cub.Cub:
+    """Each class has its traits; prevalences as CUB's, of mean 0.1 or so."""
+    rng = np.random.default_rng(seed)
+    class_N = np.sort(rng.integers(1, n_classes + 1, n_images))
+    p_CT = rng.beta(0.3, 2.4, (n_classes + 1, n_traits))
+    return cub.Cub(
+        [f"{c:03}.Bird_{c}/{i}.jpg" for i, c in enumerate(class_N)],
+        rng.random(n_images) < 0.5,
+        [f"has_{'wing' if t % 2 else 'bill'}_color::{t}" for t in range(n_traits)],
+        rng.random((n_images, n_traits)) < p_CT[class_N],
+        class_N,
+    )
+
+
+def test_plausible_labels_pass() -> None:
+    assert check.problems(planted()) == []
+
+
+def test_the_bug_that_made_a_table_of_0_86() -> None:
+    """Nearly every label loaded as positive: a constant scorer gets 0.83."""
+    labels = planted()
+    rng = np.random.default_rng(1)
+    wrong = dataclasses.replace(labels, labels_NT=rng.random(labels.labels_NT.shape) < 0.83)
+    assert any(
+        "constant scorer gets a mean AP of 0.83" in problem for problem in check.problems(wrong)
+    )
+    with pytest.raises(errors.UserError, match=r"implausible: .*0\.83.*--force"):
+        check.refuse_implausible(wrong, "cub")
+
+
+def test_the_real_set_has_a_narrow_window() -> None:
+    labels = planted(*check.REAL, n_classes=200)
+    assert check.problems(labels) == []
+    rng = np.random.default_rng(1)
+    more = dataclasses.replace(labels, labels_NT=labels.labels_NT | (rng.random(check.REAL) < 0.15))
+    assert any("0.2" in p and "CUB's is about 0.10" in p for p in check.problems(more))
+
+
+def test_labels_of_permuted_images() -> None:
+    labels = planted()
+    order = np.random.default_rng(2).permutation(len(labels.labels_NT))
+    wrong = dataclasses.replace(labels, labels_NT=labels.labels_NT[order])
+    assert any("share their traits no more" in problem for problem in check.problems(wrong))
+
+
+def test_classes_that_are_not_their_folders() -> None:
+    labels = planted()
+    wrong = dataclasses.replace(labels, class_N=np.roll(labels.class_N, 1))
+    (problem,) = check.problems(wrong)
+    assert problem.startswith("19 images have another class") or "have another class" in problem
+
+
+def test_train_and_test_that_do_not_agree() -> None:
+    labels = planted()
+    labels_NT = labels.labels_NT.copy()
+    labels_NT[labels.is_train_N] = labels_NT[labels.is_train_N][
+        :, np.random.default_rng(0).permutation(40)
+    ]
+    wrong = dataclasses.replace(labels, labels_NT=labels_NT)
+    assert any("hardly agree" in problem for problem in check.problems(wrong))
+
+
+def test_traits_without_positives_and_a_missing_split() -> None:
+    labels = planted()
+    labels_NT = labels.labels_NT & (np.arange(40) < 10)
+    assert any(
+        "30 of 40 traits" in p
+        for p in check.problems(dataclasses.replace(labels, labels_NT=labels_NT))
+    )
+    no_test = dataclasses.replace(labels, is_train_N=np.ones(600, bool))
+    assert check.problems(no_test) == ["there are no train images or no test images"]
+
+
+def test_variance_between_classes_equals_a_loop() -> None:
+    labels = planted(n_images=90, n_classes=5)
+    x_NT = labels.labels_NT.astype(float)
+    total = ((x_NT - x_NT.mean(axis=0)) ** 2).sum()
+    between = sum(
+        (labels.class_N == c).sum()
+        * ((x_NT[labels.class_N == c].mean(axis=0) - x_NT.mean(axis=0)) ** 2).sum()
+        for c in set(labels.class_N)
+    )
+    explained, chance = check.between_classes(labels)
+    assert explained == pytest.approx(between / total)
+    assert chance == pytest.approx((len(set(labels.class_N)) - 1) / 89)
+
+
+def test_what_is_printed() -> None:
+    text = check.describe(
+        dataclasses.replace(planted(), n_lines=24_000, n_repeated=3, n_uncertain=17)
+    )
+    labels = planted()
+    assert "600 images" in text and "24,000 annotations; 3 image x trait pairs" in text
+    wing = labels.labels_NT[labels.is_train_N][:, 1::2].mean()
+    assert f"| has_wing_color | 20 | {wing:.3f} |" in text
+    test_T = labels.labels_NT[~labels.is_train_N].mean(axis=0)
+    assert f"mean AP on the test images: {test_T[test_T > 0].mean():.3f}" in text
+
+
+# ---- the command, and photos in train/ and test/ ----
+
+
+@pytest.fixture(scope="module")
+def cub_root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    dpath = tmp_path_factory.mktemp("check") / "CUB_200_2011"
+    minicub.draw(dpath, n_imgs=240)
+    return dpath
+
+
+def test_minicub_is_plausible_and_the_wrong_column_is_not(
+    cub_root: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    assert "constant scorer's mean AP" in select.look(config.ProtoEval(cub_root=str(cub_root)))
+    copy = tmp_path / "CUB_200_2011"
+    (copy / "attributes").mkdir(parents=True)
+    for name in ("images.txt", "train_test_split.txt", "image_class_labels.txt"):
+        (copy / name).write_text((cub_root / name).read_text())
+    names = next(cub_root.parent.rglob("attributes.txt"))
+    (copy / "attributes" / "attributes.txt").write_text(names.read_text())
+    lines = (cub_root / "attributes" / "image_attribute_labels.txt").read_text().splitlines()
+    flipped = []
+    for line in lines:  # "not visible" and "absent" taken for "present"
+        image, trait, present, *rest = line.split()
+        flipped.append(" ".join([image, trait, str(1 - int(present)), "4", *rest[1:]]))
+    (copy / "attributes" / "image_attribute_labels.txt").write_text("\n".join(flipped) + "\n")
+    cfg = config.ProtoEval(cub_root=str(copy))
+    with pytest.raises(
+        errors.UserError, match="Implausible: a constant scorer gets a mean AP of 0"
+    ):
+        select.look(cfg)
+    assert "Implausible" in select.look(dataclasses.replace(cfg, force=True))
+
+
+def test_photos_in_train_and_test_folders(cub_root: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """The same images in the same order, from either layout."""
+    labels = cub.load(cub_root)
+    copy = tmp_path / "copy"
+    (copy / "metadata" / "attributes").mkdir(parents=True)
+    for fpath in [*cub_root.glob("*.txt"), *cub_root.glob("attributes/*.txt")]:
+        (copy / "metadata" / fpath.relative_to(cub_root)).write_bytes(fpath.read_bytes())
+    for path, is_train in zip(labels.paths_N, labels.is_train_N, strict=True):
+        target = copy / ("train" if is_train else "test") / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(cub_root / "images" / path)
+    for split in ("all", "train", "test"):
+        a, b = (data_config.Cub200(str(root), split) for root in (cub_root, copy))
+        want, got = images.list_images(a), images.list_images(b)
+        assert [cub.key(r.path) for r in got] == [r.path for r in want]
+        assert [r.label for r in got] == [r.label for r in want]
+        assert all((images.image_root(b) / r.path).is_file() for r in got)

@@ -1,0 +1,260 @@
+"""What protoeval reports of known rows. T traits, R draws, M resamples."""
+
+import csv
+import dataclasses
+import json
+import logging
+import pathlib
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from saev import errors
+from saev.formats import results
+from saev.protoeval import config, joint, report, select
+from saev.scorers import config as scorers_config
+
+NAMES = ["has_wing_color::blue", "has_bill_length::long", "has_wing_color::red"]
+GROUPS = {
+    "shape": "has_bill_shape has_tail_shape has_wing_shape has_shape",
+    "size": "has_size",
+    "length": "has_bill_length",
+    "pattern": "has_breast_pattern has_head_pattern has_back_pattern has_tail_pattern has_belly_pattern has_wing_pattern",
+    "colour": "has_wing_color has_upperparts_color has_underparts_color has_back_color has_upper_tail_color has_breast_color "
+    "has_throat_color has_eye_color has_forehead_color has_under_tail_color has_nape_color has_belly_color has_primary_color "
+    "has_leg_color has_bill_color has_crown_color",
+    "other": "has_whiskers has_beak",
+}
+
+
+def row(
+    name: str, k: int, n: int, test: list[list[float]], boot: list[float] | None = None
+) -> results.Row:
+    """Rows of `test`: draws."""
+    test_RT = np.array(test, np.float64)
+    best_RT = np.arange(test_RT.size).reshape(test_RT.shape)
+    return results.Row(name, k, n, best_RT, test_RT + 0.1, test_RT, np.array(boot or [], float))
+
+
+@pytest.fixture
+def rows() -> list[results.Row]:
+    return [
+        row("constant", 1, 1000, [[0.1, 0.2, 0.3]], [0.2] * 4),
+        row("Random", 512, 1000, [[0.2, 0.4, 0.6], [0.4, 0.6, 0.8]], [0.4, 0.5, 0.6, 0.5]),
+        row("Sae_1", 512, 1000, [[0.5, 0.5, np.nan]], [0.5, 0.6, 0.7, 0.6]),
+    ]
+
+
+@pytest.fixture
+def about() -> results.About:
+    return results.About(
+        "clip x",
+        23,
+        "196 tokens an image (image)",
+        ["abc"],
+        "f" * 64,
+        3,
+        0,
+        2,
+        4,
+        "2026-01-01T00:00:00+00:00",
+    )
+
+
+def test_kinds_of_cubs_groups() -> None:
+    for kind, groups in GROUPS.items():
+        for group in groups.split():
+            assert results.kind(f"{group}::value") == kind
+
+
+def test_means_spread_and_interval(rows: list[results.Row]) -> None:
+    _, random, sae = rows
+    assert random.mean_ap == pytest.approx(0.5)
+    assert random.spread == pytest.approx(np.std([0.4, 0.6], ddof=1))
+    assert random.interval == pytest.approx(
+        tuple(np.quantile([0.4, 0.5, 0.6, 0.5], [0.025, 0.975]))
+    )
+    assert sae.mean_ap == 0.5 and np.isnan(sae.spread)
+    assert np.isnan(sae._replace(boot_M=np.empty(0)).interval[0])
+
+
+def test_differences_are_paired(rows: list[results.Row]) -> None:
+    (sae,) = results.differences(rows)
+    assert (sae["scorer"], sae["difference"]) == ("Sae_1", 0.0)
+    assert (sae["low"], sae["high"]) == pytest.approx(
+        (0.1, 0.1)
+    )  # of each resample, although both vary more
+    assert sae["is_significant"]
+
+
+def test_the_written_tables(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    report.write(tmp_path, rows, NAMES, [], about)
+    text = (tmp_path / "table.md").read_text()
+    low, high = np.quantile([0.4, 0.5, 0.5, 0.6], [0.025, 0.975])
+    for line in (
+        "| Scorer | Prototypes | Train | mAP | 95% interval | Draws | 5% | 95% |\n|---|---|---|---|---|---|---|---|\n",
+        "| constant | 1 | 1,000 | 0.200 | 0.200 to 0.200 |  | 0.110 | 0.290 |\n",
+        f"| Random | 512 | 1,000 | 0.500 | {low:.3f} to {high:.3f} | ± 0.141 | 0.320 | 0.680 |\n",
+        "clip x, layer 23, 196 tokens an image (image), shards abc; certainty from 3; seed 0.",
+        "| Scorer | Prototypes | Train | colour (2) | length (1) |\n",
+        "| Random | 512 | 1,000 | 0.500 | 0.500 |\n",
+        "| Sae_1 | 512 | 1,000 | +0.000 | +0.100 to +0.100 | yes |\n",
+    ):
+        assert line in text
+    tex = (tmp_path / "table.tex").read_text()
+    assert (
+        r"Sae\_1 & 512 & 1,000 & 0.500" in tex and r"95\% interval" in tex and r"$\pm$ 0.141" in tex
+    )
+    assert tex.startswith("\\begin{tabular}{lrrrllrr}\n\\toprule\n")
+    traits = pyarrow.parquet.read_table(tmp_path / "traits.parquet").to_pylist()
+    assert len(traits) == 3 * (1 + 2 + 1)
+    assert traits[8] == {
+        "scorer": "Random",
+        "n_prototypes": 512,
+        "n_train": 1000,
+        "draw": 1,
+        "trait": "has_wing_color::red",
+        "group": "has_wing_color",
+        "kind": "colour",
+        "prototype": 5,
+        "train_ap": 0.9,
+        "test_ap": 0.8,
+    }
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "about.json").read_text()) == dataclasses.asdict(about)
+    lines = results.read_csv(tmp_path / "summary.csv", results.SUMMARY)
+    assert lines[1]["map"] == pytest.approx(0.5) and lines[1]["n_train"] == 1000
+
+
+def test_without_resamples_and_draws_the_columns_are_left_out(about: results.About) -> None:
+    lines = [results.summary(row("constant", 1, 9, [[0.25]]))]
+    assert results.table(lines)[0] == ["Scorer", "Prototypes", "Train", "mAP", "5%", "95%"]
+
+
+def test_traits_without_a_positive_are_reported_not_averaged(about: results.About) -> None:
+    rows = [
+        row("constant", 1, 9, [[0.5, np.nan]]),
+        row("Pca", 4, 9, [[0.75, np.nan]])._replace(train_ap_RT=np.array([[np.nan, 0.9]])),
+    ]
+    assert rows[1].mean_ap == 0.75
+    note = report._notes(rows, ["has_a::x", "has_b::y"], about)
+    assert note.startswith("\nclip x, layer 23")
+    assert "1 trait(s) without a positive test image are left out" in note
+    assert "With 9 train images 1 trait(s) have no positive one" in note
+
+
+def test_the_chart_shows_every_line_whole(about: results.About) -> None:
+    rows = [
+        row("constant", 1, 99, [[0.2]]),
+        *(row(results.PROBE, 1, n, [[0.95]]) for n in (16, 99)),
+        *(row("Low", 4, n, [[0.3]]) for n in (16, 99)),
+        *(row("High", 4, n, [[0.9]]) for n in (16, 99)),
+    ]
+    low, high = report.chart([(about, [results.summary(r) for r in rows])]).axes
+    assert [axes.get_title() for axes in (low, high)] == ["Low", "High"]
+    for axes in (low, high):
+        assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 0.95
+    np.testing.assert_array_equal(high.get_lines()[0].get_xydata(), [[16, 0.9], [99, 0.9]])
+    assert set(high.get_lines()[1].get_ydata()) == {0.95}
+    assert set(high.get_lines()[2].get_ydata()) == {0.2}
+
+
+# ---- joined ----
+
+
+def test_the_newest_of_a_cell_wins_and_nothing_else_changes(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    newer = dataclasses.replace(about, created="2026-02-01T00:00:00+00:00")
+    other = dataclasses.replace(about, layer=11)
+    report.write(tmp_path / "zzz", rows, NAMES, [], about)
+    report.write(tmp_path / "aaa", [row("Random", 512, 1000, [[0.9, 0.9, 0.9]])], NAMES, [], newer)
+    report.write(tmp_path / "mmm", rows[:2], NAMES, [], other)
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    out = joint.write(tmp_path)
+    assert {f: f.read_bytes() for f in before} == before
+    text = (out / "table.md").read_text()
+    assert "| clip x | 23 | Random | 512 | 1,000 | 0.900 |" in text
+    assert "| clip x | 11 | Random | 512 | 1,000 | 0.500 |" in text
+    assert "| clip x | 23 | Sae_1 | 512 |" in text
+    assert "1 older cells gave way to newer ones." in text
+    with (out / "table.csv").open() as fd:
+        assert [(x["layer"], x["scorer"]) for x in csv.DictReader(fd)] == [
+            ("11", "constant"),
+            ("11", "Random"),
+            ("23", "constant"),
+            ("23", "Random"),
+            ("23", "Sae_1"),
+        ]
+    assert (out / "chart.png").exists() and (out / "table.tex").exists()
+    assert joint.write(tmp_path) == out  # and the report is no result of its own
+
+
+def test_results_on_other_labels_get_a_table_of_their_own(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    report.write(tmp_path / "a", rows, NAMES, [], about)
+    report.write(tmp_path / "b", rows, NAMES, [], dataclasses.replace(about, labels="0" * 64))
+    text = (joint.write(tmp_path) / "table.md").read_text()
+    assert text.count("| ViT | Layer | Scorer | Prototypes | Train | mAP |") == 2
+    assert "Labels 00000000" in text and "Labels ffffffff" in text
+
+
+def test_broken_and_unfinished_results_are_named_and_left_out(
+    rows: list[results.Row],
+    about: results.About,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in ("good", "cut", "unfinished"):
+        report.write(tmp_path / name, rows, NAMES, [], about)
+    (tmp_path / "cut" / "summary.csv").write_text("scorer,map\nRandom,0.9\n")
+    (tmp_path / "unfinished" / "table.md").unlink()
+    with caplog.at_level(logging.WARNING, "saev"):
+        found = joint.read_all(tmp_path)
+    assert [result.dpath.name for result in found] == ["good"]
+    assert (
+        "cut" in caplog.text and "its columns are" in caplog.text and "not complete" in caplog.text
+    )
+    with pytest.raises(errors.UserError, match="holds no results"):
+        joint.write(tmp_path / "good")
+
+
+# ---- galleries ----
+
+
+def test_latents_link_to_their_place_in_the_gallery(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    dpath, gallery = tmp_path / "results" / "x", tmp_path / "gallery"
+    gallery.mkdir()
+    (gallery / "latents.csv").write_text("latent,freq\n1,0.1\n7,0.2\n")
+    report.write(dpath, rows, NAMES, [], about)
+    report.link(dpath, "Sae_1", gallery)
+    text = (dpath / "traits.md").read_text()
+    assert (
+        "| has_bill_length::long | [1](../../gallery/index.html#latent_000001) | 0.600 | 0.500 |"
+        in text
+    )
+    assert "| has_wing_color::blue | 0 |" in text
+    assert "2 of them are not in the gallery; visuals.py shows all with --latents 0 1 2" in text
+
+
+def test_a_gallery_of_another_sae_is_refused(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "run").mkdir()
+    ckpt = tmp_path / "run" / "sae.pt"
+    ckpt.write_bytes(b"weights")
+    cfg = config.ProtoEval(scorer=scorers_config.Sae(str(ckpt)), gallery=str(tmp_path))
+    with pytest.raises(errors.UserError, match=r"no gallery\.json"):
+        select._in_gallery([cfg])
+    (tmp_path / "gallery.json").write_text(json.dumps({"sha256": "0" * 64}))
+    with pytest.raises(errors.UserError, match="shows another SAE"):
+        select._in_gallery([cfg])
+    (tmp_path / "gallery.json").write_text(
+        json.dumps({"sha256": "9bd9dc4ceadf75ca5a79d70174a8a1e5a7b0fbc3c97ea7ceb5aa3ab2a5a16a2d"})
+    )
+    with pytest.raises(errors.UserError, match="shows another SAE"):
+        select._in_gallery([cfg])

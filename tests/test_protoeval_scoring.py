@@ -1,0 +1,149 @@
+"""The pass over the shards: scores of images, killed and continued. N images, K prototypes, P patches, D d_vit."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from saev import nn
+from saev.data import config as data_config
+from saev.nn import config as nn_config
+from saev.protoeval import probe, scoring
+from saev.scorers import base
+from saev.scorers import sae as sae_scorer
+
+D = 8
+
+
+@pytest.fixture
+def data(make_shards) -> tuple[data_config.Shards, np.ndarray]:
+    """600 images of 5 patches in shards of 70, and their activations (N, P, D)."""
+    rng = np.random.default_rng(0)
+    acts = rng.standard_normal((600, 1, 6, D)).astype(np.float32)
+    dpath, acts_NLTD = make_shards(
+        acts=acts, n_imgs=600, n_patches=5, d_vit=D, layers=(4,), per_shard=70
+    )
+    return data_config.Shards(str(dpath), 4), acts_NLTD[:, 0, 1:]
+
+
+def prototypes(k: int, similarity: str = "cosine", seed: int = 0) -> base.Prototypes:
+    generator = torch.Generator().manual_seed(seed)
+    return base.Prototypes(torch.randn(k, D, generator=generator), torch.ones(D) / 3, similarity)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "distance"])
+@pytest.mark.parametrize("tile", [(512, 2**20), (7, 96)])
+def test_scores_of_images_are_the_max_over_patches(
+    similarity: str, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "TILE", {"cpu": tile})
+    scorer = prototypes(11, similarity)
+    acts_BPD = torch.randn(9, 3, D, generator=torch.Generator().manual_seed(1))
+    want_BK = scorer(acts_BPD.flatten(0, 1)).unflatten(0, (9, 3)).amax(dim=1)
+    torch.testing.assert_close(scorer.of_images(acts_BPD), want_BK, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        nn_config.Relu(d_vit=D, exp_factor=4),
+        nn_config.TopK(d_vit=D, exp_factor=4, top_k=3),
+        nn_config.BatchTopK(d_vit=D, exp_factor=4, top_k=3),
+        nn_config.JumpRelu(d_vit=D, exp_factor=4),
+    ],
+    ids=lambda cfg: type(cfg).__name__,
+)
+def test_scores_of_images_are_the_largest_codes(cfg: nn_config.Sae) -> None:
+    """TopK's included, where a patch's code depends on all of its latents; thresholds respected."""
+    acts_BPD = torch.randn(20, 7, D, generator=torch.Generator().manual_seed(1))
+    sae = nn.SparseAutoencoder(cfg).eval().requires_grad_(False)
+    sae.initialize(acts_BPD.flatten(0, 1))
+    sae.threshold.fill_(1.0)
+    f_BPS = sae.encode(acts_BPD.flatten(0, 1)).unflatten(0, (20, 7))
+    want_BS = f_BPS.amax(dim=1)
+    assert 0 < (want_BS > 0).float().mean() <= 1
+    scorer = sae_scorer.SaeLatents(sae, sae.d_sae)
+    torch.testing.assert_close(scorer.of_images(acts_BPD), want_BS, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scorer.prefix(5).of_images(acts_BPD), want_BS[:, :5])
+
+
+def test_only_the_images_asked_for_in_their_order(
+    data: tuple[data_config.Shards, np.ndarray], tmp_path: pathlib.Path
+) -> None:
+    shards, acts_NPD = data
+    image_is = [599, 3, 250]
+    run = [prototypes(4), prototypes(2, "distance", seed=1)]
+    got = scoring.score(run, shards, image_is, tmp_path, torch.device("cpu"), memory_gb=1e-6)
+    acts_BPD = torch.from_numpy(acts_NPD[image_is])
+    want_BK = torch.cat([scorer.of_images(acts_BPD) for scorer in run], dim=1)
+    np.testing.assert_allclose(got.scores_KN.T, want_BK, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got.mean_ND, acts_NPD[image_is].mean(axis=1), atol=1e-6)
+
+
+KILLED = """
+    import pathlib, sys, time
+    import torch
+    from saev.data import config as data_config
+    from saev.protoeval import scoring
+    from saev.scorers import base
+    scoring.SAVE_S, scoring.MAX_BLOCK = 0.0, 50
+    whole = base.Prototypes.of_images
+    def of_images(*args):
+        print("block", flush=True)
+        time.sleep(float(sys.argv[3]))
+        return whole(*args)
+    base.Prototypes.of_images = of_images
+    scorer = base.Prototypes(torch.eye(8)[:5], torch.ones(8) / 3, "cosine")
+    data = data_config.Shards(sys.argv[1], 4)
+    scoring.score([scorer], data, list(range(600)), pathlib.Path(sys.argv[2]), torch.device("cpu"))
+"""
+
+
+def test_a_killed_pass_goes_on_to_the_same_scores(
+    data: tuple[data_config.Shards, np.ndarray], tmp_path: pathlib.Path
+) -> None:
+    def command(name: str, pause: str) -> list[str]:
+        code = textwrap.dedent(KILLED)
+        return [sys.executable, "-c", code, data[0].shard_root, str(tmp_path / name), pause]
+
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.Popen(command("killed", "0.3"), env=env, stdout=subprocess.PIPE, text=True)
+    for _ in range(4):
+        assert killed.stdout.readline() == "block\n"
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    counts = []
+    for name in ("killed", "whole", "killed"):
+        done = subprocess.run(
+            command(name, "0"), env=env, capture_output=True, text=True, check=True
+        )
+        counts.append(done.stdout.count("block"))
+    assert counts[1] == 12 and 0 < counts[0] < 12 and counts[2] == 0
+    for fname in ("scores.bin", "means.bin"):
+        assert (tmp_path / "killed" / fname).read_bytes() == (
+            tmp_path / "whole" / fname
+        ).read_bytes()
+
+
+def test_the_probe_finds_a_linear_trait_and_gives_a_constant_where_there_is_no_positive() -> None:
+    rng = np.random.default_rng(0)
+    x_ND = rng.standard_normal((300, D)).astype(np.float32)
+    labels_NT = np.stack([x_ND[:, 2] - x_ND[:, 5] > 1, np.zeros(300, bool)], axis=1)
+    train_NT, test_NT = probe.scores(x_ND[:200], labels_NT[:200], x_ND[:200], x_ND[200:])
+    assert train_NT.shape == (200, 2) and np.ptp(test_NT[:, 1]) < 1e-9
+    best = test_NT[:, 0].argsort()[::-1][: labels_NT[200:, 0].sum()]
+    assert labels_NT[200:, 0][best].mean() > 0.9
+
+
+def test_the_probe_with_fewer_images_than_dimensions_and_one_trait() -> None:
+    rng = np.random.default_rng(1)
+    x_ND = rng.standard_normal((6, 50)).astype(np.float32)
+    labels_NT = np.array([[True], [False]] * 3)
+    (own_NT,) = probe.scores(x_ND, labels_NT, x_ND)
+    assert own_NT.shape == (6, 1) and np.isfinite(own_NT).all()

@@ -1,0 +1,237 @@
+"""K-means against scikit-learn and closed forms. B activations, D d_vit, K centres."""
+
+import collections
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.cluster
+import torch
+
+from saev import errors, scorers
+from saev.data import config as data_config
+from saev.scorers import config, kmeans, store
+
+D = 6
+Made = tuple[data_config.Shards, np.ndarray]
+
+
+@pytest.fixture
+def data(make_shards) -> Made:
+    """80 images of 25 patches in 8 wide clusters around a large mean, and the activations as (2000, D)."""
+    rng = np.random.default_rng(0)
+    center_KD = 4 * rng.standard_normal((8, D)) + 30
+    acts = center_KD[rng.integers(0, 8, (80, 1, 26))] + rng.standard_normal((80, 1, 26, D))
+    dpath, acts_NLTD = make_shards(
+        acts=acts.astype(np.float32), n_imgs=80, n_patches=25, d_vit=D, layers=(4,), per_shard=9
+    )
+    return data_config.Shards(str(dpath), 4), acts_NLTD[:, 0, 1:].reshape(-1, D)
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "offset", [0.0, 5.0]
+)  # far from the origin none, or all, have a positive value
+def test_nearest_equals_a_plain_argmin(offset: float) -> None:
+    x_BD, center_KD = rand(500, D) + offset, 2 * rand(37, D, seed=1) - offset
+    at_B, distance_B = kmeans.nearest(x_BD, center_KD)
+    want_BK = (x_BD[:, None] - center_KD).double().square().sum(dim=2)
+    torch.testing.assert_close(at_B, want_BK.argmin(dim=1))
+    torch.testing.assert_close(distance_B.double(), want_BK.amin(dim=1), rtol=1e-4, atol=1e-4)
+
+
+def test_plus_plus_draws_by_squared_distance() -> None:
+    """Of five points on a line the third centre's probabilities, given the first two, are known."""
+    x_BD = torch.tensor([[0.0], [1.0], [3.0], [4.0], [9.0]])
+    counts: dict[tuple[int, ...], collections.Counter[int]] = {}
+    place = {x: i for i, x in enumerate(x_BD.flatten().tolist())}
+    for seed in range(1500):
+        first, second, third = (
+            place[x] for x in kmeans.plus_plus(x_BD, 3, seed).flatten().tolist()
+        )
+        counts.setdefault((first, second), collections.Counter())[third] += 1
+    checked = 0
+    for (first, second), thirds in counts.items():
+        distance_B = (x_BD - x_BD[[first, second]].T).double().square().amin(dim=1).numpy()
+        if sum(thirds.values()) < 100:
+            continue
+        seen = [thirds[i] for i in range(5) if distance_B[i] > 0]
+        expected = distance_B[distance_B > 0] / distance_B.sum() * sum(seen)
+        assert sum(seen) == sum(thirds.values())
+        assert scipy.stats.chisquare(seen, expected).pvalue > 1e-4
+        checked += 1
+    assert checked >= 5
+
+
+def test_batches_of_plus_plus_draw_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The potential after 40 centres, against k-means++ drawn one by one: means over seeds agree."""
+    x_BD = rand(800, D)
+
+    def one_by_one(seed: int) -> float:
+        rng = np.random.default_rng(seed)
+        x = x_BD.numpy().astype(np.float64)
+        distance_B = ((x - x[rng.integers(800)]) ** 2).sum(axis=1)
+        for _ in range(39):
+            i = rng.choice(800, p=distance_B / distance_B.sum())
+            distance_B = np.minimum(distance_B, ((x - x[i]) ** 2).sum(axis=1))
+        return distance_B.sum()
+
+    def batched(seed: int) -> float:
+        return kmeans.nearest(x_BD, kmeans.plus_plus(x_BD, 40, seed))[1].sum().item()
+
+    want, got = ([f(seed) for seed in range(60)] for f in (one_by_one, batched))
+    assert scipy.stats.ttest_ind(want, got).pvalue > 1e-3
+    assert np.std(got) < 0.1 * np.mean(got)
+
+
+def test_shorter_draws_are_prefixes() -> None:
+    x_BD = rand(300, D)
+    long_KD = kmeans.plus_plus(x_BD, 90, seed=3)
+    for k in (1, 7, 33):
+        torch.testing.assert_close(kmeans.plus_plus(x_BD, k, seed=3), long_KD[:k], rtol=0, atol=0)
+
+
+def test_fewer_distinct_activations_than_centres() -> None:
+    x_BD = rand(3, D).repeat(20, 1)
+    center_KD = kmeans.plus_plus(x_BD, 10, seed=0)
+    assert len(center_KD) == 10 and len(center_KD.unique(dim=0)) == 3
+
+
+def test_passes_equal_sklearn_from_the_same_start(data: Made) -> None:
+    cfg, acts_BD = data
+    mean_D = torch.from_numpy(acts_BD.mean(axis=0))
+    start_KD = torch.from_numpy(acts_BD[::125].copy()) - mean_D
+    state = kmeans.State(mean_D, start_KD)
+    for n_passes in (1, 2, 3, 4):
+        kmeans.one_pass([state], cfg, config.KMeans())
+        theirs = sklearn.cluster.KMeans(
+            16, init=(start_KD + mean_D).numpy(), n_init=1, max_iter=n_passes, tol=0
+        )
+        theirs.fit(acts_BD)
+        np.testing.assert_allclose(
+            (state.center_KD + mean_D).numpy(), theirs.cluster_centers_, atol=1e-4
+        )
+
+
+def test_inertia_is_not_worse_than_sklearns(data: Made) -> None:
+    cfg, acts_BD = data
+
+    def inertia(center_KD: np.ndarray) -> float:
+        return ((acts_BD[:, None] - center_KD) ** 2).sum(axis=2).min(axis=1).sum()
+
+    mine, theirs = [], []
+    for seed in range(5):
+        (scorer,) = kmeans.fit(config.KMeans(n_iters=10), cfg, [24], seed)
+        mine.append(inertia(scorer.vectors_KD.numpy()))
+        km = sklearn.cluster.KMeans(24, n_init=1, max_iter=10, random_state=seed).fit(acts_BD)
+        theirs.append(inertia(km.cluster_centers_))
+    assert np.mean(mine) < 1.03 * np.mean(theirs)
+
+
+def test_several_k_in_one_pass_equal_separate_fits(data: Made, tmp_path: pathlib.Path) -> None:
+    cfg, ks = config.KMeans(n_iters=4), [3, 20, 8]
+    together = store.fit_each(cfg, data[0], ks, seed=2, dpath=tmp_path / "together")
+    for k, scorer in zip(ks, together, strict=True):
+        alone = scorers.fit(cfg, data[0], k, seed=2, dpath=tmp_path / "alone")
+        assert scorer.n_prototypes == k
+        torch.testing.assert_close(scorer.vectors_KD, alone.vectors_KD, rtol=0, atol=0)
+    assert {f.suffix for f in (tmp_path / "together").iterdir()} == {".bin"}
+
+
+def test_a_centre_without_activations_moves_to_the_farthest(data: Made) -> None:
+    cfg, acts_BD = data
+    mean_D = torch.from_numpy(acts_BD.mean(axis=0))
+    far_KD = torch.cat([torch.zeros(1, D), torch.full((2, D), 1e3)])
+    state = kmeans.State(mean_D, far_KD.clone())
+    kmeans.one_pass([state], cfg, config.KMeans())
+    order_B = ((acts_BD - mean_D.numpy()) ** 2).sum(axis=1).argsort()[::-1]
+    np.testing.assert_allclose(
+        (state.center_KD[1:] + mean_D).numpy(), acts_BD[order_B[:2]], atol=1e-4
+    )
+    kmeans.one_pass([state], cfg, config.KMeans())
+    assert (state.center_KD.abs().sum(dim=1) < 500).all() and not state.is_done
+
+
+def test_normalized_centres_are_directions(data: Made) -> None:
+    cfg, acts_BD = data
+    (scorer,) = kmeans.fit(config.KMeans(normalize=True), cfg, [8], 0)
+    direction_KD = scorer.vectors_KD - scorer.mean_D
+    torch.testing.assert_close(direction_KD.norm(dim=1), torch.ones(8), rtol=1e-4, atol=1e-4)
+    x_BD = torch.nn.functional.normalize(torch.from_numpy(acts_BD) - scorer.mean_D, dim=1)
+    at_B = (x_BD @ direction_KD.T).argmax(dim=1)
+    for k in range(8):  # each is the direction of the mean of those it is nearest to
+        mean_D = torch.nn.functional.normalize(x_BD[at_B == k].mean(dim=0), dim=0)
+        assert mean_D @ direction_KD[k] > 0.999
+
+
+def test_too_few_samples(data: Made) -> None:
+    with pytest.raises(errors.UserError, match="n-samples 10: fewer than 11 clusters"):
+        kmeans.fit(config.KMeans(n_samples=10), data[0], [4, 11], 0)
+
+
+KILLED = """
+    import pathlib, sys, time
+    from saev import scorers
+    from saev.data import config as data_config
+    from saev.scorers import config, kmeans
+    slow = kmeans.one_pass
+    def one_pass(*args):
+        slow(*args)
+        print("pass", flush=True)
+        time.sleep(float(sys.argv[3]))
+    kmeans.one_pass = one_pass
+    cfg, data = config.KMeans(n_iters=6, tolerance=0.0), data_config.Shards(sys.argv[1], 4)
+    scorers.fit_each(cfg, data, [5, 30], seed=1, dpath=pathlib.Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_fit_goes_on_to_the_same_centres(data: Made, tmp_path: pathlib.Path) -> None:
+    def command(dpath: pathlib.Path, pause: str) -> list[str]:
+        code = textwrap.dedent(KILLED)
+        return [sys.executable, "-c", code, data[0].shard_root, str(dpath), pause]
+
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.Popen(
+        command(tmp_path / "killed", "1"), env=env, stdout=subprocess.PIPE, text=True
+    )
+    for _ in range(3):
+        assert killed.stdout.readline() == "pass\n"
+    time.sleep(0.2)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    (state,) = (tmp_path / "killed").glob("*.state")
+    rest = subprocess.run(
+        command(tmp_path / "killed", "0"), env=env, capture_output=True, text=True, check=True
+    )
+    whole = subprocess.run(
+        command(tmp_path / "whole", "0"), env=env, capture_output=True, text=True, check=True
+    )
+    assert 0 < rest.stdout.count("pass") < whole.stdout.count("pass")
+    assert not state.exists()
+    names = sorted(f.name for f in (tmp_path / "whole").iterdir())
+    assert names == sorted(f.name for f in (tmp_path / "killed").iterdir()) and len(names) == 2
+    for name in names:
+        mine, theirs = ((tmp_path / d / name) for d in ("killed", "whole"))
+        want_KD = scorers.load(theirs).vectors_KD
+        torch.testing.assert_close(scorers.load(mine).vectors_KD, want_KD, rtol=0, atol=0)
+
+
+def test_a_nested_scorer_is_never_fitted_for_a_smaller_k(
+    data: Made, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = scorers.fit(config.Random(), data[0], 50, dpath=tmp_path)
+    monkeypatch.setattr("saev.scorers.store.NESTED", {})  # a second fit would be a KeyError
+    small = scorers.fit(config.Random(), data[0], 20, dpath=tmp_path)
+    torch.testing.assert_close(small.vectors_KD, large.vectors_KD[:20], rtol=0, atol=0)
+    with pytest.raises(KeyError):
+        scorers.fit(config.Random(), data[0], 20, seed=1, dpath=tmp_path)
