@@ -82,9 +82,14 @@ def test_means_spread_and_interval(rows: list[results.Row]) -> None:
 def test_differences_are_paired(rows: list[results.Row]) -> None:
     (sae,) = results.differences(rows)
     assert (sae["scorer"], sae["difference"]) == ("Sae_1", 0.0)
-    assert (sae["low"], sae["high"]) == pytest.approx(
-        (0.1, 0.1)
-    )  # of each resample, although both vary more
+    # each resample differs by 0.1, although both mAPs vary more: no width, and centred on the measured difference
+    assert (sae["low"], sae["high"]) == pytest.approx((0.0, 0.0), abs=1e-12)
+    wide = rows[2]._replace(boot_M=np.array([0.6, 0.9, 0.5, 0.8]))
+    (sae,) = results.differences([rows[1], wide])
+    low, high = np.quantile([0.2, 0.4, -0.1, 0.3], [0.025, 0.975]) - 0.2
+    assert (sae["low"], sae["high"]) == pytest.approx((low, high))
+    assert not sae["is_significant"]
+    (sae,) = results.differences([rows[1], rows[2]._replace(test_ap_RT=np.full((1, 3), 0.7))])
     assert sae["is_significant"]
 
 
@@ -101,7 +106,7 @@ def test_the_written_tables(
         "clip x, layer 23, 196 tokens an image (image), shards abc; certainty from 3; seed 0.",
         "| Scorer | Prototypes | Train | colour (2) | length (1) |\n",
         "| Random | 512 | 1,000 | 0.500 | 0.500 |\n",
-        "| Sae_1 | 512 | 1,000 | +0.000 | +0.100 to +0.100 | yes |\n",
+        "\nAgainst as many random activations, on the same resamples of the test images:\n\n| Scorer |",
     ):
         assert line in text
     tex = (tmp_path / "table.tex").read_text()
