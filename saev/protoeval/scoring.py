@@ -6,6 +6,7 @@ prototypes of all scorers side by side, D d_vit, B images of a block, P patches.
 
 import dataclasses
 import json
+import os
 import pathlib
 import time
 
@@ -87,5 +88,8 @@ def score(
 def _mapped(fpath: pathlib.Path, shape: tuple[int, int]) -> np.memmap:
     if not fpath.exists():
         with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
-            fd.truncate(4 * shape[0] * shape[1])
+            size = 4 * shape[0] * shape[1]
+            if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a crash of the pass
+                os.posix_fallocate(fd.fileno(), 0, size)
+            fd.truncate(size)
     return np.memmap(fpath, np.float32, "r+", shape=shape)
