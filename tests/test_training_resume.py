@@ -339,6 +339,14 @@ def test_killed_three_times_ends_with_the_same_weights(
     assert not [p for p in pathlib.Path(cfg.ckpt_to).rglob("*") if p.name.startswith(".")]
 
 
+def test_a_finished_run_removes_what_a_kill_left_half_written(tmp_path: pathlib.Path) -> None:
+    state.save(tmp_path, 7, {"a": 1}, keep_last=2)
+    (tmp_path / ".state-000000008.pt.0123.tmp").write_bytes(b"half a state")
+    (tmp_path / "sae.pt").write_bytes(b"kept")
+    state.remove(tmp_path)
+    assert [fpath.name for fpath in tmp_path.iterdir()] == ["sae.pt"]
+
+
 def newest_state(ckpt_to: str) -> int:
     dpaths = pathlib.Path(ckpt_to).glob("*")
     return max((n for d in dpaths for n in state.saved(d)), default=0)

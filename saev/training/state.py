@@ -61,9 +61,11 @@ def load(dpath: pathlib.Path, n_steps: int) -> State:
 
 @beartype.beartype
 def remove(dpath: pathlib.Path) -> None:
-    """Removes all states (the run is finished)."""
+    """Removes all states (the run is finished), and files that a kill left half written."""
     for n_steps in saved(dpath):
         _fpath(dpath, n_steps).unlink(missing_ok=True)
+    for fpath in dpath.glob(".*.tmp"):
+        fpath.unlink(missing_ok=True)
 
 
 @beartype.beartype
