@@ -51,7 +51,7 @@ class _Coded(tp.NamedTuple):
 
 
 class Objective:
-    """The loss of one sparse autoencoder, with what it remembers from step to step (nothing that changes its value).
+    """The loss of one sparse autoencoder, with what it remembers from step to step (`density` decides between two ways to the same value, which round differently).
 
     Args:
         sae: in training mode.

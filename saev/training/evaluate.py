@@ -38,6 +38,7 @@ def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
     n = min(cfg.n_val_patches, len(acts))
     device = devices.pick(cfg.device)
     sae = nn.load(dpath / "sae.pt").to(device)
+    sae.check_fits(acts.describe(), str(dpath / "sae.pt"), data.shard_root)
     batch_size = max(1, min(cfg.batch_size, n, CODE_BYTES // (4 * sae.d_sae)))
     stream = shuffled.Shuffled(
         data,

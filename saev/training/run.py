@@ -169,6 +169,7 @@ class Run:
             "sae": _on_cpu(self.sae.state_dict()),
             "averaged": None if self.averaged is None else _on_cpu(self.averaged),
             "optimizer": _on_cpu(self.optimizer.state_dict()),
+            "density": self.objective.density,
             "tokens_since_fired_S": self.tokens_since_fired_S.cpu(),
             "dead_C": None if self.dead_C is None else self.dead_C.cpu(),
         }
@@ -180,6 +181,7 @@ class Run:
             k: v.to(self.device) for k, v in state["averaged"].items()
         }
         self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.density = state.get("density", 1.0)
         self.tokens_since_fired_S.copy_(state["tokens_since_fired_S"])
         dead_C = state["dead_C"]
         self.dead_C = None if dead_C is None else dead_C.to(self.device)
