@@ -136,8 +136,12 @@ def test_labels_shifted_by_one_image_drop_every_scorer_to_the_constant_row(
         return dataclasses.replace(labels, labels_NT=np.roll(labels.labels_NT, 1, axis=0))
 
     monkeypatch.setattr(select.cub, "load", shifted)
-    wrong = read_summary(select.main(cfgs))
-    assert [r["scorer"] for r in wrong] == [r["scorer"] for r in right] and len(wrong) == 5
+    with pytest.raises(errors.UserError, match="share their traits no more than any images do"):
+        select.main(cfgs)
+    wrong = read_summary(select.main([dataclasses.replace(c, force=True) for c in cfgs]))
+    assert [r["scorer"] for r in wrong] == [r["scorer"] for r in right] and len(
+        wrong
+    ) == 6  # with both bounds
     for r, w in zip(right[1:], wrong[1:], strict=True):
         assert float(r["map"]) > float(right[0]["map"]) + 0.1
         assert abs(float(w["map"]) - float(wrong[0]["map"])) < 0.06

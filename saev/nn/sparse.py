@@ -32,7 +32,7 @@ Joint = collections.abc.Callable[[Tensor], Tensor]
 """(n,) of this process -> those of all processes, one after the other."""
 
 
-@beartype.beartype
+@jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass(frozen=True)
 class Index:
     """Which latents fire in each row; row o's codes are start[o] to start[o + 1], by latent."""
@@ -87,7 +87,7 @@ class ByLatent(tp.NamedTuple):
     start_S1: Int[Tensor, " S1"]
 
 
-@beartype.beartype
+@jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass(frozen=True)
 class Codes:
     """A batch's sparse codes: value n is that of latent `index.latent_n[n]`."""

@@ -12,7 +12,7 @@ from saev.nn import config, sparse
 from saev.scorers import base
 
 
-@beartype.beartype
+@jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass(frozen=True)
 class SaeLatents:
     """The first `n_prototypes` latents' codes, in evaluation mode (thresholds respected)."""
