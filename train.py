@@ -1,6 +1,6 @@
 """Train sparse autoencoders on activation shards. See README.md."""
 
-from saev import launch, sweeps
+from saev import errors, launch, sweeps
 from saev.training import config
 
 
@@ -10,14 +10,24 @@ def main() -> None:
         return launch.show(cfgs)
     groups = config.group(cfgs)
     results = launch.run(
-        "saev.training.loop:main",
+        "saev.training.loop:outcome",
         groups,
         cfgs[0].slurm,
         "saev-train",
         n_tasks=cfgs[0].data_parallel,
+        keeps_going=True,
     )
-    for fpath in dict.fromkeys(fpath for fpaths in results for fpath in fpaths):
+    fpaths, wrong = [], []
+    for result in results:
+        if isinstance(result, errors.UserError):
+            wrong.append(str(result))
+        else:
+            fpaths += result[0]
+            wrong += result[1]
+    for fpath in dict.fromkeys(fpaths):
         print(fpath)
+    if wrong:
+        raise errors.UserError(" ".join(dict.fromkeys(wrong)))
 
 
 if __name__ == "__main__":

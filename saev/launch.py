@@ -154,6 +154,7 @@ def run(
     name: str,
     n_processes: int = 1,
     n_tasks: int = 1,
+    keeps_going: bool = False,
 ) -> list[tp.Any]:
     """Calls stage `target` ("module:function") on each argument and returns the results in order.
 
@@ -161,16 +162,18 @@ def run(
     `n_processes` is more than one; with an account they are a job array, and this process waits for it.
     With `n_tasks` more than one, so many processes work on each argument together (on one node), and the result
     is that of the first; started by torchrun, this process is one of them.
+    With `keeps_going` an argument whose stage raised a UserError has that error as its result, and the others go on.
 
     Raises:
         UserError: what a stage raised, or no Slurm on this machine, or a job that died (with its log's path).
     """
     calls = [Call(target, arg, n_tasks) for arg in args]
+    result = _or_error if keeps_going else _just
     if not slurm.slurm_acct and n_tasks > 1 and "WORLD_SIZE" not in os.environ:
-        return [_together(target, arg, n_tasks) for arg in args]
+        return [result(lambda arg=arg: _together(target, arg, n_tasks)) for arg in args]
     if not slurm.slurm_acct:
         calls = [Call(target, arg) for arg in args]
-        return [call.run() for call in calls] if n_processes == 1 else _in_processes(calls)
+        return [result(call.run) for call in calls] if n_processes == 1 else _in_processes(calls)
     jobs = _submit(calls, slurm, name, n_tasks)
     ids = ", ".join(job.job_id for job in jobs)
     logger.info("submitted %d job(s): %s; logs in %s", len(jobs), ids, slurm.log_to)
@@ -183,7 +186,19 @@ def run(
             file=sys.stderr,
         )
         sys.exit(130)
-    return [_result(job) for job in jobs]
+    return [result(lambda job=job: _result(job)) for job in jobs]
+
+
+def _just(call: collections.abc.Callable[[], tp.Any]) -> tp.Any:
+    return call()
+
+
+def _or_error(call: collections.abc.Callable[[], tp.Any]) -> tp.Any:
+    try:
+        with _os_errors():
+            return call()
+    except errors.UserError as err:
+        return err
 
 
 def _together(target: str, arg: object, n_tasks: int) -> tp.Any:
@@ -195,29 +210,50 @@ def _together(target: str, arg: object, n_tasks: int) -> tp.Any:
 
 
 def _in_processes(calls: list[Call]) -> list[tp.Any]:
-    """Runs each call in a process of its own. The first to fail ends the others; so does the end of this process."""
+    """Runs each call in a process of its own. The first to fail ends the others; so does a signal to this process: they
+    are asked to stop (SIGTERM) and waited for, so that they can save.
+    """
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe(duplex=False) for _ in calls]
     processes = [
         context.Process(target=_process, args=(call, sender), daemon=True)
         for call, (_, sender) in zip(calls, pipes, strict=True)
     ]
-    try:
-        for process, (_, sender) in zip(processes, pipes, strict=True):
-            process.start()
-            sender.close()  # so that a process that dies is seen as the end of its pipe
-        values: dict[int, tp.Any] = {}
-        receivers = {receiver: i for i, (receiver, _) in enumerate(pipes)}
-        while waited := [r for r, i in receivers.items() if i not in values]:
-            for receiver in multiprocessing.connection.wait(waited):
-                i = receivers[tp.cast(tp.Any, receiver)]
-                values[i] = _received(receiver, i, processes[i])
-        return [values[i] for i in range(len(calls))]
-    finally:
-        for process in processes:
-            if process.pid is not None:
+    with _ended_by_signals():
+        try:
+            for process, (_, sender) in zip(processes, pipes, strict=True):
+                process.start()
+                sender.close()  # so that a process that dies is seen as the end of its pipe
+            values: dict[int, tp.Any] = {}
+            receivers = {receiver: i for i, (receiver, _) in enumerate(pipes)}
+            while waited := [r for r, i in receivers.items() if i not in values]:
+                for receiver in multiprocessing.connection.wait(waited):
+                    i = receivers[tp.cast(tp.Any, receiver)]
+                    values[i] = _received(receiver, i, processes[i])
+            return [values[i] for i in range(len(calls))]
+        finally:
+            started = [p for p in processes if p.pid is not None]
+            for process in started:
                 process.terminate()
+            for process in started:
                 process.join()
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> collections.abc.Iterator[None]:
+    """Inside, SIGTERM and SIGUSR2 raise SystemExit instead of ending this process before its children."""
+
+    def end(signum: int, frame: object) -> tp.NoReturn:
+        raise SystemExit(128 + signum)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGTERM, signal.SIGUSR2) if is_main else ()
+    previous = {signum: signal.signal(signum, end) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def _received(receiver: tp.Any, i: int, process: tp.Any) -> tp.Any:

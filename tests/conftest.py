@@ -3,11 +3,17 @@
 import collections.abc
 import itertools
 import pathlib
+import signal
 
 import numpy as np
 import pytest
 
 from saev.formats import shards
+
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as nohup's children have it: Ctrl-C could not be tested
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeShards = collections.abc.Callable[..., tuple[pathlib.Path, np.ndarray]]
 

@@ -47,6 +47,17 @@ def test_local_errors_pass_through() -> None:
         launch.run("saev.data.reader:Reader", [data_config.Shards("gone")], LOCAL, "x")
 
 
+def test_one_that_fails_does_not_keep_the_others_from_running(tmp_path: pathlib.Path) -> None:
+    got = launch.run("json:loads", ["[1]", "2"], LOCAL, "x", keeps_going=True)
+    assert got == [[1], 2]
+    (tmp_path / "a.npy").touch()
+    gone, listed = launch.run(
+        "os:listdir", [str(tmp_path / "gone"), str(tmp_path)], LOCAL, "x", keeps_going=True
+    )
+    assert isinstance(gone, errors.UserError) and "No such file" in str(gone)
+    assert listed == ["a.npy"]
+
+
 def test_slurm_without_sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(errors.UserError, match="--slurm-acct A: no sbatch on this machine"):

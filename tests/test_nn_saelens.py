@@ -146,9 +146,12 @@ def test_a_failed_export_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+TRAINED_ON = {"vit_family": "dinov2", "vit_ckpt": "dinov2_vits14", "layers": [8]}
+
+
 def test_the_command(tmp_path: pathlib.Path) -> None:
     sae = make(CFGS[1])
-    nn.save(sae, tmp_path / "sae.pt")
+    nn.save(sae, tmp_path / "sae.pt", TRAINED_ON)
 
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "saev.nn.saelens", *args]
@@ -161,8 +164,14 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
         1,
     ) and "exists already" in again.stderr
     assert run("load", str(tmp_path / "out"), str(tmp_path / "back.pt")).returncode == 0
-    x_hat_BD, f_BS = nn.load(tmp_path / "back.pt")(batch())
+    back = nn.load(tmp_path / "back.pt")
+    x_hat_BD, f_BS = back(batch())
     assert_same(f_BS, x_hat_BD, sae)
+    assert back.activations == TRAINED_ON
+    stamp = (tmp_path / "back.pt").read_bytes()
+    again = run("load", str(tmp_path / "out"), str(tmp_path / "back.pt"))
+    assert again.returncode == 2 and "back.pt exists already" in again.stderr
+    assert (tmp_path / "back.pt").read_bytes() == stamp
 
 
 # ---- SAELens itself ----

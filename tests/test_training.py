@@ -320,7 +320,7 @@ def test_run_id_depends_on_what_decides_the_weights_and_on_nothing_else(
         change(cfg, dead_window=7),
         change(cfg, precision="bfloat16"),
         change(cfg, objective=nn_config.Matryoshka()),
-        change(cfg, objective=nn_config.Matryoshka(prefixes="fixed")),
+        change(cfg, objective=nn_config.Matryoshka(n_prefixes=5, prefixes="fixed")),
         change(cfg, pool_gb=0.5),
         change(cfg, sae=nn_config.TopK(exp_factor=4, top_k=4)),
         change(cfg, sae=nn_config.TopK(exp_factor=5, top_k=3)),
@@ -388,14 +388,16 @@ def test_interrupted_run_is_trained_again(
 
 
 def test_loss_that_is_not_finite(cfg: config.Train) -> None:
-    with pytest.raises(errors.UserError, match=r"the loss is not finite at step \d+. Lower --lr"):
+    with pytest.raises(errors.UserError, match=r"not finite at step \d+. Lower --lr"):
         loop.main([change(cfg, lr=1e25)])
     assert not list(pathlib.Path(cfg.ckpt_to).glob("*/sae.pt"))
 
 
 def test_a_diverging_run_does_not_take_the_others_along(cfg: config.Train) -> None:
     bad = change(cfg, lr=1e25)
-    with pytest.raises(errors.UserError, match=rf"run {trained_id(bad)}: the loss is not finite"):
+    with pytest.raises(
+        errors.UserError, match=rf"run {trained_id(bad)}: the loss or a weight is not finite"
+    ):
         loop.main([bad, cfg])
     (saved,) = pathlib.Path(cfg.ckpt_to).glob("*/sae.pt")
     assert saved.parent.name == trained_id(cfg)
@@ -414,10 +416,44 @@ def test_wrong_d_vit(cfg: config.Train) -> None:
 @pytest.mark.parametrize(
     "field", ["n_patches", "batch_size", "log_every", "dead_window", "lr", "seed"]
 )
-def test_config_refuses(field: str) -> None:
+def test_config_refuses_nothing_or_less(field: str) -> None:
     value = {"lr": 0.0, "seed": -1}.get(field, 0)
     with pytest.raises(errors.UserError, match=f"--{field.replace('_', '-')} {value}"):
         config.Train(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"seed": 2**32}, "--seed 4294967296: must be below"),
+        ({"n_patches": 31, "batch_size": 32}, "--n-patches 31: is less than one batch"),
+        ({"ema": math.nan}, "--ema nan"),
+    ],
+)
+def test_config_refuses(fields: dict[str, object], match: str) -> None:
+    with pytest.raises(errors.UserError, match=match):
+        config.Train(**fields)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (nn_config.JumpRelu, "bandwidth"),
+        (nn_config.JumpRelu, "init_threshold"),
+        (nn_config.Relu, "sparsity_coeff"),
+        (nn_config.TopK, "aux_coeff"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_architectures_refuse(cls: type, name: str, value: float) -> None:
+    with pytest.raises(errors.UserError, match=f"--sae.{name.replace('_', '-')} {value}: must be"):
+        cls(**{name: value})
+
+
+def test_more_prefixes_than_there_are(cfg: config.Train) -> None:
+    bad = change(cfg, objective=nn_config.Matryoshka(n_prefixes=10, prefixes="fixed"))
+    with pytest.raises(errors.UserError, match="the dictionary's 32 latents have 6 fixed prefixes"):
+        loop.main([bad])
 
 
 def test_defaults_pass_their_own_checks() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from saev import nn
+from saev import errors, nn
 from saev.data import config as data_config
 from saev.nn import config as nn_config
 from saev.nn import metrics
@@ -100,6 +100,39 @@ def test_a_run_killed_before_its_evaluation_is_evaluated_by_the_same_command(tra
     loop.main([cfg])
     assert (dpath / "metrics.json").read_text() == before
     assert (dpath / "sae.pt").stat().st_mtime_ns == stamp
+
+
+def test_other_held_out_activations_are_evaluated_anew(trained, make_shards) -> None:
+    """The same command with another --val-data; without one, the held-out figures stay."""
+    cfg, dpath, _ = trained
+    before = (dpath / "metrics.json").read_text()
+    loop.main([config.Train(**{**vars(cfg), "val_data": data_config.Shards()})])
+    assert (dpath / "metrics.json").read_text() == before
+    more = {"n_patches": 4, "d_vit": 8, "layers": (0,), "cls_token": False, "per_shard": 4}
+    other, _ = make_shards(n_imgs=9, **more)
+    loop.main([config.Train(**{**vars(cfg), "val_data": data_config.Shards(str(other))})])
+    found = json.loads((dpath / "metrics.json").read_text())
+    assert found["data"]["shard_root"] == str(other) and found["n"] == 36
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"d_vit": 16}, "its d_vit is 16, that of --data 8"),
+        ({"layers": (3,)}, r"its layers is \[3\], that of --data \[0\]"),
+    ],
+)
+def test_held_out_activations_of_another_kind_are_refused_before_training(
+    trained, make_shards, more: dict[str, object], match: str
+) -> None:
+    cfg, dpath, _ = trained
+    shape = {"n_imgs": 9, "n_patches": 4, "d_vit": 8, "layers": (0,), **more}
+    other, _ = make_shards(cls_token=False, per_shard=4, **shape)
+    val_data = data_config.Shards(str(other))
+    for bad in (val_data, data_config.Shards("gone")):
+        with pytest.raises(errors.UserError, match=match if bad is val_data else "gone"):
+            loop.main([config.Train(**{**vars(cfg), "val_data": bad, "seed": 5})])
+    assert [d.name for d in dpath.parent.iterdir()] == [dpath.name], "nothing was trained"
 
 
 def test_constant_activations_have_no_normalised_error(trained) -> None:

@@ -1,5 +1,6 @@
 """The report of a sweep: its table, its front, its picture."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -120,6 +121,11 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> N
         if not beaten:
             want.add(str(i))
     assert report.front(rows) == want
+
+
+def test_a_failed_run_is_not_on_the_front() -> None:
+    failed = dataclasses.replace(row("a", 4.0, 0.1), state="failed at step 7")
+    assert report.front([failed, row("b", 4.0, 0.2)]) == {"b"}
 
 
 @pytest.mark.parametrize("n", [1, 12, 40])

@@ -17,6 +17,7 @@ import torch
 from saev import errors, nn
 from saev.data import config as data_config
 from saev.nn import config as nn_config
+from saev.nn import optim
 from saev.training import config, loop, run, state
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -244,7 +245,73 @@ def test_a_cut_state_is_named(tmp_path: pathlib.Path) -> None:
         state.load(tmp_path, 5)
 
 
-# ---- a loss that is no number ----
+@pytest.mark.parametrize("ema", [0.0, 0.999])
+def test_an_average_of_weights_keeps_the_threshold_of_the_last_step(
+    cfg: config.Train, ema: float, tmp_path: pathlib.Path
+) -> None:
+    cfg = change(cfg, sae=nn_config.BatchTopK(d_vit=8, exp_factor=4, top_k=3), ema=ema)
+    mine = run.Run(cfg, tmp_path, torch.device("cpu"))
+    x_BD = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    mine.start(x_BD)
+    seen = [mine.sae.W_enc.detach().clone()]
+    for step in range(12):
+        mine.step(step, x_BD)
+        seen.append(mine.sae.W_enc.detach().clone())
+    done = mine.finished()
+    assert done.threshold == mine.sae.threshold > 0
+    want = seen[0]  # by the formula: the first steps are averaged over fewer
+    for step, w in enumerate(seen[1:]):
+        want = torch.lerp(want, w, 1 - min(ema, (1 + step) / (10 + step)))
+    torch.testing.assert_close(done.W_enc, want)
+
+
+def test_a_signal_in_the_last_step_is_not_forgotten(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, cfg.n_steps - 1, signal.SIGINT)
+        loop.main([cfg])
+    (dpath,) = pathlib.Path(cfg.ckpt_to).iterdir()
+    assert (dpath / "sae.pt").exists() and not (dpath / "metrics.json").exists()
+    loop.main([cfg])
+    assert (dpath / "metrics.json").exists()
+
+
+# ---- a loss or weight that is no number ----
+
+
+@pytest.mark.parametrize("at", [10, 39])
+def test_weights_that_are_no_numbers_are_never_saved(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """A latent that never fires again may hide them from the loss."""
+    real = run.Run.step
+
+    def stepping(self: run.Run, step: int, x_BD: torch.Tensor) -> object:
+        out = real(self, step, x_BD)
+        if step == at:
+            with torch.no_grad():
+                self.sae.W_dec[3] = torch.nan
+        return out
+
+    monkeypatch.setattr(run.Run, "step", stepping)
+    with pytest.raises(errors.UserError, match=rf"not finite at step {at}\..*after step {at}"):
+        loop.main([change(cfg, save_every=1e-9)])
+    (dpath,) = pathlib.Path(cfg.ckpt_to).iterdir()
+    assert not (dpath / "sae.pt").exists()
+    assert all(t.isfinite().all() for t in weights(dpath / "last-good.pt").values())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_gradient_that_is_no_number_updates_nothing(bad: float, tmp_path: pathlib.Path) -> None:
+    sae = nn.SparseAutoencoder(nn_config.TopK(d_vit=8, exp_factor=4, top_k=3))
+    before = {n: p.detach().clone() for n, p in sae.named_parameters()}
+    for p in sae.parameters():
+        p.grad = torch.ones_like(p)
+    sae.W_enc.grad[2, 5] = bad
+    assert not optim.Adam(sae, max_norm=1.0).step(1e-2).isfinite()
+    for name, p in sae.named_parameters():
+        assert torch.equal(p, before[name]), name
 
 
 def test_diverged_run_keeps_its_last_good_state(
@@ -296,6 +363,8 @@ def sweep(tmp_path: pathlib.Path) -> str:
     fpath = tmp_path / "two.toml"
     fpath.write_text(
         '[[sae]]\ntype = "top-k"\nexp_factor = 4\ntop_k = 3\n[[sae]]\ntype = "relu"\nexp_factor = 4\n'
+        # so few latents fire that its steps go the sparse way
+        '[[sae]]\ntype = "relu"\nexp_factor = 64\nsparsity_coeff = 0.1\n'
     )
     return str(fpath)
 
@@ -373,3 +442,43 @@ def test_two_processes_equal_one(cfg: config.Train, sae: list[str]) -> None:
     mine, theirs = map(weights, fpaths)
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=2e-5)
+
+
+def test_the_good_runs_of_a_local_sweep_are_done_and_named(
+    cfg: config.Train, tmp_path: pathlib.Path
+) -> None:
+    """Two groups (seeds) with a run each that diverges: the other two are trained, evaluated and printed."""
+    fpath = tmp_path / "four.toml"
+    fpath.write_text("seed = [0, 1]\nlr = [1e25, 1e-2]\n[sae]\ntype = 'top-k'\nexp_factor = 4\n")
+    args = [a for a in command(cfg, "--n-patches", "320", "--sweep", str(fpath)) if a != "--lr"]
+    args.remove("1e-2")
+    done = subprocess.run(args, capture_output=True, text=True, env=environment())
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].count("not finite") == 2
+    fpaths = [pathlib.Path(line) for line in done.stdout.split()]
+    assert len(fpaths) == 2 and all((f.parent / "metrics.json").exists() for f in fpaths)
+    cfgs = [json.loads((f.parent / "config.json").read_text()) for f in fpaths]
+    assert [(c["seed"], c["lr"]) for c in cfgs] == [(0, 1e-2), (1, 1e-2)]
+
+
+def test_two_processes_diverge_together(cfg: config.Train) -> None:
+    """The loss of one process's half may be the first that is no number."""
+    args = command(cfg, "--data-parallel", "2", "--n-patches", "320", "--lr", "1e25")
+    done = subprocess.run(args, capture_output=True, text=True, env=environment())
+    assert done.returncode == 2, done.stderr
+    assert "not finite at step" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_save_when_their_parent_is_asked_to_stop(
+    cfg: config.Train, signum: int
+) -> None:
+    args = command(cfg, "--data-parallel", "2", "--n-patches", "3200000", "--save-every", "10")
+    process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, env=environment())
+    while process.poll() is None and not list(pathlib.Path(cfg.ckpt_to).glob("*/metrics.jsonl")):
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if signum == signal.SIGINT else 128 + signum), err
+    assert "Traceback" not in err
+    assert newest_state(cfg.ckpt_to) > 0

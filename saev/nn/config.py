@@ -1,6 +1,7 @@
 """Configs of sparse autoencoders: one class per architecture, one per objective. Imports no torch."""
 
 import dataclasses
+import math
 import typing as tp
 
 import beartype
@@ -113,8 +114,10 @@ class JumpRelu(Architecture):
         super().__post_init__()
         _at_least(0, self, "sparsity_coeff")
         for name in ("bandwidth", "init_threshold"):
-            if getattr(self, name) <= 0:
-                raise errors.UserError(f"{_flag(name)} {getattr(self, name)}: must be positive.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise errors.UserError(
+                    f"{_flag(name)} {getattr(self, name)}: must be positive and finite."
+                )
 
 
 def _check_top_k(cfg: TopK | BatchTopK) -> None:
@@ -130,8 +133,8 @@ def _check_top_k(cfg: TopK | BatchTopK) -> None:
 
 def _at_least(least: int, cfg: object, name: str) -> None:
     value = getattr(cfg, name)
-    if not value >= least:  # so that NaN is refused too
-        wanted = "must not be negative" if least == 0 else f"must be at least {least}"
+    if not least <= value < math.inf:  # so that NaN is refused too
+        wanted = "must be at least 0 and finite" if least == 0 else f"must be at least {least}"
         raise errors.UserError(f"{_flag(name)} {value}: {wanted}.")
 
 
@@ -164,6 +167,10 @@ class Matryoshka:
     def __post_init__(self) -> None:
         if self.n_prefixes < 1:
             raise errors.UserError(f"--objective.n-prefixes {self.n_prefixes}: must be at least 1.")
+
+    def most(self, d_sae: int) -> int:
+        """The number of different prefixes that a dictionary has."""
+        return d_sae.bit_length() if self.prefixes == "fixed" else d_sae
 
 
 Objective = Vanilla | Matryoshka

@@ -67,19 +67,22 @@ def dead_pct(tokens_since_fired_S: Int[Tensor, " S"], window: int) -> float:
 def mean_abs_corr(f_BS: Float[Tensor, "B S"]) -> float:
     """Mean |Pearson correlation| over pairs of different latents. A constant latent correlates 0 with all (never NaN).
 
-    Exact, in O(CHUNK x S) memory. 0 for a single latent.
+    Exact, in the memory of one more f_BS and a few of its values' CHUNK x S products. 0 for a single latent.
     """
     S = f_BS.shape[1]
     if S < 2:
         return 0.0
     z_BS = f_BS - f_BS.mean(dim=0)
-    largest_S = z_BS.abs().amax(dim=0)
+    largest_S = torch.maximum(z_BS.amax(dim=0), -z_BS.amin(dim=0))
     # Constant latents leave rounding noise after centring; they are set to exact zeros.
-    constant_S = (f_BS == f_BS[:1]).all(dim=0) | (largest_S == 0)
+    constant_S = (f_BS.amax(dim=0) == f_BS.amin(dim=0)) | (largest_S == 0)
     # Divided by the largest first, so that no square over- or underflows.
-    z_BS = torch.where(constant_S, 0.0, z_BS / largest_S)
-    z_BS = torch.nn.functional.normalize(z_BS, dim=0)
-    total = sum((z_BC.T @ z_BS).abs().sum(dtype=torch.float64) for z_BC in z_BS.split(CHUNK, dim=1))
+    z_BS /= torch.where(constant_S, 1.0, largest_S)
+    z_BS.masked_fill_(constant_S, 0.0)
+    z_BS /= torch.linalg.vector_norm(z_BS, dim=0).clamp(min=1e-12)
+    total = torch.zeros((), dtype=torch.float64, device=f_BS.device)
+    for z_BC in z_BS.split(CHUNK, dim=1):
+        total += (z_BC.T @ z_BS).abs_().sum(dtype=torch.float64)
     diagonal = (~constant_S).sum()
     return ((total - diagonal).clamp(min=0) / (S * (S - 1))).item()
 

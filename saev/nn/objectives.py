@@ -277,10 +277,9 @@ def prefixes(cfg: config.Objective, d_sae: int, seed: int, step: int) -> list[in
     """
     if not isinstance(cfg, config.Matryoshka):
         return None
-    n = min(cfg.n_prefixes, d_sae)
+    n = min(cfg.n_prefixes, cfg.most(d_sae))
     if cfg.prefixes == "fixed":
-        lengths = {max(1, d_sae >> i) for i in range(n)}
-        return sorted(lengths)
+        return [d_sae >> i for i in reversed(range(n))]
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     length_S = torch.arange(1, d_sae, dtype=torch.float64)
     weight_S = length_S**-0.5 - (length_S + 1) ** -0.5

@@ -33,7 +33,10 @@ class Adam:
 
     @torch.no_grad()
     def step(self, lr: float) -> Float[Tensor, ""]:
-        """Updates the parameters from their gradients, which it leaves changed, and returns the norm before clipping."""
+        """Updates the parameters from their gradients, which it leaves changed, and returns the norm before clipping.
+
+        On a CPU nothing is updated when that is not finite.
+        """
         self.t += 1
         with_grad = {n: p for n, p in self.sae.named_parameters() if p.grad is not None}
         if not sparse.uses_kernels(self.sae.W_dec):
@@ -54,8 +57,11 @@ class Adam:
             gw_S, gg_S, ww_S = dots_S3.T.astype(np.float64)
             # Normalising would undo a change along the row.
             along[name] = gw_S if name == "W_dec" else np.zeros_like(gw_S)
-            square += float((gg_S - 2 * along[name] * gw_S + along[name] ** 2 * ww_S).sum())
-        norm = max(square, 0.0) ** 0.5 if square == square else square
+            with np.errstate(invalid="ignore", over="ignore"):  # answered below
+                square += float((gg_S - 2 * along[name] * gw_S + along[name] ** 2 * ww_S).sum())
+        if not np.isfinite(square):
+            return torch.tensor(square)
+        norm = max(square, 0.0) ** 0.5
         for name, (w_SD, g_SD, m_SD, v_SD) in arrays.items():
             along_S = along[name].astype(w_SD.dtype)
             factors = tuple(w_SD.dtype.type(f) for f in self._factors(lr, norm))

@@ -121,6 +121,9 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
             model.log_threshold.copy_(found["threshold"].clamp(min=0).log())
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         getattr(model, name).copy_(found[name])
+    metadata = cfg.get("metadata")
+    trained_on = metadata.get("trained_on") if isinstance(metadata, dict) else None
+    model.activations = trained_on if isinstance(trained_on, dict) else {}
     return model.eval().requires_grad_(False)
 
 
@@ -184,6 +187,8 @@ def main() -> None:
     )
     if verb == "export":
         export(sae.load(source), target)
+    elif pathlib.Path(target).exists():
+        raise errors.UserError(f"{target} exists already. Pass a new file.")
     else:
         sae.save(load(source), target)
     print(target)

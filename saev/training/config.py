@@ -48,7 +48,7 @@ class Train:
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it. 0: never."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the weights, which is then what is saved and evaluated. 0: off."""
+    """Decay of an exponential moving average of the weights (less in the first steps), which is then what is saved and evaluated. 0: off."""
     precision: tp.Literal["float32", "bfloat16"] = "float32"
     """bfloat16: the encoder multiplies in bfloat16 (weights and sums stay float32)."""
     seed: int = 0
@@ -96,6 +96,7 @@ class Train:
             "data_parallel",
         ):
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        self._check("seed", self.seed < 2**32, "must be below 2^32")
         for name in ("seed", "n_threads", "n_lr_warmup", "n_sparsity_warmup", "max_grad_norm"):
             self._check(name, getattr(self, name) >= 0, "must not be negative")
         for name in ("lr", "pool_gb", "save_every"):
@@ -104,6 +105,10 @@ class Train:
             self._check(name, positive, "must be positive and finite")
         self._check("decay_frac", 0 <= self.decay_frac <= 1, "must be between 0 and 1")
         self._check("ema", 0 <= self.ema < 1, "must be in [0, 1)")
+        if self.n_patches < self.batch_size:
+            raise errors.UserError(
+                f"--n-patches {self.n_patches}: is less than one batch (--batch-size {self.batch_size}). Raise it or lower --batch-size."
+            )
         if self.batch_size % self.data_parallel:
             raise errors.UserError(
                 f"--batch-size {self.batch_size}: must be a multiple of --data-parallel {self.data_parallel}."
@@ -119,7 +124,7 @@ class Train:
 
     @property
     def n_steps(self) -> int:
-        return max(1, self.n_patches // self.batch_size)
+        return self.n_patches // self.batch_size
 
     def logs_at(self, step: int) -> bool:
         """Are metrics measured at this step? At the last one always."""

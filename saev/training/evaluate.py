@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
-from saev import devices, helpers, nn
+from saev import devices, errors, helpers, nn
+from saev.data import config as data_config
 from saev.data import reader, shuffled
 from saev.nn import metrics
 from saev.training import config
@@ -28,12 +29,33 @@ DENSE = 0.1
 
 
 @beartype.beartype
+def check(val_data: data_config.Shards, train: reader.Reader) -> None:
+    """Before hours of training: are the held-out activations there, and of the same kind?
+
+    Raises:
+        UserError: bad shards, or another width, ViT, layer or sort of patches.
+    """
+    mine, theirs = reader.Reader(val_data).describe(), train.describe()
+    for name in ("d_vit", "vit_family", "vit_ckpt", "layers", "patches"):
+        # rounding of the ViT's arithmetic is no other ViT
+        a, b = (str(said.get(name)).removesuffix("@bf16") for said in (mine, theirs))
+        if a != b:
+            raise errors.UserError(
+                f"--val-data.shard-root {val_data.shard_root}: its {name} is {a}, that of --data {b}. Pass held-out shards of the same ViT, and the same --val-data.layer and --val-data.patches as --data's."
+            )
+
+
+@beartype.beartype
 def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
-    """Evaluates a finished run on held-out activations (--val-data; else on --data), unless that was done."""
-    if not (dpath / "sae.pt").exists() or (dpath / "metrics.json").exists():
-        return
+    """Evaluates a finished run on held-out activations (--val-data; else on --data), unless that was done.
+
+    Figures of other held-out activations are replaced; those of held-out ones never by those of --data.
+    """
     held_out = bool(cfg.val_data.shard_root)
     data = cfg.val_data if held_out else cfg.data
+    asked = {"data": json.loads(json.dumps(dataclasses.asdict(data))), "asked": cfg.n_val_patches}
+    if not (dpath / "sae.pt").exists() or _is_done(dpath, asked, held_out):
+        return
     acts = reader.Reader(data)
     n = min(cfg.n_val_patches, len(acts))
     device = devices.pick(cfg.device)
@@ -55,8 +77,17 @@ def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
     arrays = sums.latents()
     with helpers.atomic(dpath / "latents.npz") as tmp_fpath, tmp_fpath.open("wb") as fd:
         np.savez(fd, **arrays)
-    found = {"held_out": held_out, "data": dataclasses.asdict(data), **sums.metrics()}
+    found = {"held_out": held_out, **asked, **sums.metrics()}
     helpers.write_text(dpath / "metrics.json", json.dumps(found, indent=4))
+
+
+def _is_done(dpath: pathlib.Path, asked: dict[str, object], held_out: bool) -> bool:
+    try:
+        found = json.loads((dpath / "metrics.json").read_text("utf-8"))
+        is_same = all(found.get(key) == value for key, value in asked.items())
+        return is_same or (bool(found["held_out"]) and not held_out)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # none, or cut, or edited
+        return False
 
 
 class Sums:

@@ -20,7 +20,7 @@ from saev.training.run import Run, with_d_vit
 
 logger = logging.getLogger("saev")
 
-REVISION = 2
+REVISION = 3
 """Raised whenever the same config may give other weights."""
 
 NOT_IN_ID = {
@@ -53,9 +53,20 @@ def main(cfgs: list[config.Train]) -> list[str]:
         UserError: bad shards, a d_vit that does not fit them, or a loss that is not finite (after the
             other runs of the group are trained and saved).
     """
+    fpaths, lost = outcome(cfgs)
+    if lost:
+        raise errors.UserError(" ".join(lost))
+    return fpaths
+
+
+@beartype.beartype
+def outcome(cfgs: list[config.Train]) -> tuple[list[str], list[str]]:
+    """As `main`, but returns (paths of the checkpoints, what went wrong: a line for each run that was lost)."""
     with parallel.joined(cfgs[0].data_parallel, devices.pick(cfgs[0].device)) as world:
         stream = _stream(cfgs[0])
         cfgs = [with_d_vit(cfg, stream.reader.d_vit) for cfg in cfgs]
+        for val_data in {cfg.val_data for cfg in cfgs if cfg.val_data.shard_root}:
+            evaluate.check(val_data, stream.reader)
         dpaths = [pathlib.Path(c.ckpt_to) / run_id(c, stream.reader.hash) for c in cfgs]
         todo = {}  # equal runs are trained once
         for cfg, dpath in zip(cfgs, dpaths, strict=True):
@@ -71,9 +82,7 @@ def main(cfgs: list[config.Train]) -> list[str]:
         if world.is_first:
             for dpath, cfg in dict(zip(dpaths, cfgs, strict=True)).items():
                 evaluate.ensure(dpath, cfg)
-        if lost:
-            raise errors.UserError(" ".join(lost))
-        return [str(dpath / "sae.pt") for dpath in dpaths]
+        return [str(dpath / "sae.pt") for dpath in dpaths if (dpath / "sae.pt").exists()], lost
 
 
 def _stream(cfg: config.Train) -> shuffled.Shuffled:
@@ -171,10 +180,14 @@ class _Loop:
                 if not self.runs:
                     return self.lost
                 self.save_if_due(step + 1, signals)
-        for run, _ in self.runs:
+            self._drop_lost(n_steps - 1, [], looks_at_weights=True)
             if self.world.is_first:
-                nn.save(run.finished(), run.dpath / "sae.pt", self.stream.reader.describe())
-                state.remove(run.dpath)
+                for run, _ in self.runs:
+                    nn.save(run.finished(), run.dpath / "sae.pt", self.stream.reader.describe())
+                    state.remove(run.dpath)
+            (asked,) = self._any(signals.asked is not None)
+            if asked:
+                signals.act()
         return self.lost
 
     def step(self, step: int) -> None:
@@ -192,29 +205,38 @@ class _Loop:
             for (run, tracker), out in zip(self.runs, outs, strict=True):
                 tracker.log(step, {**run.measure(step, x_BD, out), **rates})
 
-    def _drop_lost(self, step: int, outs: list[objectives.Output]) -> list[objectives.Output]:
-        """Takes runs out whose loss is no number any more; the others go on."""
-        is_good = [bool(run.is_finite) for run, _ in self.runs]
-        if self.world.size > 1:
-            flags = torch.tensor([not good for good in is_good], device=self.device)
-            is_good = [not bad for bad in self.world.any(flags).tolist()]
-        if all(is_good):
+    def _any(self, *flags: bool) -> list[bool]:
+        """Each flag: is it set in any process?"""
+        if self.world.size == 1:
+            return list(flags)
+        return self.world.any(torch.tensor(flags, device=self.device)).tolist()
+
+    def _drop_lost(
+        self, step: int, outs: list[objectives.Output], looks_at_weights: bool = False
+    ) -> list[objectives.Output]:
+        """Takes runs out whose loss, gradient (or weights, which is a look at all) are no numbers any more; the others go on."""
+        is_good = [
+            run.is_sound() if looks_at_weights else bool(run.is_finite) for run, _ in self.runs
+        ]
+        if all(is_good := [not bad for bad in self._any(*(not good for good in is_good))]):
             return outs
         for (run, _), good in zip(self.runs, is_good, strict=True):
             if not good:
                 self.lost.append(self._lose(run, step))
         self.runs = [pair for pair, good in zip(self.runs, is_good, strict=True) if good]
-        return [out for out, good in zip(outs, is_good, strict=True) if good]
+        return [out for out, good in zip(outs, is_good, strict=False) if good]
 
     def _lose(self, run: Run, step: int) -> str:
         """Keeps the last good state of a run as a checkpoint, and says what happened."""
-        reason = f"run {run.dpath.name}: the loss is not finite at step {step}. Lower --lr (now {run.cfg.lr})"
+        reason = f"run {run.dpath.name}: the loss or a weight is not finite at step {step}. Lower --lr (now {run.cfg.lr})"
         if self.world.is_first:
             if steps := state.saved(run.dpath):
                 run.restore(state.load(run.dpath, steps[-1]))
                 fpath = run.dpath / "last-good.pt"
                 nn.save(run.finished(), fpath, self.stream.reader.describe())
                 reason += f"; {fpath} holds it after step {steps[-1]}"
+            else:
+                reason += "; nothing was saved before that (--save-every)"
             record = {"step": step, "reason": reason}
             helpers.write_text(run.dpath / "failed.json", json.dumps(record))
         logger.warning("%s", reason)
@@ -224,16 +246,12 @@ class _Loop:
 
     def save_if_due(self, n_done: int, signals: interrupts.Interrupts) -> None:
         """Saves states every --save-every minutes and when a signal asks to stop; then lets the signal act."""
-        asked = signals.asked is not None
         due = time.monotonic() - self.saved_s >= 60 * self.cfg.save_every
-        if self.world.size > 1:  # all or none
-            flags = torch.tensor([asked, due], device=self.device)
-            asked, due = self.world.any(flags).tolist()
+        asked, due = self._any(signals.asked is not None, due)  # all or none
         if not (asked or due) or n_done == self.cfg.n_steps:
             return
-        if self.device.type != "cpu":
-            self._drop_lost(n_done - 1, [])
-        if self.world.is_first:
+        self._drop_lost(n_done - 1, [], looks_at_weights=True)
+        if self.world.is_first and self.runs:
             for run, tracker in self.runs:
                 tracker.flush()
                 state.save(run.dpath, n_done, run.state(), self.cfg.keep_last)

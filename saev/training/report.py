@@ -169,8 +169,8 @@ def _flat(cfg: dict[str, tp.Any], prefix: str = "") -> collections.abc.Iterator[
 
 @beartype.beartype
 def front(rows: list[Row]) -> set[str]:
-    """Names of the runs that no other beats: with at most their L0 and their error, and one of them lower."""
-    measured = [r for r in rows if r.is_measured]
+    """Names of the runs that no other beats: with at most their L0 and their error, and one of them lower. A failed run is none."""
+    measured = [r for r in rows if r.is_measured and not r.state.startswith("failed")]
     return {
         r.name
         for r in measured

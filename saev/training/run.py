@@ -65,7 +65,8 @@ class Run:
     def step(self, step: int, x_BD: Float[Tensor, "B D"]) -> objectives.Output:
         """Forward, backward, update. x_BD: the whole batch, on this run's device.
 
-        With a loss that is not finite, nothing is updated on a CPU; a GPU does not look, `is_finite` remembers.
+        With a loss or gradient that is not finite (in any process), nothing is updated on a CPU; a GPU does not look,
+        `is_finite` remembers.
         """
         if self._resamples_at(step):
             self.resample(step, x_BD)
@@ -76,7 +77,7 @@ class Run:
             end_P=self._prefixes(step),
             dead_C=self._dead(step),
         )
-        self.is_finite &= out.loss.detach().isfinite()
+        self.is_finite &= ~self.world.any(~out.loss.detach().isfinite())
         if not self.is_finite.is_cuda and not self.is_finite:
             return out
         for parameter in self.sae.parameters():
@@ -84,7 +85,8 @@ class Run:
         out.loss.backward()
         self.world.mean(*(p.grad for p in self.sae.parameters() if p.grad is not None))
         self.grad_norm = self.optimizer.step(self.cfg.lr_at(step))
-        self._average()
+        self.is_finite &= self.grad_norm.isfinite()
+        self._average(step)
         self.tokens_since_fired_S += len(x_BD)
         self.tokens_since_fired_S.masked_fill_(self.world.any(out.fired_S), 0)
         return out
@@ -105,10 +107,17 @@ class Run:
         return self.tokens_since_fired_S >= self.cfg.dead_window
 
     @torch.no_grad()
-    def _average(self) -> None:
-        if self.averaged is not None:
-            for name, tensor in self.sae.state_dict().items():
-                self.averaged[name].lerp_(tensor, 1 - self.cfg.ema)
+    def _average(self, step: int) -> None:
+        """Of the first steps it averages fewer, so that the start, which is no result, is soon forgotten."""
+        if self.averaged is None:
+            return
+        decay = min(self.cfg.ema, (1 + step) / (10 + step))
+        parameters = dict(self.sae.named_parameters())
+        for name, tensor in self.sae.state_dict().items():
+            if name in parameters:
+                self.averaged[name].lerp_(tensor, 1 - decay)
+            else:  # the scale, and a threshold that is an average already
+                self.averaged[name].copy_(tensor)
 
     # ---- resampling ----
 
@@ -163,6 +172,11 @@ class Run:
 
     # ---- what is kept ----
 
+    def is_sound(self) -> bool:
+        """Is everything finite that a checkpoint would hold? Looks at all weights."""
+        tensors = [*self.sae.state_dict().values(), *(self.averaged or {}).values()]
+        return bool(self.is_finite) and all(bool(t.isfinite().all()) for t in tensors)
+
     def state(self) -> dict[str, tp.Any]:
         """All that the next steps depend on."""
         return {
@@ -214,8 +228,10 @@ def with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
             f"Pass --sae.d-vit {d_vit} or leave it out."
         )
     sae = dataclasses.replace(cfg.sae, d_vit=d_vit)
-    if isinstance(cfg.objective, nn_config.Matryoshka) and cfg.objective.n_prefixes > sae.d_sae:
-        raise errors.UserError(
-            f"--objective.n-prefixes {cfg.objective.n_prefixes}: the dictionary has {sae.d_sae} latents. Lower it."
-        )
+    if isinstance(cfg.objective, nn_config.Matryoshka):
+        most = cfg.objective.most(sae.d_sae)
+        if cfg.objective.n_prefixes > most:
+            raise errors.UserError(
+                f"--objective.n-prefixes {cfg.objective.n_prefixes}: the dictionary's {sae.d_sae} latents have {most} {cfg.objective.prefixes} prefixes. Lower it."
+            )
     return dataclasses.replace(cfg, sae=sae, lr=cfg.peak_lr)
