@@ -2,28 +2,32 @@
 
     uv run python -m benchmarks.protoeval [--quick]
 
-A dump of random activations with CUB's number of traits; scorers of each kind at several K, several numbers of train images.
-The pass: every patch scored by every prototype, and reduced to images. Reference: reading the same shards and the same
-products of activations and prototypes (B x D by D x K, float32), timed in turn. The grid: pass, choice, bootstrap.
+The pass: every patch of random activations scored by every prototype, and reduced to images. The grid: the whole command
+with four scorers at four K and five numbers of train images, 312 traits, 1,000 resamples. Reference: reading the same shards
+and the same products of activations and prototypes (B x D by D x K, float32), timed in turn.
 
-Correctness: largest difference of an image's score to the max over a plain product.
+Correctness: largest difference of an image's score to the max over a plain product; of a test AP to scikit-learn's on the
+scores of plain products in float64 (float32's rounding may exchange neighbours in a ranking).
 """
 
 import argparse
 import collections.abc
+import dataclasses
 import pathlib
 import tempfile
 
 import numpy as np
+import sklearn.metrics
 import torch
 
 from benchmarks import common
 from saev import nn, scorers
 from saev.data import config as data_config
-from saev.data import ordered
-from saev.formats import shards
+from saev.data import ordered, reader
+from saev.formats import results, shards
 from saev.nn import config as nn_config
 from saev.protoeval import config, scoring, select
+from saev.scorers import config as scorers_config
 from saev.scorers import sae as sae_scorer
 
 N_PATCHES, T = 256, 312
@@ -40,8 +44,9 @@ def main() -> None:
             data = write(pathlib.Path(root) / "dump", n_imgs, d_vit)
             for name, scorer in made(k, d_vit).items():
                 cases.append(measure_pass(name, scorer, data, n_imgs, n_repeats))
-    n_imgs = 400 if args.quick else 4000
-    cases.append(measure_choice(n_imgs, k))
+    n_imgs, d_vit = (200, 384) if args.quick else (800, 1024)
+    with tempfile.TemporaryDirectory() as root:
+        cases.append(measure_grid(pathlib.Path(root), n_imgs, d_vit, k, 2))
     common.report(cases)
 
 
@@ -110,28 +115,119 @@ def measure_pass(
     }
 
 
-def measure_choice(n_imgs: int, k: int) -> common.Case:
-    """APs, choices and 1,000 resamples of the whole grid, as a fraction of one product of the images' patches with the prototypes."""
-    rng = np.random.default_rng(0)
-    splits = []
-    for _ in range(2):
-        scores_KN = rng.standard_normal((k, n_imgs), dtype=np.float32)
-        means_ND = rng.standard_normal((n_imgs, 64), dtype=np.float32)
-        scores = scoring.Scores(scores_KN, means_ND, np.arange(n_imgs))
-        splits.append(select.Split(scores, np.arange(n_imgs), rng.random((n_imgs, T)) < 0.1))
-    ks = tuple(sorted({128, 512, 2048, k}))
-    scorer = scorers.Prototypes(torch.zeros(k, 1), torch.zeros(1), "dot")
-    cfg = config.ProtoEval(n_prototypes=ks, n_train=(16, 64, 256, 1024, -1))
-    seconds = common.seconds(lambda: select.evaluate(*splits, [select.Bank("a", scorer, ks)], cfg))
-    x_BD, W_KD = torch.randn(64 * N_PATCHES, 1024), torch.randn(k, 1024)
-    product_s = min(common.seconds(lambda: x_BD @ W_KD.T) for _ in range(3)) * 2 * n_imgs / 64
-    return {
-        "name": f"choice: {n_imgs} + {n_imgs} images, K {' '.join(map(str, ks))}",
-        "ratio": round(seconds / product_s, 3),
-        "reference": "the products of a 1,024 wide ViT's patches (extrapolated)",
-        "seconds": round(seconds, 1),
-        "cells": len(ks) * 5,
+def measure_grid(
+    dpath: pathlib.Path, n_imgs: int, d_vit: int, k: int, n_repeats: int
+) -> common.Case:
+    """protoeval itself, its scorers fitted before: labels, pass, choice, intervals, report; against reads + all products."""
+    data = write(dpath / "dump", n_imgs, d_vit)
+    labels_NT = write_cub(dpath / "cub", n_imgs)
+    ks = tuple(sorted({k // 64, k // 16, k // 4, k}))
+    cfgs = [grid_config(dpath, data, scorer, ks) for scorer in grid_scorers(dpath, data, d_vit, k)]
+    n_prototypes = sum(s.n_prototypes for cfg in cfgs for s in fitted(cfg))
+    W_KD = torch.randn(n_prototypes, d_vit)
+    made_in = []
+
+    def ours() -> None:
+        out = dpath / f"results-{len(made_in)}"
+        made_in.append(select.main([dataclasses.replace(cfg, dump_to=str(out)) for cfg in cfgs]))
+
+    def floor() -> None:
+        for block in ordered.Ordered(data):
+            torch.from_numpy(block.act_NXD).flatten(0, 1) @ W_KD.T
+
+    ours(), floor()
+    calls: dict[str, collections.abc.Callable[[], float]] = {
+        "floor": lambda: common.seconds(floor),
+        "saev": lambda: common.seconds(ours),
     }
+    timed = common.interleaved(calls, n_repeats)
+    return {
+        "name": f"grid: {n_imgs} images, {d_vit} wide, {n_prototypes:,} prototypes",
+        "ratio": round(common.median_ratio(timed["saev"], timed["floor"]), 3),
+        "reference": "reads + products",
+        "seconds": [round(s, 1) for s in timed["saev"]],
+        "floor_seconds": [round(s, 1) for s in timed["floor"]],
+        "max_diff": grid_error(cfgs, labels_NT, pathlib.Path(made_in[0]) / "traits.parquet"),
+    }
+
+
+def write_cub(dpath: pathlib.Path, n_imgs: int) -> np.ndarray:
+    """CUB's label files for images without relation to their activations; every other image is a train image."""
+    rng = np.random.default_rng(1)
+    labels_NT = rng.random((n_imgs, T)) < rng.uniform(0.02, 0.3, T)
+    (dpath / "attributes").mkdir(parents=True)
+    files = {
+        "images.txt": (f"{i + 1} {i}.jpg" for i in range(n_imgs)),
+        "train_test_split.txt": (f"{i + 1} {i % 2}" for i in range(n_imgs)),
+        "image_class_labels.txt": (f"{i + 1} 1" for i in range(n_imgs)),
+        "attributes/attributes.txt": (f"{t + 1} has_size::{t}" for t in range(T)),
+        "attributes/image_attribute_labels.txt": (
+            f"{i + 1} {t + 1} {int(labels_NT[i, t])} 4 1.0" for i in range(n_imgs) for t in range(T)
+        ),
+    }
+    for name, lines in files.items():
+        (dpath / name).write_text("\n".join(lines) + "\n")
+    return labels_NT
+
+
+def grid_scorers(
+    dpath: pathlib.Path, data: data_config.Shards, d_vit: int, k: int
+) -> list[scorers_config.Scorer]:
+    sae = nn.SparseAutoencoder(nn_config.BatchTopK(d_vit=d_vit, exp_factor=k // d_vit)).eval()
+    sae.requires_grad_(False)
+    sae.threshold.fill_(2.0)
+    nn.save(sae, dpath / "sae.pt", reader.Reader(data).describe())
+    return [
+        scorers_config.Random(),
+        scorers_config.KMeans(n_iters=1, n_samples=2 * k),
+        scorers_config.Pca(),
+        scorers_config.Sae(str(dpath / "sae.pt")),
+    ]
+
+
+def grid_config(
+    dpath: pathlib.Path,
+    data: data_config.Shards,
+    scorer: scorers_config.Scorer,
+    ks: tuple[int, ...],
+) -> config.ProtoEval:
+    return config.ProtoEval(
+        scorer=scorer,
+        cub_root=str(dpath / "cub"),
+        train_data=data,
+        n_prototypes=ks,
+        scorers_to=str(dpath / "scorers"),
+        force=True,  # labels without relation to anything
+    )
+
+
+def fitted(cfg: config.ProtoEval) -> list[scorers.Scorer]:
+    """What protoeval scores: k-means once for each K, the others once."""
+    several = isinstance(cfg.scorer, scorers_config.KMeans)
+    ks = list(cfg.n_prototypes) if several else [max(cfg.n_prototypes)]
+    dpath = pathlib.Path(cfg.scorers_to)
+    return scorers.fit_each(cfg.scorer, cfg.fit, ks, seed=cfg.seed, dpath=dpath)
+
+
+def grid_error(cfgs: list[config.ProtoEval], labels_NT: np.ndarray, fpath: pathlib.Path) -> float:
+    """Largest difference of some test APs to scikit-learn's on scores of plain products: one scorer, some traits, all train images."""
+    (scorer,) = fitted(cfgs[0])
+    mine = results.best_traits(fpath, "Random")[:20]
+    p_CD = scorer.vectors_KD[[line["prototype"] for line in mine]] - scorer.mean_D
+    p_CD = torch.nn.functional.normalize(p_CD, dim=1).double()
+    parts = []
+    for block in ordered.Ordered(cfgs[0].train_data):
+        x_BPD = torch.from_numpy(block.act_NXD) - scorer.mean_D
+        x_BPD = torch.nn.functional.normalize(x_BPD, dim=2).double()
+        parts.append((x_BPD @ p_CD.T).amax(dim=1))
+    scores_NC = torch.cat(parts).numpy()
+    is_test_N = np.arange(len(scores_NC)) % 2 == 0
+    traits = [int(line["trait"].partition("::")[2]) for line in mine]
+    want = [
+        sklearn.metrics.average_precision_score(labels_NT[is_test_N, t], scores_NC[is_test_N, c])
+        for c, t in enumerate(traits)
+    ]
+    return max(abs(line["test_ap"] - ap) for line, ap in zip(mine, want, strict=True))
 
 
 if __name__ == "__main__":
