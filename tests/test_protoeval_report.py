@@ -59,6 +59,7 @@ def about() -> results.About:
         2,
         4,
         "2026-01-01T00:00:00+00:00",
+        {},
     )
 
 
@@ -93,6 +94,20 @@ def test_differences_are_paired(rows: list[results.Row]) -> None:
     assert sae["is_significant"]
 
 
+def test_a_scorer_of_another_size_is_held_against_the_largest_smaller_baseline(
+    rows: list[results.Row],
+) -> None:
+    few = row("Random", 128, 1000, [[0.1, 0.2, 0.3]], [0.2] * 4)
+    other_n = row("Random", 640, 16, [[0.1, 0.2, 0.3]], [0.2] * 4)
+    for k, want in ((127, None), (500, 128), (512, 512), (700, 512)):
+        sae = rows[2]._replace(n_prototypes=k)
+        lines = results.differences([few, rows[1], other_n, sae])
+        assert [line["baseline_prototypes"] for line in lines] == [want] * (want is not None)
+    assert (
+        results.differences([few, rows[0], row(results.PROBE, 1, 1000, [[0.9]], [0.9] * 4)]) == []
+    )
+
+
 def test_the_written_tables(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
@@ -106,7 +121,7 @@ def test_the_written_tables(
         "clip x, layer 23, 196 tokens an image (image), shards abc; certainty from 3; seed 0.",
         "| Scorer | Prototypes | Train | colour (2) | length (1) |\n",
         "| Random | 512 | 1,000 | 0.500 | 0.500 |\n",
-        "\nAgainst as many random activations, on the same resamples of the test images:\n\n| Scorer |",
+        f"\n{report.AGAINST}\n\n| Scorer |",
     ):
         assert line in text
     tex = (tmp_path / "table.tex").read_text()
@@ -185,7 +200,7 @@ def test_the_newest_of_a_cell_wins_and_nothing_else_changes(
     assert "| clip x | 23 | Random | 512 | 1,000 | 0.900 |" in text
     assert "| clip x | 11 | Random | 512 | 1,000 | 0.500 |" in text
     assert "| clip x | 23 | Sae_1 | 512 |" in text
-    assert "1 older cells gave way to newer ones." in text
+    assert "1 older cells gave way to newer ones (of zzz)." in text
     with (out / "table.csv").open() as fd:
         assert [(x["layer"], x["scorer"]) for x in csv.DictReader(fd)] == [
             ("11", "constant"),
@@ -196,6 +211,29 @@ def test_the_newest_of_a_cell_wins_and_nothing_else_changes(
         ]
     assert (out / "chart.png").exists() and (out / "table.tex").exists()
     assert joint.write(tmp_path) == out  # and the report is no result of its own
+
+
+def test_scorers_of_one_name_are_told_apart(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    """An SAE trained again in a folder of the same name, and another seed, are other scorers: none replaces another."""
+
+    def result(name: str, day: int, ckpt: str, seed: int = 0) -> None:
+        scorers = {"Sae_1": {"cls": "Sae", "ckpt": ckpt * 64}}
+        said = dataclasses.replace(about, scorers=scorers, seed=seed, created=f"2026-01-0{day}")
+        report.write(tmp_path / name, rows, NAMES, [], said)
+
+    result("a", 1, "a")
+    result("b", 2, "b")
+    text = (joint.write(tmp_path) / "table.md").read_text()
+    for name in ("Sae_1 ckpt=aaaaaaaa", "Sae_1 ckpt=bbbbbbbb"):
+        assert text.count(f"| clip x | 23 | {name} |") == 3, "in all three tables"
+    assert "gave way" in text and "(of a)" in text  # the rows of Random and the constant
+    result("c", 3, "b", seed=1)
+    text = (joint.write(tmp_path) / "table.md").read_text()
+    assert "| Sae_1 ckpt=bbbbbbbb seed=0 | 512 |" in text
+    assert "| Sae_1 ckpt=bbbbbbbb seed=1 | 512 |" in text
+    assert "| Random seed=1 | 512 |" in text and "| constant | 1 |" in text
 
 
 def test_results_on_other_labels_get_a_table_of_their_own(

@@ -50,9 +50,12 @@ def test_nearest_equals_a_plain_argmin(offset: float) -> None:
     torch.testing.assert_close(distance_B.double(), want_BK.amin(dim=1), rtol=1e-4, atol=1e-4)
 
 
-def test_plus_plus_draws_by_squared_distance() -> None:
-    """Of five points on a line the third centre's probabilities, given the first two, are known."""
-    x_BD = torch.tensor([[0.0], [1.0], [3.0], [4.0], [9.0]])
+def test_plus_plus_takes_the_best_of_draws_by_squared_distance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of five points on a line the third centre's probabilities, given the first two, are known: the better of two draws."""
+    monkeypatch.setattr(kmeans, "TRIED", 2)
+    x_BD = torch.tensor([[0.0], [1.1], [3.0], [4.4], [9.7]])
     counts: dict[tuple[int, ...], collections.Counter[int]] = {}
     place = {x: i for i, x in enumerate(x_BD.flatten().tolist())}
     for seed in range(1500):
@@ -61,37 +64,39 @@ def test_plus_plus_draws_by_squared_distance() -> None:
         )
         counts.setdefault((first, second), collections.Counter())[third] += 1
     checked = 0
+    between_BB = (x_BD - x_BD.T).double().square().numpy()
     for (first, second), thirds in counts.items():
-        distance_B = (x_BD - x_BD[[first, second]].T).double().square().amin(dim=1).numpy()
+        distance_B = between_BB[:, [first, second]].min(axis=1)
         if sum(thirds.values()) < 100:
             continue
-        seen = [thirds[i] for i in range(5) if distance_B[i] > 0]
-        expected = distance_B[distance_B > 0] / distance_B.sum() * sum(seen)
+        gain_B = (distance_B - np.minimum(distance_B, between_BB)).sum(axis=1)
+        groups = [gain_B.round(3) == gain for gain in np.unique(gain_B.round(3)[distance_B > 0])]
+        chance_n = np.array([distance_B[group].sum() for group in groups]) / distance_B.sum()
+        seen = [sum(thirds[i] for i in np.flatnonzero(group)) for group in groups]
         assert sum(seen) == sum(thirds.values())
+        if len(groups) < 2:
+            continue
+        expected = np.diff(np.cumsum(chance_n) ** 2, prepend=0) * sum(seen)
         assert scipy.stats.chisquare(seen, expected).pvalue > 1e-4
         checked += 1
-    assert checked >= 5
+    assert checked >= 3
 
 
-def test_batches_of_plus_plus_draw_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The potential after 40 centres, against k-means++ drawn one by one: means over seeds agree."""
+def test_plus_plus_starts_as_low_as_sklearns() -> None:
+    """The sum of squared distances to 60 centres, means over seeds. Plain k-means++ is some 10% above."""
     x_BD = rand(800, D)
 
-    def one_by_one(seed: int) -> float:
-        rng = np.random.default_rng(seed)
-        x = x_BD.numpy().astype(np.float64)
-        distance_B = ((x - x[rng.integers(800)]) ** 2).sum(axis=1)
-        for _ in range(39):
-            i = rng.choice(800, p=distance_B / distance_B.sum())
-            distance_B = np.minimum(distance_B, ((x - x[i]) ** 2).sum(axis=1))
-        return distance_B.sum()
+    def theirs(seed: int) -> np.ndarray:
+        return sklearn.cluster.kmeans_plusplus(x_BD.numpy(), 60, random_state=seed)[0]
 
-    def batched(seed: int) -> float:
-        return kmeans.nearest(x_BD, kmeans.plus_plus(x_BD, 40, seed))[1].sum().item()
+    def ours(seed: int) -> torch.Tensor:
+        return kmeans.plus_plus(x_BD, 60, seed)
 
-    want, got = ([f(seed) for seed in range(60)] for f in (one_by_one, batched))
-    assert scipy.stats.ttest_ind(want, got).pvalue > 1e-3
-    assert np.std(got) < 0.1 * np.mean(got)
+    def potential(center_KD: torch.Tensor) -> float:
+        return kmeans.nearest(x_BD, center_KD)[1].sum().item()
+
+    want = np.mean([potential(torch.from_numpy(theirs(seed))) for seed in range(20)])
+    assert np.mean([potential(ours(seed)) for seed in range(20)]) < 1.01 * want
 
 
 def test_shorter_draws_are_prefixes() -> None:
@@ -135,7 +140,7 @@ def test_inertia_is_not_worse_than_sklearns(data: Made) -> None:
         mine.append(inertia(scorer.vectors_KD.numpy()))
         km = sklearn.cluster.KMeans(24, n_init=1, max_iter=10, random_state=seed).fit(acts_BD)
         theirs.append(inertia(km.cluster_centers_))
-    assert np.mean(mine) < 1.03 * np.mean(theirs)
+    assert np.mean(mine) < 1.01 * np.mean(theirs)
 
 
 def test_several_k_in_one_pass_equal_separate_fits(data: Made, tmp_path: pathlib.Path) -> None:

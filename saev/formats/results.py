@@ -35,7 +35,16 @@ SUMMARY = (
 )
 KINDS = ("colour", "pattern", "shape", "size", "length", "other")
 KIND_COLUMNS = ("scorer", "n_prototypes", "n_train", "kind", "n_traits", "map")
-DIFFERENCES = ("scorer", "n_prototypes", "n_train", "difference", "low", "high", "is_significant")
+DIFFERENCES = (
+    "scorer",
+    "n_prototypes",
+    "n_train",
+    "baseline_prototypes",
+    "difference",
+    "low",
+    "high",
+    "is_significant",
+)
 
 
 @beartype.beartype
@@ -55,6 +64,8 @@ class About:
     n_boot: int
     created: str
     """ISO 8601, UTC."""
+    scorers: dict[str, dict[str, tp.Any]]
+    """By name in the table, all that decides a scorer: class, settings, the hashes of its checkpoint and of what it was fitted on."""
 
 
 class Row(tp.NamedTuple):
@@ -210,19 +221,21 @@ def by_kind(rows: list[Row], names: list[str]) -> list[dict[str, object]]:
 
 @beartype.beartype
 def differences(rows: list[Row]) -> list[dict[str, object]]:
-    """mAP less that of random activations with as many prototypes and train images, with its paired bootstrap interval.
+    """mAP less that of random activations chosen on the same train images, with its paired bootstrap interval.
 
-    Both are measured on the same resamples, so what they have in common cancels (Efron and Tibshirani 1993).
+    Both are measured on the same resamples, so what they have in common cancels (Efron and Tibshirani 1993). The random ones are
+    as many, or where no row has as many (a scorer has as many prototypes as it has), those of the largest smaller number.
     """
     base = {(r.n_prototypes, r.n_train): r for r in rows if r.scorer == BASELINE}
     lines = []
     for row in rows:
-        other = base.get((row.n_prototypes, row.n_train))
-        if other is None or row.scorer == BASELINE or not len(row.boot_M):
+        smaller = [k for k, n in base if n == row.n_train and k <= row.n_prototypes]
+        if row.scorer in (BASELINE, *REFERENCES) or not smaller or not len(row.boot_M):
             continue
+        other = base[max(smaller), row.n_train]
         difference = row.mean_ap - other.mean_ap
         low, high = _interval(row.boot_M - other.boot_M, difference)
-        cell = (row.scorer, row.n_prototypes, row.n_train, difference)
+        cell = (row.scorer, row.n_prototypes, row.n_train, other.n_prototypes, difference)
         line = (*cell, low, high, low > 0 or high < 0)
         lines.append(dict(zip(DIFFERENCES, line, strict=True)))
     return lines
@@ -319,12 +332,21 @@ def kinds_table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
 def differences_table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
     """From lines of differences.csv."""
     return [
-        ["Scorer", "Prototypes", "Train", "mAP less Random's", "95% interval", "beyond noise"]
+        [
+            "Scorer",
+            "Prototypes",
+            "Train",
+            "Random's",
+            "mAP less Random's",
+            "95% interval",
+            "beyond noise",
+        ]
     ] + [
         [
             str(line["scorer"]),
             f"{line['n_prototypes']:,}",
             f"{line['n_train']:,}",
+            f"{line['baseline_prototypes']:,}",
             f"{line['difference']:+.3f}",
             f"{line['low']:+.3f} to {line['high']:+.3f}",
             "yes" if str(line["is_significant"]) == "True" else "no",

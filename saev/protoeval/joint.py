@@ -1,5 +1,6 @@
 """All results below a folder as one report: tables over ViTs, layers and scorers."""
 
+import collections.abc
 import dataclasses
 import json
 import logging
@@ -24,51 +25,65 @@ class Result:
     """Of summary.csv."""
     kinds: list[dict]
     """Of kinds.csv."""
+    differences: list[dict]
+    """Of differences.csv."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Of one ViT, layer and sort of tokens. Scorers that would share a name are told apart by what they differ in."""
+
+    about: results.About
+    lines: list[dict]
+    kinds: list[dict]
+    differences: list[dict]
+
+
+Section = tuple[str, int]
+"""Labels and certainty: what is measured on others is not comparable."""
 
 
 @beartype.beartype
 def write(root: pathlib.Path) -> pathlib.Path:
     """Writes `root`/report: table.md, table.csv, table.tex, chart.png. Of the same cell evaluated twice the newest wins.
 
-    The same cell: ViT, layer, tokens, labels, certainty, scorer, numbers of prototypes and train images, seed. Results on other
-    labels get tables of their own. Directories that cannot be read are named and left out; none is changed.
+    The same cell: ViT, layer, tokens, labels, certainty, scorer (with all its settings, checkpoint and what it was fitted on),
+    numbers of prototypes and train images, seed. Results on other labels get tables of their own. Directories that cannot be
+    read are named and left out; none is changed.
 
     Raises:
         UserError: no results there.
     """
     found = read_all(root)
     if not found:
-        raise errors.UserError(
-            f"--report {root}: holds no results. Pass the folder that protoeval.py wrote to (--dump-to)."
+        single = (
+            " It is one result itself: pass the folder above it." * (root / "about.json").exists()
         )
-    n_cells = sum(len(result.lines) for result in found)
-    sections = _sections(found)
-    n_kept = sum(len(lines) for tables in sections.values() for _, lines, _ in tables)
+        raise errors.UserError(
+            f"--report {root}: holds no results. Pass the folder that protoeval.py wrote to (--dump-to).{single}"
+        )
+    sections, older = _sections(found)
     out = root / "report"
     text, csv_lines, tex = [], [], []
     for (labels, certainty), tables in sections.items():
         text.append(f"Labels {labels[:8]}, certainty from {certainty}:\n")
-        cells, kinds = _joined(tables)
-        text += [
-            results.markdown(cells),
-            "By kind of trait (number of traits):\n",
-            results.markdown(kinds),
-        ]
+        cells = _joined(tables, "lines", results.table)
+        text += [results.markdown(cells), "By kind of trait (number of traits):\n"]
+        text.append(results.markdown(_joined_kinds(tables)))
+        if any(table.differences for table in tables):
+            differences = _joined(tables, "differences", results.differences_table)
+            text += [f"{report.AGAINST}\n", results.markdown(differences)]
         tex.append(results.latex(cells))
-        for about, lines, _ in tables:
-            place = {
-                "vit": about.vit,
-                "layer": about.layer,
-                "tokens": about.tokens,
-                "labels": labels,
-            }
-            csv_lines += [place | {"min_certainty": certainty} | line for line in lines]
+        for table in tables:
+            place = {key: getattr(table.about, key) for key in ("vit", "layer", "tokens", "labels")}
+            csv_lines += [place | {"min_certainty": certainty} | line for line in table.lines]
         report.save(
-            report.chart([(about, lines) for about, lines, _ in tables]),
+            report.chart([(table.about, table.lines) for table in tables]),
             _chart(out, labels, certainty, sections),
         )
-    if n_cells > n_kept:
-        text.append(f"{n_cells - n_kept} older cells gave way to newer ones.\n")
+    if older:
+        names = ", ".join(sorted(set(older)))
+        text.append(f"{len(older)} older cells gave way to newer ones (of {names}).\n")
     header = ("vit", "layer", "tokens", "labels", "min_certainty", *results.SUMMARY)
     results.write_csv(out / "table.csv", header, csv_lines)
     helpers.write_text(out / "table.tex", "\n".join(tex))
@@ -89,56 +104,99 @@ def read_all(root: pathlib.Path) -> list[Result]:
             about = results.About(**json.loads(fpath.read_text()))
             lines = results.read_csv(dpath / "summary.csv", results.SUMMARY)
             kinds = results.read_csv(dpath / "kinds.csv", results.KIND_COLUMNS)
+            differences = results.read_csv(dpath / "differences.csv", results.DIFFERENCES)
         except Exception as err:  # whatever an edited or foreign file holds
             logger.warning("%s: cannot be read (%s); left out", dpath, errors.first_line(err))
             continue
-        out.append(Result(dpath, about, lines, kinds))
+        out.append(Result(dpath, about, lines, kinds, differences))
     return sorted(out, key=lambda result: result.about.created)
 
 
-Table = tuple[results.About, list[dict], list[dict]]
-"""Of one ViT and layer: what it is of, its lines of summary.csv and of kinds.csv."""
-
-
-def _sections(found: list[Result]) -> dict[tuple[str, int], list[Table]]:
-    """Tables by labels and certainty; within them by ViT, layer and tokens."""
-    abouts: dict[tuple, results.About] = {}
-    cells: dict[tuple, dict[tuple, dict]] = {}
-    kinds: dict[tuple, dict[tuple, dict]] = {}
-    for result in found:  # oldest first: what comes later replaces
+def _sections(found: list[Result]) -> tuple[dict[Section, list[Table]], list[str]]:
+    """Tables by labels and certainty; and for each cell that gave way to a newer one the name of its directory."""
+    places: dict[tuple, list[Result]] = {}
+    for result in found:
         about = result.about
         place = (about.labels, about.min_certainty, about.vit, about.layer, about.tokens)
-        abouts[place] = about
-        for line in result.lines:
-            key = (line["scorer"], line["n_prototypes"], line["n_train"], about.seed)
-            cells.setdefault(place, {})[key] = line
-        for line in result.kinds:
-            key = (line["scorer"], line["kind"])
-            kinds.setdefault(place, {})[key] = line
-    sections: dict[tuple[str, int], list[Table]] = {}
-    for place in sorted(abouts):
-        order = {name: i for i, name in enumerate(results.REFERENCES)}
-        keys = sorted(cells[place], key=lambda key: (order.get(key[0], len(order)), *key))
-        lines = [cells[place][key] for key in keys]
-        table = (abouts[place], lines, list(kinds.get(place, {}).values()))
+        places.setdefault(place, []).append(result)
+    sections: dict[Section, list[Table]] = {}
+    older: list[str] = []
+    for place in sorted(places):
+        table, replaced = _table(places[place])
         sections.setdefault(place[:2], []).append(table)
-    return sections
+        older += replaced
+    return sections, older
 
 
-def _joined(tables: list[Table]) -> tuple[list[list[str]], list[list[str]]]:
-    """One table of all cells, and one of the kinds of traits, with ViT and layer before each row."""
-    flat = [(about, line) for about, lines, _ in tables for line in lines]
-    header, *rows = results.table([line for _, line in flat])
-    cells = [["ViT", "Layer", *header]]
-    cells += [
+def _table(found: list[Result]) -> tuple[Table, list[str]]:
+    """All results of one place, oldest first, as one table."""
+    scorers = {
+        _identity(result.about, line): line["scorer"] for result in found for line in result.lines
+    }
+    names = _told_apart(scorers)
+    older: list[str] = []
+    kept: dict[str, list[dict]] = {}
+    for attribute in ("lines", "kinds", "differences"):
+        cells: dict[tuple, tuple[dict, str]] = {}
+        for result in found:
+            for line in getattr(result, attribute):
+                identity = _identity(result.about, line)
+                what = line["kind"] if attribute == "kinds" else line["n_prototypes"]
+                key = (identity, what, None if attribute == "kinds" else line["n_train"])
+                if attribute == "lines" and key in cells:
+                    older.append(cells[key][1])
+                cells[key] = (line | {"scorer": names[identity]}, result.dpath.name)
+        kept[attribute] = [line for line, _ in cells.values()]
+    return Table(found[-1].about, sorted(kept.pop("lines"), key=_order), **kept), older
+
+
+def _order(line: dict) -> tuple:
+    """The rows that others are held against first."""
+    name = line["scorer"]
+    rank = results.REFERENCES.index(name) if name in results.REFERENCES else len(results.REFERENCES)
+    return rank, name, line["n_prototypes"], line["n_train"]
+
+
+def _identity(about: results.About, line: dict) -> str:
+    """JSON of all that decides the scorer of a line."""
+    name = line["scorer"]
+    seed = {} if name == results.CONSTANT else {"seed": about.seed}
+    return helpers.canonical_json(about.scorers.get(name, {"cls": name}) | seed)
+
+
+def _told_apart(scorers: dict[str, str]) -> dict[str, str]:
+    """Identity -> name, with what differs where several have one name (of hashes the first 8 digits)."""
+    out = {}
+    for identity, name in scorers.items():
+        mine = json.loads(identity)
+        others = [json.loads(i) for i, n in scorers.items() if n == name]
+        differing = [key for key in mine if any(other.get(key) != mine[key] for other in others)]
+        out[identity] = " ".join([name, *(f"{key}={str(mine[key])[:8]}" for key in differing)])
+    return out
+
+
+def _joined(
+    tables: list[Table],
+    attribute: str,
+    as_cells: collections.abc.Callable[[list[dict]], list[list[str]]],
+) -> list[list[str]]:
+    """The tables' lines as one table, a row each, with ViT and layer before it."""
+    flat = [(table.about, line) for table in tables for line in getattr(table, attribute)]
+    header, *rows = as_cells([line for _, line in flat])
+    placed = [
         [about.vit, str(about.layer), *row] for (about, _), row in zip(flat, rows, strict=True)
     ]
+    return [["ViT", "Layer", *header], *placed]
+
+
+def _joined_kinds(tables: list[Table]) -> list[list[str]]:
+    """The same for lines that share rows. The traits are the same, so all tables have the same kinds."""
     out: list[list[str]] = []
-    for about, _, kinds in tables:
-        header, *rows = results.kinds_table(kinds)
+    for table in tables:
+        header, *rows = results.kinds_table(table.kinds)
         out = out or [["ViT", "Layer", *header]]
-        out += [[about.vit, str(about.layer), *row] for row in rows]
-    return cells, out
+        out += [[table.about.vit, str(table.about.layer), *row] for row in rows]
+    return out
 
 
 def _chart(out: pathlib.Path, labels: str, certainty: int, sections: dict) -> pathlib.Path:

@@ -15,6 +15,9 @@ from saev import helpers
 from saev.formats import results
 from saev.protoeval import config
 
+AGAINST = """Against random activations (Random's: how many of them), on the same resamples of the test images. Each interval is of its row \
+alone: of many rows one in twenty is beyond noise by chance."""
+
 
 @beartype.beartype
 def write(
@@ -42,7 +45,7 @@ def write(
     )
     if differences:
         cells = results.differences_table(differences)
-        text += f"\nAgainst as many random activations, on the same resamples of the test images:\n\n{results.markdown(cells)}"
+        text += f"\n{AGAINST}\n\n{results.markdown(cells)}"
     helpers.write_text(dpath / "table.md", text)
 
 

@@ -25,7 +25,7 @@ from saev.protoeval import ap, check, config, probe, report, scoring
 
 logger = logging.getLogger("saev")
 
-REVISION = 2
+REVISION = 3
 """Raised whenever the same activations, labels and config may give other numbers."""
 AP_DIGITS = 12
 """Decimal places in which APs are compared: equal ones of different rankings differ in their last bits."""
@@ -126,7 +126,7 @@ def _evaluate_into(
     partial = out.with_name(f".{out.name}.partial")
     train, test = _score(cfg, banks, labels, joins, partial)
     rows = evaluate(train, test, banks, cfg)
-    report.write(out, rows, labels.attribute_names_T, cfgs, _about(cfg, labels))
+    report.write(out, rows, labels.attribute_names_T, cfgs, _about(cfgs, labels))
     shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -158,7 +158,8 @@ def _space(acts: reader.Reader) -> dict[str, object]:
     return {"ViT": f"{acts.metadata.vit_family} {acts.metadata.vit_ckpt}", "layer": layer}
 
 
-def _about(cfg: config.ProtoEval, labels: cub.Cub) -> results.About:
+def _about(cfgs: list[config.ProtoEval], labels: cub.Cub) -> results.About:
+    cfg = cfgs[0]
     acts, space = reader.Reader(cfg.train_data), _space(reader.Reader(cfg.train_data))
     names = [pathlib.Path(data.shard_root).name[:8] for data in (cfg.train_data, cfg.test)]
     return results.About(
@@ -172,6 +173,7 @@ def _about(cfg: config.ProtoEval, labels: cub.Cub) -> results.About:
         n_seeds=cfg.n_seeds,
         n_boot=cfg.n_boot,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        scorers=dict(zip(labels_of(cfgs), map(_in_full, cfgs), strict=True)),
     )
 
 
@@ -211,13 +213,24 @@ def _run_id(cfgs: list[config.ProtoEval], labels: cub.Cub) -> str:
     parts: list[object] = [REVISION, _labels_hash(labels)]
     for cfg in cfgs:
         parts += [_identity(data) for data in (cfg.train_data, cfg.test, cfg.fit)]
-        parts += [type(cfg.scorer).__name__, cfg.n_prototypes, cfg.n_train]
-        parts += [cfg.seed, cfg.n_seeds, cfg.n_boot]
-        fields = dataclasses.asdict(cfg.scorer)
-        if (ckpt := pathlib.Path(fields.get("ckpt", ""))).is_file():
-            fields |= {"ckpt": [ckpt.parent.name, helpers.hash_file(ckpt)]}
-        parts.append(fields)
+        parts += [cfg.n_prototypes, cfg.n_train, cfg.seed, cfg.n_seeds, cfg.n_boot]
+        parts += [_in_full(cfg), _name_of_run(cfg)]
     return helpers.hash_of(parts)[:12]
+
+
+def _in_full(cfg: config.ProtoEval) -> dict[str, tp.Any]:
+    """All that decides a scorer but the seed; not where its files lie."""
+    fields: dict[str, tp.Any] = {"cls": type(cfg.scorer).__name__}
+    fields |= dataclasses.asdict(cfg.scorer)
+    if "ckpt" in fields:
+        ckpt = pathlib.Path(fields["ckpt"])
+        return fields | {"ckpt": helpers.hash_file(ckpt) if ckpt.is_file() else fields["ckpt"]}
+    return fields | {"fit": _identity(cfg.fit)}
+
+
+def _name_of_run(cfg: config.ProtoEval) -> str:
+    """An SAE's run id, which the table names it by; else empty."""
+    return pathlib.Path(getattr(cfg.scorer, "ckpt", "")).parent.name
 
 
 def _identity(data: data_config.Shards) -> str:

@@ -20,7 +20,7 @@ class Random:
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class KMeans:
-    """Centroids of Lloyd's algorithm over the whole stream, started by k-means++ on a sample of it."""
+    """Centroids of Lloyd's algorithm over the whole stream, started by greedy k-means++ on a sample of it."""
 
     n_iters: int = 20
     """Passes of Lloyd's algorithm over the stream (fewer when it converges)."""

@@ -1,6 +1,6 @@
-"""K-means centroids as prototypes: k-means++ on a sample, then Lloyd's algorithm over the whole stream.
+"""K-means centroids as prototypes: greedy k-means++ on a sample, then Lloyd's algorithm over the whole stream.
 
-B activations of a block or sample, D d_vit, K centres, C candidates. All distances are taken after subtracting the
+B activations of a block or sample, D d_vit, K centres, C candidates, T tries for each centre. All distances are taken after subtracting the
 stream's mean, so that float32 loses nothing to it.
 """
 
@@ -25,6 +25,12 @@ CHUNK = 2**15
 """Activations whose distances a GPU computes at a time; on a CPU they are searched in a core's cache."""
 N_FAR = 256
 """Activations far from their centres that a pass remembers, for centres that no activation is nearest to."""
+SUMMED, MIN_SUMMED = 16, 2**14
+"""Activations of the sample for each centre, and at least, by which candidates for the next centres are compared."""
+TRIED = 8
+"""Candidates for each centre, at least; with K centres 2 + log K, as in scikit-learn, where that is more."""
+TILE = 1024
+"""Activations that are compared with all candidates at a time."""
 WARM_UP, WARM_UP_SAMPLES = 4, 128
 """Iterations on the sample before the stream is passed over, and activations for each centre in them."""
 ROUNDING = 1e-6
@@ -126,11 +132,13 @@ def nearest(
 @torch.no_grad()
 @jaxtyped(typechecker=beartype.beartype)
 def plus_plus(x_BD: Float[Tensor, "B D"], k: int, seed: int) -> Float[Tensor, "K D"]:
-    """k-means++ (Arthur and Vassilvitskii 2007): each centre is an activation drawn by its squared distance to those before.
+    """Greedy k-means++ (Arthur and Vassilvitskii 2007): each centre is the best of some activations, each drawn by its squared
+    distance to the centres before; the best lowers the sum of squared distances most.
 
-    Exact, but in batches: candidates are drawn by the distances at the batch's start, and each is taken with the probability
-    by which centres taken earlier in the batch have shrunk its squared distance (rejection sampling). Where all distances are
-    0 (fewer distinct activations than k) the rest is drawn uniformly. The first centres of a longer draw are a shorter one.
+    In batches: candidates are drawn and compared by the distances at the batch's start, and the best ones are taken with the
+    probability by which centres taken earlier in the batch have shrunk their squared distance (rejection sampling). The sums are
+    those of the first activations, SUMMED for each centre. Where all distances are 0 (fewer distinct activations than k) the rest
+    is drawn uniformly. The first centres of a longer draw are a shorter one.
     """
     rng = np.random.default_rng((seed, 0xC3))
     chosen = [int(rng.integers(len(x_BD)))]
@@ -140,15 +148,32 @@ def plus_plus(x_BD: Float[Tensor, "B D"], k: int, seed: int) -> Float[Tensor, "K
         if cumulative_B[-1] == 0:
             chosen += rng.integers(0, len(x_BD), k - len(chosen)).tolist()
             break
-        n = max(1, len(chosen) // 4)
-        drawn_C = np.searchsorted(cumulative_B, rng.random(n) * cumulative_B[-1], side="right")
-        drawn_C = np.minimum(drawn_C, len(x_BD) - 1)
+        n, n_tried = max(1, len(chosen) // 16), max(TRIED, 2 + int(np.log(len(chosen))))
+        uniform_CT = rng.random((n, n_tried)) * cumulative_B[-1]
+        drawn_CT = np.searchsorted(cumulative_B, uniform_CT, side="right")
+        drawn_CT = np.minimum(drawn_CT, len(x_BD) - 1)
+        n_summed = max(MIN_SUMMED, SUMMED * len(chosen))
+        gain_CT = _gains(x_BD[:n_summed], distance_B[:n_summed], x_BD[drawn_CT.ravel()])
+        drawn_C = drawn_CT[np.arange(n), gain_CT.view(n, -1).argmax(dim=1).numpy()]
         taken = _taken(x_BD[drawn_C], distance_B[drawn_C], rng.random(n))
         fresh = drawn_C[taken].tolist()
         chosen += fresh
         _, to_fresh_B = nearest(x_BD, x_BD[fresh])
         distance_B = torch.minimum(distance_B, to_fresh_B)
     return x_BD[chosen[:k]]
+
+
+def _gains(x_BD: Tensor, distance_B: Tensor, candidate_CD: Tensor) -> Float[Tensor, " C"]:
+    """By how much each candidate alone, as one more centre, would lower the sum of squared distances."""
+    gain_C = torch.zeros(len(candidate_CD), dtype=torch.float64)
+    square_C = candidate_CD.square().sum(dim=1)
+    for x_bD, distance_b in zip(x_BD.split(TILE), distance_B.split(TILE), strict=True):
+        # distance - |x - c|^2
+        gain_bC = torch.addmm(
+            (distance_b - x_bD.square().sum(dim=1))[:, None], x_bD, candidate_CD.T, alpha=2
+        )
+        gain_C += gain_bC.sub_(square_C).clamp_(min=0).sum(dim=0)
+    return gain_C
 
 
 def _taken(x_CD: Tensor, before_C: Tensor, uniform_C: np.ndarray) -> list[int]:

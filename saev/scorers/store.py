@@ -16,7 +16,7 @@ from saev.scorers import base, config, kmeans, pca, random, sae
 
 logger = logging.getLogger("saev")
 
-REVISION = 2
+REVISION = 3
 """Raised whenever a fitter may give other numbers: what was fitted before is then fitted again."""
 NESTED = {config.Random: random.fit, config.Pca: pca.fit}
 """Scorers whose first k prototypes are those of a fit of k: one fit serves every smaller number."""
