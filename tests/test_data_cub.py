@@ -287,8 +287,26 @@ def test_keys_of_dumped_paths() -> None:
 def test_counts_of_annotations(root: pathlib.Path) -> None:
     labels = cub.load(root)
     assert (labels.n_lines, labels.n_repeated) == (8, 1)
+    assert labels.n_disputed == 1  # 7 2
     assert labels.n_uncertain == 2  # 3 2 1 2 and 7 2 1 1
     assert cub.load(root, min_certainty=1).n_uncertain == 0
+
+
+def test_shares_of_classes(root: pathlib.Path) -> None:
+    assert cub.load(root).shares_CT is None
+    fpath = root / "attributes" / "class_attribute_labels_continuous.txt"
+    fpath.write_text("0.0 1.25\n100 33\n")
+    np.testing.assert_allclose(cub.load(root).shares_CT, [[0, 0.0125], [1, 0.33]])
+    for text, match in (
+        ("0 1\n", "1 x 2 numbers .* not 2 classes x 2 attributes"),
+        ("0 1 2\n3 4 5\n", "2 x 3 numbers"),
+        ("0 1\n2 101\n", "up to 101"),
+        ("0 1\n2 nan\n", "up to nan"),
+        ("0 1\n2 many\n", "other things than numbers"),
+        ("", "0 x 0|0 x 1|1 x 0"),
+    ):
+        fpath.write_text(text)
+        refuses(root, match)
 
 
 def test_parse_is_kept_under_the_files_hash(
@@ -304,6 +322,9 @@ def test_parse_is_kept_under_the_files_hash(
         assert cub.load(root, min_certainty=1).labels_NT.sum() > want.labels_NT.sum()
     cached.write_bytes(cached.read_bytes()[:-20])  # a broken cache is parsed again, and mended
     np.testing.assert_array_equal(cub.load(root).labels_NT, want.labels_NT)
+    for foreign in (np.zeros((8, 3), np.int32), np.zeros((8, 4)), np.zeros(8, np.int32)):
+        np.savez(cached, fields_M4=foreign)
+        np.testing.assert_array_equal(cub.load(root).labels_NT, want.labels_NT)
     fpath = root / "attributes" / "image_attribute_labels.txt"
     fpath.write_text(LABELS.replace("12 1 0 3", "12 1 1 3"))
     assert cub.load(root).labels_NT.sum() == want.labels_NT.sum() + 1

@@ -101,7 +101,10 @@ def evaluate(
 ) -> list[results.Row]:
     """The grid for ready-made scorers, through the same joins and scores as the command."""
     banks = [select.Bank(name, scorer, (scorer.n_prototypes,)) for name, scorer in run.items()]
-    joins = [select._join(cfg.train_data, labels, True), select._join(cfg.test, labels, False)]
+    joins = [
+        select._join(data, labels, train, False)
+        for data, train in ((cfg.train_data, True), (cfg.test, False))
+    ]
     with tempfile.TemporaryDirectory() as dpath:
         splits = select._score(cfg, banks, labels, joins, pathlib.Path(dpath))
         return select.evaluate(*splits, banks, cfg)

@@ -31,6 +31,56 @@ def test_plausible_labels_pass() -> None:
     assert check.problems(planted()) == []
 
 
+def witnessed() -> cub.Cub:
+    """With what other annotators saw: a share of each class's images, certain or not."""
+    labels, rng = planted(n_images=1200), np.random.default_rng(2)
+    mean_CT = np.stack([labels.labels_NT[labels.class_N == c].mean(axis=0) for c in range(1, 21)])
+    shares_CT = np.clip(1.3 * mean_CT + 0.05 * rng.random(mean_CT.shape), 0, 1)
+    return dataclasses.replace(labels, shares_CT=shares_CT)
+
+
+def test_labels_that_agree_with_the_archives_class_means_pass() -> None:
+    labels = witnessed()
+    assert check.problems(labels) == []
+    want = np.corrcoef(
+        *(
+            (x_CT - x_CT.mean(axis=0)).ravel()
+            for x_CT in (
+                np.stack(
+                    [labels.labels_NT[labels.class_N == c].mean(axis=0) for c in range(1, 21)]
+                ),
+                labels.shares_CT,
+            )
+        )
+    )[0, 1]
+    assert check.agreement(labels) == pytest.approx(want)
+    assert f"correlate {want:.2f} with class_attribute" in check.describe(labels)
+    assert "no class_attribute_labels_continuous.txt" in check.describe(planted())
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("by", [-1, 1, 7])
+def test_labels_shifted_by_a_class_or_a_trait_disagree_with_them(axis: int, by: int) -> None:
+    labels = witnessed()
+    if axis:
+        wrong = dataclasses.replace(labels, labels_NT=np.roll(labels.labels_NT, by, axis=1))
+    else:
+        start = np.searchsorted(labels.class_N, (labels.class_N - 1 + by) % 20 + 1)
+        wrong = dataclasses.replace(labels, labels_NT=labels.labels_NT[start])
+    assert any("class_attribute_labels_continuous" in problem for problem in check.problems(wrong))
+
+
+def test_alike_classes_shifted_by_one_disagree_too() -> None:
+    """Neighbours in the list of classes are alike in CUB: the agreement stays high, but is better one class further."""
+    labels, rng = planted(n_images=6000), np.random.default_rng(3)
+    p_CT = np.clip(0.15 + np.cumsum(0.03 * rng.standard_normal((21, 40)), axis=0), 0, 1)
+    labels_NT = rng.random(labels.labels_NT.shape) < p_CT[labels.class_N]
+    labels = dataclasses.replace(labels, labels_NT=labels_NT, shares_CT=p_CT[1:])
+    assert check.problems(labels) == []
+    (problem,) = check.problems(dataclasses.replace(labels, shares_CT=np.roll(p_CT[1:], 1, axis=0)))
+    assert "shifted by one class" in problem
+
+
 def test_the_bug_that_made_a_table_of_0_86() -> None:
     """Nearly every label loaded as positive: a constant scorer gets 0.83."""
     labels = planted()
@@ -125,7 +175,7 @@ def cub_root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_minicub_is_plausible_and_the_wrong_column_is_not(
     cub_root: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    assert "constant scorer's mean AP" in select.look(config.ProtoEval(cub_root=str(cub_root)))
+    assert "constant scorer's mean AP" in select.look([config.ProtoEval(cub_root=str(cub_root))])
     copy = tmp_path / "CUB_200_2011"
     (copy / "attributes").mkdir(parents=True)
     for name in ("images.txt", "train_test_split.txt", "image_class_labels.txt"):
@@ -140,10 +190,10 @@ def test_minicub_is_plausible_and_the_wrong_column_is_not(
     (copy / "attributes" / "image_attribute_labels.txt").write_text("\n".join(flipped) + "\n")
     cfg = config.ProtoEval(cub_root=str(copy))
     with pytest.raises(
-        errors.UserError, match="Implausible: a constant scorer gets a mean AP of 0"
+        errors.UserError, match="implausible: a constant scorer gets a mean AP of 0"
     ):
-        select.look(cfg)
-    assert "Implausible" in select.look(dataclasses.replace(cfg, force=True))
+        select.look([cfg])
+    assert "Implausible" in select.look([dataclasses.replace(cfg, force=True)])
 
 
 def test_photos_in_train_and_test_folders(cub_root: pathlib.Path, tmp_path: pathlib.Path) -> None:

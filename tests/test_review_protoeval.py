@@ -66,6 +66,7 @@ def cfg(tmp_path: pathlib.Path) -> config.ProtoEval:
         (root / name).write_text("\n".join(lines) + "\n")
     return config.ProtoEval(
         scorer=scorers_config.Random("dot"),
+        force=True,  # the shards hold an image without labels
         cub_root=str(root),
         train_data=write_shards(tmp_path / "dump"),
         n_prototypes=(16,),
@@ -90,6 +91,17 @@ def save_sae(fpath: pathlib.Path, *, seed: int | None = None) -> scorers_config.
 
 
 # ---- caches ----
+
+
+def test_an_image_without_labels_is_refused(
+    cfg: config.ProtoEval, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(
+        errors.UserError, match=r"1 of 41 images have no row .*stranger\.jpg.*--force"
+    ):
+        select.main([dataclasses.replace(cfg, force=False)])
+    select.main([cfg])
+    assert "stranger.jpg); they are left out" in caplog.text
 
 
 def test_new_activations_with_old_metadata_are_evaluated_anew(

@@ -5,11 +5,13 @@
     CUB_200_2011/image_class_labels.txt                 image id, class id
     CUB_200_2011/attributes/attributes.txt              attribute id, name (or in CUB_200_2011, or beside it)
     CUB_200_2011/attributes/image_attribute_labels.txt  image id, attribute id, present, certainty, [more,] time
+    CUB_200_2011/attributes/class_attribute_labels_continuous.txt  how often, in percent; a line for each class (optional)
 
 Also as copies of it are laid out for image-folder loaders, with all of these files in a folder `metadata/` (attributes/
 inside, or its files there too) and the photos in train/CLASS/ and test/CLASS/ instead of images/CLASS/.
 
-Every label is tied to its image's id and path, never to a line's position. Shape letters: N images, T traits, M lines.
+Every label is tied to its image's id and path, never to a line's position. Shape letters: N images, T traits, C classes, M
+lines.
 """
 
 import contextlib
@@ -22,7 +24,7 @@ import warnings
 
 import beartype
 import numpy as np
-from jaxtyping import Bool, Int64, jaxtyped
+from jaxtyping import Bool, Float64, Int64, jaxtyped
 
 from saev import errors, helpers
 
@@ -50,12 +52,16 @@ class Cub:
     """Present, with enough certainty."""
     class_N: Int64[np.ndarray, " N"]
     """Class id, from 1, as in classes.txt."""
+    shares_CT: Float64[np.ndarray, "C T"] | None = None
+    """How often annotators saw each trait on a class's images, as the archive says it (class 1 first); a witness of the labels."""
     n_lines: int = 0
     """Annotations in image_attribute_labels.txt."""
     n_repeated: int = 0
     """Image x attribute pairs that were annotated more than once."""
     n_uncertain: int = 0
     """Annotations "present" that were not certain enough."""
+    n_disputed: int = 0
+    """Image x attribute pairs that one annotator marked present and another not."""
 
 
 @beartype.beartype
@@ -93,6 +99,7 @@ def load(root: str | pathlib.Path, *, min_certainty: int = 3) -> Cub:
         is_train_N=np.array([is_train[i] == 1 for i in ids]),
         attribute_names_T=[names[t] for t in sorted(names)],
         class_N=np.array([classes[i] for i in ids], np.int64),
+        shares_CT=_read_shares(root, max(classes.values()), len(names)),
         **_read_labels(fpath, ids, len(names), min_certainty),
     )
 
@@ -189,6 +196,9 @@ def _read_labels(
     pair_M = row_M * n_traits + trait_M - 1
     n_seen_NT = np.bincount(pair_M, minlength=len(ids) * n_traits).reshape(-1, n_traits)
     _check_all_seen(fpath, n_seen_NT > 0, ids)
+    n_present_NT = np.bincount(pair_M[present_M == 1], minlength=n_seen_NT.size).reshape(
+        -1, n_traits
+    )
     labels_NT = np.zeros((len(ids), n_traits), bool)
     positive_M = (present_M == 1) & (certainty_M >= min_certainty)
     labels_NT[row_M[positive_M], trait_M[positive_M] - 1] = True
@@ -196,6 +206,7 @@ def _read_labels(
         "labels_NT": labels_NT,
         "n_lines": len(row_M),
         "n_repeated": int((n_seen_NT > 1).sum()),
+        "n_disputed": int(((n_present_NT > 0) & (n_present_NT < n_seen_NT)).sum()),
         "n_uncertain": int(((present_M == 1) & ~positive_M).sum()),
     }
 
@@ -210,6 +221,28 @@ def _check_all_seen(fpath: pathlib.Path, seen_NT: np.ndarray, ids: list[int]) ->
     )
 
 
+def _read_shares(root: pathlib.Path, n_classes: int, n_traits: int) -> np.ndarray | None:
+    fpaths = [d / "class_attribute_labels_continuous.txt" for d in (root / "attributes", root)]
+    fpath = next((fpath for fpath in fpaths if fpath.is_file()), None)
+    if fpath is None:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # an empty file
+            shares_CT = np.loadtxt(fpath, np.float64, comments=None, ndmin=2) / 100
+    except ValueError as err:
+        raise errors.UserError(
+            f"{fpath}: holds other things than numbers ({errors.first_line(err)}). Unpack the archive again."
+        ) from err
+    is_share = shares_CT.min(initial=0) >= 0 and shares_CT.max(initial=0) <= 1
+    if shares_CT.shape != (n_classes, n_traits) or not is_share:
+        raise errors.UserError(
+            f"{fpath}: holds {' x '.join(map(str, shares_CT.shape))} numbers up to {100 * shares_CT.max(initial=0):g}, "
+            f"not {n_classes} classes x {n_traits} attributes of 0 to 100. Unpack the archive again."
+        )
+    return shares_CT
+
+
 def _cached_fields(fpath: pathlib.Path) -> np.ndarray:
     """`_first_four_fields`, kept in the user's cache folder under the hash of the file's bytes: 3.7 million lines are parsed once.
 
@@ -219,13 +252,15 @@ def _cached_fields(fpath: pathlib.Path) -> np.ndarray:
     cached = pathlib.Path(home) / "saev" / f"cub-{PARSER}-{helpers.hash_file(fpath)}.npz"
     # whatever a cut or foreign file makes numpy raise
     with contextlib.suppress(Exception), cached.open("rb") as fd:
-        return np.load(fd, allow_pickle=False)["fields_M4"].astype(np.int64)
+        fields_M4 = np.load(fd, allow_pickle=False)["fields_M4"]
+        if fields_M4.dtype == np.int32 and fields_M4.shape[1:] == (4,):
+            return fields_M4.astype(np.int64)
     fields_M4 = _first_four_fields(fpath)
     if len(fields_M4) >= CACHE_FROM and np.abs(fields_M4).max() < 2**31:
         with contextlib.suppress(OSError):
             cached.parent.mkdir(parents=True, exist_ok=True)
             with helpers.atomic(cached) as tmp_fpath, tmp_fpath.open("wb") as fd:
-                np.savez_compressed(fd, fields_M4=fields_M4.astype(np.int32))
+                np.savez(fd, fields_M4=fields_M4.astype(np.int32))
     return fields_M4
 
 

@@ -3,11 +3,13 @@
 This project's first table read 0.86 mAP for random vectors, since nearly every label had been loaded as positive; a
 constant scorer got 0.83. So labels are looked at before anything is scored.
 
-What cannot be seen here: labels of the right image set that are shifted by one image, where neighbours in images.txt are
-of one class and alike. They are tied to images by id and path, so only the archive itself could be shifted; its class
-numbers are compared with the folders' names. N images, T traits, C classes.
+The archive's own witness is class_attribute_labels_continuous.txt, how often each trait was seen on each class: where it
+is there, labels of other images, classes or traits do not agree with it. What cannot be seen: labels that are shifted by few
+images, where neighbours in images.txt are of one class and alike. They are tied to images by id and path, so only the archive
+itself could be shifted; its class numbers are compared with the folders' names. N images, T traits, C classes.
 """
 
+import dataclasses
 import re
 
 import beartype
@@ -23,6 +25,8 @@ REAL_MEAN, REAL_RANGE = 0.10, (0.05, 0.20)
 """Its traits' mean prevalence, to about a hundredth, and how far off it may be."""
 MOST = 0.6
 """Mean prevalence that no set of binary traits has that is worth a table."""
+AGREES = 0.5
+"""Least correlation of class means with what the archive says they are."""
 ENOUGH = 200
 """Images of a split from which its statistics say something."""
 
@@ -50,8 +54,7 @@ def problems(labels: cub.Cub) -> list[str]:
             out.append(
                 f"the traits' prevalences on train and test images hardly agree (correlation {r:.2f})"
             )
-    out += _class_problems(labels)
-    return out
+    return out + _class_problems(labels) + _witness_problems(labels)
 
 
 def _class_problems(labels: cub.Cub) -> list[str]:
@@ -70,6 +73,40 @@ def _class_problems(labels: cub.Cub) -> list[str]:
             f"images of one class share their traits no more than any images do (classes explain {explained:.1%} of the labels' variance, by chance {chance:.1%})"
         ]
     return []
+
+
+def _witness_problems(labels: cub.Cub) -> list[str]:
+    """Class means against what the archive says they are, and against that shifted by one class or one trait."""
+    if labels.shares_CT is None:
+        return []
+    own = agreement(labels)
+    if not own >= AGREES:
+        return [
+            f"the labels' class means hardly agree with class_attribute_labels_continuous.txt (correlation {own:.2f})"
+        ]
+    for axis, what in enumerate(("class", "trait")):
+        for by in (-1, 1):
+            shares_CT = np.roll(labels.shares_CT, by, axis)
+            if (other := agreement(dataclasses.replace(labels, shares_CT=shares_CT))) >= own:
+                return [
+                    f"the labels agree better with class_attribute_labels_continuous.txt when that is shifted by one {what} (correlation {other:.2f} instead of {own:.2f})"
+                ]
+    return []
+
+
+@beartype.beartype
+def agreement(labels: cub.Cub) -> float:
+    """Correlation of the labels' class means with `shares_CT`, both less each trait's mean over classes."""
+    assert labels.shares_CT is not None
+    class_C, at_N, n_C = np.unique(labels.class_N, return_inverse=True, return_counts=True)
+    mean_CT = np.zeros((len(class_C), labels.labels_NT.shape[1]))
+    np.add.at(mean_CT, at_N, labels.labels_NT)
+    mean_CT /= n_C[:, None]
+    shares_CT = labels.shares_CT[class_C - 1]
+    mean_CT = mean_CT - mean_CT.mean(axis=0)
+    shares_CT = shares_CT - shares_CT.mean(axis=0)
+    scale = float(np.linalg.norm(mean_CT) * np.linalg.norm(shares_CT))
+    return float((mean_CT * shares_CT).sum()) / scale if scale else 0.0
 
 
 @beartype.beartype
@@ -98,8 +135,8 @@ def describe(labels: cub.Cub) -> str:
     explained, chance = between_classes(labels)
     lines = [
         f"{n_N:,} images ({len(train_NT):,} train, {len(test_NT):,} test) of {len(set(labels.class_N.tolist())):,} classes, {n_T} traits",
-        f"{labels.n_lines:,} annotations; {labels.n_repeated:,} image x trait pairs were annotated more than once; {labels.n_uncertain:,} positives are not certain enough",
-        f"classes explain {explained:.1%} of the labels' variance (by chance {chance:.1%})",
+        f"{labels.n_lines:,} annotations; {labels.n_repeated:,} image x trait pairs were annotated more than once ({labels.n_disputed:,} with both answers); {labels.n_uncertain:,} positives are not certain enough",
+        f"classes explain {explained:.1%} of the labels' variance (by chance {chance:.1%}); {_witness(labels)}",
         "",
     ]
     groups = [results.group(name) for name in labels.attribute_names_T]
@@ -112,12 +149,24 @@ def describe(labels: cub.Cub) -> str:
         )
         cells.append([group, str(int(mine.sum())), *prevalences])
     lines.append(results.markdown(cells))
+    if len(train_NT) and len(test_NT):
+        gap_T = np.abs(train_NT.mean(axis=0) - test_NT.mean(axis=0))
+        widest = int(gap_T.argmax())
+        lines.append(
+            f"Train and test prevalences differ by {gap_T.mean():.3f} on average, most for {labels.attribute_names_T[widest]} ({gap_T[widest]:.3f})."
+        )
     test_T = test_NT.mean(axis=0) if len(test_NT) else np.zeros(n_T)
     mean = test_T[test_T > 0].mean() if test_T.any() else 0.0
     lines.append(
         f"A constant scorer's mean AP on the test images: {mean:.3f} (over {int((test_T > 0).sum())} traits; the real CUB's is about {REAL_MEAN:.2f})."
     )
     return "\n".join(lines)
+
+
+def _witness(labels: cub.Cub) -> str:
+    if labels.shares_CT is None:
+        return "no class_attribute_labels_continuous.txt to compare class means with"
+    return f"their class means correlate {agreement(labels):.2f} with class_attribute_labels_continuous.txt"
 
 
 @beartype.beartype

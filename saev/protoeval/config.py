@@ -24,7 +24,7 @@ class ProtoEval:
     cub_root: str = ""
     """The CUB_200_2011 folder."""
     train_data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
-    """Activations that hold the train images (they may hold others too)."""
+    """Activations that hold the train images (and may hold the test images; others are refused without --force)."""
     test_data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
     """Activations that hold the test images; may be the same directory. Left out: the train data's."""
     fit_data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
@@ -50,7 +50,7 @@ class ProtoEval:
     check: bool = False
     """Evaluate nothing: print what the labels (and, where --train-data is given, their join with the activations) look like."""
     force: bool = False
-    """Go on although the labels look wrong."""
+    """Go on although the labels look wrong, or the activations hold images without labels (these are left out)."""
     dump_to: str = "results"
     """Where the results directory (named by the hash of the configs) goes."""
     scorers_to: str = "scorers"

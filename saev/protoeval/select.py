@@ -80,7 +80,10 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     labels = cub.load(cfg.cub_root, min_certainty=cfg.min_certainty)
     if not cfg.force:
         check.refuse_implausible(labels, cfg.cub_root)
-    joins = [_join(cfg.train_data, labels, True), _join(cfg.test, labels, False)]
+    joins = [
+        _join(cfg.train_data, labels, True, cfg.force),
+        _join(cfg.test, labels, False, cfg.force),
+    ]
     linked = _in_gallery(cfgs)
     out = pathlib.Path(cfg.dump_to) / _run_id(cfgs, labels)
     if (out / "table.md").exists():
@@ -93,23 +96,28 @@ def main(cfgs: list[config.ProtoEval]) -> str:
 
 
 @beartype.beartype
-def look(cfg: config.ProtoEval) -> str:
-    """What --check prints.
+def look(cfgs: list[config.ProtoEval]) -> str:
+    """What --check prints: of each label folder, and of its join with the activations that are given.
 
     Raises:
         UserError: bad or (without --force) implausible labels, or shards that lack an image.
     """
+    texts = [_look(cfg) for cfg in {(c.cub_root, c.train_data, c.test): c for c in cfgs}.values()]
+    return "\n\n".join(texts)
+
+
+def _look(cfg: config.ProtoEval) -> str:
     if not cfg.cub_root:
         raise errors.UserError("--cub-root is missing: pass the CUB_200_2011 folder.")
     labels = cub.load(cfg.cub_root, min_certainty=cfg.min_certainty)
     lines = [check.describe(labels)]
-    if cfg.train_data.shard_root:
-        for split, data in (("train", cfg.train_data), ("test", cfg.test)):
-            n = len(_join(data, labels, split == "train"))
+    for split, data in (("train", cfg.train_data), ("test", cfg.test)):
+        if data.shard_root:
+            n = len(_join(data, labels, split == "train", cfg.force))
             lines.append(f"{data.shard_root}: holds all {n:,} {split} images.")
+    if not cfg.force:
+        check.refuse_implausible(labels, cfg.cub_root)
     lines += [f"Implausible: {problem}." for problem in check.problems(labels)]
-    if len(lines) and lines[-1].startswith("Implausible") and not cfg.force:
-        raise errors.UserError("\n".join(lines))
     return "\n".join(lines)
 
 
@@ -301,11 +309,12 @@ def _label(cfg: config.ProtoEval, cfgs: list[config.ProtoEval]) -> str:
 
 
 @beartype.beartype
-def _join(data: data_config.Shards, labels: cub.Cub, train: bool) -> dict[int, int]:
+def _join(data: data_config.Shards, labels: cub.Cub, train: bool, force: bool) -> dict[int, int]:
     """Image number in the shards -> row in the labels, for all images of the split; skipped images are not there.
 
     Raises:
-        UserError: an image of the split is not in the shards, or a path is there twice.
+        UserError: an image of the split is not in the shards, a path is there twice, or (without `force`) the shards hold an image
+            that the labels do not know.
     """
     acts = reader.Reader(data)
     row_of = {path: row for row, path in enumerate(labels.paths_N)}
@@ -318,10 +327,12 @@ def _join(data: data_config.Shards, labels: cub.Cub, train: bool) -> dict[int, i
             f"{data.shard_root}: {len(wrong)} images lie in {other}/ but are {split} images by train_test_split.txt (first: {wrong[0]}). Sort the photos again."
         )
     if unknown := sorted(paths[i] for i in paths.keys() - rows.keys()):
-        logger.info(
-            "%s: %d of %d images are none of CUB's (first: %s); they are left out",
-            *(data.shard_root, len(unknown), len(paths), unknown[0]),
-        )
+        what = f"{data.shard_root}: {len(unknown)} of {len(paths)} images have no row in images.txt (first: {', '.join(unknown[:3])})"
+        if not force:
+            raise errors.UserError(
+                f"{what}. Dump CUB's images alone (data:cub200); --force leaves the others out; fit on other images by --fit-data."
+            )
+        logger.warning("%s; they are left out", what)
     if len(set(join.values())) < len(join):
         raise errors.UserError(
             f"{data.shard_root}: holds a {split} image of CUB twice. Dump one folder of CUB images."
