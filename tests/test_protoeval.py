@@ -149,7 +149,8 @@ def test_scores_are_the_max_over_patches_of_a_plain_loop(
 
 
 def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub) -> None:
-    dpath = pathlib.Path(select.main([cfg]))
+    more_than_there_are = (16, 16, 5000, 6000, -1)
+    dpath = pathlib.Path(select.main([dataclasses.replace(cfg, n_train=more_than_there_are)]))
     lines = read_csv(dpath / "summary.csv")
     n_train = str(labels.is_train_N.sum())
     grid = [(r["scorer"], r["n_prototypes"], r["n_train"]) for r in lines]

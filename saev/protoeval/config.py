@@ -32,7 +32,7 @@ class ProtoEval:
     n_prototypes: tuple[int, ...] = (128, 512, 2048, 8192)
     """Numbers of prototypes to compare."""
     n_train: tuple[int, ...] = (16, 64, 256, 1024, -1)
-    """Numbers of train images used for choosing; -1 for all."""
+    """Numbers of train images used for choosing; -1, or more than there are, for all."""
     min_certainty: int = 3
     """A trait counts as present from this certainty on: 1 not visible, 2 guessing, 3 probably, 4 definitely."""
     seed: int = 0

@@ -57,7 +57,7 @@ class Split(tp.NamedTuple):
 
 
 class Draw(tp.NamedTuple):
-    """Train images to choose on: draw `r` of about `n` (-1: all)."""
+    """Train images to choose on: draw `r` of `n`."""
 
     n: int
     r: int
@@ -415,10 +415,10 @@ def evaluate(
 
 
 def _draws(n_images: int, cfg: config.ProtoEval) -> list[list[Draw]]:
-    """For each number of train images its draws; of all images there is one."""
+    """For each number of train images (more than there are: all) its draws; of all images there is one."""
     out = []
-    for n in cfg.n_train:
-        n_draws = 1 if n == -1 or n >= n_images else cfg.n_seeds
+    for n in dict.fromkeys(n_images if n == -1 else min(n, n_images) for n in cfg.n_train):
+        n_draws = 1 if n == n_images else cfg.n_seeds
         out.append([Draw(n, r, train_subset(n_images, n, cfg.seed, r)) for r in range(n_draws)])
     return out
 
