@@ -256,7 +256,12 @@ def _banks(cfg: config.ProtoEval, name: str) -> list[Bank]:
         else [max(cfg.n_prototypes)]
     )
     fitted = scorers.fit_each(
-        cfg.scorer, cfg.fit, fit_ks, seed=cfg.seed, dpath=pathlib.Path(cfg.scorers_to)
+        cfg.scorer,
+        cfg.fit,
+        fit_ks,
+        seed=cfg.seed,
+        dpath=pathlib.Path(cfg.scorers_to),
+        device=devices.pick(cfg.device),
     )
     out = []
     for k_max, scorer in zip(fit_ks, fitted, strict=True):

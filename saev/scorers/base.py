@@ -15,6 +15,7 @@ from torch import Tensor
 from saev.nn import kernels
 from saev.scorers import config
 
+CPU = torch.device("cpu")
 TILE = {"cpu": (512, 2**20), "cuda": (2**14, 2**28)}
 """Patches and bytes of scores that are computed at a time: on a CPU so few that they stay in a core's cache."""
 

@@ -25,12 +25,12 @@ CHUNK = 2**15
 """Activations whose distances a GPU computes at a time; on a CPU they are searched in a core's cache."""
 N_FAR = 256
 """Activations far from their centres that a pass remembers, for centres that no activation is nearest to."""
-SUMMED, MIN_SUMMED = 16, 2**14
-"""Activations of the sample for each centre, and at least, by which candidates for the next centres are compared."""
-TRIED = 8
-"""Candidates for each centre, at least; with K centres 2 + log K, as in scikit-learn, where that is more."""
-TILE = 1024
-"""Activations that are compared with all candidates at a time."""
+SUMMED, MIN_SUMMED = 128, 2**16
+"""Activations of the sample for each centre, and at least, by which candidates for the next centres are compared (logbook 012)."""
+TRIED = 16
+"""Candidates for each centre."""
+TILE = {"cpu": 2**20, "cuda": 2**28}
+"""Squared distances that are computed at a time: on a CPU so few that they stay in its cache."""
 WARM_UP, WARM_UP_SAMPLES = 4, 128
 """Iterations on the sample before the stream is passed over, and activations for each centre in them."""
 ROUNDING = 1e-6
@@ -44,8 +44,9 @@ def fit(
     ks: list[int],
     seed: int,
     state_fpath: pathlib.Path | None = None,
+    device: torch.device = base.CPU,
 ) -> list[base.Prototypes]:
-    """Centroids for each K of `ks`, all from the same passes over the stream.
+    """Centroids for each K of `ks` (on the CPU, wherever they are computed), all from the same passes over the stream.
 
     Args:
         state_fpath: where the centres are kept after each pass; a fit that was killed goes on from there. It stays.
@@ -53,7 +54,7 @@ def fit(
     Raises:
         UserError: bad shards, or fewer activations than the largest K.
     """
-    states = None if state_fpath is None else _read_state(state_fpath)
+    states = None if state_fpath is None else _read_state(state_fpath, device)
     if states is None:
         if cfg.n_samples < max(ks):
             raise errors.UserError(
@@ -64,8 +65,8 @@ def fit(
             raise errors.UserError(
                 f"{data.shard_root}: holds {len(sample.acts_KD)} activations, fewer than {max(ks)} clusters. Lower --n-prototypes."
             )
-        mean_D = torch.from_numpy(sample.mean_D)
-        x_BD = _space(torch.from_numpy(sample.acts_KD), mean_D, cfg.normalize)
+        mean_D = torch.from_numpy(sample.mean_D).to(device)
+        x_BD = _space(torch.from_numpy(sample.acts_KD).to(device), mean_D, cfg.normalize)
         # k-means++ draws one centre after the other: the first K of a longer draw are a draw of K
         start_KD = plus_plus(x_BD, max(ks), seed)
         states = [State(mean_D, _warmed_up(start_KD[:k].clone(), x_BD, cfg)) for k in ks]
@@ -73,7 +74,8 @@ def fit(
         one_pass(open_states, data, cfg)
         if state_fpath is not None:
             _write_state(states, state_fpath)
-    return [base.Prototypes(s.center_KD + s.mean_D, s.mean_D, cfg.similarity) for s in states]
+    fitted = [base.Prototypes(s.center_KD + s.mean_D, s.mean_D, cfg.similarity) for s in states]
+    return [scorer.to(base.CPU) for scorer in fitted]
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -141,47 +143,65 @@ def plus_plus(x_BD: Float[Tensor, "B D"], k: int, seed: int) -> Float[Tensor, "K
     is drawn uniformly. The first centres of a longer draw are a shorter one.
     """
     rng = np.random.default_rng((seed, 0xC3))
+    square_B = x_BD.square().sum(dim=1)
     chosen = [int(rng.integers(len(x_BD)))]
-    _, distance_B = nearest(x_BD, x_BD[chosen])
+    distance_B = _shrunk(torch.full_like(square_B, torch.inf), x_BD, square_B, x_BD[chosen])
     while len(chosen) < k:
-        cumulative_B = np.cumsum(distance_B.numpy(), dtype=np.float64)
+        cumulative_B = np.cumsum(distance_B.cpu().numpy(), dtype=np.float64)
         if cumulative_B[-1] == 0:
             chosen += rng.integers(0, len(x_BD), k - len(chosen)).tolist()
             break
-        n, n_tried = max(1, len(chosen) // 16), max(TRIED, 2 + int(np.log(len(chosen))))
-        uniform_CT = rng.random((n, n_tried)) * cumulative_B[-1]
+        n = max(1, len(chosen) // 16)
+        uniform_CT = rng.random((n, TRIED)) * cumulative_B[-1]
         drawn_CT = np.searchsorted(cumulative_B, uniform_CT, side="right")
         drawn_CT = np.minimum(drawn_CT, len(x_BD) - 1)
-        n_summed = max(MIN_SUMMED, SUMMED * len(chosen))
-        gain_CT = _gains(x_BD[:n_summed], distance_B[:n_summed], x_BD[drawn_CT.ravel()])
-        drawn_C = drawn_CT[np.arange(n), gain_CT.view(n, -1).argmax(dim=1).numpy()]
+        some = slice(max(MIN_SUMMED, SUMMED * len(chosen)))
+        gain_CT = _gains(x_BD[some], square_B[some], distance_B[some], x_BD[drawn_CT.ravel()])
+        drawn_C = drawn_CT[np.arange(n), gain_CT.view(n, -1).argmax(dim=1).cpu().numpy()]
         taken = _taken(x_BD[drawn_C], distance_B[drawn_C], rng.random(n))
         fresh = drawn_C[taken].tolist()
         chosen += fresh
-        _, to_fresh_B = nearest(x_BD, x_BD[fresh])
-        distance_B = torch.minimum(distance_B, to_fresh_B)
+        distance_B = _shrunk(distance_B, x_BD, square_B, x_BD[fresh])
     return x_BD[chosen[:k]]
 
 
-def _gains(x_BD: Tensor, distance_B: Tensor, candidate_CD: Tensor) -> Float[Tensor, " C"]:
+def _shrunk(distance_B: Tensor, x_BD: Tensor, square_B: Tensor, fresh_CD: Tensor) -> Tensor:
+    """Squared distances to the nearest centre, with some more centres."""
+    square_C = fresh_CD.square().sum(dim=1)
+    parts = []
+    for rows in _tiles(x_BD, len(fresh_CD)):
+        to_fresh_bC = torch.addmm(square_C, x_BD[rows], fresh_CD.T, alpha=-2)
+        to_fresh_b = to_fresh_bC.amin(dim=1) + square_B[rows]
+        parts.append(torch.where(to_fresh_b > ROUNDING * square_B[rows], to_fresh_b, 0.0))
+    return torch.minimum(distance_B, torch.cat(parts))
+
+
+def _gains(
+    x_BD: Tensor, square_B: Tensor, distance_B: Tensor, candidate_CD: Tensor
+) -> Float[Tensor, " C"]:
     """By how much each candidate alone, as one more centre, would lower the sum of squared distances."""
-    gain_C = torch.zeros(len(candidate_CD), dtype=torch.float64)
+    gain_C = torch.zeros(len(candidate_CD), dtype=torch.float64, device=x_BD.device)
     square_C = candidate_CD.square().sum(dim=1)
-    for x_bD, distance_b in zip(x_BD.split(TILE), distance_B.split(TILE), strict=True):
+    for rows in _tiles(x_BD, len(candidate_CD)):
         # distance - |x - c|^2
-        gain_bC = torch.addmm(
-            (distance_b - x_bD.square().sum(dim=1))[:, None], x_bD, candidate_CD.T, alpha=2
-        )
+        own_b1 = (distance_B[rows] - square_B[rows])[:, None]
+        gain_bC = torch.addmm(own_b1, x_BD[rows], candidate_CD.T, alpha=2)
         gain_C += gain_bC.sub_(square_C).clamp_(min=0).sum(dim=0)
     return gain_C
+
+
+def _tiles(x_BD: Tensor, n_columns: int) -> list[slice]:
+    size = max(1, TILE[x_BD.device.type] // n_columns)
+    return [slice(i, i + size) for i in range(0, len(x_BD), size)]
 
 
 def _taken(x_CD: Tensor, before_C: Tensor, uniform_C: np.ndarray) -> list[int]:
     """Candidates to take, in order: each with the probability (squared distance now) / (squared distance before)."""
     between_CC = (
-        torch.cdist(x_CD, x_CD, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
+        torch.cdist(x_CD, x_CD, compute_mode="donot_use_mm_for_euclid_dist").square().cpu().numpy()
     )
-    now_C, taken = before_C.numpy().copy(), []
+    before_C = before_C.cpu().numpy()
+    now_C, taken = before_C.copy(), []
     for c, uniform in enumerate(uniform_C):
         if uniform * before_C[c] < now_C[c]:
             taken.append(c)
@@ -191,7 +211,7 @@ def _taken(x_CD: Tensor, before_C: Tensor, uniform_C: np.ndarray) -> list[int]:
 
 def _warmed_up(start_KD: Tensor, x_BD: Tensor, cfg: config.KMeans) -> Tensor:
     """The centres after some iterations on a part of the sample: cheap beside a stream that is larger."""
-    state = State(torch.zeros(x_BD.shape[1]), start_KD)
+    state = State(x_BD.new_zeros(x_BD.shape[1]), start_KD)
     for _ in range(WARM_UP):
         sums = _Sums(state)
         for x_CD in x_BD[: WARM_UP_SAMPLES * len(start_KD)].split(CHUNK):
@@ -214,8 +234,9 @@ def one_pass(states: list[State], data: data_config.Shards, cfg: config.KMeans) 
     stream = ordered.Ordered(data)
     what = f"k-means, pass {max(s.n_passes for s in states) + 1}"
     for block in helpers.progress(stream, what, len(stream), "blocks"):
-        raw_BD = torch.from_numpy(block.act_NXD).flatten(0, 1)
-        x_BD = _space(raw_BD, states[0].mean_D, cfg.normalize)
+        mean_D = states[0].mean_D
+        raw_BD = torch.from_numpy(block.act_NXD).flatten(0, 1).to(mean_D.device)
+        x_BD = _space(raw_BD, mean_D, cfg.normalize)
         for one in sums:
             one.add(x_BD)
     for one in sums:
@@ -227,18 +248,18 @@ class _Sums:
 
     def __init__(self, state: State):
         self.state = state
-        K, D = state.center_KD.shape
-        self.sum_KD = torch.zeros(K, D, dtype=torch.float64)
-        self.n_K = torch.zeros(K, dtype=torch.int64)
+        (K, D), center_KD = state.center_KD.shape, state.center_KD
+        self.sum_KD = center_KD.new_zeros(K, D, dtype=torch.float64)
+        self.n_K = center_KD.new_zeros(K, dtype=torch.int64)
         self.inertia = 0.0
-        self.far_C, self.far_CD = torch.zeros(0), torch.zeros(0, D)
+        self.far_C, self.far_CD = center_KD.new_zeros(0), center_KD.new_zeros(0, D)
 
     def add(self, x_BD: Tensor) -> None:
         K = len(self.n_K)
         at_B, distance_B = nearest(x_BD, self.state.center_KD)
-        start_B1 = torch.arange(len(x_BD) + 1, dtype=torch.int32)
+        start_B1 = torch.arange(len(x_BD) + 1, dtype=torch.int32, device=x_BD.device)
         by = sparse.Index(at_B.int(), start_B1, K).by_latent
-        self.sum_KD += sparse.bag(x_BD, by.row_n, torch.ones(len(x_BD)), by.start_S1)
+        self.sum_KD += sparse.bag(x_BD, by.row_n, x_BD.new_ones(len(x_BD)), by.start_S1)
         self.n_K += by.start_S1.diff()
         self.inertia += distance_B.sum(dtype=torch.float64).item()
         far = distance_B.topk(min(N_FAR, len(distance_B)))
@@ -278,12 +299,12 @@ def _write_state(states: list[State], fpath: pathlib.Path) -> None:
     checkpoint.write(fpath, "state", header, payload.getvalue())
 
 
-def _read_state(fpath: pathlib.Path) -> list[State] | None:
+def _read_state(fpath: pathlib.Path, device: torch.device) -> list[State] | None:
     if not fpath.exists():
         return None
     header, payload = checkpoint.read(fpath, "state")
     try:
-        tensors = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        tensors = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
         return [
             State(tensors["mean_D"], tensors[str(i)], *values)
             for i, values in enumerate(header["passes"])

@@ -21,12 +21,19 @@ class Sample(tp.NamedTuple):
 
 
 @beartype.beartype
-def fit(cfg: config.Random, data: data_config.Shards, k: int, seed: int) -> base.Prototypes:
-    """Draws k activations. With one seed, the first k of a larger draw are the draw of k.
+def fit(
+    cfg: config.Random,
+    data: data_config.Shards,
+    k: int,
+    seed: int,
+    device: torch.device = base.CPU,
+) -> base.Prototypes:
+    """Draws k activations. With one seed, the first k of a larger draw are the draw of k. `device` plays no part.
 
     Raises:
         UserError: bad shards, or fewer activations than k.
     """
+    del device
     sample = reservoir(data, k, seed)
     if len(sample.acts_KD) < k:
         raise errors.UserError(

@@ -16,7 +16,7 @@ from saev.scorers import base, config, kmeans, pca, random, sae
 
 logger = logging.getLogger("saev")
 
-REVISION = 3
+REVISION = 4
 """Raised whenever a fitter may give other numbers: what was fitted before is then fitted again."""
 NESTED = {config.Random: random.fit, config.Pca: pca.fit}
 """Scorers whose first k prototypes are those of a fit of k: one fit serves every smaller number."""
@@ -30,15 +30,16 @@ def fit(
     *,
     seed: int = 0,
     dpath: pathlib.Path | None = None,
+    device: torch.device = base.CPU,
 ) -> base.Scorer:
-    """A scorer with k prototypes (fewer where there are no more: PCA, small SAEs).
+    """A scorer with k prototypes (fewer where there are no more: PCA, small SAEs), on the CPU; `device` does the work.
 
     With `dpath` the fitted scorer is kept there, and found again by the hash of data, config, k and seed.
 
     Raises:
         UserError: bad shards or checkpoint, or too few activations.
     """
-    return fit_each(cfg, data, [k], seed=seed, dpath=dpath)[0]
+    return fit_each(cfg, data, [k], seed=seed, dpath=dpath, device=device)[0]
 
 
 @beartype.beartype
@@ -49,14 +50,15 @@ def fit_each(
     *,
     seed: int = 0,
     dpath: pathlib.Path | None = None,
+    device: torch.device = base.CPU,
 ) -> list[base.Scorer]:
     """`fit` for each of `ks`, together: k-means in the same passes, the others once for the largest."""
     if isinstance(cfg, config.Sae):
         scorer = _load_sae(cfg, data)
         return [scorer.prefix(k) for k in ks]
     if isinstance(cfg, config.KMeans):
-        return _fit_kmeans(cfg, data, ks, seed, dpath)
-    scorer = _fit_nested(cfg, data, max(ks), seed, dpath)
+        return _fit_kmeans(cfg, data, ks, seed, dpath, device)
+    scorer = _fit_nested(cfg, data, max(ks), seed, dpath, device)
     return [scorer.prefix(k) for k in ks]
 
 
@@ -66,6 +68,7 @@ def _fit_nested(
     k: int,
     seed: int,
     dpath: pathlib.Path | None,
+    device: torch.device,
 ) -> base.Prototypes:
     """Its file may hold more prototypes than asked for."""
     key = _key(cfg, data, seed)
@@ -74,7 +77,7 @@ def _fit_nested(
     ):
         if int(fpath.name.split("-")[1]) >= k:
             return load(fpath).prefix(k)
-    scorer = NESTED[type(cfg)](cfg, data, k, seed)
+    scorer = NESTED[type(cfg)](cfg, data, k, seed, device)
     if dpath is not None:
         _keep(scorer, _fpath(dpath, cfg, k, key))
     return scorer
@@ -86,14 +89,15 @@ def _fit_kmeans(
     ks: list[int],
     seed: int,
     dpath: pathlib.Path | None,
+    device: torch.device,
 ) -> list[base.Scorer]:
     if dpath is None:
-        return kmeans.fit(cfg, data, ks, seed)
+        return kmeans.fit(cfg, data, ks, seed, device=device)
     key = _key(cfg, data, seed)
     missing = [k for k in sorted(set(ks)) if not _fpath(dpath, cfg, k, key).exists()]
     if missing:
         state_fpath = dpath / f"kmeans-{'-'.join(map(str, missing))}-{key}.state"
-        fitted = kmeans.fit(cfg, data, missing, seed, state_fpath)
+        fitted = kmeans.fit(cfg, data, missing, seed, state_fpath, device)
         for k, scorer in zip(missing, fitted, strict=True):
             _keep(scorer, _fpath(dpath, cfg, k, key))
         state_fpath.unlink(missing_ok=True)
