@@ -22,8 +22,7 @@ def main() -> None:
     if cfgs[0].check:
         from saev.protoeval import select
 
-        print(select.look(cfgs))
-        return None
+        return select.look(cfgs)
     groups = config.group(cfgs)
     for dpath in launch.run("saev.protoeval.select:main", groups, cfgs[0].slurm, "saev-protoeval"):
         print((pathlib.Path(dpath) / "table.md").read_text())

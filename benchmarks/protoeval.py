@@ -69,7 +69,8 @@ def made(k: int, d_vit: int) -> dict[str, scorers.Scorer]:
     generator = torch.Generator().manual_seed(0)
     p_KD, mean_D = torch.randn(k, d_vit, generator=generator), torch.zeros(d_vit)
     out: dict[str, scorers.Scorer] = {
-        f"{name}": scorers.Prototypes(p_KD, mean_D, name) for name in ("dot", "cosine", "distance")
+        f"{name}": scorers.Prototypes.of(p_KD, mean_D, name)
+        for name in ("dot", "cosine", "distance")
     }
     for cls in (nn_config.Relu, nn_config.TopK, nn_config.BatchTopK):
         sae = nn.SparseAutoencoder(cls(d_vit=d_vit, exp_factor=k // d_vit)).eval()

@@ -2,6 +2,7 @@
 
 import collections.abc
 import contextlib
+import fcntl
 import hashlib
 import importlib
 import itertools
@@ -38,6 +39,40 @@ def atomic(fpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
         _sync_directory(fpath.parent)
     finally:
         tmp_fpath.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(fpath: pathlib.Path, what: str) -> collections.abc.Iterator[None]:
+    """Holds the lock file `fpath` alone: a second process waits here, and says for `what`. A killed process lets go.
+
+    On a file system without locks (some network ones) nobody waits.
+    """
+    fpath.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        fd = os.open(fpath, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(fd, what)
+            if fpath.exists() and os.fstat(fd).st_ino == fpath.stat().st_ino:
+                break
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # who held it has removed it
+    try:
+        yield
+    finally:
+        fpath.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _lock(fd: int, what: str) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("waiting for another process: %s", what)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError as err:
+        logger.warning("no lock: %s (%s)", what, err)
 
 
 def _sync_directory(dpath: pathlib.Path) -> None:

@@ -246,7 +246,7 @@ def test_bad_line_is_named(root: pathlib.Path, name: str, line: str) -> None:
 def test_image_without_a_line(root: pathlib.Path, name: str) -> None:
     lines = [line for line in (root / name).read_text().splitlines() if not line.startswith("7 ")]
     (root / name).write_text("\n".join(lines))
-    refuses(root, f"{name}: 1 images have no line, the first is id 7")
+    refuses(root, rf"{name}: 1 images have no line \(first: ids 7\)")
 
 
 def test_attribute_ids_with_a_gap(root: pathlib.Path) -> None:
@@ -258,7 +258,10 @@ def test_pair_without_a_line(root: pathlib.Path) -> None:
     """A cut file must not read as absent traits."""
     fpath = root / "attributes" / "image_attribute_labels.txt"
     fpath.write_text(LABELS.replace("12 1 0 3 0.0\n", "").replace("3 2 1 2 0 1.5\n", ""))
-    refuses(root, "2 image x attribute pairs have no line, the first is image 3, attribute 2")
+    refuses(
+        root,
+        r"2 image x attribute pairs have no line \(first: image 3 attribute 2, image 12 attribute 1\)",
+    )
 
 
 # ---- another layout, repeated annotations, the cache ----
@@ -298,7 +301,7 @@ def test_shares_of_classes(root: pathlib.Path) -> None:
     fpath.write_text("0.0 1.25\n100 33\n")
     np.testing.assert_allclose(cub.load(root).shares_CT, [[0, 0.0125], [1, 0.33]])
     for text, match in (
-        ("0 1\n", "1 x 2 numbers .* not 2 classes x 2 attributes"),
+        ("0 1\n", r"1 x 2 numbers .* not \(at least\) 2 classes x 2 attributes"),
         ("0 1 2\n3 4 5\n", "2 x 3 numbers"),
         ("0 1\n2 101\n", "up to 101"),
         ("0 1\n2 nan\n", "up to nan"),
@@ -337,3 +340,70 @@ def test_a_cache_that_cannot_be_written(
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
     monkeypatch.setattr(cub, "CACHE_FROM", 1)
     assert cub.load(root).n_lines == 8
+
+
+# ---- what a review found ----
+
+
+def test_two_lines_run_together_are_named(root: pathlib.Path) -> None:
+    fpath = root / "attributes" / "image_attribute_labels.txt"
+    fpath.write_text(LABELS.replace("5.0\n7 2 0 4 5.0", "5.0 7 2 0 4 5.0"))
+    with pytest.raises(errors.UserError, match=r"labels\.txt:7: .* of 4 to 7 fields"):
+        cub.load(root)
+
+
+def test_fields_are_counted_beyond_a_chunk(
+    root: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cub, "CHUNK", 30)
+    fpath = root / "attributes" / "image_attribute_labels.txt"
+    fpath.write_text(LABELS + "3 1 1 4 5.0 3 2 0 4 1.0")
+    with pytest.raises(errors.UserError, match=r"labels\.txt:9: "):
+        cub.load(root)
+    fpath.write_text(LABELS.replace(" ", "  ").replace("\n", "\r\n"))
+    assert cub.load(root).labels_NT.tolist() == [[False, True], [True, False], [False, True]]
+
+
+@pytest.mark.parametrize("line", ["3 1 1.0 4 27.7", "3 1 0.9 4 27.7", "3 1 1 2.9 27.7"])
+def test_fractions_are_no_labels(root: pathlib.Path, line: str) -> None:
+    fpath = root / "attributes" / "image_attribute_labels.txt"
+    fpath.write_text(LABELS.replace("3 1 1 4 27.708", line))
+    with pytest.raises(errors.UserError, match=r"labels\.txt:2: "):
+        cub.load(root)
+
+
+@pytest.mark.parametrize("prefix", ["images/", "./", "./images/"])
+def test_paths_of_images_txt_may_begin_at_the_archives_root(
+    root: pathlib.Path, prefix: str
+) -> None:
+    want = cub.load(root)
+    lines = [line.partition(" ") for line in IMAGES.splitlines()]
+    (root / "images.txt").write_text("".join(f"{i} {prefix}{path}\n" for i, _, path in lines))
+    assert cub.load(root).paths_N == want.paths_N
+
+
+def test_a_subset_of_classes_may_come_with_the_archives_own_shares(root: pathlib.Path) -> None:
+    fpath = root / "attributes" / "class_attribute_labels_continuous.txt"
+    fpath.write_text("0 1.25\n100 33\n5 5\n")
+    assert cub.load(root).shares_CT.shape == (3, 2)
+
+
+@pytest.mark.parametrize("place", ["beside", "attributes"])
+def test_metadata_with_the_attributes_outside(root: pathlib.Path, place: str) -> None:
+    want, copy = cub.load(root), root.parent / "copy"
+    (copy / "metadata").mkdir(parents=True)
+    for fpath in [*root.glob("*.txt"), root / "attributes" / "image_attribute_labels.txt"]:
+        (copy / "metadata" / fpath.name).write_bytes(fpath.read_bytes())
+    target = copy.parent if place == "beside" else copy / "attributes"
+    target.mkdir(exist_ok=True)
+    (target / "attributes.txt").write_text(TRAITS)
+    assert flattened(cub.load(copy)) == flattened(want)
+
+
+def test_attributes_beside_a_link_to_the_archive(root: pathlib.Path) -> None:
+    (root / "attributes" / "attributes.txt").unlink()
+    linked = root.parent / "elsewhere" / "CUB"
+    linked.parent.mkdir()
+    linked.symlink_to(root)
+    (linked.parent / "attributes.txt").write_text(TRAITS)
+    assert cub.load(linked).attribute_names_T[1] == "has_wing_color::blue"

@@ -75,12 +75,12 @@ def test_cub_keeps_the_order_of_images_txt_and_joins_the_split_by_id(cub: pathli
 @pytest.mark.parametrize(
     ("name", "text", "match"),
     [
-        ("images.txt", "7 a.jpg\nb.jpg\n", r"images\.txt:2: 'b\.jpg' is not 'ID VALUE'"),
+        ("images.txt", "7 a.jpg\nb.jpg\n", r"images\.txt:2: 'b\.jpg' is not 'ID NAME'"),
         ("images.txt", "7 a.jpg\n7 b.jpg\n", r"images\.txt:2"),
         (
             "train_test_split.txt",
             "3 1\n",
-            r"train_test_split\.txt: image 7 of images\.txt has no line",
+            r"train_test_split\.txt: 2 images have no line \(first: ids 7, 5\)",
         ),
         ("train_test_split.txt", "3\n", r"train_test_split\.txt:1"),
     ],

@@ -93,7 +93,7 @@ def read_csv(fpath: pathlib.Path) -> list[dict[str, str]]:
 def oracle(labels: cub.Cub) -> base.Prototypes:
     """Knows each trait's direction."""
     D = labels.labels_NT.shape[1] + 4
-    return base.Prototypes(torch.eye(D), torch.zeros(D), "dot")
+    return base.Prototypes.of(torch.eye(D), torch.zeros(D), "dot")
 
 
 def evaluate(

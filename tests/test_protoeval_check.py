@@ -95,10 +95,55 @@ def test_the_bug_that_made_a_table_of_0_86() -> None:
 
 def test_the_real_set_has_a_narrow_window() -> None:
     labels = planted(*check.REAL, n_classes=200)
+    is_train_N = np.random.default_rng(0).permutation(len(labels.class_N)) < check.REAL_TRAIN
+    labels = dataclasses.replace(labels, is_train_N=is_train_N)
     assert check.problems(labels) == []
+    inverted = dataclasses.replace(labels, is_train_N=~is_train_N)
+    assert check.problems(inverted) == ["5,794 of the images are train images; CUB has 5,994"]
+    one_less = cub.Cub(
+        labels.paths_N[1:],
+        is_train_N[1:],
+        labels.attribute_names_T,
+        labels.labels_NT[1:] | (np.arange(312) < 80),
+        labels.class_N[1:],
+    )
+    assert any("CUB's is about 0.10" in problem for problem in check.problems(one_less))
     rng = np.random.default_rng(1)
     more = dataclasses.replace(labels, labels_NT=labels.labels_NT | (rng.random(check.REAL) < 0.15))
     assert any("0.2" in p and "CUB's is about 0.10" in p for p in check.problems(more))
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_split_whose_labels_are_all_alike(value: bool) -> None:
+    """The same bug, in the train images alone."""
+    labels = planted()
+    labels_NT = np.where(labels.is_train_N[:, None], value, labels.labels_NT)
+    found = check.problems(dataclasses.replace(labels, labels_NT=labels_NT))
+    assert any(f"mean AP of {value:.2f} on the train images" in problem for problem in found)
+
+
+def test_traits_that_are_equally_frequent_are_no_mistake() -> None:
+    """Prevalences that do not differ between traits do not correlate between splits either."""
+    labels, rng = planted(), np.random.default_rng(0)
+    order_CT = np.stack([rng.permutation(40) for _ in range(21)])
+    for n_traits in (2, 10, 40):
+        p_NT = np.where(order_CT[labels.class_N] < 20, 0.45, 0.05)[:, :n_traits]
+        alike = dataclasses.replace(
+            labels,
+            labels_NT=rng.random(p_NT.shape) < p_NT,
+            attribute_names_T=labels.attribute_names_T[:n_traits],
+        )
+        assert check.problems(alike) == []
+
+
+def test_labels_of_other_classes_for_some_images() -> None:
+    """The last 40% of the images have the labels of images some places further."""
+    labels = witnessed()
+    order = np.arange(1200)
+    order[720:] = np.roll(order[720:], 60)
+    wrong = dataclasses.replace(labels, labels_NT=labels.labels_NT[order])
+    assert any("gives to other classes" in problem for problem in check.problems(wrong))
+    assert check.misfits(labels) == []
 
 
 def test_labels_of_permuted_images() -> None:
@@ -159,7 +204,7 @@ def test_what_is_printed() -> None:
     wing = labels.labels_NT[labels.is_train_N][:, 1::2].mean()
     assert f"| has_wing_color | 20 | {wing:.3f} |" in text
     test_T = labels.labels_NT[~labels.is_train_N].mean(axis=0)
-    assert f"mean AP on the test images: {test_T[test_T > 0].mean():.3f}" in text
+    assert f"{test_T[test_T > 0].mean():.3f} on the test images" in text
 
 
 # ---- the command, and photos in train/ and test/ ----
@@ -173,9 +218,12 @@ def cub_root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_minicub_is_plausible_and_the_wrong_column_is_not(
-    cub_root: pathlib.Path, tmp_path: pathlib.Path
+    cub_root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "constant scorer's mean AP" in select.look([config.ProtoEval(cub_root=str(cub_root))])
+    good = config.ProtoEval(cub_root=str(cub_root))
+    select.look([good, dataclasses.replace(good, min_certainty=4)])
+    text = capsys.readouterr().out
+    assert text.count("constant scorer's mean AP") == 2 and "certainty from 4" in text
     copy = tmp_path / "CUB_200_2011"
     (copy / "attributes").mkdir(parents=True)
     for name in ("images.txt", "train_test_split.txt", "image_class_labels.txt"):
@@ -193,7 +241,10 @@ def test_minicub_is_plausible_and_the_wrong_column_is_not(
         errors.UserError, match="implausible: a constant scorer gets a mean AP of 0"
     ):
         select.look([cfg])
-    assert "Implausible" in select.look([dataclasses.replace(cfg, force=True)])
+    text = capsys.readouterr().out  # what is wrong can be looked at
+    assert "| has_wing_color |" in text and "Implausible: a constant scorer" in text
+    select.look([dataclasses.replace(cfg, force=True)])
+    assert "Implausible: a constant scorer" in capsys.readouterr().out
 
 
 def test_photos_in_train_and_test_folders(cub_root: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -34,7 +34,9 @@ def row(
     """Rows of `test`: draws."""
     test_RT = np.array(test, np.float64)
     best_RT = np.arange(test_RT.size).reshape(test_RT.shape)
-    return results.Row(name, k, n, best_RT, test_RT + 0.1, test_RT, np.array(boot or [], float))
+    return results.Row(
+        name, k, n, best_RT, test_RT + 0.1, test_RT, np.array([boot or []] * len(test), float)
+    )
 
 
 @pytest.fixture
@@ -63,6 +65,10 @@ def about() -> results.About:
     )
 
 
+def differences(rows: list[results.Row]) -> list[dict]:
+    return results.differences([row.measured for row in rows])
+
+
 def test_kinds_of_cubs_groups() -> None:
     for kind, groups in GROUPS.items():
         for group in groups.split():
@@ -77,21 +83,47 @@ def test_means_spread_and_interval(rows: list[results.Row]) -> None:
         tuple(np.quantile([0.4, 0.5, 0.6, 0.5], [0.025, 0.975]))
     )
     assert sae.mean_ap == 0.5 and np.isnan(sae.spread)
-    assert np.isnan(sae._replace(boot_M=np.empty(0)).interval[0])
+    assert np.isnan(sae._replace(boot_RM=np.empty((1, 0))).interval[0])
 
 
 def test_differences_are_paired(rows: list[results.Row]) -> None:
-    (sae,) = results.differences(rows)
-    assert (sae["scorer"], sae["difference"]) == ("Sae_1", 0.0)
+    random, sae = rows[1]._replace(boot_RM=rows[1].boot_RM[:1]), rows[2]
+    there, back = differences([rows[0], random, sae])
+    assert (there["scorer"], there["baseline"], there["difference"]) == ("Random", "Sae_1", 0.0)
+    assert (back["scorer"], back["baseline"]) == ("Sae_1", "Random")
     # each resample differs by 0.1, although both mAPs vary more: no width, and centred on the measured difference
-    assert (sae["low"], sae["high"]) == pytest.approx((0.0, 0.0), abs=1e-12)
-    wide = rows[2]._replace(boot_M=np.array([0.6, 0.9, 0.5, 0.8]))
-    (sae,) = results.differences([rows[1], wide])
+    assert (back["low"], back["high"]) == pytest.approx((0.0, 0.0), abs=1e-12)
+    wide = sae._replace(boot_RM=np.array([[0.6, 0.9, 0.5, 0.8]]))
+    there, back = differences([random, wide])
     low, high = np.quantile([0.2, 0.4, -0.1, 0.3], [0.025, 0.975]) - 0.2
-    assert (sae["low"], sae["high"]) == pytest.approx((low, high))
-    assert not sae["is_significant"]
-    (sae,) = results.differences([rows[1], rows[2]._replace(test_ap_RT=np.full((1, 3), 0.7))])
-    assert sae["is_significant"]
+    assert (back["low"], back["high"]) == pytest.approx((low, high))
+    assert (there["low"], there["high"]) == pytest.approx((-high, -low))
+    assert not back["excludes_zero"]
+    _, back = differences([random, sae._replace(test_ap_RT=np.full((1, 3), 0.7))])
+    assert back["excludes_zero"]
+
+
+def test_intervals_of_differences_are_over_the_draws_too() -> None:
+    """Test images that say the same of both scorers, but draws that do not: the interval is the t interval's width or so."""
+    rng = np.random.default_rng(0)
+    draws_R = rng.normal(0.0, 0.1, 8)
+    images_M = rng.normal(0.5, 0.2, 2000)
+    random = row("Random", 8, 9, [[0.5]] * 8)._replace(boot_RM=np.tile(images_M, (8, 1)))
+    sae = row("Sae_1", 8, 9, [[0.5]] * 8)._replace(boot_RM=images_M + draws_R[:, None])
+    _, line = differences([random, sae])
+    half = (line["high"] - line["low"]) / 2
+    assert half == pytest.approx(1.96 * draws_R.std(ddof=1) / np.sqrt(8), rel=0.1)
+
+
+def test_scorers_of_other_numbers_of_draws_are_not_paired(rows: list[results.Row]) -> None:
+    assert differences(rows) == []
+
+
+def test_any_random_activations_are_the_baseline(rows: list[results.Row]) -> None:
+    names = ("Random similarity=dot", "Random similarity=cosine", "Pca")
+    rows = [rows[2]._replace(scorer=name) for name in names]
+    against = results.against_baseline(differences(rows))
+    assert [(x["scorer"], x["baseline"]) for x in against] == [("Pca", names[0]), ("Pca", names[1])]
 
 
 def test_a_scorer_of_another_size_is_held_against_the_largest_smaller_baseline(
@@ -99,18 +131,18 @@ def test_a_scorer_of_another_size_is_held_against_the_largest_smaller_baseline(
 ) -> None:
     few = row("Random", 128, 1000, [[0.1, 0.2, 0.3]], [0.2] * 4)
     other_n = row("Random", 640, 16, [[0.1, 0.2, 0.3]], [0.2] * 4)
+    many = rows[1]._replace(boot_RM=rows[1].boot_RM[:1])
     for k, want in ((127, None), (500, 128), (512, 512), (700, 512)):
         sae = rows[2]._replace(n_prototypes=k)
-        lines = results.differences([few, rows[1], other_n, sae])
+        lines = results.against_baseline(differences([few, many, other_n, sae]))
         assert [line["baseline_prototypes"] for line in lines] == [want] * (want is not None)
-    assert (
-        results.differences([few, rows[0], row(results.PROBE, 1, 1000, [[0.9]], [0.9] * 4)]) == []
-    )
+    assert differences([few, rows[0], row(results.PROBE, 1, 1000, [[0.9]], [0.9] * 4)]) == []
 
 
 def test_the_written_tables(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
+    rows = [*rows, rows[1]._replace(scorer="Sae_2")]
     report.write(tmp_path, rows, NAMES, [], about)
     text = (tmp_path / "table.md").read_text()
     low, high = np.quantile([0.4, 0.5, 0.5, 0.6], [0.025, 0.975])
@@ -122,6 +154,8 @@ def test_the_written_tables(
         "| Scorer | Prototypes | Train | colour (2) | length (1) |\n",
         "| Random | 512 | 1,000 | 0.500 | 0.500 |\n",
         f"\n{report.AGAINST}\n\n| Scorer |",
+        "| Sae_2 | 512 | 1,000 | Random | 512 | +0.000 | +0.000 to +0.000 |  |\n",
+        report.PROBE_NOTE,
     ):
         assert line in text
     tex = (tmp_path / "table.tex").read_text()
@@ -130,7 +164,7 @@ def test_the_written_tables(
     )
     assert tex.startswith("\\begin{tabular}{lrrrllrr}\n\\toprule\n")
     traits = pyarrow.parquet.read_table(tmp_path / "traits.parquet").to_pylist()
-    assert len(traits) == 3 * (1 + 2 + 1)
+    assert len(traits) == 3 * (1 + 2 + 1 + 2)
     assert traits[8] == {
         "scorer": "Random",
         "n_prototypes": 512,
@@ -185,6 +219,31 @@ def test_the_chart_shows_every_line_whole(about: results.About) -> None:
 # ---- joined ----
 
 
+def test_differences_are_those_of_the_rows_that_are_left(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    """An SAE evaluated again, alone, is held against the random activations of the older result."""
+    random, sae = rows[1]._replace(boot_RM=rows[1].boot_RM[:1]), rows[2]
+    report.write(tmp_path / "a", [random, sae], NAMES, [], about)
+    newer = dataclasses.replace(about, created="2026-02-01T00:00:00+00:00")
+    low = sae._replace(test_ap_RT=sae.test_ap_RT - 0.3, boot_RM=sae.boot_RM - 0.3)
+    report.write(tmp_path / "b", [low], NAMES, [], newer)
+    out = joint.write(tmp_path)
+    line = "| clip x | 23 | Sae_1 | 512 | 1,000 | Random | 512 | -0.300 | -0.300 to -0.300 | excludes 0 |"
+    assert line in (out / "table.md").read_text()
+    with (out / "differences.csv").open() as fd:
+        found = [(x["scorer"], x["baseline"], float(x["difference"])) for x in csv.DictReader(fd)]
+    assert found == [
+        ("Random", "Sae_1", pytest.approx(0.3)),
+        ("Sae_1", "Random", pytest.approx(-0.3)),
+    ]
+    other_seed = dataclasses.replace(about, seed=1, created="2026-03-01T00:00:00+00:00")
+    report.write(tmp_path / "c", [low._replace(scorer="Pca")], NAMES, [], other_seed)
+    joint.write(tmp_path)
+    with (out / "differences.csv").open() as fd:  # other resamples cannot be paired
+        assert not any("Pca" in (x["scorer"], x["baseline"]) for x in csv.DictReader(fd))
+
+
 def test_the_newest_of_a_cell_wins_and_nothing_else_changes(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
@@ -227,7 +286,7 @@ def test_scorers_of_one_name_are_told_apart(
     result("b", 2, "b")
     text = (joint.write(tmp_path) / "table.md").read_text()
     for name in ("Sae_1 ckpt=aaaaaaaa", "Sae_1 ckpt=bbbbbbbb"):
-        assert text.count(f"| clip x | 23 | {name} |") == 3, "in all three tables"
+        assert text.count(f"| clip x | 23 | {name} |") == 2, "in both tables"
     assert "gave way" in text and "(of a)" in text  # the rows of Random and the constant
     result("c", 3, "b", seed=1)
     text = (joint.write(tmp_path) / "table.md").read_text()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from saev import nn
+from saev import errors, nn, scorers
 from saev.data import config as data_config
 from saev.nn import config as nn_config
 from saev.protoeval import probe, scoring
@@ -34,7 +34,7 @@ def data(make_shards) -> tuple[data_config.Shards, np.ndarray]:
 
 def prototypes(k: int, similarity: str = "cosine", seed: int = 0) -> base.Prototypes:
     generator = torch.Generator().manual_seed(seed)
-    return base.Prototypes(torch.randn(k, D, generator=generator), torch.ones(D) / 3, similarity)
+    return base.Prototypes.of(torch.randn(k, D, generator=generator), torch.ones(D) / 3, similarity)
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine", "distance"])
@@ -99,7 +99,7 @@ KILLED = """
         time.sleep(float(sys.argv[3]))
         return whole(*args)
     base.Prototypes.of_images = of_images
-    scorer = base.Prototypes(torch.eye(8)[:5], torch.ones(8) / 3, "cosine")
+    scorer = base.Prototypes.of(torch.eye(8)[:5], torch.ones(8) / 3, "cosine")
     data = data_config.Shards(sys.argv[1], 4)
     scoring.score([scorer], data, list(range(600)), pathlib.Path(sys.argv[2]), torch.device("cpu"))
 """
@@ -129,6 +129,55 @@ def test_a_killed_pass_goes_on_to_the_same_scores(
         assert (tmp_path / "killed" / fname).read_bytes() == (
             tmp_path / "whole" / fname
         ).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["scores.bin", "means.bin", "done.json"])
+@pytest.mark.parametrize("how", ["gone", "cut", "empty"])
+def test_a_pass_whose_files_are_not_whole_starts_again(
+    data: tuple[data_config.Shards, np.ndarray], tmp_path: pathlib.Path, name: str, how: str
+) -> None:
+    def score(scorer: scorers.Scorer) -> np.ndarray:
+        return scoring.score(
+            [scorer], data[0], [4, 599, 7], tmp_path, torch.device("cpu")
+        ).scores_KN.copy()
+
+    want = score(prototypes(4))
+    fpath = tmp_path / name
+    content = fpath.read_bytes()
+    fpath.unlink()
+    if how != "gone":
+        fpath.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+    np.testing.assert_array_equal(score(prototypes(4)), want)
+
+
+def test_scores_of_other_scorers_are_not_taken_for_these(
+    data: tuple[data_config.Shards, np.ndarray], tmp_path: pathlib.Path
+) -> None:
+    for seed in (0, 1):
+        run, where = [prototypes(4, seed=seed)], (tmp_path / "same", tmp_path / f"own{seed}")
+        both = [
+            scoring.score(run, data[0], [4, 599], dpath, torch.device("cpu")).scores_KN
+            for dpath in where
+        ]
+        np.testing.assert_array_equal(*both)
+
+
+def test_scores_that_are_no_numbers_name_the_image(
+    data: tuple[data_config.Shards, np.ndarray], tmp_path: pathlib.Path
+) -> None:
+    broken = scorers.Prototypes(torch.full((2, 8), torch.nan), torch.zeros(8), "dot")
+    with pytest.raises(errors.UserError, match=r"score of .*0007\.jpg for prototype 3 .* is nan"):
+        run = [prototypes(3), broken]
+        scoring.score(run, data[0], [7], tmp_path, torch.device("cpu"))
+
+
+def test_a_top_k_sae_is_scored_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = nn.SparseAutoencoder(nn_config.TopK(d_vit=D, exp_factor=4, top_k=3)).eval()
+    scorer = sae_scorer.SaeLatents(sae.requires_grad_(False), sae.d_sae)
+    acts_BPD = torch.randn(20, 7, D, generator=torch.Generator().manual_seed(1))
+    want_BK = scorer.of_images(acts_BPD)
+    monkeypatch.setattr(sae_scorer, "AT_ONCE", 4 * 7 * D * 3)
+    torch.testing.assert_close(scorer.of_images(acts_BPD), want_BK, rtol=1e-6, atol=1e-6)
 
 
 def test_the_probe_finds_a_linear_trait_and_gives_a_constant_where_there_is_no_positive() -> None:

@@ -224,7 +224,7 @@ def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
     train.labels_NT[:, 3], test.labels_NT[:, 4] = False, False
     zeros_D = torch.zeros(D)
     banks = [
-        select.Bank(name, scorers.Prototypes(torch.zeros(k, D), zeros_D, "dot"), ks)
+        select.Bank(name, scorers.Prototypes.of(torch.zeros(k, D), zeros_D, "dot"), ks)
         for name, k, ks in (("a", 3, (3,)), ("b", 6, (2, 6)))
     ]
     cfg = config.ProtoEval(n_train=(7, -1), n_boot=0, memory_gb=1e-6)

@@ -1,6 +1,10 @@
 """Scorers against closed forms and scikit-learn. B activations, D d_vit, K prototypes."""
 
+import os
 import pathlib
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ import torch
 from saev import errors, nn, scorers
 from saev.data import config as data_config
 from saev.nn import config as nn_config
-from saev.scorers import base, config, kmeans, pca, random
+from saev.scorers import base, config, kmeans, random
 
 D = 6
 
@@ -36,7 +40,7 @@ def test_similarities_equal_their_formula(similarity: str) -> None:
         rng.standard_normal((3, D)),
         rng.standard_normal(D),
     )
-    scorer = base.Prototypes(torch.tensor(p_KD), torch.tensor(m_D), similarity)
+    scorer = base.Prototypes.of(torch.tensor(p_KD), torch.tensor(m_D), similarity)
     got_BK = scorer(torch.tensor(x_BD)).numpy()
     for b, x_D in enumerate(x_BD):
         for k, p_D in enumerate(p_KD):
@@ -86,7 +90,7 @@ def test_too_few_activations(data) -> None:
 
 def test_pca_equals_sklearn_up_to_sign(data) -> None:
     cfg, acts_BD = data
-    scorer = pca.fit(config.Pca(), cfg, 4, seed=0)
+    scorer = scorers.fit(config.Pca(), cfg, 4)
     want_KD = sklearn.decomposition.PCA(4).fit(acts_BD.astype(np.float64)).components_
     got_KD = (scorer.vectors_KD - scorer.mean_D).numpy()
     np.testing.assert_allclose(np.abs((got_KD * want_KD).sum(axis=1)), 1, atol=1e-4)
@@ -148,9 +152,7 @@ def test_sae_of_another_width_is_refused(data, tmp_path: pathlib.Path) -> None:
         scorers.fit(config.Sae(str(tmp_path / "sae.pt")), data[0], 5)
 
 
-@pytest.mark.parametrize(
-    "cfg", [config.Random("dot"), config.KMeans(), config.Pca(both_signs=True)]
-)
+@pytest.mark.parametrize("cfg", [config.Random(), config.KMeans(), config.Pca()])
 def test_round_trip_and_cache(
     cfg: config.Scorer, data, tmp_path: pathlib.Path, monkeypatch
 ) -> None:
@@ -158,14 +160,13 @@ def test_round_trip_and_cache(
     scorer = scorers.fit(cfg, shards, 5, dpath=tmp_path)
     (fpath,) = tmp_path.glob("*.bin")
     x_BD = torch.from_numpy(acts_BD)
-    loaded = scorers.load(fpath)
+    loaded = scorers.load(fpath).prefix(5)
     assert isinstance(loaded, scorers.Scorer)
     torch.testing.assert_close(loaded(x_BD), scorer(x_BD), rtol=0, atol=0)
-    monkeypatch.setattr("saev.scorers.store.NESTED", {})  # a second fit would be a KeyError
-    monkeypatch.setattr("saev.scorers.store.kmeans", {})  # or an AttributeError
+    monkeypatch.delattr("saev.scorers.store._fit")  # a second fit would be a NameError
     torch.testing.assert_close(scorers.fit(cfg, shards, 5, dpath=tmp_path)(x_BD), scorer(x_BD))
-    with pytest.raises((KeyError, AttributeError)):
-        scorers.fit(cfg, shards, 6, dpath=tmp_path)
+    with pytest.raises(NameError):
+        scorers.fit(cfg, data_config.Shards(shards.shard_root, 4, "all"), 5, dpath=tmp_path)
 
 
 def test_an_sae_checkpoint_loads_as_a_scorer(tmp_path: pathlib.Path) -> None:
@@ -183,3 +184,107 @@ def test_cut_scorer_file(data, tmp_path: pathlib.Path) -> None:
     fpath.write_bytes(fpath.read_bytes()[:-50])
     with pytest.raises(errors.UserError, match="tensors cannot be read"):
         scorers.load(fpath)
+
+
+# ---- what a review found ----
+
+
+def test_a_fit_serves_every_use_of_it(data, tmp_path: pathlib.Path, monkeypatch) -> None:
+    """Similarities, signs and fewer components need no pass of their own; a changed seed does."""
+    shards, acts_BD = data
+    for cfg in (config.Random(), config.KMeans(n_iters=2), config.Pca()):
+        scorers.fit(cfg, shards, 5, dpath=tmp_path)
+    monkeypatch.delattr("saev.scorers.store._fit")
+    x_BD = torch.from_numpy(acts_BD)
+    for cls in (config.Random, lambda **used: config.KMeans(n_iters=2, **used)):
+        dot, distance = (
+            scorers.fit(cls(similarity=name), shards, 5, dpath=tmp_path)
+            for name in ("dot", "distance")
+        )
+        assert (dot.similarity, distance.similarity) == ("dot", "distance")
+        want_BK = -torch.cdist(x_BD, distance.vectors_KD).square()
+        torch.testing.assert_close(distance(x_BD), want_BK, rtol=1e-3, atol=1e-2)
+    both = scorers.fit(config.Pca(both_signs=True), shards, 100, dpath=tmp_path)
+    one = scorers.fit(config.Pca(), shards, 100, dpath=tmp_path, seed=3)  # no seed plays a part
+    assert (both.n_prototypes, one.n_prototypes) == (2 * D, D)
+    with pytest.raises(NameError):
+        scorers.fit(config.Random(), shards, 5, dpath=tmp_path, seed=3)
+
+
+def test_two_processes_fit_once(data, tmp_path: pathlib.Path) -> None:
+    code = """
+        import pathlib, sys, time
+        from saev import scorers
+        from saev.data import config as data_config
+        from saev.scorers import config, kmeans
+        slow = kmeans.one_pass
+        def one_pass(*args):
+            slow(*args)
+            time.sleep(0.3)
+            print("pass", flush=True)
+        kmeans.one_pass = one_pass
+        print("ready", flush=True)
+        sys.stdin.readline()
+        data = data_config.Shards(sys.argv[1], int(sys.argv[2]))
+        scorers.fit(config.KMeans(n_iters=3, tolerance=0.0), data, 7, dpath=pathlib.Path(sys.argv[3]))
+    """
+    shards, _ = data
+    command = [sys.executable, "-c", textwrap.dedent(code), shards.shard_root, str(shards.layer)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": env}
+    both = [subprocess.Popen([*command, str(tmp_path / "s")], **pipes) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(text.count("pass") for text in said) == [0, 3]
+    assert [f.suffix for f in (tmp_path / "s").iterdir()] == [".bin"]  # neither lock nor state
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_pca_of_a_large_mean_and_of_blocks_far_apart(make_shards, offset: float) -> None:
+    """The first images lie elsewhere: no block's mean is the stream's."""
+    rng = np.random.default_rng(0)
+    acts = rng.standard_normal((300, 1, 5, D)) * np.arange(1, D + 1) + offset
+    acts[:64] += 300
+    dpath, acts_NLTD = make_shards(
+        acts=acts.astype(np.float32), n_imgs=300, n_patches=4, d_vit=D, layers=(0,), per_shard=64
+    )
+    acts_BD = acts_NLTD[:, 0, 1:].reshape(-1, D)
+    scorer = scorers.fit(config.Pca(), data_config.Shards(str(dpath), 0), D)
+    wide_BD = acts_BD.astype(np.float64) - acts_BD.astype(np.float64).mean(axis=0)
+    want_KD = np.linalg.svd(wide_BD, full_matrices=False)[2]
+    want_KD *= np.sign(np.take_along_axis(want_KD, np.abs(want_KD).argmax(1)[:, None], 1))
+    np.testing.assert_allclose(scorer.direction_KD.numpy(), want_KD, atol=2e-5)
+
+
+def test_components_are_no_more_than_activations_span(make_shards) -> None:
+    dpath, _ = make_shards(n_imgs=2, n_patches=3, d_vit=16, layers=(0,))
+    assert scorers.fit(config.Pca(), data_config.Shards(str(dpath), 0), 16).n_prototypes == 5
+
+
+def test_a_scorer_moved_elsewhere_leaves_the_one_it_came_from(data, tmp_path: pathlib.Path) -> None:
+    nn.save(nn.SparseAutoencoder(nn_config.Relu(d_vit=D, exp_factor=2)), tmp_path / "sae.pt")
+    for scorer in (scorers.load(tmp_path / "sae.pt"), scorers.fit(config.Pca(), data[0], 3)):
+        want = scorer.digest()
+        assert scorer.prefix(2).digest() != want
+        scorer.to(torch.device("meta"))
+        assert scorer.digest() == want
+
+
+def test_the_sample_is_that_of_sorting_all_keys(data) -> None:
+    """However often the reservoir is compacted."""
+    shards, acts_BD = data
+    key_B = np.random.default_rng((5, 0xACE)).random(len(acts_BD))
+    for k in (1, 7, 290, 300):
+        want_KD = acts_BD[np.argsort(key_B)[:k]]
+        np.testing.assert_array_equal(random.reservoir(shards, k, 5).acts_KD, want_KD)
+    monkey = np.random.default_rng(0).random(500)
+    key_R, acts_RD = monkey.copy(), monkey[:, None].astype(np.float32)
+    bound = random._compact(key_R, acts_RD, 60)
+    np.testing.assert_array_equal(np.sort(key_R[:60]), np.sort(monkey)[:60])
+    np.testing.assert_array_equal(acts_RD[:60, 0], key_R[:60].astype(np.float32))
+    assert bound == np.sort(monkey)[59] and np.isinf(key_R[60:]).all()

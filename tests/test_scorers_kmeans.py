@@ -238,7 +238,8 @@ def test_a_killed_fit_goes_on_to_the_same_centres(data: Made, tmp_path: pathlib.
     time.sleep(0.2)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    (state,) = (tmp_path / "killed").glob("*.state")
+    states = list((tmp_path / "killed").glob("*.state"))
+    assert len(states) == 2
     rest = subprocess.run(
         command(tmp_path / "killed", "0"), env=env, capture_output=True, text=True, check=True
     )
@@ -246,7 +247,7 @@ def test_a_killed_fit_goes_on_to_the_same_centres(data: Made, tmp_path: pathlib.
         command(tmp_path / "whole", "0"), env=env, capture_output=True, text=True, check=True
     )
     assert 0 < rest.stdout.count("pass") < whole.stdout.count("pass")
-    assert not state.exists()
+    assert not any(state.exists() for state in states)
     names = sorted(f.name for f in (tmp_path / "whole").iterdir())
     assert names == sorted(f.name for f in (tmp_path / "killed").iterdir()) and len(names) == 2
     for name in names:
@@ -259,8 +260,65 @@ def test_a_nested_scorer_is_never_fitted_for_a_smaller_k(
     data: Made, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = scorers.fit(config.Random(), data[0], 50, dpath=tmp_path)
-    monkeypatch.setattr("saev.scorers.store.NESTED", {})  # a second fit would be a KeyError
+    monkeypatch.delattr("saev.scorers.store._fit")  # a second fit would be a NameError
     small = scorers.fit(config.Random(), data[0], 20, dpath=tmp_path)
     torch.testing.assert_close(small.vectors_KD, large.vectors_KD[:20], rtol=0, atol=0)
-    with pytest.raises(KeyError):
+    with pytest.raises(NameError):
         scorers.fit(config.Random(), data[0], 20, seed=1, dpath=tmp_path)
+
+
+# ---- what a review found ----
+
+
+def test_many_empty_centres_are_moved_as_sklearns_are(data: Made) -> None:
+    """The activations that they move to count for their old centres no more."""
+    cfg, acts_BD = data
+    mean_D = torch.from_numpy(acts_BD.mean(axis=0))
+    far_KD = 1e3 + torch.arange(400.0)[:, None] * torch.ones(D)
+    start_KD = torch.cat([torch.from_numpy(acts_BD[:40].copy()) - mean_D, far_KD])
+    state = kmeans.State(mean_D, start_KD.clone())
+    kmeans.one_pass([state], cfg, config.KMeans())
+    theirs = sklearn.cluster.KMeans(
+        440, init=(start_KD + mean_D).numpy(), n_init=1, max_iter=1, tol=0
+    ).fit(acts_BD)
+
+    def in_order(center_KD: np.ndarray) -> np.ndarray:
+        return center_KD[np.lexsort(center_KD.round(3).T)]
+
+    np.testing.assert_allclose(
+        in_order((state.center_KD + mean_D).numpy()), in_order(theirs.cluster_centers_), atol=1e-3
+    )
+
+
+def test_distances_within_tight_clusters_far_from_the_mean() -> None:
+    """x.x - 2 x.c + c.c would lose them in float32's rounding."""
+    x_BD = rand(400, D) + torch.tensor([3e3, -3e3])[torch.arange(400) % 2, None]
+    center_KD = torch.tensor([[3e3], [-3e3]]) * torch.ones(D)
+    _, distance_B = kmeans.nearest(x_BD, center_KD)
+    want_B = (x_BD.double() - center_KD[torch.arange(400) % 2].double()).square().sum(dim=1)
+    torch.testing.assert_close(distance_B.double(), want_B, rtol=1e-3, atol=1e-2)
+
+
+def test_a_fit_killed_between_two_files_goes_on(
+    data: Made, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config.KMeans(n_iters=3)
+    whole = store.fit_each(cfg, data[0], [5, 9], dpath=tmp_path / "whole")
+    first = store.save
+    saved = []
+
+    def save(scorer: scorers.Scorer, fpath: pathlib.Path) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(fpath)
+        first(scorer, fpath)
+
+    monkeypatch.setattr(store, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        store.fit_each(cfg, data[0], [5, 9], dpath=tmp_path / "cut")
+    monkeypatch.setattr(store, "save", first)
+    monkeypatch.delattr(kmeans, "one_pass")  # no pass is done again
+    cut = store.fit_each(cfg, data[0], [5, 9], dpath=tmp_path / "cut")
+    for a, b in zip(whole, cut, strict=True):
+        assert a.digest() == b.digest()
+    assert {f.suffix for f in (tmp_path / "cut").iterdir()} == {".bin"}

@@ -14,6 +14,7 @@ Every label is tied to its image's id and path, never to a line's position. Shap
 lines.
 """
 
+import collections.abc
 import contextlib
 import dataclasses
 import os
@@ -30,12 +31,16 @@ from saev import errors, helpers
 
 TEXT: dict[str, tp.Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 """As Python names files whose names are not UTF-8: such a path still equals the dump's."""
-PARSER = 1
+PARSER = 2
 """Raised when the same file may give other fields."""
+N_FIELDS = 7
+"""Of a line of annotations, at most."""
+CHUNK = 2**24
+"""Bytes that are looked at together."""
 CACHE_FROM = 100_000
 """Lines from which a parse is worth keeping."""
 NATURAL, INTEGER = re.compile("[0-9]{1,7}"), re.compile("[+-]?[0-9]{1,18}")
-FIELDS = "'IMAGE_ID ATTRIBUTE_ID PRESENT CERTAINTY ...'"
+FIELDS = "'IMAGE_ID ATTRIBUTE_ID PRESENT CERTAINTY ... TIME' of 4 to 7 fields"
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -53,7 +58,8 @@ class Cub:
     class_N: Int64[np.ndarray, " N"]
     """Class id, from 1, as in classes.txt."""
     shares_CT: Float64[np.ndarray, "C T"] | None = None
-    """How often annotators saw each trait on a class's images, as the archive says it (class 1 first); a witness of the labels."""
+    """How often annotators saw each trait on a class's images, as the archive says it (class 1 first, classes without images too);
+    a witness of the labels."""
     n_lines: int = 0
     """Annotations in image_attribute_labels.txt."""
     n_repeated: int = 0
@@ -82,7 +88,7 @@ def load(root: str | pathlib.Path, *, min_certainty: int = 3) -> Cub:
             f"--cub-root {root}: no such directory. Pass the CUB_200_2011 folder (with images.txt)."
         )
     root = metadata_root(root)
-    paths = _names(_need(root / "images.txt"))
+    paths = image_paths(root)
     ids = list(paths)
     names_fpath = _attributes_fpath(root)
     names = _names(names_fpath)
@@ -90,7 +96,7 @@ def load(root: str | pathlib.Path, *, min_certainty: int = 3) -> Cub:
         raise errors.UserError(
             f"{names_fpath}: attribute ids are not 1 ... {len(names)}. Unpack CUB again."
         )
-    is_train = _numbers(_need(root / "train_test_split.txt"), paths, range(2))
+    is_train = split(root, paths)
     classes = _numbers(_need(root / "image_class_labels.txt"), paths, range(1, 10_000))
     fpaths = [dpath / "image_attribute_labels.txt" for dpath in (root / "attributes", root)]
     fpath = _need(next((fpath for fpath in fpaths if fpath.is_file()), fpaths[0]))
@@ -114,23 +120,46 @@ def metadata_root(root: pathlib.Path) -> pathlib.Path:
 
 
 @beartype.beartype
+def image_paths(root: pathlib.Path) -> dict[int, str]:
+    """Image id -> path relative to images/ (or train/, test/), as images.txt says; no id and no path comes twice.
+
+    Raises:
+        UserError: images.txt is missing, or a line cannot be parsed (names the line).
+    """
+    return _names(_need(root / "images.txt"), key)
+
+
+@beartype.beartype
+def split(root: pathlib.Path, paths: dict[int, str]) -> dict[int, int]:
+    """Image id -> 1 for a train, 0 for a test image.
+
+    Raises:
+        UserError: as `image_paths`; also if an image has no line.
+    """
+    return _numbers(_need(root / "train_test_split.txt"), paths, range(2))
+
+
+@beartype.beartype
 def key(path: str) -> str:
-    """A dumped image's path -> its path in images.txt: images/, train/ and test/ are places, not part of it."""
-    first, _, rest = path.partition("/")
-    return rest if first in ("images", "train", "test") else path
+    """A path as it is dumped, or written in images.txt -> what joins the two: images/, train/ and test/ are places, not part of it."""
+    first, _, rest = path.removeprefix("./").partition("/")
+    return rest if first in ("images", "train", "test") else path.removeprefix("./")
 
 
 def _need(fpath: pathlib.Path) -> pathlib.Path:
     if not fpath.is_file():
         raise errors.UserError(
-            f"{fpath}: missing. Pass as --cub-root the CUB_200_2011 folder of the full archive (with attributes)."
+            f"{fpath}: missing. Pass the CUB_200_2011 folder of the full archive (with attributes)."
         )
     return fpath
 
 
 def _attributes_fpath(root: pathlib.Path) -> pathlib.Path:
     """attributes.txt lies inside attributes/, or one level up, or (as in the original archive) beside CUB_200_2011."""
-    dpaths = (root / "attributes", root, root.resolve().parent)
+    above = [root.parent, root.resolve().parent]  # of a link: beside it, or beside the folder
+    if root.name == "metadata":
+        above += [root.parent / "attributes", *(dpath.parent for dpath in above)]
+    dpaths = (root / "attributes", root, *above)
     fpaths = [dpath / "attributes.txt" for dpath in dpaths]
     return _need(next((fpath for fpath in fpaths if fpath.is_file()), fpaths[0]))
 
@@ -141,16 +170,18 @@ def _bad_line(fpath: pathlib.Path, line_i: int, line: str, wanted: str) -> error
     )
 
 
-def _names(fpath: pathlib.Path) -> dict[int, str]:
+def _names(
+    fpath: pathlib.Path, as_name: collections.abc.Callable[[str], str] = lambda name: name
+) -> dict[int, str]:
     """Lines of "id name"; no id and no name comes twice."""
     out: dict[int, str] = {}
     seen: set[str] = set()
     for line_i, line in _filled_lines(fpath):
-        key, _, name = line.strip().partition(" ")
-        name = name.strip()
-        if not NATURAL.fullmatch(key) or not name or int(key) in out or name in seen:
+        number, _, name = line.strip().partition(" ")
+        name = as_name(name.strip())
+        if not NATURAL.fullmatch(number) or not name or int(number) in out or name in seen:
             raise _bad_line(fpath, line_i, line, "'ID NAME' with an id and a name not seen before")
-        out[int(key)] = name
+        out[int(number)] = name
         seen.add(name)
     if not out:
         raise errors.UserError(f"{fpath}: is empty. Unpack the archive again.")
@@ -169,7 +200,7 @@ def _numbers(fpath: pathlib.Path, paths: dict[int, str], allowed: range) -> dict
         out[int(key)] = int(number)
     if missing := [i for i in paths if i not in out]:
         raise errors.UserError(
-            f"{fpath}: {len(missing)} images have no line, the first is id {missing[0]}. Unpack the archive again."
+            f"{fpath}: {len(missing)} images have no line (first: ids {', '.join(map(str, missing[:3]))}). Unpack the archive again."
         )
     return out
 
@@ -179,7 +210,7 @@ def _read_labels(
 ) -> dict[str, tp.Any]:
     """The fields of `Cub` that come from the annotations.
 
-    Only the first four fields of a line count; the archive has lines with 5 to 7. Of several annotations of a pair any positive
+    Only the first four fields of a line count; the archive has lines with 5 to 7 (some copies leave out the time). Of several annotations of a pair any positive
     that is certain enough counts: an annotator who does not see a trait is outvoted by one who does and is sure.
     """
     fields_M4 = _cached_fields(fpath)
@@ -214,10 +245,11 @@ def _read_labels(
 def _check_all_seen(fpath: pathlib.Path, seen_NT: np.ndarray, ids: list[int]) -> None:
     if seen_NT.all():
         return
-    row, trait = np.argwhere(~seen_NT)[0].tolist()
+    first = np.argwhere(~seen_NT)[:3].tolist()
+    pairs = ", ".join(f"image {ids[row]} attribute {trait + 1}" for row, trait in first)
     raise errors.UserError(
-        f"{fpath}: {int((~seen_NT).sum())} image x attribute pairs have no line, the first is image {ids[row]}, "
-        f"attribute {trait + 1}. The file is cut or from another archive: unpack it again."
+        f"{fpath}: {int((~seen_NT).sum())} image x attribute pairs have no line (first: {pairs}). "
+        "The file is cut or from another archive: unpack it again."
     )
 
 
@@ -235,10 +267,10 @@ def _read_shares(root: pathlib.Path, n_classes: int, n_traits: int) -> np.ndarra
             f"{fpath}: holds other things than numbers ({errors.first_line(err)}). Unpack the archive again."
         ) from err
     is_share = shares_CT.min(initial=0) >= 0 and shares_CT.max(initial=0) <= 1
-    if shares_CT.shape != (n_classes, n_traits) or not is_share:
+    if len(shares_CT) < n_classes or shares_CT.shape[1] != n_traits or not is_share:
         raise errors.UserError(
             f"{fpath}: holds {' x '.join(map(str, shares_CT.shape))} numbers up to {100 * shares_CT.max(initial=0):g}, "
-            f"not {n_classes} classes x {n_traits} attributes of 0 to 100. Unpack the archive again."
+            f"not (at least) {n_classes} classes x {n_traits} attributes of 0 to 100. Unpack the archive again."
         )
     return shares_CT
 
@@ -256,6 +288,7 @@ def _cached_fields(fpath: pathlib.Path) -> np.ndarray:
         if fields_M4.dtype == np.int32 and fields_M4.shape[1:] == (4,):
             return fields_M4.astype(np.int64)
     fields_M4 = _first_four_fields(fpath)
+    _check_n_fields(fpath)
     if len(fields_M4) >= CACHE_FROM and np.abs(fields_M4).max() < 2**31:
         with contextlib.suppress(OSError):
             cached.parent.mkdir(parents=True, exist_ok=True)
@@ -279,6 +312,22 @@ def _first_four_fields(fpath: pathlib.Path) -> np.ndarray:
             if len(fields) < 4 or not all(INTEGER.fullmatch(field) for field in fields):
                 raise _bad_line(fpath, line_i, line, FIELDS) from None
         raise
+
+
+def _check_n_fields(fpath: pathlib.Path) -> None:
+    """More than 7 fields are two lines run together, of which the second would be lost."""
+    line_i = 0
+    with fpath.open("rb") as fd:
+        while lines := fd.readlines(CHUNK):
+            bytes_n = np.frombuffer(b"".join([*lines, b"\n"]), np.uint8)
+            is_gap_n = (bytes_n == ord(" ")) | (bytes_n == ord("\t"))
+            ends = np.flatnonzero(bytes_n == ord("\n"))
+            n_gaps = np.diff(np.cumsum(is_gap_n)[ends], prepend=0)[: len(lines)]
+            for i in np.flatnonzero(n_gaps > N_FIELDS - 1).tolist():
+                line = lines[i].decode("utf-8", "surrogateescape")
+                if len(line.split()) > N_FIELDS:
+                    raise _bad_line(fpath, line_i + i + 1, line, FIELDS)
+            line_i += len(lines)
 
 
 def _filled_lines(fpath: pathlib.Path) -> list[tuple[int, str]]:

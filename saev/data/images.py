@@ -85,38 +85,16 @@ def _walk(root: str, prefix: str) -> collections.abc.Iterator[str]:
 
 def _cub_paths(cfg: config.Cub200) -> list[str]:
     root = cub.metadata_root(pathlib.Path(cfg.root))
-    paths = _columns(root / "images.txt")
+    paths = cub.image_paths(root)
     is_split = _is_split(pathlib.Path(cfg.root))
     if cfg.split == "all" and not is_split:
         return list(paths.values())
-    is_train = _columns(root / "train_test_split.txt")
-    if missing := [i for i in paths if i not in is_train]:
-        raise errors.UserError(
-            f"{root / 'train_test_split.txt'}: image {missing[0]} of images.txt has no line. Unpack CUB again."
-        )
-    folders = {"1": "train", "0": "test"}
+    is_train = cub.split(root, paths)
     return [
-        f"{folders.get(is_train[i], 'test')}/{path}" if is_split else path
+        f"{'train' if is_train[i] else 'test'}/{path}" if is_split else path
         for i, path in paths.items()
-        if cfg.split == "all" or (is_train[i] == "1") == (cfg.split == "train")
+        if cfg.split == "all" or is_train[i] == (cfg.split == "train")
     ]
-
-
-def _columns(fpath: pathlib.Path) -> dict[str, str]:
-    """Lines of "id value"."""
-    if not fpath.is_file():
-        raise errors.UserError(
-            f"{fpath}: missing. Pass as --data.root the CUB_200_2011 folder (with images.txt)."
-        )
-    out: dict[str, str] = {}
-    for line_i, line in enumerate(fpath.read_text("utf-8").splitlines(), 1):
-        key, _, value = line.strip().partition(" ")
-        if not key.isdigit() or not value or key in out:
-            raise errors.UserError(
-                f"{fpath}:{line_i}: {line.strip()[:80]!r} is not 'ID VALUE' with an id not seen before. Unpack CUB again."
-            )
-        out[key] = value
-    return out
 
 
 @beartype.beartype

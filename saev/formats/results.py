@@ -39,11 +39,12 @@ DIFFERENCES = (
     "scorer",
     "n_prototypes",
     "n_train",
+    "baseline",
     "baseline_prototypes",
     "difference",
     "low",
     "high",
-    "is_significant",
+    "excludes_zero",
 )
 
 
@@ -68,6 +69,17 @@ class About:
     """By name in the table, all that decides a scorer: class, settings, the hashes of its checkpoint and of what it was fitted on."""
 
 
+class Measured(tp.NamedTuple):
+    """What differences are taken of."""
+
+    scorer: str
+    n_prototypes: int
+    n_train: int
+    mean_ap: float
+    boot_RM: Float64[np.ndarray, "R M"]
+    """mAP of each draw of the train images on the same resamples of the test images."""
+
+
 class Row(tp.NamedTuple):
     """One cell of the grid: a scorer with K prototypes, chosen on n_train images."""
 
@@ -80,8 +92,12 @@ class Row(tp.NamedTuple):
     """Its AP on the train images it was chosen on; NaN where these hold no positive."""
     test_ap_RT: Float64[np.ndarray, "R T"]
     """Its AP on all test images; NaN where these hold no positive."""
-    boot_M: Float64[np.ndarray, " M"]
-    """mAP (mean over draws) on resamples of the test images, the same resamples for all rows."""
+    boot_RM: Float64[np.ndarray, "R M"]
+    """mAP of each draw on resamples of the test images, the same resamples for all rows."""
+
+    @property
+    def measured(self) -> Measured:
+        return Measured(self.scorer, self.n_prototypes, self.n_train, self.mean_ap, self.boot_RM)
 
     @property
     def measured_T(self) -> Float64[np.ndarray, " T"]:
@@ -103,8 +119,8 @@ class Row(tp.NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of the mAP over test images, by the bootstrap; NaN without resamples."""
-        return _interval(self.boot_M, self.mean_ap)
+        """95% interval of the mAP (mean over draws) over test images, by the bootstrap; NaN without resamples."""
+        return _interval(self.boot_RM.mean(axis=0), self.mean_ap)
 
     @property
     def quantiles(self) -> tuple[float, float]:
@@ -220,25 +236,53 @@ def by_kind(rows: list[Row], names: list[str]) -> list[dict[str, object]]:
 
 
 @beartype.beartype
-def differences(rows: list[Row]) -> list[dict[str, object]]:
-    """mAP less that of random activations chosen on the same train images, with its paired bootstrap interval.
+def differences(rows: list[Measured]) -> list[dict[str, object]]:
+    """mAP of each scorer less that of each other one chosen on as many train images, with its paired bootstrap interval.
 
-    Both are measured on the same resamples, so what they have in common cancels (Efron and Tibshirani 1993). The random ones are
-    as many, or where no row has as many (a scorer has as many prototypes as it has), those of the largest smaller number.
+    Both are measured on the same resamples of the test images, and each draw of the train images is the same for both, so what
+    they have in common cancels (Efron and Tibshirani 1993). Of several draws the interval is over these too. The other one has as
+    many prototypes, or where no row of it has as many, the largest smaller number.
     """
-    base = {(r.n_prototypes, r.n_train): r for r in rows if r.scorer == BASELINE}
+    real = [row for row in rows if row.scorer not in REFERENCES and row.boot_RM.size]
+    others: dict[str, dict[tuple[int, int], Measured]] = {}
+    for row in real:
+        others.setdefault(row.scorer, {})[row.n_prototypes, row.n_train] = row
     lines = []
-    for row in rows:
-        smaller = [k for k, n in base if n == row.n_train and k <= row.n_prototypes]
-        if row.scorer in (BASELINE, *REFERENCES) or not smaller or not len(row.boot_M):
-            continue
-        other = base[max(smaller), row.n_train]
-        difference = row.mean_ap - other.mean_ap
-        low, high = _interval(row.boot_M - other.boot_M, difference)
-        cell = (row.scorer, row.n_prototypes, row.n_train, other.n_prototypes, difference)
-        line = (*cell, low, high, low > 0 or high < 0)
-        lines.append(dict(zip(DIFFERENCES, line, strict=True)))
+    for row in real:
+        for name, cells in others.items():
+            smaller = [k for k, n in cells if n == row.n_train and k <= row.n_prototypes]
+            other = cells[max(smaller), row.n_train] if smaller else row
+            if name == row.scorer or not smaller or other.boot_RM.shape != row.boot_RM.shape:
+                continue
+            difference = row.mean_ap - other.mean_ap
+            low, high = _interval(_over_draws(row.boot_RM - other.boot_RM), difference)
+            cell = (row.scorer, row.n_prototypes, row.n_train, name, other.n_prototypes, difference)
+            line = (*cell, low, high, low > 0 or high < 0)
+            lines.append(dict(zip(DIFFERENCES, line, strict=True)))
     return lines
+
+
+def _over_draws(boot_RM: np.ndarray) -> np.ndarray:
+    """Means over R of R draws, resampled with each resample of the images; M values.
+
+    With few draws the bootstrap's spread over them is too narrow by sqrt((R - 1) / R), which is given back.
+    """
+    (R, M), mean_M = boot_RM.shape, boot_RM.mean(axis=0)
+    if R == 1:
+        return mean_M
+    drawn_RM = np.random.default_rng(R).integers(0, R, (R, M))
+    resampled_M = np.take_along_axis(boot_RM, drawn_RM, axis=0).mean(axis=0)
+    return mean_M + (resampled_M - mean_M) * np.sqrt(R / (R - 1))
+
+
+@beartype.beartype
+def against_baseline(lines: list[dict[str, tp.Any]]) -> list[dict[str, tp.Any]]:
+    """Of the differences those of other scorers less random activations."""
+
+    def is_baseline(name: str) -> bool:
+        return name.split(" ")[0] == BASELINE
+
+    return [x for x in lines if is_baseline(x["baseline"]) and not is_baseline(x["scorer"])]
 
 
 # ---- files ----
@@ -257,13 +301,34 @@ def write_csv(
 
 
 @beartype.beartype
+def write_resamples(fpath: pathlib.Path, rows: list[Row]) -> None:
+    """Writes each row's `boot_RM`, in the order of summary.csv, atomically: other results are held against these rows."""
+    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
+        np.savez_compressed(fd, **{str(i): row.boot_RM for i, row in enumerate(rows)})
+
+
+@beartype.beartype
+def read_resamples(fpath: pathlib.Path, n_rows: int) -> list[np.ndarray]:
+    """What `write_resamples` wrote.
+
+    Raises:
+        OSError, ValueError, KeyError: not such a file.
+    """
+    with np.load(fpath, allow_pickle=False) as arrays:
+        out = [arrays[str(i)] for i in range(n_rows)]
+    if any(boot_RM.ndim != 2 or boot_RM.dtype != np.float64 for boot_RM in out):
+        raise ValueError(f"{fpath}: its arrays are not (draws, resamples)")
+    return out
+
+
+@beartype.beartype
 def read_csv(fpath: pathlib.Path, header: tuple[str, ...]) -> list[dict[str, tp.Any]]:
     """Reads what `write_csv` wrote: numbers as numbers.
 
     Raises:
         UserError: another header, or a cell that should be a number and is none.
     """
-    texts = {"scorer", "kind", "is_significant"}
+    texts = {"scorer", "baseline", "kind", "excludes_zero"}
     try:
         with fpath.open(newline="") as fd:
             reader = csv.DictReader(fd)
@@ -330,26 +395,27 @@ def kinds_table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
 
 @beartype.beartype
 def differences_table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
-    """From lines of differences.csv."""
-    return [
-        [
-            "Scorer",
-            "Prototypes",
-            "Train",
-            "Random's",
-            "mAP less Random's",
-            "95% interval",
-            "beyond noise",
-        ]
-    ] + [
+    """From lines of `differences`."""
+    header = [
+        "Scorer",
+        "Prototypes",
+        "Train",
+        "Less",
+        "Prototypes",
+        "Difference",
+        "95% interval",
+        "",
+    ]
+    return [header] + [
         [
             str(line["scorer"]),
             f"{line['n_prototypes']:,}",
             f"{line['n_train']:,}",
+            str(line["baseline"]),
             f"{line['baseline_prototypes']:,}",
             f"{line['difference']:+.3f}",
             f"{line['low']:+.3f} to {line['high']:+.3f}",
-            "yes" if str(line["is_significant"]) == "True" else "no",
+            "excludes 0" if line["excludes_zero"] else "",
         ]
         for line in lines
     ]

@@ -120,7 +120,7 @@ def _sortable(scores_CN: np.ndarray, first: int) -> np.ndarray:
     if np.isnan(scores_CN).any():
         row = first + int(np.isnan(scores_CN).any(axis=1).argmax())
         raise errors.UserError(
-            f"prototype {row} has NaN scores. Fit the scorer again or check its checkpoint."
+            f"row {row} of the scores (prototypes or traits) holds NaN. Fit the scorer again or check its checkpoint."
         )
     kind = np.uint32 if wide is np.float32 else np.uint64
     bits_CN = scores_CN.view(kind)

@@ -7,6 +7,7 @@ import logging
 import pathlib
 
 import beartype
+import numpy as np
 
 from saev import errors, helpers
 from saev.formats import results
@@ -25,8 +26,8 @@ class Result:
     """Of summary.csv."""
     kinds: list[dict]
     """Of kinds.csv."""
-    differences: list[dict]
-    """Of differences.csv."""
+    boots: list[np.ndarray]
+    """Of resamples.npz, (draws, resamples) for each line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,15 @@ class Table:
     lines: list[dict]
     kinds: list[dict]
     differences: list[dict]
+    """Of each scorer less each other one."""
 
+    @property
+    def against(self) -> list[dict]:
+        return results.against_baseline(self.differences)
+
+
+PLACE = ("vit", "layer", "tokens", "labels", "min_certainty")
+"""What tells tables apart, of `results.About`."""
 
 Section = tuple[str, int]
 """Labels and certainty: what is measured on others is not comparable."""
@@ -49,7 +58,8 @@ def write(root: pathlib.Path) -> pathlib.Path:
 
     The same cell: ViT, layer, tokens, labels, certainty, scorer (with all its settings, checkpoint and what it was fitted on),
     numbers of prototypes and train images, seed. Results on other labels get tables of their own. Directories that cannot be
-    read are named and left out; none is changed.
+    read are named and left out; none is changed. Differences are taken anew between the rows that are left, of one or several
+    results, where these have the same resamples of the test images (--seed, --n-boot) and as many draws.
 
     Raises:
         UserError: no results there.
@@ -64,19 +74,20 @@ def write(root: pathlib.Path) -> pathlib.Path:
         )
     sections, older = _sections(found)
     out = root / "report"
-    text, csv_lines, tex = [], [], []
+    text, csv_lines, difference_lines, tex = [], [], [], []
     for (labels, certainty), tables in sections.items():
         text.append(f"Labels {labels[:8]}, certainty from {certainty}:\n")
         cells = _joined(tables, "lines", results.table)
         text += [results.markdown(cells), "By kind of trait (number of traits):\n"]
         text.append(results.markdown(_joined_kinds(tables)))
-        if any(table.differences for table in tables):
-            differences = _joined(tables, "differences", results.differences_table)
+        if any(table.against for table in tables):
+            differences = _joined(tables, "against", results.differences_table)
             text += [f"{report.AGAINST}\n", results.markdown(differences)]
         tex.append(results.latex(cells))
         for table in tables:
-            place = {key: getattr(table.about, key) for key in ("vit", "layer", "tokens", "labels")}
-            csv_lines += [place | {"min_certainty": certainty} | line for line in table.lines]
+            place = {key: getattr(table.about, key) for key in PLACE}
+            csv_lines += [place | line for line in table.lines]
+            difference_lines += [place | line for line in table.differences]
         report.save(
             report.chart([(table.about, table.lines) for table in tables]),
             _chart(out, labels, certainty, sections),
@@ -84,8 +95,8 @@ def write(root: pathlib.Path) -> pathlib.Path:
     if older:
         names = ", ".join(sorted(set(older)))
         text.append(f"{len(older)} older cells gave way to newer ones (of {names}).\n")
-    header = ("vit", "layer", "tokens", "labels", "min_certainty", *results.SUMMARY)
-    results.write_csv(out / "table.csv", header, csv_lines)
+    results.write_csv(out / "table.csv", (*PLACE, *results.SUMMARY), csv_lines)
+    results.write_csv(out / "differences.csv", (*PLACE, *results.DIFFERENCES), difference_lines)
     helpers.write_text(out / "table.tex", "\n".join(tex))
     helpers.write_text(out / "table.md", "\n".join(text))
     return out
@@ -104,11 +115,11 @@ def read_all(root: pathlib.Path) -> list[Result]:
             about = results.About(**json.loads(fpath.read_text()))
             lines = results.read_csv(dpath / "summary.csv", results.SUMMARY)
             kinds = results.read_csv(dpath / "kinds.csv", results.KIND_COLUMNS)
-            differences = results.read_csv(dpath / "differences.csv", results.DIFFERENCES)
+            boots = results.read_resamples(dpath / "resamples.npz", len(lines))
         except Exception as err:  # whatever an edited or foreign file holds
             logger.warning("%s: cannot be read (%s); left out", dpath, errors.first_line(err))
             continue
-        out.append(Result(dpath, about, lines, kinds, differences))
+        out.append(Result(dpath, about, lines, kinds, boots))
     return sorted(out, key=lambda result: result.about.created)
 
 
@@ -135,19 +146,31 @@ def _table(found: list[Result]) -> tuple[Table, list[str]]:
     }
     names = _told_apart(scorers)
     older: list[str] = []
-    kept: dict[str, list[dict]] = {}
-    for attribute in ("lines", "kinds", "differences"):
-        cells: dict[tuple, tuple[dict, str]] = {}
-        for result in found:
-            for line in getattr(result, attribute):
-                identity = _identity(result.about, line)
-                what = line["kind"] if attribute == "kinds" else line["n_prototypes"]
-                key = (identity, what, None if attribute == "kinds" else line["n_train"])
-                if attribute == "lines" and key in cells:
-                    older.append(cells[key][1])
-                cells[key] = (line | {"scorer": names[identity]}, result.dpath.name)
-        kept[attribute] = [line for line, _ in cells.values()]
-    return Table(found[-1].about, sorted(kept.pop("lines"), key=_order), **kept), older
+    cells: dict[tuple, tuple[dict, Result, np.ndarray]] = {}
+    kinds: dict[tuple, dict] = {}
+    for result in found:
+        for line, boot_RM in zip(result.lines, result.boots, strict=True):
+            identity = _identity(result.about, line)
+            key = (identity, line["n_prototypes"], line["n_train"])
+            if key in cells:
+                older.append(cells[key][1].dpath.name)
+            cells[key] = (line | {"scorer": names[identity]}, result, boot_RM)
+        for line in result.kinds:
+            identity = _identity(result.about, line)
+            kinds[identity, line["kind"]] = line | {"scorer": names[identity]}
+    lines = sorted((line for line, *_ in cells.values()), key=_order)
+    differences = _differences(list(cells.values()))
+    return Table(found[-1].about, lines, list(kinds.values()), differences), older
+
+
+def _differences(cells: list[tuple[dict, Result, np.ndarray]]) -> list[dict]:
+    """Among rows with the same resamples of the test images."""
+    alike: dict[tuple[int, int], list[results.Measured]] = {}
+    for line, result, boot_RM in cells:
+        values = (line["scorer"], line["n_prototypes"], line["n_train"], line["map"], boot_RM)
+        key = (result.about.seed, result.about.n_boot)
+        alike.setdefault(key, []).append(results.Measured(*values))
+    return sorted((x for rows in alike.values() for x in results.differences(rows)), key=_order)
 
 
 def _order(line: dict) -> tuple:

@@ -15,8 +15,11 @@ from saev import helpers
 from saev.formats import results
 from saev.protoeval import config
 
-AGAINST = """Against random activations (Random's: how many of them), on the same resamples of the test images. Each interval is of its row \
-alone: of many rows one in twenty is beyond noise by chance."""
+AGAINST = """Less random activations chosen on the same train images, on the same resamples of the test images. Intervals are over test \
+images, and over the draws of train images where there are several; not over the prototypes: activations, or an SAE, of another seed would \
+give other figures, so compare seeds before one difference is called real."""
+PROBE_NOTE = """Linear probe: ridge regression on the mean activation, trained on the labels of as many images: a supervised reference, \
+no bound where these are few."""
 
 
 @beartype.beartype
@@ -32,10 +35,12 @@ def write(
     helpers.write_text(dpath / "config.json", json.dumps(fields, indent=4))
     helpers.write_text(dpath / "about.json", json.dumps(dataclasses.asdict(about), indent=4))
     lines = [results.summary(row) for row in rows]
-    kinds, differences = results.by_kind(rows, names), results.differences(rows)
+    kinds = results.by_kind(rows, names)
+    differences = results.differences([row.measured for row in rows])
     results.write_csv(dpath / "summary.csv", results.SUMMARY, lines)
     results.write_csv(dpath / "kinds.csv", results.KIND_COLUMNS, kinds)
     results.write_csv(dpath / "differences.csv", results.DIFFERENCES, differences)
+    results.write_resamples(dpath / "resamples.npz", rows)
     results.write_traits(dpath / "traits.parquet", rows, names)
     save(chart([(about, lines)]), dpath / "chart.png")
     helpers.write_text(dpath / "table.tex", results.latex(results.table(lines)))
@@ -43,8 +48,8 @@ def write(
     text += (
         f"\nBy kind of trait (number of traits):\n\n{results.markdown(results.kinds_table(kinds))}"
     )
-    if differences:
-        cells = results.differences_table(differences)
+    if against := results.against_baseline(differences):
+        cells = results.differences_table(against)
         text += f"\n{AGAINST}\n\n{results.markdown(cells)}"
     helpers.write_text(dpath / "table.md", text)
 
@@ -63,7 +68,7 @@ def _notes(rows: list[results.Row], names: list[str], about: results.About) -> s
     for n_train, n in sorted(unseen.items()):
         if n:
             note += f" With {n_train} train images {n} trait(s) have no positive one: prototype 0 is taken for them."
-    return note + "\n"
+    return f"{note} {PROBE_NOTE}\n"
 
 
 @beartype.beartype

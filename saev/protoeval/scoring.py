@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, jaxtyped
 
-from saev import helpers, scorers
+from saev import errors, helpers, scorers
 from saev.data import config as data_config
 from saev.data import ordered, reader
 
@@ -52,20 +52,25 @@ def score(
         memory_gb: bound of the block of activations and scores in memory.
 
     Raises:
-        UserError: bad shards or activations.
+        UserError: bad shards or activations, or a score that is no number.
     """
     acts = reader.Reader(data)
     image_i_N = np.array(image_is, np.int64)
     n_prototypes = sum(s.n_prototypes for s in run)
     dpath.mkdir(parents=True, exist_ok=True)
     done_fpath = dpath / "done.json"
-    scores_KN = _mapped(dpath / "scores.bin", (n_prototypes, len(image_i_N)))
-    mean_ND = _mapped(dpath / "means.bin", (len(image_i_N), acts.d_vit))
-    first = json.loads(done_fpath.read_text()) if done_fpath.exists() else 0
     column_of = np.full(acts.n_all, -1, np.int64)
     column_of[image_i_N] = np.arange(len(image_i_N))
     image_bytes = 4 * (5 * acts.n_per_img * acts.d_vit + 2 * n_prototypes)
     n_imgs = int(np.clip(memory_gb * 1e9 / image_bytes, 1, MAX_BLOCK))
+    # of what the scores are; block sizes may change their last bits
+    said = helpers.hash_of([[s.digest() for s in run], acts.hash, image_is, n_imgs, device.type])
+    shapes = {
+        "scores.bin": (n_prototypes, len(image_i_N)),
+        "means.bin": (len(image_i_N), acts.d_vit),
+    }
+    first = _n_done(done_fpath, said, shapes)
+    scores_KN, mean_ND = (_mapped(dpath / name, shape) for name, shape in shapes.items())
     stream = ordered.Ordered(data, n_imgs, first)
     saved_s = time.monotonic()
     for block in helpers.progress(stream, "score", len(stream), "blocks"):
@@ -74,15 +79,39 @@ def score(
         if wanted_B.any():
             acts_BPD = torch.from_numpy(block.act_NXD[wanted_B]).to(device)
             best_BK = torch.cat([s.of_images(acts_BPD) for s in run], dim=1)
+            _check_finite(best_BK, [acts.records[int(i)].path for i in block.image_i_N[wanted_B]])
             scores_KN[:, column_B[wanted_B]] = best_BK.T.cpu().numpy()
             mean_ND[column_B[wanted_B]] = acts_BPD.mean(dim=1).cpu().numpy()
         first += len(block.image_i_N)
         if time.monotonic() - saved_s >= SAVE_S or first == acts.n_imgs:
             scores_KN.flush()
             mean_ND.flush()
-            helpers.write_text(done_fpath, json.dumps(first))
+            helpers.write_text(done_fpath, json.dumps({"of": said, "images": first}))
             saved_s = time.monotonic()
     return Scores(scores_KN, mean_ND, image_i_N)
+
+
+def _n_done(done_fpath: pathlib.Path, said: str, shapes: dict[str, tuple[int, int]]) -> int:
+    """Images that a killed pass has scored already: none, where its files are not of these scorers and images, or not whole."""
+    try:
+        done = json.loads(done_fpath.read_text())
+        sizes = [(done_fpath.parent / name).stat().st_size for name in shapes]
+        if done["of"] == said and sizes == [4 * a * b for a, b in shapes.values()]:
+            return int(done["images"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    for name in (done_fpath.name, *shapes):  # the note first
+        (done_fpath.parent / name).unlink(missing_ok=True)
+    return 0
+
+
+def _check_finite(best_BK: torch.Tensor, paths: list[str]) -> None:
+    if not (is_good_BK := best_BK.isfinite()).all():
+        b, k = (~is_good_BK).nonzero()[0].tolist()
+        raise errors.UserError(
+            f"the score of {paths[b]} for prototype {k} (of all scorers' side by side) is {best_BK[b, k].item()}. "
+            "Look at the checkpoint's weights, or delete the fitted scorer to fit it again."
+        )
 
 
 def _mapped(fpath: pathlib.Path, shape: tuple[int, int]) -> np.memmap:

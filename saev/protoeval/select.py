@@ -3,6 +3,7 @@
 N images, K prototypes, C of them, T traits, D d_vit, R draws of train images, M resamples of test images.
 """
 
+import collections.abc
 import dataclasses
 import datetime
 import hashlib
@@ -25,7 +26,7 @@ from saev.protoeval import ap, check, config, probe, report, scoring
 
 logger = logging.getLogger("saev")
 
-REVISION = 3
+REVISION = 4
 """Raised whenever the same activations, labels and config may give other numbers."""
 AP_DIGITS = 12
 """Decimal places in which APs are compared: equal ones of different rankings differ in their last bits."""
@@ -86,39 +87,41 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     ]
     linked = _in_gallery(cfgs)
     out = pathlib.Path(cfg.dump_to) / _run_id(cfgs, labels)
-    if (out / "table.md").exists():
-        logger.info("%s: evaluated already", out)
+    if not (out / "table.md").exists():
+        with helpers.locked(out.with_name(f".{out.name}.lock"), f"it evaluates {out}"):
+            if not (out / "table.md").exists():
+                _evaluate_into(out, cfgs, labels, joins)
     else:
-        _evaluate_into(out, cfgs, labels, joins)
+        logger.info("%s: evaluated already", out)
     if linked:
         report.link(out, linked, pathlib.Path(cfg.gallery))
     return str(out)
 
 
 @beartype.beartype
-def look(cfgs: list[config.ProtoEval]) -> str:
+def look(cfgs: list[config.ProtoEval], say: collections.abc.Callable[[str], None] = print) -> None:
     """What --check prints: of each label folder, and of its join with the activations that are given.
 
     Raises:
         UserError: bad or (without --force) implausible labels, or shards that lack an image.
     """
-    texts = [_look(cfg) for cfg in {(c.cub_root, c.train_data, c.test): c for c in cfgs}.values()]
-    return "\n\n".join(texts)
+    for cfg in {(c.cub_root, c.train_data, c.test, c.min_certainty): c for c in cfgs}.values():
+        _look(cfg, say)
 
 
-def _look(cfg: config.ProtoEval) -> str:
+def _look(cfg: config.ProtoEval, say: collections.abc.Callable[[str], None]) -> None:
     if not cfg.cub_root:
         raise errors.UserError("--cub-root is missing: pass the CUB_200_2011 folder.")
     labels = cub.load(cfg.cub_root, min_certainty=cfg.min_certainty)
-    lines = [check.describe(labels)]
+    say(f"{cfg.cub_root}, certainty from {cfg.min_certainty}: {check.describe(labels)}")
     for split, data in (("train", cfg.train_data), ("test", cfg.test)):
         if data.shard_root:
             n = len(_join(data, labels, split == "train", cfg.force))
-            lines.append(f"{data.shard_root}: holds all {n:,} {split} images.")
+            say(f"{data.shard_root}: holds all {n:,} {split} images.")
+    for problem in check.problems(labels):
+        say(f"Implausible: {problem}.")
     if not cfg.force:
         check.refuse_implausible(labels, cfg.cub_root)
-    lines += [f"Implausible: {problem}." for problem in check.problems(labels)]
-    return "\n".join(lines)
 
 
 def _evaluate_into(
@@ -218,7 +221,7 @@ def _in_gallery(cfgs: list[config.ProtoEval]) -> str:
 
 def _run_id(cfgs: list[config.ProtoEval], labels: cub.Cub) -> str:
     """Hash of all that decides the table: activations, labels, scorers, grid and seed; not of where they lie."""
-    parts: list[object] = [REVISION, _labels_hash(labels)]
+    parts: list[object] = [REVISION, scorers.revision(), _labels_hash(labels)]
     for cfg in cfgs:
         parts += [_identity(data) for data in (cfg.train_data, cfg.test, cfg.fit)]
         parts += [cfg.n_prototypes, cfg.n_train, cfg.seed, cfg.n_seeds, cfg.n_boot]
@@ -532,7 +535,7 @@ def _row(
         np.stack([choice.best_T for choice in choices]),
         np.stack([choice.train_ap_T for choice in choices]),
         np.stack(test_ap),
-        np.mean(boot, axis=0),
+        np.stack(boot),
     )
 
 

@@ -8,7 +8,9 @@ import dataclasses
 import typing as tp
 
 import beartype
+import numpy as np
 import torch
+import xxhash
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
@@ -39,6 +41,10 @@ class Scorer(tp.Protocol):
         """Scores of images: the largest of their patches'."""
         ...
 
+    def digest(self) -> str:
+        """Hash of all that decides the scores."""
+        ...
+
 
 @jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +55,25 @@ class Prototypes:
     "distance" -|x - p|^2 (m plays no part).
     """
 
-    vectors_KD: Float[Tensor, "K D"]
+    direction_KD: Float[Tensor, "K D"]
+    """p - m, which float32 holds better than p where the mean is large."""
     mean_D: Float[Tensor, " D"]
     similarity: config.Similarity
 
+    @staticmethod
+    @jaxtyped(typechecker=beartype.beartype)
+    def of(
+        vectors_KD: Float[Tensor, "K D"], mean_D: Float[Tensor, " D"], similarity: config.Similarity
+    ) -> "Prototypes":
+        return Prototypes(vectors_KD - mean_D, mean_D, similarity)
+
+    @property
+    def vectors_KD(self) -> Float[Tensor, "K D"]:
+        return self.direction_KD + self.mean_D
+
     @property
     def n_prototypes(self) -> int:
-        return self.vectors_KD.shape[0]
+        return self.direction_KD.shape[0]
 
     @jaxtyped(typechecker=beartype.beartype)
     def __call__(self, activations: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
@@ -63,7 +81,7 @@ class Prototypes:
 
     @jaxtyped(typechecker=beartype.beartype)
     def of_images(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
-        p_KD = self.vectors_KD - self.mean_D
+        p_KD = self.direction_KD
         match self.similarity:
             case "cosine":
                 p_KD = torch.nn.functional.normalize(p_KD, dim=1)
@@ -81,12 +99,25 @@ class Prototypes:
         return 2 * x_RD, -x_RD.square().sum(dim=1)
 
     def prefix(self, k: int) -> "Prototypes":
-        return dataclasses.replace(self, vectors_KD=self.vectors_KD[:k])
+        return dataclasses.replace(self, direction_KD=self.direction_KD[:k])
 
     def to(self, device: torch.device) -> "Prototypes":
         return dataclasses.replace(
-            self, vectors_KD=self.vectors_KD.to(device), mean_D=self.mean_D.to(device)
+            self, direction_KD=self.direction_KD.to(device), mean_D=self.mean_D.to(device)
         )
+
+    def digest(self) -> str:
+        return digest(self.similarity, [self.direction_KD, self.mean_D])
+
+
+@beartype.beartype
+def digest(what: str, tensors: list[Tensor]) -> str:
+    """Hash of some tensors' values, and of what they are."""
+    out = xxhash.xxh3_128(what.encode())
+    for tensor in tensors:
+        out.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        out.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
+    return out.hexdigest()
 
 
 Prepare = collections.abc.Callable[[Tensor], tuple[Tensor, Tensor | None]]

@@ -23,8 +23,6 @@ from saev.scorers import base, config, random
 
 CHUNK = 2**15
 """Activations whose distances a GPU computes at a time; on a CPU they are searched in a core's cache."""
-N_FAR = 256
-"""Activations far from their centres that a pass remembers, for centres that no activation is nearest to."""
 SUMMED, MIN_SUMMED = 128, 2**16
 """Activations of the sample for each centre, and at least, by which candidates for the next centres are compared (logbook 012)."""
 TRIED = 16
@@ -43,39 +41,54 @@ def fit(
     data: data_config.Shards,
     ks: list[int],
     seed: int,
-    state_fpath: pathlib.Path | None = None,
+    state_fpaths: list[pathlib.Path] | None = None,
     device: torch.device = base.CPU,
 ) -> list[base.Prototypes]:
     """Centroids for each K of `ks` (on the CPU, wherever they are computed), all from the same passes over the stream.
 
+    Memory: the sample, and about 30 bytes x K x d_vit for each K.
+
     Args:
-        state_fpath: where the centres are kept after each pass; a fit that was killed goes on from there. It stays.
+        state_fpaths: where each K's centres are kept after each pass; a fit that was killed goes on from there. They stay.
 
     Raises:
         UserError: bad shards, or fewer activations than the largest K.
     """
-    states = None if state_fpath is None else _read_state(state_fpath, device)
-    if states is None:
-        if cfg.n_samples < max(ks):
-            raise errors.UserError(
-                f"--scorer.n-samples {cfg.n_samples}: fewer than {max(ks)} clusters. Pass more."
-            )
-        sample = random.reservoir(data, cfg.n_samples, seed)
-        if len(sample.acts_KD) < max(ks):
-            raise errors.UserError(
-                f"{data.shard_root}: holds {len(sample.acts_KD)} activations, fewer than {max(ks)} clusters. Lower --n-prototypes."
-            )
-        mean_D = torch.from_numpy(sample.mean_D).to(device)
-        x_BD = _space(torch.from_numpy(sample.acts_KD).to(device), mean_D, cfg.normalize)
-        # k-means++ draws one centre after the other: the first K of a longer draw are a draw of K
-        start_KD = plus_plus(x_BD, max(ks), seed)
-        states = [State(mean_D, _warmed_up(start_KD[:k].clone(), x_BD, cfg)) for k in ks]
+    fpaths = state_fpaths or [None] * len(ks)
+    found = [
+        None if fpath is None else _read_state(fpath, k, device)
+        for fpath, k in zip(fpaths, ks, strict=True)
+    ]
+    fresh_ks = [k for k, state in zip(ks, found, strict=True) if state is None]
+    fresh = iter(_started(cfg, data, fresh_ks, seed, device) if fresh_ks else [])
+    states = [next(fresh) if state is None else state for state in found]
     while open_states := [s for s in states if s.n_passes < cfg.n_iters and not s.is_done]:
         one_pass(open_states, data, cfg)
-        if state_fpath is not None:
-            _write_state(states, state_fpath)
-    fitted = [base.Prototypes(s.center_KD + s.mean_D, s.mean_D, cfg.similarity) for s in states]
+        for state, fpath in zip(states, fpaths, strict=True):
+            if fpath is not None and any(state is s for s in open_states):
+                _write_state(state, fpath)
+    fitted = [base.Prototypes(s.center_KD, s.mean_D, cfg.similarity) for s in states]
     return [scorer.to(base.CPU) for scorer in fitted]
+
+
+def _started(
+    cfg: config.KMeans, data: data_config.Shards, ks: list[int], seed: int, device: torch.device
+) -> list["State"]:
+    """Centres before the first pass."""
+    if cfg.n_samples < max(ks):
+        raise errors.UserError(
+            f"--scorer.n-samples {cfg.n_samples}: fewer than {max(ks)} clusters. Pass more."
+        )
+    sample = random.reservoir(data, cfg.n_samples, seed)
+    if len(sample.acts_KD) < max(ks):
+        raise errors.UserError(
+            f"{data.shard_root}: holds {len(sample.acts_KD)} activations, fewer than {max(ks)} clusters. Lower --n-prototypes."
+        )
+    mean_D = torch.from_numpy(sample.mean_D).to(device)
+    x_BD = _space(torch.from_numpy(sample.acts_KD).to(device), mean_D, cfg.normalize)
+    # k-means++ draws one centre after the other: the first K of a longer draw are a draw of K
+    start_KD = plus_plus(x_BD, max(ks), seed)
+    return [State(mean_D, _warmed_up(start_KD[:k].clone(), x_BD, cfg)) for k in ks]
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -111,7 +124,6 @@ def nearest(
     activation nearer to the origin than to any centre has no positive value there, and is looked at again by itself.
     """
     bias_K = -0.5 * center_KD.square().sum(dim=1)
-    square_B = x_BD.square().sum(dim=1)
     if not sparse.uses_kernels(x_BD):
         parts = [torch.addmm(bias_K, x_CD, center_KD.T).max(dim=1) for x_CD in x_BD.split(CHUNK)]
         value_B, at_B = (torch.cat(p) for p in zip(*parts, strict=True))
@@ -124,8 +136,9 @@ def nearest(
         for rows_C in rest_n.split(max(1, 2**24 // len(center_KD))):
             found = torch.addmm(bias_K, x_BD[rows_C], center_KD.T).max(dim=1)
             value_B[rows_C], at_B[rows_C] = found.values, found.indices.int()
-    distance_B = square_B - 2 * value_B
-    return at_B.long(), torch.where(distance_B > ROUNDING * square_B, distance_B, 0.0)
+    parts = zip(x_BD.split(CHUNK), at_B.long().split(CHUNK), strict=True)
+    distances = [(x_CD - center_KD[at_C]).square_().sum(dim=1) for x_CD, at_C in parts]
+    return at_B.long(), torch.cat(distances)
 
 
 # ---- the start ----
@@ -228,7 +241,8 @@ def _warmed_up(start_KD: Tensor, x_BD: Tensor, cfg: config.KMeans) -> Tensor:
 def one_pass(states: list[State], data: data_config.Shards, cfg: config.KMeans) -> None:
     """One iteration of Lloyd's algorithm (Lloyd 1982) for each K, in one pass over the stream.
 
-    Centres that no activation is nearest to move to the activations that are farthest from theirs (as scikit-learn's do).
+    Centres that no activation is nearest to move to the activations that are farthest from theirs, which then count for those no
+    more (as scikit-learn's do).
     """
     sums = [_Sums(state) for state in states]
     stream = ordered.Ordered(data)
@@ -253,6 +267,9 @@ class _Sums:
         self.n_K = center_KD.new_zeros(K, dtype=torch.int64)
         self.inertia = 0.0
         self.far_C, self.far_CD = center_KD.new_zeros(0), center_KD.new_zeros(0, D)
+        """Squared distances of the K activations farthest from their centres, these activations, and ..."""
+        self.far_at_C = center_KD.new_zeros(0, dtype=torch.int64)
+        """... these centres."""
 
     def add(self, x_BD: Tensor) -> None:
         K = len(self.n_K)
@@ -262,21 +279,26 @@ class _Sums:
         self.sum_KD += sparse.bag(x_BD, by.row_n, x_BD.new_ones(len(x_BD)), by.start_S1)
         self.n_K += by.start_S1.diff()
         self.inertia += distance_B.sum(dtype=torch.float64).item()
-        far = distance_B.topk(min(N_FAR, len(distance_B)))
-        far_C = torch.cat([self.far_C, far.values])
-        far_CD = torch.cat([self.far_CD, x_BD[far.indices]])
-        order_C = far_C.argsort(descending=True, stable=True)[:N_FAR]
-        self.far_C, self.far_CD = far_C[order_C], far_CD[order_C]
+        least = self.far_C[-1] if len(self.far_C) == K else 0.0
+        far = distance_B.topk(min(K, len(distance_B)))
+        rows_C = far.indices[far.values > least]
+        far_C = torch.cat([self.far_C, distance_B[rows_C]])
+        order_C = far_C.argsort(descending=True, stable=True)[:K]
+        self.far_C = far_C[order_C]
+        self.far_CD = torch.cat([self.far_CD, x_BD[rows_C]])[order_C]
+        self.far_at_C = torch.cat([self.far_at_C, at_B[rows_C]])[order_C]
 
     def finish(self, cfg: config.KMeans) -> None:
         """Moves the centres."""
         state = self.state
+        empty_n = (self.n_K == 0).nonzero().flatten()[: len(self.far_C)]
+        n = len(empty_n)
+        far_CD, from_n = self.far_CD[:n].double(), self.far_at_C[:n]
+        self.sum_KD.index_add_(0, from_n, far_CD, alpha=-1)
+        self.n_K.index_add_(0, from_n, torch.ones_like(from_n), alpha=-1)
+        self.sum_KD[empty_n], self.n_K[empty_n] = far_CD, 1
         center_KD = (self.sum_KD / self.n_K.clamp(min=1)[:, None]).float()
-        empty_n = (self.n_K == 0).nonzero().flatten()
-        far_CD = self.far_CD[self.far_C > 0]
-        n = min(len(empty_n), len(far_CD))
-        center_KD[empty_n] = state.center_KD[empty_n]
-        center_KD[empty_n[:n]] = far_CD[:n]
+        center_KD = torch.where(self.n_K[:, None] > 0, center_KD, state.center_KD)
         if cfg.normalize:
             center_KD = torch.nn.functional.normalize(center_KD, dim=1)
         gain = state.inertia - self.inertia
@@ -290,25 +312,23 @@ class _Sums:
 # ---- between passes, on disk ----
 
 
-def _write_state(states: list[State], fpath: pathlib.Path) -> None:
+def _write_state(state: State, fpath: pathlib.Path) -> None:
     payload = io.BytesIO()
-    torch.save(
-        {"mean_D": states[0].mean_D, **{str(i): s.center_KD for i, s in enumerate(states)}}, payload
-    )
-    header = {"passes": [[s.inertia, s.n_passes, s.is_done] for s in states]}
+    torch.save({"mean_D": state.mean_D, "center_KD": state.center_KD}, payload)
+    header = {"passes": [state.inertia, state.n_passes, state.is_done]}
     checkpoint.write(fpath, "state", header, payload.getvalue())
 
 
-def _read_state(fpath: pathlib.Path, device: torch.device) -> list[State] | None:
+def _read_state(fpath: pathlib.Path, k: int, device: torch.device) -> State | None:
     if not fpath.exists():
         return None
     header, payload = checkpoint.read(fpath, "state")
     try:
         tensors = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
-        return [
-            State(tensors["mean_D"], tensors[str(i)], *values)
-            for i, values in enumerate(header["passes"])
-        ]
+        state = State(tensors["mean_D"], tensors["center_KD"], *header["passes"])
+        if len(state.center_KD) != k:
+            raise ValueError(f"it holds {len(state.center_KD)} centres instead of {k}")
+        return state
     except Exception as err:  # torch raises many types for a cut or foreign file
         raise errors.UserError(
             f"{fpath}: cannot be read ({errors.first_line(err)}). Delete it; the fit then starts again."

@@ -1,5 +1,7 @@
 """Principal components as prototypes. B activations, D d_vit, K components."""
 
+import dataclasses
+
 import beartype
 import numpy as np
 import torch
@@ -9,51 +11,51 @@ from torch import Tensor
 from saev import helpers
 from saev.data import config as data_config
 from saev.data import ordered
-from saev.scorers import base, config
+from saev.scorers import base
 
 
 @beartype.beartype
-def fit(
-    cfg: config.Pca,
-    data: data_config.Shards,
-    k: int,
-    seed: int,
-    device: torch.device = base.CPU,
-) -> base.Prototypes:
-    """The k leading components (all of them if there are fewer), on the CPU. Exact; `seed` plays no part.
+def fit(data: data_config.Shards, device: torch.device = base.CPU) -> base.Prototypes:
+    """All principal components, largest variance first, on the CPU: as many as activations span (d_vit, or their number less 1).
 
     A component's sign is arbitrary: it is fixed so that its entry of largest size is positive.
     """
-    del seed
-    mean_D, covariance_DD = moments(data, device)
-    vectors_KD = components(covariance_DD)
-    if cfg.both_signs:
-        vectors_KD = torch.stack([vectors_KD, -vectors_KD], dim=1).flatten(0, 1)
-    mean_D = mean_D.float()
-    return base.Prototypes(vectors_KD[:k] + mean_D, mean_D, "dot")
+    mean_D, covariance_DD, n = moments(data, device)
+    return base.Prototypes(components(covariance_DD)[: max(1, n - 1)], mean_D.float(), "dot")
+
+
+@beartype.beartype
+def both_signs(scorer: base.Prototypes) -> base.Prototypes:
+    """Each component, and its negative right after it."""
+    both_KD = torch.stack([scorer.direction_KD, -scorer.direction_KD], dim=1).flatten(0, 1)
+    return dataclasses.replace(scorer, direction_KD=both_KD)
 
 
 @jaxtyped(typechecker=beartype.beartype)
 def moments(
     data: data_config.Shards, device: torch.device = base.CPU
-) -> tuple[Float64[Tensor, " D"], Float64[Tensor, "D D"]]:
-    """Mean and covariance (divided by n) of the stream in one pass; computed on `device`, returned on the CPU.
+) -> tuple[Float64[Tensor, " D"], Float64[Tensor, "D D"], int]:
+    """Mean, covariance (divided by n) and number n of the stream's activations in one pass on `device`; returned on the CPU.
 
-    Sums are taken about the first block's mean, so that float32 products lose nothing to a large mean.
+    Each block is centred on its own mean, so that float32 products lose nothing to it, and blocks are put together in float64 (Chan,
+    Golub and LeVeque 1983).
     """
     stream = ordered.Ordered(data)
-    d_vit, shift_D = stream.reader.d_vit, None
-    sum_D = torch.zeros(d_vit, dtype=torch.float64, device=device)
+    d_vit, n = stream.reader.d_vit, 0
+    mean_D = torch.zeros(d_vit, dtype=torch.float64, device=device)
     square_DD = torch.zeros(d_vit, d_vit, dtype=torch.float64, device=device)
     for _, acts_NTD in helpers.progress(stream, "PCA", len(stream), "blocks"):
         x_BD = torch.from_numpy(acts_NTD).flatten(0, 1).to(device)
-        shift_D = x_BD.mean(dim=0) if shift_D is None else shift_D
-        x_BD -= shift_D  # the block is ours
-        sum_D += x_BD.new_ones(len(x_BD)) @ x_BD
+        B = len(x_BD)
+        own_D = (x_BD.new_ones(B) @ x_BD) / B
+        x_BD -= own_D  # the block is ours
         square_DD += (x_BD.T @ x_BD).double()
-    mean_D = sum_D / len(stream.reader)
-    covariance_DD = square_DD / len(stream.reader) - torch.outer(mean_D, mean_D)
-    return (mean_D + shift_D.double()).cpu(), covariance_DD.cpu()
+        own_D = own_D.double() + (x_BD.new_ones(B) @ x_BD).double() / B
+        away_D = own_D - mean_D
+        square_DD.addr_(away_D, away_D, alpha=n * B / (n + B))
+        mean_D += away_D * (B / (n + B))
+        n += B
+    return mean_D.cpu(), (square_DD / n).cpu(), n
 
 
 @jaxtyped(typechecker=beartype.beartype)

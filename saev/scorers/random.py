@@ -21,32 +21,24 @@ class Sample(tp.NamedTuple):
 
 
 @beartype.beartype
-def fit(
-    cfg: config.Random,
-    data: data_config.Shards,
-    k: int,
-    seed: int,
-    device: torch.device = base.CPU,
-) -> base.Prototypes:
-    """Draws k activations. With one seed, the first k of a larger draw are the draw of k. `device` plays no part.
+def fit(data: data_config.Shards, k: int, seed: int) -> base.Prototypes:
+    """Draws k activations. With one seed, the first k of a larger draw are the draw of k. Similarity: the default one.
 
     Raises:
         UserError: bad shards, or fewer activations than k.
     """
-    del device
     sample = reservoir(data, k, seed)
     if len(sample.acts_KD) < k:
         raise errors.UserError(
             f"{data.shard_root}: holds {len(sample.acts_KD)} activations, fewer than {k} prototypes. Lower --n-prototypes."
         )
-    return base.Prototypes(
-        torch.from_numpy(sample.acts_KD), torch.from_numpy(sample.mean_D), cfg.similarity
-    )
+    vectors_KD, mean_D = torch.from_numpy(sample.acts_KD), torch.from_numpy(sample.mean_D)
+    return base.Prototypes.of(vectors_KD, mean_D, config.Random().similarity)
 
 
 @jaxtyped(typechecker=beartype.beartype)
 def reservoir(data: data_config.Shards, k: int, seed: int) -> Sample:
-    """Uniform sample without replacement of min(k, stream) activations in one pass, O(k) memory.
+    """Uniform sample without replacement of min(k, stream) activations in one pass; memory for 1.25 k of them.
 
     Each activation gets a random key and the k smallest keys stay (bottom-k sampling, Cohen and Kaplan 2007),
     sorted by key: so samples of different size are nested.
@@ -54,18 +46,35 @@ def reservoir(data: data_config.Shards, k: int, seed: int) -> Sample:
     stream = ordered.Ordered(data)
     rng = np.random.default_rng((seed, 0xACE))
     d_vit = stream.reader.d_vit
-    key_K, acts_KD = np.empty(0), np.empty((0, d_vit), np.float32)
+    size = min(k + max(k // 4, 1024), len(stream.reader))
+    key_R, acts_RD = np.full(size, np.inf), np.empty((size, d_vit), np.float32)
+    n, bound = 0, np.inf  # rows in use; no key above the bound can stay
     total_D = np.zeros(d_vit, np.float64)
     for _, acts_NTD in helpers.progress(stream, "sample", len(stream), "blocks"):
         acts_BD = acts_NTD.reshape(-1, d_vit)
         total_D += acts_BD.sum(axis=0, dtype=np.float64)
         key_B = rng.random(len(acts_BD))
-        bound = key_K[-1] if len(key_K) == k else np.inf
         fresh = np.flatnonzero(key_B < bound)
-        key_K, acts_KD = (
-            np.concatenate([key_K, key_B[fresh]]),
-            np.concatenate([acts_KD, acts_BD[fresh]]),
-        )
-        keep = np.argsort(key_K, kind="stable")[:k]
-        key_K, acts_KD = key_K[keep], acts_KD[keep]
-    return Sample(acts_KD, (total_D / len(stream.reader)).astype(np.float32))
+        while len(fresh):
+            if n == size:
+                n, bound = k, _compact(key_R, acts_RD, k)
+                fresh = fresh[key_B[fresh] < bound]
+            now, fresh = fresh[: size - n], fresh[size - n :]
+            key_R[n : n + len(now)], acts_RD[n : n + len(now)] = key_B[now], acts_BD[now]
+            n += len(now)
+    if n > k:
+        n = k
+        _compact(key_R, acts_RD, k)
+    order_K = np.argsort(key_R[:n], kind="stable")
+    return Sample(acts_RD[order_K], (total_D / len(stream.reader)).astype(np.float32))
+
+
+def _compact(key_R: np.ndarray, acts_RD: np.ndarray, k: int) -> float:
+    """Moves the k smallest keys and their activations to the front, in place; returns the largest of these keys."""
+    stay = np.argpartition(key_R, k - 1)[:k]
+    is_free_K = np.ones(k, bool)
+    is_free_K[stay[stay < k]] = False
+    free, moving = np.flatnonzero(is_free_K), stay[stay >= k]
+    key_R[free], acts_RD[free] = key_R[moving], acts_RD[moving]
+    key_R[k:] = np.inf
+    return float(key_R[:k].max())

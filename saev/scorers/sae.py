@@ -1,5 +1,6 @@
 """Latents of a sparse autoencoder as prototypes. B activations or images, P patches, D d_vit, K prototypes, n codes."""
 
+import copy
 import dataclasses
 
 import beartype
@@ -10,6 +11,9 @@ from torch import Tensor
 from saev import nn
 from saev.nn import config, sparse
 from saev.scorers import base
+
+AT_ONCE = 2**28
+"""Bytes of a TopK SAE's pre-activations on a GPU, or of prepared activations on a CPU, that are in memory at a time."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -30,7 +34,7 @@ class SaeLatents:
         """Largest codes of each image. All but TopK's rise with their own pre-activation alone: its largest is enough."""
         sae, K = self.sae, self.n_prototypes
         if isinstance(sae.cfg, config.TopK):
-            return self._top_k(acts_BPD * sae.scale - sae.b_dec, sae.cfg.top_k)
+            return self._top_k(acts_BPD, sae.cfg.top_k)
         pre_BK = base.largest(acts_BPD, sae.W_enc.T[:K], self._scaled) + sae.b_enc[:K]
         match sae.cfg:
             case config.BatchTopK():
@@ -44,8 +48,16 @@ class SaeLatents:
     def _scaled(self, x_RD: Tensor) -> tuple[Tensor, None]:
         return x_RD * self.sae.scale - self.sae.b_dec, None
 
-    def _top_k(self, x_BPD: Float[Tensor, "B P D"], k: int) -> Float[Tensor, "B K"]:
-        sae, (B, P, _) = self.sae, x_BPD.shape
+    def _top_k(self, acts_BPD: Float[Tensor, "B P D"], k: int) -> Float[Tensor, "B K"]:
+        """Some images at a time: a GPU writes out the pre-activations of all of their patches."""
+        _, P, D = acts_BPD.shape
+        n_columns = D if sparse.uses_kernels(acts_BPD) else self.sae.d_sae
+        n_imgs = max(1, AT_ONCE // (4 * P * n_columns))
+        return torch.cat([self._top_k_of(part, k) for part in acts_BPD.split(n_imgs)])
+
+    def _top_k_of(self, acts_BPD: Float[Tensor, "B P D"], k: int) -> Float[Tensor, "B K"]:
+        sae, (B, P, _) = self.sae, acts_BPD.shape
+        x_BPD = acts_BPD * sae.scale - sae.b_dec
         encoder = sparse.Encoder(sae.W_enc.T, sae.b_enc, False)
         codes = sparse.top_k(encoder, x_BPD.flatten(0, 1), k)
         image_n = codes.index.row_n.div(P, rounding_mode="floor")
@@ -58,4 +70,9 @@ class SaeLatents:
         return dataclasses.replace(self, n_prototypes=min(k, self.n_prototypes))
 
     def to(self, device: torch.device) -> "SaeLatents":
-        return dataclasses.replace(self, sae=self.sae.to(device))
+        return dataclasses.replace(self, sae=copy.deepcopy(self.sae).to(device))
+
+    def digest(self) -> str:
+        state = self.sae.state_dict()
+        what = f"{self.sae.cfg} {self.n_prototypes} {sorted(state)}"
+        return base.digest(what, [state[name] for name in sorted(state)])

@@ -18,8 +18,12 @@ logger = logging.getLogger("saev")
 
 REVISION = 4
 """Raised whenever a fitter may give other numbers: what was fitted before is then fitted again."""
-NESTED = {config.Random: random.fit, config.Pca: pca.fit}
-"""Scorers whose first k prototypes are those of a fit of k: one fit serves every smaller number."""
+
+
+@beartype.beartype
+def revision() -> int:
+    """Part of the name of whatever is computed by fitted scorers."""
+    return REVISION
 
 
 @beartype.beartype
@@ -56,61 +60,77 @@ def fit_each(
     if isinstance(cfg, config.Sae):
         scorer = _load_sae(cfg, data)
         return [scorer.prefix(k) for k in ks]
-    if isinstance(cfg, config.KMeans):
-        return _fit_kmeans(cfg, data, ks, seed, dpath, device)
-    scorer = _fit_nested(cfg, data, max(ks), seed, dpath, device)
-    return [scorer.prefix(k) for k in ks]
-
-
-def _fit_nested(
-    cfg: config.Random | config.Pca,
-    data: data_config.Shards,
-    k: int,
-    seed: int,
-    dpath: pathlib.Path | None,
-    device: torch.device,
-) -> base.Prototypes:
-    """Its file may hold more prototypes than asked for."""
+    if dpath is None:
+        return [
+            _as(cfg, scorer, k)
+            for scorer, k in zip(_fit(cfg, data, ks, seed, device), ks, strict=True)
+        ]
     key = _key(cfg, data, seed)
-    for fpath in (
-        sorted((dpath or pathlib.Path()).glob(f"{_name(cfg)}-*-{key}.bin")) if dpath else []
-    ):
-        if int(fpath.name.split("-")[1]) >= k:
-            return load(fpath).prefix(k)
-    scorer = NESTED[type(cfg)](cfg, data, k, seed, device)
-    if dpath is not None:
-        _keep(scorer, _fpath(dpath, cfg, k, key))
-    return scorer
+
+    def missing() -> list[int]:
+        return [k for k in sorted(set(ks)) if _found(cfg, dpath, key, k) is None]
+
+    if missing():
+        lock_fpath = dpath / f".{_name(cfg)}-{key}.lock"
+        with helpers.locked(lock_fpath, f"it fits {_name(cfg)} in {dpath}"):
+            if still := missing():
+                _fit_and_keep(cfg, data, still, seed, dpath, key, device)
+    fpaths = [_found(cfg, dpath, key, k) for k in ks]
+    return [_as(cfg, load(fpath), k) for fpath, k in zip(fpaths, ks, strict=True)]
 
 
-def _fit_kmeans(
-    cfg: config.KMeans,
+def _fit(
+    cfg: config.Random | config.Pca | config.KMeans,
     data: data_config.Shards,
     ks: list[int],
     seed: int,
-    dpath: pathlib.Path | None,
     device: torch.device,
-) -> list[base.Scorer]:
-    if dpath is None:
-        return kmeans.fit(cfg, data, ks, seed, device=device)
-    key = _key(cfg, data, seed)
-    missing = [k for k in sorted(set(ks)) if not _fpath(dpath, cfg, k, key).exists()]
-    if missing:
-        state_fpath = dpath / f"kmeans-{'-'.join(map(str, missing))}-{key}.state"
-        fitted = kmeans.fit(cfg, data, missing, seed, state_fpath, device)
-        for k, scorer in zip(missing, fitted, strict=True):
-            _keep(scorer, _fpath(dpath, cfg, k, key))
-        state_fpath.unlink(missing_ok=True)
-    return [load(_fpath(dpath, cfg, k, key)) for k in ks]
+    state_fpaths: list[pathlib.Path] | None = None,
+) -> list[base.Prototypes]:
+    """One for each K; they may hold more prototypes."""
+    if isinstance(cfg, config.KMeans):
+        return kmeans.fit(cfg, data, ks, seed, state_fpaths, device)
+    one = pca.fit(data, device) if isinstance(cfg, config.Pca) else random.fit(data, max(ks), seed)
+    return [one] * len(ks)
 
 
-def _fpath(dpath: pathlib.Path, cfg: config.Scorer, k: int, key: str) -> pathlib.Path:
-    return dpath / f"{_name(cfg)}-{k}-{key}.bin"
+def _fit_and_keep(
+    cfg: config.Random | config.Pca | config.KMeans,
+    data: data_config.Shards,
+    ks: list[int],
+    seed: int,
+    dpath: pathlib.Path,
+    key: str,
+    device: torch.device,
+) -> None:
+    states = [dpath / f"{_name(cfg)}-{k}-{key}.state" for k in ks]
+    fitted = _fit(cfg, data, ks, seed, device, states)
+    for scorer in {id(scorer): scorer for scorer in fitted}.values():
+        fpath = dpath / f"{_name(cfg)}-{scorer.n_prototypes}-{key}.bin"
+        save(scorer, fpath)
+        logger.info("fitted %s", fpath)
+    for state in dpath.glob(f"{_name(cfg)}-*-{key}.state"):  # a fit killed just here left one, too
+        if state.with_suffix(".bin").exists():
+            state.unlink(missing_ok=True)
 
 
-def _keep(scorer: base.Scorer, fpath: pathlib.Path) -> None:
-    save(scorer, fpath)
-    logger.info("fitted %s", fpath)
+def _found(cfg: config.Scorer, dpath: pathlib.Path, key: str, k: int) -> pathlib.Path | None:
+    """The file that serves K: of random activations any with as many or more, of components the one that holds all."""
+    sizes = {
+        int(fpath.name.split("-")[1]): fpath for fpath in dpath.glob(f"{_name(cfg)}-*-{key}.bin")
+    }
+    if isinstance(cfg, config.KMeans):
+        return sizes.get(k)
+    return next((sizes[n] for n in sorted(sizes) if n >= k or isinstance(cfg, config.Pca)), None)
+
+
+def _as(
+    cfg: config.Random | config.Pca | config.KMeans, scorer: base.Prototypes, k: int
+) -> base.Prototypes:
+    """The first k prototypes, used as the config says."""
+    if isinstance(cfg, config.Pca):
+        return (pca.both_signs(scorer) if cfg.both_signs else scorer).prefix(k)
+    return dataclasses.replace(scorer, similarity=cfg.similarity).prefix(k)
 
 
 def _name(cfg: config.Scorer) -> str:
@@ -118,12 +138,14 @@ def _name(cfg: config.Scorer) -> str:
 
 
 def _key(cfg: config.Scorer, data: data_config.Shards, seed: int) -> str:
+    """Of what is fitted, not of how it is then used."""
+    used = ("similarity", "both_signs")
     fields = {
         "cls": _name(cfg),
-        "cfg": dataclasses.asdict(cfg),
+        "cfg": {name: v for name, v in dataclasses.asdict(cfg).items() if name not in used},
         "revision": REVISION,
         "activations": reader.Reader(data).hash,
-        "seed": seed,
+        "seed": None if isinstance(cfg, config.Pca) else seed,
     }
     return helpers.hash_of(fields)[:12]
 
@@ -143,7 +165,7 @@ def save(scorer: base.Scorer, fpath: pathlib.Path | str) -> None:
         return nn.save(scorer.sae, fpath)
     payload = io.BytesIO()
     torch.save(
-        {"vectors_KD": scorer.vectors_KD.cpu().clone(), "mean_D": scorer.mean_D.cpu()}, payload
+        {"direction_KD": scorer.direction_KD.cpu().clone(), "mean_D": scorer.mean_D.cpu()}, payload
     )
     header = {"cls": "Prototypes", "similarity": scorer.similarity}
     checkpoint.write(pathlib.Path(fpath), "scorer", header, payload.getvalue())
@@ -164,7 +186,11 @@ def load(fpath: pathlib.Path | str) -> base.Scorer:
     header, payload = checkpoint.read(fpath, "scorer")
     try:
         tensors = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-        return base.Prototypes(tensors["vectors_KD"], tensors["mean_D"], header["similarity"])
+        if "vectors_KD" in tensors:  # as they were written at first
+            return base.Prototypes.of(
+                tensors["vectors_KD"], tensors["mean_D"], header["similarity"]
+            )
+        return base.Prototypes(tensors["direction_KD"], tensors["mean_D"], header["similarity"])
     except Exception as err:  # torch raises many types for a cut or foreign file
         first_line = (str(err).splitlines() or [repr(err)])[0]
         raise errors.UserError(
