@@ -96,7 +96,7 @@ def measure_kmeans(
     def floor() -> None:
         for _ in range(n_passes):
             for block in ordered.Ordered(data):
-                torch.from_numpy(block.act_NXD).flatten(0, 1) @ start_KD.T
+                common.products(torch.from_numpy(block.act_NXD).flatten(0, 1), start_KD)
 
     calls = {"saev": ours, "scikit-learn": lambda: _sklearn(x_BD, n_passes, 0, x_BD[rows_K])}
     if importlib.util.find_spec("faiss"):
@@ -192,7 +192,7 @@ def measure_pca(data: data_config.Shards, x_BD: np.ndarray, n_repeats: int) -> l
         fitted = sklearn.decomposition.IncrementalPCA(128, batch_size=16384).fit(x_BD)
         return fitted.explained_variance_
 
-    calls = {"floor": floor, "saev": lambda: pca.fit(config.Pca(), data, 128, 0)}
+    calls = {"floor": floor, "saev": lambda: pca.fit(data)}
     for call in calls.values():
         call()
     timed = common.interleaved(
@@ -202,8 +202,8 @@ def measure_pca(data: data_config.Shards, x_BD: np.ndarray, n_repeats: int) -> l
     wide_BD = x_BD.astype(np.float64)
     wide_BD -= wide_BD.mean(axis=0)
     want_K = np.linalg.eigvalsh(wide_BD.T @ wide_BD / len(wide_BD))[::-1][:128]
-    scorer = pca.fit(config.Pca(), data, 128, 0)
-    direction_KD = (scorer.vectors_KD - scorer.mean_D).double().numpy()
+    scorer = pca.fit(data).prefix(128)
+    direction_KD = scorer.direction_KD.double().numpy()
     got_K = (wide_BD @ direction_KD.T).var(axis=0)
     error = float(np.abs(got_K / want_K - 1).max())
     n_floor = float(np.median(timed["floor"]))

@@ -6,12 +6,13 @@ The pass: every patch of random activations scored by every prototype, and reduc
 with four scorers at four K and five numbers of train images, 312 traits, 1,000 resamples. Reference: reading the same shards
 and the same products of activations and prototypes (B x D by D x K, float32), timed in turn.
 
-Correctness: largest difference of an image's score to the max over a plain product; of a test AP to scikit-learn's on the
+Correctness: largest difference of an image's score to the max over its patches of the score's definition in float64; of a test AP to scikit-learn's on the
 scores of plain products in float64 (float32's rounding may exchange neighbours in a ranking).
 """
 
 import argparse
 import collections.abc
+import copy
 import dataclasses
 import pathlib
 import tempfile
@@ -87,12 +88,10 @@ def measure_pass(
     first = next(iter(ordered.Ordered(data))).act_NXD
     d_vit = first.shape[2]
     W_KD = torch.randn(k, d_vit)
-    out = torch.empty(64 * N_PATCHES, k)
 
     def floor() -> None:
         for block in ordered.Ordered(data):
-            x_BD = torch.from_numpy(block.act_NXD).flatten(0, 1)
-            torch.mm(x_BD, W_KD.T, out=out[: len(x_BD)])
+            common.products(torch.from_numpy(block.act_NXD).flatten(0, 1), W_KD)
 
     def ours() -> scoring.Scores:
         with tempfile.TemporaryDirectory() as dpath:
@@ -106,7 +105,8 @@ def measure_pass(
     }
     timed = common.interleaved(calls, n_repeats)
     x_BPD = torch.from_numpy(first[:4])
-    want_BK = scorer(x_BPD.flatten(0, 1)).unflatten(0, x_BPD.shape[:2]).amax(dim=1)
+    want_BK = plainly(scorer, x_BPD.double().flatten(0, 1))
+    want_BK = want_BK.unflatten(0, x_BPD.shape[:2]).amax(dim=1)
     return {
         "name": f"pass: {name}, {d_vit} wide, K {k}",
         "ratio": round(common.median_ratio(timed["saev"], timed["floor"]), 3),
@@ -114,6 +114,20 @@ def measure_pass(
         "seconds": [round(s, 2) for s in timed["saev"]],
         "max_diff": (scorer.of_images(x_BPD) - want_BK).abs().max().item(),
     }
+
+
+def plainly(scorer: scorers.Scorer, x_BD: torch.Tensor) -> torch.Tensor:
+    """Scores from their definition, in float64."""
+    if isinstance(scorer, sae_scorer.SaeLatents):
+        wide = copy.deepcopy(scorer.sae).double()
+        return wide.encode(x_BD)[:, : scorer.n_prototypes]
+    p_KD, x_BD = scorer.direction_KD.double(), x_BD - scorer.mean_D
+    if scorer.similarity == "distance":
+        return -torch.cdist(x_BD, p_KD, compute_mode="donot_use_mm_for_euclid_dist").square()
+    if scorer.similarity == "cosine":
+        p_KD = torch.nn.functional.normalize(p_KD, dim=1)
+        x_BD = torch.nn.functional.normalize(x_BD, dim=1)
+    return x_BD @ p_KD.T
 
 
 def measure_grid(
@@ -134,7 +148,7 @@ def measure_grid(
 
     def floor() -> None:
         for block in ordered.Ordered(data):
-            torch.from_numpy(block.act_NXD).flatten(0, 1) @ W_KD.T
+            common.products(torch.from_numpy(block.act_NXD).flatten(0, 1), W_KD)
 
     ours(), floor()
     calls: dict[str, collections.abc.Callable[[], float]] = {
@@ -214,7 +228,7 @@ def grid_error(cfgs: list[config.ProtoEval], labels_NT: np.ndarray, fpath: pathl
     """Largest difference of some test APs to scikit-learn's on scores of plain products: one scorer, some traits, all train images."""
     (scorer,) = fitted(cfgs[0])
     mine = results.best_traits(fpath, "Random")[:20]
-    p_CD = scorer.vectors_KD[[line["prototype"] for line in mine]] - scorer.mean_D
+    p_CD = scorer.direction_KD[[line["prototype"] for line in mine]]
     p_CD = torch.nn.functional.normalize(p_CD, dim=1).double()
     parts = []
     for block in ordered.Ordered(cfgs[0].train_data):

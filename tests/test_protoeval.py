@@ -4,11 +4,13 @@ N images, K prototypes, T traits, P patches, D d_vit.
 """
 
 import collections.abc
+import concurrent.futures
 import csv
 import dataclasses
 import pathlib
 import shutil
 import tempfile
+import time
 
 import numpy as np
 import pyarrow.parquet
@@ -219,6 +221,33 @@ def test_a_finished_evaluation_is_found_again(
         for k, v in (("seed", 1), ("n_train", (8,)), ("min_certainty", 4), ("n_boot", 7))
     ]
     assert len({str(table.parent), *(select.main([c]) for c in others)}) == 5
+
+
+def test_results_of_another_fitter_are_not_found_again(
+    cfg: config.ProtoEval, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = select.main([cfg])
+    monkeypatch.setattr("saev.scorers.store.REVISION", -1)
+    assert select.main([cfg]) != before
+
+
+def test_two_processes_of_one_command_evaluate_once(
+    cfg: config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second waits for the first, here in a thread, and takes its table."""
+    cfg = dataclasses.replace(cfg, dump_to=str(tmp_path / "shared"))
+    slow, calls = select.evaluate, []
+
+    def evaluate(*args: object) -> list[results.Row]:
+        calls.append(args)
+        time.sleep(0.5)
+        return slow(*args)
+
+    monkeypatch.setattr(select, "evaluate", evaluate)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(select.main, [[cfg], [cfg]])
+    assert first == second and len(calls) == 1
+    assert {f.name for f in (tmp_path / "shared").iterdir()} == {pathlib.Path(first).name}
 
 
 def test_n_train_subsets_are_nested_and_seeded() -> None:

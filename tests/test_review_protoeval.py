@@ -138,8 +138,8 @@ def test_what_decides_the_result_is_in_its_name(
         {"seed": 1},
     ]
     names = [select.main([dataclasses.replace(cfg, **change)]) for change in changes]
-    # 16 random activations hold the 8 that another run wants
-    assert len(list((tmp_path / "scorers").iterdir())) == len(changes) - 1
+    # 16 random activations hold the 8 that another run wants, and serve another similarity; components serve both signs
+    assert len(list((tmp_path / "scorers").iterdir())) == len(changes) - 3
     names.append(select.main([dataclasses.replace(cfg, n_train=(8,))]))
     for seed in (None, 1):  # another file under the same path
         sae = save_sae(tmp_path / "run" / "sae.pt", seed=seed)

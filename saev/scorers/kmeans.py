@@ -4,6 +4,7 @@ B activations of a block or sample, D d_vit, K centres, C candidates, T tries fo
 stream's mean, so that float32 loses nothing to it.
 """
 
+import collections.abc
 import dataclasses
 import io
 import pathlib
@@ -155,15 +156,22 @@ def plus_plus(x_BD: Float[Tensor, "B D"], k: int, seed: int) -> Float[Tensor, "K
     those of the first activations, SUMMED for each centre. Where all distances are 0 (fewer distinct activations than k) the rest
     is drawn uniformly. The first centres of a longer draw are a shorter one.
     """
+    chosen = list(helpers.progress(_drawn(x_BD, k, seed), "k-means++", k, "centres"))
+    return x_BD[chosen[:k]]
+
+
+def _drawn(x_BD: Tensor, k: int, seed: int) -> collections.abc.Iterator[int]:
+    """Rows of at least k centres."""
     rng = np.random.default_rng((seed, 0xC3))
     square_B = x_BD.square().sum(dim=1)
     chosen = [int(rng.integers(len(x_BD)))]
+    yield from chosen
     distance_B = _shrunk(torch.full_like(square_B, torch.inf), x_BD, square_B, x_BD[chosen])
     while len(chosen) < k:
         cumulative_B = np.cumsum(distance_B.cpu().numpy(), dtype=np.float64)
         if cumulative_B[-1] == 0:
-            chosen += rng.integers(0, len(x_BD), k - len(chosen)).tolist()
-            break
+            yield from rng.integers(0, len(x_BD), k - len(chosen)).tolist()
+            return
         n = max(1, len(chosen) // 16)
         uniform_CT = rng.random((n, TRIED)) * cumulative_B[-1]
         drawn_CT = np.searchsorted(cumulative_B, uniform_CT, side="right")
@@ -174,8 +182,8 @@ def plus_plus(x_BD: Float[Tensor, "B D"], k: int, seed: int) -> Float[Tensor, "K
         taken = _taken(x_BD[drawn_C], distance_B[drawn_C], rng.random(n))
         fresh = drawn_C[taken].tolist()
         chosen += fresh
+        yield from fresh
         distance_B = _shrunk(distance_B, x_BD, square_B, x_BD[fresh])
-    return x_BD[chosen[:k]]
 
 
 def _shrunk(distance_B: Tensor, x_BD: Tensor, square_B: Tensor, fresh_CD: Tensor) -> Tensor:
