@@ -16,17 +16,14 @@ def main() -> None:
         from saev.protoeval import joint  # draws charts, which --help need not wait for
 
         dpath = joint.write(pathlib.Path(cfgs[0].report))
-        print((dpath / "table.md").read_text())
-        print(dpath)
-        return None
+        return launch.say(f"{(dpath / 'table.md').read_text()}\n{dpath}")
     if cfgs[0].check:
         from saev.protoeval import select
 
-        return select.look(cfgs)
+        return select.look(cfgs, launch.say)
     groups = config.group(cfgs)
     for dpath in launch.run("saev.protoeval.select:main", groups, cfgs[0].slurm, "saev-protoeval"):
-        print((pathlib.Path(dpath) / "table.md").read_text())
-        print(dpath)
+        launch.say(f"{(pathlib.Path(dpath) / 'table.md').read_text()}\n{dpath}")
 
 
 if __name__ == "__main__":

@@ -372,8 +372,13 @@ def show(cfgs: collections.abc.Sequence[object]) -> None:
         for i, cfg in enumerate(cfgs, 1)
         for line in (f"# {i} of {len(cfgs)}", *_lines(cfg, ""))
     ]
+    say("\n".join(lines))
+
+
+def say(text: str) -> None:
+    """Prints a result."""
     try:
-        print("\n".join(lines), flush=True)
+        print(text, flush=True)
     except (
         BrokenPipeError
     ):  # `| head` has seen enough; without a new stdout Python complains as it ends

@@ -31,8 +31,20 @@ def test_bytes_are_one_json_line_then_the_payload(tmp_path: pathlib.Path) -> Non
     checkpoint.write(tmp_path / "a.pt", "sae", {"note": "two\nlines"}, b"\n\x00payload")
     line, _, rest = (tmp_path / "a.pt").read_bytes().partition(b"\n")
     want = {"lib": "saev", "schema": checkpoint.SCHEMA, "kind": "sae", "note": "two\nlines"}
-    assert json.loads(line) == want
+    got = json.loads(line)
+    assert len(got.pop("xxh3")) == 32 and got == want
     assert rest == b"\n\x00payload"
+
+
+@pytest.mark.parametrize("at", [-1, 0, 5])
+def test_changed_bytes_are_refused(tmp_path: pathlib.Path, at: int) -> None:
+    checkpoint.write(tmp_path / "a.bin", "scorer", {}, b"0123456789")
+    content = bytearray((tmp_path / "a.bin").read_bytes())
+    place = content.index(b"\n") + 1 + at % 10
+    content[place] ^= 1
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(errors.UserError, match=r"a\.bin: its bytes are not those .* Delete it"):
+        checkpoint.read(tmp_path / "a.bin", "scorer")
 
 
 def refuses(fpath: pathlib.Path, match: str) -> None:
@@ -88,9 +100,20 @@ def test_no_such_file(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.3, 0.6, 0.95, 0.999])
 def test_truncated_payload(sae_fpath: pathlib.Path, keep: float) -> None:
+    """With a checksum and, as older files, without."""
     line, _, payload = sae_fpath.read_bytes().partition(b"\n")
-    sae_fpath.write_bytes(line + b"\n" + payload[: int(keep * len(payload))])
-    refuses(sae_fpath, "its tensors cannot be read")
+    for header, match in (
+        (line, "not those that were written"),
+        (unsigned(line), "its tensors cannot be read"),
+    ):
+        sae_fpath.write_bytes(header + b"\n" + payload[: int(keep * len(payload))])
+        refuses(sae_fpath, match)
+
+
+def unsigned(line: bytes) -> bytes:
+    header = json.loads(line)
+    del header["xxh3"]
+    return json.dumps(header).encode()
 
 
 def test_tensors_of_another_size(sae_fpath: pathlib.Path) -> None:
@@ -125,7 +148,7 @@ def test_a_pickle_in_the_payload_is_not_run(
 
     torch.save({"W_enc": Touch()}, tmp_path / "bad")
     line, _, _ = sae_fpath.read_bytes().partition(b"\n")
-    sae_fpath.write_bytes(line + b"\n" + (tmp_path / "bad").read_bytes())
+    sae_fpath.write_bytes(unsigned(line) + b"\n" + (tmp_path / "bad").read_bytes())
     refuses(sae_fpath, "its tensors cannot be read")
     assert not (tmp_path / "owned").exists()
 

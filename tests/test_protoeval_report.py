@@ -162,7 +162,9 @@ def test_the_written_tables(
     assert (
         r"Sae\_1 & 512 & 1,000 & 0.500" in tex and r"95\% interval" in tex and r"$\pm$ 0.141" in tex
     )
-    assert tex.startswith("\\begin{tabular}{lrrrllrr}\n\\toprule\n")
+    said, _, tabular = tex.partition("\n")
+    assert said.startswith("% clip x, layer 23")
+    assert tabular.startswith("\\begin{tabular}{lrrrllrr}\n\\toprule\n")
     traits = pyarrow.parquet.read_table(tmp_path / "traits.parquet").to_pylist()
     assert len(traits) == 3 * (1 + 2 + 1 + 2)
     assert traits[8] == {
@@ -325,7 +327,82 @@ def test_broken_and_unfinished_results_are_named_and_left_out(
         joint.write(tmp_path / "good")
 
 
+def test_sorts_of_tokens_and_activations_are_told_apart(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    for day, (tokens, acts) in enumerate(
+        [("1 (cls)", "a"), ("196 (image)", "a"), ("1 (cls)", "b")]
+    ):
+        said = dataclasses.replace(
+            about, tokens=tokens, activations=[acts * 64] * 2, created=f"2026-01-0{day + 1}"
+        )
+        report.write(tmp_path / "nested" / f"{day}", rows, NAMES, [], said)
+    text = (joint.write(tmp_path) / "table.md").read_text()
+    assert "| ViT | Layer | Tokens | Scorer |" in text
+    assert "| clip x | 23 | 196 (image) | Random | 512 |" in text
+    for name in ("Random", "Sae_1"):
+        for acts in ("a", "b"):
+            assert f"| clip x | 23 | 1 (cls) | {name} activations={acts * 8} | 512" in text
+    axes = report.chart(
+        [(dataclasses.replace(about, tokens=t), [results.summary(rows[1])]) for t in ("x", "y")]
+    ).axes
+    assert [a.get_title() for a in axes] == ["Random\nx", "Random\ny"]
+
+
+def test_what_was_forced_stands_above_the_table(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    said = dataclasses.replace(about, problems=["3 images have no labels"])
+    report.write(tmp_path / "a", rows, NAMES, [], said)
+    line = "**Forced: 3 images have no labels.**\n"
+    assert (tmp_path / "a" / "table.md").read_text().startswith(line)
+    assert line in (joint.write(tmp_path) / "table.md").read_text()
+
+
+def test_tables_say_what_the_scorers_are(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    fields = {"cls": "KMeans", "normalize": True, "fit": "ab" * 32}
+    said = dataclasses.replace(about, scorers={"KMeans": fields})
+    report.write(tmp_path / "a", rows, NAMES, [], said)
+    for text in ((tmp_path / "a" / "table.md"), joint.write(tmp_path) / "table.md"):
+        assert "- KMeans: KMeans, normalize True, fit abababab\n" in text.read_text()
+
+
+def test_charts_of_an_older_report_go(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    report.write(tmp_path / "a", rows, NAMES, [], about)
+    out = joint.write(tmp_path)
+    assert [f.name for f in out.glob("*.png")] == ["chart.png"]
+    report.write(tmp_path / "b", rows, NAMES, [], dataclasses.replace(about, min_certainty=4))
+    joint.write(tmp_path)
+    assert sorted(f.name for f in out.glob("*.png")) == [
+        "chart-ffffffff-3.png",
+        "chart-ffffffff-4.png",
+    ]
+
+
+def test_kinds_are_those_of_most_prototypes(about: results.About, tmp_path: pathlib.Path) -> None:
+    for day, k in enumerate((32, 16)):
+        rows = [row("constant", 1, 9, [[0.1, 0.2, 0.3]]), row("Pca", k, 9, [[k / 100] * 3])]
+        said = dataclasses.replace(about, created=f"2026-01-0{day + 1}")
+        report.write(tmp_path / f"{k}", rows, NAMES, [], said)
+    text = (joint.write(tmp_path) / "table.md").read_text()
+    _, _, text = text.partition("By kind of trait")
+    assert "| clip x | 23 | Pca | 32 | 9 | 0.320 | 0.320 |" in text
+    assert "| clip x | 23 | Pca | 16 |" not in text
+
+
 # ---- galleries ----
+
+
+@pytest.mark.parametrize("text", ["latent,x\nfoo,1\n", "number\n1\n", None])
+def test_a_gallery_that_does_not_list_its_latents(tmp_path: pathlib.Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "latents.csv").write_text(text)
+    with pytest.raises(errors.UserError, match=r"no latents\.csv that lists its latents"):
+        report.read_gallery(tmp_path)
 
 
 def test_latents_link_to_their_place_in_the_gallery(
@@ -355,6 +432,9 @@ def test_a_gallery_of_another_sae_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "gallery.json").write_text(json.dumps({"sha256": "0" * 64}))
     with pytest.raises(errors.UserError, match="shows another SAE"):
         select._in_gallery([cfg])
+    gone = dataclasses.replace(cfg, scorer=scorers_config.Sae(str(tmp_path / "gone.pt")))
+    with pytest.raises(errors.UserError, match=r"gone\.pt: no such checkpoint"):
+        select._in_gallery([gone])
     (tmp_path / "gallery.json").write_text(
         json.dumps({"sha256": "9bd9dc4ceadf75ca5a79d70174a8a1e5a7b0fbc3c97ea7ceb5aa3ab2a5a16a2d"})
     )

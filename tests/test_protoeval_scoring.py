@@ -196,3 +196,9 @@ def test_the_probe_with_fewer_images_than_dimensions_and_one_trait() -> None:
     labels_NT = np.array([[True], [False]] * 3)
     (own_NT,) = probe.scores(x_ND, labels_NT, x_ND)
     assert own_NT.shape == (6, 1) and np.isfinite(own_NT).all()
+
+
+def test_the_probe_of_one_image_is_a_constant() -> None:
+    x_ND = np.random.default_rng(0).standard_normal((9, 5)).astype(np.float32)
+    (test_NT,) = probe.scores(x_ND[:1], np.array([[True, False]]), x_ND)
+    assert np.ptp(test_NT, axis=0).max() < 1e-9

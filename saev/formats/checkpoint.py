@@ -3,7 +3,8 @@
 The header says what the bytes are, so a file can be identified with `head -1` and refused before any tensor
 is read. Nothing here unpickles; `saev.nn` and `saev.scorers` read the bytes with `weights_only=True`.
 
-Headers of this package carry {"lib": "saev", "schema": SCHEMA, "kind": "sae" | "scorer", ...}. Schema numbers
+Headers of this package carry {"lib": "saev", "schema": SCHEMA, "kind": "sae" | "scorer", "xxh3": checksum of the tensors' bytes
+(XXH3-128), ...}. Schema numbers
 start at 100 because files with 1 to 5 (and with none) exist in the field and mean something else (`field`).
 """
 
@@ -12,6 +13,7 @@ import pathlib
 import typing as tp
 
 import beartype
+import xxhash
 
 from saev import errors, helpers
 from saev.formats import field
@@ -37,7 +39,8 @@ Kind = tp.Literal["sae", "scorer", "state"]
 @beartype.beartype
 def write(fpath: pathlib.Path, kind: Kind, header: dict[str, object], payload: bytes) -> None:
     """Writes header and payload atomically."""
-    line = json.dumps({"lib": "saev", "schema": SCHEMA, "kind": kind, **header})
+    said = {"lib": "saev", "schema": SCHEMA, "kind": kind, "xxh3": _checksum(payload)}
+    line = json.dumps({**said, **header})
     with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
         fd.write(line.encode() + b"\n")
         fd.write(payload)
@@ -66,9 +69,18 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
     if wanted == "sae" and field.is_field(header):
         return header, payload
     _check_header(fpath, header, wanted)
+    if header.pop("xxh3", None) not in (None, _checksum(payload)):  # older files have none
+        raise errors.UserError(
+            f"{fpath}: its bytes are not those that were written (checksum). "
+            "Delete it: a fitted scorer is fitted again; an SAE has to be trained again or copied anew."
+        )
     for schema in range(header["schema"], SCHEMA):
         header = UPGRADES[schema](header)
     return header, payload
+
+
+def _checksum(payload: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(payload)
 
 
 @beartype.beartype

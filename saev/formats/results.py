@@ -67,6 +67,10 @@ class About:
     """ISO 8601, UTC."""
     scorers: dict[str, dict[str, tp.Any]]
     """By name in the table, all that decides a scorer: class, settings, the hashes of its checkpoint and of what it was fitted on."""
+    activations: list[str] = dataclasses.field(default_factory=list)
+    """Hashes of the train and of the test activations."""
+    problems: list[str] = dataclasses.field(default_factory=list)
+    """What is implausible about the labels, or was left out, where --force went on all the same."""
 
 
 class Measured(tp.NamedTuple):
@@ -370,7 +374,8 @@ def table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
         cells = [str(line["scorer"]), f"{line['n_prototypes']:,}", f"{line['n_train']:,}"]
         cells.append(f"{line['map']:.3f}")
         if has_interval:
-            cells.append(f"{line['low']:.3f} to {line['high']:.3f}")
+            is_there = not np.isnan(line["low"])
+            cells.append(f"{line['low']:.3f} to {line['high']:.3f}" if is_there else "")
         if has_spread:
             cells.append("" if np.isnan(line["spread"]) else f"± {line['spread']:.3f}")
         out.append([*cells, f"{line['q05']:.3f}", f"{line['q95']:.3f}"])
@@ -379,8 +384,13 @@ def table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
 
 @beartype.beartype
 def kinds_table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
-    """mAP by kind of trait, one row for each scorer, from lines of kinds.csv."""
+    """mAP by kind of trait, one row for each scorer (with most train images, then prototypes), from lines of kinds.csv."""
     kinds = [k for k in KINDS if any(line["kind"] == k for line in lines)]
+    most: dict[str, tuple[int, int]] = {}
+    for line in lines:
+        size = (line["n_train"], line["n_prototypes"])
+        most[line["scorer"]] = max(size, most.get(line["scorer"], size))
+    lines = [x for x in lines if (x["n_train"], x["n_prototypes"]) == most[x["scorer"]]]
     counts = {k: max((x["n_traits"] for x in lines if x["kind"] == k), default=0) for k in kinds}
     rows: dict[tuple[object, ...], dict[str, float]] = {}
     for line in lines:

@@ -86,6 +86,8 @@ class ProtoEval:
             raise errors.UserError(
                 f"--n-seeds {self.n_seeds} --n-boot {self.n_boot} --memory-gb {self.memory_gb}: pass at least 1, at least 0, and more than 0."
             )
+        if not 0 <= self.seed < 2**32:
+            raise errors.UserError(f"--seed {self.seed}: must be at least 0 and below 2^32.")
         if not 1 <= self.min_certainty <= 4:
             raise errors.UserError(f"--min-certainty {self.min_certainty}: must be 1, 2, 3 or 4.")
 

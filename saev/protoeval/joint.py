@@ -35,6 +35,8 @@ class Table:
     """Of one ViT, layer and sort of tokens. Scorers that would share a name are told apart by what they differ in."""
 
     about: results.About
+    abouts: list[results.About]
+    """Of all results that it has rows of."""
     lines: list[dict]
     kinds: list[dict]
     differences: list[dict]
@@ -45,6 +47,11 @@ class Table:
         return results.against_baseline(self.differences)
 
 
+LEGEND = (
+    """mAP: mean over the traits with a positive test image (their number: table.csv); its interval is over resamples of \
+the test images; 5% and 95% are quantiles over traits. """
+    + report.PROBE_NOTE
+)
 PLACE = ("vit", "layer", "tokens", "labels", "min_certainty")
 """What tells tables apart, of `results.About`."""
 
@@ -54,10 +61,10 @@ Section = tuple[str, int]
 
 @beartype.beartype
 def write(root: pathlib.Path) -> pathlib.Path:
-    """Writes `root`/report: table.md, table.csv, table.tex, chart.png. Of the same cell evaluated twice the newest wins.
+    """Writes `root`/report: table.md, table.csv, differences.csv, table.tex, chart.png. Of the same cell evaluated twice the newest wins.
 
-    The same cell: ViT, layer, tokens, labels, certainty, scorer (with all its settings, checkpoint and what it was fitted on),
-    numbers of prototypes and train images, seed. Results on other labels get tables of their own. Directories that cannot be
+    The same cell: ViT, layer, tokens, activations, labels, certainty, scorer (with all its settings, checkpoint and what it was
+    fitted on), numbers of prototypes and train images, seed. Results on other labels get tables of their own. Directories that cannot be
     read are named and left out; none is changed. Differences are taken anew between the rows that are left, of one or several
     results, where these have the same resamples of the test images (--seed, --n-boot) and as many draws.
 
@@ -74,27 +81,33 @@ def write(root: pathlib.Path) -> pathlib.Path:
         )
     sections, older = _sections(found)
     out = root / "report"
-    text, csv_lines, difference_lines, tex = [], [], [], []
+    text, csv_lines, difference_lines, tex, charts = [], [], [], [], []
     for (labels, certainty), tables in sections.items():
         text.append(f"Labels {labels[:8]}, certainty from {certainty}:\n")
+        warnings = dict.fromkeys(
+            report.warning(about) for table in tables for about in table.abouts
+        )
+        text += [warning for warning in warnings if warning]
         cells = _joined(tables, "lines", results.table)
         text += [results.markdown(cells), "By kind of trait (number of traits):\n"]
         text.append(results.markdown(_joined_kinds(tables)))
         if any(table.against for table in tables):
             differences = _joined(tables, "against", results.differences_table)
             text += [f"{report.AGAINST}\n", results.markdown(differences)]
-        tex.append(results.latex(cells))
+        text += [f"{LEGEND}\n", *_notes(tables)]
+        tex.append(f"% labels {labels[:8]}, certainty from {certainty}\n{results.latex(cells)}")
         for table in tables:
             place = {key: getattr(table.about, key) for key in PLACE}
             csv_lines += [place | line for line in table.lines]
             difference_lines += [place | line for line in table.differences]
-        report.save(
-            report.chart([(table.about, table.lines) for table in tables]),
-            _chart(out, labels, certainty, sections),
-        )
+        charts.append(_chart(out, labels, certainty, sections))
+        report.save(report.chart([(table.about, table.lines) for table in tables]), charts[-1])
     if older:
         names = ", ".join(sorted(set(older)))
         text.append(f"{len(older)} older cells gave way to newer ones (of {names}).\n")
+    for fpath in out.glob("chart*.png"):  # of an older report
+        if fpath not in charts:
+            fpath.unlink()
     results.write_csv(out / "table.csv", (*PLACE, *results.SUMMARY), csv_lines)
     results.write_csv(out / "differences.csv", (*PLACE, *results.DIFFERENCES), difference_lines)
     helpers.write_text(out / "table.tex", "\n".join(tex))
@@ -104,10 +117,12 @@ def write(root: pathlib.Path) -> pathlib.Path:
 
 @beartype.beartype
 def read_all(root: pathlib.Path) -> list[Result]:
-    """Complete results directories below `root`, oldest first."""
+    """Complete results directories below `root`, at any depth but not in hidden folders, oldest first."""
     out = []
-    for fpath in sorted(root.glob("*/about.json")):
+    for fpath in sorted(root.glob("**/*/about.json")):
         dpath = fpath.parent
+        if any(part.startswith(".") for part in fpath.relative_to(root).parts):
+            continue
         if not (dpath / "table.md").exists():
             logger.warning("%s: is not complete; left out", dpath)
             continue
@@ -157,10 +172,12 @@ def _table(found: list[Result]) -> tuple[Table, list[str]]:
             cells[key] = (line | {"scorer": names[identity]}, result, boot_RM)
         for line in result.kinds:
             identity = _identity(result.about, line)
-            kinds[identity, line["kind"]] = line | {"scorer": names[identity]}
+            cell = (identity, line["kind"], line["n_prototypes"], line["n_train"])
+            kinds[cell] = line | {"scorer": names[identity]}
     lines = sorted((line for line, *_ in cells.values()), key=_order)
     differences = _differences(list(cells.values()))
-    return Table(found[-1].about, lines, list(kinds.values()), differences), older
+    abouts = list({id(result): result.about for _, result, _ in cells.values()}.values())
+    return Table(found[-1].about, abouts, lines, list(kinds.values()), differences), older
 
 
 def _differences(cells: list[tuple[dict, Result, np.ndarray]]) -> list[dict]:
@@ -183,8 +200,12 @@ def _order(line: dict) -> tuple:
 def _identity(about: results.About, line: dict) -> str:
     """JSON of all that decides the scorer of a line."""
     name = line["scorer"]
-    seed = {} if name == results.CONSTANT else {"seed": about.seed}
-    return helpers.canonical_json(about.scorers.get(name, {"cls": name}) | seed)
+    if name == results.CONSTANT:
+        return helpers.canonical_json({"cls": name})
+    of = {"seed": about.seed} | dict(
+        zip(("activations", "test"), dict.fromkeys(about.activations), strict=False)
+    )
+    return helpers.canonical_json(about.scorers.get(name, {"cls": name}) | of)
 
 
 def _told_apart(scorers: dict[str, str]) -> dict[str, str]:
@@ -206,10 +227,20 @@ def _joined(
     """The tables' lines as one table, a row each, with ViT and layer before it."""
     flat = [(table.about, line) for table in tables for line in getattr(table, attribute)]
     header, *rows = as_cells([line for _, line in flat])
-    placed = [
-        [about.vit, str(about.layer), *row] for (about, _), row in zip(flat, rows, strict=True)
-    ]
-    return [["ViT", "Layer", *header], *placed]
+    placed = [[*_place(about, tables), *row] for (about, _), row in zip(flat, rows, strict=True)]
+    return [[*_place_header(tables), *header], *placed]
+
+
+def _place_header(tables: list[Table]) -> list[str]:
+    return ["ViT", "Layer"] + ["Tokens"] * _tokens_vary(tables)
+
+
+def _place(about: results.About, tables: list[Table]) -> list[str]:
+    return [about.vit, str(about.layer)] + [about.tokens] * _tokens_vary(tables)
+
+
+def _tokens_vary(tables: list[Table]) -> bool:
+    return len({table.about.tokens for table in tables}) > 1
 
 
 def _joined_kinds(tables: list[Table]) -> list[list[str]]:
@@ -217,9 +248,18 @@ def _joined_kinds(tables: list[Table]) -> list[list[str]]:
     out: list[list[str]] = []
     for table in tables:
         header, *rows = results.kinds_table(table.kinds)
-        out = out or [["ViT", "Layer", *header]]
-        out += [[table.about.vit, str(table.about.layer), *row] for row in rows]
+        out = out or [[*_place_header(tables), *header]]
+        out += [[*_place(table.about, tables), *row] for row in rows]
     return out
+
+
+def _notes(tables: list[Table]) -> list[str]:
+    """What each result is of, and its scorers' settings."""
+    out = []
+    for about in (about for table in tables for about in table.abouts):
+        resamples = f"{about.n_seeds} draw(s), {about.n_boot:,} resamples"
+        out.append(f"{report.describe(about)} {resamples}.\n\n{report.settings(about)}")
+    return list(dict.fromkeys(out))
 
 
 def _chart(out: pathlib.Path, labels: str, certainty: int, sections: dict) -> pathlib.Path:

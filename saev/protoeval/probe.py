@@ -32,6 +32,7 @@ def scores(
     with warnings.catch_warnings():
         # few images leave the least penalty's system nearly singular; leave-one-out then takes a larger one
         warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # one image leaves nothing out
         probe.fit(train_ND.astype(np.float64), labels_NT.astype(np.float64))
     return [_two_dim(probe.predict(x_ND.astype(np.float64))) for x_ND in others]
 

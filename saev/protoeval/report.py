@@ -2,16 +2,18 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
+import urllib.parse
 
 import beartype
 import matplotlib.axes
 import matplotlib.figure
 import numpy as np
 
-from saev import helpers
+from saev import errors, helpers
 from saev.formats import results
 from saev.protoeval import config
 
@@ -43,8 +45,9 @@ def write(
     results.write_resamples(dpath / "resamples.npz", rows)
     results.write_traits(dpath / "traits.parquet", rows, names)
     save(chart([(about, lines)]), dpath / "chart.png")
-    helpers.write_text(dpath / "table.tex", results.latex(results.table(lines)))
-    text = results.markdown(results.table(lines)) + _notes(rows, names, about)
+    tex = results.latex(results.table(lines))
+    helpers.write_text(dpath / "table.tex", f"% {describe(about)}\n{tex}")
+    text = warning(about) + results.markdown(results.table(lines)) + _notes(rows, names, about)
     text += (
         f"\nBy kind of trait (number of traits):\n\n{results.markdown(results.kinds_table(kinds))}"
     )
@@ -67,8 +70,28 @@ def _notes(rows: list[results.Row], names: list[str], about: results.About) -> s
     unseen = {row.n_train: int(np.isnan(row.train_ap_RT).any(axis=0).sum()) for row in rows}
     for n_train, n in sorted(unseen.items()):
         if n:
-            note += f" With {n_train} train images {n} trait(s) have no positive one: prototype 0 is taken for them."
-    return f"{note} {PROBE_NOTE}\n"
+            note += f" With {n_train} train images {n} trait(s) have no positive one (in some draw): prototype 0 is taken for them."
+    return f"{note} {PROBE_NOTE}\n\n{settings(about)}"
+
+
+@beartype.beartype
+def warning(about: results.About) -> str:
+    """What stands above a table that --force wanted all the same; else empty."""
+    return "".join(f"**Forced: {problem}.**\n\n" for problem in about.problems)
+
+
+@beartype.beartype
+def settings(about: results.About) -> str:
+    """A line for each scorer: its settings, its checkpoint and what it was fitted on, by the first digits of their hashes."""
+    lines = []
+    for name, fields in about.scorers.items():
+        parts = [
+            f"{key} {str(value)[:8] if key in ('ckpt', 'fit') else value}"
+            for key, value in fields.items()
+            if key != "cls"
+        ]
+        lines.append(f"- {name}: {fields.get('cls', name)}, {', '.join(parts)}\n")
+    return "".join(lines)
 
 
 @beartype.beartype
@@ -87,17 +110,24 @@ def save(figure: matplotlib.figure.Figure, fpath: pathlib.Path) -> None:
 @beartype.beartype
 def chart(tables: list[tuple[results.About, list[dict]]]) -> matplotlib.figure.Figure:
     """mAP against the number of train images: a row of panels for each table, one panel per scorer, one line per K."""
-    scorers = dict.fromkeys(line["scorer"] for _, lines in tables for line in lines)
-    names = [name for name in scorers if name not in results.REFERENCES]
-    size = (3.2 * max(1, len(names)) + 0.6, 2.9 * len(tables) + 0.3)
+    names = [
+        [n for n in dict.fromkeys(x["scorer"] for x in lines) if n not in results.REFERENCES]
+        for _, lines in tables
+    ]
+    n_columns = max(1, *map(len, names))
+    size = (3.2 * n_columns + 0.6, 2.9 * len(tables) + 0.3)
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(tables), max(1, len(names)), sharey=True, squeeze=False)
-    for panels, (about, lines) in zip(grid, tables, strict=True):
-        for axes, name in zip(panels, names, strict=False):
+    grid = figure.subplots(len(tables), n_columns, sharey=True, squeeze=False)
+    places = [(about.vit, f"layer {about.layer}", about.tokens) for about, _ in tables]
+    varying = [len(set(column)) > 1 for column in zip(*places, strict=True)]
+    for panels, (_, lines), mine, place in zip(grid, tables, names, places, strict=True):
+        said = [part for part, varies in zip(place, varying, strict=True) if varies]
+        for axes, name in itertools.zip_longest(panels, mine):
+            if name is None:
+                axes.set_axis_off()
+                continue
             _panel(axes, name, lines)
-            axes.set_title(
-                name if len(tables) == 1 else f"{name}, layer {about.layer}", fontsize=10
-            )
+            axes.set_title("\n".join([name, *([", ".join(said)] * bool(said))]), fontsize=9)
         panels[0].set_ylabel("mAP on test images")
     grid[0, 0].set_ylim(bottom=0)  # of all panels, once each has its lines
     return figure
@@ -131,16 +161,30 @@ def _panel(axes: matplotlib.axes.Axes, name: str, lines: list[dict]) -> None:
 
 
 @beartype.beartype
+def read_gallery(gallery: pathlib.Path) -> set[int]:
+    """The latents that a gallery shows.
+
+    Raises:
+        UserError: it does not say.
+    """
+    try:
+        with (gallery / "latents.csv").open(newline="") as fd:
+            return {int(line["latent"]) for line in csv.DictReader(fd)}
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as err:
+        raise errors.UserError(
+            f"--gallery {gallery}: no latents.csv that lists its latents. Pass a folder that visuals.py wrote."
+        ) from err
+
+
+@beartype.beartype
 def link(dpath: pathlib.Path, scorer: str, gallery: pathlib.Path) -> None:
     """Writes traits.md into a results directory: each trait's latent, linked to its place in a gallery that shows it.
 
     Args:
         scorer: the SAE's name in the table; of its rows the one with most prototypes and train images counts.
     """
-    best = results.best_traits(dpath / "traits.parquet", scorer)
-    with (gallery / "latents.csv").open(newline="") as fd:
-        shown = {int(line["latent"]) for line in csv.DictReader(fd)}
-    index = os.path.relpath(gallery / "index.html", dpath)
+    best, shown = results.best_traits(dpath / "traits.parquet", scorer), read_gallery(gallery)
+    index = urllib.parse.quote(os.path.relpath(gallery / "index.html", dpath))
     cells = [["Trait", "Latent", "AP on train images", "AP on test images"]]
     for trait in best:
         latent = trait["prototype"]

@@ -23,6 +23,7 @@ from saev.data import config as data_config
 from saev.data import cub, reader
 from saev.formats import results
 from saev.protoeval import ap, check, config, probe, report, scoring
+from saev.scorers import config as scorers_config
 
 logger = logging.getLogger("saev")
 
@@ -77,6 +78,10 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     cfg = cfgs[0]
     if not cfg.cub_root:
         raise errors.UserError("--cub-root is missing: pass the CUB_200_2011 folder.")
+    if not cfg.train_data.shard_root:
+        raise errors.UserError(
+            "--train-data.shard-root is missing: pass the directory that `python -m saev.data` printed."
+        )
     check_one_space(cfgs)
     labels = cub.load(cfg.cub_root, min_certainty=cfg.min_certainty)
     if not cfg.force:
@@ -85,6 +90,8 @@ def main(cfgs: list[config.ProtoEval]) -> str:
         _join(cfg.train_data, labels, True, cfg.force),
         _join(cfg.test, labels, False, cfg.force),
     ]
+    if cfg.gallery:
+        report.read_gallery(pathlib.Path(cfg.gallery))
     linked = _in_gallery(cfgs)
     out = pathlib.Path(cfg.dump_to) / _run_id(cfgs, labels)
     if not (out / "table.md").exists():
@@ -137,8 +144,21 @@ def _evaluate_into(
     partial = out.with_name(f".{out.name}.partial")
     train, test = _score(cfg, banks, labels, joins, partial)
     rows = evaluate(train, test, banks, cfg)
-    report.write(out, rows, labels.attribute_names_T, cfgs, _about(cfgs, labels))
+    about = dataclasses.replace(_about(cfgs, labels), problems=_forced(cfg, labels))
+    report.write(out, rows, labels.attribute_names_T, cfgs, about)
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _forced(cfg: config.ProtoEval, labels: cub.Cub) -> list[str]:
+    """What --force went on in spite of."""
+    known = set(labels.paths_N)
+    out = check.problems(labels)
+    for data in dict.fromkeys((cfg.train_data, cfg.test)):
+        acts = reader.Reader(data)
+        n = sum(cub.key(acts.records[int(i)].path) not in known for i in acts.image_is_N)
+        if n:
+            out.append(f"{n:,} images of {data.shard_root} have no labels and were left out")
+    return out
 
 
 @beartype.beartype
@@ -172,7 +192,8 @@ def _space(acts: reader.Reader) -> dict[str, object]:
 def _about(cfgs: list[config.ProtoEval], labels: cub.Cub) -> results.About:
     cfg = cfgs[0]
     acts, space = reader.Reader(cfg.train_data), _space(reader.Reader(cfg.train_data))
-    names = [pathlib.Path(data.shard_root).name[:8] for data in (cfg.train_data, cfg.test)]
+    data = (cfg.train_data, cfg.test)
+    names = [pathlib.Path(root).name[:8] for d in data for root in (d.shard_root, *d.more_roots)]
     return results.About(
         vit=str(space["ViT"]),
         layer=tp.cast(int, space["layer"]),
@@ -185,6 +206,7 @@ def _about(cfgs: list[config.ProtoEval], labels: cub.Cub) -> results.About:
         n_boot=cfg.n_boot,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         scorers=dict(zip(labels_of(cfgs), map(_in_full, cfgs), strict=True)),
+        activations=[_identity(d) for d in data],
     )
 
 
@@ -212,6 +234,10 @@ def _in_gallery(cfgs: list[config.ProtoEval]) -> str:
         ) from err
     for cfg, name in zip(cfgs, labels_of(cfgs), strict=True):
         ckpt = pathlib.Path(getattr(cfg.scorer, "ckpt", ""))
+        if isinstance(cfg.scorer, scorers_config.Sae) and not ckpt.is_file():
+            raise errors.UserError(
+                f"--scorer.ckpt {ckpt}: no such checkpoint. Pass the sae.pt that train.py printed."
+            )
         if ckpt.is_file() and helpers.hash_file(ckpt) == shown:
             return name
     raise errors.UserError(
@@ -272,7 +298,7 @@ def _banks(cfg: config.ProtoEval, name: str) -> list[Bank]:
         ks = tuple(sorted({min(k, scorer.n_prototypes) for k in wanted}))
         if scorer.n_prototypes < k_max:
             logger.info(
-                "%s: has %d prototypes; larger K are left out",
+                "%s: has %d prototypes, which stand for all larger K",
                 type(cfg.scorer).__name__,
                 scorer.n_prototypes,
             )
@@ -350,7 +376,7 @@ def _join(data: data_config.Shards, labels: cub.Cub, train: bool, force: bool) -
         first = ", ".join(labels.paths_N[row] for row in sorted(missing)[:3])
         raise errors.UserError(
             f"{data.shard_root}: {len(missing)} of CUB's {split} images are not in these shards, joined by path (first: {first}). "
-            "Dump the images with data:cub200, or data:image-folder on CUB's images/ folder."
+            "Dump the images with data:cub200, or data:image-folder on CUB's images/ folder; if they lie in shards of their own, pass these as --test-data.shard-root."
         )
     return join
 

@@ -1,9 +1,12 @@
 """Configs of the scorers: one class per way to get prototypes. Imports no torch."""
 
 import dataclasses
+import math
 import typing as tp
 
 import beartype
+
+from saev import errors
 
 Similarity = tp.Literal["dot", "cosine", "distance"]
 
@@ -27,11 +30,18 @@ class KMeans:
     tolerance: float = 1e-4
     """It has converged when a pass lowers the sum of squared distances by less than this fraction."""
     n_samples: int = 200_000
-    """Activations to start from, drawn uniformly from the stream."""
+    """Activations to start from, drawn uniformly from the stream and held in memory."""
     normalize: bool = False
     """Cluster directions (spherical k-means, Dhillon and Modha 2001): activations less the mean, scaled to norm 1."""
     similarity: Similarity = "cosine"
     """See scorer:random."""
+
+    def __post_init__(self) -> None:
+        if self.n_iters < 1 or self.n_samples < 1 or not 0 <= self.tolerance < math.inf:
+            raise errors.UserError(
+                f"--scorer.n-iters {self.n_iters} --scorer.n-samples {self.n_samples} --scorer.tolerance {self.tolerance}: "
+                "pass at least 1, at least 1, and a number of at least 0."
+            )
 
 
 @beartype.beartype
