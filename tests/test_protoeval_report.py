@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from saev import errors
-from saev.formats import results
-from saev.protoeval import config, joint, report, select
+from saev.formats import layout, results
+from saev.protoeval import compare, config, joint, report, select
 from saev.scorers import config as scorers_config
 
 NAMES = ["has_wing_color::blue", "has_bill_length::long", "has_wing_color::red"]
@@ -66,7 +66,7 @@ def about() -> results.About:
 
 
 def differences(rows: list[results.Row]) -> list[dict]:
-    return results.differences([row.measured for row in rows])
+    return compare.differences([row.measured for row in rows])
 
 
 def test_kinds_of_cubs_groups() -> None:
@@ -122,7 +122,7 @@ def test_scorers_of_other_numbers_of_draws_are_not_paired(rows: list[results.Row
 def test_any_random_activations_are_the_baseline(rows: list[results.Row]) -> None:
     names = ("Random similarity=dot", "Random similarity=cosine", "Pca")
     rows = [rows[2]._replace(scorer=name) for name in names]
-    against = results.against_baseline(differences(rows))
+    against = compare.against_baseline(differences(rows))
     assert [(x["scorer"], x["baseline"]) for x in against] == [("Pca", names[0]), ("Pca", names[1])]
 
 
@@ -134,7 +134,7 @@ def test_a_scorer_of_another_size_is_held_against_the_largest_smaller_baseline(
     many = rows[1]._replace(boot_RM=rows[1].boot_RM[:1])
     for k, want in ((127, None), (500, 128), (512, 512), (700, 512)):
         sae = rows[2]._replace(n_prototypes=k)
-        lines = results.against_baseline(differences([few, many, other_n, sae]))
+        lines = compare.against_baseline(differences([few, many, other_n, sae]))
         assert [line["baseline_prototypes"] for line in lines] == [want] * (want is not None)
     assert differences([few, rows[0], row(results.PROBE, 1, 1000, [[0.9]], [0.9] * 4)]) == []
 
@@ -187,7 +187,7 @@ def test_the_written_tables(
 
 def test_without_resamples_and_draws_the_columns_are_left_out(about: results.About) -> None:
     lines = [results.summary(row("constant", 1, 9, [[0.25]]))]
-    assert results.table(lines)[0] == ["Scorer", "Prototypes", "Train", "mAP", "5%", "95%"]
+    assert layout.table(lines)[0] == ["Scorer", "Prototypes", "Train", "mAP", "5%", "95%"]
 
 
 def test_traits_without_a_positive_are_reported_not_averaged(about: results.About) -> None:
@@ -392,6 +392,24 @@ def test_kinds_are_those_of_most_prototypes(about: results.About, tmp_path: path
     _, _, text = text.partition("By kind of trait")
     assert "| clip x | 23 | Pca | 32 | 9 | 0.320 | 0.320 |" in text
     assert "| clip x | 23 | Pca | 16 |" not in text
+
+
+def test_spread_over_seeds(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    for seed, (a, b) in enumerate([(0.2, 0.5), (0.3, 0.5), (0.4, 0.8)]):
+        few = [row("Random", 8, 9, [[a]]), row("Pca", 8, 9, [[b]]), row("Pca", 8, 5, [[b]])]
+        said = dataclasses.replace(about, seed=seed)
+        report.write(tmp_path / f"{seed}", few[: 3 if seed else 2], NAMES[:1], [], said)
+    text = (joint.write(tmp_path) / "table.md").read_text()
+    spread, gap = np.std([0.2, 0.3, 0.4], ddof=1), np.std([0.3, 0.2, 0.4], ddof=1)
+    assert f"| clip x | 23 | Random | 8 | 9 | 3 | 0.300 ± {spread:.3f} |  |  |" in text
+    assert (
+        f"| clip x | 23 | Pca | 8 | 9 | 3 | 0.600 ± 0.173 | Random | +0.300 ± {gap:.3f} |" in text
+    )
+    assert "| clip x | 23 | Pca | 8 | 5 | 2 | 0.650 ± 0.212 |  |  |" in text
+    with (tmp_path / "report" / "seeds.csv").open() as fd:
+        assert [int(x["n_seeds"]) for x in csv.DictReader(fd)] == [2, 3, 3]
 
 
 # ---- galleries ----

@@ -73,6 +73,19 @@ class About:
     """What is implausible about the labels, or was left out, where --force went on all the same."""
 
 
+SEEDS = (
+    "scorer",
+    "n_prototypes",
+    "n_train",
+    "n_seeds",
+    "map",
+    "spread",
+    "baseline",
+    "difference",
+    "difference_spread",
+)
+
+
 class Measured(tp.NamedTuple):
     """What differences are taken of."""
 
@@ -124,7 +137,7 @@ class Row(tp.NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """95% interval of the mAP (mean over draws) over test images, by the bootstrap; NaN without resamples."""
-        return _interval(self.boot_RM.mean(axis=0), self.mean_ap)
+        return interval(self.boot_RM.mean(axis=0), self.mean_ap)
 
     @property
     def quantiles(self) -> tuple[float, float]:
@@ -132,8 +145,9 @@ class Row(tp.NamedTuple):
         return _quantiles(self.measured_T, 0.05, 0.95)
 
 
-def _interval(boot_M: np.ndarray, value: float) -> tuple[float, float]:
-    """Quantiles of the bootstrap distribution, centred on the value: images drawn twice rank together, which raises every AP a little."""
+@beartype.beartype
+def interval(boot_M: np.ndarray, value: float) -> tuple[float, float]:
+    """95% interval: quantiles of the bootstrap distribution, centred on the value: images drawn twice rank together, which raises every AP a little."""
     low, high = _quantiles(boot_M, 0.025, 0.975)
     shift = value - float(boot_M.mean()) if len(boot_M) else 0.0
     return low + shift, high + shift
@@ -239,56 +253,6 @@ def by_kind(rows: list[Row], names: list[str]) -> list[dict[str, object]]:
     return lines
 
 
-@beartype.beartype
-def differences(rows: list[Measured]) -> list[dict[str, object]]:
-    """mAP of each scorer less that of each other one chosen on as many train images, with its paired bootstrap interval.
-
-    Both are measured on the same resamples of the test images, and each draw of the train images is the same for both, so what
-    they have in common cancels (Efron and Tibshirani 1993). Of several draws the interval is over these too. The other one has as
-    many prototypes, or where no row of it has as many, the largest smaller number.
-    """
-    real = [row for row in rows if row.scorer not in REFERENCES and row.boot_RM.size]
-    others: dict[str, dict[tuple[int, int], Measured]] = {}
-    for row in real:
-        others.setdefault(row.scorer, {})[row.n_prototypes, row.n_train] = row
-    lines = []
-    for row in real:
-        for name, cells in others.items():
-            smaller = [k for k, n in cells if n == row.n_train and k <= row.n_prototypes]
-            other = cells[max(smaller), row.n_train] if smaller else row
-            if name == row.scorer or not smaller or other.boot_RM.shape != row.boot_RM.shape:
-                continue
-            difference = row.mean_ap - other.mean_ap
-            low, high = _interval(_over_draws(row.boot_RM - other.boot_RM), difference)
-            cell = (row.scorer, row.n_prototypes, row.n_train, name, other.n_prototypes, difference)
-            line = (*cell, low, high, low > 0 or high < 0)
-            lines.append(dict(zip(DIFFERENCES, line, strict=True)))
-    return lines
-
-
-def _over_draws(boot_RM: np.ndarray) -> np.ndarray:
-    """Means over R of R draws, resampled with each resample of the images; M values.
-
-    With few draws the bootstrap's spread over them is too narrow by sqrt((R - 1) / R), which is given back.
-    """
-    (R, M), mean_M = boot_RM.shape, boot_RM.mean(axis=0)
-    if R == 1:
-        return mean_M
-    drawn_RM = np.random.default_rng(R).integers(0, R, (R, M))
-    resampled_M = np.take_along_axis(boot_RM, drawn_RM, axis=0).mean(axis=0)
-    return mean_M + (resampled_M - mean_M) * np.sqrt(R / (R - 1))
-
-
-@beartype.beartype
-def against_baseline(lines: list[dict[str, tp.Any]]) -> list[dict[str, tp.Any]]:
-    """Of the differences those of other scorers less random activations."""
-
-    def is_baseline(name: str) -> bool:
-        return name.split(" ")[0] == BASELINE
-
-    return [x for x in lines if is_baseline(x["baseline"]) and not is_baseline(x["scorer"])]
-
-
 # ---- files ----
 
 
@@ -350,127 +314,3 @@ def read_csv(fpath: pathlib.Path, header: tuple[str, ...]) -> list[dict[str, tp.
 
 def _number(text: str) -> int | float:
     return int(text) if text.isdigit() else float(text)
-
-
-# ---- tables ----
-
-
-@beartype.beartype
-def table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
-    """Header and cells of the table as papers print it, from lines of summary.csv.
-
-    The interval and the spread over draws are left out where no line has one.
-    """
-    has_interval, has_spread = (
-        any(not np.isnan(line[key]) for line in lines) for key in ("low", "spread")
-    )
-    out = [
-        ["Scorer", "Prototypes", "Train", "mAP"]
-        + ["95% interval"] * has_interval
-        + ["Draws"] * has_spread
-        + ["5%", "95%"]
-    ]
-    for line in lines:
-        cells = [str(line["scorer"]), f"{line['n_prototypes']:,}", f"{line['n_train']:,}"]
-        cells.append(f"{line['map']:.3f}")
-        if has_interval:
-            is_there = not np.isnan(line["low"])
-            cells.append(f"{line['low']:.3f} to {line['high']:.3f}" if is_there else "")
-        if has_spread:
-            cells.append("" if np.isnan(line["spread"]) else f"± {line['spread']:.3f}")
-        out.append([*cells, f"{line['q05']:.3f}", f"{line['q95']:.3f}"])
-    return out
-
-
-@beartype.beartype
-def kinds_table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
-    """mAP by kind of trait, one row for each scorer (with most train images, then prototypes), from lines of kinds.csv."""
-    kinds = [k for k in KINDS if any(line["kind"] == k for line in lines)]
-    most: dict[str, tuple[int, int]] = {}
-    for line in lines:
-        size = (line["n_train"], line["n_prototypes"])
-        most[line["scorer"]] = max(size, most.get(line["scorer"], size))
-    lines = [x for x in lines if (x["n_train"], x["n_prototypes"]) == most[x["scorer"]]]
-    counts = {k: max((x["n_traits"] for x in lines if x["kind"] == k), default=0) for k in kinds}
-    rows: dict[tuple[object, ...], dict[str, float]] = {}
-    for line in lines:
-        key = (line["scorer"], line["n_prototypes"], line["n_train"])
-        rows.setdefault(key, {})[line["kind"]] = line["map"]
-    header = ["Scorer", "Prototypes", "Train", *(f"{k} ({counts[k]})" for k in kinds)]
-    return [header] + [
-        [str(s), f"{k:,}", f"{n:,}", *(f"{found[kind]:.3f}" for kind in kinds)]
-        for (s, k, n), found in rows.items()
-    ]
-
-
-@beartype.beartype
-def differences_table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
-    """From lines of `differences`."""
-    header = [
-        "Scorer",
-        "Prototypes",
-        "Train",
-        "Less",
-        "Prototypes",
-        "Difference",
-        "95% interval",
-        "",
-    ]
-    return [header] + [
-        [
-            str(line["scorer"]),
-            f"{line['n_prototypes']:,}",
-            f"{line['n_train']:,}",
-            str(line["baseline"]),
-            f"{line['baseline_prototypes']:,}",
-            f"{line['difference']:+.3f}",
-            f"{line['low']:+.3f} to {line['high']:+.3f}",
-            "excludes 0" if line["excludes_zero"] else "",
-        ]
-        for line in lines
-    ]
-
-
-@beartype.beartype
-def markdown(cells: list[list[str]]) -> str:
-    header, *rows = cells
-    lines = [header, ["---"] * len(header), *rows]
-    return (
-        "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        .replace("| --- ", "|---")
-        .replace("|--- |", "|---|")
-    )
-
-
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-}
-LATEX |= {c: f"\\{c}" for c in "&%$#_{}"}
-
-
-@beartype.beartype
-def latex(cells: list[list[str]]) -> str:
-    """A booktabs table; text columns left, numbers right."""
-    header, *rows = ([_escaped(cell) for cell in line] for line in cells)
-    is_number = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
-    columns = "".join("r" if number else "l" for number in is_number)
-    body = "".join(" & ".join(row) + r" \\" + "\n" for row in rows)
-    return (
-        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{' & '.join(header)} \\\\\n\\midrule\n"
-        f"{body}\\bottomrule\n\\end{{tabular}}\n"
-    )
-
-
-def _escaped(text: str) -> str:
-    return "".join(LATEX.get(c, c) for c in text)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.replace(",", ""))
-    except ValueError:
-        return False
-    return True

@@ -18,7 +18,7 @@ from jaxtyping import Bool
 
 from saev import errors
 from saev.data import cub
-from saev.formats import results
+from saev.formats import layout, results
 
 REAL, REAL_TRAIN, REAL_CLASSES = (11_788, 312), 5_994, 200
 """Images and attributes, train images, and classes of the real CUB-200-2011."""
@@ -220,7 +220,7 @@ def describe(labels: cub.Cub) -> str:
             for split_NT in (train_NT, test_NT)
         )
         cells.append([group, str(int(mine.sum())), *prevalences])
-    lines.append(results.markdown(cells))
+    lines.append(layout.markdown(cells))
     if len(train_NT) and len(test_NT):
         gap_T = np.abs(train_NT.mean(axis=0) - test_NT.mean(axis=0))
         widest = int(gap_T.argmax())

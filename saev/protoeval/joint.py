@@ -10,8 +10,8 @@ import beartype
 import numpy as np
 
 from saev import errors, helpers
-from saev.formats import results
-from saev.protoeval import report
+from saev.formats import layout, results
+from saev.protoeval import compare, report
 
 logger = logging.getLogger("saev")
 
@@ -41,10 +41,12 @@ class Table:
     kinds: list[dict]
     differences: list[dict]
     """Of each scorer less each other one."""
+    seeds: list[dict]
+    """Over seeds, of scorers that were evaluated with several."""
 
     @property
     def against(self) -> list[dict]:
-        return results.against_baseline(self.differences)
+        return compare.against_baseline(self.differences)
 
 
 LEGEND = (
@@ -52,6 +54,8 @@ LEGEND = (
 the test images; 5% and 95% are quantiles over traits. """
     + report.PROBE_NOTE
 )
+OVER_SEEDS = """Over seeds, which draw the random activations, the start of k-means and the train images: mean and standard deviation of \
+the mAP, and of its difference to random activations of the same seed."""
 PLACE = ("vit", "layer", "tokens", "labels", "min_certainty")
 """What tells tables apart, of `results.About`."""
 
@@ -61,7 +65,7 @@ Section = tuple[str, int]
 
 @beartype.beartype
 def write(root: pathlib.Path) -> pathlib.Path:
-    """Writes `root`/report: table.md, table.csv, differences.csv, table.tex, chart.png. Of the same cell evaluated twice the newest wins.
+    """Writes `root`/report: table.md, table.csv, differences.csv, seeds.csv, table.tex, chart.png. Of the same cell evaluated twice the newest wins.
 
     The same cell: ViT, layer, tokens, activations, labels, certainty, scorer (with all its settings, checkpoint and what it was
     fitted on), numbers of prototypes and train images, seed. Results on other labels get tables of their own. Directories that cannot be
@@ -81,25 +85,29 @@ def write(root: pathlib.Path) -> pathlib.Path:
         )
     sections, older = _sections(found)
     out = root / "report"
-    text, csv_lines, difference_lines, tex, charts = [], [], [], [], []
+    text, csv_lines, difference_lines, seed_lines, tex, charts = [], [], [], [], [], []
     for (labels, certainty), tables in sections.items():
         text.append(f"Labels {labels[:8]}, certainty from {certainty}:\n")
         warnings = dict.fromkeys(
             report.warning(about) for table in tables for about in table.abouts
         )
         text += [warning for warning in warnings if warning]
-        cells = _joined(tables, "lines", results.table)
-        text += [results.markdown(cells), "By kind of trait (number of traits):\n"]
-        text.append(results.markdown(_joined_kinds(tables)))
+        cells = _joined(tables, "lines", layout.table)
+        text += [layout.markdown(cells), "By kind of trait (number of traits):\n"]
+        text.append(layout.markdown(_joined_kinds(tables)))
         if any(table.against for table in tables):
-            differences = _joined(tables, "against", results.differences_table)
-            text += [f"{report.AGAINST}\n", results.markdown(differences)]
+            differences = _joined(tables, "against", layout.differences_table)
+            text += [f"{report.AGAINST}\n", layout.markdown(differences)]
+        if any(table.seeds for table in tables):
+            seeds = _joined(tables, "seeds", layout.seeds_table)
+            text += [f"{OVER_SEEDS}\n", layout.markdown(seeds)]
         text += [f"{LEGEND}\n", *_notes(tables)]
-        tex.append(f"% labels {labels[:8]}, certainty from {certainty}\n{results.latex(cells)}")
+        tex.append(f"% labels {labels[:8]}, certainty from {certainty}\n{layout.latex(cells)}")
         for table in tables:
             place = {key: getattr(table.about, key) for key in PLACE}
             csv_lines += [place | line for line in table.lines]
             difference_lines += [place | line for line in table.differences]
+            seed_lines += [place | line for line in table.seeds]
         charts.append(_chart(out, labels, certainty, sections))
         report.save(report.chart([(table.about, table.lines) for table in tables]), charts[-1])
     if older:
@@ -110,6 +118,7 @@ def write(root: pathlib.Path) -> pathlib.Path:
             fpath.unlink()
     results.write_csv(out / "table.csv", (*PLACE, *results.SUMMARY), csv_lines)
     results.write_csv(out / "differences.csv", (*PLACE, *results.DIFFERENCES), difference_lines)
+    results.write_csv(out / "seeds.csv", (*PLACE, *results.SEEDS), seed_lines)
     helpers.write_text(out / "table.tex", "\n".join(tex))
     helpers.write_text(out / "table.md", "\n".join(text))
     return out
@@ -177,7 +186,25 @@ def _table(found: list[Result]) -> tuple[Table, list[str]]:
     lines = sorted((line for line, *_ in cells.values()), key=_order)
     differences = _differences(list(cells.values()))
     abouts = list({id(result): result.about for _, result, _ in cells.values()}.values())
-    return Table(found[-1].about, abouts, lines, list(kinds.values()), differences), older
+    seeds = compare.over_seeds(_by_seed(list(cells), scorers, {k: v[0] for k, v in cells.items()}))
+    table = Table(found[-1].about, abouts, lines, list(kinds.values()), differences, seeds)
+    return table, older
+
+
+def _by_seed(
+    keys: list[tuple[str, int, int]], scorers: dict[str, str], lines: dict[tuple, dict]
+) -> dict[tuple[str, int, int], dict[int, float]]:
+    """(name without the seed, prototypes, train images) -> seed -> mAP."""
+    seedless = {identity: json.loads(identity) for identity in scorers}
+    seeds = {identity: fields.pop("seed", None) for identity, fields in seedless.items()}
+    jsons = {identity: helpers.canonical_json(fields) for identity, fields in seedless.items()}
+    names = _told_apart({jsons[identity]: name for identity, name in scorers.items()})
+    out: dict[tuple[str, int, int], dict[int, float]] = {}
+    for identity, k, n in sorted(keys, key=lambda key: (names[jsons[key[0]]], *key[1:])):
+        if seeds[identity] is not None:
+            cell = (names[jsons[identity]], k, n)
+            out.setdefault(cell, {})[seeds[identity]] = lines[identity, k, n]["map"]
+    return out
 
 
 def _differences(cells: list[tuple[dict, Result, np.ndarray]]) -> list[dict]:
@@ -187,7 +214,7 @@ def _differences(cells: list[tuple[dict, Result, np.ndarray]]) -> list[dict]:
         values = (line["scorer"], line["n_prototypes"], line["n_train"], line["map"], boot_RM)
         key = (result.about.seed, result.about.n_boot)
         alike.setdefault(key, []).append(results.Measured(*values))
-    return sorted((x for rows in alike.values() for x in results.differences(rows)), key=_order)
+    return sorted((x for rows in alike.values() for x in compare.differences(rows)), key=_order)
 
 
 def _order(line: dict) -> tuple:
@@ -247,7 +274,7 @@ def _joined_kinds(tables: list[Table]) -> list[list[str]]:
     """The same for lines that share rows. The traits are the same, so all tables have the same kinds."""
     out: list[list[str]] = []
     for table in tables:
-        header, *rows = results.kinds_table(table.kinds)
+        header, *rows = layout.kinds_table(table.kinds)
         out = out or [[*_place_header(tables), *header]]
         out += [[*_place(table.about, tables), *row] for row in rows]
     return out

@@ -14,8 +14,8 @@ import matplotlib.figure
 import numpy as np
 
 from saev import errors, helpers
-from saev.formats import results
-from saev.protoeval import config
+from saev.formats import layout, results
+from saev.protoeval import compare, config
 
 AGAINST = """Less random activations chosen on the same train images, on the same resamples of the test images. Intervals are over test \
 images, and over the draws of train images where there are several; not over the prototypes: activations, or an SAE, of another seed would \
@@ -38,22 +38,22 @@ def write(
     helpers.write_text(dpath / "about.json", json.dumps(dataclasses.asdict(about), indent=4))
     lines = [results.summary(row) for row in rows]
     kinds = results.by_kind(rows, names)
-    differences = results.differences([row.measured for row in rows])
+    differences = compare.differences([row.measured for row in rows])
     results.write_csv(dpath / "summary.csv", results.SUMMARY, lines)
     results.write_csv(dpath / "kinds.csv", results.KIND_COLUMNS, kinds)
     results.write_csv(dpath / "differences.csv", results.DIFFERENCES, differences)
     results.write_resamples(dpath / "resamples.npz", rows)
     results.write_traits(dpath / "traits.parquet", rows, names)
     save(chart([(about, lines)]), dpath / "chart.png")
-    tex = results.latex(results.table(lines))
+    tex = layout.latex(layout.table(lines))
     helpers.write_text(dpath / "table.tex", f"% {describe(about)}\n{tex}")
-    text = warning(about) + results.markdown(results.table(lines)) + _notes(rows, names, about)
+    text = warning(about) + layout.markdown(layout.table(lines)) + _notes(rows, names, about)
     text += (
-        f"\nBy kind of trait (number of traits):\n\n{results.markdown(results.kinds_table(kinds))}"
+        f"\nBy kind of trait (number of traits):\n\n{layout.markdown(layout.kinds_table(kinds))}"
     )
-    if against := results.against_baseline(differences):
-        cells = results.differences_table(against)
-        text += f"\n{AGAINST}\n\n{results.markdown(cells)}"
+    if against := compare.against_baseline(differences):
+        cells = layout.differences_table(against)
+        text += f"\n{AGAINST}\n\n{layout.markdown(cells)}"
     helpers.write_text(dpath / "table.md", text)
 
 
@@ -191,7 +191,7 @@ def link(dpath: pathlib.Path, scorer: str, gallery: pathlib.Path) -> None:
         where = f"[{latent}]({index}#latent_{latent:06})" if latent in shown else str(latent)
         cells.append([trait["trait"], where, *(f"{trait[k]:.3f}" for k in ("train_ap", "test_ap"))])
     missing = sorted({trait["prototype"] for trait in best} - shown)
-    text = f"Best latents of {scorer} with {best[0]['n_train']} train images.\n\n{results.markdown(cells)}"
+    text = f"Best latents of {scorer} with {best[0]['n_train']} train images.\n\n{layout.markdown(cells)}"
     if missing:
         flags = " ".join(map(str, sorted({trait["prototype"] for trait in best})))
         text += f"\n{len(missing)} of them are not in the gallery; visuals.py shows all with --latents {flags}\n"
