@@ -22,7 +22,7 @@ from saev.data import config as data_config
 from saev.data import cub
 from saev.demo import minicub
 from saev.formats import results, shards
-from saev.protoeval import config, scoring, select
+from saev.protoeval import choice, config, scoring, select
 from saev.scorers import base
 from saev.scorers import config as scorers_config
 
@@ -102,14 +102,14 @@ def evaluate(
     cfg: config.ProtoEval, labels: cub.Cub, run: collections.abc.Mapping[str, scorers.Scorer]
 ) -> list[results.Row]:
     """The grid for ready-made scorers, through the same joins and scores as the command."""
-    banks = [select.Bank(name, scorer, (scorer.n_prototypes,)) for name, scorer in run.items()]
+    banks = [choice.Bank(name, scorer, (scorer.n_prototypes,)) for name, scorer in run.items()]
     joins = [
         select._join(data, labels, train, False)
         for data, train in ((cfg.train_data, True), (cfg.test, False))
     ]
     with tempfile.TemporaryDirectory() as dpath:
         splits = select._score(cfg, banks, labels, joins, pathlib.Path(dpath))
-        return select.evaluate(*splits, banks, cfg)
+        return choice.evaluate(*splits, banks, cfg)
 
 
 def test_a_scorer_that_knows_the_traits_gets_one(cfg: config.ProtoEval, labels: cub.Cub) -> None:
@@ -236,14 +236,14 @@ def test_two_processes_of_one_command_evaluate_once(
 ) -> None:
     """The second waits for the first, here in a thread, and takes its table."""
     cfg = dataclasses.replace(cfg, dump_to=str(tmp_path / "shared"))
-    slow, calls = select.evaluate, []
+    slow, calls = choice.evaluate, []
 
     def evaluate(*args: object) -> list[results.Row]:
         calls.append(args)
         time.sleep(0.5)
         return slow(*args)
 
-    monkeypatch.setattr(select, "evaluate", evaluate)
+    monkeypatch.setattr(choice, "evaluate", evaluate)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first, second = pool.map(select.main, [[cfg], [cfg]])
     assert first == second and len(calls) == 1
@@ -251,10 +251,10 @@ def test_two_processes_of_one_command_evaluate_once(
 
 
 def test_n_train_subsets_are_nested_and_seeded() -> None:
-    small, large = select.train_subset(100, 10, 0), select.train_subset(100, 50, 0)
+    small, large = choice.train_subset(100, 10, 0), choice.train_subset(100, 50, 0)
     assert set(small) < set(large) and len(small) == 10
-    np.testing.assert_array_equal(select.train_subset(100, -1, 0), np.arange(100))
-    assert set(small) != set(select.train_subset(100, 10, 1))
+    np.testing.assert_array_equal(choice.train_subset(100, -1, 0), np.arange(100))
+    assert set(small) != set(choice.train_subset(100, 10, 1))
 
 
 def test_draws_differ_and_the_first_is_that_of_one_draw(cfg: config.ProtoEval) -> None:
@@ -267,9 +267,9 @@ def test_draws_differ_and_the_first_is_that_of_one_draw(cfg: config.ProtoEval) -
     assert all(float(line["spread"]) > 0 for line in of_16)
     assert {line["spread"] for line in of_all} == {"nan"}  # all images can be drawn in one way
     assert [x["map"] for x in of_all] == [x["map"] for x in one if x["n_train"] != "16"]
-    draws = [select.train_subset(100, 10, 0, r) for r in range(3)]
+    draws = [choice.train_subset(100, 10, 0, r) for r in range(3)]
     assert len({tuple(draw) for draw in draws}) == 3
-    np.testing.assert_array_equal(draws[0], select.train_subset(100, 10, 0))
+    np.testing.assert_array_equal(draws[0], choice.train_subset(100, 10, 0))
 
 
 def test_intervals_hold_the_map_and_grow_with_fewer_test_images(
@@ -303,13 +303,13 @@ def test_a_killed_evaluation_leaves_no_table_and_ends_the_same(
 
 def test_ties_take_the_lowest_prototype() -> None:
     ap_KT = np.array([[0.5, np.nan, 0.1], [0.5, np.nan, 0.2], [0.4, np.nan, 0.2]])
-    none = select.Choice(np.zeros(3, np.int64), np.full(3, np.nan))
-    whole = select.better(none, ap_KT, 0)
+    none = choice.Choice(np.zeros(3, np.int64), np.full(3, np.nan))
+    whole = choice.better(none, ap_KT, 0)
     np.testing.assert_array_equal(whole.best_T, [0, 0, 1])
     np.testing.assert_array_equal(whole.train_ap_T, [0.5, np.nan, 0.2])
     in_parts = none
     for k in range(3):
-        in_parts = select.better(in_parts, ap_KT[k : k + 1], k)
+        in_parts = choice.better(in_parts, ap_KT[k : k + 1], k)
     np.testing.assert_array_equal(in_parts.best_T, whole.best_T)
 
 

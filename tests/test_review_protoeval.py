@@ -17,7 +17,7 @@ from saev import errors, nn, scorers
 from saev.data import config as data_config
 from saev.formats import shards
 from saev.nn import config as nn_config
-from saev.protoeval import config, scoring, select
+from saev.protoeval import choice, config, scoring, select
 from saev.scorers import config as scorers_config
 
 N, D = 40, 4
@@ -219,22 +219,22 @@ def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
         scores_NK = rng.integers(-4, 4, (n, 9)).astype(np.float32)
         means_ND = rng.standard_normal((n, D)).astype(np.float32)
         scores = scoring.Scores(scores_NK.T, means_ND, np.arange(n))
-        splits.append(select.Split(scores, np.arange(n), labels_NT))
+        splits.append(choice.Split(scores, np.arange(n), labels_NT))
     train, test = splits
     train.labels_NT[:, 3], test.labels_NT[:, 4] = False, False
     zeros_D = torch.zeros(D)
     banks = [
-        select.Bank(name, scorers.Prototypes.of(torch.zeros(k, D), zeros_D, "dot"), ks)
+        choice.Bank(name, scorers.Prototypes.of(torch.zeros(k, D), zeros_D, "dot"), ks)
         for name, k, ks in (("a", 3, (3,)), ("b", 6, (2, 6)))
     ]
     cfg = config.ProtoEval(n_train=(7, -1), n_boot=0, memory_gb=1e-6)
-    constant, _, _, *rows = select.evaluate(train, test, banks, cfg)
+    constant, _, _, *rows = choice.evaluate(train, test, banks, cfg)
     np.testing.assert_allclose(constant.test_ap_RT[0][:4], test.labels_NT[:, :4].mean(axis=0))
     cells = [("a", 0, 3), ("b", 3, 2), ("b", 3, 6)]
     wanted = [(*cell, n_train) for cell in cells for n_train in (7, 50)]
     assert [(r.scorer, r.n_prototypes, r.n_train) for r in rows] == [(c[0], *c[2:]) for c in wanted]
     for row, (_, first, k, n_train) in zip(rows, wanted, strict=True):
-        drawn = select.train_subset(50, n_train, 0)
+        drawn = choice.train_subset(50, n_train, 0)
         for t in range(n_traits):
             seen, y = train.labels_NT[drawn, t], test.labels_NT[:, t]
             aps = [
