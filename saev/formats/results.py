@@ -161,6 +161,12 @@ def _quantiles(values: np.ndarray, low: float, high: float) -> tuple[float, floa
 
 
 @beartype.beartype
+def is_reference(scorer: str) -> bool:
+    """Is this one of the rows that others are held against (which a name may tell apart from others)?"""
+    return scorer.startswith(REFERENCES)
+
+
+@beartype.beartype
 def summary(row: Row) -> dict[str, object]:
     """One line of summary.csv."""
     values = (

@@ -16,7 +16,7 @@ def differences(rows: list[results.Measured]) -> list[dict[str, object]]:
     they have in common cancels (Efron and Tibshirani 1993). Of several draws the interval is over these too. The other one has as
     many prototypes, or where no row of it has as many, the largest smaller number.
     """
-    real = [row for row in rows if row.scorer not in results.REFERENCES and row.boot_RM.size]
+    real = [row for row in rows if not results.is_reference(row.scorer) and row.boot_RM.size]
     others: dict[str, dict[tuple[int, int], results.Measured]] = {}
     for row in real:
         others.setdefault(row.scorer, {})[row.n_prototypes, row.n_train] = row
@@ -55,7 +55,9 @@ def is_baseline(scorer: str) -> bool:
 
 
 @beartype.beartype
-def over_seeds(maps: dict[tuple[str, int, int], dict[int, float]]) -> list[dict[str, object]]:
+def over_seeds(
+    maps: dict[tuple[str, int, int], dict[int | None, float]],
+) -> list[dict[str, object]]:
     """Means and standard deviations over seeds: of each mAP, and of its difference to random activations of the same seed.
 
     Args:
@@ -63,7 +65,7 @@ def over_seeds(maps: dict[tuple[str, int, int], dict[int, float]]) -> list[dict[
     """
     lines = []
     for (scorer, k, n), of_seed in maps.items():
-        if len(of_seed) < 2 or scorer in results.REFERENCES:
+        if len(of_seed) < 2 or results.is_reference(scorer):
             continue
         line = (scorer, k, n, len(of_seed), *_mean_and_spread(list(of_seed.values())))
         others = (

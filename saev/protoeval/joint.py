@@ -43,6 +43,8 @@ class Table:
     """Of each scorer less each other one."""
     seeds: list[dict]
     """Over seeds, of scorers that were evaluated with several."""
+    drawn: list[dict]
+    """Lines for the chart: means over seeds."""
 
     @property
     def against(self) -> list[dict]:
@@ -109,7 +111,7 @@ def write(root: pathlib.Path) -> pathlib.Path:
             difference_lines += [place | line for line in table.differences]
             seed_lines += [place | line for line in table.seeds]
         charts.append(_chart(out, labels, certainty, sections))
-        report.save(report.chart([(table.about, table.lines) for table in tables]), charts[-1])
+        report.save(report.chart([(table.about, table.drawn) for table in tables]), charts[-1])
     if older:
         names = ", ".join(sorted(set(older)))
         text.append(f"{len(older)} older cells gave way to newer ones (of {names}).\n")
@@ -186,24 +188,33 @@ def _table(found: list[Result]) -> tuple[Table, list[str]]:
     lines = sorted((line for line, *_ in cells.values()), key=_order)
     differences = _differences(list(cells.values()))
     abouts = list({id(result): result.about for _, result, _ in cells.values()}.values())
-    seeds = compare.over_seeds(_by_seed(list(cells), scorers, {k: v[0] for k, v in cells.items()}))
-    table = Table(found[-1].about, abouts, lines, list(kinds.values()), differences, seeds)
+    of_seed = _by_seed(scorers, {key: line for key, (line, *_) in cells.items()})
+    maps = {cell: {s: x["map"] for s, x in found.items()} for cell, found in of_seed.items()}
+    drawn = sorted(
+        (_mean(cell, list(found.values())) for cell, found in of_seed.items()), key=_order
+    )
+    seeds = sorted(compare.over_seeds(maps), key=_order)
+    place = found[-1].about
+    table = Table(place, abouts, lines, list(kinds.values()), differences, seeds, drawn)
     return table, older
 
 
+def _mean(cell: tuple[str, int, int], lines: list[dict]) -> dict:
+    values = {key: float(np.mean([line[key] for line in lines])) for key in ("map", "low", "high")}
+    return values | dict(zip(("scorer", "n_prototypes", "n_train"), cell, strict=True))
+
+
 def _by_seed(
-    keys: list[tuple[str, int, int]], scorers: dict[str, str], lines: dict[tuple, dict]
-) -> dict[tuple[str, int, int], dict[int, float]]:
-    """(name without the seed, prototypes, train images) -> seed -> mAP."""
+    scorers: dict[str, str], lines: dict[tuple[str, int, int], dict]
+) -> dict[tuple[str, int, int], dict[int | None, dict]]:
+    """(name without the seed, prototypes, train images) -> seed (the constant scorer has none) -> line."""
     seedless = {identity: json.loads(identity) for identity in scorers}
     seeds = {identity: fields.pop("seed", None) for identity, fields in seedless.items()}
     jsons = {identity: helpers.canonical_json(fields) for identity, fields in seedless.items()}
     names = _told_apart({jsons[identity]: name for identity, name in scorers.items()})
-    out: dict[tuple[str, int, int], dict[int, float]] = {}
-    for identity, k, n in sorted(keys, key=lambda key: (names[jsons[key[0]]], *key[1:])):
-        if seeds[identity] is not None:
-            cell = (names[jsons[identity]], k, n)
-            out.setdefault(cell, {})[seeds[identity]] = lines[identity, k, n]["map"]
+    out: dict[tuple[str, int, int], dict[int | None, dict]] = {}
+    for (identity, k, n), line in sorted(lines.items()):
+        out.setdefault((names[jsons[identity]], k, n), {})[seeds[identity]] = line
     return out
 
 
@@ -220,7 +231,7 @@ def _differences(cells: list[tuple[dict, Result, np.ndarray]]) -> list[dict]:
 def _order(line: dict) -> tuple:
     """The rows that others are held against first."""
     name = line["scorer"]
-    rank = results.REFERENCES.index(name) if name in results.REFERENCES else len(results.REFERENCES)
+    rank = [not name.startswith(reference) for reference in results.REFERENCES]
     return rank, name, line["n_prototypes"], line["n_train"]
 
 

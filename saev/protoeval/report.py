@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pathlib
 import urllib.parse
@@ -20,6 +21,8 @@ from saev.protoeval import compare, config
 AGAINST = """Less random activations chosen on the same train images, on the same resamples of the test images. Intervals are over test \
 images, and over the draws of train images where there are several; not over the prototypes: activations, or an SAE, of another seed would \
 give other figures, so compare seeds before one difference is called real."""
+MOST_PANELS, TOO_NEAR = 5, 1.4
+"""Panels of the chart in a row; numbers of train images whose labels would lie on each other, as a ratio."""
 PROBE_NOTE = """Linear probe: ridge regression on the mean activation, trained on the labels of as many images: a supervised reference, \
 no bound where these are few."""
 
@@ -109,27 +112,30 @@ def save(figure: matplotlib.figure.Figure, fpath: pathlib.Path) -> None:
 
 @beartype.beartype
 def chart(tables: list[tuple[results.About, list[dict]]]) -> matplotlib.figure.Figure:
-    """mAP against the number of train images: a row of panels for each table, one panel per scorer, one line per K."""
+    """mAP against the number of train images: rows of panels for each table, one panel per scorer, one line per K."""
     names = [
-        [n for n in dict.fromkeys(x["scorer"] for x in lines) if n not in results.REFERENCES]
+        [n for n in dict.fromkeys(x["scorer"] for x in lines) if not results.is_reference(n)]
         for _, lines in tables
     ]
-    n_columns = max(1, *map(len, names))
-    size = (3.2 * n_columns + 0.6, 2.9 * len(tables) + 0.3)
+    n_columns = max(1, *(min(MOST_PANELS, len(mine)) for mine in names))
+    n_rows = [max(1, -(-len(mine) // n_columns)) for mine in names]
+    size = (3.2 * n_columns + 0.6, 2.9 * sum(n_rows) + 0.3)
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(tables), n_columns, sharey=True, squeeze=False)
+    grid = figure.subplots(sum(n_rows), n_columns, sharey=True, squeeze=False)
     places = [(about.vit, f"layer {about.layer}", about.tokens) for about, _ in tables]
     varying = [len(set(column)) > 1 for column in zip(*places, strict=True)]
-    for panels, (_, lines), mine, place in zip(grid, tables, names, places, strict=True):
-        said = [part for part, varies in zip(place, varying, strict=True) if varies]
-        for axes, name in itertools.zip_longest(panels, mine):
+    for (_, lines), mine, n, place in zip(tables, names, n_rows, places, strict=True):
+        panels, grid = grid[:n], grid[n:]
+        said = ", ".join(part for part, varies in zip(place, varying, strict=True) if varies)
+        for axes, name in itertools.zip_longest(panels.flat, mine):
             if name is None:
                 axes.set_axis_off()
                 continue
             _panel(axes, name, lines)
-            axes.set_title("\n".join([name, *([", ".join(said)] * bool(said))]), fontsize=9)
-        panels[0].set_ylabel("mAP on test images")
-    grid[0, 0].set_ylim(bottom=0)  # of all panels, once each has its lines
+            axes.set_title(f"{name}\n{said}".strip(), fontsize=9)
+        for axes in panels[:, 0]:
+            axes.set_ylabel("mAP on test images")
+    figure.axes[0].set_ylim(bottom=0)  # of all panels, once each has its lines
     return figure
 
 
@@ -144,20 +150,19 @@ def _panel(axes: matplotlib.axes.Axes, name: str, lines: list[dict]) -> None:
         n, value, low, high = map(list, zip(*points, strict=True))
         (drawn,) = axes.plot(n, value, marker="o", markersize=4, label=f"{k:,}")
         axes.fill_between(n, low, high, color=drawn.get_color(), alpha=0.12, linewidth=0)
-    probe = sorted((x["n_train"], x["map"]) for x in lines if x["scorer"] == results.PROBE)
+    probe = sorted((x["n_train"], x["map"]) for x in lines if x["scorer"].startswith(results.PROBE))
     if probe:
         axes.plot(*zip(*probe, strict=True), color="0.3", linestyle=":", linewidth=1, label="probe")
     for line in lines:
         if line["scorer"] == results.CONSTANT:
             axes.axhline(line["map"], color="0.5", linestyle="--", linewidth=1, label="constant")
     ticks = sorted({line["n_train"] for line in mine})
+    ticks = [n for n, more in itertools.pairwise([*ticks, math.inf]) if more / n > TOO_NEAR]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axes.set_xlabel("train images")
     if mine:
-        axes.legend(
-            title="prototypes", fontsize=7, title_fontsize=7, frameon=False, loc="lower left"
-        )
+        axes.legend(title="prototypes", fontsize=7, title_fontsize=7, frameon=False, loc="best")
 
 
 @beartype.beartype
