@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few activations: under 40 s")
     args = parser.parse_args()
     # images, K, passes, repeats
-    sizes = [(2000, 512, 2, 5), (1000, 2048, 2, 3), (600, 8192, 1, 3), (400, 32_768, 1, 1)]
-    starts = [(200, 512, 10, 3), (200, 2048, 10, 3)]
+    sizes = [(2000, 512, 2, 5), (800, 2048, 2, 3), (400, 8192, 1, 3), (200, 32_768, 1, 1)]
+    starts = [(200, 512, 10, 3), (200, 2048, 10, 2)]
     if args.quick:
         sizes, starts = [(200, 512, 2, 3)], [(100, 128, 5, 2)]
     cases = []

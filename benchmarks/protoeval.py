@@ -38,14 +38,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few images: under 40 s")
     args = parser.parse_args()
-    n_imgs, k, n_repeats = (96, 2048, 3) if args.quick else (128, 8192, 3)
+    n_imgs, k, n_repeats = (96, 2048, 3) if args.quick else (96, 8192, 3)
     cases = []
     for d_vit in (384,) if args.quick else (384, 1024):
         with tempfile.TemporaryDirectory() as root:
             data = write(pathlib.Path(root) / "dump", n_imgs, d_vit)
             for name, scorer in made(k, d_vit).items():
                 cases.append(measure_pass(name, scorer, data, n_imgs, n_repeats))
-    n_imgs, d_vit = (200, 384) if args.quick else (800, 1024)
+    n_imgs, d_vit = (200, 384) if args.quick else (400, 1024)
     with tempfile.TemporaryDirectory() as root:
         cases.append(measure_grid(pathlib.Path(root), n_imgs, d_vit, k, 2))
     common.report(cases)
