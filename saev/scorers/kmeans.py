@@ -32,6 +32,8 @@ TILE = {"cpu": 2**20, "cuda": 2**28}
 """Squared distances that are computed at a time: on a CPU so few that they stay in its cache."""
 WARM_UP, WARM_UP_SAMPLES = 4, 128
 """Iterations on the sample before the stream is passed over, and activations for each centre in them."""
+CANCELS = 1e-2
+"""Squared distances below this fraction of an activation's squared norm are computed from the differences themselves."""
 ROUNDING = 1e-6
 """Squared distances below this fraction of an activation's squared norm are float32's rounding: they count 0."""
 
@@ -107,8 +109,9 @@ class State:
 
 
 def _space(x_BD: Tensor, mean_D: Tensor, normalize: bool) -> Tensor:
-    x_BD = x_BD - mean_D
-    return torch.nn.functional.normalize(x_BD, dim=1) if normalize else x_BD
+    """In place."""
+    x_BD -= mean_D
+    return torch.nn.functional.normalize(x_BD, dim=1, out=x_BD) if normalize else x_BD
 
 
 # ---- the nearest centre ----
@@ -121,10 +124,14 @@ def nearest(
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
     """The nearest centre of each activation (among equals the lowest) and the squared distance to it.
 
-    It has the largest x . c - |c|^2 / 2. That is the top latent of an encoder with weights c, and is found as such; an
-    activation nearer to the origin than to any centre has no positive value there, and is looked at again by itself.
+    It has the largest x . c - |c|^2 / 2. That is the top latent of an encoder with weights c, and is found as such; what the shortest
+    c gives is the least that any activation can have, and lifts all values above 0.
     """
-    bias_K = -0.5 * center_KD.square().sum(dim=1)
+    square_K = center_KD.square().sum(dim=1)
+    shortest = square_K.argmin()
+    least = (x_BD @ center_KD[shortest]).min() - 0.5 * square_K[shortest]
+    lift = (-1.01 * least).clamp(min=0)
+    bias_K = lift - 0.5 * square_K
     if not sparse.uses_kernels(x_BD):
         parts = [torch.addmm(bias_K, x_CD, center_KD.T).max(dim=1) for x_CD in x_BD.split(CHUNK)]
         value_B, at_B = (torch.cat(p) for p in zip(*parts, strict=True))
@@ -137,9 +144,11 @@ def nearest(
         for rows_C in rest_n.split(max(1, 2**24 // len(center_KD))):
             found = torch.addmm(bias_K, x_BD[rows_C], center_KD.T).max(dim=1)
             value_B[rows_C], at_B[rows_C] = found.values, found.indices.int()
-    parts = zip(x_BD.split(CHUNK), at_B.long().split(CHUNK), strict=True)
-    distances = [(x_CD - center_KD[at_C]).square_().sum(dim=1) for x_CD, at_C in parts]
-    return at_B.long(), torch.cat(distances)
+    square_B, at_B = torch.linalg.vector_norm(x_BD, dim=1).square(), at_B.long()
+    distance_B = square_B - 2 * (value_B - lift)
+    for rows_C in (distance_B < CANCELS * square_B).nonzero().flatten().split(CHUNK):
+        distance_B[rows_C] = (x_BD[rows_C] - center_KD[at_B[rows_C]]).square().sum(dim=1)
+    return at_B, distance_B
 
 
 # ---- the start ----
@@ -258,7 +267,7 @@ def one_pass(states: list[State], data: data_config.Shards, cfg: config.KMeans) 
     for block in helpers.progress(stream, what, len(stream), "blocks"):
         mean_D = states[0].mean_D
         raw_BD = torch.from_numpy(block.act_NXD).flatten(0, 1).to(mean_D.device)
-        x_BD = _space(raw_BD, mean_D, cfg.normalize)
+        x_BD = _space(raw_BD, mean_D, cfg.normalize)  # the block is ours
         for one in sums:
             one.add(x_BD)
     for one in sums:
