@@ -241,7 +241,9 @@ def test_a_cut_state_is_named(tmp_path: pathlib.Path) -> None:
     state.save(tmp_path, 5, {"w": torch.zeros(1000)}, keep_last=1)
     fpath = tmp_path / "state-000000005.pt"
     fpath.write_bytes(fpath.read_bytes()[:-2000])
-    with pytest.raises(errors.UserError, match="state-000000005.pt: cannot be read .* Delete it"):
+    with pytest.raises(
+        errors.UserError, match=r"state-000000005\.pt: its bytes are not those .* Delete it"
+    ):
         state.load(tmp_path, 5)
 
 

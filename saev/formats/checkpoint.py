@@ -72,7 +72,7 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
     if header.pop("xxh3", None) not in (None, _checksum(payload)):  # older files have none
         raise errors.UserError(
             f"{fpath}: its bytes are not those that were written (checksum). "
-            "Delete it: a fitted scorer is fitted again; an SAE has to be trained again or copied anew."
+            "Delete it and run the command that wrote it again."
         )
     for schema in range(header["schema"], SCHEMA):
         header = UPGRADES[schema](header)
