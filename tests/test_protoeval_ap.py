@@ -86,7 +86,7 @@ def test_paired_is_the_diagonal_of_the_matrix() -> None:
 def test_nan_scores_are_refused_by_number() -> None:
     scores_NK = np.zeros((3, 4), np.float32)
     scores_NK[1, 2] = np.nan
-    with pytest.raises(errors.UserError, match="prototype 2 has NaN"):
+    with pytest.raises(errors.UserError, match="row 2 of the scores"):
         ap.average_precision(scores_NK, np.ones((3, 1), bool))
 
 
