@@ -52,7 +52,7 @@ def locked(fpath: pathlib.Path, what: str) -> collections.abc.Iterator[None]:
         fd = os.open(fpath, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(fd, what)
-            if fpath.exists() and os.fstat(fd).st_ino == fpath.stat().st_ino:
+            if _is_open_at(fd, fpath):
                 break
         except BaseException:
             os.close(fd)
@@ -63,6 +63,13 @@ def locked(fpath: pathlib.Path, what: str) -> collections.abc.Iterator[None]:
     finally:
         fpath.unlink(missing_ok=True)
         os.close(fd)
+
+
+def _is_open_at(fd: int, fpath: pathlib.Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), fpath.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(fd: int, what: str) -> None:

@@ -184,17 +184,13 @@ def _class_means(labels: cub.Cub) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @beartype.beartype
 def between_classes(labels: cub.Cub) -> tuple[float, float]:
     """Share of the labels' variance that lies between classes, and the share expected of labels without any relation to them."""
-    _, class_N = np.unique(labels.class_N, return_inverse=True)
-    n_C = np.bincount(class_N)
-    x_NT = labels.labels_NT - labels.labels_NT.mean(axis=0)
-    sum_CT = np.zeros((len(n_C), x_NT.shape[1]))
-    np.add.at(sum_CT, class_N, x_NT)
-    total = (x_NT**2).sum()
+    class_N, mean_CT = _means(labels)
+    n_C, p_T = np.bincount(class_N), labels.labels_NT.mean(axis=0)
+    total = len(class_N) * float((p_T * (1 - p_T)).sum())
     if total == 0:
         return 0.0, 0.0
-    return float((sum_CT**2 / n_C[:, None]).sum() / total), (len(n_C) - 1) / max(
-        len(class_N) - 1, 1
-    )
+    between = float((n_C @ (mean_CT - p_T) ** 2).sum())
+    return between / total, (len(n_C) - 1) / max(len(class_N) - 1, 1)
 
 
 @beartype.beartype

@@ -211,7 +211,7 @@ def _in_gallery(cfgs: list[config.ProtoEval]) -> str:
 
 def _run_id(cfgs: list[config.ProtoEval], labels: cub.Cub) -> str:
     """Hash of all that decides the table: activations, labels, scorers, grid and seed; not of where they lie."""
-    parts: list[object] = [REVISION, scorers.revision(), _labels_hash(labels)]
+    parts: list[object] = [REVISION, scorers.REVISION, _labels_hash(labels)]
     for cfg in cfgs:
         parts += [_identity(data) for data in (cfg.train_data, cfg.test, cfg.fit)]
         parts += [cfg.n_prototypes, cfg.n_train, cfg.seed, cfg.n_seeds, cfg.n_boot]

@@ -5,5 +5,5 @@ from saev import helpers
 __getattr__ = helpers.lazy_attributes(
     __name__,
     {"Scorer": "base", "Prototypes": "base"}
-    | dict.fromkeys(("fit", "fit_each", "load", "revision", "save"), "store"),
+    | dict.fromkeys(("fit", "fit_each", "load", "save", "REVISION"), "store"),
 )

@@ -17,13 +17,7 @@ from saev.scorers import base, config, kmeans, pca, random, sae
 logger = logging.getLogger("saev")
 
 REVISION = 4
-"""Raised whenever a fitter may give other numbers: what was fitted before is then fitted again."""
-
-
-@beartype.beartype
-def revision() -> int:
-    """Part of the name of whatever is computed by fitted scorers."""
-    return REVISION
+"""Raised whenever a fitter may give other numbers: what was fitted, or evaluated, before is then done again."""
 
 
 @beartype.beartype
