@@ -3,6 +3,8 @@
 import collections.abc
 import contextlib
 import fcntl
+import functools
+import glob
 import hashlib
 import importlib
 import itertools
@@ -11,11 +13,16 @@ import logging
 import multiprocessing
 import os
 import pathlib
+import re
+import shutil
+import socket
+import stat
 import sys
 import time
 import typing as tp
 import uuid
 
+import beartype
 import tqdm
 
 logger = logging.getLogger("saev")
@@ -23,22 +30,155 @@ logger = logging.getLogger("saev")
 T = tp.TypeVar("T")
 
 
+# ---- files that appear whole, and what killed writers leave ----
+
+TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.(?:(?P<host>[0-9a-f]{8})-)?[0-9a-f]{32}\.(?:tmp|old)", re.DOTALL
+)
+"""Names of temporary files and folders: a living writer holds a lock (flock) on its own."""
+ABANDONED_S = 24 * 3600.0
+"""Another machine's temporaries are removed after this age: its locks may not be seen from here."""
+
+
 @contextlib.contextmanager
 def atomic(fpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
     """Yields a temporary path beside `fpath`; on success it is fsynced and renamed to `fpath`, on any error removed.
 
-    A reader therefore sees the old file, the whole new file, or none; never a part.
+    A reader therefore sees the old file, the whole new file, or none; never a part. A killed process leaves the temporary
+    file, which `sweep` removes.
     """
-    fpath.parent.mkdir(parents=True, exist_ok=True)
-    tmp_fpath = fpath.with_name(f".{fpath.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with _temporary(fpath, is_folder=False) as tmp_fpath:
         yield tmp_fpath
         with tmp_fpath.open("rb+") as fd:
             os.fsync(fd.fileno())
         tmp_fpath.replace(fpath)
         _sync_directory(fpath.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(dpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
+    """As `atomic`, for a folder: yields an empty temporary one, which takes the place of `dpath` on success.
+
+    An older folder steps aside first and is removed last. A process killed between the two renames leaves it aside;
+    `sweep` puts it back.
+    """
+    with _temporary(dpath, is_folder=True) as tmp_dpath:
+        yield tmp_dpath
+        with _replacing(dpath):
+            old_dpath = tmp_dpath.with_suffix(".old")
+            if dpath.exists():
+                dpath.rename(old_dpath)
+            try:
+                tmp_dpath.rename(dpath)
+            except OSError:
+                if old_dpath.exists():
+                    old_dpath.rename(dpath)
+                raise
+            shutil.rmtree(old_dpath, ignore_errors=True)
+
+
+@beartype.beartype
+def sweep(dpath: pathlib.Path, name: str = "") -> None:
+    """Removes from a folder what killed processes of ours left there: temporaries of `atomic` and `atomic_folder`, and locks.
+
+    What a living process holds stays. An older folder that a killed `atomic_folder` had put aside goes back to its place.
+
+    Args:
+        name: look only at what belongs to the file or folder of this name. Empty: at all.
+    """
+    for path in sorted(dpath.glob(f".{glob.escape(name)}.*" if name else ".*")):
+        match = TEMPORARY.fullmatch(path.name)
+        if match and name in ("", match["name"]) and (match["host"] == _host() or _is_old(path)):
+            if path.suffix == ".old":
+                _put_back(path, dpath / match["name"])
+            else:
+                _remove_if_free(path)
+        elif path.suffix == ".lock" and (not name or path.name == f".{name}.lock"):
+            _remove_if_free(path)
+
+
+def _put_back(old_dpath: pathlib.Path, dpath: pathlib.Path) -> None:
+    with _replacing(dpath):
+        if not dpath.exists():
+            with contextlib.suppress(FileNotFoundError):  # whose it was has done so
+                old_dpath.rename(dpath)
+        shutil.rmtree(old_dpath, ignore_errors=True)
+
+
+def _replacing(dpath: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    return locked(dpath.with_name(f".{dpath.name}.lock"), f"it replaces {dpath}")
+
+
+def _remove_if_free(path: pathlib.Path) -> None:
+    """Removes a temporary, or a lock (an empty file), that no process holds."""
+    is_folder = path.is_dir()
+    access = os.O_RDONLY if is_folder else os.O_RDWR
+    try:
+        fd = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # gone, or not ours
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        info = os.fstat(fd)
+        if is_folder:
+            shutil.rmtree(path, ignore_errors=True)
+        elif stat.S_ISREG(info.st_mode) and (path.suffix != ".lock" or info.st_size == 0):
+            path.unlink(missing_ok=True)
+    except OSError:  # held, or a file system without locks
+        pass
     finally:
-        tmp_fpath.unlink(missing_ok=True)
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _temporary(path: pathlib.Path, is_folder: bool) -> collections.abc.Iterator[pathlib.Path]:
+    """A new, locked, empty file or folder beside `path`; at the end it is removed, unless it was renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp_path = path.with_name(f".{path.name}.{_host()}-{uuid.uuid4().hex}.tmp")
+    fd = None
+    try:
+        while fd is None:
+            fd = _created(tmp_path, is_folder)
+        yield tmp_path
+    finally:
+        if is_folder:
+            shutil.rmtree(tmp_path, ignore_errors=True)
+        else:
+            tmp_path.unlink(missing_ok=True)
+        if fd is not None:
+            os.close(fd)
+
+
+def _created(tmp_path: pathlib.Path, is_folder: bool) -> int | None:
+    """Makes a file or folder and returns it open and locked; None where a sweep removed it before it was locked."""
+    if is_folder:
+        tmp_path.mkdir()
+    try:
+        new_file = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        fd = os.open(tmp_path, os.O_RDONLY if is_folder else new_file, 0o666)
+    except FileNotFoundError:
+        if is_folder and tmp_path.parent.is_dir():
+            return None
+        raise
+    with contextlib.suppress(OSError):  # where there are no locks nothing is swept
+        fcntl.flock(fd, fcntl.LOCK_SH)
+    if _is_open_at(fd, tmp_path):
+        return fd
+    os.close(fd)
+    return None
+
+
+@functools.cache
+def _host() -> str:
+    """This machine, in eight hex digits."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _is_old(path: pathlib.Path) -> bool:
+    try:
+        return time.time() - path.lstat().st_mtime > ABANDONED_S
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

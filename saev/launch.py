@@ -59,7 +59,7 @@ def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
     """
     _configure_logging()
     try:
-        with _os_errors():
+        with _ended_by_signals(), _os_errors():
             main()
     except errors.UserError as err:
         print(f"error: {err}", file=sys.stderr)
@@ -241,7 +241,9 @@ def _in_processes(calls: list[Call]) -> list[tp.Any]:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> collections.abc.Iterator[None]:
-    """Inside, SIGTERM and SIGUSR2 raise SystemExit instead of ending this process before its children."""
+    """Inside, SIGTERM and SIGUSR2 raise SystemExit instead of ending this process at once: it ends its children and removes
+    its temporary files.
+    """
 
     def end(signum: int, frame: object) -> tp.NoReturn:
         raise SystemExit(128 + signum)
@@ -276,7 +278,7 @@ def _process(call: Call, sender: tp.Any) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _configure_logging()
     try:
-        with _os_errors():
+        with _ended_by_signals(), _os_errors():
             sender.send(("ok", call.run()))
     except errors.UserError as err:
         sender.send(("error", str(err)))

@@ -48,6 +48,99 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: pathlib.Path) -> None:
     assert list(tmp_path.iterdir()) == [fpath] and fpath.read_text() == "first"
 
 
+# ---- what killed processes leave ----
+
+KINDS = {"atomic": "fpath.write_text('half')", "atomic_folder": "(fpath / 'x').write_text('half')"}
+
+
+def hold(kind: str, fpath: pathlib.Path, signal_: str = "SIGKILL") -> subprocess.Popen:
+    """A process in the middle of writing `fpath`; it says so, and sends itself the signal when told to go on."""
+    code = f"""
+import os, pathlib, signal, sys
+from saev import helpers, launch
+def main():
+    with helpers.{kind}(pathlib.Path({str(fpath)!r})) as fpath:
+        {KINDS[kind]}
+        print("there", flush=True)
+        sys.stdin.readline()
+        os.kill(os.getpid(), signal.{signal_})
+launch.entry(main)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"there\n"
+    return process
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_killed_writer_leaves_is_swept_and_what_a_living_one_holds_is_not(
+    tmp_path: pathlib.Path, kind: str
+) -> None:
+    process = hold(kind, tmp_path / "x")
+    (left,) = tmp_path.iterdir()
+    helpers.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == [left]
+    process.communicate(b"\n")
+    assert process.returncode == -9 and list(tmp_path.iterdir()) == [left]
+    helpers.sweep(tmp_path, "y")  # another file's
+    assert list(tmp_path.iterdir()) == [left]
+    helpers.sweep(tmp_path, "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_terminated_writer_leaves_nothing(tmp_path: pathlib.Path, kind: str) -> None:
+    process = hold(kind, tmp_path / "x", "SIGTERM")
+    process.communicate(b"\n")
+    assert process.returncode == 143 and list(tmp_path.iterdir()) == []
+
+
+def test_another_machines_temporaries_are_swept_after_a_day(tmp_path: pathlib.Path) -> None:
+    new, old = (tmp_path / f".x.0123abcd-{c * 32}.tmp" for c in "ab")
+    for fpath in (new, old):
+        fpath.touch()
+    os.utime(old, (0, 0))
+    helpers.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == [new]
+
+
+def test_locks_that_nobody_holds_are_swept_and_other_files_are_not(tmp_path: pathlib.Path) -> None:
+    others = [tmp_path / name for name in (".hidden", ".mine.lock", ".x.tmp", "x.tmp", "y.lock")]
+    for fpath in others:
+        fpath.write_text("a user's")
+    os.mkfifo(fifo := tmp_path / ".fifo.lock")
+    (tmp_path / ".dead.lock").touch()
+    with helpers.locked(held := tmp_path / ".held.lock", "it tests"):
+        helpers.sweep(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([*others, fifo, held])
+
+
+def test_a_folder_is_replaced_whole(tmp_path: pathlib.Path) -> None:
+    for text in ("old", "new"):
+        with helpers.atomic_folder(tmp_path / "gallery") as dpath:
+            (dpath / f"{text}.txt").write_text(text)
+        assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")] == [
+            f"gallery/{text}.txt"
+        ]
+    with pytest.raises(ValueError), helpers.atomic_folder(tmp_path / "gallery"):
+        raise ValueError
+    assert [p.name for p in tmp_path.iterdir()] == ["gallery"]
+
+
+def test_a_folder_put_aside_by_a_killed_process_comes_back(tmp_path: pathlib.Path) -> None:
+    process = hold("atomic_folder", tmp_path / "gallery")
+    (new,) = tmp_path.iterdir()
+    new.with_suffix(".old").mkdir()  # as between the two renames
+    (new.with_suffix(".old") / "page").touch()
+    process.communicate(b"\n")
+    helpers.sweep(tmp_path, "gallery")
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == [
+        "gallery",
+        "gallery/page",
+    ]
+
+
 def test_canonical_json_ignores_the_order_of_keys() -> None:
     assert helpers.canonical_json({"b": 1, "a": [1, 2]}) == '{"a":[1,2],"b":1}'
 
