@@ -63,3 +63,10 @@ def test_numbers_that_are_none_are_written_as_null():
         text = jsonfile.dumps(obj, indent)
         assert json.loads(text) == {"a": None, "b": [None, None, 0.1], "c": "ü"}
     assert "\n" not in jsonfile.dumps(obj)
+
+
+def test_a_schema_may_be_any_type(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1}', "utf-8")
+    bounded = tp.Annotated[int, msgspec.Meta(ge=1)]
+    for schema in (dict[str, int], dict[str, bounded], dict[str, int] | None):
+        assert jsonfile.read(tmp_path / "a.json", schema, "") == {"a": 1}

@@ -17,10 +17,8 @@ from saev import errors
 MAX_BYTES = 2**28
 """Larger files are refused before they are read; JSON Lines have a reader of their own."""
 
-T = tp.TypeVar("T")
 
-
-def read(fpath: pathlib.Path, schema: type[T], remedy: str, max_bytes: int = MAX_BYTES) -> T:
+def read(fpath: pathlib.Path, schema: tp.Any, remedy: str, max_bytes: int = MAX_BYTES) -> tp.Any:
     """Reads one JSON value.
 
     Args:
@@ -47,7 +45,7 @@ def read_bytes(fpath: pathlib.Path, remedy: str, max_bytes: int = MAX_BYTES) -> 
     return fpath.read_bytes()
 
 
-def parse(data: bytes | str, schema: type[T], where: str, remedy: str) -> T:
+def parse(data: bytes | str, schema: tp.Any, where: str, remedy: str) -> tp.Any:
     """Parses one JSON value; `where` (a path, or path:line) begins the error message.
 
     Raises:
@@ -61,7 +59,7 @@ def parse(data: bytes | str, schema: type[T], where: str, remedy: str) -> T:
         raise errors.UserError(f"{where}: cannot be read ({what}). {remedy}") from err
 
 
-def parse_line(data: bytes | str, schema: type[T]) -> T:
+def parse_line(data: bytes | str, schema: tp.Any) -> tp.Any:
     """Parses one JSON value without the search for keys that come twice: for files of millions of lines.
 
     Raises:
