@@ -6,14 +6,18 @@ of bounds, bytes that are not UTF-8, endless brackets, a bare NaN, a key that co
 """
 
 import json
+import math
 import pathlib
 import stat
 import typing as tp
 
 import msgspec
+import xxhash
 
-from saev import errors
+from saev import errors, helpers
 
+SEALED, CHECKSUM = "sealed", "xxh3_128"
+"""Keys of files that carry their own checksum. Two, so that no single damaged one makes the file pass as an older one."""
 MAX_BYTES = 2**28
 """Larger files are refused before they are read; JSON Lines have a reader of their own."""
 
@@ -52,9 +56,12 @@ def parse(data: bytes | str, schema: tp.Any, where: str, remedy: str) -> tp.Any:
         UserError: as `read`.
     """
     try:
-        json.loads(data, object_pairs_hook=_without_twins, parse_constant=_no_constant)
-        return parse_line(data, schema)
-    except (ValueError, RecursionError, msgspec.MsgspecError) as err:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        obj = json.loads(
+            text, object_pairs_hook=_without_twins, parse_constant=_no_number, parse_float=_float
+        )
+        return msgspec.convert(obj, schema, str_keys=True)
+    except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as err:
         what = "too deeply nested" if isinstance(err, RecursionError) else errors.first_line(err)
         raise errors.UserError(f"{where}: cannot be read ({what}). {remedy}") from err
 
@@ -70,8 +77,68 @@ def parse_line(data: bytes | str, schema: tp.Any) -> tp.Any:
 
 def dumps(obj: object, indent: int = 0) -> str:
     """JSON text; NaN and infinities become null, because JSON has neither. indent 0: one line, without spaces."""
-    text = msgspec.json.encode(obj)
-    return (msgspec.json.format(text, indent=indent) if indent else text).decode()
+    try:
+        text = msgspec.json.encode(obj)
+        return (msgspec.json.format(text, indent=indent) if indent else text).decode()
+    except (
+        UnicodeEncodeError
+    ):  # a file name that is not UTF-8 (Python's surrogates): ASCII text with \udcXX
+        plain = _with_nulls(msgspec.to_builtins(obj))
+        return json.dumps(plain, indent=indent or None, separators=None if indent else (",", ":"))
+
+
+# ---- files that later commands believe ----
+
+
+def seal(obj: dict[str, object]) -> str:
+    """JSON text that carries the checksum of its own values (SEALED, CHECKSUM), for `read_sealed`. A user may reformat it."""
+    plain = json.loads(dumps({**obj, SEALED: 1}))
+    return json.dumps(plain | {CHECKSUM: checksum(plain)}, indent=4)
+
+
+def read_sealed(
+    fpath: pathlib.Path,
+    schema: tp.Any,
+    remedy: str,
+    max_bytes: int = MAX_BYTES,
+    old: bool = False,
+) -> tp.Any:
+    """Reads what `seal` wrote.
+
+    Args:
+        old: take a file without both keys, as older versions wrote it.
+
+    Raises:
+        UserError, OSError: as `read`; also values that are not those that were written.
+    """
+    data = read_bytes(fpath, remedy, max_bytes)
+    obj = parse(data, dict[str, tp.Any], str(fpath), remedy)
+    said, is_sealed = obj.pop(CHECKSUM, None), SEALED in obj
+    if not (old and said is None and not is_sealed) and (not is_sealed or said != checksum(obj)):
+        raise errors.UserError(
+            f"{fpath}: its values are not those that were written (checksum). {remedy}"
+        )
+    try:
+        return msgspec.convert(obj, schema, str_keys=True)
+    except msgspec.ValidationError as err:
+        raise errors.UserError(
+            f"{fpath}: cannot be read ({errors.first_line(err)}). {remedy}"
+        ) from err
+
+
+def checksum(obj: dict[str, tp.Any], payload: bytes = b"") -> str:
+    """XXH3-128 of an object's canonical JSON and of bytes that follow it."""
+    digest = xxhash.xxh3_128(helpers.canonical_json(obj).encode() + b"\n")
+    digest.update(payload)
+    return digest.hexdigest()
+
+
+def _with_nulls(obj: object) -> object:
+    if isinstance(obj, dict):
+        return {key: _with_nulls(value) for key, value in obj.items()}
+    if isinstance(obj, list):
+        return [_with_nulls(value) for value in obj]
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
 
 
 def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -83,5 +150,11 @@ def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return out
 
 
-def _no_constant(token: str) -> tp.NoReturn:
+def _no_number(token: str) -> tp.NoReturn:
     raise ValueError(f"{token} is not JSON")
+
+
+def _float(token: str) -> float:
+    if not math.isfinite(value := float(token)):
+        raise ValueError(f"{token} is out of range")
+    return value
