@@ -80,9 +80,7 @@ def dumps(obj: object, indent: int = 0) -> str:
     try:
         text = msgspec.json.encode(obj)
         return (msgspec.json.format(text, indent=indent) if indent else text).decode()
-    except (
-        UnicodeEncodeError
-    ):  # a file name that is not UTF-8 (Python's surrogates): ASCII text with \udcXX
+    except UnicodeEncodeError:  # a file name that is not UTF-8 (surrogates): \udcXX in ASCII
         plain = _with_nulls(msgspec.to_builtins(obj))
         return json.dumps(plain, indent=indent or None, separators=None if indent else (",", ":"))
 
