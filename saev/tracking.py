@@ -17,6 +17,7 @@ import uuid
 import beartype
 
 from saev import errors, helpers
+from saev.formats import jsonfile
 
 logger = logging.getLogger("saev")
 
@@ -65,7 +66,7 @@ class JsonLines:
         self.fd = fpath.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Metrics) -> None:
-        self.fd.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.fd.write(jsonfile.dumps({"step": step, **metrics}) + "\n")
         self.fd.flush()
 
     def flush(self) -> None:

@@ -51,16 +51,20 @@ def test_mse() -> None:
     assert metrics.mse(x_BD, x_hat_BD) == pytest.approx(total / B / D, rel=1e-5)
 
 
-def test_explained_variance() -> None:
-    x_BD, x_hat_BD = 3 * rand(B, D) + 100, 3 * rand(B, D) + 100 + rand(B, D, seed=1)
-    total = residual = 0.0
-    for d in range(D):
-        x_B, r_B = x_BD[:, d].double().tolist(), (x_BD - x_hat_BD)[:, d].double().tolist()
-        total += sum((x - sum(x_B) / B) ** 2 for x in x_B) / B
-        residual += sum((r - sum(r_B) / B) ** 2 for r in r_B) / B
-    assert metrics.explained_variance(x_BD, x_hat_BD) == pytest.approx(
-        1 - residual / total, rel=1e-4
-    )
+def test_explained_variance_is_over_all_elements() -> None:
+    """Dimensions of different means: the owner's formula counts what they differ by, the other one does not."""
+    x_BD = 3 * rand(B, D) + torch.tensor([100.0, 90, 80, 100, 95])
+    x_hat_BD = x_BD + rand(B, D, seed=1)
+    r_BD = (x_hat_BD - x_BD).double()
+    values, residuals = x_BD.double().flatten().tolist(), r_BD.flatten().tolist()
+    total = sum((x - sum(values) / B / D) ** 2 for x in values)
+    residual = sum((r - sum(residuals) / B / D) ** 2 for r in residuals)
+    got = metrics.explained_variance(x_BD, x_hat_BD)
+    assert got == pytest.approx(1 - residual / total, rel=1e-4)
+    assert got == pytest.approx(1 - ((x_hat_BD - x_BD).var() / x_BD.var()).item(), rel=1e-6)
+    per_dim = metrics.explained_variance_per_dim(x_BD, x_hat_BD)
+    assert per_dim == pytest.approx(1 - (r_BD.var(dim=0).sum() / x_BD.var(dim=0).sum()).item())
+    assert got > per_dim + 0.05
 
 
 def test_normalized_mse() -> None:
@@ -75,8 +79,9 @@ def test_perfect_and_mean_predictions() -> None:
     x_BD = rand(B, D) + 5
     mean_BD = x_BD.mean(dim=0).expand(B, D).clone()
     assert metrics.explained_variance(x_BD, x_BD) == 1
+    assert metrics.explained_variance_per_dim(x_BD, x_BD) == 1
     assert metrics.normalized_mse(x_BD, x_BD) == 0
-    assert metrics.explained_variance(x_BD, mean_BD) == pytest.approx(0, abs=1e-6)
+    assert metrics.explained_variance_per_dim(x_BD, mean_BD) == pytest.approx(0, abs=1e-6)
     assert metrics.normalized_mse(x_BD, mean_BD) == pytest.approx(1, rel=1e-6)
     # A constant offset costs normalised MSE, and by its definition not the explained variance.
     assert metrics.explained_variance(x_BD, x_BD + 3) == pytest.approx(1, abs=1e-6)
@@ -84,7 +89,10 @@ def test_perfect_and_mean_predictions() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 2.0])
-@pytest.mark.parametrize("metric", [metrics.explained_variance, metrics.normalized_mse])
+@pytest.mark.parametrize(
+    "metric",
+    [metrics.explained_variance, metrics.explained_variance_per_dim, metrics.normalized_mse],
+)
 def test_constant_activations_have_no_variance_to_explain(metric, value: float) -> None:
     assert math.isnan(metric(torch.full((B, D), value), rand(B, D)))
 
@@ -100,10 +108,15 @@ def test_l0_and_l1() -> None:
     assert metrics.l1(f_BS) == pytest.approx(sum(map(abs, values)) / B / S, rel=1e-5)
 
 
-def test_dead_pct() -> None:
+def test_dead_pct_is_a_fraction_of_the_batch() -> None:
+    assert metrics.dead_pct(torch.tensor([True, False, True, True, False])) == pytest.approx(0.4)
+
+
+def test_dead_frac_window() -> None:
     since_S = torch.tensor([0, 99, 100, 101, 5])
-    assert metrics.dead_pct(since_S, 100) == pytest.approx(40)
-    assert metrics.dead_pct(since_S, 1000) == 0
+    assert metrics.dead_frac_window(since_S, 100, n_seen=101) == pytest.approx(0.4)
+    assert metrics.dead_frac_window(since_S, 1000, n_seen=1000) == 0
+    assert math.isnan(metrics.dead_frac_window(since_S, 1000, n_seen=999)), "not known yet"
 
 
 def test_mean_abs_corr_against_a_plain_loop_and_numpy() -> None:
@@ -113,6 +126,28 @@ def test_mean_abs_corr_against_a_plain_loop_and_numpy() -> None:
     live = [s for s in range(S) if s not in (2, 5)]
     corr = np.abs(np.corrcoef(f_BS.double().numpy()[:, live], rowvar=False))
     assert got == pytest.approx((corr.sum() - len(live)) / (S * (S - 1)), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 4, B])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_correlation_sums_are_those_of_one_batch(size: int, offset: float) -> None:
+    """With codes far from zero too, where plain sums of squares lose digits."""
+    f_BS = codes() + offset
+    sums = metrics.CorrelationSums(S, torch.device("cpu"))
+    for part_BS in f_BS.split(size):
+        sums.add(part_BS)
+    assert sums.mean_abs_corr() == pytest.approx(plain_mean_abs_corr(f_BS), rel=1e-4)
+
+
+def test_correlation_of_many_latents_is_that_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    f_BS = (rand(200, 60) + rand(200, 1, seed=1)).relu()
+    monkeypatch.setattr(metrics, "MAX_CORR_LATENTS", 25)
+    sums = metrics.CorrelationSums(60, torch.device("cpu"))
+    sums.add(f_BS)
+    chosen_C = sums.latent_C
+    assert len(set(chosen_C.tolist())) == 25 and sums.zz_CC.shape == (25, 25)
+    assert sums.mean_abs_corr() == pytest.approx(metrics.mean_abs_corr(f_BS[:, chosen_C]), rel=1e-4)
+    assert sums.mean_abs_corr() == pytest.approx(metrics.mean_abs_corr(f_BS), rel=0.15)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 9, 50])
@@ -131,6 +166,10 @@ def test_constant_latents_correlate_with_nothing(value: float) -> None:
     f_BS[:, 1] = rand(1000)
     f_BS[:, 2] = 3 - 2 * f_BS[:, 1]
     assert metrics.mean_abs_corr(f_BS) == pytest.approx(2 / (4 * 3), rel=1e-5)
+    sums = metrics.CorrelationSums(4, torch.device("cpu"))
+    for part_BS in f_BS.split(300):
+        sums.add(part_BS)
+    assert sums.mean_abs_corr() == pytest.approx(2 / (4 * 3), rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e15, 1e25])
@@ -178,7 +217,7 @@ def test_measure_gives_each_metric_under_its_name() -> None:
     x_BD, x_hat_BD, f_BS, W_dec = rand(B, D), rand(B, D, seed=1), codes(), rand(S, D)
     got = metrics.measure(x_BD, x_hat_BD, f_BS, S)
     assert got.pop("l0_count") == pytest.approx(metrics.l0(f_BS) * S)
-    recon = ("mse", "normalized_mse", "explained_variance")
+    recon = ("mse", "normalized_mse", "explained_variance", "explained_variance_per_dim")
     want = {name: getattr(metrics, name)(x_BD, x_hat_BD) for name in recon}
     want |= {name: getattr(metrics, name)(f_BS) for name in ("l0", "l1")}
     assert got == pytest.approx(want)

@@ -33,7 +33,7 @@ def test_both_hand_on_everything(tmp_path: pathlib.Path) -> None:
     both = tracking.Both(*map(tracking.JsonLines, fpaths))
     both.log(3, {"mse": 0.5})
     both.finish()
-    assert [f.read_text() for f in fpaths] == ['{"step": 3, "mse": 0.5}\n'] * 2
+    assert [f.read_text() for f in fpaths] == ['{"step":3,"mse":0.5}\n'] * 2
 
 
 def run(code: str, home: pathlib.Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:

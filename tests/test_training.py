@@ -23,7 +23,9 @@ NAMES = {
     "explained_variance",
     "l0",
     "l1",
+    "explained_variance_per_dim",
     "dead_pct",
+    "dead_frac_window",
     "avg_w_col_norm",
     "grad_norm",
     "normalized_mse",
@@ -243,7 +245,11 @@ def test_every_metric_is_logged_and_finite(cfg: config.Train) -> None:
         assert [line.keys() - NAMES for line in lines] == [COSTLY, set(), COSTLY, COSTLY]
         for line in lines:
             assert line.keys() >= NAMES
-            assert all(math.isfinite(v) for v in line.values()), line
+            later = line["step"] >= 5  # more than the window of 100
+            assert all(v is None or math.isfinite(v) for v in line.values()), line
+            assert {k for k, v in line.items() if v is None} == (
+                set() if later else {"dead_frac_window"}
+            )
         assert [line["lr"] for line in lines] == pytest.approx([0.01] * 4)
         assert all(0 <= line["loader_wait"] <= 1 and line["tokens_per_s"] > 0 for line in lines)
         assert lines[0]["grad_norm"] > 0
@@ -265,14 +271,44 @@ def test_logged_metrics_are_those_of_the_steps_batch(cfg: config.Train) -> None:
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert line["mse"] == pytest.approx(metrics.mse(x_BD, x_hat_BD), rel=1e-5)
     assert line["l0_count"] == pytest.approx(metrics.l0(f_BS) * 32, rel=1e-5)
-    assert line["dead_pct"] == 0, "32 activations are fewer than the window"
+    assert line["explained_variance"] == pytest.approx(
+        1 - ((x_hat_BD - x_BD).var() / x_BD.var()).item(), rel=1e-4
+    )
+    assert line["dead_pct"] == pytest.approx((f_BS == 0).all(dim=0).double().mean().item())
+    assert line["dead_frac_window"] is None, "32 activations are fewer than the window"
 
 
 def test_dead_latents_are_counted(cfg: config.Train) -> None:
     """Window of one batch: dead is what did not fire in the last one."""
     (fpath,) = loop.main([change(cfg, dead_window=32, sae=nn_config.TopK(exp_factor=16, top_k=1))])
-    dead = [line["dead_pct"] for line in logged(fpath)]
-    assert all(d >= 100 * (1 - 32 / 128) for d in dead), "32 samples fire at most 32 of 128 latents"
+    dead = [line["dead_frac_window"] for line in logged(fpath)]
+    assert all(d >= 1 - 32 / 128 for d in dead), "32 samples fire at most 32 of 128 latents"
+    assert dead == [line["dead_pct"] for line in logged(fpath)]
+
+
+@pytest.mark.parametrize(
+    ("n_patches", "batch_size", "window"),
+    [(10**8, 4096, 10**6), (10**6, 2048, 10**5), (256_000, 256, 25_600), (8192, 4096, 4096)],
+)
+def test_the_dead_window_adapts_to_the_run(n_patches: int, batch_size: int, window: int) -> None:
+    cfg = config.Train(n_patches=n_patches, batch_size=batch_size)
+    assert cfg.window == run.with_d_vit(cfg, 8).dead_window == window
+    assert change(cfg, dead_window=7).window == 7
+
+
+def test_a_dead_window_longer_than_the_run_is_said(
+    cfg: config.Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING", "saev")
+    (fpath,) = loop.main(
+        [change(cfg, dead_window=10_000), change(cfg, dead_window=10_000, lr=1e-3)]
+    )[:1]
+    assert [line["dead_frac_window"] for line in logged(fpath)] == [None] * 4
+    (message,) = [r.message for r in caplog.records if "--dead-window" in r.message]
+    assert message.startswith("--dead-window 10000: is longer than the run (384 activations)")
+    caplog.clear()
+    loop.main([change(cfg, dead_window=None)])
+    assert not [r for r in caplog.records if "--dead-window" in r.message]
 
 
 def test_config_is_written_beside_the_checkpoint(cfg: config.Train) -> None:
@@ -335,6 +371,7 @@ def test_run_id_depends_on_what_decides_the_weights_and_on_nothing_else(
         change(cfg, data=dataclasses.replace(cfg.data, layer=-1)),
         change(cfg, data=dataclasses.replace(cfg.data, shard_root=cfg.data.shard_root + "/.")),
         change(cfg, ckpt_to="elsewhere", wandb_project="p", log_every=1, sweep="x"),
+        change(cfg, dead_window=cfg.dead_window + 0),
         change(cfg, val_data=cfg.data, costly_every=7, save_every=1.0, keep_last=9),
     ]
     assert {trained_id(c) for c in same} == {trained_id(cfg)}

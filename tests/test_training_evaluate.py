@@ -44,7 +44,8 @@ def test_metrics_are_those_of_all_held_out_activations(trained) -> None:
     x_BD = torch.from_numpy(x_ND)
     x_hat_BD, f_BS = nn.load(dpath / "sae.pt")(x_BD)
     assert (found["held_out"], found["n"], found["n_latents"]) == (True, 60, 32)
-    for name in ("mse", "normalized_mse", "explained_variance"):
+    recon = ("mse", "normalized_mse", "explained_variance", "explained_variance_per_dim")
+    for name in recon:
         want = getattr(metrics, name)(x_BD.double().float(), x_hat_BD)
         assert found[name] == pytest.approx(want, rel=1e-3), name
     fires_BS = f_BS > 0
@@ -52,6 +53,13 @@ def test_metrics_are_those_of_all_held_out_activations(trained) -> None:
     assert found["l0"] == pytest.approx(metrics.l0(f_BS))
     assert found["l1"] == pytest.approx(metrics.l1(f_BS), rel=1e-5)
     assert found["n_dead"] == (~fires_BS).all(dim=0).sum()
+    assert found["dead_pct"] == pytest.approx(found["n_dead"] / 32)
+    assert found["mean_abs_corr"] == pytest.approx(metrics.mean_abs_corr(f_BS), rel=1e-4)
+    W_dec = nn.load(dpath / "sae.pt").W_dec
+    assert found["coherence"] == pytest.approx(metrics.coherence(W_dec), rel=1e-6)
+    assert found["avg_w_col_norm"] == pytest.approx(metrics.avg_w_col_norm(W_dec), rel=1e-6)
+    last = json.loads((dpath / "metrics.jsonl").read_text().splitlines()[-1])
+    assert found["grad_norm"] == last["grad_norm"] > 0, "of the last step"
     assert found["n_dense"] == (fires_BS.float().mean(dim=0) > 0.1).sum()
     assert 0 < found["n_dense"] < 32
 
@@ -154,3 +162,29 @@ def test_how_rare_and_how_common(trained) -> None:
     sums.n_fired_S[:3] = torch.tensor([0.0, 1.0, 40_000.0])
     found = sums.metrics()
     assert (found["n_dead"], found["n_almost_dead"], found["n_dense"]) == (1, 1, 1)
+
+
+def test_negative_codes_fire(trained) -> None:
+    """Checkpoints of other tools may have them."""
+    _, dpath, _ = trained
+    sae = nn.load(dpath / "sae.pt")
+    f_BS = torch.tensor([[-2.0, 0, 1, -3e-9], [0, 0, 3, 0]])
+    sae.forward = lambda x_BD: (x_BD, torch.nn.functional.pad(f_BS, (0, 28)))
+    sums = evaluate.Sums(sae)
+    sums.add(torch.randn(2, 8))
+    found = sums.metrics()
+    assert (found["l0_count"], found["n_dead"]) == (1.5, 30)
+    assert found["l1"] == pytest.approx(6 / 64)
+
+
+def test_figures_of_an_older_version_are_computed_anew(trained) -> None:
+    cfg, dpath, _ = trained
+    before = json.loads((dpath / "metrics.json").read_text())
+    old = {k: v for k, v in before.items() if k != "explained_variance_per_dim"}
+    (dpath / "metrics.json").write_text(json.dumps({**old, "explained_variance": 0.5}))
+    evaluate.ensure(dpath, cfg)
+    assert json.loads((dpath / "metrics.json").read_text()) == before
+    (dpath / "metrics.jsonl").unlink()
+    (dpath / "metrics.json").unlink()
+    evaluate.ensure(dpath, cfg)
+    assert json.loads((dpath / "metrics.json").read_text()) == {**before, "grad_norm": None}

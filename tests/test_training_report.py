@@ -52,6 +52,7 @@ def evaluated(l0: float, nmse: float | None, n_dead: int = 8) -> dict[str, objec
         "l0_count": l0,
         "normalized_mse": nmse,
         "explained_variance": None if nmse is None else 1 - nmse,
+        "explained_variance_per_dim": 0.1,
         "n_dead": n_dead,
         "n_latents": 32,
     }
@@ -61,7 +62,9 @@ def test_the_table(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "aa", lr=1e-3, metrics=evaluated(16.0, 0.3))
     write(tmp_path / "bb", lr=3e-3, metrics=evaluated(16.0, 0.25))
     write(tmp_path / "cc", architecture="Relu", objective="Matryoshka", metrics=evaluated(9.5, 0.5))
-    line = json.dumps({"step": 5, "l0_count": 20.0, "normalized_mse": 0.2, "dead_pct": 12.5})
+    line = json.dumps(
+        {"step": 5, "l0_count": 20.0, "normalized_mse": 0.2, "dead_frac_window": 0.125}
+    )
     write(tmp_path / "dd", lines=f'{line}\n{{"step": 6, "l0_c', done=False)
     write(tmp_path / "ee", metrics=evaluated(16.0, None), done=False)
     (tmp_path / "ee" / "failed.json").write_text('{"step": 7, "reason": "x"}')
@@ -142,7 +145,11 @@ def test_what_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.UserError, match="holds no run"):
         report.read((str(tmp_path),))
     (tmp_path / "a").mkdir()
-    for text, match in [("{", "cannot be read"), ("[]", "no JSON object"), ("{}", "is missing")]:
+    for text, match in [
+        ("{", "cannot be read"),
+        ("[]", "got `array`"),
+        ("{}", "missing required field `architecture`"),
+    ]:
         (tmp_path / "a" / "config.json").write_text(text)
         with pytest.raises(errors.UserError, match=match):
             report.read((str(tmp_path),))
@@ -164,3 +171,13 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
     wrong = run(str(tmp_path / "nowhere"))
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert run().returncode == 2
+
+
+def test_explained_variance_of_an_older_version_is_not_shown_as_todays(
+    tmp_path: pathlib.Path,
+) -> None:
+    figures = evaluated(16.0, 0.3)
+    del figures["explained_variance_per_dim"]
+    write(tmp_path / "old", metrics=figures)
+    ((*_, nmse, ev, dead, _, _),) = report.table(report.read((str(tmp_path),)))[1]
+    assert (nmse, ev, dead) == ("0.3000", "-", "25.0")

@@ -1,19 +1,21 @@
-"""The nine metrics of a training step, and normalised MSE. Names are fixed: reports and sweeps rely on them.
+"""The nine metrics of a training step, and some beside them. Names and formulas are fixed; docs/metrics.md lists them.
 
-Shape letters: B batch, D d_vit, S latents.
+Shape letters: B batch, D d_vit, S latents, C latents in a sample.
 """
 
 import math
 
 import beartype
 import torch
-from jaxtyping import Float, Int, jaxtyped
+from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
 EPS_ACTIVE = 1e-8
 """A latent fires when |f| is above this."""
 CHUNK = 1024
 """Latents per block of an S x S product, which is never held whole."""
+MAX_CORR_LATENTS = 2048
+"""An evaluation correlates so many latents at most (a seeded sample where there are more), in 2048^2 sums."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -24,10 +26,21 @@ def mse(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
 
 @jaxtyped(typechecker=beartype.beartype)
 def explained_variance(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
-    """1 - Var(x - x_hat) / Var(x); Var is the variance over the batch, summed over dimensions. NaN if x is constant."""
+    """1 - Var(x_hat - x) / Var(x); Var is the variance over all elements of the batch. NaN if they are all equal."""
+    if bool((x_BD == x_BD[0, 0]).all()):
+        return math.nan
+    return (1 - (x_hat_BD - x_BD).var(correction=0) / x_BD.var(correction=0)).item()
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def explained_variance_per_dim(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
+    """As `explained_variance`, but Var is the variance of each dimension over the batch, summed over dimensions.
+
+    Unlike `explained_variance` it gives no credit for the differences between the dimensions' means.
+    """
     if _is_constant(x_BD):
         return math.nan
-    residual = (x_BD - x_hat_BD).var(dim=0, correction=0).sum()
+    residual = (x_hat_BD - x_BD).var(dim=0, correction=0).sum()
     return (1 - residual / x_BD.var(dim=0, correction=0).sum()).item()
 
 
@@ -58,9 +71,17 @@ def l1(f_BS: Float[Tensor, "B S"]) -> float:
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def dead_pct(tokens_since_fired_S: Int[Tensor, " S"], window: int) -> float:
-    """Percentage of latents that did not fire within the last `window` activations."""
-    return 100 * (tokens_since_fired_S >= window).float().mean().item()
+def dead_pct(fired_S: Bool[Tensor, " S"]) -> float:
+    """Fraction (0 to 1, despite its name) of latents that did not fire in the batch."""
+    return (~fired_S).double().mean().item()
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def dead_frac_window(tokens_since_fired_S: Int[Tensor, " S"], window: int, n_seen: int) -> float:
+    """Fraction of latents that did not fire within the last `window` activations. NaN before so many were seen."""
+    if n_seen < window:
+        return math.nan
+    return (tokens_since_fired_S >= window).double().mean().item()
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -85,6 +106,46 @@ def mean_abs_corr(f_BS: Float[Tensor, "B S"]) -> float:
         total += (z_BC.T @ z_BS).abs_().sum(dtype=torch.float64)
     diagonal = (~constant_S).sum()
     return ((total - diagonal).clamp(min=0) / (S * (S - 1))).item()
+
+
+class CorrelationSums:
+    """`mean_abs_corr` over batches that come one by one: of all latents, or of MAX_CORR_LATENTS drawn from more."""
+
+    @beartype.beartype
+    def __init__(self, n_latents: int, device: torch.device):
+        generator = torch.Generator().manual_seed(0)
+        drawn_C = torch.randperm(n_latents, generator=generator)[:MAX_CORR_LATENTS]
+        self.latent_C = drawn_C.sort().values.to(device)
+        n_C = len(self.latent_C)
+        self.n = 0
+        self.zz_CC = torch.zeros(n_C, n_C, dtype=torch.float64, device=device)
+        self.z_C = torch.zeros(n_C, dtype=torch.float64, device=device)
+        self.is_constant_C = torch.ones(n_C, dtype=torch.bool, device=device)
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def add(self, f_BS: Float[Tensor, "B S"]) -> None:
+        f_BC = f_BS[:, self.latent_C]
+        if self.n == 0:  # sums of numbers near their mean lose no digits
+            self.shift_C = f_BC.mean(dim=0)
+            self.first_C = f_BC[0].clone()
+        self.n += len(f_BC)
+        self.is_constant_C &= (f_BC == self.first_C).all(dim=0)
+        z_BC = f_BC - self.shift_C
+        self.zz_CC += z_BC.T @ z_BC
+        self.z_C += z_BC.sum(dim=0, dtype=torch.float64)
+
+    def mean_abs_corr(self) -> float:
+        """Mean |Pearson correlation| over pairs of these latents; a constant latent correlates 0 with all."""
+        n_C = len(self.z_C)
+        if n_C < 2:
+            return 0.0
+        cov_CC = self.zz_CC - torch.outer(self.z_C, self.z_C / self.n)
+        var_C = cov_CC.diagonal().clone()
+        is_constant_C = self.is_constant_C | (var_C <= 0)
+        inverse_C = torch.where(is_constant_C, 0.0, var_C.clamp(min=1e-300).rsqrt())
+        corr_CC = cov_CC.mul_(inverse_C).mul_(inverse_C[:, None]).abs_().clamp_(max=1)
+        corr_CC.fill_diagonal_(0)
+        return (corr_CC.sum() / (n_C * (n_C - 1))).item()
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -119,6 +180,7 @@ def measure(
         "mse": mse(x_BD, x_hat_BD),
         "normalized_mse": normalized_mse(x_BD, x_hat_BD),
         "explained_variance": explained_variance(x_BD, x_hat_BD),
+        "explained_variance_per_dim": explained_variance_per_dim(x_BD, x_hat_BD),
         "l0": l0_count / n_latents,
         "l0_count": l0_count,
         "l1": values.abs().sum().item() / (n_B * n_latents),

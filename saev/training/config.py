@@ -57,8 +57,8 @@ class Train:
     """Bound of the memory that mixes and prefetches the stream, in GB. (Less is taken when the activations fit into less.)"""
     n_threads: int = 0
     """Threads that read activations; 0: one for each core, at most 4. The order of the stream does not depend on it."""
-    dead_window: int = 1_000_000
-    """A latent is dead (`dead_pct`, AuxK, resampling) when it did not fire within this many activations."""
+    dead_window: int | None = None
+    """A latent is dead (`dead_frac_window`, AuxK, resampling) when it did not fire within this many activations. Left out: 1,000,000, or a tenth of --n-patches if that is less (at least one batch)."""
     log_every: int = 50
     """Steps between log lines."""
     costly_every: int = 1000
@@ -91,11 +91,11 @@ class Train:
             "batch_size",
             "log_every",
             "costly_every",
-            "dead_window",
             "keep_last",
             "data_parallel",
         ):
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        self._check("dead_window", self.window >= 1, "must be at least 1")
         self._check("seed", self.seed < 2**32, "must be below 2^32")
         for name in ("seed", "n_threads", "n_lr_warmup", "n_sparsity_warmup", "max_grad_norm"):
             self._check(name, getattr(self, name) >= 0, "must not be negative")
@@ -156,6 +156,21 @@ class Train:
         if not isinstance(self.sae, nn_config.TopK | nn_config.BatchTopK):
             return 4e-4
         return 4e-3 * min(1.0, (1000 / self.n_steps) ** 0.5)
+
+    @property
+    def window(self) -> int:
+        """A latent that did not fire within so many activations is dead."""
+        if self.dead_window is not None:
+            return self.dead_window
+        return min(1_000_000, max(self.batch_size, self.n_patches // 10))
+
+    @property
+    def window_warning(self) -> str:
+        """What --dead-window takes away when it is longer than the run; else nothing."""
+        n = self.n_steps * self.batch_size
+        if self.window < n:
+            return ""
+        return f"--dead-window {self.window}: is longer than the run ({n} activations), so no latent counts as dead: AuxK and resampling never act, and dead_frac_window is null. Leave it out, or lower it."
 
     def sparsity_at(self, step: int) -> float:
         """Factor of the sparsity coefficient."""

@@ -1,5 +1,7 @@
 """Evaluation of a trained SAE: metrics.json and latents.npz beside its checkpoint. B batch, D d_vit, S latents."""
 
+import collections
+import contextlib
 import dataclasses
 import json
 import logging
@@ -7,6 +9,7 @@ import math
 import pathlib
 
 import beartype
+import msgspec
 import numpy as np
 import torch
 from jaxtyping import Float, jaxtyped
@@ -15,6 +18,7 @@ from torch import Tensor
 from saev import devices, errors, helpers, nn
 from saev.data import config as data_config
 from saev.data import reader, shuffled
+from saev.formats import jsonfile
 from saev.nn import metrics
 from saev.training import config
 
@@ -26,6 +30,13 @@ ALMOST_DEAD = 1e-5
 """A latent that fires less often than this (but fires) is almost dead."""
 DENSE = 0.1
 """A latent that fires more often than this is dense."""
+
+
+NAMES = {
+    *("mse", "explained_variance", "l0", "l1", "dead_pct", "mean_abs_corr", "coherence"),
+    *("avg_w_col_norm", "grad_norm", "normalized_mse", "explained_variance_per_dim"),
+}
+"""metrics.json has these at least."""
 
 
 @beartype.beartype
@@ -53,7 +64,7 @@ def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
     """
     held_out = bool(cfg.val_data.shard_root)
     data = cfg.val_data if held_out else cfg.data
-    asked = {"data": json.loads(json.dumps(dataclasses.asdict(data))), "asked": cfg.n_val_patches}
+    asked = {"data": dataclasses.asdict(data), "asked": cfg.n_val_patches}
     if not (dpath / "sae.pt").exists() or _is_done(dpath, asked, held_out):
         return
     acts = reader.Reader(data)
@@ -77,21 +88,33 @@ def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
     arrays = sums.latents()
     with helpers.atomic(dpath / "latents.npz") as tmp_fpath, tmp_fpath.open("wb") as fd:
         np.savez(fd, **arrays)
-    found = {"held_out": held_out, **asked, **sums.metrics()}
-    helpers.write_text(dpath / "metrics.json", json.dumps(found, indent=4))
+    found = {"held_out": held_out, **asked, **sums.metrics(), "grad_norm": _last_grad_norm(dpath)}
+    helpers.write_text(dpath / "metrics.json", jsonfile.dumps(found, indent=4))
 
 
 def _is_done(dpath: pathlib.Path, asked: dict[str, object], held_out: bool) -> bool:
+    """Does metrics.json hold what would be computed? (One of an older version names other metrics.)"""
     try:
-        found = json.loads((dpath / "metrics.json").read_text("utf-8"))
-        is_same = all(found.get(key) == value for key, value in asked.items())
-        return is_same or (bool(found["held_out"]) and not held_out)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # none, or cut, or edited
+        found = jsonfile.read(dpath / "metrics.json", dict[str, object], "It is made again.")
+    except (OSError, errors.UserError):  # none, or cut, or edited
         return False
+    same_data = all(found.get(k) == v for k, v in json.loads(jsonfile.dumps(asked)).items())
+    is_same = same_data and found.keys() >= NAMES
+    return is_same or (found.get("held_out") is True and not held_out)
+
+
+def _last_grad_norm(dpath: pathlib.Path) -> float | None:
+    """A trained SAE has no gradient: this is the one that was logged last. None where no log says it."""
+    with contextlib.suppress(OSError, ValueError):
+        with (dpath / "metrics.jsonl").open("rb") as fd:
+            (last,) = collections.deque(fd, maxlen=1)
+        value = msgspec.json.decode(last, type=dict[str, object]).get("grad_norm")
+        return value if isinstance(value, float) else None
+    return None
 
 
 class Sums:
-    """What an evaluation adds up, in memory of the order of S + D."""
+    """What an evaluation adds up, in memory of the order of S + D (and metrics.MAX_CORR_LATENTS squared)."""
 
     @beartype.beartype
     def __init__(self, sae: nn.SparseAutoencoder):
@@ -101,6 +124,8 @@ class Sums:
         zeros_S = torch.zeros(sae.d_sae, dtype=torch.float64, device=device)
         zeros_D = torch.zeros(sae.d_vit, dtype=torch.float64, device=device)
         self.n_fired_S, self.sum_S, self.max_S = zeros_S.clone(), zeros_S.clone(), zeros_S.clone()
+        self.abs_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.correlations = metrics.CorrelationSums(sae.d_sae, device)
         self.shift_D = zeros_D
         self.x_D, self.x2_D = zeros_D.clone(), zeros_D.clone()
         self.error_D, self.error2_D = zeros_D.clone(), zeros_D.clone()
@@ -113,9 +138,10 @@ class Sums:
             self.shift_D = x_BD.double().mean(dim=0)
         x_hat_BD, f_BS = self.sae(x_BD)
         self.n += len(x_BD)
-        fires_BS = f_BS > metrics.EPS_ACTIVE
-        self.n_fired_S += fires_BS.sum(dim=0)
+        self.n_fired_S += (f_BS.abs() > metrics.EPS_ACTIVE).sum(dim=0)
         self.sum_S += f_BS.sum(dim=0, dtype=torch.float64)
+        self.abs_sum += f_BS.abs().sum(dtype=torch.float64)
+        self.correlations.add(f_BS)
         self.max_S = torch.maximum(self.max_S, f_BS.amax(dim=0).double())
         error_BD = x_BD.double() - x_hat_BD.double()
         shifted_BD = x_BD.double() - self.shift_D
@@ -125,23 +151,30 @@ class Sums:
         self.error2_D += error_BD.square().sum(dim=0)
 
     def metrics(self) -> dict[str, float | int | None]:
-        """By the names that the log uses; None where activations are constant."""
+        """By the names that the log uses, of all activations as one batch; None where they are constant."""
         n, S = self.n, self.sae.d_sae
-        spread = (self.x2_D - self.x_D**2 / n).sum().item()
-        residual = (self.error2_D - self.error_D**2 / n).sum().item()
+        spread, all_spread = _spreads(self.x_D, self.x2_D, self.shift_D, n)
+        residual, all_residual = _spreads(self.error_D, self.error2_D, self.shift_D * 0, n)
         error = self.error2_D.sum().item()
         n_fired = self.n_fired_S.sum().item()
+        n_dead = int((self.n_fired_S == 0).sum())
         frequency_S = self.n_fired_S / n
         return {
             "n": n,
             "mse": error / (n * self.sae.d_vit),
             "normalized_mse": error / spread if spread > 0 else None,
-            "explained_variance": 1 - residual / spread if spread > 0 else None,
+            "explained_variance": 1 - all_residual / all_spread if all_spread > 0 else None,
+            "explained_variance_per_dim": 1 - residual / spread if spread > 0 else None,
             "l0": n_fired / (n * S),
             "l0_count": n_fired / n,
-            "l1": self.sum_S.sum().item() / (n * S),
+            "l1": self.abs_sum.item() / (n * S),
+            "dead_pct": n_dead / S,
+            "mean_abs_corr": self.correlations.mean_abs_corr(),
+            "n_corr_latents": len(self.correlations.latent_C),
+            "coherence": metrics.coherence(self.sae.W_dec),
+            "avg_w_col_norm": metrics.avg_w_col_norm(self.sae.W_dec),
             "n_latents": S,
-            "n_dead": int((self.n_fired_S == 0).sum()),
+            "n_dead": n_dead,
             "n_almost_dead": int(((frequency_S > 0) & (frequency_S < ALMOST_DEAD)).sum()),
             "n_dense": int((frequency_S > DENSE).sum()),
         }
@@ -155,3 +188,15 @@ class Sums:
             "mean_value": self.sum_S.cpu().numpy() / np.maximum(n_fired_S, 1),
             "max_value": self.max_S.cpu().numpy(),
         }
+
+
+def _spreads(sum_D: Tensor, square_D: Tensor, shift_D: Tensor, n: int) -> tuple[float, float]:
+    """Squared distances from each dimension's mean, and from the mean over all elements, summed over all elements.
+
+    sum_D, square_D: of n values less shift_D.
+    """
+    mean_D = shift_D + sum_D / n
+    within = (square_D - sum_D**2 / n).clamp(min=0).sum().item()
+    between = n * (mean_D - mean_D.mean()).square().sum().item()
+    rounding = 1e-28 * n * mean_D.square().sum().item()
+    return tuple(s if s > rounding else 0.0 for s in (within, within + between))

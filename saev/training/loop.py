@@ -3,7 +3,6 @@
 import collections.abc
 import contextlib
 import dataclasses
-import json
 import logging
 import pathlib
 import time
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from saev import devices, errors, helpers, nn, tracking
 from saev.data import shuffled
+from saev.formats import jsonfile
 from saev.nn import objectives
 from saev.training import config, evaluate, interrupts, parallel, state
 from saev.training.run import Run, with_d_vit
@@ -67,6 +67,8 @@ def outcome(cfgs: list[config.Train]) -> tuple[list[str], list[str]]:
         cfgs = [with_d_vit(cfg, stream.reader.d_vit) for cfg in cfgs]
         for val_data in {cfg.val_data for cfg in cfgs if cfg.val_data.shard_root}:
             evaluate.check(val_data, stream.reader)
+        for text in {cfg.window_warning for cfg in cfgs} - {""}:
+            logger.warning("%s", text)
         dpaths = [pathlib.Path(c.ckpt_to) / run_id(c, stream.reader.hash) for c in cfgs]
         todo = {}  # equal runs are trained once
         for cfg, dpath in zip(cfgs, dpaths, strict=True):
@@ -138,7 +140,7 @@ def _start_tracker(run: Run, start: int, stream: shuffled.Shuffled) -> tracking.
         "objective_name": type(cfg.objective).__name__,
         "activations": stream.reader.describe(),
     }
-    helpers.write_text(dpath / "config.json", json.dumps(fields, indent=4))
+    helpers.write_text(dpath / "config.json", jsonfile.dumps(fields, indent=4))
     (dpath / "failed.json").unlink(missing_ok=True)
     return tracking.start(
         dpath, name=dpath.name, config=fields, wandb_project=cfg.wandb_project, from_step=start
@@ -238,7 +240,7 @@ class _Loop:
             else:
                 reason += "; nothing was saved before that (--save-every)"
             record = {"step": step, "reason": reason}
-            helpers.write_text(run.dpath / "failed.json", json.dumps(record))
+            helpers.write_text(run.dpath / "failed.json", jsonfile.dumps(record))
         logger.warning("%s", reason)
         return f"{reason}."
 

@@ -13,9 +13,11 @@ import pathlib
 import typing as tp
 
 import beartype
+import msgspec
 import tyro
 
 from saev import errors, helpers, launch
+from saev.formats import jsonfile
 
 NOT_SHOWN = {
     *("data", "val_data", "ckpt_to", "wandb_project", "device", "sweep", "dry_run", "slurm"),
@@ -55,6 +57,7 @@ class Row:
     normalized_mse: float
     explained_variance: float
     dead_pct: float
+    """Percentage of latents that fired on no held-out activation, or (last log line) not within --dead-window."""
     d_sae: int
 
     @property
@@ -63,6 +66,24 @@ class Row:
 
 
 # ---- reading ----
+
+Positive = tp.Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+
+
+class _Sae(msgspec.Struct):
+    d_vit: Positive
+    exp_factor: Positive = 1
+    d_sae: Positive | None = None
+
+
+class _Config(msgspec.Struct):
+    """What the report reads of config.json."""
+
+    architecture: str
+    sae: _Sae
+    n_patches: Positive
+    batch_size: Positive
+    objective_name: str = "Vanilla"
 
 
 @beartype.beartype
@@ -93,22 +114,23 @@ def _runs_in(dpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
 def _row(dpath: pathlib.Path) -> Row:
     cfg = _json(dpath / "config.json")
     try:
-        kind = str(cfg["architecture"])
-        d_sae = cfg["sae"]["d_vit"] * cfg["sae"]["exp_factor"]
-        n_steps = max(1, cfg["n_patches"] // cfg["batch_size"])
-    except (KeyError, TypeError) as err:
+        known = msgspec.convert(cfg, _Config)
+        d_sae = known.sae.d_sae or known.sae.d_vit * known.sae.exp_factor
+    except msgspec.ValidationError as err:
         raise errors.UserError(
-            f"{dpath / 'config.json'}: {err} is missing: not a run of train.py. Leave it out."
+            f"{dpath / 'config.json'}: not of a run of train.py ({err}). Leave it out."
         ) from err
-    if cfg.get("objective_name", "Vanilla") != "Vanilla":
-        kind += f" {cfg['objective_name']}"
+    kind = known.architecture
+    if known.objective_name != "Vanilla":
+        kind += f" {known.objective_name}"
+    n_steps = max(1, known.n_patches // known.batch_size)
     source, figures = _figures(dpath)
     l0, nmse, ev, dead = (
         _number(figures.get(name))
-        for name in ("l0_count", "normalized_mse", "explained_variance", "dead_pct")
+        for name in ("l0_count", "normalized_mse", "explained_variance", "dead_frac_window")
     )
     state = _state(dpath, figures, n_steps)
-    return Row(dpath.name, kind, dict(_flat(cfg)), state, source, l0, nmse, ev, dead, d_sae)
+    return Row(dpath.name, kind, dict(_flat(cfg)), state, source, l0, nmse, ev, 100 * dead, d_sae)
 
 
 def _figures(dpath: pathlib.Path) -> tuple[str, dict[str, tp.Any]]:
@@ -117,17 +139,24 @@ def _figures(dpath: pathlib.Path) -> tuple[str, dict[str, tp.Any]]:
         found = _json(dpath / "metrics.json")
         n_dead, n = _number(found.get("n_dead")), _number(found.get("n_latents"))
         of = "held-out" if found.get("held_out") else "training sample"
-        return of, {**found, "dead_pct": 100 * n_dead / n}
+        return of, {**_of_today(found), "dead_frac_window": n_dead / n if n > 0 else math.nan}
     lines = dpath / "metrics.jsonl"
     text = lines.read_text("utf-8", "replace") if lines.exists() else ""
     for line in reversed(text.splitlines()):
         try:
             figures = json.loads(line)
-        except ValueError:  # a killed run's last line may be cut
+        except (ValueError, RecursionError):  # a killed run's last line may be cut
             continue
         if isinstance(figures, dict):
-            return "last log line", figures
+            return "last log line", _of_today(figures)
     return "-", {}
+
+
+def _of_today(figures: dict[str, tp.Any]) -> dict[str, tp.Any]:
+    """Without what older versions called explained_variance (now explained_variance_per_dim)."""
+    if "explained_variance_per_dim" in figures:
+        return figures
+    return {k: v for k, v in figures.items() if k != "explained_variance"}
 
 
 def _state(dpath: pathlib.Path, figures: dict[str, tp.Any], n_steps: int) -> str:
@@ -140,14 +169,11 @@ def _state(dpath: pathlib.Path, figures: dict[str, tp.Any], n_steps: int) -> str
 
 def _json(fpath: pathlib.Path) -> dict[str, tp.Any]:
     try:
-        found = json.loads(fpath.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as err:
+        return jsonfile.read(fpath, dict[str, tp.Any], "Leave that run out.")
+    except OSError as err:
         raise errors.UserError(
             f"{fpath} cannot be read ({errors.first_line(err)}). Leave that run out."
         ) from err
-    if not isinstance(found, dict):
-        raise errors.UserError(f"{fpath} holds no JSON object. Leave that run out.")
-    return found
 
 
 def _number(value: object) -> float:

@@ -51,6 +51,7 @@ class Run:
         self.optimizer = optim.Adam(self.sae, cfg.max_grad_norm)
         self.tokens_since_fired_S = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
         self.dead_C: Tensor | None = None
+        self.fired_S = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=device)
         self.grad_norm = torch.zeros(())
         self.is_finite = torch.ones((), dtype=torch.bool, device=device)
 
@@ -88,7 +89,8 @@ class Run:
         self.is_finite &= self.grad_norm.isfinite()
         self._average(step)
         self.tokens_since_fired_S += len(x_BD)
-        self.tokens_since_fired_S.masked_fill_(self.world.any(out.fired_S), 0)
+        self.fired_S = self.world.any(out.fired_S)
+        self.tokens_since_fired_S.masked_fill_(self.fired_S, 0)
         return out
 
     def _prefixes(self, step: int) -> Tensor | None:
@@ -104,7 +106,7 @@ class Run:
         return self.dead_C
 
     def _is_dead_S(self) -> Tensor:
-        return self.tokens_since_fired_S >= self.cfg.dead_window
+        return self.tokens_since_fired_S >= self.cfg.window
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
@@ -165,7 +167,10 @@ class Run:
             **metrics.measure(mine_BD, out.x_hat_BD, out.values, self.sae.d_sae),
             **(metrics.costly(out.dense(), self.sae.W_dec.detach()) if costly else {}),
             "avg_w_col_norm": metrics.avg_w_col_norm(self.sae.W_dec.detach()),
-            "dead_pct": metrics.dead_pct(self.tokens_since_fired_S, self.cfg.dead_window),
+            "dead_pct": metrics.dead_pct(self.fired_S),
+            "dead_frac_window": metrics.dead_frac_window(
+                self.tokens_since_fired_S, self.cfg.window, (step + 1) * len(x_BD)
+            ),
             "grad_norm": self.grad_norm.item(),
             "lr": self.cfg.lr_at(step),
         }
@@ -217,7 +222,7 @@ def _on_cpu(tree: tp.Any) -> tp.Any:
 
 @beartype.beartype
 def with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
-    """The config with the width of the activations and the learning rate filled in.
+    """The config with the width of the activations, the learning rate and the window of dead latents filled in.
 
     Raises:
         UserError: it names another width, or does not fit this one.
@@ -234,4 +239,4 @@ def with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
             raise errors.UserError(
                 f"--objective.n-prefixes {cfg.objective.n_prefixes}: the dictionary's {sae.d_sae} latents have {most} {cfg.objective.prefixes} prefixes. Lower it."
             )
-    return dataclasses.replace(cfg, sae=sae, lr=cfg.peak_lr)
+    return dataclasses.replace(cfg, sae=sae, lr=cfg.peak_lr, dead_window=cfg.window)
