@@ -1,13 +1,16 @@
 """Checkpoint files: a line of JSON, then bytes; and what is refused."""
 
+import io
 import json
 import pathlib
+import typing as tp
 
 import pytest
 import torch
+import xxhash
 
 from saev import errors, helpers, nn
-from saev.formats import checkpoint
+from saev.formats import checkpoint, jsonfile
 from saev.nn import config
 
 
@@ -32,7 +35,7 @@ def test_bytes_are_one_json_line_then_the_payload(tmp_path: pathlib.Path) -> Non
     line, _, rest = (tmp_path / "a.pt").read_bytes().partition(b"\n")
     want = {"lib": "saev", "schema": checkpoint.SCHEMA, "kind": "sae", "note": "two\nlines"}
     got = json.loads(line)
-    assert len(got.pop("xxh3")) == 32 and got == want
+    assert got.pop("checksum") == jsonfile.checksum(want, b"\n\x00payload") and got == want
     assert rest == b"\n\x00payload"
 
 
@@ -57,7 +60,9 @@ def refuses(fpath: pathlib.Path, match: str) -> None:
     [
         ({"exp_factor": 2}, "schema 'missing'"),
         ({"schema": 6, "cfg": {}}, "schema 6"),
-        ({"lib": "saev", "schema": 102, "kind": "sae"}, "schema 102"),
+        ({"lib": "saev", "schema": 103, "kind": "sae"}, "schema 103"),
+        ({"lib": "saev", "schema": 100.0, "kind": "sae"}, "schema 100.0"),
+        ({"lib": "saev", "schema": 102, "kind": "sae"}, "not those that were written"),
         ({"lib": "other", "schema": 100, "kind": "sae"}, "lib 'other'"),
         ({"lib": "saev", "schema": 100, "kind": "scorer"}, "holds a 'scorer'.* 'sae' is needed"),
         ({"lib": "saev", "schema": 100, "kind": "sae", "cls": "Gated"}, "architecture 'Gated'"),
@@ -100,28 +105,140 @@ def test_no_such_file(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.3, 0.6, 0.95, 0.999])
 def test_truncated_payload(sae_fpath: pathlib.Path, keep: float) -> None:
-    """With a checksum and, as older files, without."""
-    line, _, payload = sae_fpath.read_bytes().partition(b"\n")
-    for header, match in (
-        (line, "not those that were written"),
-        (unsigned(line), "its tensors cannot be read"),
-    ):
-        sae_fpath.write_bytes(header + b"\n" + payload[: int(keep * len(payload))])
-        refuses(sae_fpath, match)
+    """Also of a header that says so."""
+    header, payload = split(sae_fpath)
+    cut = payload[: int(keep * len(payload))]
+    sae_fpath.write_bytes(json.dumps(header).encode() + b"\n" + cut)
+    refuses(sae_fpath, "not those that were written")
+    rewrite(sae_fpath, header, cut)
+    refuses(sae_fpath, "its tensors cannot be read")
 
 
-def unsigned(line: bytes) -> bytes:
-    header = json.loads(line)
-    del header["xxh3"]
-    return json.dumps(header).encode()
+def split(fpath: pathlib.Path) -> tuple[dict[str, tp.Any], bytes]:
+    line, _, payload = fpath.read_bytes().partition(b"\n")
+    return json.loads(line), payload
+
+
+def rewrite(fpath: pathlib.Path, header: dict[str, tp.Any], payload: bytes) -> None:
+    """As somebody would who knows how."""
+    header = {k: v for k, v in header.items() if k not in ("lib", "schema", "checksum")}
+    checkpoint.write(fpath, header.pop("kind"), header, payload)
 
 
 def test_tensors_of_another_size(sae_fpath: pathlib.Path) -> None:
-    line, _, payload = sae_fpath.read_bytes().partition(b"\n")
-    header = json.loads(line)
-    header["cfg"]["exp_factor"] = 4
-    sae_fpath.write_bytes(json.dumps(header).encode() + b"\n" + payload)
-    refuses(sae_fpath, "its tensors cannot be read")
+    header, payload = split(sae_fpath)
+    for exp_factor in (4, 10**12):  # the second would not fit in any memory
+        header["cfg"]["exp_factor"] = exp_factor
+        rewrite(sae_fpath, header, payload)
+        refuses(sae_fpath, "its tensors do not fit its header")
+
+
+def with_state(fpath: pathlib.Path, change: tp.Callable[[dict[str, tp.Any]], object]) -> None:
+    """Changes a file's tensors, and its checksum with them."""
+    header, payload = split(fpath)
+    state = torch.load(io.BytesIO(payload), weights_only=True)
+    state = change(state) or state
+    out = io.BytesIO()
+    torch.save(state, out)
+    rewrite(fpath, header, out.getvalue())
+
+
+CRAFTED = {
+    "a list": (lambda s: [1, 2], "holds a list instead of a dict"),
+    "no tensor": (lambda s: {"b_dec": s["b_dec"]}, "do not fit its header .*W_dec"),
+    "one more": (lambda s: s.update(W_gate=s["b_dec"]), "do not fit its header"),
+    "a number": (lambda s: s.update(W_dec=3), "do not fit its header"),
+    "wider": (lambda s: s.update(W_dec=torch.zeros(8, 5)), r"W_dec has shape \(8, 5\)"),
+    "no rows": (lambda s: s.update(W_dec=torch.zeros(0, 4)), r"W_dec has shape \(0, 4\)"),
+    "fewer bytes": (
+        lambda s: s.update(W_dec=torch.zeros(1).expand(8, 4)),
+        r"a tensor of shape \(8, 4\) has fewer bytes",
+    ),
+    "NaN": (lambda s: s["W_enc"].view(-1).__setitem__(3, float("nan")), "W_enc holds NaN or inf"),
+    "infinity": (lambda s: s["b_dec"].__setitem__(0, -float("inf")), "b_dec holds NaN or inf"),
+    "no threshold": (
+        lambda s: s.update(threshold=torch.tensor(float("nan"))),
+        "threshold holds NaN or inf",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_crafted_tensors_with_a_good_checksum_are_refused(
+    sae_fpath: pathlib.Path, name: str
+) -> None:
+    change, match = CRAFTED[name]
+    with_state(sae_fpath, change)
+    refuses(sae_fpath, rf"sae\.pt: .*{match}[^\n]*$")
+
+
+@pytest.mark.parametrize("activations", [None, [], {"layers": [[1]]}, {"vit_ckpt": 3}])
+def test_crafted_provenance_is_refused(sae_fpath: pathlib.Path, activations: object) -> None:
+    header, payload = split(sae_fpath)
+    rewrite(sae_fpath, header | {"activations": activations}, payload)
+    refuses(sae_fpath, "do not fit its header")
+
+
+def test_a_jumprelu_with_thresholds_of_zero_loads(tmp_path: pathlib.Path) -> None:
+    sae = nn.SparseAutoencoder(config.JumpRelu(d_vit=4, exp_factor=2))
+    sae.log_threshold.data.fill_(-float("inf"))
+    nn.save(sae, tmp_path / "sae.pt")
+    assert (nn.load(tmp_path / "sae.pt").log_threshold == -float("inf")).all()
+
+
+def test_every_flipped_bit_is_refused(tmp_path: pathlib.Path) -> None:
+    """Also one that makes 102 out of 100, or another key of the checksum's."""
+    fpath = tmp_path / "a.bin"
+    checkpoint.write(fpath, "scorer", {"cls": "X", "k": 8, "é": [0.1, None]}, b"a\nfew bytes")
+    content = fpath.read_bytes()
+    assert checkpoint.read(fpath, "scorer")[1] == b"a\nfew bytes"
+    for i in range(8 * len(content)):
+        bad = bytearray(content)
+        bad[i // 8] ^= 1 << i % 8
+        fpath.write_bytes(bad)
+        with pytest.raises(errors.UserError) as caught:
+            checkpoint.read(fpath, "scorer")
+        assert str(caught.value).startswith(f"{fpath}: ") and "\n" not in str(caught.value), i
+
+
+def older(fpath: pathlib.Path, schema: int, **more: object) -> None:
+    """Writes a file's SAE as schema 100 or 101 did."""
+    header, payload = split(fpath)
+    cfg = {k: header["cfg"][k] for k in ("d_vit", "exp_factor", "top_k")}
+    said = {"lib": "saev", "schema": schema, "kind": "sae", "cls": "TopK", "cfg": cfg, **more}
+    fpath.write_bytes(json.dumps(said).encode() + b"\n" + payload)
+
+
+def test_older_schemas_load_and_what_they_can_check_is_checked(sae_fpath: pathlib.Path) -> None:
+    want, (_, payload) = nn.load(sae_fpath), split(sae_fpath)
+    checksum = xxhash.xxh3_128_hexdigest(payload)
+    for schema, more in (
+        (100, {}),
+        (101, {"activations": {}}),
+        (101, {"activations": {}, "xxh3": checksum}),
+    ):
+        older(sae_fpath, schema, **more)
+        torch.testing.assert_close(nn.load(sae_fpath).W_enc, want.W_enc, rtol=0, atol=0)
+    for schema, more in (
+        (101, {"activations": {}, "xxh3": "0" * 32}),
+        (101, {"activations": {}, "xxh2": checksum}),
+        (101, {"activations": {}, "checksum": "0" * 32}),
+        (100, {"activations": {}}),
+        (100, {"xxh3": checksum}),
+    ):
+        older(sae_fpath, schema, **more)
+        refuses(sae_fpath, "not those that were written")
+
+
+def test_a_flipped_bit_in_an_older_files_tensors_is_refused(sae_fpath: pathlib.Path) -> None:
+    """They have no checksum, but the CRC that torch writes; as the field's files have."""
+    older(sae_fpath, 100)
+    content = sae_fpath.read_bytes()
+    weights = nn.SparseAutoencoder(config.TopK(d_vit=4, exp_factor=2, top_k=3)).W_dec
+    place = content.index(weights.detach().numpy().tobytes())
+    for i in range(place, place + 4 * weights.numel()):
+        sae_fpath.write_bytes(content[:i] + bytes([content[i] ^ 64]) + content[i + 1 :])
+        refuses(sae_fpath, "its tensors cannot be read .*the CRC")
 
 
 def test_failed_write_leaves_the_old_file(sae_fpath: pathlib.Path) -> None:
@@ -147,8 +264,7 @@ def test_a_pickle_in_the_payload_is_not_run(
             return pathlib.Path.touch, (tmp_path / "owned",)
 
     torch.save({"W_enc": Touch()}, tmp_path / "bad")
-    line, _, _ = sae_fpath.read_bytes().partition(b"\n")
-    sae_fpath.write_bytes(unsigned(line) + b"\n" + (tmp_path / "bad").read_bytes())
+    rewrite(sae_fpath, split(sae_fpath)[0], (tmp_path / "bad").read_bytes())
     refuses(sae_fpath, "its tensors cannot be read")
     assert not (tmp_path / "owned").exists()
 
@@ -157,7 +273,7 @@ def test_header_of_an_sae(sae_fpath: pathlib.Path) -> None:
     header, _ = checkpoint.read(sae_fpath, "sae")
     assert header == {
         "lib": "saev",
-        "schema": 101,
+        "schema": checkpoint.SCHEMA,
         "kind": "sae",
         "cls": "TopK",
         "cfg": {

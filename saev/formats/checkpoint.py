@@ -3,12 +3,13 @@
 The header says what the bytes are, so a file can be identified with `head -1` and refused before any tensor
 is read. Nothing here unpickles; `saev.nn` and `saev.scorers` read the bytes with `weights_only=True`.
 
-Headers of this package carry {"lib": "saev", "schema": SCHEMA, "kind": "sae" | "scorer", "xxh3": checksum of the tensors' bytes
-(XXH3-128), ...}. Schema numbers
-start at 100 because files with 1 to 5 (and with none) exist in the field and mean something else (`field`).
+Headers of this package carry {"lib": "saev", "schema": SCHEMA, "kind": "sae" | "scorer" | "state", "checksum": ..., ...}: the XXH3-128
+of the header (without it) and the bytes. From schema 102 on it must be there. Older schemas have "xxh3", of the bytes alone, or none;
+a header of theirs with a key that they had not is refused, so that no damaged "102" or "xxh3" makes a file pass as an older one.
+Schema numbers start at 100 because files with 1 to 5 (and with none) exist in the field and mean something else (`field`).
 """
 
-import json
+import collections.abc
 import pathlib
 import typing as tp
 
@@ -16,9 +17,9 @@ import beartype
 import xxhash
 
 from saev import errors, helpers
-from saev.formats import field
+from saev.formats import field, jsonfile
 
-SCHEMA = 101
+SCHEMA = 102
 """Schema that this version writes. A change of the format takes the next number."""
 
 
@@ -30,8 +31,16 @@ def _from_100(header: dict[str, tp.Any]) -> dict[str, tp.Any]:
     return {**header, "cfg": cfg, "activations": {}}
 
 
-UPGRADES = {100: _from_100}
+UPGRADES: dict[int, collections.abc.Callable[[dict[str, tp.Any]], dict[str, tp.Any]]] = {
+    100: _from_100,
+    101: dict,  # 102 has a checksum of the header too
+}
 """Schema n -> header of schema n + 1."""
+
+_KEYS_100 = {"lib", "schema", "kind", "cls", "cfg", "similarity", "run", "n_steps", "passes"}
+OLD_KEYS = {100: _KEYS_100, 101: {*_KEYS_100, "activations", "xxh3"}}
+"""Keys that headers of older schemas may have."""
+REMEDY = "Delete it and run the command that wrote it again."
 
 Kind = tp.Literal["sae", "scorer", "state"]
 
@@ -39,8 +48,9 @@ Kind = tp.Literal["sae", "scorer", "state"]
 @beartype.beartype
 def write(fpath: pathlib.Path, kind: Kind, header: dict[str, object], payload: bytes) -> None:
     """Writes header and payload atomically."""
-    said = {"lib": "saev", "schema": SCHEMA, "kind": kind, "xxh3": _checksum(payload)}
-    line = json.dumps({**said, **header})
+    text = jsonfile.dumps({"lib": "saev", "schema": SCHEMA, "kind": kind, **header})
+    plain = jsonfile.parse(text, dict[str, tp.Any], str(fpath), "")
+    line = jsonfile.dumps(plain | {"checksum": jsonfile.checksum(plain, payload)})
     with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
         fd.write(line.encode() + b"\n")
         fd.write(payload)
@@ -69,18 +79,23 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
     if wanted == "sae" and field.is_field(header):
         return header, payload
     _check_header(fpath, header, wanted)
-    if header.pop("xxh3", None) not in (None, _checksum(payload)):  # older files have none
+    if not _is_whole(header, payload):
         raise errors.UserError(
-            f"{fpath}: its bytes are not those that were written (checksum). "
-            "Delete it and run the command that wrote it again."
+            f"{fpath}: its bytes are not those that were written (checksum). {REMEDY}"
         )
     for schema in range(header["schema"], SCHEMA):
         header = UPGRADES[schema](header)
     return header, payload
 
 
-def _checksum(payload: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(payload)
+def _is_whole(header: dict[str, tp.Any], payload: bytes) -> bool:
+    """Compares the checksum, and takes it out of the header."""
+    if header["schema"] in OLD_KEYS:
+        has_known_keys = header.keys() <= OLD_KEYS[header["schema"]]
+        said = header.pop("xxh3", None)
+        return has_known_keys and said in (None, xxhash.xxh3_128_hexdigest(payload))
+    said = header.pop("checksum", None)
+    return said == jsonfile.checksum(header, payload)
 
 
 @beartype.beartype
@@ -98,20 +113,18 @@ def kind(fpath: pathlib.Path) -> str | None:
 
 def _parse_header(fpath: pathlib.Path, line: bytes) -> dict[str, tp.Any]:
     try:
-        header = json.loads(line)
-    except (ValueError, RecursionError):  # bad JSON, bad UTF-8, endless brackets
-        header = None
-    if not isinstance(header, dict):
+        return jsonfile.parse(line, dict[str, tp.Any], str(fpath), "")
+    except errors.UserError as err:
         raise errors.UserError(
             f"{fpath}: not a saev checkpoint: its first line is not a JSON header. "
             "Pass a file that train.py or protoeval.py wrote."
-        )
-    return header
+        ) from err
 
 
 def _check_header(fpath: pathlib.Path, header: dict[str, tp.Any], wanted: Kind) -> None:
     known = [*UPGRADES, SCHEMA]
-    if header.get("lib") != "saev" or header.get("schema") not in known:
+    schema = header.get("schema")
+    if header.get("lib") != "saev" or type(schema) is not int or schema not in known:
         raise errors.UserError(
             f"{fpath}: checkpoint schema {header.get('schema', 'missing')!r} (lib {header.get('lib')!r}) is unknown to "
             f"this version, which reads schemas {known[0]} to {SCHEMA} of lib 'saev'. Use the version that wrote it, or retrain."

@@ -7,20 +7,31 @@ the transpose of a contiguous (S, D): what belongs to a latent lies together.
 """
 
 import dataclasses
-import io
 import math
 import pathlib
 import typing as tp
 
 import beartype
+import msgspec
 import torch
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 from saev import errors
-from saev.formats import checkpoint, field
+from saev.formats import checkpoint, field, tensors
 from saev.nn import activations, config
 from saev.nn import field as nn_field
+
+CUT = "The file is cut or edited: train again."
+
+
+class Activations(tp.TypedDict, total=False):
+    """What an SAE was trained on, as its header may say."""
+
+    vit_family: str
+    vit_ckpt: str
+    layers: list[int]
+    patches: str
 
 
 class SparseAutoencoder(torch.nn.Module):
@@ -183,14 +194,13 @@ def save(
     Args:
         activations: what it was trained on (ViT, layers, ...). None: what `load` found.
     """
-    payload = io.BytesIO()
-    torch.save({k: v.detach().cpu().contiguous() for k, v in sae.state_dict().items()}, payload)
+    state = {k: v.detach().cpu().contiguous() for k, v in sae.state_dict().items()}
     header = {
         "cls": type(sae.cfg).__name__,
         "cfg": dataclasses.asdict(sae.cfg),
         "activations": sae.activations if activations is None else activations,
     }
-    checkpoint.write(pathlib.Path(fpath), "sae", header, payload.getvalue())
+    checkpoint.write(pathlib.Path(fpath), "sae", header, tensors.dump(state))
 
 
 @beartype.beartype
@@ -202,32 +212,47 @@ def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
     """
     fpath = pathlib.Path(fpath)
     header, payload = checkpoint.read(fpath, "sae")
-    if field.is_field(header):
+    if is_field := field.is_field(header):
         said = field.upgrade(header, fpath)
-        cfg, state = nn_field.convert(said, _tensors(payload, fpath), fpath)
+        cfg, state = nn_field.convert(said, tensors.load(payload, str(fpath), CUT), fpath)
     else:
-        cfg, state = _config(header, fpath), _tensors(payload, fpath)
-    sae = SparseAutoencoder(cfg)
+        cfg, state = _config(header, fpath), tensors.load(payload, str(fpath), CUT)
     try:
+        if state["W_dec"].shape != (cfg.d_sae, cfg.d_vit):  # before a model of that size is made
+            raise ValueError(f"W_dec has shape {tuple(state['W_dec'].shape)}")
+        sae = SparseAutoencoder(cfg)
         sae.load_state_dict(state)
-    except Exception as err:  # names or shapes that do not fit, or no dict at all
-        raise _unreadable(fpath, err) from err
+        sae.activations = {} if is_field else _trained_on(header)
+    except Exception as err:  # names, types or shapes that do not fit
+        raise errors.UserError(
+            f"{fpath}: its tensors do not fit its header ({errors.first_line(err)}). {CUT}"
+        ) from err
+    return ready(sae, str(fpath)).to(device)
+
+
+@beartype.beartype
+def ready(sae: SparseAutoencoder, where: str) -> SparseAutoencoder:
+    """The last step of every loader, whatever the format: evaluation mode, without gradients.
+
+    Raises:
+        UserError: a weight is NaN or infinite; `where` names the file.
+    """
+    state = sae.state_dict()
+    if "log_threshold" in state:  # a threshold of 0 is a good one
+        state["log_threshold"] = state["log_threshold"].exp()
+    tensors.check_finite(state, where, "Train again, or use an older checkpoint.")
+    return sae.eval().requires_grad_(False)
+
+
+def _trained_on(header: dict[str, tp.Any]) -> dict[str, tp.Any]:
+    """What `check_fits` compares.
+
+    Raises:
+        msgspec.ValidationError: it is not of the types that we write.
+    """
     found = header.get("activations")
-    sae.activations = found if isinstance(found, dict) else {}
-    return sae.eval().requires_grad_(False).to(device)
-
-
-def _tensors(payload: bytes, fpath: pathlib.Path) -> tp.Any:
-    try:
-        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as err:  # torch raises many types for a cut or foreign file
-        raise _unreadable(fpath, err) from err
-
-
-def _unreadable(fpath: pathlib.Path, err: Exception) -> errors.UserError:
-    return errors.UserError(
-        f"{fpath}: its tensors cannot be read ({errors.first_line(err)}). The file is cut or edited: train again."
-    )
+    msgspec.convert(found, Activations)
+    return found
 
 
 def _config(header: dict[str, object], fpath: pathlib.Path) -> config.Sae:

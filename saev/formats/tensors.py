@@ -1,0 +1,93 @@
+"""Tensors as bytes of a checkpoint: read without running anything, whole, and finite."""
+
+import collections.abc
+import io
+import typing as tp
+import zipfile
+
+import beartype
+import torch
+from torch import Tensor
+
+from saev import errors
+
+
+@beartype.beartype
+def dump(tree: dict[str, tp.Any]) -> bytes:
+    """What `load` reads: tensors, numbers and strings in dicts and lists."""
+    payload = io.BytesIO()
+    torch.save(tree, payload)
+    return payload.getvalue()
+
+
+@beartype.beartype
+def load(payload: bytes, where: str, remedy: str) -> dict[str, tp.Any]:
+    """Reads a dict that torch.save wrote, onto the CPU.
+
+    torch writes the CRC of each tensor but does not compare it; here it is.
+
+    Args:
+        where: begins the error message (the file's path); `remedy` ends it.
+
+    Raises:
+        UserError: it is cut, changed, not a dict, holds other objects than tensors and plain values (none is ever run), or
+            a tensor that says it is larger than its bytes.
+    """
+    try:
+        if zipfile.is_zipfile(io.BytesIO(payload)):
+            with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+                if bad := archive.testzip():
+                    raise ValueError(f"the CRC of {bad} differs")
+        tree = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        if not isinstance(tree, dict):
+            raise TypeError(f"it holds a {type(tree).__name__} instead of a dict")
+        for tensor in _tensors(tree):
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has fewer bytes")
+        return tree
+    except Exception as err:  # torch raises many types for a cut or foreign file
+        raise errors.UserError(
+            f"{where}: its tensors cannot be read ({errors.first_line(err)}). {remedy}"
+        ) from err
+
+
+def _tensors(tree: object) -> collections.abc.Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(value)
+
+
+@beartype.beartype
+def check_finite(tensors: dict[str, Tensor], where: str, remedy: str) -> None:
+    """Every loader passes here.
+
+    Raises:
+        UserError: a tensor holds NaN or infinity (named).
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise errors.UserError(f"{where}: tensor {name} holds NaN or infinity. {remedy}")
+
+
+@beartype.beartype
+def check_like(found: object, mine: object, name: str = "") -> None:
+    """Has one tree the keys, types, shapes and dtypes of another, and only finite numbers?
+
+    Raises:
+        ValueError: it has not; names the place.
+    """
+    if isinstance(mine, dict) and isinstance(found, dict):
+        if differing := sorted(map(str, found.keys() ^ mine.keys())):
+            raise ValueError(f"{name or 'it'} lacks, or has too much: {', '.join(differing)}")
+        for key, value in mine.items():
+            check_like(found[key], value, f"{name}.{key}".lstrip("."))
+    elif isinstance(mine, Tensor) and isinstance(found, Tensor):
+        said, wanted = ((tuple(t.shape), t.dtype) for t in (found, mine))
+        if said != wanted:
+            raise ValueError(f"{name} is {said[0]} {said[1]} instead of {wanted[0]} {wanted[1]}")
+        if not found.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")
+    elif type(mine) is not type(found):
+        raise ValueError(f"{name} is a {type(found).__name__} instead of a {type(mine).__name__}")
