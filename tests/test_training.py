@@ -137,6 +137,30 @@ def test_planted_dictionary_is_found(make_shards, tmp_path: pathlib.Path, cls: t
     assert metrics.l0(f_BS) * sae.d_sae == pytest.approx(4, abs=0.7)
 
 
+def test_scale_does_not_depend_on_the_seed(
+    make_shards, cfg: config.Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor on which batch the activations of huge norm are in; and a look at many activations takes none from the stream."""
+    acts = np.random.default_rng(0).standard_normal((400, 1, 4, 8), np.float32)
+    acts.reshape(-1, 8)[::40, 3] += 500
+    more = {"n_patches": 4, "d_vit": 8, "layers": (0,), "cls_token": False, "per_shard": 100}
+    dpath, _ = make_shards(acts=acts, n_imgs=400, **more)
+    seen: list[torch.Tensor] = []
+    step = run.Run.step
+    monkeypatch.setattr(
+        run.Run, "step", lambda self, i, x_BD: (seen.append(x_BD), step(self, i, x_BD))[1]
+    )
+    scales = []
+    for seed in range(3):
+        mine = change(cfg, data=data_config.Shards(str(dpath)), seed=seed, n_patches=64)
+        (fpath,) = loop.main([mine])
+        scales.append(nn.load(fpath).scale.item())
+    want = (8 / acts.reshape(-1, 8)[np.arange(1600) % 40 > 0].var(axis=0).sum()) ** 0.5
+    assert scales == pytest.approx([want] * 3, rel=0.02)
+    stream = iter(shuffled.Shuffled(mine.data, batch_size=32, seed=2, pool_bytes=10**9))
+    assert all(torch.equal(x_BD, next(stream).act_BD) for x_BD in seen[-2:])
+
+
 def test_relu_learns_and_l1_makes_it_sparser(cfg: config.Train) -> None:
     cfg = change(cfg, n_patches=300 * 32, log_every=299)
     few, many = (
@@ -158,11 +182,11 @@ def test_training_equals_a_plain_loop(cfg: config.Train) -> None:
     (fpath,) = loop.main([cfg])
     sae = nn.SparseAutoencoder(dataclasses.replace(cfg.sae, d_vit=8), cfg.seed)
     stream = iter(shuffled.Shuffled(cfg.data, batch_size=32, seed=cfg.seed, pool_bytes=10**9))
+    batches = [next(stream).act_BD for _ in range(12)]
+    sae.initialize(torch.cat(batches[:7]))  # the first 200 activations, in whole batches
     optimizer = torch.optim.Adam(sae.parameters())
     for step in range(12):
-        x_BD = next(stream).act_BD
-        if step == 0:
-            sae.initialize(x_BD)
+        x_BD = batches[step]
         left = min(1, (12 - step) / (0.2 * 12))
         optimizer.param_groups[0]["lr"] = 1e-2 * left  # a tenth of the steps is one: no warm-up
         optimizer.zero_grad()
@@ -259,9 +283,11 @@ def test_logged_metrics_are_those_of_the_steps_batch(cfg: config.Train) -> None:
     """The first line, from the untrained model and the first batch, computed here."""
     (fpath,) = loop.main([cfg])
     line = logged(fpath)[0]
-    x_BD = next(iter(shuffled.Shuffled(cfg.data, batch_size=32, pool_bytes=10**9))).act_BD
+    stream = iter(shuffled.Shuffled(cfg.data, batch_size=32, pool_bytes=10**9))
+    batches = [next(stream).act_BD for _ in range(7)]
     sae = nn.SparseAutoencoder(dataclasses.replace(cfg.sae, d_vit=8), cfg.seed)
-    sae.initialize(x_BD)
+    sae.initialize(torch.cat(batches))
+    x_BD = batches[0]
     x_hat_BD, f_BS = sae(x_BD)
     loss = ((x_hat_BD - x_BD) * sae.scale).square().mean()
     loss.backward()

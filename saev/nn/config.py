@@ -19,9 +19,9 @@ class Architecture:
     exp_factor: int = 16
     """Dictionary size d_sae as a multiple of d_vit."""
     normalize: tp.Literal["scale", "none"] = "scale"
-    """scale: activations are multiplied so that their mean squared distance from their mean is d_vit (saved with the model). none: taken as they are."""
+    """scale: activations are multiplied so that their mean squared distance from their mean is d_vit, a few of huge norm left out (saved with the model). none: taken as they are."""
     b_dec_init: tp.Literal["mean", "geometric-median", "zero"] = "mean"
-    """Where the decoder's bias starts: the mean of the first batch, its geometric median (Bricken et al. 2023), or 0."""
+    """Where the decoder's bias starts: the mean of the stream's first 65,536 activations, a few of huge norm left out; their geometric median (Bricken et al. 2023); or 0."""
     tied_init: bool = True
     """Start the encoder as the decoder's transpose (Gao et al. 2024); else with a draw of its own."""
 

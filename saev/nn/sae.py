@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saev import errors
 from saev.formats import checkpoint, field, tensors
-from saev.nn import activations, config
+from saev.nn import activations, config, robust
 from saev.nn import field as nn_field
 
 CUT = "The file is cut or edited: train again."
@@ -73,19 +73,22 @@ class SparseAutoencoder(torch.nn.Module):
 
     @torch.no_grad()
     @jaxtyped(typechecker=beartype.beartype)
-    def initialize(self, x_BD: Float[Tensor, "B D"]) -> None:
-        """Fits what should start from data: the scale (mean squared distance of x' from its mean becomes d_vit) and b_dec."""
-        mean_D = x_BD.mean(dim=0)
+    def initialize(self, x_ND: Float[Tensor, "N D"]) -> robust.Typical:
+        """Fits what should start from data: the scale (mean squared distance of ordinary x' from their mean becomes d_vit) and b_dec.
+
+        A few activations of huge norm decide neither (see `robust`).
+        """
+        found = robust.typical(x_ND)
         if self.cfg.normalize == "scale":
-            mean_square = (x_BD - mean_D).square().sum(dim=1).mean()
-            self.scale.copy_(math.sqrt(self.d_vit) / mean_square.clamp(min=1e-12).sqrt())
+            self.scale.copy_(math.sqrt(self.d_vit) / found.radius.clamp(min=1e-6))
         match self.cfg.b_dec_init:
             case "mean":
-                self.b_dec.copy_(mean_D * self.scale)
+                self.b_dec.copy_(found.centre_D * self.scale)
             case "geometric-median":
-                self.b_dec.copy_(geometric_median(x_BD) * self.scale)
+                self.b_dec.copy_(geometric_median(x_ND) * self.scale)
             case "zero":
                 self.b_dec.zero_()
+        return found
 
     @jaxtyped(typechecker=beartype.beartype)
     def encode(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B S"]:
@@ -174,12 +177,13 @@ def _directions(cfg: config.Sae, generator: torch.Generator) -> Float[Tensor, "S
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def geometric_median(x_BD: Float[Tensor, "B D"], n_iters: int = 100) -> Float[Tensor, " D"]:
-    """The point with the least mean distance to the samples, by Weiszfeld's algorithm (Weiszfeld 1937)."""
-    median_D = x_BD.mean(dim=0)
+def geometric_median(x_ND: Float[Tensor, "N D"], n_iters: int = 100) -> Float[Tensor, " D"]:
+    """The point with the least mean distance to the samples (at most 8,192 of them), by Weiszfeld's algorithm (Weiszfeld 1937)."""
+    x_ND = x_ND[:: math.ceil(len(x_ND) / 8192)]
+    median_D = x_ND.mean(dim=0)
     for _ in range(n_iters):
-        weight_B = 1 / torch.linalg.vector_norm(x_BD - median_D, dim=1).clamp(min=1e-8)
-        last_D, median_D = median_D, weight_B @ x_BD / weight_B.sum()
+        weight_N = 1 / robust.distance(x_ND, median_D).clamp(min=1e-8)
+        last_D, median_D = median_D, weight_N @ x_ND / weight_N.sum()
         if torch.linalg.vector_norm(median_D - last_D) <= 1e-6 * torch.linalg.vector_norm(median_D):
             break
     return median_D

@@ -15,12 +15,12 @@ from saev import devices, errors, helpers, nn, tracking
 from saev.data import shuffled
 from saev.formats import jsonfile
 from saev.nn import objectives
-from saev.training import config, evaluate, interrupts, parallel, state
+from saev.training import config, evaluate, interrupts, parallel, peek, state
 from saev.training.run import Run, with_d_vit
 
 logger = logging.getLogger("saev")
 
-REVISION = 3
+REVISION = 4
 """Raised whenever the same config may give other weights."""
 
 NOT_IN_ID = {
@@ -194,10 +194,9 @@ class _Loop:
 
     def step(self, step: int) -> None:
         """One step of every run, on the same batch."""
-        x_BD = next(self.batches).to(self.device, non_blocking=True)
         if step == 0:
-            for run, _ in self.runs:
-                run.start(x_BD)
+            self._fit_starts()
+        x_BD = next(self.batches).to(self.device, non_blocking=True)
         outs = [run.step(step, x_BD) for run, _ in self.runs]
         logs = self.cfg.logs_at(step)
         if logs or self.device.type == "cpu":
@@ -206,6 +205,12 @@ class _Loop:
             rates = self.batches.rates(len(x_BD))
             for (run, tracker), out in zip(self.runs, outs, strict=True):
                 tracker.log(step, {**run.measure(step, x_BD, out), **rates})
+
+    def _fit_starts(self) -> None:
+        """Fits what should start from data on many activations, which are trained on afterwards all the same."""
+        x_ND = self.batches.peek(peek.n_activations(self.stream.reader)).to(self.device)
+        for run, _ in self.runs:
+            run.start(x_ND)
 
     def _any(self, *flags: bool) -> list[bool]:
         """Each flag: is it set in any process?"""
@@ -269,6 +274,12 @@ class _Timed:
     def __init__(self, batches: collections.abc.Iterator[shuffled.Batch]):
         self.batches = batches
         self.wait_s, self.n, self.start_s = 0.0, 0, time.monotonic()
+
+    def peek(self, n: int) -> Tensor:
+        """The next n activations or a few more (whole batches), which `next` gives again."""
+        x_ND, self.batches = peek.peek(self.batches, n)
+        self.start_s = time.monotonic()
+        return x_ND
 
     def __next__(self) -> Tensor:
         start_s = time.monotonic()

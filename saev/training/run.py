@@ -56,9 +56,9 @@ class Run:
         self.is_finite = torch.ones((), dtype=torch.bool, device=device)
 
     @jaxtyped(typechecker=beartype.beartype)
-    def start(self, x_BD: Float[Tensor, "B D"]) -> None:
-        """Fits what starts from data, before the first step."""
-        self.sae.initialize(x_BD.to(self.device))
+    def start(self, x_ND: Float[Tensor, "N D"]) -> None:
+        """Fits what starts from data, before the first step. N: better many more than a batch."""
+        self.sae.initialize(x_ND.to(self.device))
         if self.averaged is not None:
             self.averaged = copy.deepcopy(self.sae.state_dict())
 

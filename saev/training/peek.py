@@ -1,0 +1,41 @@
+"""A look at a stream's first activations that takes nothing from it. N activations, D d_vit."""
+
+import collections
+import collections.abc
+
+import beartype
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saev.data import reader, shuffled
+
+MAX_N, MAX_BYTES = 2**16, 2**28
+"""Enough to tell what is typical to within 1%, and not more than fits beside a stream."""
+
+
+@beartype.beartype
+def n_activations(acts: reader.Reader) -> int:
+    """How many to look at: all there are, at most MAX_N."""
+    return min(MAX_N, MAX_BYTES // (4 * acts.d_vit), len(acts))
+
+
+@beartype.beartype
+def peek(
+    batches: collections.abc.Iterator[shuffled.Batch], n: int
+) -> tuple[Float[Tensor, "N D"], collections.abc.Iterator[shuffled.Batch]]:
+    """(the first n activations, or a few more: whole batches; the stream from where it was)."""
+    kept: collections.deque[shuffled.Batch] = collections.deque()
+    n_kept = 0
+    while n_kept < n:
+        kept.append(next(batches))
+        n_kept += len(kept[-1].act_BD)
+    return torch.cat([batch.act_BD for batch in kept]), _again(kept, batches)
+
+
+def _again(
+    kept: collections.deque[shuffled.Batch], batches: collections.abc.Iterator[shuffled.Batch]
+) -> collections.abc.Iterator[shuffled.Batch]:
+    while kept:
+        yield kept.popleft()
+    yield from batches

@@ -1,0 +1,110 @@
+"""Figures that a few activations of huge norm do not decide, against plain formulas over the others. N activations, D d_vit."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from saev import nn
+from saev.nn import config, robust
+
+D = 16
+
+
+def ordinary(n: int = 4000, offset: float = 5.0) -> Tensor:
+    rng = np.random.default_rng(0)
+    spread_D = np.linspace(0.3, 3, D)
+    return torch.from_numpy((offset + spread_D * rng.standard_normal((n, D))).astype(np.float32))
+
+
+def with_sinks(share: float, norm: float) -> tuple[Tensor, Tensor]:
+    """(activations of which a share is moved far along one direction, which are)."""
+    x_ND = ordinary()
+    is_sink_N = torch.rand(len(x_ND), generator=torch.Generator().manual_seed(0)) < share
+    x_ND[is_sink_N, 3] += norm
+    return x_ND, is_sink_N
+
+
+def test_without_extreme_activations_it_is_the_mean_and_the_plain_spread() -> None:
+    x_ND = ordinary()
+    found = robust.typical(x_ND)
+    np.testing.assert_allclose(found.centre_D, x_ND.double().mean(dim=0), rtol=1e-5)
+    variance = x_ND.double().var(dim=0, correction=0).sum().item()
+    assert found.radius.item() == pytest.approx(math.sqrt(variance), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.02, 0.2])
+@pytest.mark.parametrize("norm", [100.0, 1e4, 1e15])
+def test_sinks_move_neither_centre_nor_radius(share: float, norm: float) -> None:
+    x_ND, is_sink_N = with_sinks(share, norm)
+    found, want = robust.typical(x_ND), robust.typical(x_ND[~is_sink_N])
+    torch.testing.assert_close(found.centre_D, want.centre_D)
+    torch.testing.assert_close(found.radius, want.radius)
+
+
+def test_activations_that_are_mostly_equal_have_a_radius_all_the_same() -> None:
+    x_ND = torch.ones(100, D)
+    x_ND[:30] = ordinary(30)
+    found = robust.typical(x_ND)
+    variance = x_ND.double().var(dim=0, correction=0).sum().item()
+    assert found.radius.item() == pytest.approx(math.sqrt(variance), rel=1e-4)
+
+
+def test_clipping_moves_the_far_ones_alone() -> None:
+    x_ND, is_sink_N = with_sinks(0.01, 1000)
+    around = robust.typical(x_ND)
+    clipped_ND = robust.clip(x_ND, around, 5.0)
+    assert torch.equal(clipped_ND[~is_sink_N], x_ND[~is_sink_N])
+    from_centre_ND = (clipped_ND - around.centre_D)[is_sink_N]
+    norm_N = from_centre_ND.norm(dim=1)
+    torch.testing.assert_close(norm_N, (5 * around.radius).expand_as(norm_N))
+    cos_N = torch.cosine_similarity(from_centre_ND, (x_ND - around.centre_D)[is_sink_N])
+    torch.testing.assert_close(cos_N, torch.ones_like(cos_N))
+    assert robust.clip(ordinary(), around, 5.0).equal(ordinary())
+    constant_ND = torch.ones(8, D)
+    assert robust.clip(constant_ND, robust.typical(constant_ND), 5.0).equal(constant_ND)
+
+
+def test_figures_of_tokens_are_numpys() -> None:
+    x_ND, is_sink_N = with_sinks(0.01, 1000)
+    noise_ND = torch.randn(x_ND.shape, generator=torch.Generator().manual_seed(1))
+    x_hat_ND = x_ND + noise_ND * torch.linspace(0, 2, len(x_ND))[:, None]
+    around = robust.typical(x_ND)
+    tokens = robust.Tokens(around)
+    for i in range(0, len(x_ND), 777):
+        tokens.add(x_ND[i : i + 777], x_hat_ND[i : i + 777])
+    found = tokens.metrics()
+    error_N = (x_ND - x_hat_ND).double().square().sum(dim=1) / around.radius.double() ** 2
+    assert found["token_nmse_median"] == pytest.approx(np.quantile(error_N, 0.5), rel=0.012)
+    assert found["token_nmse_q95"] == pytest.approx(np.quantile(error_N, 0.95), rel=0.012)
+    assert found["extreme_pct"] == pytest.approx(100 * is_sink_N.double().mean().item())
+    square_N = (x_ND - around.centre_D).double().square().sum(dim=1)
+    share = (square_N[is_sink_N].sum() / square_N.sum()).item()
+    assert found["extreme_variance_pct"] == pytest.approx(100 * share, rel=1e-4)
+
+
+def test_figures_of_constant_activations_and_of_perfect_reconstructions() -> None:
+    constant_ND = torch.full((50, D), 50.1)
+    tokens = robust.Tokens(robust.typical(constant_ND))
+    tokens.add(constant_ND, constant_ND)
+    found = tokens.metrics()
+    assert math.isnan(found["token_nmse_median"]) and found["extreme_pct"] == 0
+    x_ND = ordinary(50)
+    tokens = robust.Tokens(robust.typical(x_ND))
+    tokens.add(x_ND, x_ND)
+    assert tokens.metrics()["token_nmse_q95"] == 0
+
+
+@pytest.mark.parametrize("b_dec_init", ["mean", "geometric-median"])
+def test_an_sae_starts_alike_with_and_without_sinks(b_dec_init: str) -> None:
+    x_ND, is_sink_N = with_sinks(0.002, 560)
+    with_them, without = (
+        nn.SparseAutoencoder(config.TopK(d_vit=D, exp_factor=2, top_k=3, b_dec_init=b_dec_init))
+        for _ in range(2)
+    )
+    with_them.initialize(x_ND)
+    without.initialize(x_ND[~is_sink_N])
+    torch.testing.assert_close(with_them.scale, without.scale)
+    torch.testing.assert_close(with_them.b_dec, without.b_dec, atol=0.02, rtol=0)
