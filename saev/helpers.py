@@ -2,6 +2,7 @@
 
 import collections.abc
 import contextlib
+import errno
 import fcntl
 import functools
 import glob
@@ -47,12 +48,23 @@ def atomic(fpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
     A reader therefore sees the old file, the whole new file, or none; never a part. A killed process leaves the temporary
     file, which `sweep` removes.
     """
-    with _temporary(fpath, is_folder=False) as tmp_fpath:
+    with naming(fpath), _temporary(fpath, is_folder=False) as tmp_fpath:
         yield tmp_fpath
         with tmp_fpath.open("rb+") as fd:
             os.fsync(fd.fileno())
         tmp_fpath.replace(fpath)
         _sync_directory(fpath.parent)
+
+
+@contextlib.contextmanager
+def naming(fpath: pathlib.Path) -> collections.abc.Iterator[None]:
+    """Inside, an error that there is no room (disk, quota, file size) says of which file, which the system leaves out."""
+    try:
+        yield
+    except OSError as err:
+        if err.filename is None and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            err.filename = str(fpath)
+        raise
 
 
 @contextlib.contextmanager

@@ -1,18 +1,18 @@
-"""Metrics of a run: a local metrics.jsonl always, wandb beside it when asked for.
+"""Metrics of a run: a local metrics.jsonl always, which is the record, and a copy in wandb when asked for.
 
-The training loop holds a `Tracker` and does not know which.
+The training loop holds a `Tracker` and does not know which. What wandb does wrong never reaches it (`saev.mirror`).
 """
 
 import collections.abc
 import contextlib
 import json
 import logging
-import netrc
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 import typing as tp
-import urllib.parse
-import uuid
 
 import beartype
 
@@ -23,8 +23,8 @@ logger = logging.getLogger("saev")
 
 Metrics = collections.abc.Mapping[str, float | int]
 
-WANDB_HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}
-"""wandb's own server, which has two names."""
+FINISH_S = 20.0
+"""Seconds to wait for wandb to send the rest, at the end of training. (Slurm kills 30 s after SIGTERM.)"""
 
 
 @tp.runtime_checkable
@@ -63,17 +63,37 @@ class JsonLines:
         fpath.parent.mkdir(parents=True, exist_ok=True)
         kept = "".join(_lines_before(fpath, from_step)) if from_step else ""
         helpers.write_text(fpath, kept)
+        self.fpath = fpath
         self.fd = fpath.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Metrics) -> None:
-        self.fd.write(jsonfile.dumps({"step": step, **metrics}) + "\n")
-        self.fd.flush()
+        """
+        Raises:
+            UserError: the file is no longer there.
+        """
+        self._check()
+        with helpers.naming(self.fpath):
+            self.fd.write(jsonfile.dumps({"step": step, **metrics}) + "\n")
+            self.fd.flush()
 
     def flush(self) -> None:
-        os.fsync(self.fd.fileno())
+        """Raises as `log`."""
+        self._check()
+        with helpers.naming(self.fpath):
+            os.fsync(self.fd.fileno())
+
+    def _check(self) -> None:
+        """Writes to a file that was removed succeed, and are lost."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(os.fstat(self.fd.fileno()), self.fpath.stat()):
+                return
+        raise errors.UserError(
+            f"{self.fpath}: was removed, moved or replaced during training, which ends here. Run the same command again: it starts from the newest saved state that is there."
+        )
 
     def finish(self) -> None:
-        self.fd.close()
+        with helpers.naming(self.fpath):
+            self.fd.close()
 
 
 def _lines_before(fpath: pathlib.Path, step: int) -> collections.abc.Iterator[str]:
@@ -82,56 +102,27 @@ def _lines_before(fpath: pathlib.Path, step: int) -> collections.abc.Iterator[st
     for line in text.splitlines(keepends=True):
         try:
             is_earlier = line.endswith("\n") and json.loads(line)["step"] < step
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             is_earlier = False
         if is_earlier:
             yield line
 
 
 class Wandb:
-    """One wandb run. Offline when nobody is logged in (sync later with `wandb sync`); never prompts.
+    """Has the run's metrics.jsonl and config.json copied to wandb. Offline when nobody is logged in; never prompts."""
 
-    A run that goes on keeps its wandb id (wandb-id.txt), so that wandb shows one run.
-    """
-
-    def __init__(
-        self,
-        dpath: pathlib.Path,
-        project: str,
-        name: str,
-        config: dict[str, object],
-        from_step: int = 0,
-    ):
-        import wandb
-
-        id_fpath = dpath / "wandb-id.txt"
-        if not (from_step and id_fpath.exists()):
-            helpers.write_text(id_fpath, uuid.uuid4().hex[:8])
-        try:
-            self.run = wandb.init(
-                project=project,
-                name=name,
-                id=id_fpath.read_text(),
-                resume="allow" if from_step else None,
-                config=config,
-                dir=str(dpath),
-                mode=wandb_mode(),
-                reinit="create_new",  # several SAEs of one process are several runs
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        except wandb.Error as err:
-            raise errors.UserError(
-                f"wandb: {errors.first_line(err)} Set WANDB_MODE=offline, or pass --wandb-project ''."
-            ) from err
+    def __init__(self, dpath: pathlib.Path, project: str, from_step: int = 0):
+        self.dpath = dpath
+        _copier.start(dpath, project, from_step)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        self.run.log(dict(metrics), step=step)
+        pass  # the copier reads metrics.jsonl
 
     def flush(self) -> None:
-        pass  # wandb writes by itself
+        pass
 
     def finish(self) -> None:
-        self.run.finish()
+        _copier.finish(self.dpath)
 
 
 class Both:
@@ -153,49 +144,83 @@ class Both:
             tracker.finish()
 
 
-@beartype.beartype
-def wandb_mode() -> tp.Literal["online", "offline", "disabled"]:
-    """WANDB_MODE if set; else online when an API key is at hand (environment, settings file or netrc), offline when not.
+class _Copier:
+    """The process `saev.mirror`, one for all runs of this process: from the first run's start to the last one's finish.
 
-    Asks neither the user nor a server (`wandb.login` would).
+    Nothing here raises, and only the last finish waits, at most FINISH_S.
     """
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode in ("online", "offline", "disabled"):
-        return tp.cast(tp.Literal["online", "offline", "disabled"], mode)
-    import wandb
 
-    settings = wandb.setup().settings
-    if settings.mode in ("offline", "disabled"):  # `wandb offline` was run in this folder
-        return settings.mode
-    has_key = settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-    return "online" if has_key or _netrc_hosts() & _names(settings.base_url) else "offline"
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.open: set[pathlib.Path] = set()
+        self.is_lost = False
+
+    def start(self, dpath: pathlib.Path, project: str, from_step: int) -> None:
+        if not self.open:
+            self.process, self.is_lost = _spawned(), False
+        self.open.add(dpath)
+        self._send({"dpath": str(dpath), "project": project, "from_step": from_step})
+
+    def finish(self, dpath: pathlib.Path) -> None:
+        self._send({"finished": str(dpath)})
+        self.open.discard(dpath)
+        if self.open or self.process is None:
+            return
+        process, self.process = self.process, None
+        with contextlib.suppress(OSError):
+            tp.cast(tp.IO[bytes], process.stdin).close()
+        try:
+            process.wait(FINISH_S)
+        except subprocess.TimeoutExpired:
+            logger.warning(
+                "wandb: did not finish within %.0f s; to send the rest: wandb sync %s/wandb/*run-*",
+                FINISH_S,
+                dpath,
+            )
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with what wandb started
+                process.wait()
+
+    def _send(self, command: dict[str, object]) -> None:
+        if self.process is None:
+            return
+        line = jsonfile.dumps(command).encode() + b"\n"
+        try:
+            is_sent = tp.cast(tp.IO[bytes], self.process.stdin).write(line) == len(line)
+        except OSError:  # it died
+            is_sent = False
+        if not (is_sent or self.is_lost):
+            logger.warning("wandb: its process does not answer; training goes on without it")
+            self.is_lost = True
 
 
-def _names(base_url: str) -> set[str]:
-    """The names under which `wandb login` may have written a server's key."""
-    host = urllib.parse.urlsplit(base_url).netloc
-    return WANDB_HOSTS if host in WANDB_HOSTS else {host}
+_copier = _Copier()
 
 
-def _netrc_hosts() -> set[str]:
-    """Machines that the user's netrc file knows; none if it is missing or unreadable."""
-    home = pathlib.Path.home()
-    fpaths = [home / ".netrc", home / "_netrc"]
-    if "NETRC" in os.environ:
-        fpaths = [pathlib.Path(os.environ["NETRC"]).expanduser()]
-    hosts: set[str] = set()
-    for fpath in fpaths:
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            hosts |= netrc.netrc(fpath).hosts.keys()
-    return hosts
+def _spawned() -> subprocess.Popen[bytes] | None:
+    root = str(pathlib.Path(__file__).parent.parent)
+    paths = [p for p in (os.environ.get("PYTHONPATH"), root) if p]
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "saev.mirror"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            bufsize=0,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+    except OSError as err:
+        logger.warning("wandb: no process for it (%s); training goes on without it", err.strerror)
+        return None
+    os.set_blocking(tp.cast(tp.IO[bytes], process.stdin).fileno(), False)
+    return process
 
 
 @beartype.beartype
 def start(
     dpath: pathlib.Path,
     *,
-    name: str,
-    config: dict[str, object],
     wandb_project: str,
     from_step: int = 0,
 ) -> Tracker:
@@ -204,6 +229,6 @@ def start(
     from_step: the step with which a run goes on.
     """
     local = JsonLines(dpath / "metrics.jsonl", from_step)
-    if not wandb_project:
+    if not wandb_project or os.environ.get("WANDB_MODE") == "disabled":
         return local
-    return Both(local, Wandb(dpath, wandb_project, name, config, from_step))
+    return Both(local, Wandb(dpath, wandb_project, from_step))

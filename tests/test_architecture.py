@@ -15,6 +15,7 @@ FLOORS = {
     "saev.launch": 1.0,
     "saev.sweeps": 1.0,
     "saev.tracking": 1.0,
+    "saev.mirror": 1.0,
     "saev.devices": 1.0,
     "saev.nn": 2.0,
     "saev.data": 2.0,

@@ -6,12 +6,13 @@ import itertools
 import json
 import math
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from saev import errors, nn, tracking
+from saev import errors, nn
 from saev.data import config as data_config
 from saev.data import reader, shuffled
 from saev.nn import config as nn_config
@@ -469,6 +470,24 @@ def test_a_diverging_run_does_not_take_the_others_along(cfg: config.Train) -> No
         assert torch.equal(tensor, weights(str(saved))[name]), name
 
 
+@pytest.mark.parametrize("at", [7, 11])
+def test_checkpoints_removed_while_training(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Also after the last log line: then nothing of the run would be left but its weights."""
+    real = run.Run.measure
+
+    def measuring(self: run.Run, step: int, *args: object) -> dict[str, float]:
+        if step >= at:
+            shutil.rmtree(cfg.ckpt_to, ignore_errors=True)
+        return real(self, step, *args)
+
+    monkeypatch.setattr(run.Run, "measure", measuring)
+    with pytest.raises(errors.UserError, match=r"metrics\.jsonl: was removed, moved or replaced"):
+        loop.main([cfg])
+    assert not list(pathlib.Path(cfg.ckpt_to).glob("*"))
+
+
 def test_wrong_d_vit(cfg: config.Train) -> None:
     bad = change(cfg, sae=nn_config.TopK(d_vit=1024))
     with pytest.raises(errors.UserError, match=r"--sae\.d-vit 1024: the activations in .* 8 wide"):
@@ -529,28 +548,10 @@ def test_defaults_pass_their_own_checks() -> None:
 def test_wandb_offline_writes_a_run_directory(
     cfg: config.Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import wandb
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     cfg = change(cfg, wandb_project="saev-test")
     fpaths = loop.main([cfg, change(cfg, lr=1e-3)])
-    wandb.teardown()
     for fpath in map(pathlib.Path, fpaths):
         (run_dpath,) = fpath.parent.glob("wandb/offline-run-*")
         assert list(run_dpath.glob("*.wandb"))
         assert len(logged(str(fpath))) == 4
-
-
-@pytest.mark.parametrize(("key", "mode"), [("", "offline"), ("x" * 40, "online")])
-def test_wandb_is_online_only_with_a_key(
-    key: str, mode: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import wandb
-
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_API_KEY", key) if key else monkeypatch.delenv("WANDB_API_KEY", False)
-    wandb.teardown()  # wandb reads the environment once a process
-    assert tracking.wandb_mode() == mode
-    wandb.teardown()

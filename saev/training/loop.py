@@ -142,9 +142,7 @@ def _start_tracker(run: Run, start: int, stream: shuffled.Shuffled) -> tracking.
     }
     helpers.write_text(dpath / "config.json", jsonfile.dumps(fields, indent=4))
     (dpath / "failed.json").unlink(missing_ok=True)
-    return tracking.start(
-        dpath, name=dpath.name, config=fields, wandb_project=cfg.wandb_project, from_step=start
-    )
+    return tracking.start(dpath, wandb_project=cfg.wandb_project, from_step=start)
 
 
 class _Loop:
@@ -184,7 +182,8 @@ class _Loop:
                 self.save_if_due(step + 1, signals)
             self._drop_lost(n_steps - 1, [], looks_at_weights=True)
             if self.world.is_first:
-                for run, _ in self.runs:
+                for run, tracker in self.runs:
+                    tracker.flush()
                     nn.save(run.finished(), run.dpath / "sae.pt", self.stream.reader.describe())
                     state.remove(run.dpath)
             (asked,) = self._any(signals.asked is not None)

@@ -1,0 +1,222 @@
+"""Copies metrics.jsonl of running trainings to wandb. `saev.tracking` starts it as a process of its own (python -m saev.mirror).
+
+wandb may raise, hang, patch sys.exit or die with a signal that was meant for the job: here none of that reaches the
+training. Commands come as JSON lines on stdin; at its end (a trainer that was killed) everything is finished.
+"""
+
+import collections.abc
+import contextlib
+import logging
+import netrc
+import os
+import pathlib
+import select
+import signal
+import sys
+import typing as tp
+import urllib.parse
+import uuid
+
+import beartype
+import msgspec
+
+from saev import errors, helpers
+from saev.formats import jsonfile
+
+logger = logging.getLogger("saev")
+
+WANDB_HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}
+"""wandb's own server, which has two names."""
+POLL_S = 1.0
+"""New lines are looked for this often."""
+LEFT_ALONE_S = 60
+"""After its trainer has ended the process lives this long at most."""
+
+
+class Start(msgspec.Struct):
+    """Begin to copy the metrics of the run in this folder."""
+
+    dpath: str
+    project: str
+    from_step: int
+    """Lines of earlier steps are in wandb already."""
+
+
+class Finish(msgspec.Struct):
+    """The run in this folder is over."""
+
+    finished: str
+
+
+class Copy:
+    """One run's metrics on their way to wandb. The first thing that goes wrong is said in one line, and ends it."""
+
+    def __init__(self, cmd: Start):
+        self.dpath = pathlib.Path(cmd.dpath)
+        self.from_step = cmd.from_step
+        self.tail = b""
+        self.run: tp.Any = None
+        with self._guarded():
+            self.file = (self.dpath / "metrics.jsonl").open("rb")
+            self.run = _begin(self.dpath, cmd.project, cmd.from_step)
+
+    @contextlib.contextmanager
+    def _guarded(self) -> collections.abc.Iterator[None]:
+        try:
+            yield
+        except BaseException as err:  # wandb raises SystemExit and KeyboardInterrupt too
+            self.run = None
+            logger.warning(
+                "wandb: %s. Run %s goes on without wandb; %s has all its metrics. (WANDB_MODE=offline, or --wandb-project '' for none.)",
+                errors.first_line(err).rstrip("."),
+                self.dpath.name,
+                self.dpath / "metrics.jsonl",
+            )
+
+    def push(self) -> None:
+        """Hands on the lines that were written since the last call."""
+        if self.run is None:
+            return
+        with self._guarded():
+            *lines, self.tail = (self.tail + self.file.read()).split(b"\n")
+            for line in lines:
+                metrics = jsonfile.parse_line(line, dict[str, float | None])
+                step = int(tp.cast(float, metrics.pop("step")))
+                if step >= self.from_step:
+                    self.run.log(metrics, step=step)
+
+    def finish(self) -> None:
+        self.push()
+        if self.run is not None:
+            with self._guarded():
+                self.run.finish()
+
+
+def _begin(dpath: pathlib.Path, project: str, from_step: int) -> tp.Any:
+    """The wandb run. One that goes on keeps its wandb id (wandb-id.txt), so that wandb shows one run."""
+    import wandb
+
+    id_fpath = dpath / "wandb-id.txt"
+    if not (from_step and id_fpath.exists()):
+        helpers.write_text(id_fpath, uuid.uuid4().hex[:8])
+    config = jsonfile.read(dpath / "config.json", dict[str, tp.Any], "Train again.")
+    mode = wandb_mode()
+    run = wandb.init(
+        project=project,
+        name=dpath.name,
+        id=id_fpath.read_text(),
+        resume="allow" if from_step else None,
+        config=config,
+        dir=str(dpath),
+        mode=mode,
+        reinit="create_new",  # several SAEs of one process are several runs
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    if mode == "offline":
+        _say_offline(dpath.parent)
+    return run
+
+
+_said: set[pathlib.Path] = set()
+
+
+def _say_offline(ckpt_dpath: pathlib.Path) -> None:
+    if ckpt_dpath not in _said:
+        logger.info("wandb is offline; to send: wandb sync %s/*/wandb/offline-run-*", ckpt_dpath)
+    _said.add(ckpt_dpath)
+
+
+@beartype.beartype
+def wandb_mode() -> tp.Literal["online", "offline", "disabled"]:
+    """WANDB_MODE if set; else online when an API key is at hand (environment, settings file or netrc), offline when not.
+
+    Asks neither the user nor a server (`wandb.login` would).
+    """
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode in ("online", "offline", "disabled"):
+        return tp.cast(tp.Literal["online", "offline", "disabled"], mode)
+    import wandb
+
+    settings = wandb.setup().settings
+    if settings.mode in ("offline", "disabled"):  # `wandb offline` was run in this folder
+        return settings.mode
+    has_key = settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    return "online" if has_key or _netrc_hosts() & _names(settings.base_url) else "offline"
+
+
+def _names(base_url: str) -> set[str]:
+    """The names under which `wandb login` may have written a server's key."""
+    host = urllib.parse.urlsplit(base_url).netloc
+    return WANDB_HOSTS if host in WANDB_HOSTS else {host}
+
+
+def _netrc_hosts() -> set[str]:
+    """Machines that the user's netrc file knows; none if it is missing or unreadable."""
+    home = pathlib.Path.home()
+    fpaths = [home / ".netrc", home / "_netrc"]
+    if "NETRC" in os.environ:
+        fpaths = [pathlib.Path(os.environ["NETRC"]).expanduser()]
+    hosts: set[str] = set()
+    for fpath in fpaths:
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            hosts |= netrc.netrc(fpath).hosts.keys()
+    return hosts
+
+
+# ---- the process ----
+
+
+def _commands() -> collections.abc.Iterator[Start | Finish | None]:
+    """What comes on stdin; None each time that nothing came for a while. Ends with stdin."""
+    stdin, rest = sys.stdin.fileno(), b""
+    while True:
+        if not select.select([stdin], [], [], POLL_S)[0]:
+            yield None
+            continue
+        data = os.read(stdin, 1 << 16)
+        if not data:
+            return
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield jsonfile.parse_line(line, Start if b'"dpath"' in line else Finish)
+
+
+def _silence() -> None:
+    """Our log lines go where stderr went; what wandb and its children print goes nowhere."""
+    stream = os.fdopen(os.dup(2), "w", buffering=1)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="[%(asctime)s] %(message)s",
+        datefmt="%H:%M:%S",
+        stream=stream,
+    )
+    logger.setLevel(logging.INFO)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+def main() -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)  # the trainer's business, which then tells us
+    _silence()
+    copies: dict[str, Copy] = {}
+    for cmd in _commands():
+        if isinstance(cmd, Start):
+            copies[cmd.dpath] = Copy(cmd)
+        elif isinstance(cmd, Finish):
+            copies.pop(cmd.finished).finish()
+            if not copies:
+                break
+        for copy in copies.values():
+            copy.push()
+    signal.alarm(LEFT_ALONE_S)
+    for copy in copies.values():
+        copy.finish()
+    with contextlib.suppress(BaseException):
+        tp.cast(tp.Any, sys.modules.get("wandb")).teardown()
+    os._exit(0)  # wandb's hooks at a process's end may hang
+
+
+if __name__ == "__main__":
+    main()
