@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import open_clip
@@ -96,23 +98,6 @@ def test_a_folder_that_is_not_cub(tmp_path: pathlib.Path) -> None:
         images.list_images(config.Cub200(str(tmp_path)))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
-def test_every_mode_opens_as_rgb(tmp_path: pathlib.Path, mode: str) -> None:
-    fpath = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
-    save(fpath, mode=mode)
-    img = images.open_rgb(fpath)
-    assert (img.mode, img.size) == ("RGB", (9, 7))
-
-
-def test_corrupt_images_are_named(tmp_path: pathlib.Path) -> None:
-    save(tmp_path / "ok.png", (200, 200))
-    (tmp_path / "cut.png").write_bytes((tmp_path / "ok.png").read_bytes()[:2000])
-    (tmp_path / "text.jpg").write_text("hello")
-    for name in ("cut.png", "text.jpg", "gone.png"):
-        with pytest.raises(errors.UserError, match=f"{name}: cannot be read as an image"):
-            images.open_rgb(tmp_path / name)
-
-
 @pytest.mark.parametrize(
     "size", [(300, 200), (201, 333), (224, 224), (57, 41), (256, 1000), (999, 257)]
 )
@@ -162,12 +147,77 @@ def test_transform_files_of_older_dumps_load() -> None:
     assert json.dumps(transform.to_dict()) == text
 
 
+@pytest.mark.parametrize("interpolation", list(images.INTERPOLATIONS))
+@pytest.mark.parametrize("size", [(2000, 40), (33, 900), (5000, 150), (1, 300), (400, 7)])
+def test_only_the_crop_of_a_long_photo_is_resized(
+    size: tuple[int, int], interpolation: str
+) -> None:
+    """Against the whole photo resized, then cropped. Noise overshoots, so that the order of Pillow's two passes shows: either is right."""
+    rng = np.random.default_rng(0)
+    img = PIL.Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
+    resample = images.INTERPOLATIONS[interpolation]
+    for resize, crop in ((36, (32, 32)), ((40, 50), (32, 48))):
+        transform = images.Transform(crop, resize, False, interpolation, (0.5,), (0.5,))
+        whole = transform._resized(*size)
+        assert np.prod(whole) > 16 * np.prod(transform._cover())
+        left, top = round((whole[0] - crop[1]) / 2.0), round((whole[1] - crop[0]) / 2.0)
+        got = np.asarray(transform.geometry(img), int)
+        differences = []
+        for between in ((whole[0], img.height), (img.width, whole[1])):
+            want = img.resize(between, resample).resize(whole, resample)
+            want = want.crop((left, top, left + crop[1], top + crop[0]))
+            differences.append(np.abs(got - np.asarray(want, int)))
+        if interpolation == "nearest":  # a pixel on an edge may fall to either side
+            assert min((d > 0).mean() for d in differences) < 0.25
+        else:
+            assert min(d.max() for d in differences) <= 2
+
+
+@pytest.mark.parametrize("size", [(2000, 40), (40, 2000)])
+def test_long_photos_without_noise_are_as_the_libraries_have_them(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    coarse = PIL.Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8))
+    img = coarse.resize(size, PIL.Image.Resampling.BICUBIC)
+    transform = images.Transform((32, 32), 36, False, "bicubic", (0.5,), (0.5,))
+    want = torchvision.transforms.CenterCrop(32)(torchvision.transforms.Resize(36, BICUBIC)(img))
+    got = transform.geometry(img)
+    assert np.abs(np.asarray(got, int) - np.asarray(want, int)).max() <= 1
+
+
+def test_long_photos_take_the_memory_of_their_crop() -> None:
+    """A child process with 1 GB of address space more than it starts with; the whole of these would take 12 GB and 6 GB."""
+    code = """
+import pathlib, resource, PIL.Image
+from saev.data import images
+now = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 2**30,) * 2)
+for size in ((60_000, 1), (1, 20_000), (1, 2_000_000), (2_000_000, 3)):
+    for squash in (False, True):
+        transform = images.Transform((224, 224), 224, squash, "bicubic", (.5,), (.5,))
+        img = transform.geometry(PIL.Image.new("RGB", size, (9, 99, 199)))
+        assert img.size == (224, 224) and img.getextrema() == ((9, 9), (99, 99), (199, 199))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_sizes_are_bounded_before_any_work() -> None:
+    fields = images.Transform((32, 32), 36, False, "bicubic", (0.5,), (0.2,)).to_dict()
+    for changes in ({"resize": 60_000}, {"size": [32, 60_000], "resize": 60_000}, {"resize": -1}):
+        with pytest.raises(errors.UserError, match="sides must be from 1 to 8192 pixels"):
+            images.Transform.from_dict(fields | changes)
+    with pytest.raises(errors.UserError, match="--img-size 60000: .* at most 4096"):
+        config.Vit(img_size=60_000)
+
+
 def test_transform_survives_json_and_refuses_nonsense() -> None:
     transform = images.Transform((32, 32), 36, False, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
     assert images.Transform.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
     for changes in ({"size": "big"}, {"extra": 1}):
         with pytest.raises(errors.UserError, match=r"transform\.json: not a transform"):
             images.Transform.from_dict(transform.to_dict() | changes)
+    with pytest.raises(errors.UserError, match=r"transform\.json: not a transform .no JSON object"):
+        images.Transform.from_dict([1])
     with pytest.raises(errors.UserError, match="interpolation 'cubic' is not supported"):
         images.Transform.from_dict(transform.to_dict() | {"interpolation": "cubic"})
     for resize in (36, (64, 36), (36, 100)):

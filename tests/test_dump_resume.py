@@ -18,7 +18,7 @@ import pytest
 from torch import Tensor
 
 from saev import errors
-from saev.data import config, dump, verify, vits
+from saev.data import config, dump, pixels, verify, vits
 from saev.formats import shards
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -211,6 +211,44 @@ def test_a_corrupt_image_is_left_out_everywhere(
         (out / f"acts000007{suffix}").unlink()
     dump.main(cfg)
     assert contents(out) == contents(undisturbed)
+
+
+def test_a_photo_that_the_disk_refuses_is_never_left_out(
+    photos: pathlib.Path,
+    undisturbed: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The disk goes while the dump runs; once it is back, the same command ends well."""
+    cfg = dataclasses.replace(config_of(str(photos), str(tmp_path)), skip_corrupt=True)
+    read = pixels._read
+
+    def refused(fpath: pathlib.Path) -> bytes:
+        return read(fpath.with_name("gone") if fpath.name == "30.png" else fpath)
+
+    monkeypatch.setattr(pixels, "_read", refused)
+    with pytest.raises(errors.UserError, match="gone: cannot be read .No such file or directory"):
+        dump.main(cfg)
+    monkeypatch.undo()
+    out = pathlib.Path(dump.main(cfg))
+    assert contents(out) == contents(undisturbed)
+
+
+def test_an_earlier_dump_of_fewer_images_is_named(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in").mkdir()
+    cfg = config_of(str(tmp_path / "in"), str(tmp_path / "out"))
+    img = PIL.Image.new("RGB", (20, 20), (9, 99, 199))
+    img.save(tmp_path / "in" / "a.png")
+    first = dump.main(cfg)
+    assert "earlier dump" not in caplog.text
+    img.save(tmp_path / "in" / "b.jfif", "JPEG")
+    second = dump.main(cfg)
+    want = f"{first}: an earlier dump of this folder listed 1 images, now there are 2; a new dump"
+    assert caplog.text.count(want) == 1 and second != first
+    dump.main(cfg)
+    assert caplog.text.count("earlier dump") == 1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -11,6 +11,9 @@ from saev import errors, launch
 Family = tp.Literal["clip", "siglip", "dinov2", "dinov3", "mae", "timm"]
 Patches = tp.Literal["image", "cls", "all"]
 
+MAX_IMG_SIZE = 4096
+"""65,536 patches of 16 pixels: attention over more is beyond any ViT."""
+
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +59,10 @@ class Vit:
 
     def __post_init__(self) -> None:
         sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,)
-        if any(side is not None and side < 1 for side in sides):
-            raise errors.UserError(f"--img-size {self.img_size}: must be at least 1 pixel.")
+        if any(side is not None and not 1 <= side <= MAX_IMG_SIZE for side in sides):
+            raise errors.UserError(
+                f"--img-size {self.img_size}: must be at least 1 pixel and at most {MAX_IMG_SIZE}."
+            )
 
 
 @beartype.beartype
@@ -84,7 +89,7 @@ class Dump:
     n_jobs: int = 1
     """Slurm array tasks (without --slurm-acct: local processes) among which the shards are divided. The bytes are the same."""
     skip_corrupt: bool = False
-    """Leave corrupt images out and record them in complete.json, instead of stopping at the first."""
+    """Leave images out whose bytes do not decode, and record them in complete.json. A file that cannot be read stops the dump all the same."""
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
     dry_run: bool = False

@@ -70,6 +70,7 @@ def main(cfg: config.Dump, job_i: int = 0) -> str:
         data=_describe(cfg.data),
         **shards.stored_as(cfg.dtype),
     )
+    _warn_of_earlier_lists(pathlib.Path(cfg.dump_to), metadata)
     transform = vit.transform.to_dict()
     out = shards.ShardDir.create(pathlib.Path(cfg.dump_to), metadata, records, transform)
     mine = range(job_i, metadata.n_shards, cfg.n_jobs)
@@ -86,6 +87,22 @@ def main(cfg: config.Dump, job_i: int = 0) -> str:
 def job(part: config.DumpJob) -> str:
     """One of the jobs of a dump."""
     return main(part.dump, part.job_i)
+
+
+def _warn_of_earlier_lists(dump_to: pathlib.Path, metadata: shards.Metadata) -> None:
+    """A new dump begins where an earlier one listed other images: files were added, or saev knew fewer suffixes then."""
+    if (dump_to / metadata.hash).exists():
+        return
+    for fpath in sorted(dump_to.glob("*/metadata.json")):
+        with contextlib.suppress(errors.UserError):
+            other = shards.ShardDir.look(fpath.parent).metadata
+            if dataclasses.replace(other, n_imgs=metadata.n_imgs) == metadata:
+                logger.warning(
+                    "%s: an earlier dump of this folder listed %d images, now there are %d; a new dump begins. Remove the earlier one if you no longer need it.",
+                    fpath.parent,
+                    other.n_imgs,
+                    metadata.n_imgs,
+                )
 
 
 def _describe(data: config.ImageFolder | config.Cub200) -> dict[str, object]:
@@ -138,7 +155,7 @@ class _Dumper:
         try:
             img = images.open_rgb(self.root / self.records[image_i].path)
             return Decoded(self.vit.transform(img), "")
-        except errors.UserError as err:
+        except images.BadImage as err:
             if not self.cfg.skip_corrupt:
                 raise errors.UserError(
                     f"{err} (Or leave such images out: --skip-corrupt.)"

@@ -1,8 +1,8 @@
 """Image datasets and the transform from a photo to a ViT's input."""
 
-import collections.abc
 import dataclasses
-import os
+import logging
+import math
 import pathlib
 import typing as tp
 
@@ -14,10 +14,13 @@ from jaxtyping import Float32, jaxtyped
 from torch import Tensor
 
 from saev import errors
-from saev.data import config, cub
+from saev.data import config, cub, walk
+from saev.data.pixels import BadImage, open_rgb
 from saev.formats.shards import Record
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+__all__ = ["BadImage", "Transform", "image_root", "list_images", "open_rgb"]
+
+logger = logging.getLogger("saev")
 
 INTERPOLATIONS = {
     "bicubic": PIL.Image.Resampling.BICUBIC,
@@ -27,6 +30,14 @@ INTERPOLATIONS = {
 }
 
 
+MAX_SIDE = 8192
+"""Of the ViT's input and of the resized image, in pixels."""
+MAX_ASPECT = 16
+"""Images that are longer for their width are not resized as a whole, only where the crop lies."""
+MAX_BETWEEN = 2**26
+"""Pixels between Pillow's two passes (rows first, then columns), above which columns go first."""
+
+
 # ---- datasets ----
 
 
@@ -34,7 +45,7 @@ INTERPOLATIONS = {
 def list_images(cfg: config.ImageFolder | config.Cub200) -> list[Record]:
     """Path (relative to `image_root`) and label of every image, in a fixed order.
 
-    ImageFolder: sorted by path; the label is the path's first folder. Cub200: the order of images.txt.
+    ImageFolder: sorted by path; the label is the path's first folder; what is passed over is logged. Cub200: the order of images.txt.
 
     Raises:
         UserError: the root is missing or holds no images, or a CUB file has a bad line (names file and line).
@@ -45,12 +56,8 @@ def list_images(cfg: config.ImageFolder | config.Cub200) -> list[Record]:
         raise errors.UserError(
             f"--data.root {cfg.root}: no such directory. Pass the folder that holds the images."
         )
-    paths = _cub_paths(cfg) if isinstance(cfg, config.Cub200) else sorted(_walk(cfg.root, ""))
-    if not paths:
-        raise errors.UserError(
-            f"--data.root {cfg.root}: no images found (looked for {' '.join(SUFFIXES)}). Pass the folder that holds the images."
-        )
     is_cub = isinstance(cfg, config.Cub200)
+    paths = _cub_paths(cfg) if is_cub else _folder_paths(cfg.root)
     keys = [cub.key(path) if is_cub else path for path in paths]
     return [
         Record(path, key.rpartition("/")[0].partition("/")[0])
@@ -71,16 +78,16 @@ def _is_split(root: pathlib.Path) -> bool:
     return not (root / "images").is_dir() and (root / "train").is_dir()
 
 
-def _walk(root: str, prefix: str) -> collections.abc.Iterator[str]:
-    """Relative paths of image files below root; hidden files and folders are skipped."""
-    with os.scandir(os.path.join(root, prefix)) as entries:  # noqa: PTH118  (millions of files: pathlib is slow)
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(root, f"{prefix}{entry.name}/")
-            elif entry.name.lower().endswith(SUFFIXES):
-                yield prefix + entry.name
+def _folder_paths(root: str) -> list[str]:
+    paths, passed = walk.walk(root)
+    found = f"passed over: {walk.describe(passed)}" if passed else "the folder is empty"
+    if not paths:
+        raise errors.UserError(
+            f"--data.root {root}: no images found ({found}). Pass the folder that holds the images."
+        )
+    if passed:
+        logger.info("%s: %d photos; %s", root, len(paths), found)
+    return paths
 
 
 def _cub_paths(cfg: config.Cub200) -> list[str]:
@@ -95,22 +102,6 @@ def _cub_paths(cfg: config.Cub200) -> list[str]:
         for i, path in paths.items()
         if cfg.split == "all" or is_train[i] == (cfg.split == "train")
     ]
-
-
-@beartype.beartype
-def open_rgb(fpath: pathlib.Path) -> PIL.Image.Image:
-    """Reads an image as RGB, as the ViT libraries do (no EXIF rotation).
-
-    Raises:
-        UserError: missing, corrupt or truncated; names the path.
-    """
-    try:
-        with PIL.Image.open(fpath) as img:
-            return img.convert("RGB")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as err:
-        raise errors.UserError(
-            f"{fpath}: cannot be read as an image ({err}). Replace or remove it."
-        ) from err
 
 
 # ---- transform ----
@@ -136,6 +127,11 @@ class Transform:
             raise errors.UserError(
                 f"transform: interpolation {self.interpolation!r} is not supported (supported: {', '.join(INTERPOLATIONS)})."
             )
+        sides = *self.size, *self._cover()
+        if min(sides) < 1 or max(sides) > MAX_SIDE:
+            raise errors.UserError(
+                f"transform: size {self.size}, resize {self.resize}: sides must be from 1 to {MAX_SIDE} pixels."
+            )
         if any(have < want for have, want in zip(self._cover(), self.size, strict=True)):
             raise errors.UserError(
                 f"transform: cannot crop {self.size} from an image resized to {self.resize}."
@@ -144,10 +140,13 @@ class Transform:
     def geometry(self, img: PIL.Image.Image) -> PIL.Image.Image:
         """The part of the image that the ViT sees, `size` pixels large: heat maps lie on exactly this."""
         height, width = self.size
+        whole = self._resized(img.width, img.height)
+        left, top = round((whole[0] - width) / 2.0), round((whole[1] - height) / 2.0)
+        part = (left, top, left + width, top + height)
         resample = INTERPOLATIONS[self.interpolation]
-        img = img.resize(self._resized(img.width, img.height), resample)
-        left, top = round((img.width - width) / 2.0), round((img.height - height) / 2.0)
-        return img.crop((left, top, left + width, top + height))
+        if math.prod(whole) > MAX_ASPECT * math.prod(self._cover()):
+            return _resize_part(img, whole, part, resample)
+        return _resize(img, whole, resample).crop(part)
 
     def _cover(self) -> tuple[int, int]:
         """(height, width) that the resized image has at least."""
@@ -178,17 +177,51 @@ class Transform:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, obj: dict[str, tp.Any]) -> "Transform":
+    def from_dict(cls, obj: object) -> "Transform":
         """Inverse of `to_dict`, also after JSON made lists of the tuples.
 
         Raises:
             UserError: wrong keys or types.
         """
         try:
+            assert isinstance(obj, dict), "no JSON object"
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in obj.items()})
         except Exception as err:  # TypeError for keys, beartype's own for types
             if isinstance(err, errors.UserError):
                 raise
             raise errors.UserError(
-                f"transform.json: not a transform ({str(err).splitlines()[0]}). Dump again."
+                f"transform.json: not a transform ({errors.first_line(err)}). Dump again."
             ) from err
+
+
+def _resize(
+    img: PIL.Image.Image, size: tuple[int, int], resample: PIL.Image.Resampling
+) -> PIL.Image.Image:
+    """Pillow's resize, which the libraries use, in memory that a tall image does not multiply."""
+    if size[0] * img.height > MAX_BETWEEN:
+        img = img.resize((img.width, size[1]), resample)
+    return img.resize(size, resample)
+
+
+def _resize_part(
+    img: PIL.Image.Image,
+    whole: tuple[int, int],
+    part: tuple[int, int, int, int],
+    resample: PIL.Image.Resampling,
+) -> PIL.Image.Image:
+    """`part` (left, top, right, bottom) of the image resized to `whole`, made from the pixels that it depends on.
+
+    Equal to resizing the whole and cropping, but for a rounding of one level here and there (and the order of Pillow's two
+    passes, which depends on the sizes and shows where a filter overshoots).
+    """
+    scales = img.width / whole[0], img.height / whole[1]
+    region, box = [0.0] * 4, [0.0] * 4
+    for axis, (scale, side) in enumerate(zip(scales, img.size, strict=True)):
+        start, end = part[axis] * scale, part[axis + 2] * scale
+        margin = math.ceil(3 * max(scale, 1)) + 1  # Lanczos, the widest filter, reaches 3 pixels
+        region[axis] = max(0, math.floor(start) - margin)
+        region[axis + 2] = min(side, math.ceil(end) + margin)
+        box[axis] = start - region[axis]
+        box[axis + 2] = min(end, side) - region[axis]
+    size = part[2] - part[0], part[3] - part[1]
+    return img.crop(tuple(region)).resize(size, resample, tuple(box))

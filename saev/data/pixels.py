@@ -1,0 +1,165 @@
+"""From the bytes of a photo to 8-bit RGB. docs/images-and-weights.md has the table of modes.
+
+Reading and decoding are two steps. What goes wrong in reading is the disk's fault and stops a dump. What goes wrong in
+decoding is the photo's fault (`BadImage`), and `--skip-corrupt` leaves that photo out.
+"""
+
+import functools
+import io
+import os
+import pathlib
+import stat
+import warnings
+
+import beartype
+import numpy as np
+import PIL.Image
+import PIL.ImageCms
+
+from saev import errors
+
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
+"""Pillow has no decoder for these, or (EPS) runs Ghostscript."""
+MAX_BYTES = 2**30
+"""Larger files are not read."""
+MAX_PIXELS = 178_956_970
+"""Larger photos are not decoded; Pillow itself draws the line here."""
+FLAT = 16
+"""Colours that span fewer levels than this show nothing."""
+
+# Pillow warns from half of MAX_PIXELS on.
+warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
+
+
+class BadImage(errors.UserError):
+    """The file was read, but holds no image that can be used."""
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Names of the formats that Pillow can decode here."""
+    PIL.Image.init()
+    return tuple(name for name in PIL.Image.ID if name not in NOT_DECODED)
+
+
+@functools.cache
+def suffixes() -> tuple[str, ...]:
+    """Lower-case file name endings of those formats. MPO (two JPEGs in one file) is decoded as JPEG."""
+    known = {*formats(), "MPO"}
+    return tuple(sorted(s for s, f in PIL.Image.registered_extensions().items() if f in known))
+
+
+@beartype.beartype
+def open_rgb(fpath: pathlib.Path) -> PIL.Image.Image:
+    """Reads a photo as RGB. The first frame of an animation; EXIF rotation and colour profiles are not applied.
+
+    Raises:
+        BadImage: the file is empty, truncated, too large, in no known format, or in a mode without a defined white.
+        UserError: the file cannot be read, or memory does not suffice.
+    """
+    data = _read(fpath)
+    try:
+        if not data:
+            raise ValueError("the file is empty")
+        with PIL.Image.open(io.BytesIO(data), formats=formats()) as img:
+            if img.width * img.height > MAX_PIXELS:
+                raise ValueError(
+                    f"{img.width} x {img.height} pixels; at most {MAX_PIXELS:,} are decoded"
+                )
+            img.load()
+            return to_rgb(img)
+    except (
+        Exception
+    ) as err:  # Pillow's plugins raise a dozen types for bytes that are not what they expect
+        if isinstance(err, MemoryError) or "out of memory" in str(err):
+            raise errors.UserError(
+                f"{fpath}: memory does not suffice to decode it. Pass a smaller --n-workers, or remove the photo."
+            ) from err
+        raise BadImage(
+            f"{fpath}: cannot be read as an image ({_reason(err)}). Replace or remove it."
+        ) from err
+
+
+def _reason(err: Exception) -> str:
+    """Pillow's own message for unknown formats holds an address, which differs from run to run."""
+    if isinstance(err, PIL.UnidentifiedImageError):
+        return "no image format that Pillow decodes"
+    return errors.first_line(err)
+
+
+def _read(fpath: pathlib.Path) -> bytes:
+    """The bytes of a regular file. Opening does not block, so a FIFO cannot hang it."""
+    try:
+        number = os.open(fpath, os.O_RDONLY | os.O_NONBLOCK)
+        info = os.fstat(number)
+        if not stat.S_ISREG(info.st_mode):
+            os.close(number)
+            raise errors.UserError(f"{fpath}: is not a regular file. Remove it.")
+        with open(number, "rb") as fd:  # noqa: PTH123
+            if info.st_size > MAX_BYTES:
+                raise BadImage(
+                    f"{fpath}: is {info.st_size:,} bytes long; photos of at most {MAX_BYTES:,} bytes are read. Replace or remove it."
+                )
+            data = fd.read(MAX_BYTES)
+    except (OSError, ValueError) as err:  # ValueError: a NUL in the path
+        reason = getattr(err, "strerror", None) or errors.first_line(err)
+        raise errors.UserError(
+            f"{fpath}: cannot be read ({reason}). Check that the disk is mounted and that you may read the file, then run the same command again."
+        ) from err
+    if data.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise errors.UserError(
+            f"{fpath}: is a git-lfs pointer, not the photo. Run `git lfs pull` in its repository."
+        )
+    return data
+
+
+# ---- modes ----
+
+
+@beartype.beartype
+def to_rgb(img: PIL.Image.Image) -> PIL.Image.Image:
+    """8-bit RGB of a decoded image in any of Pillow's modes.
+
+    Raises:
+        ValueError: the mode does not say which value is white.
+    """
+    if img.format == "TIFF" and set(img.tag_v2.get(339, ())) & {2, 3}:  # SampleFormat
+        raise ValueError(f"mode {img.mode} of signed or float samples has no defined white")
+    if img.mode.startswith("I;16") or img.mode == "I":
+        return _from_16_bits(img)
+    if img.mode == "LAB":
+        lab, srgb = (PIL.ImageCms.createProfile(name) for name in ("LAB", "sRGB"))
+        return PIL.ImageCms.profileToProfile(img, lab, srgb, outputMode="RGB")
+    if img.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        return _without_alpha(img)
+    if img.mode == "P" and "transparency" in img.info:
+        return _without_alpha(img)
+    if img.mode in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"):
+        return img.convert("RGB")
+    raise ValueError(f"mode {img.mode} has no defined white")
+
+
+def _from_16_bits(img: PIL.Image.Image) -> PIL.Image.Image:
+    """Grey values from 0 (black) to 65535 (white), or to what the TIFF says, become 0 to 255."""
+    tags = img.tag_v2 if img.format == "TIFF" else {}
+    unsigned = ("PPM", "PNG") if img.mode == "I" else ("PPM", "PNG", "TIFF", "JPEG2000")
+    if img.format not in unsigned:
+        raise ValueError(f"mode {img.mode} of {img.format} has no defined white")
+    white = 2 ** tags.get(258, (16,))[0] - 1  # BitsPerSample
+    grey_HW = (np.asarray(img).astype(np.int64) * 255 + white // 2) // white
+    if tags.get(262) == 0:  # PhotometricInterpretation: white is zero
+        grey_HW = 255 - grey_HW
+    return PIL.Image.fromarray(grey_HW.astype(np.uint8)).convert("RGB")
+
+
+def _without_alpha(img: PIL.Image.Image) -> PIL.Image.Image:
+    """The colours without the transparency, as the ViT libraries have it; where only the transparency shows anything, the image on white or black."""
+    straight = {"La": "LA", "RGBa": "RGBA"}.get(img.mode)
+    rgba = (img.convert(straight) if straight else img).convert("RGBA")
+    rgb = rgba.convert("RGB")
+    colours, (low, high) = rgb.getextrema(), rgba.getextrema()[3]
+    if any(top - bottom >= FLAT for bottom, top in colours) or high - low < FLAT:
+        return rgb
+    is_dark = sum(top for _, top in colours) < 3 * 128
+    ground = PIL.Image.new("RGBA", rgba.size, "white" if is_dark else "black")
+    return PIL.Image.alpha_composite(ground, rgba).convert("RGB")
