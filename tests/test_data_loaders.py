@@ -3,6 +3,7 @@
 import collections
 import itertools
 import pathlib
+import re
 import tracemalloc
 
 import hypothesis
@@ -296,6 +297,26 @@ def test_bad_activations_name_their_image(make_shards, bad: float) -> None:
             for _ in itertools.islice(stream, 10):
                 pass
     list(ordered.Ordered(config.Shards(str(dpath), patches="cls")))  # another token: fine
+
+
+@pytest.mark.parametrize("size", [2e15, 1e25])
+def test_activations_whose_squares_overflow_are_refused(make_shards, size: float) -> None:
+    acts_NLTD = np.zeros((7, 1, 5, 6), np.float32)
+    acts_NLTD[4, 0, 2, 3] = -size
+    dpath, _ = make_shards(n_imgs=7, n_patches=4, d_vit=6, layers=(8,), acts=acts_NLTD)
+    cfg = config.Shards(str(dpath))
+    for stream in (ordered.Ordered(cfg, n_imgs=3), shuffled.Shuffled(cfg, batch_size=28)):
+        match = re.escape(f"image 4 has activations up to {size:.2g} at layer 8")
+        with pytest.raises(errors.UserError, match=match):
+            for _ in itertools.islice(stream, 10):
+                pass
+
+
+def test_large_activations_are_read(make_shards) -> None:
+    """Of many just below the bound the sum of squares is far above the square of the bound."""
+    acts_NLTD = np.full((7, 1, 5, 6), reader.LARGEST, np.float32)
+    dpath, _ = make_shards(n_imgs=7, n_patches=4, d_vit=6, layers=(8,), acts=acts_NLTD)
+    list(ordered.Ordered(config.Shards(str(dpath)), n_imgs=3))
 
 
 def test_a_shard_that_vanishes_while_reading(make_shards) -> None:

@@ -451,6 +451,30 @@ def test_interrupted_run_is_trained_again(
 # ---- failing in words ----
 
 
+def test_json_has_no_bare_nan(make_shards, cfg: config.Train) -> None:
+    """Constant activations have no variance to explain."""
+    dpath, _ = make_shards(n_imgs=9, layers=(0,), acts=np.ones((9, 1, 5, 8), np.float32))
+    cfg = change(cfg, data=data_config.Shards(str(dpath)))
+    (fpath,) = loop.main([cfg])
+    for name in ("metrics.jsonl", "metrics.json", "config.json"):
+        text = pathlib.Path(fpath).with_name(name).read_text()
+        for part in text.splitlines() if name == "metrics.jsonl" else [text]:
+            found = json.loads(part, parse_constant=lambda token: pytest.fail(token))
+            if name != "config.json":
+                assert found["explained_variance"] is found["normalized_mse"] is None
+
+
+def test_activations_too_large_for_squares_are_refused(make_shards, cfg: config.Train) -> None:
+    acts = 1e25 * np.random.default_rng(0).standard_normal((9, 1, 5, 8), np.float32)
+    dpath, _ = make_shards(n_imgs=9, layers=(0,), acts=acts)
+    cfg = change(cfg, data=data_config.Shards(str(dpath)))
+    with pytest.raises(
+        errors.UserError, match=r"activations up to [\d.]+e\+25 at layer 0: squares"
+    ):
+        loop.main([cfg])
+    assert not list(pathlib.Path(cfg.ckpt_to).glob("*/sae.pt"))
+
+
 def test_loss_that_is_not_finite(cfg: config.Train) -> None:
     with pytest.raises(errors.UserError, match=r"not finite at step \d+. Lower --lr"):
         loop.main([change(cfg, lr=1e25)])

@@ -379,18 +379,39 @@ def _token_slice(part: shards.ShardDir, patches: config.Patches) -> slice:
     }[patches]
 
 
+LARGEST = 1e15
+"""Larger activations are refused: sums of their squares overflow float32."""
+
+
 @jaxtyped(typechecker=beartype.beartype)
 def check_finite(
     acts_BXD: Float32[np.ndarray, "B *X D"], image_i_B: Int64[np.ndarray, " B"], acts: Reader
 ) -> None:
-    """Raises UserError naming the first image with a NaN or infinite activation. image_i_B: the image of each row."""
+    """Refuses activations that nothing can be computed from. Every loader asks here, of every batch.
+
+    Args:
+        image_i_B: the image of each row.
+
+    Raises:
+        UserError: an activation is NaN, infinite or larger than LARGEST (names the first image).
+    """
+    flat = acts_BXD.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(acts_BXD.sum()):
+        if np.dot(flat, flat) <= LARGEST**2:  # one fast pass; false for NaN
             return
-    bad_B = ~np.isfinite(acts_BXD).reshape(len(acts_BXD), -1).all(axis=1)
-    if bad_B.any():
-        layers = ", ".join(map(str, acts.layers))
+    is_bad_B = ~(np.abs(acts_BXD) <= LARGEST).reshape(len(acts_BXD), -1).all(axis=1)
+    if not is_bad_B.any():
+        return
+    image_i = image_i_B[is_bad_B].min()
+    values = acts_BXD[image_i_B == image_i]
+    where = f"{acts.dirs[0].dpath}: image {image_i} has"
+    layers = ", ".join(map(str, acts.layers))
+    if np.isfinite(values).all():
         raise errors.UserError(
-            f"{acts.dirs[0].dpath}: image {image_i_B[bad_B].min()} has NaN or infinite activations at layer {layers}. "
-            "Delete its shard (and the shard's .json) and run the same dump again."
+            f"{where} activations up to {np.abs(values).max():.2g} at layer {layers}: squares of more than {LARGEST:.0e} overflow float32. "
+            "Check the ViT's weights, or record another layer."
         )
+    raise errors.UserError(
+        f"{where} NaN or infinite activations at layer {layers}. "
+        "Delete its shard (and the shard's .json) and run the same dump again."
+    )
