@@ -25,7 +25,7 @@ import typing as tp
 
 import beartype
 
-from saev import errors
+from saev import errors, fields
 
 logger = logging.getLogger("saev")
 
@@ -47,8 +47,13 @@ class SlurmConfig:
     """CPU cores of each job."""
     n_gpus: int = 1
     """GPUs of each job. 0 on a cluster without GPUs."""
-    log_to: str = "logs"
+    log_to: fields.Path = "logs"
     """Folder for job logs."""
+
+    def __post_init__(self) -> None:
+        fields.settle(
+            self, n_hours="(0, 1e5]", mem_gb="[0, 1e6]", n_cpus="[1, 1e5]", n_gpus="[0, 1e4]"
+        )
 
 
 @beartype.beartype

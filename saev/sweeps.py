@@ -25,6 +25,7 @@ import collections.abc
 import dataclasses
 import difflib
 import itertools
+import math
 import pathlib
 import re
 import sys
@@ -34,11 +35,16 @@ import typing as tp
 
 import beartype
 import beartype.door
-import tyro
 
-from saev import errors
+from saev import cli, errors
+from saev.formats import textfile
 
-TYRO_CONFIG = (tyro.conf.CascadeSubcommandArgs,)
+MAX_CONFIGS = 10_000
+"""Of one sweep; Slurm's job arrays are shorter still."""
+EXACT = 2**53
+"""Below it a float says exactly which integer was meant."""
+MAX_BYTES = 2**20
+"""Of a sweep file."""
 
 Cfg = tp.TypeVar("Cfg")
 Override = dict[str, object]
@@ -55,32 +61,27 @@ def parse(
         UserError: the sweep file is missing, is not TOML, or has an unknown key, a wrong type or an invalid combination.
     """
     args = list(sys.argv[1:] if args is None else args)
-    cfg = _cli(cls, args, description)
+    cfg = cli.parse(cls, args, description)
     sweep = getattr(cfg, "sweep", None)
     if not sweep:
         return [cfg]
     fpath = pathlib.Path(sweep)
     configs = [
-        _cli(cls, args, description, default=_apply(cls, cfg, override, fpath, args))
+        cli.parse(cls, args, description, default=_apply(cls, cfg, override, fpath, args))
         for override in expand(_read(fpath), cls, fpath)
     ]
     _check_shared(configs, fpath)
     return list(dict.fromkeys(configs))  # a typed flag can make two configurations equal
 
 
-def _cli(cls: type[Cfg], args: list[str], description: str, **kwargs: tp.Any) -> Cfg:
-    return tyro.cli(cls, args=args, description=description, config=TYRO_CONFIG, **kwargs)
-
-
 def _read(fpath: pathlib.Path) -> dict[str, object]:
-    if not fpath.is_file():
-        raise errors.UserError(
-            f"--sweep {fpath}: no such file. Pass a TOML file such as those in configs/."
-        )
+    text = textfile.read(fpath, "Pass a TOML file such as those in configs/.", MAX_BYTES)
     try:
-        return tomllib.loads(fpath.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise errors.UserError(f"{fpath}: not valid TOML: {err}.") from err
+        return tomllib.loads(text)
+    except RecursionError as err:
+        raise errors.UserError(f"{fpath}: not valid TOML: too deeply nested.") from err
+    except ValueError as err:  # TOMLDecodeError, or an integer of thousands of digits
+        raise errors.UserError(f"{fpath}: not valid TOML: {errors.first_line(err)}.") from err
 
 
 # ---- TOML table -> list of overrides ----
@@ -89,7 +90,16 @@ def _read(fpath: pathlib.Path) -> dict[str, object]:
 @beartype.beartype
 def expand(table: dict[str, object], cls: type, fpath: pathlib.Path) -> list[Override]:
     """The cross product of all axes, in file order (the last axis varies fastest)."""
-    axes = [_axis(key, value, cls, fpath) for key, value in table.items()]
+    return _crossed([_axis(key, value, cls, fpath) for key, value in table.items()], fpath)
+
+
+def _crossed(axes: list[list[Override]], fpath: pathlib.Path) -> list[Override]:
+    n_configs = math.prod(map(len, axes))
+    if n_configs > MAX_CONFIGS:
+        raise errors.UserError(
+            f"{fpath}: is a sweep of {n_configs:,} configurations; at most {MAX_CONFIGS:,} can be run. "
+            "Shorten its lists, or vary parameters together by [[paired]]."
+        )
     return [_merged(combination, fpath) for combination in itertools.product(*axes)]
 
 
@@ -131,7 +141,7 @@ def _expand_nested(key: str, table: dict[str, object], fpath: pathlib.Path) -> l
     axes = [
         [{k: v} for v in _alternatives(f"{key}.{k}", value, fpath)] for k, value in table.items()
     ]
-    return [_merged(combination, fpath) for combination in itertools.product(*axes)]
+    return _crossed(axes, fpath)
 
 
 def _alternatives(key: str, value: object, fpath: pathlib.Path) -> list[object]:
@@ -301,16 +311,15 @@ def _wanted(hint: tp.Any) -> str:
 
 
 def _widen(value: object, hint: object) -> object:
-    """TOML writes 1 for 1.0 and lists for tuples."""
+    """TOML writes 1 for 1.0, 1e6 for 1_000_000 (a float), and lists for tuples."""
+    hints = (hint, *tp.get_args(hint))
     if isinstance(value, list):
-        inner = tp.get_args(hint)[0] if tp.get_origin(hint) is tuple else None
+        inner = next((tp.get_args(h)[0] for h in hints if tp.get_origin(h) is tuple), None)
         return tuple(_widen(v, inner) for v in value)
-    if (
-        type(value) is int
-        and (hint is float or float in tp.get_args(hint))
-        and int not in tp.get_args(hint)
-    ):
-        return float(value)
+    if type(value) is int and float in hints and int not in hints:
+        return float(value) if abs(value) < EXACT else value
+    if type(value) is float and int in hints and float not in hints:
+        return int(value) if value.is_integer() and abs(value) < EXACT else value
     return value
 
 

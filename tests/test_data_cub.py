@@ -1,5 +1,6 @@
 """CUB's labels against a plain loop over the files' lines. N images, T traits."""
 
+import os
 import pathlib
 import random
 
@@ -264,7 +265,7 @@ def test_pair_without_a_line(root: pathlib.Path) -> None:
     )
 
 
-# ---- another layout, repeated annotations, the cache ----
+# ---- another layout, repeated annotations ----
 
 
 @pytest.mark.parametrize("is_flat", [False, True])
@@ -312,36 +313,6 @@ def test_shares_of_classes(root: pathlib.Path) -> None:
         refuses(root, match)
 
 
-def test_parse_is_kept_under_the_files_hash(
-    root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cub, "CACHE_FROM", 1)
-    want = cub.load(root)
-    (cached,) = (tmp_path / "cache" / "saev").iterdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(cub, "_first_four_fields", None)  # a second parse would be a TypeError
-        np.testing.assert_array_equal(cub.load(root).labels_NT, want.labels_NT)
-        assert cub.load(root, min_certainty=1).labels_NT.sum() > want.labels_NT.sum()
-    cached.write_bytes(cached.read_bytes()[:-20])  # a broken cache is parsed again, and mended
-    np.testing.assert_array_equal(cub.load(root).labels_NT, want.labels_NT)
-    for foreign in (np.zeros((8, 3), np.int32), np.zeros((8, 4)), np.zeros(8, np.int32)):
-        np.savez(cached, fields_M4=foreign)
-        np.testing.assert_array_equal(cub.load(root).labels_NT, want.labels_NT)
-    fpath = root / "attributes" / "image_attribute_labels.txt"
-    fpath.write_text(LABELS.replace("12 1 0 3", "12 1 1 3"))
-    assert cub.load(root).labels_NT.sum() == want.labels_NT.sum() + 1
-    assert len(list((tmp_path / "cache" / "saev").iterdir())) == 2
-
-
-def test_a_cache_that_cannot_be_written(
-    root: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
-    monkeypatch.setattr(cub, "CACHE_FROM", 1)
-    assert cub.load(root).n_lines == 8
-
-
 # ---- what a review found ----
 
 
@@ -350,18 +321,6 @@ def test_two_lines_run_together_are_named(root: pathlib.Path) -> None:
     fpath.write_text(LABELS.replace("5.0\n7 2 0 4 5.0", "5.0 7 2 0 4 5.0"))
     with pytest.raises(errors.UserError, match=r"labels\.txt:7: .* of 4 to 7 fields"):
         cub.load(root)
-
-
-def test_fields_are_counted_beyond_a_chunk(
-    root: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cub, "CHUNK", 30)
-    fpath = root / "attributes" / "image_attribute_labels.txt"
-    fpath.write_text(LABELS + "3 1 1 4 5.0 3 2 0 4 1.0")
-    with pytest.raises(errors.UserError, match=r"labels\.txt:9: "):
-        cub.load(root)
-    fpath.write_text(LABELS.replace(" ", "  ").replace("\n", "\r\n"))
-    assert cub.load(root).labels_NT.tolist() == [[False, True], [True, False], [False, True]]
 
 
 @pytest.mark.parametrize("line", ["3 1 1.0 4 27.7", "3 1 0.9 4 27.7", "3 1 1 2.9 27.7"])
@@ -407,3 +366,78 @@ def test_attributes_beside_a_link_to_the_archive(root: pathlib.Path) -> None:
     linked.symlink_to(root)
     (linked.parent / "attributes.txt").write_text(TRAITS)
     assert cub.load(linked).attribute_names_T[1] == "has_wing_color::blue"
+
+
+# ---- files as people have them ----
+
+NAMES = (
+    "images.txt",
+    "train_test_split.txt",
+    "image_class_labels.txt",
+    "attributes/attributes.txt",
+    "attributes/image_attribute_labels.txt",
+    "attributes/class_attribute_labels_continuous.txt",
+)
+AS_PEOPLE_HAVE_THEM = {
+    "byte order mark": lambda data: b"\xef\xbb\xbf" + data,
+    "tabs": lambda data: data.replace(b" ", b"\t").replace(b"a\ta", b"a a"),
+    "several blanks": lambda data: data.replace(b" ", b" \t ").replace(b"a \t a", b"a a"),
+    "Windows": lambda data: data.replace(b"\n", b"\r\n"),
+    "old Macs": lambda data: data.replace(b"\n", b"\r"),
+    "blanks around": lambda data: b"  " + data.replace(b"\n", b" \t\n  "),
+    "no last newline": bytes.rstrip,
+    "empty lines": lambda data: data.replace(b"\n", b"\n\n \n"),
+    "all at once": lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"  \r\n").rstrip(),
+}
+
+
+@pytest.mark.parametrize("change", AS_PEOPLE_HAVE_THEM)
+@pytest.mark.parametrize("name", NAMES)
+def test_files_as_people_have_them(root: pathlib.Path, name: str, change: str) -> None:
+    (root / NAMES[-1]).write_text("0 1.5\n100 33\n")
+    want, shares_CT = flattened(cub.load(root)), cub.load(root).shares_CT
+    data = (root / name).read_bytes()
+    (root / name).write_bytes(AS_PEOPLE_HAVE_THEM[change](data))
+    got = cub.load(root)
+    assert flattened(got) == want and got.n_lines == 8
+    np.testing.assert_array_equal(got.shares_CT, shares_CT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_are_no_text_are_refused(root: pathlib.Path, name: str) -> None:
+    """At once: opening a FIFO would wait for somebody to write into it."""
+    text = (root / name).read_text() if name != NAMES[-1] else "0 1\n1 0\n"
+    for encoding in ("utf-16", "utf-16-le", "utf-32"):
+        (root / name).write_bytes(text.encode(encoding))
+        refuses(root, rf"{name}: is UTF-16 or no text at all\. Save it as UTF-8")
+    (root / name).unlink()
+    os.mkfifo(root / name)
+    refuses(root, f"{name}: is not a regular file")
+    (root / name).unlink()
+    (root / name).symlink_to(root / name)
+    refuses(root, f"{name}: cannot be read .Too many levels of symbolic links")
+    (root / name).unlink()
+    (root / name).mkdir()
+    refuses(root, f"{name}: is not a regular file")
+
+
+@pytest.mark.parametrize(
+    "path", ["../b.jpg", "a/../../b.jpg", "/etc/passwd", "images//etc/passwd", "images/../b.jpg"]
+)
+def test_paths_that_leave_the_images_folder_are_refused(root: pathlib.Path, path: str) -> None:
+    (root / "images.txt").write_text(IMAGES.replace("002.Laysan/c.jpg", path))
+    refuses(root, r"images\.txt: the path .* leads out of the images' folder")
+
+
+def test_names_keep_their_bytes(root: pathlib.Path) -> None:
+    """Latin-1, quotes, tabs inside: the path is what the file system has."""
+    names = [b'002.L\xe9/"b" \'.jpg', b"001.Black/a\ta.jpg", "002.\u2028\x85/c.jpg".encode()]
+    lines = [b"%d\t%s" % pair for pair in zip((7, 3, 12), names, strict=True)]
+    (root / "images.txt").write_bytes(b"\n".join(lines))
+    assert [os.fsencode(path) for path in cub.load(root).paths_N] == names
+
+
+def test_the_home_folder(root: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(root.parent))
+    monkeypatch.setenv("NAME", root.name)
+    assert cub.load("~/$NAME").paths_N == cub.load(root).paths_N

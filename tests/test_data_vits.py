@@ -350,7 +350,7 @@ def test_image_size_flags() -> None:
     assert parse("--img-size", "224").img_size == 224
     assert parse("--img-size", "224", "336").img_size == (224, 336)
     for size in (0, (16, -16)):
-        with pytest.raises(errors.UserError, match="must be at least 1 pixel"):
+        with pytest.raises(errors.UserError, match="--img-size .*: must be at least 1"):
             config.Vit(img_size=size)
     square = random("timm", "test_vit", img_size=(96, 96))
     same = random("timm", "test_vit", img_size=96)

@@ -94,12 +94,19 @@ BAD = {
     "dry_run = 'yes'": "dry_run = 'yes': must be bool",
     "[sae]\ntop_k = [8, '9']": "sae.top_k = '9': must be int, not str",
     "[sae]\ntop_k = 0": "--sae.top-k 0: must be at least 1",
-    "lr = -1.0": "--lr -1.0: must be positive",
-    "lr = nan": "--lr nan: must be positive and finite",
+    "lr = -1.0": "--lr -1.0: must be more than 0",
+    "lr = nan": "--lr nan: must be more than 0",
     "lr = []": "lr is an empty list",
     "[sae]\ntop_k = []": "sae.top_k is an empty list",
     "[[sae]]\ntype = 'topk'": "sae.type = 'topk': valid types are relu, top-k, batch-top-k",
     "lr = ": "not valid TOML",
+    "lr = " + "[" * 100_000: "not valid TOML: too deeply nested",
+    "seed = " + "9" * 5000: "not valid TOML",
+    "seed = 1e16": "seed = 1e\\+16: must be int, not float",
+    "seed = 1e400": "seed = inf: must be int, not float",
+    "lr = 1" + "0" * 400: "lr = 10*: must be float",
+    'ckpt_to = "a\\u0000b"': "--ckpt-to .* cannot hold the character NUL",
+    'ckpt_to = "$NO_SUCH_VARIABLE/x"': r"--ckpt-to \$NO_SUCH_VARIABLE/x: the environment variable",
     "[[paired]]\n[[paired.x]]\n": "unknown key 'x'",
     "paired = [1]": "paired must be a table",
     "paired = []": "paired is an empty list",
@@ -168,7 +175,7 @@ def test_a_type_against_the_typed_subcommand(parse) -> None:
 
 
 def test_missing_file() -> None:
-    with pytest.raises(errors.UserError, match=r"--sweep gone\.toml: no such file"):
+    with pytest.raises(errors.UserError, match=r"gone\.toml: no such file"):
         sweeps.parse(config.Train, "", ["--sweep", "gone.toml"])
 
 

@@ -6,7 +6,7 @@ import typing as tp
 import beartype
 import tyro
 
-from saev import errors, launch
+from saev import errors, fields, launch
 
 Family = tp.Literal["clip", "siglip", "dinov2", "dinov3", "mae", "timm"]
 Patches = tp.Literal["image", "cls", "all"]
@@ -20,8 +20,11 @@ MAX_IMG_SIZE = 4096
 class ImageFolder:
     """A folder of images, one subfolder per label (subfolders may nest; the first level is the label)."""
 
-    root: str = ""
+    root: fields.Path = ""
     """Folder to search for images."""
+
+    def __post_init__(self) -> None:
+        fields.settle(self, "data.")
 
 
 @beartype.beartype
@@ -29,10 +32,13 @@ class ImageFolder:
 class Cub200:
     """CUB-200-2011 as it is distributed: images in the order of images.txt."""
 
-    root: str = ""
+    root: fields.Path = ""
     """The CUB_200_2011 folder (the one with images.txt)."""
     split: tp.Literal["all", "train", "test"] = "all"
     """Which images to dump, by train_test_split.txt."""
+
+    def __post_init__(self) -> None:
+        fields.settle(self, "data.")
 
 
 @beartype.beartype
@@ -42,9 +48,9 @@ class Vit:
 
     vit_family: Family = "clip"
     """clip, siglip: open_clip models. dinov2, dinov3, mae: the authors' names. timm: any timm ViT."""
-    vit_ckpt: str = "ViT-L-14/openai"
+    vit_ckpt: fields.Path = "ViT-L-14/openai"
     """clip, siglip: ARCH/PRETRAINED or hf-hub:ORG/NAME. Others: the model's name (dinov2_vitl14_reg, dinov3_vitl16, mae_vit_base_patch16)."""
-    vit_weights: str = "hub"
+    vit_weights: fields.Path = "hub"
     """Where the weights come from: 'hub', 'random' (seeded by --vit-seed), or a local .safetensors/.pt state dict."""
     vit_seed: int = 0
     """Seed of --vit-weights random."""
@@ -58,11 +64,12 @@ class Vit:
     """bfloat16: run the ViT in bfloat16 autocast, which is faster on GPUs and rounds more; activations still come out as float32."""
 
     def __post_init__(self) -> None:
-        sides = self.img_size if isinstance(self.img_size, tuple) else (self.img_size,)
-        if any(side is not None and not 1 <= side <= MAX_IMG_SIZE for side in sides):
-            raise errors.UserError(
-                f"--img-size {self.img_size}: must be at least 1 pixel and at most {MAX_IMG_SIZE}."
-            )
+        sizes = {
+            "d_vit": "[1, 1e6]",
+            "n_patches_per_img": "[1, 1e6]",
+            "img_size": f"[1, {MAX_IMG_SIZE}]",
+        }
+        fields.settle(self, vit_seed="[0, 4294967296)", **sizes)
 
 
 @beartype.beartype
@@ -76,7 +83,7 @@ class Dump:
     """The images."""
     vit_layers: tuple[int, ...] = (-2,)
     """Layers to record: i is the residual stream after block i, counted from 0; negative counts from the end."""
-    dump_to: str = "shards"
+    dump_to: fields.Path = "shards"
     """Where the shard directory (named by the hash of its metadata) is made."""
     max_patches_per_shard: int = 2_400_000
     """Tokens x layers per shard file."""
@@ -104,11 +111,14 @@ class Dump:
             raise errors.UserError("--vit-layers is empty: name at least one layer.")
         if len(set(self.vit_layers)) < len(self.vit_layers):
             raise errors.UserError(f"--vit-layers {self.vit_layers} names a layer twice.")
-        for name in ("vit_batch_size", "n_workers", "n_jobs"):
-            if getattr(self, name) < 1:
-                raise errors.UserError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1."
-                )
+        fields.settle(
+            self,
+            vit_layers="[-1e4, 1e4]",
+            max_patches_per_shard="[1, 1e12]",
+            vit_batch_size="[1, 65536]",
+            n_workers="[1, 1024]",
+            n_jobs="[1, 10000]",
+        )
 
 
 @beartype.beartype
@@ -125,13 +135,16 @@ class DumpJob:
 class Shards:
     """Activations to read: one layer (or all) of one or more shard directories."""
 
-    shard_root: str = ""
+    shard_root: fields.Path = ""
     """Shard directory, as printed by `python -m saev.data` (the one with metadata.json)."""
     layer: int | tp.Literal["all"] = -1
     """Recorded layer to read; negative counts from the end of the recorded layers. all: every recorded layer."""
     patches: Patches = "image"
     """image: the patch tokens. cls: the [CLS] token. all: both."""
-    more_roots: tuple[str, ...] = ()
+    more_roots: tuple[fields.Path, ...] = ()
     """More shard directories of the same ViT, read after shard_root as one stream."""
     partial: bool = False
     """Read the complete shards of an interrupted dump too."""
+
+    def __post_init__(self) -> None:
+        fields.settle(self, "data.", layer="[-1e4, 1e4]")

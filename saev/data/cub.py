@@ -15,8 +15,8 @@ lines.
 """
 
 import collections.abc
-import contextlib
 import dataclasses
+import io
 import os
 import pathlib
 import re
@@ -27,18 +27,13 @@ import beartype
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, jaxtyped
 
-from saev import errors, helpers
+from saev import errors, fields
+from saev.formats import textfile
 
-TEXT: dict[str, tp.Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
-"""As Python names files whose names are not UTF-8: such a path still equals the dump's."""
-PARSER = 2
-"""Raised when the same file may give other fields."""
 N_FIELDS = 7
 """Of a line of annotations, at most."""
-CHUNK = 2**24
-"""Bytes that are looked at together."""
-CACHE_FROM = 100_000
-"""Lines from which a parse is worth keeping."""
+MAX_BYTES = 2**30
+"""Of a file; the largest of the archive has 9e7."""
 NATURAL, INTEGER = re.compile("[0-9]{1,7}"), re.compile("[+-]?[0-9]{1,18}")
 FIELDS = "'IMAGE_ID ATTRIBUTE_ID PRESENT CERTAINTY ... TIME' of 4 to 7 fields"
 
@@ -82,7 +77,7 @@ def load(root: str | pathlib.Path, *, min_certainty: int = 3) -> Cub:
         UserError: a file is missing, a line cannot be parsed (names file and line), an id is unknown, or an
             image x attribute pair has no line.
     """
-    root = pathlib.Path(root)
+    root = fields.path(root)
     if not root.is_dir():
         raise errors.UserError(
             f"--cub-root {root}: no such directory. Pass the CUB_200_2011 folder (with images.txt)."
@@ -99,14 +94,13 @@ def load(root: str | pathlib.Path, *, min_certainty: int = 3) -> Cub:
     is_train = split(root, paths)
     classes = _numbers(_need(root / "image_class_labels.txt"), paths, range(1, 10_000))
     fpaths = [dpath / "image_attribute_labels.txt" for dpath in (root / "attributes", root)]
-    fpath = _need(next((fpath for fpath in fpaths if fpath.is_file()), fpaths[0]))
     return Cub(
         paths_N=[paths[i] for i in ids],
         is_train_N=np.array([is_train[i] == 1 for i in ids]),
         attribute_names_T=[names[t] for t in sorted(names)],
         class_N=np.array([classes[i] for i in ids], np.int64),
         shares_CT=_read_shares(root, max(classes.values()), len(names)),
-        **_read_labels(fpath, ids, len(names), min_certainty),
+        **_read_labels(_first(fpaths), ids, len(names), min_certainty),
     )
 
 
@@ -126,7 +120,15 @@ def image_paths(root: pathlib.Path) -> dict[int, str]:
     Raises:
         UserError: images.txt is missing, or a line cannot be parsed (names the line).
     """
-    return _names(_need(root / "images.txt"), key)
+    fpath = root / "images.txt"
+    paths = _names(_need(fpath), key)
+    for path in paths.values():
+        parts = pathlib.PurePosixPath(path).parts
+        if parts[0] == "/" or ".." in parts or "\0" in path:
+            raise errors.UserError(
+                f"{fpath}: the path {path!r} leads out of the images' folder. Unpack the archive again."
+            )
+    return paths
 
 
 @beartype.beartype
@@ -146,8 +148,13 @@ def key(path: str) -> str:
     return rest if first in ("images", "train", "test") else path.removeprefix("./")
 
 
+def _first(fpaths: collections.abc.Sequence[pathlib.Path]) -> pathlib.Path:
+    """The first that is there, if only as a broken link: reading it then says so."""
+    return _need(next((fpath for fpath in fpaths if os.path.lexists(fpath)), fpaths[0]))
+
+
 def _need(fpath: pathlib.Path) -> pathlib.Path:
-    if not fpath.is_file():
+    if not os.path.lexists(fpath):
         raise errors.UserError(
             f"{fpath}: missing. Pass the CUB_200_2011 folder of the full archive (with attributes)."
         )
@@ -160,8 +167,7 @@ def _attributes_fpath(root: pathlib.Path) -> pathlib.Path:
     if root.name == "metadata":
         above += [root.parent / "attributes", *(dpath.parent for dpath in above)]
     dpaths = (root / "attributes", root, *above)
-    fpaths = [dpath / "attributes.txt" for dpath in dpaths]
-    return _need(next((fpath for fpath in fpaths if fpath.is_file()), fpaths[0]))
+    return _first([dpath / "attributes.txt" for dpath in dpaths])
 
 
 def _bad_line(fpath: pathlib.Path, line_i: int, line: str, wanted: str) -> errors.UserError:
@@ -177,7 +183,7 @@ def _names(
     out: dict[int, str] = {}
     seen: set[str] = set()
     for line_i, line in _filled_lines(fpath):
-        number, _, name = line.strip().partition(" ")
+        number, name = [*line.split(None, 1), "", ""][:2]
         name = as_name(name.strip())
         if not NATURAL.fullmatch(number) or not name or int(number) in out or name in seen:
             raise _bad_line(fpath, line_i, line, "'ID NAME' with an id and a name not seen before")
@@ -213,7 +219,7 @@ def _read_labels(
     Only the first four fields of a line count; the archive has lines with 5 to 7 (some copies leave out the time). Of several annotations of a pair any positive
     that is certain enough counts: an annotator who does not see a trait is outvoted by one who does and is sure.
     """
-    fields_M4 = _cached_fields(fpath)
+    fields_M4 = _first_four_fields(fpath)
     row_of = np.full(max(ids) + 2, -1, np.int64)  # its last entry stands for every id beyond
     row_of[ids] = np.arange(len(ids))
     image_M, trait_M, present_M, certainty_M = fields_M4.T
@@ -255,13 +261,14 @@ def _check_all_seen(fpath: pathlib.Path, seen_NT: np.ndarray, ids: list[int]) ->
 
 def _read_shares(root: pathlib.Path, n_classes: int, n_traits: int) -> np.ndarray | None:
     fpaths = [d / "class_attribute_labels_continuous.txt" for d in (root / "attributes", root)]
-    fpath = next((fpath for fpath in fpaths if fpath.is_file()), None)
+    fpath = next((fpath for fpath in fpaths if os.path.lexists(fpath)), None)
     if fpath is None:
         return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # an empty file
-            shares_CT = np.loadtxt(fpath, np.float64, comments=None, ndmin=2) / 100
+            text = io.StringIO(_text(fpath))
+            shares_CT = np.loadtxt(text, np.float64, comments=None, ndmin=2) / 100
     except ValueError as err:
         raise errors.UserError(
             f"{fpath}: holds other things than numbers ({errors.first_line(err)}). Unpack the archive again."
@@ -275,62 +282,44 @@ def _read_shares(root: pathlib.Path, n_classes: int, n_traits: int) -> np.ndarra
     return shares_CT
 
 
-def _cached_fields(fpath: pathlib.Path) -> np.ndarray:
-    """`_first_four_fields`, kept in the user's cache folder under the hash of the file's bytes: 3.7 million lines are parsed once.
-
-    A cache that cannot be read or written costs the parse, nothing else.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    cached = pathlib.Path(home) / "saev" / f"cub-{PARSER}-{helpers.hash_file(fpath)}.npz"
-    # whatever a cut or foreign file makes numpy raise
-    with contextlib.suppress(Exception), cached.open("rb") as fd:
-        fields_M4 = np.load(fd, allow_pickle=False)["fields_M4"]
-        if fields_M4.dtype == np.int32 and fields_M4.shape[1:] == (4,):
-            return fields_M4.astype(np.int64)
-    fields_M4 = _first_four_fields(fpath)
-    _check_n_fields(fpath)
-    if len(fields_M4) >= CACHE_FROM and np.abs(fields_M4).max() < 2**31:
-        with contextlib.suppress(OSError):
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            with helpers.atomic(cached) as tmp_fpath, tmp_fpath.open("wb") as fd:
-                np.savez(fd, fields_M4=fields_M4.astype(np.int32))
-    return fields_M4
-
-
 def _first_four_fields(fpath: pathlib.Path) -> np.ndarray:
-    """(filled lines, 4) int64 array of the first four fields."""
+    """(filled lines, 4) int64 array of the first four fields of each line of annotations."""
+    text = _text(fpath)
+    _check_n_fields(fpath, text)
     try:
-        with fpath.open(**TEXT) as fd, warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # an empty file; its pairs are missed later
-            fields_M4 = np.loadtxt(fd, np.int64, usecols=range(4), comments=None, ndmin=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # no lines; their pairs are missed later
+            fields_M4 = np.loadtxt(
+                io.StringIO(text), np.int64, usecols=range(4), comments=None, ndmin=2
+            )
             return fields_M4.reshape(-1, 4)
     except ValueError:  # says only which row; find the line
         for line_i, line in _filled_lines(fpath):
-            fields = line.split()[:4]
-            if len(fields) < 4 or not all(INTEGER.fullmatch(field) for field in fields):
+            words = line.split()[:4]
+            if len(words) < 4 or not all(map(INTEGER.fullmatch, words)):
                 raise _bad_line(fpath, line_i, line, FIELDS) from None
         raise
 
 
-def _check_n_fields(fpath: pathlib.Path) -> None:
+def _check_n_fields(fpath: pathlib.Path, text: str) -> None:
     """More than 7 fields are two lines run together, of which the second would be lost."""
-    line_i = 0
-    with fpath.open("rb") as fd:
-        while lines := fd.readlines(CHUNK):
-            bytes_n = np.frombuffer(b"".join([*lines, b"\n"]), np.uint8)
-            is_gap_n = (bytes_n == ord(" ")) | (bytes_n == ord("\t"))
-            ends = np.flatnonzero(bytes_n == ord("\n"))
-            n_gaps = np.diff(np.cumsum(is_gap_n)[ends], prepend=0)[: len(lines)]
-            for i in np.flatnonzero(n_gaps > N_FIELDS - 1).tolist():
-                line = lines[i].decode("utf-8", "surrogateescape")
-                if len(line.split()) > N_FIELDS:
-                    raise _bad_line(fpath, line_i + i + 1, line, FIELDS)
-            line_i += len(lines)
+    bytes_n = np.frombuffer(f"\n{text}\n".encode("utf-8", "surrogateescape"), np.uint8)
+    is_blank_n = bytes_n <= ord(" ")
+    starts = np.flatnonzero(is_blank_n[:-1] & ~is_blank_n[1:])
+    n_before = np.searchsorted(starts, np.flatnonzero(bytes_n == ord("\n")))
+    too_long = np.flatnonzero(np.diff(n_before) > N_FIELDS)
+    if too_long.size:
+        line_i = int(too_long[0])
+        raise _bad_line(fpath, line_i + 1, text.split("\n")[line_i], FIELDS)
+
+
+def _text(fpath: pathlib.Path) -> str:
+    """A file's text. Bytes that are not UTF-8 are kept as Python keeps them in paths, so such a path still equals the dump's."""
+    remedy = "Pass the CUB_200_2011 folder of the full archive (with attributes)."
+    return textfile.read(fpath, remedy, MAX_BYTES, "surrogateescape")
 
 
 def _filled_lines(fpath: pathlib.Path) -> list[tuple[int, str]]:
     """(line number from 1, line) of each line that is not blank."""
-    with fpath.open(**TEXT) as fd:
-        return [(line_i, line) for line_i, line in enumerate(fd, 1) if line.strip()]
+    lines = _text(fpath).split("\n")
+    return [(line_i, line) for line_i, line in enumerate(lines, 1) if line.strip()]

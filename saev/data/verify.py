@@ -9,7 +9,7 @@ import typing as tp
 import beartype
 import tyro
 
-from saev import errors, helpers, launch
+from saev import cli, errors, fields, helpers, launch
 from saev.formats import shards
 
 
@@ -59,7 +59,7 @@ def describe(dpath: pathlib.Path | str) -> str:
 
 
 def main() -> None:
-    dpaths = tyro.cli(
+    dpaths = cli.parse(
         tp.Annotated[
             tuple[str, ...],
             tyro.conf.arg(
@@ -67,13 +67,13 @@ def main() -> None:
             ),
             tyro.conf.Positional,
         ],
-        prog="python -m saev.data.verify",
         description="Checks shard directories against their checksums.",
+        prog="python -m saev.data.verify",
     )
     if not dpaths:
         raise errors.UserError("name at least one shard directory.")
     n_problems = 0
-    for dpath in dpaths:
+    for dpath in map(fields.path, dpaths):
         found = list(problems(dpath, os.cpu_count() or 1))
         n_problems += len(found)
         print("\n".join(found) if found else describe(dpath), flush=True)

@@ -4,7 +4,7 @@ import dataclasses
 
 import beartype
 
-from saev import errors
+from saev import fields
 
 
 @beartype.beartype
@@ -15,7 +15,7 @@ class Demo:
     A second run skips what is done.
     """
 
-    dump_to: str = "demo"
+    dump_to: fields.Path = "demo"
     """Folder for everything the demo makes."""
     n_imgs: int = 640
     """Images of mini-CUB."""
@@ -27,5 +27,4 @@ class Demo:
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
 
     def __post_init__(self) -> None:
-        if self.n_imgs < 40:
-            raise errors.UserError(f"--n-imgs {self.n_imgs}: mini-CUB needs at least 40 images.")
+        fields.settle(self, n_imgs="[40, 1e5]", layer="[-12, 11]", n_patches="[1, 1e13]")

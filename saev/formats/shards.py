@@ -31,7 +31,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Float32, Int64, jaxtyped
 
-from saev import errors, helpers
+from saev import errors, fields, helpers
 from saev.formats.dtypes import STORED, decode, encode
 from saev.formats.metadata import Metadata, stored_as
 from saev.formats.sidecar import Sidecar, Skipped, readable
@@ -252,7 +252,7 @@ class ShardDir:
         Raises:
             UserError: no such directory, or not a shard directory.
         """
-        dpath = pathlib.Path(dpath)
+        dpath = fields.path(dpath)
         if not dpath.is_dir():
             raise errors.UserError(
                 f"{dpath}: no such shard directory. Pass the directory that `python -m saev.data` printed."

@@ -1,7 +1,6 @@
 """Configs of sparse autoencoders: one class per architecture, one per objective. Imports no torch."""
 
 import dataclasses
-import math
 import typing as tp
 
 import beartype
@@ -114,9 +113,9 @@ class JumpRelu(Architecture):
         super().__post_init__()
         _at_least(0, self, "sparsity_coeff")
         for name in ("bandwidth", "init_threshold"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not 0 < getattr(self, name) <= MOST:
                 raise errors.UserError(
-                    f"{_flag(name)} {getattr(self, name)}: must be positive and finite."
+                    f"{_flag(name)} {getattr(self, name)}: must be more than 0 and at most {MOST:,}."
                 )
 
 
@@ -133,14 +132,17 @@ def _check_top_k(cfg: TopK | BatchTopK) -> None:
 
 def _at_least(least: int, cfg: object, name: str) -> None:
     value = getattr(cfg, name)
-    if not least <= value < math.inf:  # so that NaN is refused too
-        wanted = "must be at least 0 and finite" if least == 0 else f"must be at least {least}"
+    if not least <= value <= MOST:  # so that NaN is refused too
+        wanted = f"must be at least {least} and at most {MOST:,}"
         raise errors.UserError(f"{_flag(name)} {value}: {wanted}.")
 
 
 def _flag(name: str) -> str:
     return f"--sae.{name.replace('_', '-')}"
 
+
+MOST = 10**12
+"""Of any number here."""
 
 Sae = Relu | TopK | BatchTopK | JumpRelu
 
@@ -165,8 +167,10 @@ class Matryoshka:
     """fixed: each is twice as long as the one before. sampled: drawn anew at each step, short ones more often (a Pareto distribution)."""
 
     def __post_init__(self) -> None:
-        if self.n_prefixes < 1:
-            raise errors.UserError(f"--objective.n-prefixes {self.n_prefixes}: must be at least 1.")
+        if not 1 <= self.n_prefixes <= MOST:
+            raise errors.UserError(
+                f"--objective.n-prefixes {self.n_prefixes}: must be at least 1 and at most {MOST:,}."
+            )
 
     def most(self, d_sae: int) -> int:
         """The number of different prefixes that a dictionary has."""

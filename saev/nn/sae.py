@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
-from saev import errors
+from saev import errors, fields
 from saev.formats import checkpoint, field, tensors
 from saev.nn import activations, config, robust
 from saev.nn import field as nn_field
@@ -204,7 +204,7 @@ def save(
         "cfg": dataclasses.asdict(sae.cfg),
         "activations": sae.activations if activations is None else activations,
     }
-    checkpoint.write(pathlib.Path(fpath), "sae", header, tensors.dump(state))
+    checkpoint.write(fields.path(fpath), "sae", header, tensors.dump(state))
 
 
 @beartype.beartype
@@ -214,7 +214,7 @@ def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
     Raises:
         UserError: see `checkpoint.read`; also an unknown architecture, or tensors that do not fit the header.
     """
-    fpath = pathlib.Path(fpath)
+    fpath = fields.path(fpath)
     header, payload = checkpoint.read(fpath, "sae")
     if is_field := field.is_field(header):
         said = field.upgrade(header, fpath)

@@ -19,7 +19,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from saev import errors, launch
+from saev import cli, errors, fields, launch
 from saev.nn import config, sae
 
 CFG = "cfg.json"
@@ -36,7 +36,7 @@ def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
     Raises:
         UserError: the folder exists.
     """
-    dpath = pathlib.Path(dpath)
+    dpath = fields.path(dpath)
     if dpath.exists():
         raise errors.UserError(f"{dpath} exists already. Pass a new folder.")
     scale = model.scale.double()
@@ -89,7 +89,7 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     Raises:
         UserError: not such a folder, or an SAE that ours cannot express exactly.
     """
-    dpath = pathlib.Path(dpath)
+    dpath = fields.path(dpath)
     cfg, found = _cfg(dpath), _tensors(dpath)
     D, S = cfg["d_in"], cfg["d_sae"]
     shapes = {"W_enc": (D, S), "b_enc": (S,), "W_dec": (S, D), "b_dec": (D,)}
@@ -172,7 +172,7 @@ def _tensors(dpath: pathlib.Path) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    verb, source, target = tyro.cli(
+    verb, source, target = cli.parse(
         tp.Annotated[
             tuple[tp.Literal["export", "load"], str, str],
             tyro.conf.arg(
@@ -185,9 +185,10 @@ def main() -> None:
         prog="python -m saev.nn.saelens",
         description="Converts SAEs to and from SAELens' on-disk format.",
     )
+    target = fields.path(target)
     if verb == "export":
         export(sae.load(source), target)
-    elif pathlib.Path(target).exists():
+    elif target.exists():
         raise errors.UserError(f"{target} exists already. Pass a new file.")
     else:
         sae.save(load(source), target)

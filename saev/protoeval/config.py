@@ -1,13 +1,12 @@
 """Config of `protoeval.py`. Imports no torch."""
 
 import dataclasses
-import math
 import typing as tp
 
 import beartype
 import tyro
 
-from saev import errors, launch
+from saev import errors, fields, launch
 from saev.data import config as data_config
 from saev.scorers import config as scorers_config
 
@@ -21,7 +20,7 @@ class ProtoEval:
         scorers_config.Random | scorers_config.KMeans | scorers_config.Pca | scorers_config.Sae
     ) = dataclasses.field(default_factory=scorers_config.Random)
     """Where the prototypes come from."""
-    cub_root: str = ""
+    cub_root: fields.Path = ""
     """The CUB_200_2011 folder."""
     train_data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
     """Activations that hold the train images (and may hold the test images; others are refused without --force)."""
@@ -43,21 +42,21 @@ class ProtoEval:
     """Bootstrap resamples of the test images, for 95% intervals of each mAP and of its difference to random activations. 0: none."""
     memory_gb: float = 4.0
     """Bound of the activations and scores in memory, in GB, beside the prototypes."""
-    gallery: str = ""
+    gallery: fields.Path = ""
     """Gallery that visuals.py made of the SAE: traits.md then links each trait's latent to its images."""
-    report: str = ""
+    report: fields.Path = ""
     """Evaluate nothing: join all results below this folder into one report."""
     check: bool = False
     """Evaluate nothing: print what the labels (and, where --train-data is given, their join with the activations) look like."""
     force: bool = False
     """Go on although the labels look wrong, or the activations hold images without labels (these are left out)."""
-    dump_to: str = "results"
+    dump_to: fields.Path = "results"
     """Where the results directory (named by the hash of the configs) goes."""
-    scorers_to: str = "scorers"
+    scorers_to: fields.Path = "scorers"
     """Shared directory of fitted scorers; none is fitted twice."""
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-    sweep: str = ""
+    sweep: fields.Path = ""
     """TOML file of parameters, such as several scorers; each list is a grid axis. Typed flags win over it."""
     dry_run: bool = False
     """Print the configs and stop."""
@@ -74,22 +73,21 @@ class ProtoEval:
                 raise errors.UserError(
                     f"--{flag}.*: flags were given without --{flag}.shard-root. Pass that too, or leave them out to take the train data."
                 )
-        if not self.n_prototypes or min(self.n_prototypes) < 1:
-            raise errors.UserError(
-                f"--n-prototypes {self.n_prototypes}: pass numbers of at least 1."
-            )
+        fields.settle(
+            self,
+            n_prototypes="[1, 1e7]",
+            min_certainty="[1, 4]",
+            seed="[0, 4294967296)",
+            n_seeds="[1, 1e4]",
+            n_boot="[0, 1e6]",
+            memory_gb="(0, 1e5]",
+        )
+        if not self.n_prototypes:
+            raise errors.UserError("--n-prototypes is empty: pass numbers of at least 1.")
         if not self.n_train or any(n < 1 and n != -1 for n in self.n_train):
             raise errors.UserError(
                 f"--n-train {self.n_train}: pass numbers of at least 1, or -1 for all."
             )
-        if self.n_seeds < 1 or self.n_boot < 0 or not 0 < self.memory_gb < math.inf:
-            raise errors.UserError(
-                f"--n-seeds {self.n_seeds} --n-boot {self.n_boot} --memory-gb {self.memory_gb}: pass at least 1, at least 0, and more than 0."
-            )
-        if not 0 <= self.seed < 2**32:
-            raise errors.UserError(f"--seed {self.seed}: must be at least 0 and below 2^32.")
-        if not 1 <= self.min_certainty <= 4:
-            raise errors.UserError(f"--min-certainty {self.min_certainty}: must be 1, 2, 3 or 4.")
 
     @property
     def test(self) -> data_config.Shards:

@@ -1,12 +1,11 @@
 """Configs of the scorers: one class per way to get prototypes. Imports no torch."""
 
 import dataclasses
-import math
 import typing as tp
 
 import beartype
 
-from saev import errors
+from saev import fields
 
 Similarity = tp.Literal["dot", "cosine", "distance"]
 
@@ -37,11 +36,8 @@ class KMeans:
     """See scorer:random."""
 
     def __post_init__(self) -> None:
-        if self.n_iters < 1 or self.n_samples < 1 or not 0 <= self.tolerance < math.inf:
-            raise errors.UserError(
-                f"--scorer.n-iters {self.n_iters} --scorer.n-samples {self.n_samples} --scorer.tolerance {self.tolerance}: "
-                "pass at least 1, at least 1, and a number of at least 0."
-            )
+        intervals = {"n_iters": "[1, 1e5]", "n_samples": "[1, 1e9]", "tolerance": "[0, 1e6]"}
+        fields.settle(self, "scorer.", **intervals)
 
 
 @beartype.beartype
@@ -58,8 +54,11 @@ class Pca:
 class Sae:
     """Latents of a trained sparse autoencoder; K prototypes are its first K latents."""
 
-    ckpt: str = ""
+    ckpt: fields.Path = ""
     """Checkpoint (sae.pt)."""
+
+    def __post_init__(self) -> None:
+        fields.settle(self, "scorer.")
 
 
 Scorer = Random | KMeans | Pca | Sae

@@ -8,7 +8,7 @@ import pathlib
 import beartype
 import torch
 
-from saev import errors, helpers, nn
+from saev import errors, fields, helpers, nn
 from saev.data import config as data_config
 from saev.data import reader
 from saev.formats import checkpoint
@@ -162,7 +162,7 @@ def save(scorer: base.Scorer, fpath: pathlib.Path | str) -> None:
         {"direction_KD": scorer.direction_KD.cpu().clone(), "mean_D": scorer.mean_D.cpu()}, payload
     )
     header = {"cls": "Prototypes", "similarity": scorer.similarity}
-    checkpoint.write(pathlib.Path(fpath), "scorer", header, payload.getvalue())
+    checkpoint.write(fields.path(fpath), "scorer", header, payload.getvalue())
     return None
 
 
@@ -173,7 +173,7 @@ def load(fpath: pathlib.Path | str) -> base.Scorer:
     Raises:
         UserError: see `checkpoint.read`; also tensors that do not fit the header.
     """
-    fpath = pathlib.Path(fpath)
+    fpath = fields.path(fpath)
     if checkpoint.kind(fpath) == "sae":
         model = nn.load(fpath)
         return sae.SaeLatents(model, model.d_sae)

@@ -7,7 +7,7 @@ import typing as tp
 import beartype
 import tyro
 
-from saev import errors, launch
+from saev import errors, fields, launch
 from saev.data import config as data_config
 from saev.nn import config as nn_config
 
@@ -69,13 +69,13 @@ class Train:
     """Saved states to keep."""
     data_parallel: int = 1
     """Processes (GPUs) that share each batch of an SAE. With Slurm they are tasks of one job; torchrun starts them itself."""
-    ckpt_to: str = "checkpoints"
+    ckpt_to: fields.Path = "checkpoints"
     """Where <run id>/sae.pt goes. The run id is a hash of the config: the same command finds its finished runs."""
     wandb_project: str = "saev"
     """wandb project. Empty: metrics.jsonl only."""
     device: str = "auto"
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-    sweep: str = ""
+    sweep: fields.Path = ""
     """TOML file of parameters; each list is a grid axis. Typed flags win over it."""
     dry_run: bool = False
     """Print the configs and stop."""
@@ -85,26 +85,27 @@ class Train:
     """Where to run."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "n_patches",
-            "n_val_patches",
-            "batch_size",
-            "log_every",
-            "costly_every",
-            "keep_last",
-            "data_parallel",
-        ):
-            self._check(name, getattr(self, name) >= 1, "must be at least 1")
-        self._check("dead_window", self.window >= 1, "must be at least 1")
-        self._check("seed", self.seed < 2**32, "must be below 2^32")
-        for name in ("seed", "n_threads", "n_lr_warmup", "n_sparsity_warmup", "max_grad_norm"):
-            self._check(name, getattr(self, name) >= 0, "must not be negative")
-        for name in ("lr", "pool_gb", "save_every"):
-            value = getattr(self, name)
-            positive = value is None or 0 < value < math.inf
-            self._check(name, positive, "must be positive and finite")
-        self._check("decay_frac", 0 <= self.decay_frac <= 1, "must be between 0 and 1")
-        self._check("ema", 0 <= self.ema < 1, "must be in [0, 1)")
+        fields.settle(
+            self,
+            n_patches="[1, 1e13]",
+            n_val_patches="[1, 1e13]",
+            batch_size="[1, 16777216]",
+            lr="(0, 1e29]",
+            n_lr_warmup="[0, 1e13]",
+            decay_frac="[0, 1]",
+            n_sparsity_warmup="[0, 1e13]",
+            max_grad_norm="[0, 1e12]",
+            ema="[0, 1)",
+            seed="[0, 4294967296)",
+            pool_gb="(0, 1e5]",
+            n_threads="[0, 1024]",
+            dead_window="[1, 1e13]",
+            log_every="[1, 1e13]",
+            costly_every="[1, 1e13]",
+            save_every="(0, 1e6]",
+            keep_last="[1, 1e6]",
+            data_parallel="[1, 1024]",
+        )
         if self.n_patches < self.batch_size:
             raise errors.UserError(
                 f"--n-patches {self.n_patches}: is less than one batch (--batch-size {self.batch_size}). Raise it or lower --batch-size."
@@ -117,10 +118,6 @@ class Train:
             raise errors.UserError(
                 f"--n-sparsity-warmup {self.n_sparsity_warmup}: {type(self.sae).__name__} has no sparsity coefficient. Leave it out."
             )
-
-    def _check(self, name: str, is_right: bool, wanted: str) -> None:
-        if not is_right:
-            raise errors.UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: {wanted}.")
 
     @property
     def n_steps(self) -> int:

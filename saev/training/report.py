@@ -16,7 +16,7 @@ import beartype
 import msgspec
 import tyro
 
-from saev import errors, helpers, launch
+from saev import cli, errors, fields, helpers, launch
 from saev.formats import jsonfile
 
 NOT_SHOWN = {
@@ -32,12 +32,15 @@ NOT_SHOWN = {
 class Report:
     """Prints trained SAEs as a table and draws normalised MSE against L0."""
 
-    runs: tp.Annotated[tuple[str, ...], tyro.conf.Positional]
+    runs: tp.Annotated[tuple[fields.Path, ...], tyro.conf.Positional]
     """Run directories (checkpoints/RUN) or folders of them."""
-    csv: str = ""
+    csv: fields.Path = ""
     """Also write the table to this CSV file."""
-    plot: str = "front.png"
+    plot: fields.Path = "front.png"
     """Where to draw. Empty: nowhere."""
+
+    def __post_init__(self) -> None:
+        fields.settle(self)
 
 
 @beartype.beartype
@@ -292,7 +295,8 @@ def draw(rows: list[Row], fpath: pathlib.Path) -> None:
 
 
 def main() -> None:
-    cfg = tyro.cli(Report, prog="python -m saev.training.report", description=Report.__doc__)
+    prog = "python -m saev.training.report"
+    cfg = cli.parse(Report, description=tp.cast(str, Report.__doc__), prog=prog)
     if not cfg.runs:
         raise errors.UserError("name at least one run directory, or a folder of them.")
     rows = read(cfg.runs)

@@ -6,7 +6,7 @@ import typing as tp
 import beartype
 import tyro
 
-from saev import errors, launch
+from saev import errors, fields, launch
 from saev.data import config as data_config
 
 
@@ -19,11 +19,11 @@ class Visuals:
         default_factory=data_config.ImageFolder
     )
     """The images that were dumped."""
-    ckpt: str = ""
+    ckpt: fields.Path = ""
     """Checkpoint (sae.pt)."""
     data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
     """The activations to show; whatever --data.patches says, the image patches are used."""
-    dump_to: str = "visuals"
+    dump_to: fields.Path = "visuals"
     """Folder of the gallery (index.html). An older gallery there is replaced once the new one is complete."""
     log_freq_range: tuple[float, float] = (-6.0, -1.0)
     """Latents are eligible if log10 of the share of patches they fire on lies in this range, ..."""
@@ -47,11 +47,15 @@ class Visuals:
     """Where to run."""
 
     def __post_init__(self) -> None:
-        for name in ("n_latents", "n_images"):
-            if getattr(self, name) < 1:
-                raise errors.UserError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1."
-                )
+        fields.settle(
+            self,
+            log_freq_range="[-1000, 1000]",
+            log_value_range="[-1000, 1000]",
+            n_latents="[1, 1e6]",
+            latents="[0, 1e9]",
+            n_images="[1, 1e4]",
+            seed="[0, 4294967296)",
+        )
         for name in ("log_freq_range", "log_value_range"):
             low, high = getattr(self, name)
             if low > high:
