@@ -123,7 +123,8 @@ class Sums:
         device = sae.W_dec.device
         zeros_S = torch.zeros(sae.d_sae, dtype=torch.float64, device=device)
         zeros_D = torch.zeros(sae.d_vit, dtype=torch.float64, device=device)
-        self.n_fired_S, self.sum_S, self.max_S = zeros_S.clone(), zeros_S.clone(), zeros_S.clone()
+        self.n_fired_S, self.sum_S = zeros_S.clone(), zeros_S.clone()
+        self.max_S = torch.full_like(zeros_S, -torch.inf)
         self.abs_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.correlations = metrics.CorrelationSums(sae.d_sae, device)
         self.shift_D = zeros_D

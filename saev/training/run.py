@@ -232,11 +232,11 @@ def with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
             f"--sae.d-vit {cfg.sae.d_vit}: the activations in {cfg.data.shard_root} are {d_vit} wide. "
             f"Pass --sae.d-vit {d_vit} or leave it out."
         )
-    sae = dataclasses.replace(cfg.sae, d_vit=d_vit)
+    sae = cfg.sae.sized(d_vit)
     if isinstance(cfg.objective, nn_config.Matryoshka):
-        most = cfg.objective.most(sae.d_sae)
+        most = cfg.objective.most(sae.n_latents)
         if cfg.objective.n_prefixes > most:
             raise errors.UserError(
-                f"--objective.n-prefixes {cfg.objective.n_prefixes}: the dictionary's {sae.d_sae} latents have {most} {cfg.objective.prefixes} prefixes. Lower it."
+                f"--objective.n-prefixes {cfg.objective.n_prefixes}: the dictionary's {sae.n_latents} latents have {most} {cfg.objective.prefixes} prefixes. Lower it."
             )
     return dataclasses.replace(cfg, sae=sae, lr=cfg.peak_lr, dead_window=cfg.window)
