@@ -54,6 +54,7 @@ def test_scores_of_images_are_the_max_over_patches(
     [
         nn_config.Relu(d_vit=D, exp_factor=4),
         nn_config.TopK(d_vit=D, exp_factor=4, top_k=3),
+        nn_config.TopK(d_vit=D, d_sae=30, top_k=25, keep_negative=True),
         nn_config.BatchTopK(d_vit=D, exp_factor=4, top_k=3),
         nn_config.JumpRelu(d_vit=D, exp_factor=4),
     ],
@@ -65,9 +66,12 @@ def test_scores_of_images_are_the_largest_codes(cfg: nn_config.Sae) -> None:
     sae = nn.SparseAutoencoder(cfg).eval().requires_grad_(False)
     sae.initialize(acts_BPD.flatten(0, 1))
     sae.threshold.fill_(1.0)
+    sae.W_enc[:, 2] = 0
+    sae.b_enc[2] = -0.3  # a TopK of 25 in 30 that keeps negative values keeps this in all patches
     f_BPS = sae.encode(acts_BPD.flatten(0, 1)).unflatten(0, (20, 7))
     want_BS = f_BPS.amax(dim=1)
     assert 0 < (want_BS > 0).float().mean() <= 1
+    assert (want_BS < 0).any() == getattr(cfg, "keep_negative", False)
     scorer = sae_scorer.SaeLatents(sae, sae.d_sae)
     torch.testing.assert_close(scorer.of_images(acts_BPD), want_BS, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scorer.prefix(5).of_images(acts_BPD), want_BS[:, :5])

@@ -256,7 +256,10 @@ def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
     else:
         cfg, state = _config(header, fpath), tensors.load(payload, str(fpath), CUT)
     try:
-        if state["W_dec"].shape != (cfg.n_latents, cfg.d_vit):  # before a model of that size is made
+        if state["W_dec"].shape != (
+            cfg.n_latents,
+            cfg.d_vit,
+        ):  # before a model of that size is made
             raise ValueError(f"W_dec has shape {tuple(state['W_dec'].shape)}")
         sae = SparseAutoencoder(cfg)
         sae.load_state_dict(state)
