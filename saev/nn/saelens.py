@@ -109,7 +109,7 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
         norm_S = found["W_dec"].norm(dim=1)
         found["W_enc"], found["b_enc"] = found["W_enc"] * norm_S, found["b_enc"] * norm_S
         found["W_dec"] = found["W_dec"] / norm_S[:, None]
-    common = {"d_vit": D, "exp_factor": S // D, "normalize": "none"}
+    common = {"d_vit": D, "d_sae": S, "normalize": "none"}
     match architecture:
         case "standard":
             model = sae.SparseAutoencoder(config.Relu(**common))
