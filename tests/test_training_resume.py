@@ -1,6 +1,7 @@
 """Training that is stopped and goes on: the same weights, bit for bit. Real signals, real processes."""
 
 import collections.abc
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -9,12 +10,13 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
-from saev import errors, nn
+from saev import errors, helpers, nn
 from saev.data import config as data_config
 from saev.nn import config as nn_config
 from saev.nn import optim
@@ -157,7 +159,7 @@ def test_sigusr2_saves_and_leaves_the_rest_to_whoever_listened(
     seen: list[list[int]] = []
 
     def handler(*args: object) -> None:
-        (dpath,) = pathlib.Path(cfg.ckpt_to).iterdir()
+        (dpath,) = pathlib.Path(cfg.ckpt_to).glob("[!.]*")
         seen.append(state.saved(dpath))
 
     before = signal.signal(signal.SIGUSR2, handler)
@@ -484,3 +486,44 @@ def test_two_processes_save_when_their_parent_is_asked_to_stop(
     assert process.returncode == (130 if signum == signal.SIGINT else 128 + signum), err
     assert "Traceback" not in err
     assert newest_state(cfg.ckpt_to) > 0
+
+
+# ---- the same command twice at once ----
+
+
+def test_the_second_of_two_waits_and_finds_the_finished_run(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "saev")
+    n_steps, real = 0, run.Run.step
+    in_step, go_on = threading.Event(), threading.Event()
+
+    def stepping(self: run.Run, at: int, x_BD: torch.Tensor) -> object:
+        nonlocal n_steps
+        n_steps += 1
+        in_step.set()
+        assert go_on.wait(60)
+        return real(self, at, x_BD)
+
+    monkeypatch.setattr(run.Run, "step", stepping)
+    cfgs = [cfg, change(cfg, lr=1e-3)]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        first = threads.submit(loop.main, cfgs)
+        assert in_step.wait(60)
+        second = threads.submit(loop.main, cfgs[::-1])
+        while "waiting for another process: it trains" not in caplog.text:
+            time.sleep(0.01)
+            assert not second.done()
+        go_on.set()
+        assert first.result(60) == second.result(60)[::-1]
+    assert n_steps == 2 * 40
+    assert caplog.text.count("trained already") == 2
+    names = {p.name for p in pathlib.Path(cfg.ckpt_to).iterdir()}
+    assert names == {pathlib.Path(f).parent.name for f in first.result()}, "no lock is left"
+
+
+def test_finished_runs_are_found_where_nothing_may_be_written(cfg: config.Train) -> None:
+    fpaths = loop.main([cfg])
+    (dpath,) = pathlib.Path(cfg.ckpt_to).iterdir()
+    with helpers.locked(dpath.with_name(f".{dpath.name}.lock"), "a test"):
+        assert loop.main([cfg]) == fpaths, "needs no lock"
