@@ -154,6 +154,61 @@ def test_a_pass_whose_files_are_not_whole_starts_again(
     np.testing.assert_array_equal(score(prototypes(4)), want)
 
 
+@pytest.mark.parametrize("name", ["scores.bin", "means.bin", "done.json"])
+def test_a_flipped_bit_is_scored_again(
+    data: tuple[data_config.Shards, np.ndarray],
+    tmp_path: pathlib.Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(scoring, "MAX_BLOCK", 2)
+    image_is = [4, 90, 7, 91, 300, 5]
+
+    def score() -> list[bytes]:
+        got = scoring.score([prototypes(3)], data[0], image_is, tmp_path, torch.device("cpu"))
+        return [got.scores_KN.tobytes(), got.mean_ND.tobytes()]
+
+    want, fpath = score(), tmp_path / name
+    content = fpath.read_bytes()
+    places = range(8 * len(content)) if name != "done.json" else range(5, 8 * len(content), 4999)
+    for i in list(places)[:: 1 + len(places) // 12]:
+        bad = bytearray(content)
+        bad[i // 8] ^= 1 << i % 8
+        fpath.write_bytes(bad)
+        assert score() == want, i
+        assert fpath.read_bytes() == content, i
+    assert "scored again" in caplog.text or name == "done.json"
+
+
+def test_only_what_follows_a_flipped_bit_is_scored_again(
+    data: tuple[data_config.Shards, np.ndarray],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(scoring, "MAX_BLOCK", 50)
+    monkeypatch.setattr(scoring, "CHECKED", 1000)
+    run, whole, n = [prototypes(9)], base.Prototypes.of_images, 0
+
+    def of_images(*args: object) -> torch.Tensor:
+        nonlocal n
+        n += 1
+        return whole(*args)
+
+    monkeypatch.setattr(base.Prototypes, "of_images", of_images)
+    for want in (12, 0):
+        n = 0
+        got = scoring.score(run, data[0], list(range(600)), tmp_path, torch.device("cpu"))
+        assert n == want
+    want_KN = np.array(got.scores_KN)
+    got.scores_KN[8, 425] += 1
+    n = 0
+    got = scoring.score(run, data[0], list(range(600)), tmp_path, torch.device("cpu"))
+    np.testing.assert_array_equal(got.scores_KN, want_KN)
+    assert n == 4 and "all but the first 400 images are scored again" in caplog.text
+
+
 def test_scores_of_other_scorers_are_not_taken_for_these(
     data: tuple[data_config.Shards, np.ndarray], tmp_path: pathlib.Path
 ) -> None:

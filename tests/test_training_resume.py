@@ -7,17 +7,20 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import typing as tp
 
 import pytest
 import torch
 
 from saev import errors, helpers, nn
 from saev.data import config as data_config
+from saev.formats import checkpoint, tensors
 from saev.nn import config as nn_config
 from saev.nn import optim
 from saev.training import config, loop, run, state
@@ -221,14 +224,102 @@ def test_a_new_run_of_the_group_does_not_throw_the_others_back(
     ],
 )
 def test_which_runs_go_on_together(
-    tmp_path: pathlib.Path, saved: dict[str, list[int]], want: list[tuple[int, str]]
+    saved: dict[str, list[int]], want: list[tuple[int, str]]
 ) -> None:
-    for name, steps in saved.items():
-        (tmp_path / name).mkdir()
-        for n_steps in steps:
-            state.save(tmp_path / name, n_steps, {}, keep_last=9)
-    got = state.starts([tmp_path / name for name in saved])
+    got = state.starts({pathlib.Path(name): steps for name, steps in saved.items()})
     assert [(start, "".join(d.name for d in dpaths)) for start, dpaths in got] == want
+
+
+def killed(cfg: config.Train, monkeypatch: pytest.MonkeyPatch, at: int) -> pathlib.Path:
+    """A run that kept the states after two steps and was then killed; its folder."""
+    real = state.save
+
+    def save(dpath: pathlib.Path, n_steps: int, *args: object, **kwargs: object) -> None:
+        real(dpath, n_steps, *args, **kwargs)
+        if n_steps == at:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.state, "save", save)
+        with pytest.raises(RuntimeError, match="killed"):
+            loop.main([change(cfg, save_every=1e-9, keep_last=2)])
+    (dpath,) = pathlib.Path(cfg.ckpt_to).iterdir()
+    assert state.saved(dpath) == [at - 1, at]
+    return dpath
+
+
+def bad_bit(fpath: pathlib.Path) -> None:
+    content = bytearray(fpath.read_bytes())
+    content[len(content) // 2] ^= 4
+    fpath.write_bytes(content)
+
+
+def crafted(*keys: str, to: object = None) -> tp.Callable[[pathlib.Path], None]:
+    """Changes a value of a state, and its checksum with it."""
+
+    def craft(fpath: pathlib.Path) -> None:
+        n_steps = int(fpath.stem.removeprefix("state-"))
+        tree = state.load(fpath.parent, n_steps)
+        at = tree
+        for key in keys[:-1]:
+            at = at[key]
+        at[keys[-1]] = to
+        header = {"run": fpath.parent.name, "n_steps": n_steps}
+        checkpoint.write(fpath, "state", header, tensors.dump(tree))
+
+    return craft
+
+
+DAMAGE = {
+    "a bit": (bad_bit, "not those that were written"),
+    "empty": (lambda f: f.write_bytes(b""), "not a saev checkpoint"),
+    "no weights": (crafted("sae", to={}), "sae lacks, or has too much: W_dec"),
+    "another width": (crafted("sae", "b_dec", to=torch.zeros(9)), r"sae.b_dec is \(9,\)"),
+    "NaN": (crafted("sae", "b_dec", to=torch.full((8,), torch.nan)), "sae.b_dec holds NaN"),
+    "another type": (crafted("density", to="much"), "density is a str instead of a float"),
+    "an index": (crafted("dead_C", to=torch.tensor([10**6])), "latents that do not exist"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_newest_state_falls_back_to_the_older_one(
+    cfg: config.Train,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cfg = change(cfg, n_patches=12 * cfg.batch_size)
+    (undisturbed,) = loop.main([change(cfg, ckpt_to=f"{cfg.ckpt_to}-undisturbed")])
+    dpath = killed(cfg, monkeypatch, at=6)
+    damage, match = DAMAGE[name]
+    damage(dpath / "state-000000006.pt")
+    with caplog.at_level("INFO", logger="saev"):
+        (mine,) = loop.main([cfg])
+    assert_same(mine, undisturbed)
+    (said,) = [m for m in caplog.messages if "left out" in m]
+    assert re.search(match, said) and "state-000000006.pt: " in said and "\n" not in said
+    assert f"going on after step 5: {dpath.name}" in caplog.messages
+
+
+def test_a_run_without_a_good_state_starts_again(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = change(cfg, n_patches=12 * cfg.batch_size)
+    (undisturbed,) = loop.main([change(cfg, ckpt_to=f"{cfg.ckpt_to}-undisturbed")])
+    dpath = killed(cfg, monkeypatch, at=6)
+    for fpath in dpath.glob("state-*"):
+        bad_bit(fpath)
+    (mine,) = loop.main([cfg])
+    assert_same(mine, undisturbed)
+    assert len([m for m in caplog.messages if "left out" in m]) == 2
+
+
+def test_a_damaged_later_state_never_outlives_a_good_one(tmp_path: pathlib.Path) -> None:
+    for n_steps in (5, 9):
+        state.save(tmp_path, n_steps, {}, keep_last=2)
+    bad_bit(tmp_path / "state-000000009.pt")
+    state.save(tmp_path, 7, {}, keep_last=1)
+    assert state.saved(tmp_path) == [7]
 
 
 def test_a_state_of_another_run_is_refused(cfg: config.Train, tmp_path: pathlib.Path) -> None:
@@ -414,7 +505,9 @@ def test_killed_three_times_ends_with_the_same_weights(
 
 def test_a_finished_run_removes_what_a_kill_left_half_written(tmp_path: pathlib.Path) -> None:
     state.save(tmp_path, 7, {"a": 1}, keep_last=2)
-    (tmp_path / ".state-000000008.pt.0123.tmp").write_bytes(b"half a state")
+    old_fpath = tmp_path / f".state-000000008.pt.{'0' * 32}.tmp"  # as earlier versions named them
+    old_fpath.write_bytes(b"half a state")
+    os.utime(old_fpath, (0, 0))
     (tmp_path / "sae.pt").write_bytes(b"kept")
     state.remove(tmp_path)
     assert [fpath.name for fpath in tmp_path.iterdir()] == ["sae.pt"]

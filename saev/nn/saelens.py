@@ -124,7 +124,7 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     metadata = cfg.get("metadata")
     trained_on = metadata.get("trained_on") if isinstance(metadata, dict) else None
     model.activations = trained_on if isinstance(trained_on, dict) else {}
-    return model.eval().requires_grad_(False)
+    return sae.ready(model, str(dpath / WEIGHTS))
 
 
 def _cfg(dpath: pathlib.Path) -> dict[str, tp.Any]:

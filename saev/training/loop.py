@@ -82,17 +82,26 @@ def _train_all(
     stream: shuffled.Shuffled, cfgs: dict[pathlib.Path, config.Train], world: parallel.World
 ) -> list[str]:
     """Trains and evaluates what is not finished; returns what went wrong, a line for each run that was lost."""
+    for dpath in cfgs:
+        helpers.sweep(dpath)
     todo = {dpath: cfg for dpath, cfg in cfgs.items() if not (dpath / "sae.pt").exists()}
     for dpath in (d for d in cfgs if d not in todo):
         logger.info(
             "%s: trained already; pass another --seed or --ckpt-to to train it again", dpath
         )
     lost: list[str] = []
-    for start, together in state.starts(list(todo)):
+    for start, together in state.starts({d: _states(c, d, world) for d, c in todo.items()}):
         lost += _train(stream, {d: todo[d] for d in together}, start, world)
     for dpath, cfg in cfgs.items() if world.is_first else []:
         evaluate.ensure(dpath, cfg)
     return lost
+
+
+def _states(cfg: config.Train, dpath: pathlib.Path, world: parallel.World) -> list[int]:
+    """Steps of the saved states that the run can go on from."""
+    if not state.saved(dpath):
+        return []
+    return state.usable(dpath, Run(cfg, dpath, devices.pick(cfg.device), world).restore)
 
 
 def _stream(cfg: config.Train) -> shuffled.Shuffled:
@@ -244,7 +253,7 @@ class _Loop:
         """Keeps the last good state of a run as a checkpoint, and says what happened."""
         reason = f"run {run.dpath.name}: the loss or a weight is not finite at step {step}. Lower --lr (now {run.cfg.lr})"
         if self.world.is_first:
-            if steps := state.saved(run.dpath):
+            if steps := state.usable(run.dpath, run.restore):
                 run.restore(state.load(run.dpath, steps[-1]))
                 fpath = run.dpath / "last-good.pt"
                 nn.save(run.finished(), fpath, self.stream.reader.describe())
