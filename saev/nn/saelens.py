@@ -6,6 +6,11 @@
 Both ways codes and reconstructions of raw activations stay the same: our input scale is folded into the weights.
 """
 
+if __name__ == "__main__":  # before the imports below, which take time
+    from saev import early
+
+    early.install()
+
 import json
 import pathlib
 import shutil

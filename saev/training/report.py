@@ -3,6 +3,11 @@
 RUNS are run directories (checkpoints/<run id>) or folders of them.
 """
 
+if __name__ == "__main__":  # before the imports below, which take time
+    from saev import early
+
+    early.install()
+
 import collections.abc
 import csv
 import dataclasses
