@@ -2,6 +2,7 @@
 
 import collections.abc
 import itertools
+import json
 import pathlib
 import signal
 
@@ -24,6 +25,26 @@ def no_wandb() -> collections.abc.Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "disabled")
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> collections.abc.Iterator[None]:
+    """No test reads or writes the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def as_older(dpath: pathlib.Path) -> pathlib.Path:
+    """Makes a shard directory into one of a saev that knew no checksums of pieces, and returns it."""
+    for fpath in [*dpath.glob("acts*.json"), dpath / "complete.json"]:
+        fields = json.loads(fpath.read_text())
+        for name in ("pieces", "files", "checksum"):
+            del fields[name]
+        fpath.write_text(json.dumps(fields, indent=2))
+    for fpath in dpath.glob("acts*.xxh3"):
+        fpath.unlink()
+    return dpath
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
+from conftest import as_older
 
 from saev import errors
 from saev.data import verify
@@ -37,10 +39,10 @@ def test_every_bad_shard_is_named_and_no_other(make_shards) -> None:
     files[3].unlink()
     files[5].write_bytes(files[5].read_bytes()[:-1])
     assert list(verify.problems(dpath)) == [
-        f"{files[1]} differs from its checksum",
+        f"{files[1]}: bytes 0 to 31 differ from their checksum",
         f"{files[3]} is missing",
         f"{files[5]} is truncated (639 of 640 bytes)",
-        f"{files[8]} differs from its checksum",
+        f"{files[8]}: bytes 512 to 639 differ from their checksum",
     ]
 
 
@@ -53,12 +55,34 @@ def test_padding_does_not_count(make_shards) -> None:
     assert list(verify.problems(dpath)) == []
 
 
-def test_a_wrong_checksum(make_shards) -> None:
+def test_a_checksum_that_does_not_fit(make_shards) -> None:
+    """The files that hold checksums are covered by checksums too."""
     dpath, _ = make_shards()
-    text = json.loads((dpath / "complete.json").read_text())
-    text["xxh3_128"]["acts000002.bin"] = "0" * 32
-    (dpath / "complete.json").write_text(json.dumps(text))
-    assert list(verify.problems(dpath)) == [f"{dpath / 'acts000002.bin'} differs from its checksum"]
+    flip(dpath / "acts000001.xxh3", 3)
+    edit(dpath / "acts000002.json", n_imgs=2)
+    (first, second) = verify.problems(dpath)
+    assert first.startswith(f"{dpath / 'acts000001.xxh3'}: differs from its checksum")
+    assert second.startswith(f"{dpath / 'acts000002.json'}: differs from its own checksum")
+    edit(dpath / "complete.json", pieces={})
+    with pytest.raises(errors.UserError, match="complete.json: lacks one of the fields"):
+        list(verify.problems(dpath))
+
+
+def test_an_older_dump_without_checksums_of_pieces(make_shards) -> None:
+    dpath = as_older(make_shards()[0])
+    assert list(verify.problems(dpath)) == []
+    edit(dpath / "complete.json", xxh3_128=sums(dpath) | {"acts000002.bin": "0" * 32})
+    (dpath / "acts000002.json").unlink()
+    (problem,) = verify.problems(dpath)
+    assert problem.startswith(f"{dpath / 'acts000002.bin'}: differs from its checksum (bytes 0 to")
+
+
+def edit(fpath: pathlib.Path, **changes: object) -> None:
+    fpath.write_text(json.dumps(json.loads(fpath.read_text()) | changes))
+
+
+def sums(dpath: pathlib.Path) -> dict[str, str]:
+    return json.loads((dpath / "complete.json").read_text())["xxh3_128"]
 
 
 def test_shards_that_are_not_dumped_yet(make_shards) -> None:
@@ -69,8 +93,17 @@ def test_shards_that_are_not_dumped_yet(make_shards) -> None:
     assert list(verify.problems(dpath)) == [
         f"{dpath / 'acts000002.bin'} is not dumped yet",
         f"{dpath / 'acts000003.bin'} is not dumped yet",
-        f"{dpath / 'acts000001.bin'} differs from its checksum",
+        f"{dpath / 'acts000001.bin'}: bytes 0 to 31 differ from their checksum",
     ]
+
+
+def test_millions_of_missing_shards_are_not_listed_one_by_one(tmp_path: pathlib.Path) -> None:
+    dpath = pathlib.Path(shutil.copytree(GOLDEN, tmp_path / "golden"))
+    edit(dpath / "metadata.json", n_imgs=4_000_000_001)
+    index = json.loads((dpath / "shards.json").read_text())[:2]
+    (dpath / "shards.json").write_text(json.dumps(index))
+    lines = list(verify.problems(dpath))
+    assert len(lines) == 21 and lines[-1].endswith("1,999,999,979 more shards are not dumped yet")
 
 
 def test_another_tools_dump_has_sizes_only() -> None:
@@ -95,7 +128,7 @@ def test_the_command(make_shards) -> None:
     assert done.returncode == 2
     assert done.stdout.splitlines() == [
         verify.describe(good),
-        f"{bad / 'acts000000.bin'} differs from its checksum",
+        f"{bad / 'acts000000.bin'}: bytes 0 to 31 differ from their checksum",
     ]
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: 1 problem(s). Delete the named files")

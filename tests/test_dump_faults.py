@@ -152,7 +152,7 @@ def test_a_full_disk(
     photos: pathlib.Path, undisturbed: dict[str, bytes], small_disk: pathlib.Path
 ) -> None:
     cfg = config_of(photos, small_disk)
-    with pytest.raises(errors.UserError, match=r"shard \d+ cannot be written .No space left"):
+    with pytest.raises(errors.UserError, match=r"acts\d+\.bin: cannot be written .No space left"):
         dump.main(cfg)
     (out,) = small_disk.iterdir()
     found = shards.ShardDir.look(out)

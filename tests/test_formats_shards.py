@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import as_older
 
 from saev import errors
 from saev.data import config, reader
@@ -230,17 +231,40 @@ def test_metadata_without_a_key(golden: pathlib.Path) -> None:
     refuses(golden, "keys missing: d_vit")
 
 
-@pytest.mark.parametrize("line", ["{", "3", '{"path": "x"}'])
-def test_broken_record_names_its_line(make_shards, line: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("{", "2: cannot be read"),
+        ("3", "2: cannot be read"),
+        ('{"path": "x"}', "2: cannot be read"),
+        ('{"path": null, "label": "y"}', "2: cannot be read .Expected `str`, got `null`"),
+        ('{"path": "x", "label": ["y"]}', "2: cannot be read .Expected `str`, got `array`"),
+        ("[" * 100_000, "2: cannot be read .too deeply nested"),
+        ('{"path": "../x", "label": "y"}', r"2: the path '\.\./x' leaves the dataset's folder"),
+        ('{"path": "a/../../x", "label": "y"}', "2: the path .* leaves the dataset's folder"),
+        ('{"path": "/etc/passwd", "label": "y"}', "2: the path .* leaves the dataset's folder"),
+        ('{"path": "", "label": "y"}', "2: the path .* leaves the dataset's folder"),
+    ],
+)
+def test_a_bad_record_names_its_line(make_shards, line: str, match: str) -> None:
+    """In an older dump, whose images.jsonl has no checksum; else the checksum says so before."""
     dpath, _ = make_shards(n_imgs=3)
     lines = (dpath / "images.jsonl").read_text().splitlines()
     (dpath / "images.jsonl").write_text("\n".join([lines[0], line, lines[2]]) + "\n")
-    with pytest.raises(errors.UserError, match=r"images\.jsonl:2: cannot be read"):
+    with pytest.raises(errors.UserError, match=r"images\.jsonl: differs from its checksum"):
         _ = shards.ShardDir.open(dpath).records
+    with pytest.raises(errors.UserError, match=rf"images\.jsonl:{match}"):
+        _ = shards.ShardDir.open(as_older(dpath)).records
+
+
+@pytest.mark.parametrize("path", ["a..b/c.jpg", "..a.jpg", "a/..b/c.jpg"])
+def test_two_dots_within_a_name_are_a_name(path: str, tmp_path: pathlib.Path) -> None:
+    want = [*records(4), shards.Record(path, "a")]
+    assert shards.ShardDir.create(tmp_path, metadata(), want, {}).records == want
 
 
 def test_too_few_records(make_shards) -> None:
-    dpath, _ = make_shards(n_imgs=3)
+    dpath = as_older(make_shards(n_imgs=3)[0])
     (dpath / "images.jsonl").write_text('{"path": "x", "label": "y"}\n')
     with pytest.raises(errors.UserError, match="1 lines for 3 images"):
         _ = shards.ShardDir.open(dpath).records
@@ -291,7 +315,7 @@ def test_shard_too_small_for_one_image() -> None:
         metadata(max_patches_per_shard=9)
 
 
-@pytest.mark.parametrize("limit", [100, 700])
+@pytest.mark.parametrize("limit", [100, 400])
 def test_no_space_is_one_error_and_leaves_nothing(tmp_path: pathlib.Path, limit: int) -> None:
     """The kernel's file size limit stands in for a full disk: in the images, and in the padding."""
     out = shards.ShardDir.create(tmp_path, metadata(n_imgs=3), records(3), {})
@@ -299,13 +323,19 @@ def test_no_space_is_one_error_and_leaves_nothing(tmp_path: pathlib.Path, limit:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        match = "shard 0 cannot be written .File too large"
-        with pytest.raises(errors.UserError, match=match), out.writing(0) as writer:
-            writer.write(GOLDEN_NLTD[:2])
-            writer.fd.truncate(1000)
+        match = r"acts000001\.bin: cannot be written .File too large"
+        with pytest.raises(errors.UserError, match=match), out.writing(1) as writer:
+            writer.write(GOLDEN_NLTD[:1])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(out.dpath) == before
+
+
+def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path: pathlib.Path) -> None:
+    """An image that cannot be read while a shard is written is no full disk."""
+    out = shards.ShardDir.create(tmp_path, metadata(), records(), {})
+    with pytest.raises(FileNotFoundError, match="photo.jpg"), out.writing(0):
+        (tmp_path / "photo.jpg").read_bytes()
 
 
 def test_padding_takes_no_disk_space(tmp_path: pathlib.Path) -> None:

@@ -3,8 +3,8 @@
 `Indexed`, `Ordered` and `Shuffled` read the shards that `python -m saev.data` writes; `cub` reads CUB-200-2011.
 """
 
-from saev import lazy
+from saev import helpers
 
-__getattr__ = lazy.attributes(
+__getattr__ = helpers.lazy_attributes(
     __name__, {"Indexed": "indexed", "Ordered": "ordered", "Shuffled": "shuffled", "cub": ""}
 )

@@ -48,8 +48,10 @@ class Layout(tp.NamedTuple):
     n_layers: int
     n_tokens: int
     """Per image and layer."""
+    n_lead: int
+    """Tokens before the patches ([CLS]), which belong to an image's first block."""
     n_block: int
-    """Tokens of a block; the last block of an image may be shorter."""
+    """Patches of a block: whole pieces, whose checksums are compared. The last block of an image may be shorter."""
     batch_size: int
     n_pool: int
     n_ready: int
@@ -65,18 +67,23 @@ class Layout(tp.NamedTuple):
         token_bytes: int,
         batch_size: int,
         n_fit: int,
+        n_lead: int = 0,
+        n_piece: int = 1,
     ) -> "Layout":
-        """n_fit: activations that fit into memory. In the long run a batch's activations are spread over twice as many
+        """n_piece: patches of a piece. n_fit: activations that fit into memory. In the long run a batch's activations are spread over twice as many
         blocks as fit into the pool (a block leaves it bit by bit, so more of them are there than would be whole)."""
         n_acts = sum(map(len, shards)) * n_layers * n_tokens
         mixing = 2 * n_fit // (BLOCKS_PER_BATCH * batch_size)
-        n_block = min(max(mixing, READ_BYTES // token_bytes, 1), n_tokens)
-        n_block = math.ceil(n_tokens / math.ceil(n_tokens / n_block))
+        n_patches = n_tokens - n_lead
+        n_block = min(max(mixing, READ_BYTES // token_bytes, 1), n_patches)
+        n_block = math.ceil(n_patches / math.ceil(n_patches / n_block))
+        n_block = min(max(1, round(n_block / n_piece)) * n_piece, n_patches)
         # Both bounds from below: a batch can always be drawn, and a block can always be read.
-        n_pool = min(max(n_fit, 2 * (batch_size + n_block)), 2 * n_acts + n_block)
+        max_block = n_lead + n_block
+        n_pool = min(max(n_fit, 2 * (batch_size + max_block)), 2 * n_acts + max_block)
         lag = min(n_pool // 8, max(4 * batch_size, LAG_BYTES // token_bytes))
         n_ready = min(n_pool - lag, n_acts)
-        return cls(shards, n_layers, n_tokens, n_block, batch_size, n_pool, n_ready)
+        return cls(shards, n_layers, n_tokens, n_lead, n_block, batch_size, n_pool, n_ready)
 
     @property
     def n_per_img(self) -> int:
@@ -85,7 +92,12 @@ class Layout(tp.NamedTuple):
     @property
     def n_parts(self) -> int:
         """Blocks per image and layer."""
-        return math.ceil(self.n_tokens / self.n_block)
+        return math.ceil((self.n_tokens - self.n_lead) / self.n_block)
+
+    @property
+    def max_block(self) -> int:
+        """Tokens of the longest block."""
+        return self.n_lead + self.n_block
 
     @property
     def n_acts(self) -> int:
@@ -105,14 +117,20 @@ class Layout(tp.NamedTuple):
             for start in range(0, len(block_G), 2**16):
                 yield block_G[start : start + 2**16].astype(np.int64)
 
+    def _first_token(self, part_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
+        """Of an image's blocks by their number; that of the block after the last is the number of tokens."""
+        first_G = np.where(part_G > 0, self.n_lead + part_G * self.n_block, 0)
+        return np.minimum(first_G, self.n_tokens)
+
     def n_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
         """Activations of each block."""
-        return np.minimum(self.n_block, self.n_tokens - block_G % self.n_parts * self.n_block)
+        part_G = block_G % self.n_parts
+        return self._first_token(part_G + 1) - self._first_token(part_G)
 
     def first_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
         """Number of each block's first activation in the stream; its others follow."""
         x_G, part_G = np.divmod(block_G, self.n_parts)
-        return x_G * self.n_tokens + part_G * self.n_block
+        return x_G * self.n_tokens + self._first_token(part_G)
 
     def all_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " n"]:
         """Numbers of all activations of the blocks, one block after the other."""
@@ -123,7 +141,8 @@ class Layout(tp.NamedTuple):
     def blocks_of(self, index_R: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " G"]:
         """The blocks that hold these activations."""
         x_R, token_R = np.divmod(index_R, self.n_tokens)
-        return np.unique(x_R * self.n_parts + token_R // self.n_block)
+        part_R = np.maximum(token_R - self.n_lead, 0) // self.n_block
+        return np.unique(x_R * self.n_parts + part_R)
 
 
 class Cursor:

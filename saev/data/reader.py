@@ -6,6 +6,7 @@ Images are addressed by their position among the images that can be read (skippe
 Shape letters: N images, X tokens of an image that were asked for (layer after layer), D d_vit.
 """
 
+import collections.abc
 import functools
 import os
 import typing as tp
@@ -18,7 +19,10 @@ from jaxtyping import Float32, Int64, Shaped, jaxtyped
 from saev import errors, helpers
 from saev.data import config
 from saev.formats import shards
+from saev.formats.pieces import SUM_BYTES
 
+RUN_BYTES = 2**20
+"""About so much is read with one call, so that it is still in the core's cache when its checksums are compared."""
 GAP_BYTES = 128 * 2**10
 """Unwanted bytes between wanted ones are read along (and dropped) up to this length; longer gaps are jumped over."""
 IOV_MAX = 1024
@@ -40,20 +44,37 @@ def _advise(fd: int, start: int, length: int, advice: int) -> None:
 
 
 class _File:
-    """A file open for reading, closed when nobody holds it any more: a thread may still read what a cache let go."""
+    """A shard open for reading, closed when nobody holds it any more: a thread may still read what a cache let go."""
 
-    def __init__(self, fpath: str, advice: int):
+    def __init__(self, part: shards.ShardDir, shard_i: int, advice: int):
         self.fd = -1
-        self.fd = os.open(fpath, os.O_RDONLY)
+        self.part = part
+        self.shard_i = shard_i
+        self.fpath = str(part.acts_fpath(shard_i))
+        self.sums = part.sums(shard_i)
+        self.fd = os.open(self.fpath, os.O_RDONLY)
         _advise(self.fd, 0, 0, advice)
 
-    def __del__(self) -> None:
+    def compare(self, data: memoryview, pieces: range) -> None:
+        """Compares whole pieces with their checksums.
+
+        Raises:
+            UserError: they differ; names the bytes.
+        """
+        have = self.part.pieces.sums(data, pieces)
+        want = self.sums[SUM_BYTES * pieces.start : SUM_BYTES * pieces.stop]
+        if have != want:
+            (first, *_) = self.part.pieces.differing(have, want, pieces.start)
+            raise self.part.differs(self.shard_i, first)
+
+    def __del__(self, close: collections.abc.Callable[[int], None] = os.close) -> None:
+        # At the interpreter's end `os` may be gone already.
         if self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)
 
 
 class _Files:
-    """The last files that were read. A copy for another process starts with none open."""
+    """The last shards that were read. A copy for another process starts with none open."""
 
     def __init__(self) -> None:
         self.open = functools.lru_cache(N_OPEN)(_File)
@@ -63,9 +84,11 @@ class _Files:
 
 
 class Extent(tp.NamedTuple):
-    """Consecutive bytes of a file."""
+    """Consecutive bytes of a shard."""
 
-    fpath: str
+    part_i: int
+    """Number of its directory."""
+    shard_i: int
     offset: int
     length: int
 
@@ -109,6 +132,7 @@ class Reader:
         self.d_vit = self.metadata.d_vit
         self.dtype = self.metadata.dtype
         self.token_bytes = self.metadata.token_bytes
+        self.pieces = self.dirs[0].pieces
         _check_alike(self.dirs)
         self._files = _Files()
         self._parts: list[_Part] = []
@@ -150,6 +174,11 @@ class Reader:
     def __len__(self) -> int:
         """Activations in the stream."""
         return self.n_imgs * self.n_per_img
+
+    @property
+    def n_lead(self) -> int:
+        """Tokens of the choice before its first whole piece of patches: [CLS], where it is read along with them."""
+        return int(self.first_patch < 0 and self.n_tokens > 1)
 
     @property
     def first_patch(self) -> int:
@@ -216,26 +245,44 @@ class Reader:
         """Activations of the images at positions start ... stop - 1, as a copy in memory.
 
         Raises:
-            UserError: a shard file vanished or was cut while reading.
+            UserError: a shard file vanished or was cut while reading, or differs from its checksums.
         """
         shape = (stop - start, self.n_per_img, self.d_vit)
         out_NXD = np.empty(shape, shards.STORED[self.dtype])
         rows = memoryview(out_NXD).cast("B") if out_NXD.size else memoryview(b"")
         runs_G = np.arange(start * self.n_per_img, stop * self.n_per_img, self.n_tokens)
-        extents = self.extents(runs_G, np.full_like(runs_G, self.n_tokens))
-        begin, buffers, fpath, end, filled = 0, [], "", 0, 0
-        scratch = memoryview(bytearray(GAP_BYTES))
-        for next_fpath, offset, length in extents:
-            gap = offset - end
-            if next_fpath != fpath or not 0 <= gap <= GAP_BYTES:
-                self._preadv(fpath, buffers, begin)
-                begin, buffers, fpath = offset, [], next_fpath
-            elif gap:
-                buffers.append(scratch[:gap])
-            buffers.append(rows[filled : filled + length])
-            filled, end = filled + length, offset + length
-        self._preadv(fpath, buffers, begin)
+        run: list[tuple[Extent, memoryview]] = []
+        filled = 0
+        for extent in self.extents(runs_G, np.full_like(runs_G, self.n_tokens)):
+            if run and not _goes_on([e for e, _ in run], extent):
+                self._read_run(run)
+                run = []
+            run.append((extent, rows[filled : filled + extent.length]))
+            filled += extent.length
+        self._read_run(run)
         return self.decoded(out_NXD)
+
+    def _read_run(self, run: list[tuple[Extent, memoryview]]) -> None:
+        """Reads neighbouring extents with one call. Each consists of whole pieces: all tokens of the choice."""
+        if not run:
+            return
+        buffers, end = [], run[0][0].offset
+        for extent, target in run:
+            if gap := extent.offset - end:
+                buffers.append(memoryview(bytearray(gap)))
+            buffers.append(target)
+            end = extent.offset + extent.length
+        with self._read_errors(run[0][0]):
+            file = self._open(run[0][0])
+            _preadv(file, buffers, run[0][0].offset)
+        for extent, target in run:
+            file.compare(target, self.pieces.around(extent.offset, extent.length))
+
+    def _open(self, extent: Extent) -> _File:
+        return self._files.open(self.dirs[extent.part_i], extent.shard_i, self.advice)
+
+    def _read_errors(self, extent: Extent) -> "_ReadErrors":
+        return _ReadErrors(self.dirs[extent.part_i], extent.shard_i)
 
     def decoded(self, stored: Shaped[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
         """Stored values as float32; those that are float32 are not copied."""
@@ -273,7 +320,7 @@ class Reader:
         layer_G, token_G = np.divmod(x_G, self.n_tokens)
         part_G = np.searchsorted(self._firsts, position_G, "right") - 1
         image_i_G = self.image_is_N[position_G]
-        out: list[Extent] = [Extent("", 0, 0)] * len(index_G)
+        out: list[Extent] = [Extent(0, 0, 0, 0)] * len(index_G)
         for part_i in np.unique(part_G).tolist():
             part, mine = self._parts[part_i], np.flatnonzero(part_G == part_i)
             metadata = part.dir.metadata
@@ -283,61 +330,76 @@ class Reader:
             layer_i_g = np.array(part.layer_is)[layer_G[mine]]
             token_i_g = layer_i_g * metadata.n_tokens + self.tokens.start + token_G[mine]
             offset_g = local_g * metadata.img_bytes + token_i_g * self.token_bytes
-            fpaths = {i: str(part.dir.acts_fpath(i)) for i in np.unique(shard_g).tolist()}
             columns = (mine, shard_g, offset_g, n_G[mine] * self.token_bytes)
             for g, shard_i, offset, length in zip(*(c.tolist() for c in columns), strict=True):
-                out[g] = Extent(fpaths[shard_i], offset, length)
+                out[g] = Extent(part_i, shard_i, offset, length)
         return out
 
     def read_extents(self, extents: list[Extent], into: memoryview) -> None:
         """Reads extents one after the other into memory, as they are stored; asks the kernel for all of them first.
 
         Raises:
-            UserError: a shard file vanished or was cut while reading.
+            UserError: a shard file vanished or was cut while reading, or differs from its checksums.
         """
-        for fpath, offset, length in extents:
-            with _read_errors(fpath):
-                file = self._files.open(fpath, self.advice)
-                _advise(file.fd, offset, length, WILLNEED)
+        reads: list[tuple[_File, range, int, int]] = []
+        for extent in extents:
+            pieces = self.pieces.around(extent.offset, extent.length)
+            start, stop = self.pieces.start(pieces.start), self.pieces.start(pieces.stop)
+            with self._read_errors(extent):
+                file = self._open(extent)
+                _advise(file.fd, start, stop - start, WILLNEED)
+            reads.append((file, pieces, start, stop))
         at = 0
-        for fpath, offset, length in extents:
-            self._preadv(fpath, [into[at : at + length]], offset)
-            at += length
-
-    def _preadv(self, fpath: str, buffers: list[memoryview], offset: int) -> None:
-        """Fills the buffers from consecutive bytes of a file."""
-        if not buffers:
-            return
-        with _read_errors(fpath):
-            file = self._files.open(fpath, self.advice)
-            at = 0
-            while at < len(buffers):
-                n = os.preadv(file.fd, buffers[at : at + IOV_MAX], offset)
-                if not n:
-                    raise errors.UserError(
-                        f"{fpath}: ends at byte {offset}, in the middle of its activations. "
-                        "Delete it and its .json, and run the same `python -m saev.data` command again."
-                    )
-                offset += n
-                while at < len(buffers) and n >= len(buffers[at]):
-                    n -= len(buffers[at])
-                    at += 1
-                if n:
-                    buffers[at] = buffers[at][n:]
+        for extent, (file, pieces, start, stop) in zip(extents, reads, strict=True):
+            target = into[at : at + extent.length]
+            is_whole = stop - start == extent.length
+            data = target if is_whole else memoryview(bytearray(stop - start))
+            with self._read_errors(extent):
+                _preadv(file, [data], start)
+            file.compare(data, pieces)
+            if not is_whole:
+                target[:] = data[extent.offset - start :][: extent.length]
+            at += extent.length
 
 
-class _read_errors:
+def _goes_on(run: list[Extent], extent: Extent) -> bool:
+    """May it be read with the same call?"""
+    first, last = run[0], run[-1]
+    gap = extent.offset - last.offset - last.length
+    is_same = (extent.part_i, extent.shard_i) == (last.part_i, last.shard_i)
+    return is_same and 0 <= gap <= GAP_BYTES and last.offset - first.offset < RUN_BYTES
+
+
+def _preadv(file: _File, buffers: list[memoryview], offset: int) -> None:
+    """Fills the buffers from consecutive bytes of a file."""
+    at = 0
+    while at < len(buffers):
+        n = os.preadv(file.fd, buffers[at : at + IOV_MAX], offset)
+        if not n:
+            raise errors.UserError(
+                f"{file.fpath}: ends at byte {offset}, in the middle of its activations. {file.part.remedy}"
+            )
+        offset += n
+        while at < len(buffers) and n >= len(buffers[at]):
+            n -= len(buffers[at])
+            at += 1
+        if n:
+            buffers[at] = buffers[at][n:]
+
+
+class _ReadErrors:
     """Turns an error of the operating system into one line. A class: it is entered for every read."""
 
-    def __init__(self, fpath: str):
-        self.fpath = fpath
+    def __init__(self, part: shards.ShardDir, shard_i: int):
+        self.part = part
+        self.shard_i = shard_i
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type | None, err: BaseException | None, _: object) -> None:
         if isinstance(err, OSError):
             raise errors.UserError(
-                f"{self.fpath}: cannot be read ({err.strerror}). Check the file system, or run the same `python -m saev.data` command again."
+                f"{self.part.acts_fpath(self.shard_i)}: cannot be read ({err.strerror}). Check the file system, or run the same `python -m saev.data` command again."
             ) from err
 
 

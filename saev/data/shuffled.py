@@ -74,6 +74,8 @@ class Shuffled:
             self.reader.shard_positions(),
             n_layers=len(self.reader.layers),
             n_tokens=self.reader.n_tokens,
+            n_lead=self.reader.n_lead,
+            n_piece=self.reader.pieces.n_patches,
             token_bytes=self.reader.token_bytes,
             batch_size=batch_size,
             n_fit=mixing.n_fit(pool_bytes, batch_size, self.reader.d_vit, self.reader.token_bytes),
@@ -218,7 +220,7 @@ class _Pool:
         order_G = np.argsort(block_G)
         n_G = self.layout.n_in(block_G)
         start_G = np.cumsum(n_G) - n_G
-        n_share = max(1, self.share_bytes // (self.layout.n_block * self.reader.token_bytes))
+        n_share = max(1, self.share_bytes // (self.layout.max_block * self.reader.token_bytes))
         n_share = max(1, min(n_share, math.ceil(len(block_G) / self.n_threads)))
         shares = [order_G[at : at + n_share] for at in range(0, len(order_G), n_share)]
         return [

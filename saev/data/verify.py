@@ -1,10 +1,5 @@
 """Check shard directories against their checksums: `python -m saev.data.verify DIR [DIR ...]`."""
 
-if __name__ == "__main__":  # before the imports below, which take time
-    from saev import early
-
-    early.install()
-
 import collections.abc
 import concurrent.futures
 import os
@@ -16,39 +11,68 @@ import tyro
 
 from saev import cli, errors, fields, helpers, launch
 from saev.formats import shards
+from saev.formats.sidecar import Sidecar
+
+MAX_LINES = 20
+"""Of shards that are not dumped yet, and of bytes of one shard that differ."""
 
 
 @beartype.beartype
 def problems(dpath: pathlib.Path | str, n_threads: int = 4) -> collections.abc.Iterator[str]:
     """Yields one line for each thing that is wrong with a shard directory.
 
-    Every listed shard is read and compared with its checksum; of another tool's dump, which has none, only sizes
-    can be checked.
+    Every file is read and compared with its checksums. Of another tool's dump, which has none, sizes are checked, and
+    the bytes against what they were on first use.
 
     Raises:
         UserError: not a shard directory, or its metadata or index cannot be read.
     """
     found = shards.ShardDir.look(dpath)
-    listed = set(found.shard_is)
-    missing = [i for i in range(found.metadata.n_shards) if i not in listed]
-    yield from (f"{found.acts_fpath(i)} is not dumped yet" for i in missing)
-    sidecars = found.sidecars
-
-    def check(shard_i: int) -> str | None:
-        try:
-            if problem := found.size_problem(shard_i):
-                return problem
-            if shard_i not in sidecars:
-                return None
-            is_right = found.checksum(shard_i) == sidecars[shard_i].xxh3_128
-        except OSError as err:
-            return f"{found.acts_fpath(shard_i)} cannot be read ({err.strerror})"
-        return None if is_right else f"{found.acts_fpath(shard_i)} differs from its checksum"
-
+    yield from _missing(found)
+    _ = found.sidecars
     with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
-        results = pool.map(check, found.shard_is)
+        results = pool.map(lambda i: _shard_problems(found, i), found.shard_is)
         results = helpers.progress(results, "verify", len(found.shard_is), "shards")
-        yield from (problem for problem in results if problem)
+        for result in results:
+            yield from result
+    if found.is_ours:
+        for read in (lambda: found.records, found.transform):
+            try:
+                read()
+            except errors.UserError as err:
+                yield str(err)
+
+
+def _missing(found: shards.ShardDir) -> collections.abc.Iterator[str]:
+    n_missing, listed = found.metadata.n_shards - len(found.shard_is), set(found.shard_is)
+    shown = (i for i in range(found.metadata.n_shards) if i not in listed)
+    for _, i in zip(range(min(n_missing, MAX_LINES)), shown, strict=False):
+        yield f"{found.acts_fpath(i)} is not dumped yet"
+    if n_missing > MAX_LINES:
+        yield f"{found.dpath}: {n_missing - MAX_LINES:,} more shards are not dumped yet"
+
+
+def _shard_problems(found: shards.ShardDir, shard_i: int) -> list[str]:
+    """Compares one shard, and what its sidecars say, with all checksums of it."""
+    if problem := found.size_problem(shard_i):
+        return [problem]
+    try:
+        sidecar, want = found.sidecars.get(shard_i), found.sums(shard_i)
+        fpath = found.sidecar_fpath(shard_i)
+        if sidecar and fpath.exists() and Sidecar.loads(fpath) != sidecar:
+            return [f"{fpath}: says something else than complete.json. Delete complete.json."]
+        have, xxh3_128 = found.checksums(shard_i)
+    except errors.UserError as err:
+        return [str(err)]
+    except OSError as err:
+        return [f"{found.acts_fpath(shard_i)} cannot be read ({err.strerror})"]
+    pieces = found.pieces.differing(have, want)
+    out = [f"{found.acts_fpath(shard_i)}: {piece} differ from their checksum" for piece in pieces]
+    if len(out) > MAX_LINES:
+        out[MAX_LINES:] = [f"{found.acts_fpath(shard_i)}: {len(out) - MAX_LINES:,} more ranges"]
+    if not out and sidecar and xxh3_128 != sidecar.xxh3_128:
+        out = [f"{found.acts_fpath(shard_i)} differs from its checksum"]
+    return out
 
 
 @beartype.beartype

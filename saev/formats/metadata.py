@@ -6,8 +6,10 @@ import pathlib
 import typing as tp
 
 import beartype
+import msgspec
 
 from saev import errors, helpers
+from saev.formats import jsonfile
 
 PROTOCOL = "1.0.0"
 PROTOCOL_HALF = "1.0.1"
@@ -23,6 +25,10 @@ ALIASES = {
     "max_patches_per_shard": ("patches_per_shard", "max_tokens_per_shard"),
 }
 """Our name of a key -> what 1.1 and 2.x call it."""
+AGAIN = "Dump the directory again."
+Layer = tp.Annotated[int, msgspec.Meta(ge=0, le=10_000)]
+Count = tp.Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+"""Of patches and of width. Larger numbers in a file are damage; they would make readers reserve terabytes."""
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -33,12 +39,12 @@ class Metadata:
 
     vit_family: str
     vit_ckpt: str
-    layers: tuple[int, ...]
-    n_patches_per_img: int
+    layers: tp.Annotated[tuple[Layer, ...], msgspec.Meta(min_length=1, max_length=1000)]
+    n_patches_per_img: Count
     cls_token: bool
-    d_vit: int
-    n_imgs: int
-    max_patches_per_shard: int
+    d_vit: Count
+    n_imgs: tp.Annotated[int, msgspec.Meta(ge=1, le=2**32)]
+    max_patches_per_shard: tp.Annotated[int, msgspec.Meta(ge=1, le=2**48)]
     data: dict[str, object] | str
     """The dataset's config. In 2.x a pickle in base64: an opaque string that nobody decodes."""
     dtype: str = "float32"
@@ -49,6 +55,8 @@ class Metadata:
             raise errors.UserError(
                 f"dtype {self.dtype!r} is not supported (supported: {', '.join(ITEM_BYTES)})."
             )
+        if len(set(self.layers)) < len(self.layers):
+            raise errors.UserError(f"layers {self.layers} name a layer twice.")
         if self.imgs_per_shard < 1:
             raise errors.UserError(
                 f"--max-patches-per-shard {self.max_patches_per_shard} holds not one image "
@@ -98,39 +106,36 @@ class Metadata:
         return json.dumps(self._fields(), indent=4)
 
     @classmethod
-    def loads(cls, text: str, fpath: pathlib.Path) -> "Metadata":
+    def loads(cls, data: bytes | str, fpath: pathlib.Path) -> "Metadata":
         """Parses metadata.json of any readable protocol.
 
         Raises:
-            UserError: not JSON, another protocol or dtype, or missing keys or values of a wrong type; names them.
+            UserError: not JSON, another protocol or dtype, or missing keys or values of a wrong type or size; names them.
         """
-        try:
-            obj = json.loads(text)
-        except ValueError as err:
-            raise errors.UserError(f"{fpath}: not JSON ({err}). Dump the directory again.") from err
-        protocol = obj.get("protocol") if isinstance(obj, dict) else None
+        obj = jsonfile.parse(data, dict[str, object], str(fpath), AGAIN)
+        if "protocol" not in obj:  # June 2025: float32 without saying so
+            obj = {"protocol": PROTOCOL, "dtype": "float32"} | obj
+        protocol = obj["protocol"]
         if not isinstance(protocol, str) or ".".join(protocol.split(".")[:2]) not in READABLE:
             raise errors.UserError(
                 f"{fpath}: shard protocol {protocol!r} is not supported (supported: {', '.join(READABLE)}). Dump the activations again."
             )
         our_name = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
-        obj = {our_name.get(key, key): value for key, value in obj.items()}
+        renamed = {our_name.get(key, key): value for key, value in obj.items()}
+        if len(renamed) < len(obj):
+            twins = sorted(key for key in obj if our_name.get(key) in obj)
+            raise errors.UserError(
+                f"{fpath}: {', '.join(twins) or 'a key'} is there under two names. {AGAIN}"
+            )
         names = {f.name for f in dataclasses.fields(cls)}
-        if missing := sorted(names - obj.keys()):
-            raise errors.UserError(
-                f"{fpath}: keys missing: {', '.join(missing)}. Dump the directory again."
-            )
+        if missing := sorted(names - renamed.keys()):
+            raise errors.UserError(f"{fpath}: keys missing: {', '.join(missing)}. {AGAIN}")
         try:
-            if min(obj["n_imgs"], obj["d_vit"], obj["n_patches_per_img"], len(obj["layers"])) < 1:
-                raise ValueError("no images, layers, patches or width")
-            return cls(
-                **{k: tuple(v) if k == "layers" else v for k, v in obj.items() if k in names}
-            )
-        except errors.UserError as err:
-            raise errors.UserError(f"{fpath}: {err}") from err
-        except Exception as err:  # wrong types, whatever the file holds
+            return msgspec.convert({k: v for k, v in renamed.items() if k in names}, cls)
+        except (errors.UserError, ValueError) as err:
+            what = str(err) if isinstance(err, errors.UserError) else errors.first_line(err)
             raise errors.UserError(
-                f"{fpath}: its values do not fit protocol {protocol} ({errors.first_line(err)}). Dump the directory again."
+                f"{fpath}: does not fit protocol {protocol} ({what}). {AGAIN}"
             ) from err
 
 

@@ -1,4 +1,4 @@
-"""Activation shards: the one owner of the directory's paths, contents and checks.
+"""Activation shards: the one owner of the directory's contents and checks. docs/formats.md describes the files byte by byte.
 
     <dump_to>/<HASH>/
         metadata.json    what was dumped (`metadata.Metadata`); HASH is the sha256 of its canonical JSON
@@ -8,33 +8,38 @@
     and, to be ignored by readers that know protocol 1.0.0 alone:
         images.jsonl     per image, in order, {"path": ..., "label": ...}; path is relative to the dataset's root
         transform.json   how an image became the ViT's input (for heat maps)
-        acts000000.json  {"n_imgs": ..., "xxh3_128": checksum of its images' bytes, "skipped": [...]}
-        complete.json    the same of all shards: {"xxh3_128": {name: checksum}, "skipped": [{"image_i": ..., "error": ...}]}
+        acts000000.xxh3  checksums of the pieces of the shard (`pieces.Pieces`)
+        acts000000.json  checksums of the shard, of its .xxh3 and of the three files about all images; skipped images
+        complete.json    the same of all shards
 
 A shard is complete when its acts000000.json is there: that is written last. The directory is complete when
 shards.json lists all of metadata.json's images. Any number of processes may write different shards at a time.
 The activations of skipped images are zero.
+
+The checksums form a tree: complete.json (or acts000000.json) is covered by its own and has those of the other files,
+acts000000.xxh3 has those of the pieces. Whoever reads activations compares them with the tree, whose root is `fingerprint`.
 """
 
-import collections.abc
-import contextlib
+import concurrent.futures
 import functools
-import hashlib
 import json
-import os
 import pathlib
 import re
-import typing as tp
 
 import beartype
 import numpy as np
 import xxhash
-from jaxtyping import Float32, Int64, jaxtyped
+from jaxtyping import Int64
 
 from saev import errors, fields, helpers
+from saev.formats import firstuse, jsonfile, records
 from saev.formats.dtypes import STORED, decode, encode
 from saev.formats.metadata import Metadata, stored_as
-from saev.formats.sidecar import Sidecar, Skipped, readable
+from saev.formats.pieces import SUM_BYTES, Piece
+from saev.formats.records import Record
+from saev.formats.shardfiles import MAX_BYTES, REMEDY
+from saev.formats.sidecar import Complete, Sidecar, Skipped
+from saev.formats.writing import ShardWriter, WritableShards
 
 __all__ = [
     "STORED",
@@ -48,201 +53,33 @@ __all__ = [
     "stored_as",
 ]
 
-SYNC_BYTES = 64 * 2**20
-"""A shard in writing is flushed to the disk every so many bytes, so that its end costs no long wait."""
-AGAIN = "Run the same `python -m saev.data` command again; it continues."
-
-
-class Record(tp.NamedTuple):
-    """One image of a dataset."""
-
-    path: str
-    """Relative to the dataset's root, with forward slashes."""
-    label: str
-
-
-class ShardWriter:
-    """A shard in writing, image after image in order."""
-
-    def __init__(self, fd: tp.BinaryIO, dtype: str):
-        self.fd = fd
-        self.dtype = dtype
-        self.sum = xxhash.xxh3_128()
-        self.skipped: list[Skipped] = []
-        self.n_unsynced = 0
-
-    @jaxtyped(typechecker=beartype.beartype)
-    def write(self, acts_BLTD: Float32[np.ndarray, "B L T D"]) -> None:
-        """Appends images."""
-        stored = memoryview(encode(acts_BLTD, self.dtype)).cast("B")
-        self.sum.update(stored)
-        self.fd.write(stored)
-        self.n_unsynced += len(stored)
-        if self.n_unsynced >= SYNC_BYTES:
-            self.fd.flush()
-            os.fsync(self.fd.fileno())
-            self.n_unsynced = 0
+DUMP_ANEW = "Delete it and its .json, and run the same `python -m saev.data` command again."
+N_THREADS = 4
+"""Threads that take checksums on first use."""
 
 
 @beartype.beartype
-class ShardDir:
+class ShardDir(WritableShards):
     """One shard directory, complete or being written. Nobody else joins its paths."""
 
-    def __init__(self, dpath: pathlib.Path, metadata: Metadata):
-        self.dpath = dpath
-        self.metadata = metadata
-
-    # ---- paths ----
-
-    def acts_fpath(self, shard_i: int) -> pathlib.Path:
-        return self.dpath / f"acts{shard_i:06}.bin"
-
-    def sidecar_fpath(self, shard_i: int) -> pathlib.Path:
-        return self.dpath / f"acts{shard_i:06}.json"
-
-    @property
-    def shards_fpath(self) -> pathlib.Path:
-        return self.dpath / "shards.json"
-
-    @property
-    def images_fpath(self) -> pathlib.Path:
-        return self.dpath / "images.jsonl"
-
-    @property
-    def transform_fpath(self) -> pathlib.Path:
-        return self.dpath / "transform.json"
-
-    @property
-    def complete_fpath(self) -> pathlib.Path:
-        return self.dpath / "complete.json"
-
-    # ---- writing ----
-
-    @classmethod
-    def create(
-        cls,
-        dump_to: pathlib.Path,
-        metadata: Metadata,
-        records: list[Record],
-        transform: dict[str, object],
-    ) -> "ShardDir":
-        """Makes the directory, or takes up an interrupted dump of the same images.
-
-        Raises:
-            UserError: the directory lists other images than `records` (the dataset changed since), or another transform.
-        """
-        shards = cls(dump_to / metadata.hash, metadata)
-        shards.dpath.mkdir(parents=True, exist_ok=True)
-        if shards.shards_fpath.exists() and not shards.images_fpath.exists():
-            raise errors.UserError(
-                f"{shards.dpath}: was written by another tool. It can be read as it is; pass another --dump-to to dump it anew."
-            )
-        # ASCII: names may hold line separators, or bytes that are not UTF-8 (Python's surrogates).
-        text = "".join(json.dumps(r._asdict()) + "\n" for r in records)
-        shards._write_once(shards.images_fpath, text, "other images than the dataset holds now")
-        text = json.dumps(transform, indent=4)
-        shards._write_once(shards.transform_fpath, text, "images transformed in another way")
-        shards._write_once(shards.dpath / "metadata.json", metadata.dumps(), "another dataset")
-        shards.write_index()
-        return shards
-
-    def _write_once(self, fpath: pathlib.Path, text: str, other: str) -> None:
-        if not fpath.exists():
-            helpers.write_text(fpath, text)
-        elif fpath.read_text("utf-8") != text:
-            raise errors.UserError(
-                f"{self.dpath}: was dumped from {other} ({fpath.name} differs). Move that directory away, or pass another --dump-to."
-            )
-
-    def has(self, shard_i: int) -> bool:
-        """Is this shard complete?"""
-        return self.sidecar_fpath(shard_i).exists() and self.acts_fpath(shard_i).exists()
-
-    @contextlib.contextmanager
-    def writing(self, shard_i: int) -> collections.abc.Iterator[ShardWriter]:
-        """Yields a writer for all images of the shard; the shard appears when the block ends well.
-
-        Raises:
-            UserError: it cannot be written (a full disk, a folder without permission).
-        """
-        fpath, n_imgs = self.acts_fpath(shard_i), len(self.metadata.imgs_in(shard_i))
-        self._remove_temporaries(f".{fpath.name}.*.tmp")  # of a writer that was killed
-        try:
-            with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
-                writer = ShardWriter(fd, self.metadata.dtype)
-                yield writer
-                assert fd.tell() == n_imgs * self.metadata.img_bytes
-                fd.flush()
-                fd.truncate(self.metadata.shard_bytes)
-            sidecar = Sidecar(n_imgs, writer.sum.hexdigest(), tuple(writer.skipped))
-            helpers.write_text(self.sidecar_fpath(shard_i), sidecar.dumps())
-            self.write_index()
-        except OSError as err:
-            raise errors.UserError(
-                f"{self.dpath}: shard {shard_i} cannot be written ({err.strerror}). "
-                "Check the free space and the permissions, then run the same command again."
-            ) from err
-
-    def write_index(self) -> None:
-        """Writes shards.json (and, once all is there, complete.json) from the shards that are there.
-
-        Parallel writers may overtake each other: each looks again after it has written, so the last one to
-        write has seen all.
-        """
-        written = None
-        while (index := self._index()) != written:
-            if len(index) == self.metadata.n_shards:
-                self._write_complete()
-            helpers.write_text(self.shards_fpath, json.dumps(index, indent=2))
-            written = index
-
-    def _index(self) -> list[dict[str, object]]:
-        names = set(os.listdir(self.dpath))  # noqa: PTH208  (names only, thousands of them)
-        return [
-            {"name": self.acts_fpath(i).name, "n_imgs": len(self.metadata.imgs_in(i))}
-            for i in range(self.metadata.n_shards)
-            if {self.acts_fpath(i).name, self.sidecar_fpath(i).name} <= names
-        ]
-
-    def _write_complete(self) -> None:
-        sidecars = {
-            self.acts_fpath(i).name: Sidecar.loads(self.sidecar_fpath(i))
-            for i in range(self.metadata.n_shards)
-        }
-        fields = {
-            "xxh3_128": {name: sidecar.xxh3_128 for name, sidecar in sidecars.items()},
-            "skipped": [s._asdict() for sidecar in sidecars.values() for s in sidecar.skipped],
-        }
-        helpers.write_text(self.complete_fpath, json.dumps(fields, indent=2))
-
-    def finish(self) -> None:
-        """Brings the index up to date and removes what killed writers left. Only when nobody writes any more."""
-        self.write_index()
-        self._remove_temporaries(".*.tmp")
-
-    def _remove_temporaries(self, pattern: str) -> None:
-        for fpath in self.dpath.glob(pattern):
-            fpath.unlink(missing_ok=True)
-
-    # ---- reading ----
+    has_index = True
+    """June 2025's directories have no shards.json (and no protocol in metadata.json)."""
 
     @classmethod
     def open(cls, dpath: pathlib.Path | str, *, partial: bool = False) -> "ShardDir":
         """Opens a complete directory; with `partial` also one whose dump was interrupted.
 
         Raises:
-            UserError: no such directory, not a shard directory, incomplete, or a shard file missing or truncated.
+            UserError: no such directory, not a shard directory, incomplete, a damaged file, or a shard file missing or truncated.
         """
         shards = cls.look(dpath)
         if not partial:
             shards._check_complete()
         if not shards.shard_is:
-            raise errors.UserError(f"{dpath}: holds no complete shard. {AGAIN}")
+            raise errors.UserError(f"{dpath}: holds no complete shard. {REMEDY}")
         for shard_i in shards.shard_is:
             if problem := shards.size_problem(shard_i):
-                raise errors.UserError(
-                    f"{problem}. Delete it and its .json, and run the same `python -m saev.data` command again."
-                )
+                raise errors.UserError(f"{problem}. {shards.remedy}")
         return shards
 
     @classmethod
@@ -250,7 +87,7 @@ class ShardDir:
         """Opens a directory without asking whether its shards are there and whole.
 
         Raises:
-            UserError: no such directory, or not a shard directory.
+            UserError: no such directory, not a shard directory, or metadata.json is damaged.
         """
         dpath = fields.path(dpath)
         if not dpath.is_dir():
@@ -266,106 +103,211 @@ class ShardDir:
                 else "Dump it first."
             )
             raise errors.UserError(f"{dpath}: not a shard directory (no metadata.json). {hint}")
-        return cls(dpath, Metadata.loads(fpath.read_text("utf-8"), fpath))
+        data = jsonfile.read_bytes(fpath, REMEDY)
+        shards = cls(dpath, Metadata.loads(data, fpath))
+        shards._check_metadata(data)
+        return shards
+
+    # ---- which files are right ----
+
+    @functools.cached_property
+    def is_ours(self) -> bool:
+        """Did saev write it? Other tools write no such files."""
+        fpaths = (self.images_fpath, self.transform_fpath, self.complete_fpath)
+        return any(fpath.exists() for fpath in fpaths)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a damaged shard."""
+        return DUMP_ANEW if self.is_ours else "Restore it, or dump it again."
+
+    def _check_metadata(self, data: bytes) -> None:
+        """Compares metadata.json (`data`) with its recorded checksum or, where none is recorded, with the directory's name.
+
+        Other tools name their directories by this hash too, but people rename them.
+        """
+        obj = json.loads(data)
+        self.has_index = "protocol" in obj
+        if self.is_ours and (recorded := self._any_files()):
+            return self._compare("metadata.json", data, recorded)
+        name, right = self.dpath.resolve().name, helpers.hash_of(obj)
+        is_hash = re.fullmatch("[0-9a-f]{64}", name) and self.metadata.protocol.startswith("1.0")
+        if name != right and (self.is_ours or (is_hash and self.has_index)):
+            raise errors.UserError(
+                f"{self.dpath}: its name is not the hash of its metadata.json, so one of them was changed. If you renamed the directory, "
+                f"name it {right} again (a symbolic link to it may have any name); else dump it again."
+            )
+
+    def _any_files(self) -> dict[str, str]:
+        """Checksums of the files about all images, from complete.json or a shard's sidecar; none in older dumps."""
+        if self.complete_fpath.exists():
+            return Complete.loads(self.complete_fpath).files
+        fpath = next(iter(sorted(self.dpath.glob("acts*.json"))), None)
+        return Sidecar.loads(fpath).files if fpath else {}
+
+    def _compare(self, name: str, data: bytes, recorded: dict[str, str]) -> None:
+        if xxhash.xxh3_128_hexdigest(data) != recorded.get(name):
+            raise errors.UserError(
+                f"{self.dpath / name}: differs from its checksum. Restore it, or dump the directory again."
+            )
+
+    def _check_complete(self) -> None:
+        found = sum(len(self.metadata.imgs_in(i)) for i in self.shard_is)
+        is_listed = self.shards_fpath.exists() or not self.has_index
+        if found != self.metadata.n_imgs or not is_listed:
+            raise errors.UserError(
+                f"{self.dpath}: incomplete dump: {found} of {self.metadata.n_imgs} images. "
+                f"{REMEDY if self.is_ours else 'Finish it with the tool that wrote it.'} (To read what is there: --data.partial.)"
+            )
 
     @functools.cached_property
     def shard_is(self) -> list[int]:
-        """Numbers of the complete shards.
-
-        An interrupted dump of another tool may have no shards.json; it wrote in order, so all but its last file are complete.
+        """Numbers of the complete shards, rising.
 
         Raises:
             UserError: shards.json cannot be read, or does not fit metadata.json.
         """
-        if not self.shards_fpath.exists():
-            return sorted(int(p.stem[4:]) for p in self.dpath.glob("acts*.bin"))[:-1]
-        out = []
-        with readable(self.shards_fpath):
-            for entry in json.loads(self.shards_fpath.read_text("utf-8")):
-                n_imgs = entry["n_imgs"] if "n_imgs" in entry else entry["n_examples"]
-                shard_i = int(re.fullmatch(r"acts(\d+)\.bin", entry["name"])[1])
-                if n_imgs == 0:  # other tools end with an empty shard
-                    continue
-                if n_imgs != (want := len(self.metadata.imgs_in(shard_i))):
-                    raise errors.UserError(
-                        f"{self.shards_fpath}: shard {shard_i} holds {n_imgs} images, but metadata.json gives it {want}. Dump the directory again."
-                    )
-                out.append(shard_i)
-        return sorted(set(out))
+        if self.shards_fpath.exists():
+            return records.read_index(self.shards_fpath, self.metadata)
+        return [] if self.is_ours else self._unlisted()
 
-    def _check_complete(self) -> None:
-        found = sum(len(self.metadata.imgs_in(i)) for i in self.shard_is)
-        if found != self.metadata.n_imgs or not self.shards_fpath.exists():
-            ours = self.images_fpath.exists()
+    def _unlisted(self) -> list[int]:
+        """Shards of another tool's directory without shards.json: it wrote in order, so all files but the last are complete.
+
+        June 2025's last file is complete if the last image's activations are not all zero: files were made in full size,
+        then filled.
+        """
+        found = [p for p in self.dpath.glob("acts*.bin") if re.fullmatch(r"acts\d{6,12}", p.stem)]
+        shard_is = sorted(int(p.stem[4:]) for p in found)
+        shard_is = [i for i in shard_is if i < self.metadata.n_shards]
+        if shard_is != list(range(len(shard_is))):
             raise errors.UserError(
-                f"{self.dpath}: incomplete dump: {found} of {self.metadata.n_imgs} images. "
-                f"{AGAIN if ours else 'Finish it with the tool that wrote it.'} (To read what is there: --data.partial.)"
+                f"{self.dpath}: acts files are missing between others. Restore them."
             )
-
-    def size_problem(self, shard_i: int) -> str | None:
-        """What is wrong with a shard file's presence and size."""
-        fpath = self.acts_fpath(shard_i)
-        n_bytes = len(self.metadata.imgs_in(shard_i)) * self.metadata.img_bytes
-        try:
-            size = fpath.stat().st_size
-        except FileNotFoundError:
-            return f"{fpath} is missing"
-        return None if size >= n_bytes else f"{fpath} is truncated ({size} of {n_bytes} bytes)"
-
-    def checksum(self, shard_i: int) -> str:
-        """XXH3 (128 bits, hex) of the bytes of the shard's images; its padding is left out."""
-        left = len(self.metadata.imgs_in(shard_i)) * self.metadata.img_bytes
-        buffer = memoryview(bytearray(min(left, 8 * 2**20)))
-        digest = xxhash.xxh3_128()
-        with self.acts_fpath(shard_i).open("rb", buffering=0) as fd:
-            while left and (n := fd.readinto(buffer[:left])):
-                digest.update(buffer[:n])
-                left -= n
-        return digest.hexdigest()
+        is_all = len(shard_is) == self.metadata.n_shards and not self.size_problem(shard_is[-1])
+        if self.has_index or not is_all:
+            return shard_is[:-1]
+        with self.acts_fpath(shard_is[-1]).open("rb") as fd:
+            fd.seek(self.n_bytes(shard_is[-1]) - self.metadata.img_bytes)
+            return shard_is if any(fd.read(self.metadata.img_bytes)) else shard_is[:-1]
 
     @functools.cached_property
     def sidecars(self) -> dict[int, Sidecar]:
-        """Checksum and skipped images of each complete shard; empty when another tool made the dump."""
-        is_complete = len(self.shard_is) == self.metadata.n_shards
-        if not is_complete or not self.complete_fpath.exists():
-            fpaths = {i: self.sidecar_fpath(i) for i in self.shard_is}
-            return {i: Sidecar.loads(fpath) for i, fpath in fpaths.items() if fpath.exists()}
-        with readable(self.complete_fpath):
-            obj = json.loads(self.complete_fpath.read_text("utf-8"))
-            skipped: dict[int, list[Skipped]] = {i: [] for i in self.shard_is}
-            for entry in obj["skipped"]:
-                skipped[entry["image_i"] // self.metadata.imgs_per_shard].append(Skipped(**entry))
-            return {
-                i: Sidecar(
-                    len(self.metadata.imgs_in(i)),
-                    obj["xxh3_128"][self.acts_fpath(i).name],
-                    tuple(skipped[i]),
+        """Checksums and skipped images of each complete shard; empty when another tool made the dump.
+
+        Raises:
+            UserError: one is missing or damaged, or they do not fit the directory.
+        """
+        if not self.is_ours:
+            return {}
+        if len(self.shard_is) == self.metadata.n_shards and self.complete_fpath.exists():
+            return self._all_sidecars()
+        out, files = {}, self._any_files()
+        for i in self.shard_is:
+            fpath, image_is = self.sidecar_fpath(i), self.metadata.imgs_in(i)
+            if not fpath.exists():
+                raise errors.UserError(f"{fpath} is missing. {DUMP_ANEW}")
+            out[i] = Sidecar.loads(fpath)
+            is_alike = out[i].files in ({}, files)
+            is_right = out[i].n_imgs == len(image_is)
+            is_right &= all(s.image_i in image_is for s in out[i].skipped)
+            if not (is_alike and is_right):
+                raise errors.UserError(
+                    f"{fpath}: does not fit the directory's other files. {DUMP_ANEW}"
                 )
-                for i in self.shard_is
-            }
+        return out
+
+    def _all_sidecars(self) -> dict[int, Sidecar]:
+        """What complete.json says of each shard."""
+        complete = Complete.loads(self.complete_fpath)
+        names = {self.acts_fpath(i).name: i for i in self.shard_is}
+        skipped: dict[int, list[Skipped]] = {i: [] for i in self.shard_is}
+        is_right = complete.xxh3_128.keys() == names.keys()
+        is_right &= not complete.pieces or complete.pieces.keys() == names.keys()
+        for s in complete.skipped:
+            shard_i = s.image_i // self.metadata.imgs_per_shard
+            is_right &= s.image_i < self.metadata.n_imgs
+            skipped.setdefault(shard_i, []).append(s)
+        if not is_right:
+            raise errors.UserError(
+                f"{self.complete_fpath}: does not fit metadata.json. Delete it. {REMEDY}"
+            )
+        return {
+            i: Sidecar(
+                len(self.metadata.imgs_in(i)),
+                complete.xxh3_128[name],
+                tuple(skipped[i]),
+                complete.pieces.get(name, ""),
+                complete.files,
+            )
+            for name, i in names.items()
+        }
+
+    # ---- checksums ----
+
+    def sums(self, shard_i: int) -> bytes:
+        """Checksums of a shard's pieces, one after the other.
+
+        A shard without .xxh3 is read whole, once (`firstuse`), and compared with what was recorded of it.
+
+        Raises:
+            UserError: they are damaged, or the shard is.
+        """
+        sidecar, fpath = self.sidecars.get(shard_i), self.sums_fpath(shard_i)
+        if sidecar and sidecar.pieces and fpath.exists():
+            sums = jsonfile.read_bytes(fpath, REMEDY, SUM_BYTES * self.n_pieces(shard_i))
+            if xxhash.xxh3_128_hexdigest(sums) != sidecar.pieces:
+                raise errors.UserError(
+                    f"{fpath}: differs from its checksum. Delete it: it is made again from the shard, which has a checksum of its own."
+                )
+            return sums
+        recorded = sidecar.xxh3_128 if sidecar else ""
+        return firstuse.kept(
+            self.acts_fpath(shard_i), recorded, lambda: self._take(shard_i, recorded)
+        )
+
+    def _take(self, shard_i: int, recorded: str) -> bytes:
+        sums, xxh3_128 = self.checksums(shard_i)
+        if recorded not in ("", xxh3_128):
+            raise errors.UserError(
+                f"{self.acts_fpath(shard_i)}: differs from its checksum (bytes 0 to {self.n_bytes(shard_i) - 1:,}). {self.remedy}"
+            )
+        return sums
+
+    def _root(self, shard_i: int) -> str:
+        """Checksum of a shard's checksums."""
+        sidecar = self.sidecars.get(shard_i)
+        if sidecar and sidecar.pieces:
+            return sidecar.pieces
+        return xxhash.xxh3_128_hexdigest(self.sums(shard_i))
+
+    def differs(self, shard_i: int, piece: Piece) -> errors.UserError:
+        """The error for bytes that are not as they were dumped (or, without recorded checksums, as they were on first use)."""
+        return errors.UserError(
+            f"{self.acts_fpath(shard_i)}: {piece} differ from their checksum. {self.remedy}"
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of what the directory says and holds: results that are kept under it are found again only for the same activations.
 
-        Of another tool's dump, which has no checksums, a sample of the bytes stands for all.
+        It is made of the checksums that readers compare. Raises as `sums`.
         """
-        texts = [
-            hashlib.sha256(fpath.read_bytes()).hexdigest()
+        todo = [i for i in self.shard_is if not (i in self.sidecars and self.sidecars[i].pieces)]
+        with concurrent.futures.ThreadPoolExecutor(N_THREADS) as pool:
+            taken = pool.map(self._root, todo)
+            taken = helpers.progress(taken, f"checksums of {self.dpath}", len(todo), "shards")
+            roots = dict(zip(todo, taken, strict=True))
+        sums = [[i, roots.get(i) or self._root(i)] for i in self.shard_is]
+        skipped = [s for _, x in sorted(self.sidecars.items()) for s in x.skipped]
+        tables = [
+            xxhash.xxh3_128_hexdigest(self._table(fpath))
             for fpath in (self.images_fpath, self.transform_fpath)
-            if fpath.exists()
+            if self.is_ours
         ]
-        sums = [[i, s.xxh3_128, s.skipped] for i, s in sorted(self.sidecars.items())]
-        sample = (
-            []
-            if self.sidecars
-            else [self._sample(i) for i in self.shard_is[:: -(-len(self.shard_is) // 64)]]
-        )
-        return helpers.hash_of([self.metadata.hash, texts, self.shard_is, sums, sample])
+        return helpers.hash_of([self.metadata.hash, tables, sums, skipped])
 
-    def _sample(self, shard_i: int) -> str:
-        with self.acts_fpath(shard_i).open("rb") as fd:
-            return hashlib.sha256(fd.read(2**16)).hexdigest()
+    # ---- contents ----
 
     @functools.cached_property
     def image_is_N(self) -> Int64[np.ndarray, " N"]:
@@ -374,6 +316,15 @@ class ShardDir:
         image_is_N = np.concatenate([np.arange(0), *parts])
         skipped = [s.image_i for sidecar in self.sidecars.values() for s in sidecar.skipped]
         return image_is_N[~np.isin(image_is_N, skipped)] if skipped else image_is_N
+
+    def _table(self, fpath: pathlib.Path) -> bytes:
+        """The bytes of a file about all images, compared with its checksum where one is recorded."""
+        if not fpath.exists():
+            raise errors.UserError(f"{fpath} is missing. Restore it, or dump the directory again.")
+        data = jsonfile.read_bytes(fpath, REMEDY, MAX_BYTES)
+        if recorded := next((s.files for s in self.sidecars.values() if s.files), None):
+            self._compare(fpath.name, data, recorded)
+        return data
 
     @functools.cached_property
     def records(self) -> list[Record]:
@@ -386,19 +337,15 @@ class ShardDir:
             raise errors.UserError(
                 f"{self.dpath}: has no images.jsonl, so its images cannot be told apart by path. Dump it again with `python -m saev.data`."
             )
-        lines = self.images_fpath.read_text("utf-8").splitlines()
-        if len(lines) != self.metadata.n_imgs:
-            raise errors.UserError(
-                f"{self.images_fpath}: {len(lines)} lines for {self.metadata.n_imgs} images. Dump the directory again."
-            )
-        return [_parse_record(line, i, self.images_fpath) for i, line in enumerate(lines, 1)]
+        data = self._table(self.images_fpath)
+        return records.loads(data, self.images_fpath, self.metadata.n_imgs)
 
     def transform(self) -> dict[str, object]:
         """The image transform's description; empty when another tool made the dump."""
-        if not self.transform_fpath.exists():
+        if not self.is_ours:
             return {}
-        with readable(self.transform_fpath):
-            return json.loads(self.transform_fpath.read_text("utf-8"))
+        data = self._table(self.transform_fpath)
+        return jsonfile.parse(data, dict[str, object], str(self.transform_fpath), REMEDY)
 
     def layer_i(self, layer: int) -> int:
         """Position of a recorded layer; a negative one counts from the last recorded.
@@ -415,13 +362,3 @@ class ShardDir:
                 "Pass one of these as --data.layer, or dump it with `python -m saev.data --vit-layers`."
             )
         return layers.index(layer)
-
-
-def _parse_record(line: str, line_i: int, fpath: pathlib.Path) -> Record:
-    try:
-        obj = json.loads(line)
-        return Record(path=obj["path"], label=obj["label"])
-    except (ValueError, KeyError, TypeError) as err:
-        raise errors.UserError(
-            f"{fpath}:{line_i}: cannot be read ({err!r}). Dump the directory again."
-        ) from err

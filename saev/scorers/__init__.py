@@ -1,8 +1,8 @@
 """Prototype scorers, all behind `Scorer`: random activations, k-means, PCA, SAE latents."""
 
-from saev import lazy
+from saev import helpers
 
-__getattr__ = lazy.attributes(
+__getattr__ = helpers.lazy_attributes(
     __name__,
     {"Scorer": "base", "Prototypes": "base"}
     | dict.fromkeys(("fit", "fit_each", "load", "save", "REVISION"), "store"),

@@ -3,11 +3,6 @@
 RUNS are run directories (checkpoints/<run id>) or folders of them.
 """
 
-if __name__ == "__main__":  # before the imports below, which take time
-    from saev import early
-
-    early.install()
-
 import collections.abc
 import csv
 import dataclasses
@@ -80,7 +75,7 @@ Positive = tp.Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 
 class _Sae(msgspec.Struct):
     d_vit: Positive
-    exp_factor: Positive | None = None
+    exp_factor: Positive = 1
     d_sae: Positive | None = None
 
 
@@ -123,7 +118,7 @@ def _row(dpath: pathlib.Path) -> Row:
     cfg = _json(dpath / "config.json")
     try:
         known = msgspec.convert(cfg, _Config)
-        d_sae = known.sae.d_sae or known.sae.d_vit * (known.sae.exp_factor or 1)
+        d_sae = known.sae.d_sae or known.sae.d_vit * known.sae.exp_factor
     except msgspec.ValidationError as err:
         raise errors.UserError(
             f"{dpath / 'config.json'}: not of a run of train.py ({err}). Leave it out."

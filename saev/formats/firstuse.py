@@ -1,0 +1,83 @@
+"""Checksums of shards that came without checksums of pieces: taken once, on first use, and kept in the user's cache folder.
+
+They are found again as long as the shard's path, size, modification time and inode, and the checksum that its dump recorded,
+stay the same. So a shard that is written anew is read anew, and one whose bytes change by themselves is refused.
+"""
+
+import collections.abc
+import contextlib
+import logging
+import os
+import pathlib
+
+import xxhash
+
+from saev import errors, helpers
+
+logger = logging.getLogger("saev")
+
+N_SUM = 16
+"""Bytes of the checksum that ends a kept file."""
+
+
+def cache_dpath() -> pathlib.Path:
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
+    return pathlib.Path(home) / "saev" / "checksums"
+
+
+def kept(
+    fpath: pathlib.Path,
+    recorded: str,
+    take: collections.abc.Callable[[], bytes],
+) -> bytes:
+    """The checksums of the shard `fpath` that `take` computes, or computed earlier.
+
+    Args:
+        recorded: what its dump recorded of it; part of its name in the cache.
+    """
+    name = _name(fpath, recorded)
+    kept_fpath = cache_dpath() / name
+    if (found := _read(kept_fpath)) is not None:
+        return found
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that cannot be written
+            lock_fpath = kept_fpath.with_name(f".{name}.lock")
+            stack.enter_context(helpers.locked(lock_fpath, f"it reads {fpath}"))
+        if (found := _read(kept_fpath)) is not None:  # by whom we waited for
+            return found
+        taken = take()
+        if _name(fpath, recorded) != name:
+            raise errors.UserError(
+                f"{fpath}: changed while it was read. Run the command again when nobody writes to it."
+            )
+        try:
+            with helpers.atomic(kept_fpath) as tmp_fpath:
+                tmp_fpath.write_bytes(taken + _sum(name, taken))
+        except OSError as err:
+            logger.warning(
+                "%s: its checksums cannot be kept in %s (%s), so each command reads it once more. Set XDG_CACHE_HOME to a folder that can be written.",
+                fpath,
+                cache_dpath(),
+                err.strerror,
+            )
+        return taken
+
+
+def _name(fpath: pathlib.Path, recorded: str) -> str:
+    info = fpath.stat()
+    key = [str(fpath.resolve()), info.st_size, info.st_mtime_ns, info.st_ino, recorded]
+    return helpers.hash_of(key)
+
+
+def _read(kept_fpath: pathlib.Path) -> bytes | None:
+    """None where there is none, or a damaged one."""
+    try:
+        data = kept_fpath.read_bytes()
+    except OSError:
+        return None
+    taken = data[:-N_SUM]
+    return taken if data[-N_SUM:] == _sum(kept_fpath.name, taken) else None
+
+
+def _sum(name: str, taken: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(name.encode() + taken)

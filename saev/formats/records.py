@@ -1,0 +1,98 @@
+"""images.jsonl and shards.json of a shard directory: which images it holds, and which shards are there."""
+
+import collections.abc
+import json
+import pathlib
+import re
+import typing as tp
+
+import msgspec
+
+from saev import errors
+from saev.formats import jsonfile
+from saev.formats.metadata import AGAIN, Metadata
+
+
+class Record(tp.NamedTuple):
+    """One image of a dataset."""
+
+    path: str
+    """Relative to the dataset's root, with forward slashes."""
+    label: str
+
+
+class _Line(msgspec.Struct):
+    """A record as JSON has it."""
+
+    path: str
+    label: str
+
+
+def dumps(records: list[Record]) -> str:
+    """In ASCII: names may hold line separators, or bytes that are not UTF-8 (Python's surrogates)."""
+    return "".join(json.dumps(r._asdict()) + "\n" for r in records)
+
+
+def loads(data: bytes, fpath: pathlib.Path, n_imgs: int) -> list[Record]:
+    """Parses images.jsonl.
+
+    Raises:
+        UserError: not a record for each image, or a path that leaves the dataset's root; names the line.
+    """
+    try:
+        lines = msgspec.json.Decoder(_Line).decode_lines(data)
+        out = [Record(line.path, line.label) for line in lines]
+    except (ValueError, RecursionError):  # a damaged line, or a name that is not UTF-8
+        out = list(_one_by_one(data, fpath))
+    if len(out) != n_imgs:
+        raise errors.UserError(f"{fpath}: {len(out)} lines for {n_imgs} images. {AGAIN}")
+    for i, record in enumerate(out, 1):
+        if (".." in record.path or record.path[:1] in ("", "/", "\0")) and leaves(record.path):
+            raise errors.UserError(
+                f"{fpath}:{i}: the path {record.path!r} leaves the dataset's folder. {AGAIN}"
+            )
+    return out
+
+
+def _one_by_one(data: bytes, fpath: pathlib.Path) -> collections.abc.Iterator[Record]:
+    for i, line in enumerate(data.splitlines(), 1):
+        parsed = jsonfile.parse(line, _Line, f"{fpath}:{i}", AGAIN)
+        yield Record(parsed.path, parsed.label)
+
+
+def leaves(path: str) -> bool:
+    """Does a path, relative to some folder, lead out of it (or nowhere)?"""
+    return not path or path.startswith("/") or ".." in path.split("/") or "\0" in path
+
+
+class _Entry(msgspec.Struct):
+    """A shard in shards.json; other tools count examples."""
+
+    name: str
+    n_imgs: int | None = None
+    n_examples: int | None = None
+
+
+def read_index(fpath: pathlib.Path, metadata: Metadata) -> list[int]:
+    """Numbers of the shards that shards.json lists.
+
+    Raises:
+        UserError: it cannot be read, lists a shard twice, or does not fit metadata.json.
+    """
+    out: list[int] = []
+    for entry in jsonfile.read(fpath, list[_Entry], AGAIN):
+        match = re.fullmatch(r"acts([0-9]{6,12})\.bin", entry.name)
+        n_imgs = entry.n_examples if entry.n_imgs is None else entry.n_imgs
+        if not match or n_imgs is None:
+            raise errors.UserError(f"{fpath}: cannot be read (an entry {entry}). {AGAIN}")
+        shard_i = int(match[1])
+        if n_imgs == 0 and shard_i >= metadata.n_shards:  # other tools end with an empty shard
+            continue
+        if n_imgs != (want := len(metadata.imgs_in(shard_i))):
+            raise errors.UserError(
+                f"{fpath}: shard {shard_i} holds {n_imgs} images, but metadata.json gives it {want}. {AGAIN}"
+            )
+        if out and shard_i <= out[-1]:
+            raise errors.UserError(f"{fpath}: shard {shard_i} is not in its place. {AGAIN}")
+        out.append(shard_i)
+    return out

@@ -1,0 +1,123 @@
+"""The files of one shard directory: their names, and what can be said of them without reading what they mean."""
+
+import collections.abc
+import functools
+import os
+import pathlib
+import stat
+
+import beartype
+import xxhash
+
+from saev.formats import jsonfile
+from saev.formats.metadata import Metadata
+from saev.formats.pieces import Pieces
+
+READ_BYTES = 2**20
+"""A shard is read whole in portions of about this size."""
+MAX_BYTES = 2**34
+"""Of images.jsonl."""
+REMEDY = "Run the same `python -m saev.data` command again; it continues."
+TABLES = ("images.jsonl", "transform.json", "metadata.json")
+"""The files about all images. metadata.json is written last: with it the directory is a shard directory."""
+
+
+@beartype.beartype
+class ShardFiles:
+    """Paths and bytes of a shard directory."""
+
+    def __init__(self, dpath: pathlib.Path, metadata: Metadata):
+        self.dpath = dpath
+        self.metadata = metadata
+        self.pieces = Pieces(metadata)
+
+    def acts_fpath(self, shard_i: int) -> pathlib.Path:
+        return self.dpath / f"acts{shard_i:06}.bin"
+
+    def sums_fpath(self, shard_i: int) -> pathlib.Path:
+        return self.dpath / f"acts{shard_i:06}.xxh3"
+
+    def sidecar_fpath(self, shard_i: int) -> pathlib.Path:
+        return self.dpath / f"acts{shard_i:06}.json"
+
+    @property
+    def shards_fpath(self) -> pathlib.Path:
+        return self.dpath / "shards.json"
+
+    @property
+    def images_fpath(self) -> pathlib.Path:
+        return self.dpath / "images.jsonl"
+
+    @property
+    def transform_fpath(self) -> pathlib.Path:
+        return self.dpath / "transform.json"
+
+    @property
+    def complete_fpath(self) -> pathlib.Path:
+        return self.dpath / "complete.json"
+
+    @functools.cached_property
+    def tables(self) -> dict[str, str]:
+        """XXH3 (128 bits, hex) of each of TABLES that is there."""
+        fpaths = {name: self.dpath / name for name in TABLES}
+        return {
+            name: xxhash.xxh3_128_hexdigest(jsonfile.read_bytes(fpath, REMEDY, MAX_BYTES))
+            for name, fpath in fpaths.items()
+            if fpath.exists()
+        }
+
+    def n_bytes(self, shard_i: int) -> int:
+        """Of a shard's images, without padding."""
+        return len(self.metadata.imgs_in(shard_i)) * self.metadata.img_bytes
+
+    def n_pieces(self, shard_i: int) -> int:
+        return len(self.metadata.imgs_in(shard_i)) * self.pieces.n_per_img
+
+    def size_problem(self, shard_i: int) -> str | None:
+        """What is wrong with a shard file's presence and size."""
+        fpath, n_bytes = self.acts_fpath(shard_i), self.n_bytes(shard_i)
+        try:
+            info = fpath.stat()
+        except FileNotFoundError:
+            return f"{fpath} is missing"
+        except OSError as err:
+            return f"{fpath} cannot be read ({err.strerror})"
+        if not stat.S_ISREG(info.st_mode):
+            return f"{fpath} is not a regular file"
+        size = info.st_size
+        return None if size >= n_bytes else f"{fpath} is truncated ({size} of {n_bytes} bytes)"
+
+    def checksums(self, shard_i: int) -> tuple[bytes, str]:
+        """Reads a shard whole: checksums of its pieces, and XXH3 (128 bits, hex) of all its images' bytes.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        whole, sums = xxhash.xxh3_128(), bytearray()
+        for portion, data in self._portions(shard_i):
+            whole.update(data)
+            sums += self.pieces.sums(data, portion)
+        return bytes(sums), whole.hexdigest()
+
+    def _portions(self, shard_i: int) -> collections.abc.Iterator[tuple[range, memoryview]]:
+        """Consecutive pieces of a shard, and their bytes; a file that ends early gives shorter ones."""
+        n, longest = self.n_pieces(shard_i), self.pieces.max_bytes
+        step = max(1, READ_BYTES // longest)
+        buffer = memoryview(bytearray(min(step, n) * longest))
+        with self.acts_fpath(shard_i).open("rb", buffering=0) as fd:
+            for first in range(0, n, step):
+                portion = range(first, min(first + step, n))
+                length = self.pieces.start(portion.stop) - self.pieces.start(first)
+                at = 0
+                while at < length and (n_read := fd.readinto(buffer[at:length])):
+                    at += n_read
+                yield portion, buffer[:at]
+
+    def complete_shards(self) -> list[int]:
+        """Numbers of the shards that were written to their end, by the names in the directory."""
+        names = set(os.listdir(self.dpath))  # noqa: PTH208  (names only, thousands of them)
+        return [
+            i
+            for i in range(self.metadata.n_shards)
+            if {self.acts_fpath(i).name, self.sidecar_fpath(i).name} <= names
+        ]

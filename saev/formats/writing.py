@@ -1,0 +1,197 @@
+"""How a shard directory is written. A shard is there as soon as its acts000000.json is."""
+
+import collections.abc
+import contextlib
+import json
+import os
+import pathlib
+import typing as tp
+
+import beartype
+import numpy as np
+import xxhash
+from jaxtyping import Float32, jaxtyped
+
+from saev import errors, helpers
+from saev.formats import jsonfile, records
+from saev.formats.dtypes import encode
+from saev.formats.metadata import Metadata
+from saev.formats.pieces import Pieces
+from saev.formats.shardfiles import MAX_BYTES, REMEDY, ShardFiles
+from saev.formats.sidecar import Complete, Sidecar, Skipped
+
+SYNC_BYTES = 64 * 2**20
+"""A shard in writing is flushed to the disk every so many bytes, so that its end costs no long wait."""
+
+
+class ShardWriter:
+    """A shard in writing, image after image in order."""
+
+    def __init__(self, fpath: pathlib.Path, fd: tp.BinaryIO, metadata: Metadata):
+        self.fpath = fpath
+        self.fd = fd
+        self.dtype = metadata.dtype
+        self.pieces = Pieces(metadata)
+        self.sum = xxhash.xxh3_128()
+        self.sums = bytearray()
+        """Checksums of the pieces."""
+        self.skipped: list[Skipped] = []
+        self.n_unsynced = 0
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def write(self, acts_BLTD: Float32[np.ndarray, "B L T D"]) -> None:
+        """Appends images."""
+        stored = memoryview(encode(acts_BLTD, self.dtype)).cast("B")
+        self.sum.update(stored)
+        self.sums += self.pieces.sums(stored, range(len(acts_BLTD) * self.pieces.n_per_img))
+        with _disk_errors(self.fpath):
+            self.fd.write(stored)
+            self.n_unsynced += len(stored)
+            if self.n_unsynced >= SYNC_BYTES:
+                self.fd.flush()
+                os.fsync(self.fd.fileno())
+                self.n_unsynced = 0
+
+
+@contextlib.contextmanager
+def _disk_errors(what: pathlib.Path | str) -> collections.abc.Iterator[None]:
+    """A full disk or a folder without permission is one line."""
+    try:
+        yield
+    except OSError as err:
+        raise errors.UserError(
+            f"{what}: cannot be written ({err.strerror}). Check the free space and the permissions, then run the same command again."
+        ) from err
+
+
+def _close(fd: tp.BinaryIO) -> None:
+    """What could not be written has raised before; closing tries again."""
+    with contextlib.suppress(OSError):
+        fd.close()
+
+
+@beartype.beartype
+class WritableShards(ShardFiles):
+    """A shard directory that a dump writes."""
+
+    @classmethod
+    def create(
+        cls,
+        dump_to: pathlib.Path,
+        metadata: Metadata,
+        images: list[records.Record],
+        transform: dict[str, object],
+    ) -> "WritableShards":
+        """Makes the directory, or takes up an interrupted dump of the same images.
+
+        Raises:
+            UserError: the directory lists other images than `images` (the dataset changed since), or another transform;
+                or it cannot be written.
+        """
+        shards = cls(dump_to / metadata.hash, metadata)
+        if shards.shards_fpath.exists() and not shards.images_fpath.exists():
+            raise errors.UserError(
+                f"{shards.dpath}: was written by another tool. It can be read as it is; pass another --dump-to to dump it anew."
+            )
+        with _disk_errors(shards.dpath):
+            text = records.dumps(images)
+            shards._write_once(shards.images_fpath, text, "other images than the dataset holds now")
+            text = json.dumps(transform, indent=4)
+            shards._write_once(shards.transform_fpath, text, "images transformed in another way")
+            shards._write_once(shards.dpath / "metadata.json", metadata.dumps(), "another dataset")
+            shards.write_index()
+        return shards
+
+    def _write_once(self, fpath: pathlib.Path, text: str, other: str) -> None:
+        if not fpath.exists():
+            helpers.write_text(fpath, text)
+        elif jsonfile.read_bytes(fpath, REMEDY, MAX_BYTES) != text.encode():
+            raise errors.UserError(
+                f"{self.dpath}: was dumped from {other} ({fpath.name} differs). Move that directory away, or pass another --dump-to."
+            )
+
+    def has(self, shard_i: int) -> bool:
+        """Is this shard complete?"""
+        return self.sidecar_fpath(shard_i).exists() and self.acts_fpath(shard_i).exists()
+
+    @contextlib.contextmanager
+    def writing(self, shard_i: int) -> collections.abc.Iterator[ShardWriter]:
+        """Yields a writer for all images of the shard; the shard appears when the block ends well.
+
+        Raises:
+            UserError: it cannot be written (a full disk, a folder without permission).
+        """
+        fpath, n_bytes = self.acts_fpath(shard_i), self.n_bytes(shard_i)
+        helpers.sweep(self.dpath, fpath.name)  # what a killed writer left
+        with contextlib.ExitStack() as stack:
+            with _disk_errors(fpath):
+                tmp_fpath = stack.enter_context(helpers.atomic(fpath))
+                fd = tmp_fpath.open("wb")
+                stack.callback(_close, fd)
+            writer = ShardWriter(fpath, fd, self.metadata)
+            yield writer
+            with _disk_errors(fpath):
+                assert fd.tell() == n_bytes
+                fd.flush()
+                fd.truncate(self.metadata.shard_bytes)
+                os.fsync(fd.fileno())
+                stack.close()
+        with _disk_errors(self.dpath):
+            self._write_sums(shard_i, bytes(writer.sums), writer.sum.hexdigest(), writer.skipped)
+            self.write_index()
+
+    def _write_sums(
+        self, shard_i: int, sums: bytes, xxh3_128: str, skipped: collections.abc.Iterable[Skipped]
+    ) -> None:
+        with helpers.atomic(self.sums_fpath(shard_i)) as tmp_fpath:
+            tmp_fpath.write_bytes(sums)
+        sidecar = Sidecar(
+            len(self.metadata.imgs_in(shard_i)),
+            xxh3_128,
+            tuple(skipped),
+            xxhash.xxh3_128_hexdigest(sums),
+            self.tables,
+        )
+        helpers.write_text(self.sidecar_fpath(shard_i), sidecar.dumps())
+
+    def write_index(self) -> None:
+        """Writes shards.json (and, once all is there, complete.json) from the shards that are there.
+
+        Parallel writers may overtake each other: each looks again after it has written, so the last one to
+        write has seen all.
+        """
+        written = None
+        while (found := self.complete_shards()) != written:
+            if len(found) == self.metadata.n_shards:
+                self._write_complete()
+            index = [
+                {"name": self.acts_fpath(i).name, "n_imgs": len(self.metadata.imgs_in(i))}
+                for i in found
+            ]
+            helpers.write_text(self.shards_fpath, json.dumps(index, indent=2))
+            written = found
+
+    def _write_complete(self) -> None:
+        shard_is = range(self.metadata.n_shards)
+        sidecars = {self.acts_fpath(i).name: self._upgraded(i) for i in shard_is}
+        helpers.write_text(self.complete_fpath, Complete.of(sidecars).dumps())
+
+    def _upgraded(self, shard_i: int) -> Sidecar:
+        """A shard's sidecar; a shard of an older dump gets the checksums of its pieces first."""
+        fpath = self.sidecar_fpath(shard_i)
+        sidecar = Sidecar.loads(fpath)
+        if sidecar.pieces and self.sums_fpath(shard_i).exists():
+            return sidecar
+        sums, xxh3_128 = self.checksums(shard_i)
+        if xxh3_128 != sidecar.xxh3_128:
+            raise errors.UserError(
+                f"{self.acts_fpath(shard_i)}: differs from its checksum. Delete it and {fpath.name}, and run the same command again."
+            )
+        self._write_sums(shard_i, sums, xxh3_128, sidecar.skipped)
+        return Sidecar.loads(fpath)
+
+    def finish(self) -> None:
+        """Brings the index up to date and removes what killed writers left."""
+        with _disk_errors(self.dpath):
+            self.write_index()
+        helpers.sweep(self.dpath)
