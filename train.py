@@ -1,13 +1,18 @@
 """Train sparse autoencoders on activation shards. See README.md."""
 
-from saev import errors, launch, sweeps
+if __name__ == "__main__":  # before the imports below, which take time
+    from saev import early
+
+    early.install()
+
+from saev import console, errors, launch, sweeps
 from saev.training import config
 
 
 def main() -> None:
     cfgs = sweeps.parse(config.Train, "Trains sparse autoencoders on activation shards.")
     if cfgs[0].dry_run:
-        return launch.show(cfgs)
+        return console.show(cfgs)
     groups = config.group(cfgs)
     results = launch.run(
         "saev.training.loop:outcome",

@@ -1,4 +1,4 @@
-"""Small things that several floors need: atomic files, progress, lazy package attributes."""
+"""Small things that several floors need: atomic files, progress."""
 
 import collections.abc
 import contextlib
@@ -7,7 +7,6 @@ import fcntl
 import functools
 import glob
 import hashlib
-import importlib
 import itertools
 import json
 import logging
@@ -284,19 +283,3 @@ def progress(
             logger.info("%s: %d/%d %s, %.1f/s, %s", desc, done, total, unit, rate, left)
             last_s = now_s
         yield item
-
-
-def lazy_attributes(package: str, table: dict[str, str]) -> collections.abc.Callable[[str], object]:
-    """Returns a module `__getattr__` (PEP 562): `table` maps a public name to the submodule that defines it.
-
-    An empty submodule name stands for the submodule of that very name. Importing the package then costs
-    nothing (no torch) until a name is used.
-    """
-
-    def __getattr__(name: str) -> object:  # noqa: N807
-        if name not in table:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(f"{package}.{table[name] or name}")
-        return getattr(module, name) if table[name] else module
-
-    return __getattr__

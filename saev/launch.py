@@ -25,7 +25,7 @@ import typing as tp
 
 import beartype
 
-from saev import errors, fields
+from saev import console, early, errors, fields
 
 logger = logging.getLogger("saev")
 
@@ -62,17 +62,22 @@ def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
 
     So does an error of the operating system (a folder that may not be written, a full disk).
     """
+    early.install()
     _configure_logging()
+    code = 0
     try:
-        with _ended_by_signals(), _os_errors():
+        early.ctrl_c_raises()
+        with _ended_by_signals(), _os_errors(), console.flushed():
             main()
     except errors.UserError as err:
-        print(f"error: {err}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+        console.tell(f"error: {err}")
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on.", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        code = 130
+        console.tell(early.INTERRUPTED)
+    finally:
+        early.ctrl_c_ends()  # what is left is Python's own end
+    sys.exit(code)
 
 
 @contextlib.contextmanager
@@ -126,7 +131,9 @@ class Call:
         if self.n_tasks > 1:
             os.environ.update(self._meeting())
         module_name, _, function_name = self.target.partition(":")
-        return getattr(importlib.import_module(module_name), function_name)(self.arg)
+        with early.importing():
+            module = importlib.import_module(module_name)
+        return getattr(module, function_name)(self.arg)
 
     def _meeting(self) -> dict[str, str]:
         rank, host, port = self.rank, "127.0.0.1", self.port
@@ -369,34 +376,3 @@ def _exception_line(message: str) -> str:
     _, _, after = message.rpartition('\n  File "')
     lines = [line for line in after.splitlines()[1:] if line and line[0] not in " -"]
     return next(iter(lines), "it raised an exception")
-
-
-@beartype.beartype
-def show(cfgs: collections.abc.Sequence[object]) -> None:
-    """Prints configs, for --dry-run."""
-    lines = [
-        line
-        for i, cfg in enumerate(cfgs, 1)
-        for line in (f"# {i} of {len(cfgs)}", *_lines(cfg, ""))
-    ]
-    say("\n".join(lines))
-
-
-def say(text: str) -> None:
-    """Prints a result."""
-    try:
-        print(text, flush=True)
-    except (
-        BrokenPipeError
-    ):  # `| head` has seen enough; without a new stdout Python complains as it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _lines(cfg: object, prefix: str) -> collections.abc.Iterator[str]:
-    for field in dataclasses.fields(tp.cast(tp.Any, cfg)):
-        value = getattr(cfg, field.name)
-        if dataclasses.is_dataclass(value):
-            yield f"{prefix}{field.name}: {type(value).__name__}"
-            yield from _lines(value, prefix + "    ")
-        else:
-            yield f"{prefix}{field.name} = {value!r}"

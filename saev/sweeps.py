@@ -181,6 +181,7 @@ def _apply(
         given = values.get(field.name, {})
         if dataclasses.is_dataclass(getattr(cfg, field.name)):
             member = _member(field, getattr(cfg, field.name), given, fpath, args)
+            _drop_replaced(field.name, member, given, args)
             kwargs[field.name] = _build(field, member, given, fpath)
         elif given:
             kwargs[field.name] = given[""]
@@ -256,6 +257,15 @@ def _member(
             f"{fpath}: {field.name}.type is {name!r} but the command line has {field.name}:{typed[0]}. Drop one of them."
         )
     return members[name]
+
+
+def _drop_replaced(prefix: str, member: type, given: Override, args: list[str]) -> None:
+    """Of fields that say the same in different ways (`EITHER`), one that was typed replaces the sweep's."""
+    either = getattr(member, "EITHER", ())
+    typed = {arg.partition("=")[0].replace("_", "-") for arg in args}
+    if any(f"--{prefix}.{name}".replace("_", "-") in typed for name in either):
+        for name in either:
+            given.pop(name, None)
 
 
 def _build(field: dataclasses.Field, member: type, given: Override, fpath: pathlib.Path) -> object:

@@ -127,10 +127,14 @@ def rewrite(fpath: pathlib.Path, header: dict[str, tp.Any], payload: bytes) -> N
 
 def test_tensors_of_another_size(sae_fpath: pathlib.Path) -> None:
     header, payload = split(sae_fpath)
-    for exp_factor in (4, 10**12):  # the second would not fit in any memory
-        header["cfg"]["exp_factor"] = exp_factor
+    for d_sae, match in [
+        (16, "its tensors do not fit its header"),
+        (2**30, "its tensors do not fit its header"),  # no model of that size is made
+        (10**12, "1,000,000,000,000 latents .* take 32,000 GB"),
+    ]:
+        header["cfg"]["d_sae"] = d_sae
         rewrite(sae_fpath, header, payload)
-        refuses(sae_fpath, "its tensors do not fit its header")
+        refuses(sae_fpath, match)
 
 
 def with_state(fpath: pathlib.Path, change: tp.Callable[[dict[str, tp.Any]], object]) -> None:
@@ -204,7 +208,7 @@ def test_every_flipped_bit_is_refused(tmp_path: pathlib.Path) -> None:
 def older(fpath: pathlib.Path, schema: int, **more: object) -> None:
     """Writes a file's SAE as schema 100 or 101 did."""
     header, payload = split(fpath)
-    cfg = {k: header["cfg"][k] for k in ("d_vit", "exp_factor", "top_k")}
+    cfg = {"d_vit": header["cfg"]["d_vit"], "exp_factor": 2, "top_k": header["cfg"]["top_k"]}
     said = {"lib": "saev", "schema": schema, "kind": "sae", "cls": "TopK", "cfg": cfg, **more}
     fpath.write_bytes(json.dumps(said).encode() + b"\n" + payload)
 
@@ -278,13 +282,15 @@ def test_header_of_an_sae(sae_fpath: pathlib.Path) -> None:
         "cls": "TopK",
         "cfg": {
             "d_vit": 4,
-            "exp_factor": 2,
+            "exp_factor": None,
+            "d_sae": 8,
             "normalize": "scale",
             "b_dec_init": "mean",
             "tied_init": True,
             "top_k": 3,
             "aux_coeff": 1 / 32,
             "aux_k": 0,
+            "keep_negative": False,
         },
         "activations": {},
     }

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from saev import errors, launch
+from saev import console, errors, launch
 from saev.data import config as data_config
 from saev.training import config as training_config
 
@@ -65,7 +65,7 @@ def test_slurm_without_sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib
 
 
 def test_show(capsys: pytest.CaptureFixture[str]) -> None:
-    launch.show([training_config.Train(lr=0.5), training_config.Train(lr=0.25)])
+    console.show([training_config.Train(lr=0.5), training_config.Train(lr=0.25)])
     out = capsys.readouterr().out
     assert "# 2 of 2" in out and "lr = 0.25" in out and "sae: BatchTopK\n    d_vit = None" in out
 
@@ -129,7 +129,7 @@ def test_the_exceptions_line_of_a_jobs_traceback() -> None:
 
 def test_dry_run_into_head() -> None:
     """A reader that stops early is no bug of ours."""
-    code = "from saev import launch; launch.entry(lambda: launch.show([launch.SlurmConfig()] * 10_000))"
+    code = "from saev import console, launch; launch.entry(lambda: console.show([launch.SlurmConfig()] * 10_000))"
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1"
     done = subprocess.run(command, cwd=ROOT, shell=True, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("# 1 of 10000\n", "")

@@ -123,7 +123,7 @@ def test_there_is_a_golden_file_of_every_schema_of_ours() -> None:
 
 def test_a_checkpoint_of_schema_100_keeps_its_meaning() -> None:
     sae = nn.load(DATA / "schema100" / "topk.pt")
-    assert sae.cfg == config.TopK(d_vit=6, exp_factor=3, top_k=2, aux_coeff=0.0)
+    assert sae.cfg == config.TopK(d_vit=6, d_sae=18, top_k=2, aux_coeff=0.0)
 
 
 def test_no_threshold_is_said_and_can_be_calibrated(

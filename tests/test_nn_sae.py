@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import pathlib
+import typing as tp
 
 import jaxtyping
 import numpy as np
@@ -149,7 +150,7 @@ def test_save_and_load_give_identical_outputs(cfg: config.Sae, tmp_path: pathlib
     sae(batch(3))
     nn.save(sae, tmp_path / "new" / "sae.pt")
     loaded = nn.load(str(tmp_path / "new" / "sae.pt"))
-    assert loaded.cfg == cfg
+    assert loaded.cfg == sae.cfg == cfg.sized()
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
     assert sae.state_dict().keys() == loaded.state_dict().keys()
@@ -265,9 +266,10 @@ def test_shapes_are_checked_at_run_time() -> None:
     sae = make(CFGS[1])
     with pytest.raises(jaxtyping.TypeCheckError):
         nn.metrics.mse(batch(), batch().T)
-    for wrong in (batch()[0], batch().long(), batch().numpy()):
-        with pytest.raises(jaxtyping.TypeCheckError):
-            sae.encode(wrong)
+    with pytest.raises(
+        errors.UserError, match=r"encode: got torch.int64 of shape \(.*last dimension is 6"
+    ):
+        sae.encode(batch().long())
 
 
 @pytest.mark.parametrize(
@@ -284,6 +286,113 @@ def test_shapes_are_checked_at_run_time() -> None:
 def test_config_refuses(cls: type, fields: dict, match: str) -> None:
     with pytest.raises(errors.UserError, match=match):
         cls(**fields)
+
+
+# ---- the number of latents ----
+
+
+def test_size_is_given_by_either_field() -> None:
+    by_factor, by_number = config.Relu(d_vit=D, exp_factor=4), config.Relu(d_vit=D, d_sae=24)
+    assert by_factor.n_latents == by_number.n_latents == 24
+    assert by_factor.sized() == by_number.sized() == config.Relu(exp_factor=4).sized(D)
+    assert config.Relu(d_vit=D).n_latents == 16 * D
+    with pytest.raises(errors.UserError, match="exp-factor 2 and --sae.d-sae 20: both give"):
+        config.Relu(exp_factor=2, d_sae=20)
+    with pytest.raises(errors.UserError, match="--sae.top-k 25: the dictionary has 24 latents"):
+        config.TopK(d_sae=24, top_k=25)
+    with pytest.raises(ValueError, match="d_vit must be set"):
+        _ = config.Relu(exp_factor=2).n_latents
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"d_vit": D, "exp_factor": 10**9}, "6,000,000,000 latents of 6 dim.* take 288 GB"),
+        ({"d_vit": 1024, "d_sae": 2**31}, "their weights take 17,592 GB"),
+        ({"d_vit": 2**20, "d_sae": 2**30}, "take 9,007,199 GB, this machine has"),
+    ],
+)
+def test_a_dictionary_that_cannot_be_is_refused_before_it_is_made(
+    fields: dict[str, int], match: str
+) -> None:
+    with pytest.raises(errors.UserError, match=match):
+        nn.SparseAutoencoder(config.Relu(**fields))
+
+
+def test_a_size_that_is_no_multiple_is_saved_and_loaded(tmp_path: pathlib.Path) -> None:
+    sae = make(config.TopK(d_vit=D, d_sae=2 * D + 1, top_k=3)).eval()
+    nn.save(sae, tmp_path / "sae.pt")
+    again = nn.load(tmp_path / "sae.pt")
+    assert again.cfg == sae.cfg == config.TopK(d_vit=D, d_sae=2 * D + 1, top_k=3)
+    assert torch.equal(again.encode(batch()), sae.encode(batch()))
+    assert again.encode(batch()).shape == (B, 2 * D + 1)
+
+
+# ---- inputs as people have them ----
+
+FLOATS = [torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("cfg", [*CFGS, config.JumpRelu(d_vit=D, exp_factor=FACTOR)])
+def test_any_leading_shape_and_float_type(cfg: config.Sae, training: bool) -> None:
+    sae = make(cfg).train(training)
+    sae(batch())  # BatchTopK's threshold is set from here on
+    x = batch()
+    rows = copy.deepcopy(sae)(x)  # in training BatchTopK's threshold moves
+    for lead in [(4, 5), (2, 5, 2), (1, B), (B, 1)]:
+        out = copy.deepcopy(sae)(x.reshape(*lead, D))
+        for got, want in zip(out, rows, strict=True):
+            assert torch.equal(got, want.reshape(*lead, want.shape[1]))
+    one_x_hat, one_f = sae.eval()(x[0])
+    assert one_x_hat.shape == (D,) and torch.equal(one_f, sae.encode(x[:1])[0])
+    for dtype in FLOATS:
+        got = sae.encode(x.to(dtype))
+        assert got.dtype == torch.float32
+        assert torch.equal(got, sae.encode(x.to(dtype).float()))
+    for array in (x.double().numpy(), x.numpy().astype(">f4"), x.numpy().astype(np.longdouble)):
+        assert torch.equal(sae.encode(array), sae.encode(x))
+    f = sae.encode(x).detach()
+    assert torch.equal(sae.decode(f.double().numpy()), sae.decode(f))
+
+
+@pytest.mark.parametrize("cfg", [*CFGS, config.JumpRelu(d_vit=D, exp_factor=FACTOR)])
+@pytest.mark.parametrize("lead", [(0,), (3, 0), (0, 3)])
+def test_an_empty_batch_has_empty_codes(cfg: config.Sae, lead: tuple[int, ...]) -> None:
+    for training in (True, False):
+        x_hat, f = make(cfg).train(training)(torch.zeros(*lead, D))
+        assert x_hat.shape == (*lead, D) and f.shape == (*lead, D * FACTOR)
+
+
+def test_gradients_flow_through_other_shapes_and_types() -> None:
+    sae = make(CFGS[0])
+    x = batch().double().reshape(4, 5, D).requires_grad_()
+    sae(x)[0].square().sum().backward()
+    shaped = x.grad, sae.W_enc.grad.clone()
+    sae.zero_grad()
+    flat_BD = batch().requires_grad_()
+    sae(flat_BD)[0].square().sum().backward()
+    torch.testing.assert_close(shaped[0].float().reshape(-1, D), flat_BD.grad)
+    torch.testing.assert_close(shaped[1], sae.W_enc.grad)
+
+
+@pytest.mark.parametrize(
+    ("x", "seen"),
+    [
+        (torch.zeros(3, D + 1), r"torch.float32 of shape \(3, 7\)"),
+        (torch.zeros(D, dtype=torch.complex64), "torch.complex64"),
+        (torch.tensor(1.0), r"torch.float32 of shape \(\)"),
+        (np.zeros((3, D), int), "int64"),
+        (np.zeros((3, D), object), "object"),
+    ],
+)
+def test_other_inputs_are_refused_in_one_line(x: tp.Any, seen: str) -> None:
+    sae = make(CFGS[0])
+    for call in (sae.encode, sae):
+        with pytest.raises(errors.UserError, match=f"encode: got {seen}.*last dimension is 6"):
+            call(x)
+    with pytest.raises(errors.UserError, match="decode: got .* last dimension is 24"):
+        sae.decode(x)
 
 
 @each_cfg

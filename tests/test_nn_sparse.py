@@ -21,6 +21,8 @@ ARCHITECTURES = {
     "relu": config.Relu(d_vit=D, exp_factor=4, sparsity_coeff=0.02),
     "jump-relu": config.JumpRelu(d_vit=D, exp_factor=4, sparsity_coeff=0.02, bandwidth=0.3),
 }
+SIGNED = config.TopK(d_vit=D, d_sae=S, top_k=30, keep_negative=True)
+"""So large a k that most rows have fewer positive pre-activations."""
 OBJECTIVES = {
     "vanilla": config.Vanilla(),
     "fixed": config.Matryoshka(n_prefixes=4, prefixes="fixed"),
@@ -120,7 +122,17 @@ def test_50_steps_equal_dense_autograd(
     architecture: str, objective: str, way: str, dtype: torch.dtype, atol: float, screened: bool
 ) -> None:
     """With clipping, AuxK and Adam; in float64 so closely that no different latent can have been chosen."""
-    cfg, goal = ARCHITECTURES[architecture], OBJECTIVES[objective]
+    check_50_steps(ARCHITECTURES[architecture], OBJECTIVES[objective], way, dtype, atol)
+
+
+@each_way
+def test_50_steps_with_negative_values(way: str, screened: bool) -> None:
+    check_50_steps(SIGNED, OBJECTIVES["fixed"], way, torch.float64, 1e-9)
+
+
+def check_50_steps(
+    cfg: config.Sae, goal: config.Objective, way: str, dtype: torch.dtype, atol: float
+) -> None:
     sae = make(cfg, dtype)
     loss = objectives.Objective(sae, goal, way=way)
     adam = optim.Adam(sae, max_norm=0.3)
@@ -143,13 +155,31 @@ def test_50_steps_equal_dense_autograd(
 @each
 @each_way
 def test_outputs_equal_the_models_own(architecture: str, way: str, screened: bool) -> None:
-    sae, x_BD = make(ARCHITECTURES[architecture]), batch(3)
+    check_outputs(make(ARCHITECTURES[architecture]), way)
+
+
+@each_way
+def test_negative_values_equal_the_models_own(way: str, screened: bool) -> None:
+    sae = make(SIGNED)
+    f_BS = check_outputs(sae, way)
+    assert (f_BS < 0).any() and ((f_BS != 0).sum(dim=1) == 30).all()
+    with torch.no_grad():
+        sae.b_enc[7] = -0.1  # fires, with negative values alone
+        sae.W_enc[:, 7] = 0
+    f_BS = check_outputs(sae, way)
+    assert (f_BS[:, 7] < 0).any() and (f_BS[:, 7] <= 0).all()
+
+
+def check_outputs(sae: nn.SparseAutoencoder, way: str) -> Tensor:
+    """Of a training step; returns the codes."""
+    x_BD = batch(3)
     out = objectives.Objective(sae, config.Vanilla(), way=way)(x_BD)
     x_hat_BD, f_BS = sae(x_BD)
     assert 0 < (f_BS > 0).float().mean() < 1
     torch.testing.assert_close(out.dense(), f_BS.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.x_hat_BD, x_hat_BD.detach(), rtol=1e-4, atol=1e-4)
-    assert torch.equal(out.fired_S, (f_BS > 0).any(dim=0))
+    assert torch.equal(out.fired_S, (f_BS != 0).any(dim=0))
+    return f_BS.detach()
 
 
 def test_relu_takes_the_sparse_way_once_few_latents_fire() -> None:

@@ -54,6 +54,7 @@ def test_scores_of_images_are_the_max_over_patches(
     [
         nn_config.Relu(d_vit=D, exp_factor=4),
         nn_config.TopK(d_vit=D, exp_factor=4, top_k=3),
+        nn_config.TopK(d_vit=D, d_sae=30, top_k=25, keep_negative=True),
         nn_config.BatchTopK(d_vit=D, exp_factor=4, top_k=3),
         nn_config.JumpRelu(d_vit=D, exp_factor=4),
     ],
@@ -65,9 +66,12 @@ def test_scores_of_images_are_the_largest_codes(cfg: nn_config.Sae) -> None:
     sae = nn.SparseAutoencoder(cfg).eval().requires_grad_(False)
     sae.initialize(acts_BPD.flatten(0, 1))
     sae.threshold.fill_(1.0)
+    sae.W_enc[:, 2] = 0
+    sae.b_enc[2] = -0.3  # a TopK of 25 in 30 that keeps negative values keeps this in all patches
     f_BPS = sae.encode(acts_BPD.flatten(0, 1)).unflatten(0, (20, 7))
     want_BS = f_BPS.amax(dim=1)
     assert 0 < (want_BS > 0).float().mean() <= 1
+    assert (want_BS < 0).any() == getattr(cfg, "keep_negative", False)
     scorer = sae_scorer.SaeLatents(sae, sae.d_sae)
     torch.testing.assert_close(scorer.of_images(acts_BPD), want_BS, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scorer.prefix(5).of_images(acts_BPD), want_BS[:, :5])
@@ -148,6 +152,61 @@ def test_a_pass_whose_files_are_not_whole_starts_again(
     if how != "gone":
         fpath.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
     np.testing.assert_array_equal(score(prototypes(4)), want)
+
+
+@pytest.mark.parametrize("name", ["scores.bin", "means.bin", "done.json"])
+def test_a_flipped_bit_is_scored_again(
+    data: tuple[data_config.Shards, np.ndarray],
+    tmp_path: pathlib.Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(scoring, "MAX_BLOCK", 2)
+    image_is = [4, 90, 7, 91, 300, 5]
+
+    def score() -> list[bytes]:
+        got = scoring.score([prototypes(3)], data[0], image_is, tmp_path, torch.device("cpu"))
+        return [got.scores_KN.tobytes(), got.mean_ND.tobytes()]
+
+    want, fpath = score(), tmp_path / name
+    content = fpath.read_bytes()
+    places = range(8 * len(content)) if name != "done.json" else range(5, 8 * len(content), 4999)
+    for i in list(places)[:: 1 + len(places) // 12]:
+        bad = bytearray(content)
+        bad[i // 8] ^= 1 << i % 8
+        fpath.write_bytes(bad)
+        assert score() == want, i
+        assert fpath.read_bytes() == content, i
+    assert "scored again" in caplog.text or name == "done.json"
+
+
+def test_only_what_follows_a_flipped_bit_is_scored_again(
+    data: tuple[data_config.Shards, np.ndarray],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(scoring, "MAX_BLOCK", 50)
+    monkeypatch.setattr(scoring, "CHECKED", 1000)
+    run, whole, n = [prototypes(9)], base.Prototypes.of_images, 0
+
+    def of_images(*args: object) -> torch.Tensor:
+        nonlocal n
+        n += 1
+        return whole(*args)
+
+    monkeypatch.setattr(base.Prototypes, "of_images", of_images)
+    for want in (12, 0):
+        n = 0
+        got = scoring.score(run, data[0], list(range(600)), tmp_path, torch.device("cpu"))
+        assert n == want
+    want_KN = np.array(got.scores_KN)
+    got.scores_KN[8, 425] += 1
+    n = 0
+    got = scoring.score(run, data[0], list(range(600)), tmp_path, torch.device("cpu"))
+    np.testing.assert_array_equal(got.scores_KN, want_KN)
+    assert n == 4 and "all but the first 400 images are scored again" in caplog.text
 
 
 def test_scores_of_other_scorers_are_not_taken_for_these(

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ import torch
 
 from saev import errors, nn, scorers
 from saev.data import config as data_config
+from saev.formats import checkpoint, tensors
 from saev.nn import config as nn_config
 from saev.scorers import base, config, kmeans, random
 
@@ -184,6 +186,55 @@ def test_cut_scorer_file(data, tmp_path: pathlib.Path) -> None:
     fpath.write_bytes(fpath.read_bytes()[:-50])
     with pytest.raises(errors.UserError, match=r"not those that were written .* Delete it"):
         scorers.load(fpath)
+
+
+CRAFTED = {
+    "another width": (
+        {"direction_KD": torch.zeros(3, 9), "mean_D": torch.zeros(9)},
+        r"\(3, 9\) ins",
+    ),
+    "one row less": ({"direction_KD": torch.zeros(2, D)}, r"\(2, 6\) instead of \(3, 6\)"),
+    "no rows": ({"direction_KD": torch.zeros(0, D)}, r"shape \(0, 6\)"),
+    "another mean": ({"mean_D": torch.zeros(5)}, "are no prototypes"),
+    "NaN": ({"mean_D": torch.full((D,), torch.nan)}, "mean_D holds NaN or infinity"),
+    "float64": ({"mean_D": torch.zeros(D).double()}, "are torch.float32"),
+    "a number": ({"direction_KD": 7}, "are no prototypes"),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_crafted_scorers_with_a_good_checksum_are_refused(data, tmp_path, name: str) -> None:
+    scorers.fit(config.Random(), data[0], 3, dpath=tmp_path)
+    (fpath,) = tmp_path.glob("*.bin")
+    changes, match = CRAFTED[name]
+    tree = {"direction_KD": torch.zeros(3, D), "mean_D": torch.zeros(D), **changes}
+    header = {"cls": "Prototypes", "similarity": "dot"}
+    checkpoint.write(fpath, "scorer", header, tensors.dump(tree))
+    with pytest.raises(errors.UserError, match=rf"\.bin: .*{match}[^\n]*Delete [^\n]*$"):
+        scorers.fit(config.Random(), data[0], 3, dpath=tmp_path)
+    checkpoint.write(fpath, "scorer", header | {"similarity": "likeness"}, tensors.dump(tree))
+    with pytest.raises(errors.UserError, match=r"\.bin: [^\n]*$"):
+        scorers.load(fpath)
+
+
+def test_every_flipped_bit_of_a_scorer_is_refused(data, tmp_path: pathlib.Path) -> None:
+    """One of each byte, and all of a sample."""
+    scorers.fit(config.Random(), data[0], 3, dpath=tmp_path)
+    (fpath,) = tmp_path.glob("*.bin")
+    content = fpath.read_bytes()
+    for i in range(0, 8 * len(content), 9):
+        bad = bytearray(content)
+        bad[i // 8] ^= 1 << i % 8
+        fpath.write_bytes(bad)
+        with pytest.raises(errors.UserError):
+            scorers.load(fpath)
+
+
+def test_a_file_with_a_strange_name_among_the_scorers_is_passed_over(data, tmp_path) -> None:
+    scorers.fit(config.Random(), data[0], 3, dpath=tmp_path)
+    (fpath,) = tmp_path.glob("*.bin")
+    shutil.copy(fpath, fpath.with_name(fpath.name.replace("-3-", "-many-")))
+    assert scorers.fit(config.Random(), data[0], 3, dpath=tmp_path).n_prototypes == 3
 
 
 # ---- what a review found ----

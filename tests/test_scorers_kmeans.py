@@ -3,6 +3,7 @@
 import collections
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 
 from saev import errors, scorers
 from saev.data import config as data_config
+from saev.formats import checkpoint, tensors
 from saev.scorers import config, kmeans, store
 
 D = 6
@@ -222,6 +224,40 @@ KILLED = """
     cfg, data = config.KMeans(n_iters=6, tolerance=0.0), data_config.Shards(sys.argv[1], 4)
     scorers.fit_each(cfg, data, [5, 30], seed=1, dpath=pathlib.Path(sys.argv[2]))
 """
+
+
+def crafted(fpath: pathlib.Path, header: dict[str, object], **changes: object) -> None:
+    """Changes a state, and its checksum with it."""
+    said, payload = checkpoint.read(fpath, "state")
+    tree = tensors.load(payload, "", "") | changes
+    checkpoint.write(fpath, "state", {"passes": said["passes"]} | header, tensors.dump(tree))
+
+
+DAMAGE = {
+    "header": (lambda f: f.write_bytes(f.read_bytes().replace(b"false", b"true ")), "checksum"),
+    "tensors": (lambda f: f.write_bytes(f.read_bytes()[:-9]), "checksum"),
+    "one centre less": (lambda f: crafted(f, {}, center_KD=torch.ones(3, 6)), r"is \(3, 6\)"),
+    "another width": (lambda f: crafted(f, {}, mean_D=torch.ones(7)), r"is \(7,\)"),
+    "passes": (lambda f: crafted(f, {"passes": [1.0, "2", False]}), "Expected `int`"),
+    "no passes": (lambda f: crafted(f, {"passes": None}), "Expected `array`"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_k_means_starts_again_from_a_damaged_state_and_says_so(
+    data: Made, name: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg, fpath = config.KMeans(n_iters=3), tmp_path / "kmeans-4-x.state"
+    (want,) = kmeans.fit(cfg, data[0], [4], 0, [fpath])
+    (again,) = kmeans.fit(cfg, data[0], [4], 0, [fpath])
+    torch.testing.assert_close(again.vectors_KD, want.vectors_KD, rtol=0, atol=0)
+    assert "starts again" not in caplog.text
+    damage, match = DAMAGE[name]
+    damage(fpath)
+    (got,) = kmeans.fit(cfg, data[0], [4], 0, [fpath])
+    torch.testing.assert_close(got.vectors_KD, want.vectors_KD, rtol=0, atol=0)
+    (said,) = [m for m in caplog.messages if "starts again" in m]
+    assert re.search(match, said) and fpath.name in said and "\n" not in said
 
 
 def test_a_killed_fit_goes_on_to_the_same_centres(data: Made, tmp_path: pathlib.Path) -> None:

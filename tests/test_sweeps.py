@@ -75,6 +75,20 @@ def test_typed_flags_win(parse) -> None:
     assert (cfgs[0].slurm.n_hours, cfgs[0].slurm.slurm_acct, cfgs[0].lr) == (3.0, "B", 1.0)
 
 
+@pytest.mark.parametrize("typed", ["--sae.d-sae 100", "--sae.exp-factor=5", "--sae.exp_factor 5"])
+def test_a_typed_size_replaces_the_files_in_either_form(parse, typed: str) -> None:
+    for toml in ("exp_factor = [8, 16]", "d_sae = [80, 160]", "d_vit = 20\nexp_factor = 8"):
+        (cfg,) = parse(f'[sae]\ntype = "relu"\n{toml}', f"sae:relu {typed}")
+        assert cfg.sae.sized(20).d_sae == 100
+
+
+def test_a_file_may_sweep_the_number_of_latents(parse) -> None:
+    cfgs = parse('[sae]\ntype = "top-k"\nd_sae = [100, 200]')
+    assert [cfg.sae.sized(7).d_sae for cfg in cfgs] == [100, 200]
+    with pytest.raises(errors.UserError, match="x.toml: --sae.exp-factor 4 and --sae.d-sae 100"):
+        parse('[sae]\ntype = "top-k"\nd_sae = 100\nexp_factor = 4')
+
+
 def test_the_typed_subcommand_takes_the_files_keys(parse) -> None:
     cfgs = parse("[sae]\nsparsity_coeff = [1e-4, 1e-3]", "sae:relu --sae.d-vit 9")
     assert [c.sae for c in cfgs] == [

@@ -343,7 +343,7 @@ def test_config_is_written_beside_the_checkpoint(cfg: config.Train) -> None:
     written = json.loads((pathlib.Path(fpath).parent / "config.json").read_text())
     want = json.loads(json.dumps(dataclasses.asdict(cfg)))  # JSON has no tuples
     want |= {"architecture": "TopK", "objective_name": "Vanilla"}
-    want["sae"]["d_vit"] = 8
+    want["sae"] |= {"d_vit": 8, "exp_factor": None, "d_sae": 32}
     want["activations"] = {
         "vit_family": "timm",
         "vit_ckpt": "made-up",
@@ -353,7 +353,7 @@ def test_config_is_written_beside_the_checkpoint(cfg: config.Train) -> None:
     }
     assert written == want
     sae = nn.load(fpath)
-    assert sae.cfg == nn_config.TopK(d_vit=8, exp_factor=4, top_k=3)
+    assert sae.cfg == nn_config.TopK(d_vit=8, d_sae=32, top_k=3)
     assert sae.activations == want["activations"]
 
 

@@ -1,21 +1,26 @@
 """Training that is stopped and goes on: the same weights, bit for bit. Real signals, real processes."""
 
 import collections.abc
+import concurrent.futures
 import dataclasses
 import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import typing as tp
 
 import pytest
 import torch
 
-from saev import errors, nn
+from saev import errors, helpers, nn
 from saev.data import config as data_config
+from saev.formats import checkpoint, tensors
 from saev.nn import config as nn_config
 from saev.nn import optim
 from saev.training import config, loop, run, state
@@ -157,7 +162,7 @@ def test_sigusr2_saves_and_leaves_the_rest_to_whoever_listened(
     seen: list[list[int]] = []
 
     def handler(*args: object) -> None:
-        (dpath,) = pathlib.Path(cfg.ckpt_to).iterdir()
+        (dpath,) = pathlib.Path(cfg.ckpt_to).glob("[!.]*")
         seen.append(state.saved(dpath))
 
     before = signal.signal(signal.SIGUSR2, handler)
@@ -219,14 +224,102 @@ def test_a_new_run_of_the_group_does_not_throw_the_others_back(
     ],
 )
 def test_which_runs_go_on_together(
-    tmp_path: pathlib.Path, saved: dict[str, list[int]], want: list[tuple[int, str]]
+    saved: dict[str, list[int]], want: list[tuple[int, str]]
 ) -> None:
-    for name, steps in saved.items():
-        (tmp_path / name).mkdir()
-        for n_steps in steps:
-            state.save(tmp_path / name, n_steps, {}, keep_last=9)
-    got = state.starts([tmp_path / name for name in saved])
+    got = state.starts({pathlib.Path(name): steps for name, steps in saved.items()})
     assert [(start, "".join(d.name for d in dpaths)) for start, dpaths in got] == want
+
+
+def killed(cfg: config.Train, monkeypatch: pytest.MonkeyPatch, at: int) -> pathlib.Path:
+    """A run that kept the states after two steps and was then killed; its folder."""
+    real = state.save
+
+    def save(dpath: pathlib.Path, n_steps: int, *args: object, **kwargs: object) -> None:
+        real(dpath, n_steps, *args, **kwargs)
+        if n_steps == at:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.state, "save", save)
+        with pytest.raises(RuntimeError, match="killed"):
+            loop.main([change(cfg, save_every=1e-9, keep_last=2)])
+    (dpath,) = pathlib.Path(cfg.ckpt_to).iterdir()
+    assert state.saved(dpath) == [at - 1, at]
+    return dpath
+
+
+def bad_bit(fpath: pathlib.Path) -> None:
+    content = bytearray(fpath.read_bytes())
+    content[len(content) // 2] ^= 4
+    fpath.write_bytes(content)
+
+
+def crafted(*keys: str, to: object = None) -> tp.Callable[[pathlib.Path], None]:
+    """Changes a value of a state, and its checksum with it."""
+
+    def craft(fpath: pathlib.Path) -> None:
+        n_steps = int(fpath.stem.removeprefix("state-"))
+        tree = state.load(fpath.parent, n_steps)
+        at = tree
+        for key in keys[:-1]:
+            at = at[key]
+        at[keys[-1]] = to
+        header = {"run": fpath.parent.name, "n_steps": n_steps}
+        checkpoint.write(fpath, "state", header, tensors.dump(tree))
+
+    return craft
+
+
+DAMAGE = {
+    "a bit": (bad_bit, "not those that were written"),
+    "empty": (lambda f: f.write_bytes(b""), "not a saev checkpoint"),
+    "no weights": (crafted("sae", to={}), "sae lacks, or has too much: W_dec"),
+    "another width": (crafted("sae", "b_dec", to=torch.zeros(9)), r"sae.b_dec is \(9,\)"),
+    "NaN": (crafted("sae", "b_dec", to=torch.full((8,), torch.nan)), "sae.b_dec holds NaN"),
+    "another type": (crafted("density", to="much"), "density is a str instead of a float"),
+    "an index": (crafted("dead_C", to=torch.tensor([10**6])), "latents that do not exist"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_newest_state_falls_back_to_the_older_one(
+    cfg: config.Train,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cfg = change(cfg, n_patches=12 * cfg.batch_size)
+    (undisturbed,) = loop.main([change(cfg, ckpt_to=f"{cfg.ckpt_to}-undisturbed")])
+    dpath = killed(cfg, monkeypatch, at=6)
+    damage, match = DAMAGE[name]
+    damage(dpath / "state-000000006.pt")
+    with caplog.at_level("INFO", logger="saev"):
+        (mine,) = loop.main([cfg])
+    assert_same(mine, undisturbed)
+    (said,) = [m for m in caplog.messages if "left out" in m]
+    assert re.search(match, said) and "state-000000006.pt: " in said and "\n" not in said
+    assert f"going on after step 5: {dpath.name}" in caplog.messages
+
+
+def test_a_run_without_a_good_state_starts_again(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = change(cfg, n_patches=12 * cfg.batch_size)
+    (undisturbed,) = loop.main([change(cfg, ckpt_to=f"{cfg.ckpt_to}-undisturbed")])
+    dpath = killed(cfg, monkeypatch, at=6)
+    for fpath in dpath.glob("state-*"):
+        bad_bit(fpath)
+    (mine,) = loop.main([cfg])
+    assert_same(mine, undisturbed)
+    assert len([m for m in caplog.messages if "left out" in m]) == 2
+
+
+def test_a_damaged_later_state_never_outlives_a_good_one(tmp_path: pathlib.Path) -> None:
+    for n_steps in (5, 9):
+        state.save(tmp_path, n_steps, {}, keep_last=2)
+    bad_bit(tmp_path / "state-000000009.pt")
+    state.save(tmp_path, 7, {}, keep_last=1)
+    assert state.saved(tmp_path) == [7]
 
 
 def test_a_state_of_another_run_is_refused(cfg: config.Train, tmp_path: pathlib.Path) -> None:
@@ -412,7 +505,9 @@ def test_killed_three_times_ends_with_the_same_weights(
 
 def test_a_finished_run_removes_what_a_kill_left_half_written(tmp_path: pathlib.Path) -> None:
     state.save(tmp_path, 7, {"a": 1}, keep_last=2)
-    (tmp_path / ".state-000000008.pt.0123.tmp").write_bytes(b"half a state")
+    old_fpath = tmp_path / f".state-000000008.pt.{'0' * 32}.tmp"  # as earlier versions named them
+    old_fpath.write_bytes(b"half a state")
+    os.utime(old_fpath, (0, 0))
     (tmp_path / "sae.pt").write_bytes(b"kept")
     state.remove(tmp_path)
     assert [fpath.name for fpath in tmp_path.iterdir()] == ["sae.pt"]
@@ -484,3 +579,44 @@ def test_two_processes_save_when_their_parent_is_asked_to_stop(
     assert process.returncode == (130 if signum == signal.SIGINT else 128 + signum), err
     assert "Traceback" not in err
     assert newest_state(cfg.ckpt_to) > 0
+
+
+# ---- the same command twice at once ----
+
+
+def test_the_second_of_two_waits_and_finds_the_finished_run(
+    cfg: config.Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "saev")
+    n_steps, real = 0, run.Run.step
+    in_step, go_on = threading.Event(), threading.Event()
+
+    def stepping(self: run.Run, at: int, x_BD: torch.Tensor) -> object:
+        nonlocal n_steps
+        n_steps += 1
+        in_step.set()
+        assert go_on.wait(60)
+        return real(self, at, x_BD)
+
+    monkeypatch.setattr(run.Run, "step", stepping)
+    cfgs = [cfg, change(cfg, lr=1e-3)]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        first = threads.submit(loop.main, cfgs)
+        assert in_step.wait(60)
+        second = threads.submit(loop.main, cfgs[::-1])
+        while "waiting for another process: it trains" not in caplog.text:
+            time.sleep(0.01)
+            assert not second.done()
+        go_on.set()
+        assert first.result(60) == second.result(60)[::-1]
+    assert n_steps == 2 * 40
+    assert caplog.text.count("trained already") == 2
+    names = {p.name for p in pathlib.Path(cfg.ckpt_to).iterdir()}
+    assert names == {pathlib.Path(f).parent.name for f in first.result()}, "no lock is left"
+
+
+def test_finished_runs_are_found_where_nothing_may_be_written(cfg: config.Train) -> None:
+    fpaths = loop.main([cfg])
+    (dpath,) = pathlib.Path(cfg.ckpt_to).iterdir()
+    with helpers.locked(dpath.with_name(f".{dpath.name}.lock"), "a test"):
+        assert loop.main([cfg]) == fpaths, "needs no lock"

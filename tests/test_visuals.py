@@ -84,6 +84,7 @@ def test_stats_and_top_images_of_a_plain_loop(
     "sae_cfg",
     [
         nn_config.TopK(d_vit=S, exp_factor=1, top_k=2),
+        nn_config.TopK(d_vit=S, exp_factor=1, top_k=S - 1, keep_negative=True),
         nn_config.BatchTopK(d_vit=S, exp_factor=1, top_k=S),
     ],
 )
@@ -99,7 +100,9 @@ def test_other_architectures_in_any_blocks(
     sae = nn.load(cfg.ckpt)
     f_NPS = np.stack([sae.encode(torch.from_numpy(acts_PD)).numpy() for acts_PD in acts_NPD])
     for stats in (stats_of(cfg, 1), stats_of(cfg, 5)):
-        np.testing.assert_allclose(stats.freq_S, (f_NPS > 0).mean(axis=(0, 1)))
+        np.testing.assert_allclose(stats.freq_S, (f_NPS != 0).mean(axis=(0, 1)))
+        sizes = np.abs(f_NPS).sum(axis=(0, 1)) / np.maximum((f_NPS != 0).sum(axis=(0, 1)), 1)
+        np.testing.assert_allclose(np.nan_to_num(stats.mean_S), sizes, rtol=1e-5)
         for s in range(S):
             peaks = f_NPS[..., s].max(axis=1).tolist()
             top = sorted(range(N), key=lambda n, peaks=peaks: (-peaks[n], n))[:3]

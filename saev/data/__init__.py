@@ -3,8 +3,8 @@
 `Indexed`, `Ordered` and `Shuffled` read the shards that `python -m saev.data` writes; `cub` reads CUB-200-2011.
 """
 
-from saev import helpers
+from saev import lazy
 
-__getattr__ = helpers.lazy_attributes(
+__getattr__ = lazy.attributes(
     __name__, {"Indexed": "indexed", "Ordered": "ordered", "Shuffled": "shuffled", "cub": ""}
 )

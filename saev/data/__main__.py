@@ -1,13 +1,18 @@
 """Dump ViT activations: `python -m saev.data`. See README.md."""
 
-from saev import launch, sweeps
+if __name__ == "__main__":  # before the imports below, which take time
+    from saev import early
+
+    early.install()
+
+from saev import console, launch, sweeps
 from saev.data import config
 
 
 def main() -> None:
     (cfg,) = sweeps.parse(config.Dump, "Dumps the activations of a pretrained ViT to shards.")
     if cfg.dry_run:
-        return launch.show([cfg])
+        return console.show([cfg])
     jobs = [config.DumpJob(cfg, i) for i in range(cfg.n_jobs)]
     dpath, *_ = launch.run(
         "saev.data.dump:job", jobs, cfg.slurm, "saev-dump", n_processes=len(jobs)

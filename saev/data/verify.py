@@ -1,5 +1,10 @@
 """Check shard directories against their checksums: `python -m saev.data.verify DIR [DIR ...]`."""
 
+if __name__ == "__main__":  # before the imports below, which take time
+    from saev import early
+
+    early.install()
+
 import collections.abc
 import concurrent.futures
 import os

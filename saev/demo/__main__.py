@@ -1,5 +1,10 @@
 """The whole experiment in a few minutes: `python -m saev.demo`."""
 
+if __name__ == "__main__":  # before the imports below, which take time
+    from saev import early
+
+    early.install()
+
 import dataclasses
 import pathlib
 import shlex

@@ -2,6 +2,7 @@
 
 import collections.abc
 import io
+import math
 import typing as tp
 import zipfile
 
@@ -89,5 +90,7 @@ def check_like(found: object, mine: object, name: str = "") -> None:
             raise ValueError(f"{name} is {said[0]} {said[1]} instead of {wanted[0]} {wanted[1]}")
         if not found.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")
+    elif isinstance(found, float) and not math.isfinite(found):
+        raise ValueError(f"{name} is {found}")
     elif type(mine) is not type(found):
         raise ValueError(f"{name} is a {type(found).__name__} instead of a {type(mine).__name__}")

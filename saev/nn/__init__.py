@@ -1,7 +1,7 @@
 """Sparse autoencoders: architectures, objectives, metrics, checkpoints. Knows nothing of shards."""
 
-from saev import helpers
+from saev import lazy
 
-__getattr__ = helpers.lazy_attributes(
+__getattr__ = lazy.attributes(
     __name__, {"SparseAutoencoder": "sae", "load": "sae", "save": "sae", "metrics": ""}
 )

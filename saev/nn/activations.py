@@ -9,10 +9,13 @@ from torch import Tensor
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def top_k(pre_BS: Float[Tensor, "B S"], k: int) -> Float[Tensor, "B S"]:
-    """The k largest values of each row, negatives set to 0; the rest 0. All are kept when k >= S."""
+def top_k(
+    pre_BS: Float[Tensor, "B S"], k: int, keep_negative: bool = False
+) -> Float[Tensor, "B S"]:
+    """The k largest values of each row, negatives set to 0 unless they are kept; the rest 0. All are kept when k >= S."""
     values_BK, index_BK = pre_BS.topk(min(k, pre_BS.shape[1]), dim=1, sorted=False)
-    return torch.zeros_like(pre_BS).scatter(1, index_BK, values_BK.relu())
+    values_BK = values_BK if keep_negative else values_BK.relu()
+    return torch.zeros_like(pre_BS).scatter(1, index_BK, values_BK)
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -21,6 +24,8 @@ def batch_top_k(pre_BS: Float[Tensor, "B S"], k: int) -> Float[Tensor, "B S"]:
 
     Values equal to the smallest kept one are all kept.
     """
+    if pre_BS.numel() == 0:
+        return pre_BS
     n_batch, n_latents = pre_BS.shape
     n_drop = pre_BS.numel() - min(k, n_latents) * n_batch
     # kthvalue selects without sorting: much cheaper than topk over the flat batch.

@@ -7,6 +7,12 @@ import beartype
 
 from saev import errors
 
+T = tp.TypeVar("T", bound="Architecture")
+
+DEFAULT_EXP_FACTOR = 16
+MOST_LATENTS = 2**31
+"""Latents are numbered in 32 bits."""
+
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +21,10 @@ class Architecture:
 
     d_vit: int | None = None
     """Width of the activations. Left out: inferred from the shards. Given: checked against them."""
-    exp_factor: int = 16
-    """Dictionary size d_sae as a multiple of d_vit."""
+    exp_factor: int | None = None
+    """Number of latents as a multiple of d_vit. Left out: 16, or whatever d_sae gives."""
+    d_sae: int | None = None
+    """Number of latents, any number. Left out: exp_factor x d_vit. Give one of the two."""
     normalize: tp.Literal["scale", "none"] = "scale"
     """scale: activations are multiplied so that their mean squared distance from their mean is d_vit, a few of huge norm left out (saved with the model). none: taken as they are."""
     b_dec_init: tp.Literal["mean", "geometric-median", "zero"] = "mean"
@@ -24,21 +32,47 @@ class Architecture:
     tied_init: bool = True
     """Start the encoder as the decoder's transpose (Gao et al. 2024); else with a draw of its own."""
 
+    EITHER: tp.ClassVar = ("exp_factor", "d_sae")
+    """Fields of which one is given: a typed flag of either replaces a sweep's value of both."""
+
     def __post_init__(self) -> None:
-        _at_least(1, self, "exp_factor")
-        if self.d_vit is not None:
-            _at_least(1, self, "d_vit")
+        for name in ("d_vit", "exp_factor", "d_sae"):
+            if getattr(self, name) is not None:
+                _at_least(1, self, name)
+        if self.exp_factor is not None and self.d_sae is not None:
+            raise errors.UserError(
+                f"--sae.exp-factor {self.exp_factor} and --sae.d-sae {self.d_sae}: both give the number of latents. Drop one of them."
+            )
+        if self.d_vit is not None and self.n_latents >= MOST_LATENTS:
+            raise errors.UserError(
+                f"{self.n_latents:,} latents of {self.d_vit:,} dimensions: their weights take {weight_gb(self):,.0f} GB, "
+                f"and at most {MOST_LATENTS - 1:,} latents can be numbered. Lower --sae.exp-factor or --sae.d-sae."
+            )
 
     @property
-    def d_sae(self) -> int:
-        """Number of latents.
+    def n_latents(self) -> int:
+        """d_sae, given or by exp_factor.
 
         Raises:
-            ValueError: d_vit is not known yet.
+            ValueError: it depends on d_vit, which is not known yet.
         """
+        if self.d_sae is not None:
+            return self.d_sae
         if self.d_vit is None:
             raise ValueError("d_vit must be set")
-        return self.d_vit * self.exp_factor
+        return self.d_vit * (DEFAULT_EXP_FACTOR if self.exp_factor is None else self.exp_factor)
+
+    def sized(self: T, d_vit: int | None = None) -> T:
+        """The same with d_vit filled in and the number of latents given by d_sae: equal dictionaries have equal configs.
+
+        Raises:
+            ValueError: d_vit is neither given nor known.
+            UserError: it does not fit this width.
+        """
+        cfg = self if d_vit is None else dataclasses.replace(self, d_vit=d_vit)
+        if cfg.d_vit is None:
+            raise ValueError("d_vit must be set")
+        return dataclasses.replace(cfg, exp_factor=None, d_sae=cfg.n_latents)
 
 
 @beartype.beartype
@@ -68,6 +102,8 @@ class TopK(Architecture):
     """Weight of the AuxK loss (Gao et al. 2024), by which dead latents learn to reconstruct what the others miss. 0: none."""
     aux_k: int = 0
     """Dead latents allowed to fire per activation in the AuxK loss. 0: half of d_vit."""
+    keep_negative: bool = False
+    """Keep negative values among the k largest, as checkpoints of the field's existing toolkit do. Off: they become 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,14 +155,19 @@ class JumpRelu(Architecture):
                 )
 
 
+def weight_gb(cfg: Architecture) -> float:
+    """Size of both weight matrices in float32, 10^9 bytes."""
+    return 8e-9 * tp.cast(int, cfg.d_vit) * cfg.n_latents
+
+
 def _check_top_k(cfg: TopK | BatchTopK) -> None:
     _at_least(1, cfg, "top_k")
     _at_least(0, cfg, "aux_coeff")
     _at_least(0, cfg, "aux_k")
-    if cfg.d_vit is not None and cfg.top_k > cfg.d_sae:
+    is_known = cfg.d_sae is not None or cfg.d_vit is not None
+    if is_known and cfg.top_k > cfg.n_latents:
         raise errors.UserError(
-            f"--sae.top-k {cfg.top_k}: the dictionary has {cfg.d_sae} latents (d_vit {cfg.d_vit} x exp_factor {cfg.exp_factor}). "
-            "Lower it or raise --sae.exp-factor."
+            f"--sae.top-k {cfg.top_k}: the dictionary has {cfg.n_latents} latents. Lower it or raise --sae.exp-factor (or --sae.d-sae)."
         )
 
 

@@ -44,7 +44,7 @@ def convert(
                 said.schema,
             )
     shift_S = (found["b_dec"].double() @ found["W_enc"].double()).float()
-    common = {"d_vit": D, "exp_factor": S // D, "normalize": "none"}
+    common = {"d_vit": D, "d_sae": S, "normalize": "none"}
     sparse = {**common, "top_k": min(said.top_k, S), "aux_coeff": 0.0}
     cfg = {
         "Relu": lambda: config.Relu(**common),

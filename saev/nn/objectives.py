@@ -122,7 +122,7 @@ class Objective:
     ) -> Output:
         f = coded.f.detach()
         if coded.index is None:
-            codes, fired_S = f, (f > 0).any(dim=0)
+            codes, fired_S = f, (f != 0).any(dim=0)
         else:
             codes = sparse.Codes(f, coded.index)
             fired_S = codes.fired_S
@@ -169,8 +169,8 @@ class Objective:
                 penalty = activations.fires(pre_BS, threshold_S, width).sum(dim=1).mean()
                 self._note(pre_BS > threshold_S - width / 2)
                 return _Coded(f_BS, None, penalty)
-            case config.TopK(top_k=k):
-                return _Coded(activations.top_k(pre_BS, k), None, pre_BS.new_zeros(()))
+            case config.TopK(top_k=k, keep_negative=keep):
+                return _Coded(activations.top_k(pre_BS, k, keep), None, pre_BS.new_zeros(()))
             case config.BatchTopK(top_k=k):
                 f_BS = activations.batch_top_k(pre_BS, k)
                 sae.update_threshold(f_BS.detach())
@@ -207,14 +207,16 @@ class Objective:
                 f_n = activations.jump(value_n, threshold_n, width)
                 l0 = activations.fires(value_n, threshold_n, width).sum() / len(x_BD)
                 return _Coded(f_n, found.index, l0)
+            case config.TopK(keep_negative=True):
+                return _Coded(value_n, found.index, value_n.new_zeros(()))
             case _:  # on a GPU places with values that are not positive are among the codes
                 return _Coded(value_n.relu(), found.index, value_n.new_zeros(()))
 
     def _find(self, encoder: sparse.Encoder, xc_BD: Tensor) -> sparse.Codes:
         sae = self.sae
         match sae.cfg:
-            case config.TopK(top_k=k):
-                return sparse.top_k(encoder, xc_BD, k)
+            case config.TopK(top_k=k, keep_negative=keep):
+                return sparse.top_k(encoder, xc_BD, k, keep)
             case config.BatchTopK(top_k=k):
                 codes = self.search(encoder, xc_BD, k)
                 sae.update_threshold(self.search.joint(codes.value_n))

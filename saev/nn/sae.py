@@ -8,11 +8,13 @@ the transpose of a contiguous (S, D): what belongs to a latent lies together.
 
 import dataclasses
 import math
+import os
 import pathlib
 import typing as tp
 
 import beartype
 import msgspec
+import numpy as np
 import torch
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
@@ -40,12 +42,16 @@ class SparseAutoencoder(torch.nn.Module):
     Args:
         cfg: the architecture, with d_vit set.
         seed: of the initial weights.
+
+    Raises:
+        UserError: the weights do not fit into this machine's memory.
     """
 
     @beartype.beartype
     def __init__(self, cfg: config.Sae, seed: int = 0):
         super().__init__()
-        self.cfg = cfg
+        _check_memory(cfg)
+        self.cfg = cfg = cfg.sized()
         self.activations: dict[str, tp.Any] = {}
         """What a checkpoint says that it was trained on (`vit_family`, `vit_ckpt`, `layers`, `patches`); empty where it does not."""
         generator = torch.Generator().manual_seed(seed)
@@ -53,11 +59,11 @@ class SparseAutoencoder(torch.nn.Module):
         W_enc = W_dec if cfg.tied_init else _directions(cfg, generator)
         self.W_dec = torch.nn.Parameter(W_dec)
         self.W_enc = torch.nn.Parameter(W_enc.clone().T)
-        self.b_enc = torch.nn.Parameter(torch.zeros(cfg.d_sae))
+        self.b_enc = torch.nn.Parameter(torch.zeros(cfg.n_latents))
         self.b_dec = torch.nn.Parameter(torch.zeros(cfg.d_vit))
         if isinstance(cfg, config.JumpRelu):
             start = math.log(cfg.init_threshold)
-            self.log_threshold = torch.nn.Parameter(torch.full((cfg.d_sae,), start))
+            self.log_threshold = torch.nn.Parameter(torch.full((cfg.n_latents,), start))
         self.scale: Tensor
         self.threshold: Tensor
         self.register_buffer("scale", torch.ones(()))
@@ -69,7 +75,7 @@ class SparseAutoencoder(torch.nn.Module):
 
     @property
     def d_sae(self) -> int:
-        return self.cfg.d_sae
+        return self.cfg.n_latents
 
     @torch.no_grad()
     @jaxtyped(typechecker=beartype.beartype)
@@ -90,15 +96,22 @@ class SparseAutoencoder(torch.nn.Module):
                 self.b_dec.zero_()
         return found
 
-    @jaxtyped(typechecker=beartype.beartype)
-    def encode(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B S"]:
-        """Codes f of raw activations."""
-        pre_BS = (x_BD * self.scale - self.b_dec) @ self.W_enc + self.b_enc
+    def encode(self, x: Tensor | np.ndarray) -> Float[Tensor, "*batch S"]:
+        """Codes f of raw activations (*batch, D) of any float type, in the model's own.
+
+        Raises:
+            UserError: they are not floats, or not d_vit wide.
+        """
+        x_BD = self._rows(x, self.d_vit, "encode")
+        f_BS = self._act((x_BD * self.scale - self.b_dec) @ self.W_enc + self.b_enc)
+        return f_BS.reshape(*x.shape[:-1], self.d_sae)
+
+    def _act(self, pre_BS: Tensor) -> Tensor:
         match self.cfg:
             case config.Relu():
                 return pre_BS.relu()
-            case config.TopK(top_k=k):
-                return activations.top_k(pre_BS, k)
+            case config.TopK(top_k=k, keep_negative=keep):
+                return activations.top_k(pre_BS, k, keep)
             case config.BatchTopK(top_k=k) if self.training:
                 f_BS = activations.batch_top_k(pre_BS, k)
                 self.update_threshold(f_BS.detach())
@@ -108,18 +121,30 @@ class SparseAutoencoder(torch.nn.Module):
             case config.JumpRelu(bandwidth=width):
                 return activations.jump(pre_BS, self.log_threshold.exp(), width)
 
-    @jaxtyped(typechecker=beartype.beartype)
-    def decode(self, f_BS: Float[Tensor, "B S"]) -> Float[Tensor, "B D"]:
-        """Reconstructions of raw activations."""
-        return (f_BS @ self.W_dec + self.b_dec) / self.scale
+    def decode(self, f: Tensor | np.ndarray) -> Float[Tensor, "*batch D"]:
+        """Reconstructions of raw activations by codes (*batch, S) of any float type. Raises as `encode`."""
+        f_BS = self._rows(f, self.d_sae, "decode")
+        return ((f_BS @ self.W_dec + self.b_dec) / self.scale).reshape(*f.shape[:-1], self.d_vit)
 
-    @jaxtyped(typechecker=beartype.beartype)
     def forward(
-        self, x_BD: Float[Tensor, "B D"]
-    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B S"]]:
-        """(reconstructions, codes)."""
-        f_BS = self.encode(x_BD)
-        return self.decode(f_BS), f_BS
+        self, x: Tensor | np.ndarray
+    ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch S"]]:
+        """(reconstructions, codes). Raises as `encode`."""
+        f = self.encode(x)
+        return self.decode(f), f
+
+    def _rows(self, values: tp.Any, width: int, caller: str) -> Tensor:
+        """(*batch, width) as (B, width), of the weights' type and on their device."""
+        if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+            values = torch.from_numpy(values.astype(np.float64))
+        is_float = isinstance(values, Tensor) and values.is_floating_point()
+        if not is_float or values.ndim == 0 or values.shape[-1] != width:
+            shape = f" of shape {tuple(values.shape)}" if hasattr(values, "shape") else ""
+            seen = f"{getattr(values, 'dtype', type(values).__name__)}{shape}"
+            raise errors.UserError(
+                f"{caller}: got {seen}; pass a tensor or array of floats whose last dimension is {width}."
+            )
+        return values.reshape(-1, width).to(self.W_dec)
 
     @torch.no_grad()
     def update_threshold(self, f: Tensor) -> None:
@@ -169,10 +194,19 @@ class SparseAutoencoder(torch.nn.Module):
         grad_SD -= along_S * self.W_dec
 
 
+def _check_memory(cfg: config.Sae) -> None:
+    memory_gb = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if config.weight_gb(cfg) > memory_gb:
+        raise errors.UserError(
+            f"{cfg.n_latents:,} latents of {cfg.d_vit:,} dimensions: their weights take {config.weight_gb(cfg):,.0f} GB, "
+            f"this machine has {memory_gb:,.0f} GB. Lower --sae.exp-factor or --sae.d-sae."
+        )
+
+
 def _directions(cfg: config.Sae, generator: torch.Generator) -> Float[Tensor, "S D"]:
     """Unit vectors in all directions alike."""
     return torch.nn.functional.normalize(
-        torch.randn(cfg.d_sae, tp.cast(int, cfg.d_vit), generator=generator), dim=1
+        torch.randn(cfg.n_latents, tp.cast(int, cfg.d_vit), generator=generator), dim=1
     )
 
 
@@ -222,7 +256,10 @@ def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
     else:
         cfg, state = _config(header, fpath), tensors.load(payload, str(fpath), CUT)
     try:
-        if state["W_dec"].shape != (cfg.d_sae, cfg.d_vit):  # before a model of that size is made
+        if state["W_dec"].shape != (
+            cfg.n_latents,
+            cfg.d_vit,
+        ):  # before a model of that size is made
             raise ValueError(f"W_dec has shape {tuple(state['W_dec'].shape)}")
         sae = SparseAutoencoder(cfg)
         sae.load_state_dict(state)

@@ -6,6 +6,11 @@
 Both ways codes and reconstructions of raw activations stay the same: our input scale is folded into the weights.
 """
 
+if __name__ == "__main__":  # before the imports below, which take time
+    from saev import early
+
+    early.install()
+
 import json
 import pathlib
 import shutil
@@ -109,7 +114,7 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
         norm_S = found["W_dec"].norm(dim=1)
         found["W_enc"], found["b_enc"] = found["W_enc"] * norm_S, found["b_enc"] * norm_S
         found["W_dec"] = found["W_dec"] / norm_S[:, None]
-    common = {"d_vit": D, "exp_factor": S // D, "normalize": "none"}
+    common = {"d_vit": D, "d_sae": S, "normalize": "none"}
     match architecture:
         case "standard":
             model = sae.SparseAutoencoder(config.Relu(**common))
@@ -124,7 +129,7 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     metadata = cfg.get("metadata")
     trained_on = metadata.get("trained_on") if isinstance(metadata, dict) else None
     model.activations = trained_on if isinstance(trained_on, dict) else {}
-    return model.eval().requires_grad_(False)
+    return sae.ready(model, str(dpath / WEIGHTS))
 
 
 def _cfg(dpath: pathlib.Path) -> dict[str, tp.Any]:

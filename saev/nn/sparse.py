@@ -97,9 +97,9 @@ class Codes:
 
     @property
     def fired_S(self) -> Bool[Tensor, " S"]:
-        """Latents with a positive value somewhere."""
+        """Latents with a value other than 0 somewhere."""
         fired_S = torch.zeros(self.index.n_latents, dtype=torch.uint8, device=self.value_n.device)
-        fires_n = (self.value_n > 0).to(torch.uint8)
+        fires_n = (self.value_n != 0).to(torch.uint8)
         return fired_S.scatter_reduce_(0, self.index.latent_n.long(), fires_n, "amax").bool()
 
     def dense(self) -> Float[Tensor, "O S"]:
@@ -402,14 +402,15 @@ def _index(latent_n: np.ndarray, n_B: np.ndarray, n_latents: int) -> Index:
 
 
 @torch.no_grad()
-def top_k(encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int) -> Codes:
-    """The k largest pre-activations of each row, if positive. Of equal ones a CPU keeps the lowest latents."""
+def top_k(
+    encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int, keep_negative: bool = False
+) -> Codes:
+    """The k largest pre-activations of each row, if positive or if negative ones are kept. Of equal ones a CPU keeps the lowest latents."""
     B, S = len(xc_BD), len(encoder.W_SD)
     k = min(k, S)
     if not uses_kernels(xc_BD):
-        value_BK, latent_BK = _dense(encoder, xc_BD).topk(k, dim=1, sorted=False)
-        latent_BK, order_BK = latent_BK.int().sort(dim=1)
-        return _of_places(value_BK.gather(1, order_BK), latent_BK, S)
+        value_BK, latent_BK = _dense_top_k(encoder, xc_BD, k)
+        return _of_places(value_BK if keep_negative else value_BK.relu(), latent_BK, S)
     n_B = np.empty(B, np.int32)
     value_BK = np.empty((B, k), xc_BD.numpy().dtype)
     latent_BK = np.empty((B, k), np.int32)
@@ -419,17 +420,33 @@ def top_k(encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int) -> Codes:
         kernels.top_k(*rows, k, n_B[mine], value_BK[mine], latent_BK[mine])
 
     _search(encoder, xc_BD, find)
-    if n_B.min() == k:
+    if keep_negative:  # the search finds positive ones: rows that have fewer are few
+        short_R = np.flatnonzero(n_B < k)
+        for part_R in np.array_split(short_R, -(-len(short_R) * S * 4 // PART_BYTES) or 1):
+            value_RK, latent_RK = _dense_top_k(encoder, xc_BD[part_R], k)
+            value_BK[part_R], latent_BK[part_R], n_B[part_R] = (
+                value_RK.numpy(),
+                latent_RK.numpy(),
+                k,
+            )
+    if B == 0 or n_B.min() == k:
         return Codes(torch.from_numpy(value_BK.ravel()), _index(latent_BK.ravel(), n_B, S))
     fires_BK = np.arange(k) < n_B[:, None]
     return Codes(torch.from_numpy(value_BK[fires_BK]), _index(latent_BK[fires_BK], n_B, S))
 
 
+def _dense_top_k(encoder: Encoder, xc_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values, latents) of the k largest pre-activations of each row, by latent."""
+    value_BK, latent_BK = _dense(encoder, xc_BD).topk(k, dim=1, sorted=False)
+    latent_BK, order_BK = latent_BK.int().sort(dim=1)
+    return value_BK.gather(1, order_BK), latent_BK
+
+
 def _of_places(value_BK: Tensor, latent_BK: Tensor, n_latents: int) -> Codes:
-    """Codes of a GPU: places with values that are not positive are kept as zeros (no need to wait for their number)."""
+    """Codes of a GPU: places where nothing fires are kept as zeros (no need to wait for their number)."""
     B, K = value_BK.shape
     start_B1 = torch.arange(0, B * K + 1, K, dtype=torch.int32, device=value_BK.device)
-    return Codes(value_BK.relu().flatten(), Index(latent_BK.flatten(), start_B1, n_latents))
+    return Codes(value_BK.flatten(), Index(latent_BK.flatten(), start_B1, n_latents))
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 """Stage 4: which prototypes of a scorer are traits that a biologist would name?"""
 
-from saev import helpers
+from saev import lazy
 
-__getattr__ = helpers.lazy_attributes(__name__, {"average_precision": "ap"})
+__getattr__ = lazy.attributes(__name__, {"average_precision": "ap"})

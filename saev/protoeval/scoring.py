@@ -5,23 +5,43 @@ prototypes of all scorers side by side, D d_vit, B images of a block, P patches.
 """
 
 import dataclasses
-import json
+import itertools
+import logging
 import os
 import pathlib
 import time
+import typing as tp
 
 import beartype
+import msgspec
 import numpy as np
 import torch
+import xxhash
 from jaxtyping import Float32, Int64, jaxtyped
 
 from saev import errors, helpers, scorers
 from saev.data import config as data_config
 from saev.data import ordered, reader
+from saev.formats import jsonfile
+
+logger = logging.getLogger("saev")
 
 SAVE_S = 30.0
 """Seconds between notes of how far the pass is."""
 MAX_BLOCK = 256
+CHECKED = 2**24
+"""Scores that are compared with their checksums at a time."""
+
+Block = tuple[tp.Annotated[int, msgspec.Meta(ge=0, le=2**31)], str]
+"""Images of a block, and the checksum of their scores and means."""
+
+
+class Note(msgspec.Struct):
+    """done.json: how far a pass is."""
+
+    of: str
+    """Hash of what the scores are of."""
+    blocks: list[Block]
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -58,6 +78,7 @@ def score(
     image_i_N = np.array(image_is, np.int64)
     n_prototypes = sum(s.n_prototypes for s in run)
     dpath.mkdir(parents=True, exist_ok=True)
+    helpers.sweep(dpath)
     done_fpath = dpath / "done.json"
     column_of = np.full(acts.n_all, -1, np.int64)
     column_of[image_i_N] = np.arange(len(image_i_N))
@@ -69,40 +90,89 @@ def score(
         "scores.bin": (n_prototypes, len(image_i_N)),
         "means.bin": (len(image_i_N), acts.d_vit),
     }
-    first = _n_done(done_fpath, said, shapes)
+    columns_N = column_of[acts.image_is_N]
+    blocks = _done(done_fpath, said, shapes, columns_N)
+    first = sum(n for n, _ in blocks)
     scores_KN, mean_ND = (_mapped(dpath / name, shape) for name, shape in shapes.items())
     stream = ordered.Ordered(data, n_imgs, first)
     saved_s = time.monotonic()
     for block in helpers.progress(stream, "score", len(stream), "blocks"):
         column_B = column_of[block.image_i_N]
         wanted_B = column_B >= 0
+        best_KB, mean_BD = scores_KN[:, :0], mean_ND[:0]
         if wanted_B.any():
             acts_BPD = torch.from_numpy(block.act_NXD[wanted_B]).to(device)
             best_BK = torch.cat([s.of_images(acts_BPD) for s in run], dim=1)
             _check_finite(best_BK, [acts.records[int(i)].path for i in block.image_i_N[wanted_B]])
-            scores_KN[:, column_B[wanted_B]] = best_BK.T.cpu().numpy()
-            mean_ND[column_B[wanted_B]] = acts_BPD.mean(dim=1).cpu().numpy()
+            best_KB = best_BK.T.contiguous().cpu().numpy()
+            mean_BD = acts_BPD.mean(dim=1).cpu().numpy()
+            scores_KN[:, column_B[wanted_B]] = best_KB
+            mean_ND[column_B[wanted_B]] = mean_BD
+        blocks.append((len(block.image_i_N), _checksums(best_KB, mean_BD, [slice(None)])[0]))
         first += len(block.image_i_N)
         if time.monotonic() - saved_s >= SAVE_S or first == acts.n_imgs:
             scores_KN.flush()
             mean_ND.flush()
-            helpers.write_text(done_fpath, json.dumps({"of": said, "images": first}))
+            helpers.write_text(done_fpath, jsonfile.dumps(Note(said, blocks)))
             saved_s = time.monotonic()
     return Scores(scores_KN, mean_ND, image_i_N)
 
 
-def _n_done(done_fpath: pathlib.Path, said: str, shapes: dict[str, tuple[int, int]]) -> int:
-    """Images that a killed pass has scored already: none, where its files are not of these scorers and images, or not whole."""
+def _done(
+    done_fpath: pathlib.Path,
+    said: str,
+    shapes: dict[str, tuple[int, int]],
+    columns_N: np.ndarray,
+) -> list[Block]:
+    """What a killed pass has scored already, up to the first block that is not as it was written.
+
+    Nothing, where its files are not of these scorers and images, or not whole.
+    """
+    fpaths = [done_fpath.parent / name for name in shapes]
     try:
-        done = json.loads(done_fpath.read_text())
-        sizes = [(done_fpath.parent / name).stat().st_size for name in shapes]
-        if done["of"] == said and sizes == [4 * a * b for a, b in shapes.values()]:
-            return int(done["images"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    for name in (done_fpath.name, *shapes):  # the note first
-        (done_fpath.parent / name).unlink(missing_ok=True)
-    return 0
+        note = jsonfile.read(done_fpath, Note, "It is scored again.")
+        sizes = [fpath.stat().st_size for fpath in fpaths]
+        is_same = note.of == said and sizes == [4 * a * b for a, b in shapes.values()]
+    except FileNotFoundError:
+        is_same = False
+    except (OSError, errors.UserError) as err:
+        logger.warning("%s", errors.first_line(err))
+        is_same = False
+    if not is_same:
+        for fpath in (done_fpath, *fpaths):  # the note first
+            fpath.unlink(missing_ok=True)
+        return []
+    starts = np.cumsum([0, *(n for n, _ in note.blocks)])
+    parts = [columns_N[a:b] for a, b in itertools.pairwise(starts.tolist())]
+    maps = [_mapped(fpath, shape) for fpath, shape in zip(fpaths, shapes.values(), strict=True)]
+    found = _checksums(*maps, [part[part >= 0] for part in parts])
+    is_good = [
+        len(part) == n and one == checksum
+        for part, (n, checksum), one in zip(parts, note.blocks, found, strict=True)
+    ]
+    n_good = (*is_good, False).index(False)
+    if n_good < len(is_good):
+        logger.warning(
+            "%s: its scores are not those that were written (checksum); all but the first %d images are scored again",
+            done_fpath.parent,
+            starts[n_good],
+        )
+    return note.blocks[:n_good]
+
+
+def _checksums(
+    scores_KN: np.ndarray, mean_ND: np.ndarray, columns: list[np.ndarray] | list[slice]
+) -> list[str]:
+    """Of each block of columns: XXH3-128 of its scores, prototype by prototype, and then of its means. Reads the scores once."""
+    sums = [xxhash.xxh3_128() for _ in columns]
+    n_rows = max(1, CHECKED // max(1, scores_KN.shape[1]))
+    for start in range(0, len(scores_KN), n_rows):
+        rows_RN = np.array(scores_KN[start : start + n_rows])
+        for digest, column_B in zip(sums, columns, strict=True):
+            digest.update(np.ascontiguousarray(rows_RN[:, column_B]).data)
+    for digest, column_B in zip(sums, columns, strict=True):
+        digest.update(np.ascontiguousarray(mean_ND[column_B]).data)
+    return [digest.hexdigest() for digest in sums]
 
 
 def _check_finite(best_BK: torch.Tensor, paths: list[str]) -> None:

@@ -6,10 +6,12 @@ stream's mean, so that float32 loses nothing to it.
 
 import collections.abc
 import dataclasses
-import io
+import logging
 import pathlib
+import typing as tp
 
 import beartype
+import msgspec
 import numpy as np
 import torch
 from jaxtyping import Float, Int, jaxtyped
@@ -17,10 +19,12 @@ from torch import Tensor
 
 from saev import errors, helpers
 from saev.data import config as data_config
-from saev.data import ordered
-from saev.formats import checkpoint
+from saev.data import ordered, reader
+from saev.formats import checkpoint, tensors
 from saev.nn import sparse
 from saev.scorers import base, config, random
+
+logger = logging.getLogger("saev")
 
 CHUNK = 2**15
 """Activations whose distances a GPU computes at a time; on a CPU they are searched in a core's cache."""
@@ -59,7 +63,7 @@ def fit(
     """
     fpaths = state_fpaths or [None] * len(ks)
     found = [
-        None if fpath is None else _read_state(fpath, k, device)
+        None if fpath is None else _read_state(fpath, k, data, device)
         for fpath, k in zip(fpaths, ks, strict=True)
     ]
     fresh_ks = [k for k, state in zip(ks, found, strict=True) if state is None]
@@ -92,6 +96,10 @@ def _started(
     # k-means++ draws one centre after the other: the first K of a longer draw are a draw of K
     start_KD = plus_plus(x_BD, max(ks), seed)
     return [State(mean_D, _warmed_up(start_KD[:k].clone(), x_BD, cfg)) for k in ks]
+
+
+Passes = tuple[float, tp.Annotated[int, msgspec.Meta(ge=0)], bool]
+"""`State.inertia`, `n_passes` and `is_done`, as a state's header has them."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -330,23 +338,26 @@ class _Sums:
 
 
 def _write_state(state: State, fpath: pathlib.Path) -> None:
-    payload = io.BytesIO()
-    torch.save({"mean_D": state.mean_D, "center_KD": state.center_KD}, payload)
+    payload = tensors.dump({"mean_D": state.mean_D.cpu(), "center_KD": state.center_KD.cpu()})
     header = {"passes": [state.inertia, state.n_passes, state.is_done]}
-    checkpoint.write(fpath, "state", header, payload.getvalue())
+    checkpoint.write(fpath, "state", header, payload)
 
 
-def _read_state(fpath: pathlib.Path, k: int, device: torch.device) -> State | None:
+def _read_state(
+    fpath: pathlib.Path, k: int, data: data_config.Shards, device: torch.device
+) -> State | None:
+    """The centres that a killed fit kept; None, so that the fit starts again, without or with a damaged file."""
     if not fpath.exists():
         return None
-    header, payload = checkpoint.read(fpath, "state")
     try:
-        tensors = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
-        state = State(tensors["mean_D"], tensors["center_KD"], *header["passes"])
-        if len(state.center_KD) != k:
-            raise ValueError(f"it holds {len(state.center_KD)} centres instead of {k}")
-        return state
-    except Exception as err:  # torch raises many types for a cut or foreign file
-        raise errors.UserError(
-            f"{fpath}: cannot be read ({errors.first_line(err)}). Delete it; the fit then starts again."
-        ) from err
+        header, payload = checkpoint.read(fpath, "state")
+        found = tensors.load(payload, str(fpath), "")
+        d_vit = reader.Reader(data).d_vit
+        wanted = {"mean_D": torch.zeros(d_vit), "center_KD": torch.zeros(k, d_vit)}
+        tensors.check_like(found, wanted)
+        passes = msgspec.convert(header.get("passes"), Passes)
+        return State(found["mean_D"].to(device), found["center_KD"].to(device), *passes)
+    except (errors.UserError, ValueError) as err:
+        what = errors.first_line(err).removesuffix(f" {checkpoint.REMEDY}")
+        logger.warning("%s; %s is not used: k-means starts again", what, fpath.name)
+        return None

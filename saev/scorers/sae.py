@@ -34,7 +34,7 @@ class SaeLatents:
         """Largest codes of each image. All but TopK's rise with their own pre-activation alone: its largest is enough."""
         sae, K = self.sae, self.n_prototypes
         if isinstance(sae.cfg, config.TopK):
-            return self._top_k(acts_BPD, sae.cfg.top_k)
+            return self._top_k(acts_BPD)
         pre_BK = base.largest(acts_BPD, sae.W_enc.T[:K], self._scaled) + sae.b_enc[:K]
         match sae.cfg:
             case config.BatchTopK():
@@ -48,22 +48,26 @@ class SaeLatents:
     def _scaled(self, x_RD: Tensor) -> tuple[Tensor, None]:
         return x_RD * self.sae.scale - self.sae.b_dec, None
 
-    def _top_k(self, acts_BPD: Float[Tensor, "B P D"], k: int) -> Float[Tensor, "B K"]:
+    def _top_k(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
         """Some images at a time: a GPU writes out the pre-activations of all of their patches."""
         _, P, D = acts_BPD.shape
         n_columns = D if sparse.uses_kernels(acts_BPD) else self.sae.d_sae
         n_imgs = max(1, AT_ONCE // (4 * P * n_columns))
-        return torch.cat([self._top_k_of(part, k) for part in acts_BPD.split(n_imgs)])
+        return torch.cat([self._top_k_of(part) for part in acts_BPD.split(n_imgs)])
 
-    def _top_k_of(self, acts_BPD: Float[Tensor, "B P D"], k: int) -> Float[Tensor, "B K"]:
+    def _top_k_of(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
         sae, (B, P, _) = self.sae, acts_BPD.shape
         x_BPD = acts_BPD * sae.scale - sae.b_dec
         encoder = sparse.Encoder(sae.W_enc.T, sae.b_enc, False)
-        codes = sparse.top_k(encoder, x_BPD.flatten(0, 1), k)
+        keep = sae.cfg.keep_negative
+        codes = sparse.top_k(encoder, x_BPD.flatten(0, 1), sae.cfg.top_k, keep)
         image_n = codes.index.row_n.div(P, rounding_mode="floor")
         at_n = image_n.long() * sae.d_sae + codes.index.latent_n
-        f_BS = x_BPD.new_zeros(B, sae.d_sae)
-        f_BS.view(-1).scatter_reduce_(0, at_n, codes.value_n.relu(), "amax")
+        f_BS = x_BPD.new_full((B, sae.d_sae), -torch.inf if keep else 0.0)
+        f_BS.view(-1).scatter_reduce_(0, at_n, codes.value_n, "amax")
+        if keep:  # a latent that does not fire in some patch is 0 there
+            n_fired_BS = at_n.bincount(minlength=f_BS.numel()).view_as(f_BS)
+            f_BS = torch.where(n_fired_BS < P, f_BS.relu(), f_BS)
         return f_BS[:, : self.n_prototypes]
 
     def prefix(self, k: int) -> "SaeLatents":

@@ -1,9 +1,9 @@
 """Fit, save and load scorers. A fitted scorer is a file named by what decides it, and is never fitted twice."""
 
 import dataclasses
-import io
 import logging
 import pathlib
+import re
 
 import beartype
 import torch
@@ -11,10 +11,12 @@ import torch
 from saev import errors, fields, helpers, nn
 from saev.data import config as data_config
 from saev.data import reader
-from saev.formats import checkpoint
+from saev.formats import checkpoint, tensors
 from saev.scorers import base, config, kmeans, pca, random, sae
 
 logger = logging.getLogger("saev")
+
+AGAIN = "Delete the file; the next run fits it again."
 
 REVISION = 4
 """Raised whenever a fitter may give other numbers: what was fitted, or evaluated, before is then done again."""
@@ -59,6 +61,7 @@ def fit_each(
             _as(cfg, scorer, k)
             for scorer, k in zip(_fit(cfg, data, ks, seed, device), ks, strict=True)
         ]
+    helpers.sweep(dpath)
     key = _key(cfg, data, seed)
 
     def missing() -> list[int]:
@@ -69,8 +72,9 @@ def fit_each(
         with helpers.locked(lock_fpath, f"it fits {_name(cfg)} in {dpath}"):
             if still := missing():
                 _fit_and_keep(cfg, data, still, seed, dpath, key, device)
-    fpaths = [_found(cfg, dpath, key, k) for k in ks]
-    return [_as(cfg, load(fpath), k) for fpath, k in zip(fpaths, ks, strict=True)]
+    d_vit = reader.Reader(data).d_vit
+    fitted = [_fitted(_found(cfg, dpath, key, k), d_vit) for k in ks]
+    return [_as(cfg, scorer, k) for scorer, k in zip(fitted, ks, strict=True)]
 
 
 def _fit(
@@ -110,12 +114,26 @@ def _fit_and_keep(
 
 def _found(cfg: config.Scorer, dpath: pathlib.Path, key: str, k: int) -> pathlib.Path | None:
     """The file that serves K: of random activations any with as many or more, of components the one that holds all."""
-    sizes = {
-        int(fpath.name.split("-")[1]): fpath for fpath in dpath.glob(f"{_name(cfg)}-*-{key}.bin")
-    }
+    names = {fpath: fpath.name.split("-") for fpath in dpath.glob(f"{_name(cfg)}-*-{key}.bin")}
+    sizes = {int(parts[1]): f for f, parts in names.items() if re.fullmatch("[0-9]{1,9}", parts[1])}
     if isinstance(cfg, config.KMeans):
         return sizes.get(k)
     return next((sizes[n] for n in sorted(sizes) if n >= k or isinstance(cfg, config.Pca)), None)
+
+
+def _fitted(fpath: pathlib.Path, d_vit: int) -> base.Prototypes:
+    """A scorer that an earlier run fitted.
+
+    Raises:
+        UserError: see `load`; also one of another size than its name and the activations say.
+    """
+    scorer, k = load(fpath), int(fpath.name.split("-")[1])
+    shape = tuple(scorer.direction_KD.shape) if isinstance(scorer, base.Prototypes) else "an SAE"
+    if shape != (k, d_vit):
+        raise errors.UserError(
+            f"{fpath}: holds {shape} instead of {(k, d_vit)} (prototypes, d_vit). {AGAIN}"
+        )
+    return scorer
 
 
 def _as(
@@ -157,12 +175,11 @@ def save(scorer: base.Scorer, fpath: pathlib.Path | str) -> None:
     """Writes a scorer atomically. An SAE's file is its checkpoint, so all its latents are saved."""
     if isinstance(scorer, sae.SaeLatents):
         return nn.save(scorer.sae, fpath)
-    payload = io.BytesIO()
-    torch.save(
-        {"direction_KD": scorer.direction_KD.cpu().clone(), "mean_D": scorer.mean_D.cpu()}, payload
+    payload = tensors.dump(
+        {"direction_KD": scorer.direction_KD.cpu().clone(), "mean_D": scorer.mean_D.cpu()}
     )
     header = {"cls": "Prototypes", "similarity": scorer.similarity}
-    checkpoint.write(fields.path(fpath), "scorer", header, payload.getvalue())
+    checkpoint.write(fields.path(fpath), "scorer", header, payload)
     return None
 
 
@@ -178,15 +195,18 @@ def load(fpath: pathlib.Path | str) -> base.Scorer:
         model = nn.load(fpath)
         return sae.SaeLatents(model, model.d_sae)
     header, payload = checkpoint.read(fpath, "scorer")
+    found = tensors.load(payload, str(fpath), AGAIN)
     try:
-        tensors = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-        if "vectors_KD" in tensors:  # as they were written at first
-            return base.Prototypes.of(
-                tensors["vectors_KD"], tensors["mean_D"], header["similarity"]
-            )
-        return base.Prototypes(tensors["direction_KD"], tensors["mean_D"], header["similarity"])
-    except Exception as err:  # torch raises many types for a cut or foreign file
-        first_line = (str(err).splitlines() or [repr(err)])[0]
+        if "vectors_KD" in found:  # as they were written at first
+            found["direction_KD"] = found.pop("vectors_KD") - found["mean_D"]
+        scorer = base.Prototypes(found["direction_KD"], found["mean_D"], header["similarity"])
+        if 0 in scorer.direction_KD.shape:
+            raise ValueError(f"its prototypes have shape {tuple(scorer.direction_KD.shape)}")
+        if {scorer.direction_KD.dtype, scorer.mean_D.dtype} != {torch.float32}:
+            raise ValueError(f"its prototypes are {scorer.direction_KD.dtype}")
+    except Exception as err:  # names, types or shapes that do not fit
         raise errors.UserError(
-            f"{fpath}: its tensors cannot be read ({first_line}). Delete the file; the next run fits it again."
+            f"{fpath}: its tensors are no prototypes ({errors.first_line(err)}). {AGAIN}"
         ) from err
+    tensors.check_finite(found, str(fpath), AGAIN)
+    return scorer

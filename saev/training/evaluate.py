@@ -62,11 +62,9 @@ def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
 
     Figures of other held-out activations are replaced; those of held-out ones never by those of --data.
     """
-    held_out = bool(cfg.val_data.shard_root)
-    data = cfg.val_data if held_out else cfg.data
-    asked = {"data": dataclasses.asdict(data), "asked": cfg.n_val_patches}
-    if not (dpath / "sae.pt").exists() or _is_done(dpath, asked, held_out):
+    if not (dpath / "sae.pt").exists() or is_done(dpath, cfg):
         return
+    data, asked = _asked(cfg)
     acts = reader.Reader(data)
     n = min(cfg.n_val_patches, len(acts))
     device = devices.pick(cfg.device)
@@ -88,19 +86,29 @@ def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
     arrays = sums.latents()
     with helpers.atomic(dpath / "latents.npz") as tmp_fpath, tmp_fpath.open("wb") as fd:
         np.savez(fd, **arrays)
-    found = {"held_out": held_out, **asked, **sums.metrics(), "grad_norm": _last_grad_norm(dpath)}
+    found = {**asked, **sums.metrics(), "grad_norm": _last_grad_norm(dpath)}
     helpers.write_text(dpath / "metrics.json", jsonfile.dumps(found, indent=4))
 
 
-def _is_done(dpath: pathlib.Path, asked: dict[str, object], held_out: bool) -> bool:
-    """Does metrics.json hold what would be computed? (One of an older version names other metrics.)"""
+@beartype.beartype
+def is_done(dpath: pathlib.Path, cfg: config.Train) -> bool:
+    """Is the run trained, and does metrics.json hold what `ensure` would compute? (One of an older version names other metrics.)"""
     try:
         found = jsonfile.read(dpath / "metrics.json", dict[str, object], "It is made again.")
     except (OSError, errors.UserError):  # none, or cut, or edited
         return False
-    same_data = all(found.get(k) == v for k, v in json.loads(jsonfile.dumps(asked)).items())
-    is_same = same_data and found.keys() >= NAMES
-    return is_same or (found.get("held_out") is True and not held_out)
+    asked = json.loads(jsonfile.dumps(_asked(cfg)[1]))
+    is_same = found.keys() >= NAMES and all(found.get(k) == v for k, v in asked.items())
+    is_better = found.get("held_out") is True and not asked["held_out"]
+    return (dpath / "sae.pt").exists() and (is_same or is_better)
+
+
+def _asked(cfg: config.Train) -> tuple[data_config.Shards, dict[str, object]]:
+    """(the activations to evaluate on, what metrics.json says of them)."""
+    held_out = bool(cfg.val_data.shard_root)
+    data = cfg.val_data if held_out else cfg.data
+    said = {"held_out": held_out, "data": dataclasses.asdict(data), "asked": cfg.n_val_patches}
+    return data, said
 
 
 def _last_grad_norm(dpath: pathlib.Path) -> float | None:
@@ -123,7 +131,8 @@ class Sums:
         device = sae.W_dec.device
         zeros_S = torch.zeros(sae.d_sae, dtype=torch.float64, device=device)
         zeros_D = torch.zeros(sae.d_vit, dtype=torch.float64, device=device)
-        self.n_fired_S, self.sum_S, self.max_S = zeros_S.clone(), zeros_S.clone(), zeros_S.clone()
+        self.n_fired_S, self.sum_S = zeros_S.clone(), zeros_S.clone()
+        self.max_S = torch.full_like(zeros_S, -torch.inf)
         self.abs_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.correlations = metrics.CorrelationSums(sae.d_sae, device)
         self.shift_D = zeros_D

@@ -70,21 +70,38 @@ def outcome(cfgs: list[config.Train]) -> tuple[list[str], list[str]]:
         for text in {cfg.window_warning for cfg in cfgs} - {""}:
             logger.warning("%s", text)
         dpaths = [pathlib.Path(c.ckpt_to) / run_id(c, stream.reader.hash) for c in cfgs]
-        todo = {}  # equal runs are trained once
-        for cfg, dpath in zip(cfgs, dpaths, strict=True):
-            if (dpath / "sae.pt").exists():
-                logger.info(
-                    "%s: trained already; pass another --seed or --ckpt-to to train it again", dpath
-                )
-            else:
-                todo[dpath] = cfg
-        lost: list[str] = []
-        for start, together in state.starts(list(todo)):
-            lost += _train(stream, {d: todo[d] for d in together}, start, world)
-        if world.is_first:
-            for dpath, cfg in dict(zip(dpaths, cfgs, strict=True)).items():
-                evaluate.ensure(dpath, cfg)
+        named = dict(zip(dpaths, cfgs, strict=True))  # equal runs are trained once
+        unfinished = [d for d, cfg in named.items() if not evaluate.is_done(d, cfg)]
+        locks = [d.with_name(f".{d.name}.lock") for d in unfinished]
+        with world.locked(locks, f"it trains {', '.join(d.name for d in unfinished)}"):
+            lost = _train_all(stream, named, world)
         return [str(dpath / "sae.pt") for dpath in dpaths if (dpath / "sae.pt").exists()], lost
+
+
+def _train_all(
+    stream: shuffled.Shuffled, cfgs: dict[pathlib.Path, config.Train], world: parallel.World
+) -> list[str]:
+    """Trains and evaluates what is not finished; returns what went wrong, a line for each run that was lost."""
+    for dpath in cfgs:
+        helpers.sweep(dpath)
+    todo = {dpath: cfg for dpath, cfg in cfgs.items() if not (dpath / "sae.pt").exists()}
+    for dpath in (d for d in cfgs if d not in todo):
+        logger.info(
+            "%s: trained already; pass another --seed or --ckpt-to to train it again", dpath
+        )
+    lost: list[str] = []
+    for start, together in state.starts({d: _states(c, d, world) for d, c in todo.items()}):
+        lost += _train(stream, {d: todo[d] for d in together}, start, world)
+    for dpath, cfg in cfgs.items() if world.is_first else []:
+        evaluate.ensure(dpath, cfg)
+    return lost
+
+
+def _states(cfg: config.Train, dpath: pathlib.Path, world: parallel.World) -> list[int]:
+    """Steps of the saved states that the run can go on from."""
+    if not state.saved(dpath):
+        return []
+    return state.usable(dpath, Run(cfg, dpath, devices.pick(cfg.device), world).restore)
 
 
 def _stream(cfg: config.Train) -> shuffled.Shuffled:
@@ -236,7 +253,7 @@ class _Loop:
         """Keeps the last good state of a run as a checkpoint, and says what happened."""
         reason = f"run {run.dpath.name}: the loss or a weight is not finite at step {step}. Lower --lr (now {run.cfg.lr})"
         if self.world.is_first:
-            if steps := state.saved(run.dpath):
+            if steps := state.usable(run.dpath, run.restore):
                 run.restore(state.load(run.dpath, steps[-1]))
                 fpath = run.dpath / "last-good.pt"
                 nn.save(run.finished(), fpath, self.stream.reader.describe())

@@ -4,16 +4,18 @@ Every process reads the whole stream and takes its own rows of each batch, so th
 batch's, exactly: the same SAE as one process would train.
 """
 
+import collections.abc
 import contextlib
 import dataclasses
 import datetime
 import os
+import pathlib
 
 import beartype
 import torch
 from torch import Tensor
 
-from saev import errors
+from saev import errors, helpers
 
 
 @beartype.beartype
@@ -62,6 +64,24 @@ class World:
         counts = flags.to(torch.uint8)
         torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MAX)
         return counts.bool()
+
+    @contextlib.contextmanager
+    def locked(
+        self, fpaths: collections.abc.Iterable[pathlib.Path], what: str
+    ) -> collections.abc.Iterator[None]:
+        """Holds lock files (`helpers.locked`). The first process takes them for all; the others wait, however long it takes."""
+        room = None
+        if self.size > 1:
+            month = datetime.timedelta(days=30)
+            room = torch.distributed.new_group(timeout=month, backend="gloo")
+        with contextlib.ExitStack() as locks:
+            for fpath in (
+                sorted(fpaths) if self.is_first else []
+            ):  # sorted: nobody waits in a circle
+                locks.enter_context(helpers.locked(fpath, what))
+            if room is not None:
+                torch.distributed.barrier(room)
+            yield
 
 
 @contextlib.contextmanager

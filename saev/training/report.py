@@ -3,6 +3,11 @@
 RUNS are run directories (checkpoints/<run id>) or folders of them.
 """
 
+if __name__ == "__main__":  # before the imports below, which take time
+    from saev import early
+
+    early.install()
+
 import collections.abc
 import csv
 import dataclasses
@@ -75,7 +80,7 @@ Positive = tp.Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 
 class _Sae(msgspec.Struct):
     d_vit: Positive
-    exp_factor: Positive = 1
+    exp_factor: Positive | None = None
     d_sae: Positive | None = None
 
 
@@ -118,7 +123,7 @@ def _row(dpath: pathlib.Path) -> Row:
     cfg = _json(dpath / "config.json")
     try:
         known = msgspec.convert(cfg, _Config)
-        d_sae = known.sae.d_sae or known.sae.d_vit * known.sae.exp_factor
+        d_sae = known.sae.d_sae or known.sae.d_vit * (known.sae.exp_factor or 1)
     except msgspec.ValidationError as err:
         raise errors.UserError(
             f"{dpath / 'config.json'}: not of a run of train.py ({err}). Leave it out."

@@ -11,6 +11,7 @@ from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 from saev import errors, nn
+from saev.formats import tensors
 from saev.nn import config as nn_config
 from saev.nn import metrics, objectives, optim
 from saev.training import config, parallel
@@ -194,15 +195,25 @@ class Run:
         }
 
     def restore(self, state: dict[str, tp.Any]) -> None:
-        """Takes over what `state` gave."""
+        """Takes over what `state` gave.
+
+        Raises:
+            ValueError: it is not such a run's; nothing is changed.
+        """
+        state = {"density": 1.0, **state}  # older ones have none
+        mine, dead_C = self.state(), state.get("dead_C")
+        if isinstance(dead_C, Tensor):  # of any length
+            mine["dead_C"] = torch.zeros(dead_C.numel(), dtype=torch.int64)
+            if not all(0 <= latent < self.sae.d_sae for latent in dead_C.flatten().tolist()):
+                raise ValueError("dead_C names latents that do not exist")
+        tensors.check_like(state, mine | ({"dead_C": None} if dead_C is None else {}))
         self.sae.load_state_dict(state["sae"])
         self.averaged = state["averaged"] and {
             k: v.to(self.device) for k, v in state["averaged"].items()
         }
         self.optimizer.load_state_dict(state["optimizer"])
-        self.objective.density = state.get("density", 1.0)
+        self.objective.density = state["density"]
         self.tokens_since_fired_S.copy_(state["tokens_since_fired_S"])
-        dead_C = state["dead_C"]
         self.dead_C = None if dead_C is None else dead_C.to(self.device)
 
     def finished(self) -> nn.SparseAutoencoder:
@@ -232,11 +243,11 @@ def with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
             f"--sae.d-vit {cfg.sae.d_vit}: the activations in {cfg.data.shard_root} are {d_vit} wide. "
             f"Pass --sae.d-vit {d_vit} or leave it out."
         )
-    sae = dataclasses.replace(cfg.sae, d_vit=d_vit)
+    sae = cfg.sae.sized(d_vit)
     if isinstance(cfg.objective, nn_config.Matryoshka):
-        most = cfg.objective.most(sae.d_sae)
+        most = cfg.objective.most(sae.n_latents)
         if cfg.objective.n_prefixes > most:
             raise errors.UserError(
-                f"--objective.n-prefixes {cfg.objective.n_prefixes}: the dictionary's {sae.d_sae} latents have {most} {cfg.objective.prefixes} prefixes. Lower it."
+                f"--objective.n-prefixes {cfg.objective.n_prefixes}: the dictionary's {sae.n_latents} latents have {most} {cfg.objective.prefixes} prefixes. Lower it."
             )
     return dataclasses.replace(cfg, sae=sae, lr=cfg.peak_lr, dead_window=cfg.window)

@@ -3,17 +3,20 @@
 A state holds all that the rest of the run depends on, so the same command goes on from it to the same weights.
 """
 
-import io
+import collections.abc
+import logging
 import pathlib
 import typing as tp
 
 import beartype
-import torch
 
-from saev import errors
-from saev.formats import checkpoint
+from saev import errors, helpers
+from saev.formats import checkpoint, tensors
+
+logger = logging.getLogger("saev")
 
 State = dict[str, tp.Any]
+REMEDY = "Delete it; the run goes on from an older state."
 
 
 def _fpath(dpath: pathlib.Path, n_steps: int) -> pathlib.Path:
@@ -29,13 +32,12 @@ def saved(dpath: pathlib.Path) -> list[int]:
 
 @beartype.beartype
 def save(dpath: pathlib.Path, n_steps: int, state: State, keep_last: int) -> None:
-    """Writes a state atomically, then removes all but the newest `keep_last`."""
-    payload = io.BytesIO()
-    torch.save(state, payload)
+    """Writes a state atomically, then removes all but the newest `keep_last`, and any later one: the run came from an older."""
     header = {"run": dpath.name, "n_steps": n_steps}
-    checkpoint.write(_fpath(dpath, n_steps), "state", header, payload.getvalue())
-    for old in saved(dpath)[:-keep_last]:
-        _fpath(dpath, old).unlink(missing_ok=True)
+    checkpoint.write(_fpath(dpath, n_steps), "state", header, tensors.dump(state))
+    mine = [n for n in saved(dpath) if n <= n_steps]
+    for n in set(saved(dpath)) - set(mine[-keep_last:]):
+        _fpath(dpath, n).unlink(missing_ok=True)
 
 
 @beartype.beartype
@@ -49,14 +51,27 @@ def load(dpath: pathlib.Path, n_steps: int) -> State:
     header, payload = checkpoint.read(fpath, "state")
     if header.get("run") != dpath.name or header.get("n_steps") != n_steps:
         raise errors.UserError(
-            f"{fpath}: is step {header.get('n_steps')} of run {header.get('run')}. Delete it; the run goes on from an older state."
+            f"{fpath}: is step {header.get('n_steps')} of run {header.get('run')}. {REMEDY}"
         )
-    try:
-        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as err:  # torch raises many types for a cut or foreign file
-        raise errors.UserError(
-            f"{fpath}: cannot be read ({errors.first_line(err)}). Delete it; the run goes on from an older state."
-        ) from err
+    return tensors.load(payload, str(fpath), REMEDY)
+
+
+@beartype.beartype
+def usable(dpath: pathlib.Path, restore: collections.abc.Callable[[State], None]) -> list[int]:
+    """As `saved`, without states that are damaged or that `restore` refuses (ValueError). Says which; leaves them there."""
+    out = []
+    for n_steps in saved(dpath):
+        try:
+            restore(load(dpath, n_steps))
+            out.append(n_steps)
+        except (errors.UserError, ValueError) as err:
+            where = "" if isinstance(err, errors.UserError) else f"{_fpath(dpath, n_steps)}: "
+            logger.warning(
+                "%s%s It is left out: the run goes on from an older state, or starts again.",
+                where,
+                errors.first_line(err),
+            )
+    return out
 
 
 @beartype.beartype
@@ -64,18 +79,20 @@ def remove(dpath: pathlib.Path) -> None:
     """Removes all states (the run is finished), and files that a kill left half written."""
     for n_steps in saved(dpath):
         _fpath(dpath, n_steps).unlink(missing_ok=True)
-    for fpath in dpath.glob(".*.tmp"):
-        fpath.unlink(missing_ok=True)
+    helpers.sweep(dpath)
 
 
 @beartype.beartype
-def starts(dpaths: list[pathlib.Path]) -> list[tuple[int, list[pathlib.Path]]]:
-    """Divides runs of one stream into those that can go on together: (steps done, runs), each run in one.
+def starts(
+    states: dict[pathlib.Path, list[int]],
+) -> list[tuple[int, list[pathlib.Path]]]:
+    """Divides runs of one stream, given the steps of their states, into those that can go on together: (steps done, runs), each
+    run in one.
 
     A run goes on from its newest state, or from an older one that another run of the group has no newer than (killed
     between two saves, some runs have one state more).
     """
-    left = {dpath: saved(dpath) for dpath in dpaths}
+    left = dict(states)
     out = []
     while left:
         start = min(states[-1] if states else 0 for states in left.values())

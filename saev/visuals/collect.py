@@ -34,7 +34,7 @@ class Stats:
     freq_S: Float64[np.ndarray, " S"]
     """Share of patches that it fires on."""
     mean_S: Float64[np.ndarray, " S"]
-    """Mean value when firing; NaN for a latent that never fires."""
+    """Mean size |f| when firing; NaN for a latent that never fires."""
     top_value_SK: Float32[np.ndarray, "S K"]
     """Largest values over an image's patches, in falling order; 0 where fewer than K images fire it."""
     top_image_SK: Int64[np.ndarray, "S K"]
@@ -106,8 +106,8 @@ def collect(sae: nn.SparseAutoencoder, stream: ordered.Ordered, k: int) -> Stats
     image_SK = torch.zeros(S, 0, dtype=torch.int64, device=device)
     for image_i_B, acts_BPD in helpers.progress(stream, "collect", len(stream), "blocks"):
         f_BPS = _codes(sae, acts_BPD)
-        n_fired_S += (f_BPS > metrics.EPS_ACTIVE).sum(dim=(0, 1))
-        total_S += f_BPS.sum(dim=(0, 1), dtype=torch.float64)
+        n_fired_S += (f_BPS.abs() > metrics.EPS_ACTIVE).sum(dim=(0, 1))
+        total_S += f_BPS.abs().sum(dim=(0, 1), dtype=torch.float64)
         value_SB = f_BPS.amax(dim=1).T
         image_SB = torch.from_numpy(image_i_B).to(device).expand(S, -1)
         # Earlier images come first and the sort is stable, so among equals the lower number wins.

@@ -28,7 +28,7 @@ class Visuals:
     log_freq_range: tuple[float, float] = (-6.0, -1.0)
     """Latents are eligible if log10 of the share of patches they fire on lies in this range, ..."""
     log_value_range: tuple[float, float] = (-6.0, 6.0)
-    """... and log10 of their mean value when firing lies in this one."""
+    """... and log10 of their mean size |f| when firing lies in this one."""
     n_latents: int = 64
     """How many of the eligible latents to show, drawn at random."""
     latents: tuple[int, ...] = ()

@@ -1,0 +1,91 @@
+"""What commands print. A reader that stops early (`| head`) is no error; a full disk behind the output is."""
+
+import collections.abc
+import contextlib
+import dataclasses
+import os
+import select
+import sys
+import typing as tp
+
+import beartype
+
+from saev import errors
+
+
+@beartype.beartype
+def say(text: str) -> None:
+    """Prints a result.
+
+    Raises:
+        UserError: it cannot be written (a full disk).
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _discard()
+    except OSError as err:
+        raise _not_written(err) from err
+
+
+@beartype.beartype
+def tell(line: str) -> None:
+    """Prints to stderr, if anybody listens there."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+@beartype.beartype
+def show(cfgs: collections.abc.Sequence[object]) -> None:
+    """Prints configs, for --dry-run."""
+    lines = [
+        line
+        for i, cfg in enumerate(cfgs, 1)
+        for line in (f"# {i} of {len(cfgs)}", *_lines(cfg, ""))
+    ]
+    say("\n".join(lines))
+
+
+def _lines(cfg: object, prefix: str) -> collections.abc.Iterator[str]:
+    for field in dataclasses.fields(tp.cast(tp.Any, cfg)):
+        value = getattr(cfg, field.name)
+        if dataclasses.is_dataclass(value):
+            yield f"{prefix}{field.name}: {type(value).__name__}"
+            yield from _lines(value, prefix + "    ")
+        else:
+            yield f"{prefix}{field.name} = {value!r}"
+
+
+@contextlib.contextmanager
+def flushed() -> collections.abc.Iterator[None]:
+    """What is printed inside has left this process at the end. Raises as `say`."""
+    try:
+        yield
+    except BrokenPipeError:
+        if not _is_reader_gone():  # then it was another pipe's
+            raise
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _discard()
+        except OSError as err:
+            raise _not_written(err) from err
+
+
+def _is_reader_gone() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _not_written(err: OSError) -> errors.UserError:
+    _discard()
+    return errors.UserError(
+        f"standard output: {err.strerror}. Free some space, then run the same command again."
+    )
+
+
+def _discard() -> None:
+    """Python would try to write the rest again as it ends, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,83 @@
+"""What a command does before it imports anything that takes time: it answers Ctrl-C, and opens streams that are closed.
+
+Python itself needs some 20 ms to reach the first line of a program; a Ctrl-C in these is Python's to answer.
+"""
+
+import codecs
+import collections.abc
+import contextlib
+import os
+import signal
+import sys
+import threading
+
+INTERRUPTED = "interrupted; run the same command again to go on."
+_is_installed = False
+
+
+def install() -> None:
+    """To be called by a command's first lines, not on import: a notebook's Ctrl-C is its own."""
+    global _is_installed
+    _is_installed = True
+    ctrl_c_ends()
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:  # else the next file that is opened, such as a shard, gets this number and what is printed to it
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(fd, "w" if fd else "r", closefd=False))
+    try:
+        os.getcwd()  # noqa: PTH109 (pathlib takes time)
+    except OSError:  # torch's libraries end the process without a word
+        print("error: the working folder has been removed. Change to another one.", file=sys.stderr)
+        sys.exit(2)
+    codecs.register_error("saev", _bytes)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="saev")
+
+
+def ctrl_c_ends() -> None:
+    """Ctrl-C ends the process at once, in one line: while modules are imported, KeyboardInterrupt would be lost in C code.
+
+    A handler that somebody else has set (nohup's, a notebook's) stays.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def ctrl_c_raises() -> None:
+    """Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def importing() -> collections.abc.Iterator[None]:
+    """While a command imports what takes seconds (torch), Ctrl-C ends it at once; else KeyboardInterrupt."""
+    is_ours = _is_installed and threading.current_thread() is threading.main_thread()
+    if is_ours:
+        ctrl_c_ends()
+    try:
+        yield
+    finally:
+        if is_ours:
+            ctrl_c_raises()
+
+
+def _end(signum: int, frame: object) -> None:
+    try:
+        os.write(2, f"{INTERRUPTED}\n".encode())
+    finally:
+        os._exit(130)
+
+
+def _bytes(err: UnicodeError) -> tuple[bytes, int]:
+    r"""Characters that the terminal's encoding lacks are printed as \u...; the bytes of a file's name that is not UTF-8 as they are."""
+    if not isinstance(err, UnicodeEncodeError):
+        raise err
+    out = b""
+    for char in err.object[err.start : err.end]:
+        is_byte = "\udc80" <= char <= "\udcff"
+        out += bytes([ord(char) - 0xDC00]) if is_byte else char.encode("ascii", "backslashreplace")
+    return out, err.end
