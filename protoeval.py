@@ -21,14 +21,14 @@ def main() -> None:
         from saev.protoeval import joint  # draws charts, which --help need not wait for
 
         dpath = joint.write(pathlib.Path(cfgs[0].report))
-        return console.say(f"{(dpath / 'table.md').read_text()}\n{dpath}")
+        return console.say(f"{(dpath / 'table.md').read_text('utf-8')}\n{dpath}")
     if cfgs[0].check:
         from saev.protoeval import select
 
         return select.look(cfgs, console.say)
     groups = config.group(cfgs)
     for dpath in launch.run("saev.protoeval.select:main", groups, cfgs[0].slurm, "saev-protoeval"):
-        console.say(f"{(pathlib.Path(dpath) / 'table.md').read_text()}\n{dpath}")
+        console.say(f"{(pathlib.Path(dpath) / 'table.md').read_text('utf-8')}\n{dpath}")
 
 
 if __name__ == "__main__":

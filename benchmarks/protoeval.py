@@ -227,7 +227,7 @@ def fitted(cfg: config.ProtoEval) -> list[scorers.Scorer]:
 def grid_error(cfgs: list[config.ProtoEval], labels_NT: np.ndarray, fpath: pathlib.Path) -> float:
     """Largest difference of some test APs to scikit-learn's on scores of plain products: one scorer, some traits, all train images."""
     (scorer,) = fitted(cfgs[0])
-    mine = results.best_traits(fpath, "Random")[:20]
+    mine = results.best_traits(fpath.read_bytes(), "Random")[:20]
     p_CD = scorer.direction_KD[[line["prototype"] for line in mine]]
     p_CD = torch.nn.functional.normalize(p_CD, dim=1).double()
     parts = []

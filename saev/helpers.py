@@ -243,9 +243,14 @@ def _sync_directory(dpath: pathlib.Path) -> None:
 
 
 def write_text(fpath: pathlib.Path, text: str) -> None:
-    """Writes a UTF-8 text file atomically."""
+    """Writes a text file atomically, as `printable` UTF-8."""
     with atomic(fpath) as tmp_fpath:
-        tmp_fpath.write_text(text, encoding="utf-8")
+        tmp_fpath.write_text(printable(text), encoding="utf-8")
+
+
+def printable(text: str) -> str:
+    """The text with bytes of a file name that are not UTF-8 (Python's surrogates) spelt out: \\udcXX."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def canonical_json(obj: object) -> str:

@@ -64,6 +64,8 @@ def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
     """
     early.install()
     _configure_logging()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths that are not UTF-8 are printed, too
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = 0
     try:
         early.ctrl_c_raises()

@@ -213,14 +213,30 @@ def test_a_finished_evaluation_is_found_again(
     cfg: config.ProtoEval, tmp_path: pathlib.Path
 ) -> None:
     table = pathlib.Path(select.main([cfg])) / "table.md"
-    table.write_text("kept")
+    before = table.stat().st_mtime_ns
     assert select.main([cfg]) == str(table.parent)
-    assert table.read_text() == "kept"
+    assert table.stat().st_mtime_ns == before
     others = [
         dataclasses.replace(cfg, **{k: v})
         for k, v in (("seed", 1), ("n_train", (8,)), ("min_certainty", 4), ("n_boot", 7))
     ]
     assert len({str(table.parent), *(select.main([c]) for c in others)}) == 5
+
+
+def test_a_changed_evaluation_is_refused_and_an_unfinished_one_done_again(
+    cfg: config.ProtoEval,
+) -> None:
+    dpath = pathlib.Path(select.main([cfg]))
+    for name in results.FILES:
+        content = (dpath / name).read_bytes()
+        (dpath / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(errors.UserError, match=f"{name}: is not as it was .* Move that folder"):
+            select.main([cfg])
+        (dpath / name).write_bytes(content)
+    (dpath / "manifest.json").unlink()
+    (dpath / "table.md").write_text("half a table")
+    assert select.main([cfg]) == str(dpath)
+    assert "| Scorer |" in (dpath / "table.md").read_text()
 
 
 def test_results_of_another_fitter_are_not_found_again(

@@ -4,14 +4,16 @@ import csv
 import dataclasses
 import json
 import logging
+import os
 import pathlib
+import re
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 
 from saev import errors
-from saev.formats import layout, results
+from saev.formats import jsonfile, layout, manifest, results
 from saev.protoeval import compare, config, joint, report, select
 from saev.scorers import config as scorers_config
 
@@ -181,7 +183,7 @@ def test_the_written_tables(
     }
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "about.json").read_text()) == dataclasses.asdict(about)
-    lines = results.read_csv(tmp_path / "summary.csv", results.SUMMARY)
+    lines = results.read_csv((tmp_path / "summary.csv").read_bytes(), results.SUMMARY)
     assert lines[1]["map"] == pytest.approx(0.5) and lines[1]["n_train"] == 1000
 
 
@@ -307,24 +309,123 @@ def test_results_on_other_labels_get_a_table_of_their_own(
     assert "Labels 00000000" in text and "Labels ffffffff" in text
 
 
+def read_one(
+    root: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> tuple[list[joint.Result], list[str]]:
+    """(what was read, what was said)."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "saev"):
+        return joint.read_all(root), list(caplog.messages)
+
+
 def test_broken_and_unfinished_results_are_named_and_left_out(
     rows: list[results.Row],
     about: results.About,
     tmp_path: pathlib.Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for name in ("good", "cut", "unfinished"):
+    for name in ("good", "edited", "gone", "unfinished"):
         report.write(tmp_path / name, rows, NAMES, [], about)
-    (tmp_path / "cut" / "summary.csv").write_text("scorer,map\nRandom,0.9\n")
-    (tmp_path / "unfinished" / "table.md").unlink()
-    with caplog.at_level(logging.WARNING, "saev"):
-        found = joint.read_all(tmp_path)
+    edited = tmp_path / "edited" / "summary.csv"
+    edited.write_text(edited.read_text().replace("0.5", "0.9"))
+    (tmp_path / "gone" / "kinds.csv").unlink()
+    (tmp_path / "unfinished" / "manifest.json").unlink()
+    found, said = read_one(tmp_path, caplog)
     assert [result.dpath.name for result in found] == ["good"]
-    assert (
-        "cut" in caplog.text and "its columns are" in caplog.text and "not complete" in caplog.text
-    )
+    for line, match in zip(
+        said,
+        (
+            r"edited/summary\.csv: is not as it was written .* evaluate again",
+            r"gone/kinds\.csv: is missing",
+            r"unfinished: has no manifest\.json: it is not finished, or an older version",
+        ),
+        strict=True,
+    ):
+        assert re.search(match, line) and "\n" not in line
     with pytest.raises(errors.UserError, match="holds no results"):
         joint.write(tmp_path / "good")
+
+
+def test_flipped_bits_of_results_are_refused(
+    rows: list[results.Row],
+    about: results.About,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Some of each file that is read back; a user may touch the others."""
+    dpath = tmp_path / "a" / "x"
+    report.write(dpath, rows, NAMES, [], about)
+    for name in (*results.FILES, "manifest.json"):
+        content = (dpath / name).read_bytes()
+        for i in range(3, 8 * len(content), 1 + len(content) // 3):
+            bad = bytearray(content)
+            bad[i // 8] ^= 1 << i % 8
+            (dpath / name).write_bytes(bad)
+            found, (line,) = read_one(tmp_path, caplog)
+            assert found == [] and line.startswith(f"left out: {dpath / name}: "), (name, i)
+            assert "\n" not in line
+        (dpath / name).write_bytes(content)
+    (dpath / "table.tex").write_text("mine")
+    assert len(read_one(tmp_path, caplog)[0]) == 1
+
+
+ABOUT = {
+    "not utf-8": b'{"vit": "\xff"}',
+    "deep": b"[" * 100_000,
+    "list": b"[]",
+    "nulls": b'{"vit": null}',
+    "types": b'{"vit": 1, "layer": "x", "scorers": []}',
+    "huge": b'{"layer": 1' + b"0" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", [*ABOUT, "fifo", "link loop", "folder"])
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_crafted_results_are_named_and_left_out(
+    rows: list[results.Row],
+    about: results.About,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    is_listed: bool,
+) -> None:
+    """Also where the manifest says that they are as they were written."""
+    dpath = tmp_path / "a" / "x"
+    report.write(dpath, rows, NAMES, [], about)
+    fpath = dpath / "about.json"
+    fpath.unlink()
+    if name in ABOUT:
+        fpath.write_bytes(ABOUT[name])
+        if is_listed:
+            manifest.write(dpath, results.FILES)
+    elif name == "fifo":
+        os.mkfifo(fpath)
+    elif name == "link loop":
+        fpath.symlink_to(fpath)
+    else:
+        fpath.mkdir()
+    found, said = read_one(tmp_path, caplog)
+    assert found == [] and len(said) == (0 if name == "link loop" else 1)
+    assert all("about.json" in line and "\n" not in line for line in said)
+
+
+def test_names_that_are_not_utf8_are_spelt_out(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    about = dataclasses.replace(about, scorers={"Random": {"cls": "Random", "fit": odd}})
+    report.write(tmp_path / odd / "x", rows, [odd, *NAMES[1:]], [], about)
+    assert joint.read_all(tmp_path)[0].about == about
+    joint.write(tmp_path)
+    assert r"fit caf\udce9" in (tmp_path / "report" / "table.md").read_text("utf-8")
+    with (tmp_path / odd / "x" / "traits.parquet").open("rb") as fd:
+        traits = pyarrow.parquet.read_table(fd)
+    assert r"caf\udce9" in traits["trait"].to_pylist()
+    gallery = tmp_path / odd / "gallery"
+    write_gallery(gallery, latents=[1])
+    report.link(tmp_path / odd / "x", "Sae_1", gallery)
+    report.link(tmp_path / odd / "x", "Sae_1", write_gallery(tmp_path / f"{odd}2", latents=[1]))
+    assert "../../caf%E92/index.html" in (tmp_path / odd / "x" / "traits.md").read_text("utf-8")
 
 
 def test_sorts_of_tokens_and_activations_are_told_apart(
@@ -415,11 +516,33 @@ def test_spread_over_seeds(
 # ---- galleries ----
 
 
-@pytest.mark.parametrize("text", ["latent,x\nfoo,1\n", "number\n1\n", None])
-def test_a_gallery_that_does_not_list_its_latents(tmp_path: pathlib.Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "latents.csv").write_text(text)
-    with pytest.raises(errors.UserError, match=r"no latents\.csv that lists its latents"):
+def write_gallery(
+    dpath: pathlib.Path, sha256: str = "0" * 64, latents: list[int] | None = None
+) -> pathlib.Path:
+    dpath.mkdir(exist_ok=True)
+    (dpath / "gallery.json").write_text(jsonfile.seal({"sha256": sha256, "latents": latents or []}))
+    return dpath
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[" * 100_000,
+        b"[]",
+        b"\xff",
+        b"{}",
+        b'{"sha256": "00", "latents": [1]}',
+        jsonfile.seal({"sha256": None, "latents": [1]}).encode(),
+        jsonfile.seal({"sha256": "00", "latents": {"a": 1}}).encode(),
+        jsonfile.seal({"sha256": "00"}).encode(),
+    ],
+)
+def test_a_gallery_that_does_not_say_what_it_shows(tmp_path: pathlib.Path, content: bytes) -> None:
+    with pytest.raises(errors.UserError, match=r"no gallery\.json that names its SAE"):
+        report.read_gallery(tmp_path)
+    (tmp_path / "gallery.json").write_bytes(content)
+    with pytest.raises(errors.UserError, match=r"gallery\.json: [^\n]*Run visuals\.py again\.$"):
         report.read_gallery(tmp_path)
 
 
@@ -427,8 +550,7 @@ def test_latents_link_to_their_place_in_the_gallery(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
     dpath, gallery = tmp_path / "results" / "x", tmp_path / "gallery"
-    gallery.mkdir()
-    (gallery / "latents.csv").write_text("latent,freq\n1,0.1\n7,0.2\n")
+    write_gallery(gallery, latents=[1, 7])
     report.write(dpath, rows, NAMES, [], about)
     report.link(dpath, "Sae_1", gallery)
     text = (dpath / "traits.md").read_text()
@@ -447,14 +569,12 @@ def test_a_gallery_of_another_sae_is_refused(tmp_path: pathlib.Path) -> None:
     cfg = config.ProtoEval(scorer=scorers_config.Sae(str(ckpt)), gallery=str(tmp_path))
     with pytest.raises(errors.UserError, match=r"no gallery\.json"):
         select._in_gallery([cfg])
-    (tmp_path / "gallery.json").write_text(json.dumps({"sha256": "0" * 64}))
+    write_gallery(tmp_path)
     with pytest.raises(errors.UserError, match="shows another SAE"):
         select._in_gallery([cfg])
     gone = dataclasses.replace(cfg, scorer=scorers_config.Sae(str(tmp_path / "gone.pt")))
     with pytest.raises(errors.UserError, match=r"gone\.pt: no such checkpoint"):
         select._in_gallery([gone])
-    (tmp_path / "gallery.json").write_text(
-        json.dumps({"sha256": "9bd9dc4ceadf75ca5a79d70174a8a1e5a7b0fbc3c97ea7ceb5aa3ab2a5a16a2d"})
-    )
+    write_gallery(tmp_path, "9bd9dc4ceadf75ca5a79d70174a8a1e5a7b0fbc3c97ea7ceb5aa3ab2a5a16a2d")
     with pytest.raises(errors.UserError, match="shows another SAE"):
         select._in_gallery([cfg])

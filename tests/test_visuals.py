@@ -1,10 +1,14 @@
 """The gallery against plain loops, on an SAE whose latents are known. N images, P patches, S latents, K images."""
 
 import dataclasses
+import hashlib
 import html.parser
 import json
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 
 import jaxtyping
 import numpy as np
@@ -19,6 +23,7 @@ from saev.formats import shards
 from saev.nn import config as nn_config
 from saev.visuals import collect, config, render
 
+ROOT = pathlib.Path(__file__).parent.parent
 N, P, S = 7, 16, 4
 
 
@@ -319,6 +324,44 @@ def test_a_swap_that_fails_brings_the_older_gallery_back(
         collect.main(cfg)
     assert (dpath / "older.txt").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_gallery_leaves_nothing_for_long(
+    cfg: config.Visuals, tmp_path: pathlib.Path, signum: signal.Signals
+) -> None:
+    """SIGTERM: at once. SIGKILL: the next command sweeps. Both keep the older gallery until then."""
+    code = f"""
+import time
+from saev import launch
+from saev.data import config as data_config
+from saev.visuals import collect, config, render
+def wait(*args):
+    print("there", flush=True)
+    time.sleep(60)
+render._write_table = wait
+launch.entry(lambda: collect.main(config.{cfg!r}))
+""".replace("ImageFolder(", "data_config.ImageFolder(").replace("Shards(", "data_config.Shards(")
+    code = code.replace("SlurmConfig(", "launch.SlurmConfig(")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout.readline() == b"there\n"
+    process.send_signal(signum)
+    process.communicate()
+    left = sorted({p.name for p in tmp_path.iterdir()} - set(before))
+    assert len(left) == (signum == signal.SIGKILL) and all(n.startswith(".gallery.") for n in left)
+    collect.main(cfg)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, "gallery"])
+
+
+def test_a_gallery_says_what_it_shows(cfg: config.Visuals) -> None:
+    dpath = pathlib.Path(collect.main(dataclasses.replace(cfg, latents=(3, 0))))
+    said = json.loads((dpath / "gallery.json").read_text())
+    assert said["latents"] == [0, 3] and said["ckpt"] == cfg.ckpt
+    assert said["sha256"] == hashlib.sha256(pathlib.Path(cfg.ckpt).read_bytes()).hexdigest()
+    assert len(said["xxh3_128"]) == 32
 
 
 def test_a_folder_filled_meanwhile_is_kept(

@@ -51,9 +51,13 @@ def kinds_table(lines: list[dict[str, tp.Any]]) -> list[list[str]]:
         rows.setdefault(key, {})[line["kind"]] = line["map"]
     header = ["Scorer", "Prototypes", "Train", *(f"{k} ({counts[k]})" for k in kinds)]
     return [header] + [
-        [str(s), f"{k:,}", f"{n:,}", *(f"{found[kind]:.3f}" for kind in kinds)]
+        [str(s), f"{k:,}", f"{n:,}", *(_shown(found.get(kind)) for kind in kinds)]
         for (s, k, n), found in rows.items()
     ]
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 @beartype.beartype

@@ -14,11 +14,14 @@ import beartype
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from saev import errors, helpers
+from saev import helpers
 
 CONSTANT, PROBE, BASELINE = "constant", "Linear probe", "Random"
 """Names of the rows that others are held against: the floor, the supervised reference, what a scorer must beat."""
 REFERENCES = (CONSTANT, PROBE)
+
+FILES = ("about.json", "summary.csv", "kinds.csv", "resamples.npz", "traits.parquet", "table.md")
+"""What later commands read of a results directory: all in its manifest."""
 
 SUMMARY = (
     "scorer",
@@ -206,6 +209,7 @@ def write_traits(fpath: pathlib.Path, rows: list[Row], names: list[str]) -> None
     import pyarrow.parquet
 
     columns: dict[str, list[object]] = {}
+    names = [helpers.printable(name) for name in names]
     for row in rows:
         n_R, n_T = row.best_RT.shape
         part = {
@@ -222,16 +226,20 @@ def write_traits(fpath: pathlib.Path, rows: list[Row], names: list[str]) -> None
         }
         for name, values in part.items():
             columns.setdefault(name, []).extend(values)
-    with helpers.atomic(fpath) as tmp_fpath:
-        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_fpath)
+    with (
+        helpers.atomic(fpath) as tmp_fpath,
+        tmp_fpath.open("wb") as fd,
+    ):  # pyarrow opens UTF-8 paths only
+        pyarrow.parquet.write_table(pyarrow.table(columns), fd)
 
 
 @beartype.beartype
-def best_traits(fpath: pathlib.Path, scorer: str) -> list[dict[str, tp.Any]]:
+def best_traits(data: bytes, scorer: str) -> list[dict[str, tp.Any]]:
     """A scorer's lines of traits.parquet with most prototypes and train images (first draw), best test AP first."""
+    import pyarrow
     import pyarrow.parquet
 
-    lines = pyarrow.parquet.read_table(fpath).to_pylist()
+    lines = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
     mine = [line for line in lines if line["scorer"] == scorer and line["draw"] == 0]
     most = max((line["n_train"], line["n_prototypes"]) for line in mine)
     best = [line for line in mine if (line["n_train"], line["n_prototypes"]) == most]
@@ -282,40 +290,34 @@ def write_resamples(fpath: pathlib.Path, rows: list[Row]) -> None:
 
 
 @beartype.beartype
-def read_resamples(fpath: pathlib.Path, n_rows: int) -> list[np.ndarray]:
+def read_resamples(data: bytes, n_rows: int) -> list[np.ndarray]:
     """What `write_resamples` wrote.
 
     Raises:
         OSError, ValueError, KeyError: not such a file.
     """
-    with np.load(fpath, allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         out = [arrays[str(i)] for i in range(n_rows)]
     if any(boot_RM.ndim != 2 or boot_RM.dtype != np.float64 for boot_RM in out):
-        raise ValueError(f"{fpath}: its arrays are not (draws, resamples)")
+        raise ValueError("the arrays are not (draws, resamples)")
     return out
 
 
 @beartype.beartype
-def read_csv(fpath: pathlib.Path, header: tuple[str, ...]) -> list[dict[str, tp.Any]]:
+def read_csv(data: bytes, header: tuple[str, ...]) -> list[dict[str, tp.Any]]:
     """Reads what `write_csv` wrote: numbers as numbers.
 
     Raises:
-        UserError: another header, or a cell that should be a number and is none.
+        ValueError: another header, or a cell that should be a number and is not.
     """
     texts = {"scorer", "baseline", "kind", "excludes_zero"}
-    try:
-        with fpath.open(newline="") as fd:
-            reader = csv.DictReader(fd)
-            if tuple(reader.fieldnames or ()) != header:
-                raise ValueError(f"its columns are {reader.fieldnames}")
-            return [
-                {key: value if key in texts else _number(value) for key, value in line.items()}
-                for line in reader
-            ]
-    except (OSError, ValueError, TypeError) as err:
-        raise errors.UserError(
-            f"{fpath}: cannot be read ({errors.first_line(err)}). Evaluate again with this version."
-        ) from err
+    reader = csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""))
+    if tuple(reader.fieldnames or ()) != header:
+        raise ValueError(f"its columns are {reader.fieldnames}")
+    return [
+        {key: value if key in texts else _number(value) for key, value in line.items()}
+        for line in reader
+    ]
 
 
 def _number(text: str) -> int | float:

@@ -10,7 +10,7 @@ import beartype
 import numpy as np
 
 from saev import errors, helpers
-from saev.formats import layout, results
+from saev.formats import jsonfile, layout, manifest, results
 from saev.protoeval import compare, report
 
 logger = logging.getLogger("saev")
@@ -131,22 +131,29 @@ def read_all(root: pathlib.Path) -> list[Result]:
     """Complete results directories below `root`, at any depth but not in hidden folders, oldest first."""
     out = []
     for fpath in sorted(root.glob("**/*/about.json")):
-        dpath = fpath.parent
         if any(part.startswith(".") for part in fpath.relative_to(root).parts):
             continue
-        if not (dpath / "table.md").exists():
-            logger.warning("%s: is not complete; left out", dpath)
-            continue
         try:
-            about = results.About(**json.loads(fpath.read_text()))
-            lines = results.read_csv(dpath / "summary.csv", results.SUMMARY)
-            kinds = results.read_csv(dpath / "kinds.csv", results.KIND_COLUMNS)
-            boots = results.read_resamples(dpath / "resamples.npz", len(lines))
-        except Exception as err:  # whatever an edited or foreign file holds
-            logger.warning("%s: cannot be read (%s); left out", dpath, errors.first_line(err))
-            continue
-        out.append(Result(dpath, about, lines, kinds, boots))
+            out.append(_read(fpath.parent))
+        except (OSError, errors.UserError) as err:
+            logger.warning("left out: %s", errors.first_line(err))
     return sorted(out, key=lambda result: result.about.created)
+
+
+def _read(dpath: pathlib.Path) -> Result:
+    files = manifest.read(dpath, results.FILES, report.AGAIN)
+    about = jsonfile.parse(
+        files["about.json"], results.About, str(dpath / "about.json"), report.AGAIN
+    )
+    try:
+        lines = results.read_csv(files["summary.csv"], results.SUMMARY)
+        kinds = results.read_csv(files["kinds.csv"], results.KIND_COLUMNS)
+        boots = results.read_resamples(files["resamples.npz"], len(lines))
+    except Exception as err:  # another version's columns, or files made to look like ours
+        raise errors.UserError(
+            f"{dpath}: cannot be read ({errors.first_line(err)}). {report.AGAIN}"
+        ) from err
+    return Result(dpath, about, lines, kinds, boots)
 
 
 def _sections(found: list[Result]) -> tuple[dict[Section, list[Table]], list[str]]:

@@ -1,9 +1,7 @@
 """Tables and chart of a protoeval run."""
 
-import csv
 import dataclasses
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -12,15 +10,17 @@ import urllib.parse
 import beartype
 import matplotlib.axes
 import matplotlib.figure
+import msgspec
 import numpy as np
 
 from saev import errors, helpers
-from saev.formats import layout, results
+from saev.formats import jsonfile, layout, manifest, results
 from saev.protoeval import compare, config
 
 AGAINST = """Less random activations chosen on the same train images, on the same resamples of the test images. Intervals are over test \
 images, and over the draws of train images where there are several; not over the prototypes: activations, or an SAE, of another seed would \
 give other figures, so compare seeds before one difference is called real."""
+AGAIN = "Move that folder away and evaluate again with protoeval.py."
 MOST_PANELS, TOO_NEAR = 5, 1.4
 """Panels of the chart in a row; numbers of train images whose labels would lie on each other, as a ratio."""
 PROBE_NOTE = """Linear probe: ridge regression on the mean activation, trained on the labels of as many images: a supervised reference, \
@@ -35,10 +35,10 @@ def write(
     cfgs: list[config.ProtoEval],
     about: results.About,
 ) -> None:
-    """Writes a results directory, each file atomically, table.md last. names: of the traits."""
+    """Writes a results directory, each file atomically, the manifest last. names: of the traits."""
     fields = [dataclasses.asdict(cfg) | {"scorer_type": type(cfg.scorer).__name__} for cfg in cfgs]
-    helpers.write_text(dpath / "config.json", json.dumps(fields, indent=4))
-    helpers.write_text(dpath / "about.json", json.dumps(dataclasses.asdict(about), indent=4))
+    helpers.write_text(dpath / "config.json", jsonfile.dumps(fields, indent=4))
+    helpers.write_text(dpath / "about.json", jsonfile.dumps(dataclasses.asdict(about), indent=4))
     lines = [results.summary(row) for row in rows]
     kinds = results.by_kind(rows, names)
     differences = compare.differences([row.measured for row in rows])
@@ -58,6 +58,7 @@ def write(
         cells = layout.differences_table(against)
         text += f"\n{AGAINST}\n\n{layout.markdown(cells)}"
     helpers.write_text(dpath / "table.md", text)
+    manifest.write(dpath, results.FILES)
 
 
 def _notes(rows: list[results.Row], names: list[str], about: results.About) -> str:
@@ -106,8 +107,8 @@ def describe(about: results.About) -> str:
 
 @beartype.beartype
 def save(figure: matplotlib.figure.Figure, fpath: pathlib.Path) -> None:
-    with helpers.atomic(fpath) as tmp_fpath:
-        figure.savefig(tmp_fpath, format="png", dpi=150)
+    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
+        figure.savefig(fd, format="png", dpi=150)
 
 
 @beartype.beartype
@@ -165,19 +166,27 @@ def _panel(axes: matplotlib.axes.Axes, name: str, lines: list[dict]) -> None:
         axes.legend(title="prototypes", fontsize=7, title_fontsize=7, frameon=False, loc="best")
 
 
+class Gallery(msgspec.Struct):
+    """What a gallery says that it shows."""
+
+    sha256: str
+    """Of the SAE's checkpoint."""
+    latents: list[int]
+
+
 @beartype.beartype
-def read_gallery(gallery: pathlib.Path) -> set[int]:
-    """The latents that a gallery shows.
+def read_gallery(gallery: pathlib.Path) -> Gallery:
+    """What visuals.py wrote to gallery.json.
 
     Raises:
-        UserError: it does not say.
+        UserError: there is none, or it is not as it was written.
     """
+    fpath = gallery / "gallery.json"
     try:
-        with (gallery / "latents.csv").open(newline="") as fd:
-            return {int(line["latent"]) for line in csv.DictReader(fd)}
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as err:
+        return jsonfile.read_sealed(fpath, Gallery, "Run visuals.py again.")
+    except (FileNotFoundError, NotADirectoryError) as err:
         raise errors.UserError(
-            f"--gallery {gallery}: no latents.csv that lists its latents. Pass a folder that visuals.py wrote."
+            f"--gallery {gallery}: no gallery.json that names its SAE. Pass a folder that visuals.py wrote."
         ) from err
 
 
@@ -188,8 +197,9 @@ def link(dpath: pathlib.Path, scorer: str, gallery: pathlib.Path) -> None:
     Args:
         scorer: the SAE's name in the table; of its rows the one with most prototypes and train images counts.
     """
-    best, shown = results.best_traits(dpath / "traits.parquet", scorer), read_gallery(gallery)
-    index = urllib.parse.quote(os.path.relpath(gallery / "index.html", dpath))
+    data = manifest.read(dpath, ["traits.parquet"], AGAIN)["traits.parquet"]
+    best, shown = results.best_traits(data, scorer), set(read_gallery(gallery).latents)
+    index = urllib.parse.quote(os.fsencode(os.path.relpath(gallery / "index.html", dpath)))
     cells = [["Trait", "Latent", "AP on train images", "AP on test images"]]
     for trait in best:
         latent = trait["prototype"]

@@ -7,7 +7,6 @@ import collections.abc
 import dataclasses
 import datetime
 import hashlib
-import json
 import logging
 import pathlib
 import shutil
@@ -20,7 +19,7 @@ import torch
 from saev import devices, errors, helpers, scorers
 from saev.data import config as data_config
 from saev.data import cub, reader
-from saev.formats import results
+from saev.formats import manifest, results
 from saev.protoeval import check, choice, config, report, scoring
 from saev.scorers import config as scorers_config
 
@@ -54,15 +53,16 @@ def main(cfgs: list[config.ProtoEval]) -> str:
         _join(cfg.train_data, labels, True, cfg.force),
         _join(cfg.test, labels, False, cfg.force),
     ]
-    if cfg.gallery:
-        report.read_gallery(pathlib.Path(cfg.gallery))
     linked = _in_gallery(cfgs)
     out = pathlib.Path(cfg.dump_to) / _run_id(cfgs, labels)
-    if not (out / "table.md").exists():
+    helpers.sweep(out.parent)
+    helpers.sweep(out)
+    if not (out / manifest.NAME).exists():
         with helpers.locked(out.with_name(f".{out.name}.lock"), f"it evaluates {out}"):
-            if not (out / "table.md").exists():
+            if not (out / manifest.NAME).exists():
                 _evaluate_into(out, cfgs, labels, joins)
     else:
+        manifest.read(out, results.FILES, report.AGAIN)
         logger.info("%s: evaluated already", out)
     if linked:
         report.link(out, linked, pathlib.Path(cfg.gallery))
@@ -159,10 +159,10 @@ def _about(cfgs: list[config.ProtoEval], labels: cub.Cub) -> results.About:
     data = (cfg.train_data, cfg.test)
     names = [pathlib.Path(root).name[:8] for d in data for root in (d.shard_root, *d.more_roots)]
     return results.About(
-        vit=str(space["ViT"]),
+        vit=helpers.printable(str(space["ViT"])),
         layer=tp.cast(int, space["layer"]),
         tokens=f"{acts.n_tokens} tokens an image ({cfg.train_data.patches})",
-        shards=list(dict.fromkeys(names)),
+        shards=[helpers.printable(name) for name in dict.fromkeys(names)],
         labels=_labels_hash(labels),
         min_certainty=cfg.min_certainty,
         seed=cfg.seed,
@@ -189,13 +189,7 @@ def _in_gallery(cfgs: list[config.ProtoEval]) -> str:
     """
     if not cfgs[0].gallery:
         return ""
-    fpath = pathlib.Path(cfgs[0].gallery) / "gallery.json"
-    try:
-        shown = json.loads(fpath.read_text())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise errors.UserError(
-            f"--gallery {cfgs[0].gallery}: no gallery.json that names its SAE. Pass a folder that visuals.py wrote."
-        ) from err
+    shown = report.read_gallery(pathlib.Path(cfgs[0].gallery)).sha256
     for cfg, name in zip(cfgs, labels_of(cfgs), strict=True):
         ckpt = pathlib.Path(getattr(cfg.scorer, "ckpt", ""))
         if isinstance(cfg.scorer, scorers_config.Sae) and not ckpt.is_file():
@@ -286,7 +280,7 @@ def labels_of(cfgs: list[config.ProtoEval]) -> list[str]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise errors.UserError(f"the scorer {twice} is given twice. Name it once in the sweep.")
-    return names
+    return [helpers.printable(name) for name in names]
 
 
 def _label(cfg: config.ProtoEval, cfgs: list[config.ProtoEval]) -> str:

@@ -54,6 +54,7 @@ def main(cfg: config.Visuals) -> str:
     stream = _stream(cfg, sae)
     gallery = _gallery(cfg, stream.reader)
     dpath = pathlib.Path(cfg.dump_to).resolve()
+    helpers.sweep(dpath.parent, dpath.name)
     render.check_target(dpath)
     # What can be wrong is looked for before the long pass: every path of a small data set, a sample of a large one.
     image_is = stream.reader.image_is_N

@@ -4,11 +4,8 @@ import collections.abc
 import csv
 import dataclasses
 import html
-import json
 import math
 import pathlib
-import shutil
-import tempfile
 import typing as tp
 
 import beartype
@@ -20,7 +17,7 @@ from jaxtyping import Float32, UInt8, jaxtyped
 
 from saev import errors, helpers
 from saev.data import images
-from saev.formats import shards
+from saev.formats import jsonfile, shards
 
 SIDE = 224
 """Largest side of a shown image, in pixels."""
@@ -122,28 +119,9 @@ def write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
         UserError: an image is missing or cannot be read (names it), or `dpath` is not ours to replace.
     """
     check_target(dpath)
-    tmp_dpath = pathlib.Path(tempfile.mkdtemp(prefix=f".{dpath.name}.", dir=dpath.parent))
-    try:
+    with helpers.atomic_folder(dpath) as tmp_dpath:
         _write(tmp_dpath, gallery, pages)
-        tmp_dpath.chmod(0o755)
         check_target(dpath)  # somebody may have filled it meanwhile
-        _swap(tmp_dpath, dpath)
-    finally:
-        shutil.rmtree(tmp_dpath, ignore_errors=True)
-
-
-def _swap(new_dpath: pathlib.Path, dpath: pathlib.Path) -> None:
-    """Renames; an older gallery steps aside first, comes back if that fails, and is removed last."""
-    old_dpath = new_dpath.with_name(f"{new_dpath.name}.old")
-    if dpath.exists():
-        dpath.rename(old_dpath)
-    try:
-        new_dpath.rename(dpath)
-    except OSError:
-        if old_dpath.exists():
-            old_dpath.rename(dpath)
-        raise
-    shutil.rmtree(old_dpath, ignore_errors=True)
 
 
 def _write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
@@ -160,8 +138,9 @@ def _write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
             heat = overlay(view, heat_P.reshape(gallery.grid))
             _save(heat, dpath / _heat_fname(page, rank))
     _write_table(dpath / "latents.csv", pages)
-    shown = {"ckpt": gallery.ckpt, "sha256": gallery.sha256}
-    helpers.write_text(dpath / "gallery.json", json.dumps(shown))
+    latents = [page.latent for page in pages]
+    shown = {"ckpt": gallery.ckpt, "sha256": gallery.sha256, "latents": latents}
+    helpers.write_text(dpath / "gallery.json", jsonfile.seal(shown))
     helpers.write_text(dpath / "index.html", _index(gallery, pages))
 
 
@@ -287,5 +266,5 @@ def _figure(gallery: Gallery, page: Page, rank: int) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped for a page and its attributes; bytes of a file name that are not UTF-8 (Python's surrogates) as \\udcXX."""
-    return html.escape(text, quote=True).encode("utf-8", "backslashreplace").decode()
+    """Escaped for a page and its attributes."""
+    return helpers.printable(html.escape(text, quote=True))
