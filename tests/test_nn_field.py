@@ -19,6 +19,7 @@ from saev.nn import field as nn_field
 DATA = pathlib.Path(__file__).parent / "data"
 D, S = 8, 16
 
+THRESHOLD = nn_field.THRESHOLD
 OLD = {"exp_factor": 2, "seed": 0, "n_reinit_samples": 9, "remove_parallel_grads": True}
 V5 = {"d_model": D, "d_sae": S, "reinit_blend": 0.8}
 TOP3 = {"key": "top-k", "top_k": 3, "sparsity": {"cls": "NoSparsity", "params": {}}}
@@ -38,6 +39,14 @@ HEADERS = {
     "2": (
         {"schema": 2, "cfg": {"d_vit": D, **OLD, "activation": {"cls": "TopK", "params": TOP3}}},
         "TopK",
+    ),
+    "2-d-model": (
+        {"schema": 2, "cfg": {"d_model": D, **OLD, "activation": {"cls": "Relu", "params": {}}}},
+        "Relu",
+    ),
+    "4-batch": (
+        {"schema": 4, "cfg": {**V5, "activation": {"cls": "BatchTopK", "params": TOP3}}},
+        "Threshold",
     ),
     "3": (
         {"schema": 3, "cfg": {"d_model": D, **OLD, "activation": {"cls": "Relu", "params": {}}}},
@@ -62,6 +71,11 @@ def tensors() -> dict[str, torch.Tensor]:
     return {**out, "activation.threshold": torch.tensor(1.5)}
 
 
+def weights() -> dict[str, torch.Tensor]:
+    """Without a threshold."""
+    return {name: tensor for name, tensor in tensors().items() if name != THRESHOLD}
+
+
 def write(fpath: pathlib.Path, header: object, state: object) -> pathlib.Path:
     payload = io.BytesIO()
     torch.save(state, payload)
@@ -79,16 +93,15 @@ def by_hand(activation: str, x_BD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "Threshold": 1.5,
         "TopK": np.sort(pre_BS, axis=1)[:, -4][:, None],
     }[activation]
-    f_BS = np.where((pre_BS > least_BS) & (pre_BS > 0), pre_BS, 0)
+    # TopK keeps the sign of its k largest
+    f_BS = np.where((pre_BS > least_BS) & ((pre_BS > 0) | (activation == "TopK")), pre_BS, 0)
     return f_BS, f_BS @ t["W_dec"] + t["b_dec"]
 
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_every_schema_reproduces_the_formula(name: str, tmp_path: pathlib.Path) -> None:
     header, activation = HEADERS[name]
-    state = tensors()
-    if activation != "Threshold":
-        del state["activation.threshold"]
+    state = tensors() if activation == "Threshold" else weights()
     sae = nn.load(write(tmp_path / "sae.pt", header, state))
     x_BD = np.random.default_rng(0).standard_normal((30, D))
     want_f, want_x_hat = by_hand(activation, x_BD)
@@ -112,6 +125,16 @@ def test_recorded_outputs(fpath: pathlib.Path) -> None:
     np.testing.assert_allclose(x_hat_BD, recorded["x_hat"], rtol=1e-5, atol=1e-5)
 
 
+def test_the_recorded_top_k_has_negative_values_and_any_number_of_latents() -> None:
+    """tests/data/field/schema5_topk: f = mask x pre with the mask of the 6 largest, in float64; many rows have fewer positive ones."""
+    recorded = np.load(DATA / "field" / "schema5_topk.npz")
+    assert (recorded["f"] < 0).any() and ((recorded["f"] != 0).sum(axis=1) == 6).all()
+    sae = nn.load(DATA / "field" / "schema5_topk.pt")
+    assert sae.cfg == config.TopK(
+        d_vit=8, d_sae=13, top_k=6, normalize="none", aux_coeff=0.0, keep_negative=True
+    )
+
+
 def test_there_is_a_golden_file_of_every_schema_of_ours() -> None:
     """A change of the format without a new number fails above; a new number without a file fails here."""
     for schema in [*checkpoint.UPGRADES, checkpoint.SCHEMA]:
@@ -129,7 +152,7 @@ def test_a_checkpoint_of_schema_100_keeps_its_meaning() -> None:
 def test_no_threshold_is_said_and_can_be_calibrated(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fpath = write(tmp_path / "sae.pt", HEADERS["1-default"][0], tensors())
+    fpath = write(tmp_path / "sae.pt", HEADERS["1-default"][0], weights())
     with caplog.at_level(logging.WARNING, "saev"):
         sae = nn.load(fpath)
     assert "has no threshold" in caplog.text and "calibrate" in caplog.text
@@ -152,12 +175,18 @@ def test_no_threshold_is_said_and_can_be_calibrated(
         ({"W_enc": torch.zeros(D, S + 1)}, "tensor W_enc has shape .*; its header wants"),
         ({"b_dec": None}, "tensor b_dec is missing"),
         ({"b_enc": torch.full((S,), torch.nan)}, "tensor b_enc holds NaN"),
+        (
+            {"b_enc": torch.zeros(S, dtype=torch.int8)},
+            r"b_enc has shape \(16,\), torch.int8; .* wants floats",
+        ),
+        ({"scale": torch.ones(D)}, "unknown tensor scale. It may change what the SAE computes"),
+        ({THRESHOLD: torch.tensor(1.0)}, "unknown tensor activation.threshold"),
     ],
 )
 def test_tensors_that_do_not_fit(
     change: dict[str, object], match: str, tmp_path: pathlib.Path
 ) -> None:
-    fpath = write(tmp_path / "sae.pt", HEADERS["2"][0], {**tensors(), **change})
+    fpath = write(tmp_path / "sae.pt", HEADERS["2"][0], {**weights(), **change})
     with pytest.raises(errors.UserError, match=match):
         nn.load(fpath)
 
@@ -170,8 +199,29 @@ def test_tensors_that_do_not_fit(
         ({"schema": 3, "cfg": {"d_vit": D}}, "'activation' is missing|'d_model' is missing"),
         ({"schema": 6, "cfg": {}}, "schema 6 .* is unknown"),
         (
-            {"schema": 5, "cfg": {**V5, "d_sae": 17, "activation": {"cls": "Relu"}}},
-            "not a multiple",
+            {"schema": 5, "cfg": {**V5, "normalize": True, "activation": {"cls": "Relu"}}},
+            r"cfg has unknown keys \(normalize\), which may change what it computes",
+        ),
+        (
+            {"schema": 5, "cfg": {**V5, "activation": {"cls": "TopK", "params": {"abs": True}}}},
+            r"params of TopK has unknown keys \(abs\)",
+        ),
+        (
+            {"schema": 5, "cfg": {**V5, "activation": {"cls": "Relu", "params": {"top_k": 3}}}},
+            r"params of Relu has unknown keys \(top_k\)",
+        ),
+        (
+            {"schema": 5, "mean": [0], "cfg": {**V5, "activation": {"cls": "Relu"}}},
+            r"its header has unknown keys \(mean\)",
+        ),
+        ({"d_vit": D, **OLD, "scale_mean": True}, r"cfg has unknown keys \(scale_mean\)"),
+        (
+            {"schema": 4, "cfg": {**V5, "exp_factor": 3, "activation": {"cls": "Relu"}}},
+            "exp_factor gives d_sae 24, but d_sae is 16",
+        ),
+        (
+            {"schema": 2, "cfg": {"d_vit": 9, **V5, "activation": {"cls": "Relu"}}},
+            "d_vit gives d_model 9, but d_model is 8",
         ),
         (
             {"schema": 5, "cfg": {**V5, "d_sae": "16", "activation": {"cls": "Relu"}}},
@@ -222,4 +272,4 @@ def test_any_header_is_read_or_refused_in_words(
         said = field.upgrade(header, pathlib.Path("x.pt"))
     except errors.UserError:
         return
-    assert said.d_sae % said.d_vit == 0
+    assert said.d_sae > 0 and said.d_vit > 0

@@ -1,5 +1,6 @@
 """SAELens' on-disk format, both ways; with SAELens itself where it is installed (group `peers`). B, D d_vit, S latents."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -10,7 +11,7 @@ import safetensors.torch
 import torch
 
 from saev import errors, nn
-from saev.nn import config, saelens
+from saev.nn import config, foreign_keys, saelens
 
 ROOT = pathlib.Path(__file__).parent.parent
 D = 6
@@ -105,10 +106,72 @@ def test_codes_that_are_rescaled_by_decoder_norms(tmp_path: pathlib.Path) -> Non
 @pytest.mark.parametrize(
     ("cfg", "match"),
     [
-        ({"architecture": "gated"}, "architecture is 'gated'; saev has only standard, topk"),
+        (
+            {"architecture": "temporal"},
+            "architecture is 'temporal'; only standard, topk, jumprelu, gated",
+        ),
+        ({"architecture": "batchtopk", "k": 3}, "architecture is 'batchtopk'"),
+        ({"architecture": "skip_transcoder", "d_out": D}, "architecture is 'skip_transcoder'"),
+        (
+            {"normalize_activations": "expected_average_only_in"},
+            "is 'expected_average_only_in'; only none",
+        ),
+        ({"normalize_activations": "constant_norm_rescale"}, "is 'constant_norm_rescale'"),
+        ({"normalize_activations": True}, "normalize_activations is True"),
+        ({"hook_name": "blocks.8.attn.hook_z"}, "reshape_activations is 'hook_z'"),
+        ({"use_error_term": True}, "use_error_term is True"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"apply_b_dec_to_input": 1}, "apply_b_dec_to_input is 1"),
+        ({"d_out": D}, "unknown key d_out. It may change what the SAE computes"),
+        ({"threshold_scale": 2, "bias": 1}, "unknown key bias, threshold_scale"),
+        (
+            {"rescale_acts_by_decoder_norm": True},
+            "rescale_acts_by_decoder_norm is True, but architecture is 'standard'",
+        ),
+        ({"k": 3}, "k is 3, but architecture is 'standard'"),
+        (
+            {"activation_fn_str": "tanh-relu"},
+            "activation_fn is 'tanh-relu'; only relu, topk",
+        ),
+        ({"activation_fn_str": "topk"}, "k is None, not a positive integer"),
+        (
+            {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3, "abs": True}},
+            "activation_fn_kwargs: unknown key abs",
+        ),
+        (
+            {"activation_fn_str": "topk", "activation_fn_kwargs": [3]},
+            "activation_fn_kwargs is no JSON object",
+        ),
+        (
+            {"activation_fn_str": "relu", "activation_fn": "topk"},
+            "activation_fn_str and activation_fn say the same",
+        ),
+        (
+            {"activation_fn": "topk", "activation_fn_kwargs": {"k": 3}, "architecture": "gated"},
+            "architecture is 'gated'; only standard, topk",
+        ),
+        (
+            {
+                "activation_fn": "topk",
+                "activation_fn_kwargs": {"k": 3},
+                "metadata": {"sae_lens_version": "6.2.0"},
+            },
+            "activation_fn is 'topk'; only relu",
+        ),
+        (
+            {
+                "architecture": "topk",
+                "k": 4,
+                "activation_fn": "topk",
+                "activation_fn_kwargs": {"k": 3},
+            },
+            "k is 4 and 3",
+        ),
+        ({"finetuning_scaling_factor": True}, "tensor scaling_factor is missing"),
+        ({"metadata": 3}, "metadata is no JSON object"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
         ({"reshape_activations": "hook_z"}, "reshape_activations is 'hook_z'"),
-        ({"d_sae": 2 * D + 1}, "not a multiple of d_in"),
+        ({"d_sae": 2 * D + 1}, "tensor W_enc has shape"),
         ({"d_sae": "12"}, "d_sae is '12', not a positive integer"),
         ({"architecture": "topk"}, "k is None, not a positive integer"),
         ({"architecture": "jumprelu"}, "tensor threshold is missing"),
@@ -126,12 +189,115 @@ def test_broken_folders(tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.UserError, match=r"cfg\.json cannot be read"):
         saelens.load(tmp_path / "nowhere")
     dpath = folder(tmp_path, {}, b_dec=torch.full((D,), torch.nan))
-    with pytest.raises(errors.UserError, match="b_dec holds NaN"):
+    with pytest.raises(errors.UserError, match="tensor b_dec holds NaN"):
         saelens.load(dpath)
+    (dpath / "cfg.json").write_text('{"d_in": 6, "d_in": 7}')
+    with pytest.raises(errors.UserError, match="the key 'd_in' comes twice"):
+        saelens.load(dpath)
+    (dpath / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": 2 * D}))
     fpath = dpath / "sae_weights.safetensors"
     fpath.write_bytes(fpath.read_bytes()[:-10])
     with pytest.raises(errors.UserError, match="safetensors cannot be read"):
         saelens.load(dpath)
+
+
+# ---- folders that say more ----
+
+
+def plain(dpath: pathlib.Path) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """(tensors, pre-activations) by the formula, in float64."""
+    t = safetensors.torch.load_file(dpath / "sae_weights.safetensors")
+    t = {name: tensor.double() for name, tensor in t.items()}
+    return t, (batch().double() - t["b_dec"]) @ t["W_enc"]
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {"architecture": "standard", "activation_fn_str": "topk"},
+        {"activation_fn_str": "topk"},
+        {"activation_fn": "topk", "metadata": {"sae_lens_version": "5.11.0"}},
+        {"architecture": "topk", "activation_fn": "topk", "sae_lens_version": "4.0.1"},
+    ],
+)
+def test_before_version_6_the_activation_function_decides(
+    cfg: dict[str, object], tmp_path: pathlib.Path
+) -> None:
+    more = {"activation_fn_kwargs": {"k": 3}, "normalize_activations": None, "hook_point": "h"}
+    dpath = folder(tmp_path, {**cfg, **more})
+    t, z_BS = plain(dpath)
+    pre_BS = z_BS + t["b_enc"]
+    want_BS = torch.where(pre_BS >= pre_BS.topk(3).values[:, -1:], pre_BS, 0.0).relu()
+    sae = saelens.load(dpath)
+    assert isinstance(sae.cfg, config.TopK) and sae.cfg.top_k == 3
+    torch.testing.assert_close(sae.encode(batch()), want_BS.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_codes_that_are_scaled_before_decoding(tmp_path: pathlib.Path) -> None:
+    scaling_S = torch.linspace(0.5, 2, 2 * D)
+    dpath = folder(tmp_path, {"finetuning_scaling_factor": True}, scaling_factor=scaling_S)
+    t, z_BS = plain(dpath)
+    f_BS = (z_BS + t["b_enc"]).relu()
+    x_hat_BD, got_BS = saelens.load(dpath)(batch())
+    torch.testing.assert_close(got_BS, f_BS.float(), rtol=1e-4, atol=1e-4)
+    want_BD = (f_BS * scaling_S) @ t["W_dec"] + t["b_dec"]
+    torch.testing.assert_close(x_hat_BD, want_BD.float(), rtol=1e-4, atol=1e-3)
+    cfg_fpath = dpath / "cfg.json"
+    cfg_fpath.write_text(cfg_fpath.read_text().replace("true}", "false}"))
+    with pytest.raises(errors.UserError, match="says finetuning_scaling_factor is false"):
+        saelens.load(dpath)
+
+
+def test_a_scaling_of_ones_is_none(tmp_path: pathlib.Path) -> None:
+    """Older versions wrote it always."""
+    dpath = folder(tmp_path, {}, scaling_factor=torch.ones(2 * D))
+    t, z_BS = plain(dpath)
+    want_BS = (z_BS + t["b_enc"]).relu().float()
+    torch.testing.assert_close(saelens.load(dpath).encode(batch()), want_BS, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("subtracts", [True, False])
+def test_gated_is_a_jump_relu(subtracts: bool, tmp_path: pathlib.Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    more = {k: 2 * torch.randn(2 * D, generator=generator) for k in ("b_gate", "b_mag", "r_mag")}
+    dpath = folder(tmp_path, {"architecture": "gated", "apply_b_dec_to_input": subtracts}, **more)
+    fpath = dpath / "sae_weights.safetensors"
+    t = safetensors.torch.load_file(fpath)
+    with pytest.raises(errors.UserError, match="unknown tensor b_enc"):
+        saelens.load(dpath)
+    del t["b_enc"]
+    safetensors.torch.save_file(t, fpath)
+    t, z_BS = plain(dpath)
+    z_BS = z_BS if subtracts else batch().double() @ t["W_enc"]
+    is_on_BS = z_BS + t["b_gate"] > 0
+    want_BS = (is_on_BS * (z_BS * t["r_mag"].exp() + t["b_mag"]).relu()).float()
+    assert (is_on_BS & (want_BS == 0)).any() and 0 < (want_BS > 0).float().mean() < 1
+    x_hat_BD, f_BS = saelens.load(dpath)(batch())
+    torch.testing.assert_close(f_BS, want_BS, rtol=1e-4, atol=1e-3)
+    want_BD = want_BS @ t["W_dec"].float() + t["b_dec"].float()
+    torch.testing.assert_close(x_hat_BD, want_BD, rtol=1e-4, atol=1e-2)
+
+
+def test_unknown_tensors_are_refused(tmp_path: pathlib.Path) -> None:
+    dpath = folder(tmp_path, {}, threshold=torch.ones(2 * D))
+    with pytest.raises(errors.UserError, match="unknown tensor threshold. It may change"):
+        saelens.load(dpath)
+
+
+def test_half_precision_and_any_number_of_latents(tmp_path: pathlib.Path) -> None:
+    dpath = folder(tmp_path, {"d_sae": 2 * D + 1, "dtype": "torch.bfloat16"})
+    shapes = {"W_enc": (D, 13), "b_enc": (13,), "W_dec": (13, D), "b_dec": (D,)}
+    t = {k: torch.randn(v).bfloat16() for k, v in shapes.items()}
+    safetensors.torch.save_file(t, dpath / "sae_weights.safetensors")
+    want_BS = ((batch() - t["b_dec"].float()) @ t["W_enc"].float() + t["b_enc"].float()).relu()
+    torch.testing.assert_close(saelens.load(dpath).encode(batch()), want_BS, rtol=1e-4, atol=1e-4)
+
+
+def test_a_top_k_with_negative_values_is_not_exported(tmp_path: pathlib.Path) -> None:
+    sae = make(config.TopK(d_vit=D, d_sae=13, top_k=12, keep_negative=True))
+    with pytest.raises(errors.UserError, match="keeps negative values .* cannot be exported"):
+        saelens.export(sae, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_export_leaves_nothing(
@@ -190,7 +356,7 @@ def test_saelens_reads_what_we_export(cfg: config.Sae, tmp_path: pathlib.Path) -
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("architecture", ["Standard", "TopK", "JumpReLU"])
+@pytest.mark.parametrize("architecture", ["Standard", "TopK", "JumpReLU", "Gated"])
 def test_we_read_what_saelens_saves(architecture: str, tmp_path: pathlib.Path) -> None:
     sae_lens = pytest.importorskip("sae_lens")
     more = {"k": 3} if architecture == "TopK" else {}
@@ -204,3 +370,43 @@ def test_we_read_what_saelens_saves(architecture: str, tmp_path: pathlib.Path) -
         x_hat_BD = theirs.decode(f_BS)
     theirs.save_model(str(tmp_path / "out"))
     assert_same(f_BS, x_hat_BD, saelens.load(tmp_path / "out"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@each_cfg
+def test_saelens_keeps_what_it_was_trained_on(cfg: config.Sae, tmp_path: pathlib.Path) -> None:
+    sae_lens = pytest.importorskip("sae_lens")
+    sae = make(cfg)
+    sae.activations = TRAINED_ON
+    saelens.export(sae, tmp_path / "a")
+    sae_lens.SAE.load_from_disk(str(tmp_path / "a")).save_model(str(tmp_path / "b"))
+    again = saelens.load(tmp_path / "b")
+    assert again.activations == TRAINED_ON
+    x_hat_BD, f_BS = again(batch())
+    assert_same(f_BS, x_hat_BD, sae)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_before_version_6_as_saelens_reads_it(tmp_path: pathlib.Path) -> None:
+    sae_lens = pytest.importorskip("sae_lens")
+    old = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}, "dtype": "float32"}
+    dpath = folder(tmp_path, {**old, "hook_name": "blocks.8.hook_resid_pre"})
+    theirs = sae_lens.SAE.load_from_disk(str(dpath))
+    with torch.no_grad():
+        f_BS = theirs.encode(batch())
+        assert_same(f_BS, theirs.decode(f_BS), saelens.load(dpath))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_key_that_saelens_can_write_is_decided() -> None:
+    """Honoured, known to mean nothing, or of architectures that are refused."""
+    sae_lens = pytest.importorskip("sae_lens")
+    registry = pytest.importorskip("sae_lens.registry")
+    read = ("standard", "gated", "topk", "jumprelu")
+    classes = [sae_lens.config.LanguageModelSAERunnerConfig]
+    for found in (registry.SAE_CLASS_REGISTRY, registry.SAE_TRAINING_CLASS_REGISTRY):
+        classes += [cls for name, (_, cls) in found.items() if name in read]
+    names = {field.name for cls in classes for field in dataclasses.fields(cls)}
+    runners = {"sae"}  # the runner's nested config, which has a file of its own
+    assert names - runners - saelens.HONOURED <= foreign_keys.SAELENS
+    assert not saelens.HONOURED & foreign_keys.SAELENS

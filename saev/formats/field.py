@@ -15,6 +15,17 @@ from saev import errors
 LAST = 5
 Header = dict[str, tp.Any]
 
+KEYS = frozenset(["schema", "cls", "cfg", "commit", "lib"])
+CFG_KEYS = frozenset(
+    """
+    ghost_grads l1_coeff n_reinit_samples normalize_w_dec reinit_blend reinit_enc_dec_tranpose remove_parallel_grads
+    seed sparsity_coeff use_ghost_grads
+    """.split()  # noqa: SIM905
+)
+"""Of cfg: what concerns training alone."""
+PARAM_KEYS = frozenset(["aux", "key", "kind", "momentum", "sparsity"])
+"""Of an activation's params: the same, and its name once more."""
+
 
 class FieldSae(tp.NamedTuple):
     """What a header says of its SAE. The encoder does not subtract b_dec: f = act(x W_enc + b_enc)."""
@@ -32,7 +43,7 @@ def is_field(header: Header) -> bool:
     if header.get("lib") == "saev" or "kind" in header:
         return False
     if "schema" in header:
-        return header["schema"] in range(1, LAST + 1) and not isinstance(header["schema"], bool)
+        return type(header["schema"]) is int and 1 <= header["schema"] <= LAST
     return "d_vit" in header and "exp_factor" in header
 
 
@@ -45,23 +56,31 @@ def _from_1(header: Header) -> Header:
     """The class was the activation's name, or that of a config that holds it."""
     cfg = header["cfg"]
     if header["cls"] != "SparseAutoencoderConfig":
-        cfg = {
-            **cfg,
-            "activation": {"cls": header["cls"], "params": {"top_k": cfg.get("top_k", 32)}},
-        }
+        params = {key: cfg[key] for key in ("top_k",) if key in cfg}
+        rest = {key: value for key, value in cfg.items() if key != "top_k"}
+        cfg = {**rest, "activation": {"cls": header["cls"], "params": params}}
     return {"cfg": cfg}
 
 
 def _from_2(header: Header) -> Header:
-    """d_vit became d_model."""
-    cfg = dict(header["cfg"])
-    return {"cfg": {**cfg, "d_model": cfg["d_vit"]}}
+    """d_vit became d_model (for a day, already in schema 2)."""
+    return {"cfg": _renamed(dict(header["cfg"]), "d_vit", "d_model", 1)}
 
 
 def _from_4(header: Header) -> Header:
     """The expansion factor became d_sae."""
-    cfg = header["cfg"]
-    return {"cfg": {"d_sae": cfg["d_model"] * cfg.get("exp_factor", 1), **cfg}}
+    cfg = dict(header["cfg"])
+    return {"cfg": _renamed(cfg, "exp_factor", "d_sae", cfg["d_model"])}
+
+
+def _renamed(cfg: Header, old: str, new: str, factor: int) -> Header:
+    """The old key's value, times a factor, under the new key; if both are there they must agree."""
+    if old not in cfg:
+        return cfg
+    value = factor * cfg.pop(old)
+    if cfg.setdefault(new, value) != value:
+        raise ValueError(f"{old} gives {new} {value!r}, but {new} is {cfg[new]!r}")
+    return cfg
 
 
 UPGRADES: dict[int, collections.abc.Callable[[Header], Header]] = {
@@ -82,11 +101,17 @@ def upgrade(header: Header, fpath: pathlib.Path) -> FieldSae:
     """
     schema = header.get("schema", 0)
     try:
+        if schema:
+            _only(header, KEYS, "its header")
         for number in range(schema, LAST):
             header = UPGRADES[number](header)
         cfg = header["cfg"]
         activation = cfg["activation"]
         params = activation.get("params") or {}
+        _only(cfg, {"d_model", "d_sae", "activation"} | CFG_KEYS, "cfg")
+        _only(activation, {"cls", "params"}, "activation")
+        sizes = set() if activation["cls"] == "Relu" else {"top_k"}
+        _only(params, sizes | PARAM_KEYS, f"params of {activation['cls']}")
         out = FieldSae(
             schema, activation["cls"], cfg["d_model"], cfg["d_sae"], params.get("top_k", 32)
         )
@@ -106,5 +131,10 @@ def _check(sae: FieldSae) -> None:
         value = getattr(sae, name)
         if type(value) is not int or not 0 < value < 2**31:
             raise ValueError(f"{name} is {value!r}")
-    if sae.d_sae % sae.d_vit:
-        raise ValueError(f"d_sae {sae.d_sae} is not a multiple of d_model {sae.d_vit}")
+
+
+def _only(found: Header, known: collections.abc.Set[str], where: str) -> None:
+    if unknown := sorted(found.keys() - known):
+        raise ValueError(
+            f"{where} has unknown keys ({', '.join(unknown)}), which may change what it computes"
+        )

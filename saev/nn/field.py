@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+import typing as tp
 
 import beartype
 import torch
@@ -10,71 +11,50 @@ from torch import Tensor
 
 from saev import errors
 from saev.formats import field
-from saev.nn import config
+from saev.nn import config, foreign
 
 logger = logging.getLogger("saev")
+
+THRESHOLD = "activation.threshold"
 
 
 @beartype.beartype
 def convert(
-    said: field.FieldSae, state: object, fpath: pathlib.Path
+    said: field.FieldSae, state: dict[str, tp.Any], fpath: pathlib.Path
 ) -> tuple[config.Sae, dict[str, Tensor]]:
     """(our config, our state dict) of a field SAE.
 
-    Its encoder does not subtract b_dec, ours does: b_enc + b_dec W_enc, in float64, makes up for it. BatchTopK of
-    schemas before 5 has no threshold (and those of 1 and 2 kept top_k values of the whole batch, not of each sample):
-    every positive value is kept until `calibrate` sets one.
+    Its encoder does not subtract b_dec, ours does: b_enc + b_dec W_enc, in float64, makes up for it. Its TopK keeps negative values
+    among the k largest. A BatchTopK of schemas before 5 may have no threshold (and those of 1 and 2 kept top_k values of
+    the whole batch, not of each sample): then every positive value is kept until `calibrate` sets one.
 
     Raises:
-        UserError: tensors that are missing, of another shape, or not finite.
+        UserError: tensors that are missing, of another shape, or unknown.
     """
     D, S = said.d_vit, said.d_sae
     shapes = {"W_enc": (D, S), "b_enc": (S,), "W_dec": (S, D), "b_dec": (D,)}
-    found = _checked(state, shapes, fpath)
-    threshold = torch.zeros(())
-    if said.activation == "BatchTopK":
-        if said.schema >= 5:
-            name = "activation.threshold"
-            threshold = _checked(state, {name: ()}, fpath)[name]
-        else:
-            logger.warning(
-                "%s: a BatchTopK of schema %s has no threshold; every positive value fires. "
-                "saev.nn.field.calibrate(sae, activations, k) sets one.",
-                fpath,
-                said.schema,
-            )
-    shift_S = (found["b_dec"].double() @ found["W_enc"].double()).float()
+    is_batch = said.activation == "BatchTopK"
+    if is_batch and (said.schema >= 5 or THRESHOLD in state):
+        shapes[THRESHOLD] = ()
+    elif is_batch:
+        logger.warning(
+            "%s: a BatchTopK of schema %s has no threshold; every positive value fires. "
+            "saev.nn.field.calibrate(sae, activations, k) sets one.",
+            fpath,
+            said.schema,
+        )
+    found = foreign.take(state, shapes, str(fpath), "its header")
+    threshold = found.pop(THRESHOLD, torch.zeros(())).clamp(min=0)
+    found["b_enc"] = found["b_enc"] + found["b_dec"] @ found["W_enc"]
     common = {"d_vit": D, "d_sae": S, "normalize": "none"}
     sparse = {**common, "top_k": min(said.top_k, S), "aux_coeff": 0.0}
     cfg = {
         "Relu": lambda: config.Relu(**common),
-        "TopK": lambda: config.TopK(**sparse),
+        "TopK": lambda: config.TopK(**sparse, keep_negative=True),
         "BatchTopK": lambda: config.BatchTopK(**sparse),
     }[said.activation]()
-    scale = torch.ones(())
-    ours = {**found, "b_enc": found["b_enc"] + shift_S, "scale": scale, "threshold": threshold}
-    return cfg, ours
-
-
-def _checked(
-    state: object, shapes: dict[str, tuple[int, ...]], fpath: pathlib.Path
-) -> dict[str, Tensor]:
-    out = {}
-    for name, shape in shapes.items():
-        tensor = state.get(name) if isinstance(state, dict) else None
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-            seen = (
-                f"has shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else "is missing"
-            )
-            raise errors.UserError(
-                f"{fpath}: tensor {name} {seen}; its header wants {shape}. The file is cut or edited."
-            )
-        out[name] = tensor.detach().float()
-        if not out[name].isfinite().all():
-            raise errors.UserError(
-                f"{fpath}: tensor {name} holds NaN or infinity. Train again, or use an older checkpoint."
-            )
-    return out
+    ours = {**found, "scale": torch.ones(()), "threshold": threshold}
+    return cfg, {name: tensor.float() for name, tensor in ours.items()}
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ if __name__ == "__main__":  # before the imports below, which take time
 
     early.install()
 
-import json
 import pathlib
+import re
 import shutil
 import typing as tp
 import uuid
@@ -21,14 +21,16 @@ import beartype
 import safetensors
 import safetensors.torch
 import torch
-import tyro
 from torch import Tensor
 
-from saev import cli, errors, fields, launch
-from saev.nn import config, sae
+from saev import errors, fields, launch
+from saev.formats import jsonfile
+from saev.nn import config, foreign, foreign_keys, loaders, sae
 
 CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
+FORMAT = "6.0.0"
+"""The first version of SAELens with the format that is written."""
 
 
 @torch.no_grad()
@@ -39,11 +41,15 @@ def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
     A BatchTopK becomes a JumpReLU with one threshold, which is what it is at inference (SAELens does the same).
 
     Raises:
-        UserError: the folder exists.
+        UserError: the folder exists, or SAELens has no such SAE.
     """
     dpath = fields.path(dpath)
     if dpath.exists():
         raise errors.UserError(f"{dpath} exists already. Pass a new folder.")
+    if getattr(model.cfg, "keep_negative", False):
+        raise errors.UserError(
+            "This TopK keeps negative values (keep_negative); SAELens' sets them to 0. It cannot be exported."
+        )
     scale = model.scale.double()
     tensors = {
         "W_enc": model.W_enc.double() * scale,
@@ -59,7 +65,11 @@ def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"trained_on": model.activations},
+        "metadata": {
+            "sae_lens_version": FORMAT,  # or SAELens drops what it does not know
+            "sae_lens_training_version": None,
+            "trained_on": model.activations,
+        },
     }
     match model.cfg:
         case config.Relu():
@@ -79,7 +89,7 @@ def _write(dpath: pathlib.Path, cfg: dict[str, tp.Any], tensors: dict[str, Tenso
     tmp_dpath = dpath.with_name(f".{dpath.name}.{uuid.uuid4().hex}.tmp")
     tmp_dpath.mkdir(parents=True)
     try:
-        (tmp_dpath / CFG).write_text(json.dumps(cfg, indent=4))
+        (tmp_dpath / CFG).write_text(jsonfile.dumps(cfg, indent=4))
         safetensors.torch.save_file(tensors, tmp_dpath / WEIGHTS)
         tmp_dpath.rename(dpath)
     finally:
@@ -89,116 +99,161 @@ def _write(dpath: pathlib.Path, cfg: dict[str, tp.Any], tensors: dict[str, Tenso
 @torch.no_grad()
 @beartype.beartype
 def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
-    """Reads SAELens' standard, topk and jumprelu SAEs, in evaluation mode.
+    """Reads SAELens' standard, topk, jumprelu and gated SAEs, of version 6 and before, in evaluation mode.
 
     Raises:
         UserError: not such a folder, or an SAE that ours cannot express exactly.
     """
     dpath = fields.path(dpath)
-    cfg, found = _cfg(dpath), _tensors(dpath)
+    cfg, found = _cfg(dpath / CFG), _tensors(dpath / WEIGHTS)
+    scaling_S = _scaling(cfg, found, dpath)
     D, S = cfg["d_in"], cfg["d_sae"]
-    shapes = {"W_enc": (D, S), "b_enc": (S,), "W_dec": (S, D), "b_dec": (D,)}
-    architecture = cfg.get("architecture", "standard")
-    if architecture == "jumprelu":
-        shapes["threshold"] = (S,)
-    for name, shape in shapes.items():
-        if name not in found or tuple(found[name].shape) != shape:
-            seen = f"has shape {tuple(found[name].shape)}" if name in found else "is missing"
-            raise errors.UserError(f"{dpath / WEIGHTS}: tensor {name} {seen}; wanted is {shape}.")
-        found[name] = found[name].double()
-        if found[name].isnan().any():
-            raise errors.UserError(f"{dpath / WEIGHTS}: tensor {name} holds NaN.")
-    if not cfg.get("apply_b_dec_to_input", True):
-        found["b_enc"] = found["b_enc"] + found["b_dec"] @ found["W_enc"]
+    architecture = cfg["architecture"]
+    shapes = {"W_enc": (D, S), "W_dec": (S, D), "b_dec": (D,)}
+    names = {"jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}
+    shapes |= dict.fromkeys(names.get(architecture, ("b_enc",)), (S,))
+    t = foreign.take(found, shapes, str(dpath / WEIGHTS), CFG)
+    if architecture == "gated":
+        # gate: z + b_gate > 0 for z = x W_enc; value: e^r z + b_mag. So it fires where the value is above b_mag - e^r b_gate.
+        gain_S = t["r_mag"].exp()
+        t["threshold"] = t["b_mag"] - gain_S * t["b_gate"]
+        t |= {"W_enc": t["W_enc"] * gain_S, "b_enc": t["b_mag"]}
     if cfg.get("rescale_acts_by_decoder_norm"):
-        norm_S = found["W_dec"].norm(dim=1)
-        found["W_enc"], found["b_enc"] = found["W_enc"] * norm_S, found["b_enc"] * norm_S
-        found["W_dec"] = found["W_dec"] / norm_S[:, None]
+        norm_S = t["W_dec"].norm(dim=1)
+        t |= {"W_enc": t["W_enc"] * norm_S, "b_enc": t["b_enc"] * norm_S}
+        t["W_dec"] = t["W_dec"] / norm_S.clamp(min=1e-30)[:, None]
+    t["W_dec"] = t["W_dec"] * scaling_S[:, None]
     common = {"d_vit": D, "d_sae": S, "normalize": "none"}
     match architecture:
         case "standard":
-            model = sae.SparseAutoencoder(config.Relu(**common))
+            ours = config.Relu(**common)
         case "topk":
-            model = sae.SparseAutoencoder(config.TopK(**common, top_k=cfg["k"], aux_coeff=0.0))
-        case "jumprelu":
-            model = sae.SparseAutoencoder(config.JumpRelu(**common))
-            # a threshold of 0 or less is 0: only positive values fire
-            model.log_threshold.copy_(found["threshold"].clamp(min=0).log())
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        getattr(model, name).copy_(found[name])
-    metadata = cfg.get("metadata")
-    trained_on = metadata.get("trained_on") if isinstance(metadata, dict) else None
+            ours = config.TopK(**common, top_k=min(cfg["k"], S), aux_coeff=0.0)
+        case _:
+            ours = config.JumpRelu(**common)
+    model = loaders.build(
+        ours,
+        t,
+        str(dpath / WEIGHTS),
+        subtracts_b_dec=cfg.get("apply_b_dec_to_input", True),
+        threshold=t.get("threshold"),
+    )
+    trained_on = (cfg.get("metadata") or {}).get("trained_on")
     model.activations = trained_on if isinstance(trained_on, dict) else {}
-    return sae.ready(model, str(dpath / WEIGHTS))
+    return model
 
 
-def _cfg(dpath: pathlib.Path) -> dict[str, tp.Any]:
-    """cfg.json, checked.
+def _scaling(cfg: dict[str, tp.Any], found: dict[str, Tensor], dpath: pathlib.Path) -> Tensor:
+    """(S,) factors of the codes before decoding, from fine-tuning; 1 where there are none. Takes them out of `found`."""
+    scaling_S = found.pop("scaling_factor", None)
+    is_asked = cfg.get("finetuning_scaling_factor", False)
+    if scaling_S is None and not is_asked:
+        return torch.ones(cfg["d_sae"], dtype=torch.float64)
+    shapes = {"scaling_factor": (cfg["d_sae"],)}
+    given = {} if scaling_S is None else {"scaling_factor": scaling_S}
+    scaling_S = foreign.take(given, shapes, str(dpath / WEIGHTS), CFG)["scaling_factor"]
+    if not is_asked and not torch.allclose(scaling_S, torch.ones_like(scaling_S)):
+        raise errors.UserError(
+            f"{dpath / WEIGHTS}: holds a scaling_factor, but {CFG} says finetuning_scaling_factor is false. Correct one of them in a copy."
+        )
+    return scaling_S
+
+
+# ---- cfg.json ----
+
+RENAMED = {"activation_fn_str": "activation_fn"}
+BOOLEANS = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "finetuning_scaling_factor")
+HONOURED = {
+    "architecture",
+    "d_in",
+    "d_sae",
+    "k",
+    "normalize_activations",
+    "reshape_activations",
+    "dtype",
+    "activation_fn",
+    "activation_fn_kwargs",
+    "sae_lens_version",
+    "metadata",
+    "use_error_term",
+    *BOOLEANS,
+}
+ALLOWED = {
+    "architecture": ("standard", "topk", "jumprelu", "gated"),
+    "normalize_activations": ("none", None, False),
+    "reshape_activations": ("none", None),
+    "use_error_term": (False, None),
+    "dtype": tuple(
+        prefix + name
+        for prefix in ("", "torch.")
+        for name in ("float32", "float64", "float16", "bfloat16")
+    ),
+    **dict.fromkeys(BOOLEANS, (False, True, None)),
+    "apply_b_dec_to_input": (True, False),
+}
+
+
+def _cfg(fpath: pathlib.Path) -> dict[str, tp.Any]:
+    """cfg.json, checked, with the names and values of version 6.
 
     Raises:
         UserError: see `load`.
     """
-    fpath = dpath / CFG
-    try:
-        cfg = json.loads(fpath.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as err:
+    cfg = loaders.read_json(fpath, "SAELens")
+    if twice := [old for old, new in RENAMED.items() if old in cfg and new in cfg]:
         raise errors.UserError(
-            f"{fpath} cannot be read ({errors.first_line(err)}). Pass a folder that SAELens saved."
-        ) from err
-    wanted = {
-        "architecture": ("standard", "topk", "jumprelu"),
-        "normalize_activations": ("none",),
-        "reshape_activations": ("none",),
-    }
-    for key, values in wanted.items():
-        seen = cfg.get(key, values[0]) if isinstance(cfg, dict) else None
-        if seen not in values:
-            raise errors.UserError(
-                f"{fpath}: {key} is {seen!r}; saev has only {', '.join(values)}. Convert it with SAELens first."
-            )
-    names = ["d_in", "d_sae", *(["k"] if cfg.get("architecture") == "topk" else [])]
-    for name in names:
-        if type(cfg.get(name)) is not int or cfg[name] < 1:
-            raise errors.UserError(f"{fpath}: {name} is {cfg.get(name)!r}, not a positive integer.")
-    if cfg["d_sae"] % cfg["d_in"]:
-        raise errors.UserError(
-            f"{fpath}: d_sae {cfg['d_sae']} is not a multiple of d_in {cfg['d_in']}, as saev's dictionaries are."
+            f"{fpath}: {twice[0]} and {RENAMED[twice[0]]} say the same. Drop one."
         )
+    cfg = {RENAMED.get(key, key): value for key, value in cfg.items()}
+    if not isinstance(cfg.get("metadata") or {}, dict):
+        raise errors.UserError(f"{fpath}: metadata is no JSON object. The file is edited.")
+    cfg.setdefault("architecture", "standard")
+    _take_activation(cfg, fpath)
+    hook = cfg.get("hook_name", cfg.get("hook_point", ""))
+    if _is_before_6(cfg) and "hook_z" in str(hook):
+        cfg.setdefault("reshape_activations", "hook_z")
+    foreign.refuse_other(cfg, ALLOWED, str(fpath))
+    foreign.refuse_unknown(cfg, HONOURED | foreign_keys.SAELENS, str(fpath))
+    for name in ("d_in", "d_sae", *(["k"] if cfg["architecture"] == "topk" else [])):
+        foreign.positive(cfg, name, str(fpath))
+    for name in ("k", "rescale_acts_by_decoder_norm"):
+        if cfg["architecture"] != "topk" and cfg.get(name):
+            raise errors.UserError(
+                f"{fpath}: {name} is {cfg[name]!r}, but architecture is {cfg['architecture']!r}; only topk has it. Correct one of them in a copy."
+            )
     return cfg
 
 
-def _tensors(dpath: pathlib.Path) -> dict[str, Tensor]:
+def _take_activation(cfg: dict[str, tp.Any], fpath: pathlib.Path) -> None:
+    """Before version 6 the activation function said whether it is a TopK, whatever the architecture."""
+    kwargs = cfg.get("activation_fn_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise errors.UserError(f"{fpath}: activation_fn_kwargs is no JSON object.")
+    allowed = ("relu", None)
+    if _is_before_6(cfg) or cfg["architecture"] == "topk":
+        allowed = ("relu", "topk", None)
+    foreign.refuse_other(cfg, {"activation_fn": allowed}, str(fpath))
+    if cfg.get("activation_fn") == "topk":
+        foreign.refuse_unknown(kwargs, {"k"}, f"{fpath}: activation_fn_kwargs")
+        foreign.refuse_other(cfg, {"architecture": ("standard", "topk")}, str(fpath))
+        cfg["architecture"] = "topk"
+        if kwargs.get("k", cfg.get("k")) != cfg.setdefault("k", kwargs.get("k")):
+            raise errors.UserError(f"{fpath}: k is {cfg['k']!r} and {kwargs['k']!r}.")
+
+
+def _is_before_6(cfg: dict[str, tp.Any]) -> bool:
+    """By SAELens' own rule: also where no version is given."""
+    version = cfg.get("sae_lens_version") or (cfg.get("metadata") or {}).get("sae_lens_version")
+    major = re.match(r"\d+", version) if isinstance(version, str) else None
+    return major is None or int(major[0]) < 6
+
+
+def _tensors(fpath: pathlib.Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(dpath / WEIGHTS)
+        return safetensors.torch.load_file(fpath)
     except (OSError, safetensors.SafetensorError) as err:
-        raise errors.UserError(
-            f"{dpath / WEIGHTS} cannot be read ({errors.first_line(err)}). Pass a folder that SAELens saved."
-        ) from err
-
-
-def main() -> None:
-    verb, source, target = cli.parse(
-        tp.Annotated[
-            tuple[tp.Literal["export", "load"], str, str],
-            tyro.conf.arg(
-                name="args",
-                help="export CHECKPOINT FOLDER, or load FOLDER CHECKPOINT.",
-                metavar="{export,load} FROM TO",
-            ),
-            tyro.conf.Positional,
-        ],
-        prog="python -m saev.nn.saelens",
-        description="Converts SAEs to and from SAELens' on-disk format.",
-    )
-    target = fields.path(target)
-    if verb == "export":
-        export(sae.load(source), target)
-    elif target.exists():
-        raise errors.UserError(f"{target} exists already. Pass a new file.")
-    else:
-        sae.save(load(source), target)
-    print(target)
+        raise loaders.unreadable(fpath, err, "SAELens") from err
 
 
 if __name__ == "__main__":
-    launch.entry(main)
+    launch.entry(lambda: loaders.command("saev.nn.saelens", "SAELens", load, export))

@@ -1,0 +1,72 @@
+"""Checks that the loaders of other libraries' SAEs share: what a file says is honoured, or known to mean nothing, or refused."""
+
+import collections.abc
+import typing as tp
+
+import beartype
+import torch
+from torch import Tensor
+
+from saev import errors
+
+WHY = "It may change what the SAE computes. If it does not, take it out of a copy of the file."
+
+
+@beartype.beartype
+def take(
+    found: dict[str, tp.Any], shapes: dict[str, tuple[int, ...]], where: str, source: str
+) -> dict[str, Tensor]:
+    """The tensors of these names and shapes, in float64.
+
+    Args:
+        where: the file of the tensors.
+        source: what gives the shapes, in an error message.
+
+    Raises:
+        UserError: one is missing, of another shape or no float, or there are others.
+    """
+    for name, shape in shapes.items():
+        tensor = found.get(name)
+        is_tensor = isinstance(tensor, Tensor)
+        if not is_tensor or tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            seen = f"has shape {tuple(tensor.shape)}, {tensor.dtype}" if is_tensor else "is missing"
+            raise errors.UserError(
+                f"{where}: tensor {name} {seen}; {source} wants floats of shape {shape}. The file is cut or edited."
+            )
+    refuse_unknown(found, shapes, where, "tensor")
+    return {name: found[name].detach().to("cpu", torch.float64) for name in shapes}
+
+
+@beartype.beartype
+def refuse_unknown(
+    found: collections.abc.Iterable[str],
+    known: collections.abc.Container[str],
+    where: str,
+    what: str = "key",
+) -> None:
+    """Raises a UserError that names those that are not known."""
+    if unknown := sorted(str(name) for name in found if name not in known):
+        raise errors.UserError(f"{where}: unknown {what} {', '.join(unknown)}. {WHY}")
+
+
+@beartype.beartype
+def refuse_other(
+    cfg: dict[str, tp.Any], allowed: dict[str, tuple[object, ...]], where: str
+) -> None:
+    """Raises a UserError where a key has a value that is not allowed; a missing key has the first."""
+    for key, values in allowed.items():
+        value = cfg.get(key, values[0])
+        if not any(value is v or (type(value) is type(v) and value == v) for v in values):
+            words = ", ".join(str(v) for v in values if v is not None)
+            raise errors.UserError(
+                f"{where}: {key} is {value!r}; only {words} can be read. No SAE of ours computes the same."
+            )
+
+
+@beartype.beartype
+def positive(cfg: dict[str, tp.Any], key: str, where: str) -> int:
+    """A whole number of at least 1."""
+    value = cfg.get(key)
+    if type(value) is not int or not 0 < value < 2**31:
+        raise errors.UserError(f"{where}: {key} is {value!r}, not a positive integer.")
+    return value
