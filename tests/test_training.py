@@ -341,6 +341,7 @@ def test_a_dead_window_longer_than_the_run_is_said(
 def test_config_is_written_beside_the_checkpoint(cfg: config.Train) -> None:
     (fpath,) = loop.main([cfg])
     written = json.loads((pathlib.Path(fpath).parent / "config.json").read_text())
+    assert (written.pop("sealed"), len(written.pop("xxh3_128"))) == (1, 32)
     want = json.loads(json.dumps(dataclasses.asdict(cfg)))  # JSON has no tuples
     want |= {"architecture": "TopK", "objective_name": "Vanilla"}
     want["sae"] |= {"d_vit": 8, "exp_factor": None, "d_sae": 32}

@@ -12,7 +12,7 @@ from saev import errors, nn
 from saev.data import config as data_config
 from saev.nn import config as nn_config
 from saev.nn import metrics
-from saev.training import config, evaluate, loop
+from saev.training import config, evaluate, loop, report
 
 
 @pytest.fixture
@@ -187,4 +187,23 @@ def test_figures_of_an_older_version_are_computed_anew(trained) -> None:
     (dpath / "metrics.jsonl").unlink()
     (dpath / "metrics.json").unlink()
     evaluate.ensure(dpath, cfg)
-    assert json.loads((dpath / "metrics.json").read_text()) == {**before, "grad_norm": None}
+    after = json.loads((dpath / "metrics.json").read_text())
+    assert after.pop("xxh3_128") != before.pop("xxh3_128")
+    assert after == {**before, "grad_norm": None}
+
+
+def test_changed_figures_are_computed_anew_and_not_reported(trained) -> None:
+    cfg, dpath, _ = trained
+    for name in ("config.json", "metrics.json"):
+        content = (dpath / name).read_bytes()
+        for i in range(3, 8 * len(content), 1 + len(content) // 2):
+            bad = bytearray(content)
+            bad[i // 8] ^= 1 << i % 8
+            (dpath / name).write_bytes(bad)
+            with pytest.raises(
+                errors.UserError, match=rf"^{dpath / name}: [^\n]*Leave that run out"
+            ):
+                report.read((str(dpath),))
+            evaluate.ensure(dpath, cfg)
+            assert name == "config.json" or (dpath / name).read_bytes() == content, i
+        (dpath / name).write_bytes(content)

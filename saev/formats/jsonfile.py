@@ -112,10 +112,12 @@ def read_sealed(
     data = read_bytes(fpath, remedy, max_bytes)
     obj = parse(data, dict[str, tp.Any], str(fpath), remedy)
     said, is_sealed = obj.pop(CHECKSUM, None), SEALED in obj
-    if not (old and said is None and not is_sealed) and (not is_sealed or said != checksum(obj)):
+    is_old = old and said is None and not is_sealed
+    if not is_old and (not is_sealed or said != checksum(obj)):
         raise errors.UserError(
             f"{fpath}: its values are not those that were written (checksum). {remedy}"
         )
+    obj.pop(SEALED, None)
     try:
         return msgspec.convert(obj, schema, str_keys=True)
     except msgspec.ValidationError as err:

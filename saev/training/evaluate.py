@@ -87,14 +87,15 @@ def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
     with helpers.atomic(dpath / "latents.npz") as tmp_fpath, tmp_fpath.open("wb") as fd:
         np.savez(fd, **arrays)
     found = {**asked, **sums.metrics(), "grad_norm": _last_grad_norm(dpath)}
-    helpers.write_text(dpath / "metrics.json", jsonfile.dumps(found, indent=4))
+    helpers.write_text(dpath / "metrics.json", jsonfile.seal(found))
 
 
 @beartype.beartype
 def is_done(dpath: pathlib.Path, cfg: config.Train) -> bool:
     """Is the run trained, and does metrics.json hold what `ensure` would compute? (One of an older version names other metrics.)"""
     try:
-        found = jsonfile.read(dpath / "metrics.json", dict[str, object], "It is made again.")
+        fpath = dpath / "metrics.json"
+        found = jsonfile.read_sealed(fpath, dict[str, object], "It is made again.", old=True)
     except (OSError, errors.UserError):  # none, or cut, or edited
         return False
     asked = json.loads(jsonfile.dumps(_asked(cfg)[1]))

@@ -157,7 +157,7 @@ def _start_tracker(run: Run, start: int, stream: shuffled.Shuffled) -> tracking.
         "objective_name": type(cfg.objective).__name__,
         "activations": stream.reader.describe(),
     }
-    helpers.write_text(dpath / "config.json", jsonfile.dumps(fields, indent=4))
+    helpers.write_text(dpath / "config.json", jsonfile.seal(fields))
     (dpath / "failed.json").unlink(missing_ok=True)
     return tracking.start(dpath, wandb_project=cfg.wandb_project, from_step=start)
 
@@ -261,7 +261,7 @@ class _Loop:
             else:
                 reason += "; nothing was saved before that (--save-every)"
             record = {"step": step, "reason": reason}
-            helpers.write_text(run.dpath / "failed.json", jsonfile.dumps(record))
+            helpers.write_text(run.dpath / "failed.json", jsonfile.seal(record))
         logger.warning("%s", reason)
         return f"{reason}."
 

@@ -177,7 +177,7 @@ def _state(dpath: pathlib.Path, figures: dict[str, tp.Any], n_steps: int) -> str
 
 def _json(fpath: pathlib.Path) -> dict[str, tp.Any]:
     try:
-        return jsonfile.read(fpath, dict[str, tp.Any], "Leave that run out.")
+        return jsonfile.read_sealed(fpath, dict[str, tp.Any], "Leave that run out.", old=True)
     except OSError as err:
         raise errors.UserError(
             f"{fpath} cannot be read ({errors.first_line(err)}). Leave that run out."
