@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -410,3 +412,18 @@ def test_an_interrupted_foreign_dump(foreign: pathlib.Path, index: list[int] | N
         reader.Reader(config.Shards(str(foreign)))
     (block,) = ordered.Ordered(config.Shards(str(foreign), 3, partial=True))
     np.testing.assert_array_equal(block.act_NXD, GOLDEN_NLTD[:4, 0, 1:])
+
+
+def test_a_script_that_ends_with_an_open_reader_says_nothing(
+    foreign: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """At the interpreter's end modules go before objects: closing a file must not need them."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from saev import nn\n"
+        "from saev.data import config, reader\n"
+        f"acts = reader.Reader(config.Shards({str(foreign)!r}))\n"
+        "print(acts.read(0, 2).shape)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("(2, 4, 8)\n", "")

@@ -30,18 +30,23 @@ import timm, torch
 from saev.data import config, dump
 import test_dump_resume as here
 for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        dump.main(here.config_of(*line.split()))
-        os._exit(0)
-    print(pid, flush=True)
-    _, status = os.waitpid(pid, 0)
-    print(status, flush=True)
+    pids = []
+    for args in line.split(";"):
+        pids.append(os.fork())
+        if not pids[-1]:
+            try:
+                dump.main(here.config_of(*args.split()))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        print(pids[-1], flush=True)
+    for pid in pids:
+        print(os.waitpid(pid, 0)[1], flush=True)
 """
 """Has everything imported and forks a process for each dump, so that twenty of them do not import torch twenty times."""
 
 
-def config_of(root: str, dump_to: str) -> config.Dump:
+def config_of(root: str, dump_to: str, n_jobs: str = "1") -> config.Dump:
     """48 shards of one image."""
     vit = config.Vit(vit_family="timm", vit_ckpt="test_vit", vit_weights="random")
     return config.Dump(
@@ -53,6 +58,7 @@ def config_of(root: str, dump_to: str) -> config.Dump:
         n_workers=2,
         device="cpu",
         dump_to=dump_to,
+        n_jobs=int(n_jobs),
     )
 
 
@@ -168,6 +174,23 @@ def test_any_number_of_jobs_in_any_order_gives_the_same_bytes(
     if n_jobs == 100:  # three tasks of a hundred, then one process for the rest
         out = dump.main(dataclasses.replace(cfg, n_jobs=1))
     assert contents(pathlib.Path(out)) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_two_dumps_at_once_end_with_the_same_bytes(
+    forker: subprocess.Popen[str],
+    photos: pathlib.Path,
+    undisturbed: pathlib.Path,
+    tmp_path: pathlib.Path,
+    n_jobs: int,
+) -> None:
+    """The same command twice: the second waits, then finds all done. Divided otherwise, both write, and neither disturbs the other."""
+    forker.stdin.write(f"{photos} {tmp_path} 1;{photos} {tmp_path} {n_jobs}\n")
+    forker.stdin.flush()
+    assert [int(forker.stdout.readline()) for _ in range(4)][2:] == [0, 0]
+    out = shards.ShardDir.look(tmp_path / undisturbed.name)
+    out.finish()
+    assert contents(out.dpath) == contents(undisturbed)
 
 
 def test_a_corrupt_image_is_left_out_everywhere(

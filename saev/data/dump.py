@@ -73,13 +73,15 @@ def main(cfg: config.Dump, job_i: int = 0) -> str:
     _warn_of_earlier_lists(pathlib.Path(cfg.dump_to), metadata)
     transform = vit.transform.to_dict()
     out = shards.ShardDir.create(pathlib.Path(cfg.dump_to), metadata, records, transform)
-    mine = range(job_i, metadata.n_shards, cfg.n_jobs)
-    todo = [i for i in mine if not out.has(i)]
-    if len(todo) < len(mine):
-        done = len(mine) - len(todo)
-        logger.info("%s: %d of %d shards are there already", out.dpath, done, len(mine))
-    if todo:
-        _Dumper(cfg, vit, out, records, _device(cfg.device, job_i)).write(todo)
+    lock_fpath = out.dpath / f".job{job_i}-of-{cfg.n_jobs}.lock"
+    with helpers.locked(lock_fpath, f"it dumps the same to {out.dpath}"):
+        mine = range(job_i, metadata.n_shards, cfg.n_jobs)
+        todo = [i for i in mine if not out.has(i)]
+        if len(todo) < len(mine):
+            done = len(mine) - len(todo)
+            logger.info("%s: %d of %d shards are there already", out.dpath, done, len(mine))
+        if todo:
+            _Dumper(cfg, vit, out, records, _device(cfg.device, job_i)).write(todo)
     return str(out.dpath)
 
 
