@@ -74,7 +74,7 @@ def made(k: int, d_vit: int) -> dict[str, scorers.Scorer]:
         for name in ("dot", "cosine", "distance")
     }
     for cls in (nn_config.Relu, nn_config.TopK, nn_config.BatchTopK):
-        sae = nn.SparseAutoencoder(cls(d_vit=d_vit, exp_factor=k // d_vit)).eval()
+        sae = nn.SparseAutoencoder(cls(d_vit=d_vit, d_sae=k)).eval()
         sae.requires_grad_(False)
         sae.threshold.fill_(2.0)
         out[f"SAE, {cls.__name__}"] = sae_scorer.SaeLatents(sae, sae.d_sae)
@@ -188,7 +188,7 @@ def write_cub(dpath: pathlib.Path, n_imgs: int) -> np.ndarray:
 def grid_scorers(
     dpath: pathlib.Path, data: data_config.Shards, d_vit: int, k: int
 ) -> list[scorers_config.Scorer]:
-    sae = nn.SparseAutoencoder(nn_config.BatchTopK(d_vit=d_vit, exp_factor=k // d_vit)).eval()
+    sae = nn.SparseAutoencoder(nn_config.BatchTopK(d_vit=d_vit, d_sae=k)).eval()
     sae.requires_grad_(False)
     sae.threshold.fill_(2.0)
     nn.save(sae, dpath / "sae.pt", reader.Reader(data).describe())

@@ -283,7 +283,7 @@ def train_saev(task: peers.Task, objective: nn_config.Objective = VANILLA) -> pe
     cls = {"TopK": nn_config.TopK, "BatchTopK": nn_config.BatchTopK}[task.kind]
     n_patches = task.n_steps * task.batch_size
     cfg = training_config.Train(
-        sae=cls(d_vit=task.d_vit, exp_factor=task.d_sae // task.d_vit, top_k=task.k),
+        sae=cls(d_vit=task.d_vit, d_sae=task.d_sae, top_k=task.k),
         objective=objective,
         n_patches=n_patches,
         batch_size=task.batch_size,

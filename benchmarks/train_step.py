@@ -188,7 +188,7 @@ def dense_step(theirs: run.Run, optimizer: torch.optim.Optimizer, i: int, x_BD: 
 def measure_gpu(d_sae: int, kind: str, precision: str) -> common.Case:
     """Steps of 16,384 activations of width 1,024: ours and dense autograd, and the encoder product in the same precision."""
     cls = {"TopK": nn_config.TopK, "BatchTopK": nn_config.BatchTopK}[kind]
-    case = Case(f"GPU {kind} {d_sae} {precision}", cls(d_vit=1024, exp_factor=d_sae // 1024), 16384)
+    case = Case(f"GPU {kind} {d_sae} {precision}", cls(d_vit=1024, d_sae=d_sae), 16384)
     x = batches(1024, case.batch_size, "cuda")
     ours, theirs = (start(case, x, "cuda", precision) for _ in range(2))
     optimizer = torch.optim.Adam(theirs.sae.parameters(), fused=True)

@@ -137,6 +137,15 @@ def test_tensors_of_another_size(sae_fpath: pathlib.Path) -> None:
         refuses(sae_fpath, match)
 
 
+def test_a_header_that_says_more(sae_fpath: pathlib.Path) -> None:
+    header, payload = split(sae_fpath)
+    rewrite(sae_fpath, header | {"sign": -1}, payload)
+    refuses(sae_fpath, "unknown key sign. It may change what the SAE computes")
+    header["cfg"]["sign"] = -1
+    rewrite(sae_fpath, header, payload)
+    refuses(sae_fpath, "header's cfg does not fit TopK")
+
+
 def with_state(fpath: pathlib.Path, change: tp.Callable[[dict[str, tp.Any]], object]) -> None:
     """Changes a file's tensors, and its checksum with them."""
     header, payload = split(fpath)

@@ -513,6 +513,44 @@ def test_checkpoints_removed_while_training(
     assert not list(pathlib.Path(cfg.ckpt_to).glob("*"))
 
 
+@pytest.mark.parametrize(
+    "sae",
+    [*(dataclasses.replace(sae, exp_factor=None, d_sae=37) for sae in SAES),
+     nn_config.TopK(d_sae=37, top_k=30, keep_negative=True)],
+)  # fmt: skip
+@pytest.mark.parametrize("objective", [nn_config.Vanilla(), nn_config.Matryoshka(n_prefixes=3)])
+def test_any_number_of_latents_and_either_sign_train(
+    sae: nn_config.Sae, objective: nn_config.Objective, cfg: config.Train
+) -> None:
+    """The saved model's own codes are what its metrics.json counts."""
+    (fpath,) = loop.main([change(cfg, sae=sae, objective=objective)])
+    trained = nn.load(fpath)
+    assert trained.d_sae == 37 and trained.cfg == sae.sized(8)
+    found = json.loads((pathlib.Path(fpath).parent / "metrics.json").read_text())
+    acts = reader.Reader(cfg.data).read(0, 50)
+    f_NPS = trained.encode(acts)
+    assert found["n_latents"] == 37
+    assert found["l0_count"] == pytest.approx((f_NPS.abs() > 1e-8).sum().item() / 200)
+    assert found["l1"] == pytest.approx(f_NPS.abs().mean().item(), rel=1e-4)
+    if getattr(sae, "keep_negative", False):
+        assert (f_NPS < 0).any() and found["l0_count"] == 30
+
+
+def test_equal_sizes_are_one_run(cfg: config.Train) -> None:
+    by_factor, by_number = (
+        change(cfg, sae=nn_config.TopK(top_k=3, **size))
+        for size in ({"exp_factor": 4}, {"d_sae": 32})
+    )
+    first, second = loop.main([by_factor, by_number])
+    assert first == second
+
+
+def test_a_dictionary_that_fits_nowhere_is_refused_before_training(cfg: config.Train) -> None:
+    with pytest.raises(errors.UserError, match="8,000,000,000 latents .* take 512 GB"):
+        loop.main([change(cfg, sae=nn_config.Relu(exp_factor=10**9))])
+    assert not pathlib.Path(cfg.ckpt_to).exists()
+
+
 def test_wrong_d_vit(cfg: config.Train) -> None:
     bad = change(cfg, sae=nn_config.TopK(d_vit=1024))
     with pytest.raises(errors.UserError, match=r"--sae\.d-vit 1024: the activations in .* 8 wide"):

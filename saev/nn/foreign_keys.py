@@ -12,7 +12,7 @@ SAELENS = frozenset(
     decoder_heuristic_init_norm decoder_init_norm decoder_orthogonal_init device disable_concat_sequences
     eval_batch_size_prompts eval_every_n_wandb_logs exclude_special_tokens expansion_factor feature_reinit_scale
     feature_sampling_method feature_sampling_window finetuning_method finetuning_tokens from_pretrained_path
-    hf_hook_name hf_hook_name_out hf_is_private_repo hf_num_shards hf_repo_id hf_revision hook_eval hook_head_index
+    hf_hook_name hf_hook_name_out hf_is_private_repo hf_num_shards hf_repo_id hf_revision hook_eval hook_head_index hook_point_eval
     hook_head_index_out hook_layer hook_name hook_name_out hook_point hook_point_head_index hook_point_layer
     init_encoder_as_decoder_transpose is_dataset_on_disk is_dataset_tokenized jumprelu_bandwidth
     jumprelu_init_threshold jumprelu_sparsity_loss_mode jumprelu_ste_to_input jumprelu_tanh_scale l0_coefficient
@@ -21,7 +21,7 @@ SAELENS = frozenset(
     lr_decay_steps lr_end lr_scheduler_name lr_warm_up_steps matryoshka_widths model_batch_size model_class_name
     model_from_pretrained_kwargs model_kwargs model_name mse_loss_normalization n_batches_for_norm_estimate
     n_batches_in_buffer n_checkpoints n_eval_batches n_restart_cycles neuronpedia_id new_cached_activations_path
-    noise_factor normalize_sae_decoder num_proc output_path pre_act_loss_coefficient prefetch_llm_batches prepend_bos
+    noise_factor noise_scale normalize_sae_decoder num_proc output_path pre_act_loss_coefficient prefetch_llm_batches prepend_bos
     pretokenize_batch_size resample_batches resume resume_from_checkpoint run_name sae_compilation_mode
     sae_lens_training_version save_final_checkpoint save_path scale_sparsity_penalty_by_decoder_norm seed
     seqpos_slice sequence_separator_token shuffle sparsity_penalty split store_batch_size store_batch_size_prompts

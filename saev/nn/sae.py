@@ -21,10 +21,12 @@ from torch import Tensor
 
 from saev import errors, fields
 from saev.formats import checkpoint, field, tensors
-from saev.nn import activations, config, robust
+from saev.nn import activations, config, foreign, robust
 from saev.nn import field as nn_field
 
 CUT = "The file is cut or edited: train again."
+HEADER = {"lib", "schema", "kind", "cls", "cfg", "activations"}
+"""What our own checkpoints say."""
 
 
 class Activations(tp.TypedDict, total=False):
@@ -254,12 +256,11 @@ def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
         said = field.upgrade(header, fpath)
         cfg, state = nn_field.convert(said, tensors.load(payload, str(fpath), CUT), fpath)
     else:
+        foreign.refuse_unknown(header, HEADER, str(fpath))
         cfg, state = _config(header, fpath), tensors.load(payload, str(fpath), CUT)
     try:
-        if state["W_dec"].shape != (
-            cfg.n_latents,
-            cfg.d_vit,
-        ):  # before a model of that size is made
+        shape = (cfg.n_latents, cfg.d_vit)
+        if state["W_dec"].shape != shape:  # before a model of that size is made
             raise ValueError(f"W_dec has shape {tuple(state['W_dec'].shape)}")
         sae = SparseAutoencoder(cfg)
         sae.load_state_dict(state)

@@ -161,7 +161,11 @@ def _scaling(cfg: dict[str, tp.Any], found: dict[str, Tensor], dpath: pathlib.Pa
 
 # ---- cfg.json ----
 
-RENAMED = {"activation_fn_str": "activation_fn"}
+RENAMED = {
+    "activation_fn_str": "activation_fn",
+    "uses_scaling_factor": "finetuning_scaling_factor",
+}
+"""Older names."""
 BOOLEANS = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "finetuning_scaling_factor")
 HONOURED = {
     "architecture",
