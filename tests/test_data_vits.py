@@ -10,7 +10,6 @@ import numpy as np
 import open_clip
 import PIL.Image
 import pytest
-import safetensors.torch
 import sklearn.datasets
 import timm
 import torch
@@ -223,7 +222,7 @@ def test_transforms_of_the_published_models() -> None:
     with torch.device("meta"):
         model = timm.create_model(vits.PUBLISHED["dinov3"].timm_names["dinov3_vitl16_sat493m"])
     cfg = config.Vit("dinov3", "dinov3_vitl16_sat493m")
-    sat = vits._timm_transform(model, (256, 256), 224 / 256, cfg)
+    sat = vits.timm.transform_of(model, (256, 256), 224 / 256, cfg)
     assert sat.mean == (0.430, 0.411, 0.296) and sat.std == (0.213, 0.156, 0.143)
     mae = vits.load(config.Vit("mae", "mae_vit_base_patch16", "random")).transform
     assert (mae.size, mae.resize, mae.mean[0]) == ((224, 224), 248, 0.485)
@@ -235,24 +234,6 @@ def test_dinov3_has_the_rounded_periods_of_its_authors_weights() -> None:
     assert periods.dtype == torch.float32 and not torch.equal(periods, plain)
     torch.testing.assert_close(periods, plain, rtol=2**-8, atol=0)
     assert torch.equal(periods, periods.bfloat16().float())
-
-
-@pytest.mark.usefixtures("shallow")
-def test_an_authors_dinov3_file_loads(tmp_path: pathlib.Path) -> None:
-    source = vits.load(config.Vit("dinov3", "dinov3_vits16", "random", 5))
-    state = {}
-    for key, value in source.module.state_dict().items():
-        key = key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
-        if not key.endswith("_bias"):
-            state[key.replace("reg_token", "storage_tokens")] = value
-    for i in range(source.n_blocks):
-        state[f"blocks.{i}.attn.qkv.bias"] = torch.zeros(3 * source.d_vit)
-        state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.zeros(3 * source.d_vit)
-    state |= {"mask_token": torch.zeros(1, 384), "rope_embed.periods": torch.zeros(16)}
-    torch.save(state, tmp_path / "dinov3.pth")
-    vit = vits.load(config.Vit("dinov3", "dinov3_vits16", str(tmp_path / "dinov3.pth")))
-    imgs_BCHW = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(vit(imgs_BCHW, (1,)), source(imgs_BCHW, (1,)))
 
 
 # ---- every kind of timm ViT, and inputs that are not square ----
@@ -370,7 +351,7 @@ def test_timm_transforms(size: tuple[int, int], target: tuple[int, int]) -> None
     for mode, pct, interpolation in itertools.product(modes, pcts, interpolations):
         data |= {"input_size": (3, *target), "crop_mode": mode, "interpolation": interpolation}
         model.pretrained_cfg = model.pretrained_cfg | data
-        got = vits._timm_transform(model, target, pct, cfg)(img)
+        got = vits.timm.transform_of(model, target, pct, cfg)(img)
         assert torch.equal(got, timm.data.create_transform(**data | {"crop_pct": pct})(img))
 
 
@@ -382,7 +363,7 @@ def test_open_clip_transforms(size: tuple[int, int], target: tuple[int, int]) ->
         prep = open_clip.transform.PreprocessCfg(
             size=target, resize_mode=mode, interpolation=interpolation
         )
-        got = vits._open_clip_transform(vars(prep), config.Vit())(noise(size))
+        got = vits.open_clip.transform_of(vars(prep), config.Vit())(noise(size))
         want = open_clip.transform.image_transform_v2(prep, is_train=False)(noise(size))
         assert torch.equal(got, want)
 
@@ -391,10 +372,10 @@ def test_crop_modes_that_pad_are_refused() -> None:
     model = random("timm", "test_vit").module
     model.pretrained_cfg = model.pretrained_cfg | {"crop_mode": "border"}
     with pytest.raises(errors.UserError, match="crop mode 'border' is not supported"):
-        vits._timm_transform(model, None, None, config.Vit("timm", "test_vit"))
+        vits.timm.transform_of(model, None, None, config.Vit("timm", "test_vit"))
     prep = vars(open_clip.transform.PreprocessCfg(resize_mode="longest"))
     with pytest.raises(errors.UserError, match="resize mode 'longest' is not supported"):
-        vits._open_clip_transform(prep, config.Vit())
+        vits.open_clip.transform_of(prep, config.Vit())
 
 
 # ---- autocast ----
@@ -413,67 +394,6 @@ def test_autocast_is_close_and_named(name: str) -> None:
     assert (got - want).norm() < 0.02 * want.norm()
     with torch.autocast("cpu", torch.bfloat16):  # somebody else's
         torch.testing.assert_close(exact(imgs_BCHW, layers), want, rtol=0, atol=0)
-
-
-# ---- local weights ----
-
-
-def test_local_weights_round_trip_and_are_named_by_their_hash(tmp_path: pathlib.Path) -> None:
-    source = random("timm", "vit_tiny_patch16_224", vit_seed=5)
-    head = {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}
-    safetensors.torch.save_file(source.module.state_dict() | head, tmp_path / "w.safetensors")
-    torch.save({"state_dict": source.module.state_dict()}, tmp_path / "w.pt")
-    imgs_BCHW = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    for fpath in (tmp_path / "w.safetensors", tmp_path / "w.pt"):
-        vit = vits.load(config.Vit("timm", "vit_tiny_patch16_224", str(fpath)))
-        torch.testing.assert_close(vit(imgs_BCHW, (11,)), source(imgs_BCHW, (11,)), rtol=0, atol=0)
-        assert vit.ckpt_id.startswith("vit_tiny_patch16_224@sha256:")
-
-
-def test_a_whole_clip_checkpoint_gives_its_image_tower(tmp_path: pathlib.Path) -> None:
-    source = random("clip", "ViT-B-32/openai", vit_seed=5)
-    state = {f"visual.{k}": v for k, v in source.module.state_dict().items()} | {
-        "logit_scale": torch.zeros(())
-    }
-    safetensors.torch.save_file(state, tmp_path / "clip.safetensors")
-    vit = vits.load(config.Vit("clip", "ViT-B-32/openai", str(tmp_path / "clip.safetensors")))
-    assert torch.equal(vit.module.conv1.weight, source.module.conv1.weight)
-
-
-def test_another_position_grid_is_resampled_as_timm_does(tmp_path: pathlib.Path) -> None:
-    large = timm.create_model("vit_small_patch14_dinov2", num_classes=0)  # 37 x 37
-    torch.nn.init.normal_(large.pos_embed)
-    safetensors.torch.save_file(large.state_dict(), tmp_path / "w.safetensors")
-    vit = vits.load(config.Vit("dinov2", "dinov2_vits14", str(tmp_path / "w.safetensors")))
-    want = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=224)
-    resample = timm.models.vision_transformer.checkpoint_filter_fn
-    timm.models.load_checkpoint(want, str(tmp_path / "w.safetensors"), filter_fn=resample)
-    torch.testing.assert_close(vit.module.pos_embed, want.pos_embed)
-
-
-def test_open_clips_own_position_grid_is_resampled_as_open_clip_does(
-    tmp_path: pathlib.Path,
-) -> None:
-    source = random("clip", "ViT-B-32/openai", vit_seed=5)
-    state = {f"visual.{k}": v for k, v in source.module.state_dict().items()}
-    safetensors.torch.save_file(state, tmp_path / "clip.safetensors")
-    weights = str(tmp_path / "clip.safetensors")
-    vit = vits.load(config.Vit("clip", "ViT-B-32/openai", weights, img_size=(96, 160)))
-    own = source.module.positional_embedding
-    grid_1DYX = own[1:].T.reshape(1, -1, 7, 7)
-    want_1DYX = torch.nn.functional.interpolate(grid_1DYX, (3, 5), mode="bicubic", antialias=True)
-    want_PD = torch.cat([own[:1], want_1DYX.flatten(2)[0].T])
-    torch.testing.assert_close(vit.module.positional_embedding, want_PD)
-
-
-def test_a_timm_tower_of_open_clip_is_resampled_too(tmp_path: pathlib.Path) -> None:
-    source = random("siglip", "ViT-B-16-SigLIP/webli")
-    state = {f"visual.{k}": v for k, v in source.module.state_dict().items()}
-    safetensors.torch.save_file(state, tmp_path / "siglip.safetensors")
-    weights = str(tmp_path / "siglip.safetensors")
-    vit = vits.load(config.Vit("siglip", "ViT-B-16-SigLIP/webli", weights, img_size=(32, 48)))
-    want = timm.layers.resample_abs_pos_embed(source.module.trunk.pos_embed, [2, 3], None, 0)
-    torch.testing.assert_close(vit.module.trunk.pos_embed, want)
 
 
 # ---- errors ----
@@ -528,39 +448,22 @@ def test_layers() -> None:
         vits.resolve_layers((11, -1), 12)
 
 
-def test_weights_that_cannot_be_had(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(errors.UserError, match=r"gone\.pt: cannot be read"):
-        vits.load(config.Vit("timm", "vit_tiny_patch16_224", str(tmp_path / "gone.pt")))
-    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
-    with pytest.raises(errors.UserError, match=r"bad\.safetensors: cannot be read"):
-        vits.load(config.Vit("timm", "vit_tiny_patch16_224", str(tmp_path / "bad.safetensors")))
-    safetensors.torch.save_file(
-        {"blocks.0.norm1.weight": torch.zeros(192)}, tmp_path / "few.safetensors"
-    )
-    with pytest.raises(
-        errors.UserError, match=r"does not fit vit_tiny_patch16_224: 1.. tensors are missing"
-    ):
-        vits.load(config.Vit("timm", "vit_tiny_patch16_224", str(tmp_path / "few.safetensors")))
-
-
 @pytest.mark.parametrize(
-    ("family", "ckpt"),
+    ("family", "ckpt", "remedy"),
     [
-        ("timm", "vit_tiny_patch16_224"),
-        ("clip", "ViT-B-32/openai"),
-        ("clip", "hf-hub:imageomics/bioclip-2"),
+        ("timm", "vit_tiny_patch16_224", "pass a local file as --vit-weights"),
+        ("clip", "ViT-B-32/openai", "pass a local file as --vit-weights"),
+        ("clip", "hf-hub:imageomics/bioclip-2", "pass --vit-ckpt local-dir:FOLDER"),
     ],
 )
 def test_a_hub_out_of_reach(
-    family: str, ckpt: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    family: str, ckpt: str, remedy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         errors.UserError,
-        match=r"cannot be built with weights from 'hub'.*pass a local file as --vit-weights",
+        match=rf"cannot be built with weights from 'hub'.*{remedy}",
     ):
         vits.load(config.Vit(vit_family=family, vit_ckpt=ckpt))
 

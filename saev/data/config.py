@@ -49,9 +49,9 @@ class Vit:
     vit_family: Family = "clip"
     """clip, siglip: open_clip models. dinov2, dinov3, mae: the authors' names. timm: any timm ViT."""
     vit_ckpt: fields.Path = "ViT-L-14/openai"
-    """clip, siglip: ARCH/PRETRAINED or hf-hub:ORG/NAME. Others: the model's name (dinov2_vitl14_reg, dinov3_vitl16, mae_vit_base_patch16)."""
+    """clip, siglip: ARCH/PRETRAINED, hf-hub:ORG/NAME or local-dir:FOLDER (a copy of such a model's files). Others: the model's name (dinov2_vitl14_reg, dinov3_vitl16, mae_vit_base_patch16)."""
     vit_weights: fields.Path = "hub"
-    """Where the weights come from: 'hub', 'random' (seeded by --vit-seed), or a local .safetensors/.pt state dict."""
+    """Where the weights come from: 'hub', 'random' (seeded by --vit-seed), or a local file (.safetensors, .pt, .pth, TorchScript) as the model's authors, open_clip, timm or training code save it."""
     vit_seed: int = 0
     """Seed of --vit-weights random."""
     img_size: int | tuple[int, int] | None = None

@@ -32,8 +32,8 @@ INTERPOLATIONS = {
 
 MAX_SIDE = 8192
 """Of the ViT's input and of the resized image, in pixels."""
-MAX_ASPECT = 16
-"""Images that are longer for their width are not resized as a whole, only where the crop lies."""
+MAX_WHOLE = 2**22
+"""Pixels of a resized image. Of larger ones (long photos), unless the ViT's input itself is that large, only the part under the crop is made."""
 MAX_BETWEEN = 2**26
 """Pixels between Pillow's two passes (rows first, then columns), above which columns go first."""
 
@@ -144,7 +144,7 @@ class Transform:
         left, top = round((whole[0] - width) / 2.0), round((whole[1] - height) / 2.0)
         part = (left, top, left + width, top + height)
         resample = INTERPOLATIONS[self.interpolation]
-        if math.prod(whole) > MAX_ASPECT * math.prod(self._cover()):
+        if math.prod(whole) > max(MAX_WHOLE, 4 * math.prod(self._cover())):
             return _resize_part(img, whole, part, resample)
         return _resize(img, whole, resample).crop(part)
 

@@ -1,0 +1,34 @@
+"""Pretrained vision transformers from open_clip and timm, behind one interface."""
+
+import beartype
+
+from saev import errors
+from saev.data import config
+from saev.data.vits import base, open_clip, timm
+from saev.data.vits.base import Vit, resolve_layers
+from saev.data.vits.timm import PUBLISHED
+
+__all__ = ["PUBLISHED", "Vit", "load", "resolve_layers"]
+
+
+@beartype.beartype
+def load(cfg: config.Vit) -> Vit:
+    """Builds the model on the CPU, in float32.
+
+    Raises:
+        UserError: unknown model, one that is no ViT, weights that cannot be had or do not fit, or --img-size,
+            --d-vit, --n-patches-per-img that the model cannot have.
+    """
+    tower = (open_clip if cfg.vit_family in ("clip", "siglip") else timm).build(cfg)
+    with base.quiet():
+        vit = Vit(tower, cfg)
+    _check(cfg, "--d-vit", cfg.d_vit, vit.d_vit, "wide")
+    _check(cfg, "--n-patches-per-img", cfg.n_patches_per_img, vit.n_patches, "patches per image")
+    return vit
+
+
+def _check(cfg: config.Vit, flag: str, given: int | None, actual: int, what: str) -> None:
+    if given not in (None, actual):
+        raise errors.UserError(
+            f"{flag} {given}: {cfg.vit_ckpt} gives {actual} {what}. Pass {flag} {actual} or leave it out."
+        )

@@ -1,0 +1,181 @@
+"""What the families of vision transformers have in common.
+
+Recorded layer i is the residual stream after block i, taken from the library's own `forward_intermediates`, which
+stops after the last block that is asked for. B images, L layers, T tokens, P patches, X prefix tokens, D d_vit.
+"""
+
+import collections.abc
+import contextlib
+import dataclasses
+import logging
+import math
+import warnings
+
+import beartype
+import torch
+from jaxtyping import Float, Float32, jaxtyped
+from torch import Tensor
+
+from saev import errors
+from saev.data import config, images
+
+Intermediates = collections.abc.Callable[[Tensor, list[int]], list[tuple[Tensor, Tensor | None]]]
+"""(images, sorted layers) -> per layer (patch tokens, prefix tokens)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """What the families have in common."""
+
+    module: torch.nn.Module
+    intermediates: Intermediates
+    blocks: torch.nn.ModuleList | torch.nn.Sequential
+    n_prefix: int
+    """Tokens before the patches: [CLS], registers, distillation."""
+    has_cls: bool
+    grid: tuple[int, int]
+    """(rows, columns) of the patches."""
+    transform: images.Transform
+    ckpt_id: str
+    """Name that tells these activations' model from others, without its input size."""
+
+
+class Vit(torch.nn.Module):
+    """An image tower in evaluation mode.
+
+    Attributes:
+        ckpt_id: name that tells these activations' model from others (it goes into the shards' metadata).
+        d_vit, n_blocks, n_patches, grid (rows, columns), cls_token: its shape.
+        transform: from a photo to its input.
+
+    Raises:
+        UserError: block 0 does not hold one token per patch of the grid, or the library reports others than it holds.
+    """
+
+    def __init__(self, tower: Tower, cfg: config.Vit):
+        super().__init__()
+        self.ckpt_id = tower.ckpt_id + _variant(cfg)
+        self.module = tower.module.eval().requires_grad_(False)
+        self.intermediates = tower.intermediates
+        self.n_blocks = len(tower.blocks)
+        self.cls_token = tower.has_cls
+        self.grid = tower.grid
+        self.n_patches = math.prod(tower.grid)
+        self.transform = tower.transform
+        self.autocast = cfg.autocast != "off"
+        self.d_vit = self._probe(tower, cfg)
+
+    @torch.inference_mode()
+    def _probe(self, tower: Tower, cfg: config.Vit) -> int:
+        """Width of block 0's output, having checked that we record just that: models that only look like a ViT end here."""
+        seen: list[Tensor] = []
+        hook = tower.blocks[0].register_forward_hook(lambda _module, _args, out: seen.append(out))
+        height, width = self.transform.size
+        ramp_BCHW = torch.linspace(-1, 1, 3 * height * width).reshape(1, 3, height, width)
+        (recorded,) = self.intermediates(ramp_BCHW, [0])
+        hook.remove()
+        if seen[0].shape[:-1] != (1, tower.n_prefix + self.n_patches):
+            raise not_a_vit(cfg)
+        cls_BXD = seen[0][:, : int(self.cls_token)]
+        want_BTD = torch.cat([cls_BXD, seen[0][:, tower.n_prefix :]], dim=1)
+        if not torch.equal(self._tokens(*recorded), want_BTD):
+            raise not_a_vit(cfg)
+        return want_BTD.shape[2]
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def forward(
+        self, imgs_BCHW: Float[Tensor, "B 3 H W"], layers: tuple[int, ...]
+    ) -> Float32[Tensor, "B L T D"]:
+        """Activations of the layers, in the order asked for; [CLS] first where there is one, registers dropped."""
+        ordered = sorted(layers)
+        with torch.autocast(imgs_BCHW.device.type, torch.bfloat16, enabled=self.autocast):
+            acts = dict(zip(ordered, self.intermediates(imgs_BCHW, ordered), strict=True))
+        return torch.stack([self._tokens(*acts[layer]) for layer in layers], dim=1).float()
+
+    def _tokens(self, patches_BPD: Tensor, prefix_BXD: Tensor | None) -> Tensor:
+        """[CLS] is the first prefix token; the others are registers or a distillation token."""
+        return torch.cat([prefix_BXD[:, :1], patches_BPD], dim=1) if self.cls_token else patches_BPD
+
+
+@beartype.beartype
+def resolve_layers(layers: tuple[int, ...], n_blocks: int) -> tuple[int, ...]:
+    """Negative layers count from the end.
+
+    Raises:
+        UserError: the model has no such block, or a layer is named twice.
+    """
+    out = tuple(layer + n_blocks if layer < 0 else layer for layer in layers)
+    if bad := [layer for layer, i in zip(layers, out, strict=True) if not 0 <= i < n_blocks]:
+        raise errors.UserError(
+            f"--vit-layers {bad[0]}: the model has {n_blocks} blocks. Pass layers from 0 to {n_blocks - 1} (or -{n_blocks} to -1)."
+        )
+    if len(set(out)) < len(out):
+        raise errors.UserError(f"--vit-layers {layers}: a layer is named twice.")
+    return out
+
+
+def asked_size(cfg: config.Vit) -> tuple[int, int] | None:
+    """(height, width) that the user asked for."""
+    return (cfg.img_size, cfg.img_size) if isinstance(cfg.img_size, int) else cfg.img_size
+
+
+def _variant(cfg: config.Vit) -> str:
+    suffix = ""
+    if size := asked_size(cfg):
+        suffix += f"@{size[0]}px" if size[0] == size[1] else f"@{size[0]}x{size[1]}px"
+    return suffix + ("@bf16" if cfg.autocast == "bfloat16" else "")
+
+
+def check_size(patch: tuple[int, int], cfg: config.Vit) -> None:
+    """Only of a size that was asked for: some models' own leave a margin (SigLIP So400m: 384 pixels, patches of 14)."""
+    size = asked_size(cfg)
+    if size and (size[0] % patch[0] or size[1] % patch[1]):
+        near = " ".join(str(max(1, round(n / p)) * p) for n, p in zip(size, patch, strict=True))
+        raise errors.UserError(
+            f"--img-size {size[0]} {size[1]}: not a multiple of the {patch[0]} x {patch[1]} pixel patches of {cfg.vit_ckpt}. Pass --img-size {near}."
+        )
+
+
+def not_a_vit(cfg: config.Vit) -> errors.UserError:
+    return errors.UserError(
+        f"--vit-ckpt {cfg.vit_ckpt}: not a vision transformer whose blocks all hold one token per patch. Pass a plain ViT."
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> collections.abc.Iterator[None]:
+    """open_clip warns about random weights that were asked for; both libraries about their own deprecations."""
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.root.setLevel(level)
+
+
+@contextlib.contextmanager
+def building(cfg: config.Vit) -> collections.abc.Iterator[None]:
+    """Around a library's construction of a model.
+
+    Random weights depend on --vit-seed alone and leave the caller's random state as it was. Whatever goes wrong (many
+    libraries, many exception types) becomes one line.
+    """
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.vit_seed)
+            yield
+    except Exception as err:
+        remedy = (
+            "Check the name and the network, or pass a local file as --vit-weights."
+            if cfg.vit_weights == "hub"
+            else "Check the name."
+        )
+        if cfg.vit_ckpt.startswith("local-dir:"):
+            remedy = "Check its open_clip_config.json."
+        elif cfg.vit_ckpt.startswith("hf-hub:"):
+            remedy = "Check the name and the network, or pass --vit-ckpt local-dir:FOLDER with a copy of the model's files."
+        raise errors.UserError(
+            f"--vit-ckpt {cfg.vit_ckpt}: the model cannot be built with weights from {cfg.vit_weights!r} ({errors.first_line(err)[:200]}). {remedy}"
+        ) from err
