@@ -45,7 +45,7 @@ def atomic(fpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
     """Yields a temporary path beside `fpath`; on success it is fsynced and renamed to `fpath`, on any error removed.
 
     A reader therefore sees the old file, the whole new file, or none; never a part. A killed process leaves the temporary
-    file, which `sweep` removes.
+    file; the next writer of the same file, or `sweep`, removes it.
     """
     with naming(fpath), _temporary(fpath, is_folder=False) as tmp_fpath:
         yield tmp_fpath
@@ -145,6 +145,7 @@ def _remove_if_free(path: pathlib.Path) -> None:
 def _temporary(path: pathlib.Path, is_folder: bool) -> collections.abc.Iterator[pathlib.Path]:
     """A new, locked, empty file or folder beside `path`; at the end it is removed, unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
     tmp_path = path.with_name(f".{path.name}.{_host()}-{uuid.uuid4().hex}.tmp")
     fd = None
     try:

@@ -90,6 +90,15 @@ def test_what_a_killed_writer_leaves_is_swept_and_what_a_living_one_holds_is_not
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_next_writer_of_the_same_file_sweeps(tmp_path: pathlib.Path, kind: str) -> None:
+    hold(kind, tmp_path / "x").communicate(b"\n")
+    assert len(list(tmp_path.iterdir())) == 1
+    with getattr(helpers, kind)(tmp_path / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_terminated_writer_leaves_nothing(tmp_path: pathlib.Path, kind: str) -> None:
     process = hold(kind, tmp_path / "x", "SIGTERM")
     process.communicate(b"\n")

@@ -10,14 +10,14 @@ halved (which smooths edges) to 256 x 256.
 import collections.abc
 import dataclasses
 import pathlib
-import shutil
-import tempfile
 
 import beartype
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFilter
+
+from saev import helpers
 
 CANVAS = 512
 N_SPECIES = 20
@@ -136,15 +136,8 @@ def draw(dpath: pathlib.Path, *, n_imgs: int = 640, seed: int = 0) -> None:
     """
     if dpath.exists():
         return
-    dpath.parent.mkdir(parents=True, exist_ok=True)
-    tmp_dpath = pathlib.Path(tempfile.mkdtemp(prefix=f".{dpath.name}.", dir=dpath.parent))
-    try:
+    with helpers.atomic_folder(dpath) as tmp_dpath:
         _write(tmp_dpath, n_imgs, seed)
-        tmp_dpath.chmod(0o755)
-        tmp_dpath.rename(dpath)
-    except BaseException:
-        shutil.rmtree(tmp_dpath, ignore_errors=True)
-        raise
 
 
 def _write(root: pathlib.Path, n_imgs: int, seed: int) -> None:

@@ -13,9 +13,7 @@ if __name__ == "__main__":  # before the imports below, which take time
 
 import pathlib
 import re
-import shutil
 import typing as tp
-import uuid
 
 import beartype
 import safetensors
@@ -23,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from saev import errors, fields, launch
+from saev import errors, fields, helpers, launch
 from saev.formats import jsonfile
 from saev.nn import config, foreign, foreign_keys, loaders, sae
 
@@ -44,8 +42,7 @@ def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
         UserError: the folder exists, or SAELens has no such SAE.
     """
     dpath = fields.path(dpath)
-    if dpath.exists():
-        raise errors.UserError(f"{dpath} exists already. Pass a new folder.")
+    _check_new(dpath)
     if getattr(model.cfg, "keep_negative", False):
         raise errors.UserError(
             "This TopK keeps negative values (keep_negative); SAELens' sets them to 0. It cannot be exported."
@@ -86,14 +83,15 @@ def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
 
 
 def _write(dpath: pathlib.Path, cfg: dict[str, tp.Any], tensors: dict[str, Tensor]) -> None:
-    tmp_dpath = dpath.with_name(f".{dpath.name}.{uuid.uuid4().hex}.tmp")
-    tmp_dpath.mkdir(parents=True)
-    try:
+    with helpers.atomic_folder(dpath) as tmp_dpath:
         (tmp_dpath / CFG).write_text(jsonfile.dumps(cfg, indent=4))
         safetensors.torch.save_file(tensors, tmp_dpath / WEIGHTS)
-        tmp_dpath.rename(dpath)
-    finally:
-        shutil.rmtree(tmp_dpath, ignore_errors=True)
+        _check_new(dpath)  # somebody may have made it meanwhile
+
+
+def _check_new(dpath: pathlib.Path) -> None:
+    if dpath.exists():
+        raise errors.UserError(f"{dpath} exists already. Pass a new folder.")
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def _train_all(
     stream: shuffled.Shuffled, cfgs: dict[pathlib.Path, config.Train], world: parallel.World
 ) -> list[str]:
     """Trains and evaluates what is not finished; returns what went wrong, a line for each run that was lost."""
-    for dpath in cfgs:
+    for dpath in [*{d.parent for d in cfgs}, *cfgs]:
         helpers.sweep(dpath)
     todo = {dpath: cfg for dpath, cfg in cfgs.items() if not (dpath / "sae.pt").exists()}
     for dpath in (d for d in cfgs if d not in todo):
