@@ -175,7 +175,8 @@ def measure(
 ) -> dict[str, float]:
     """The metrics that cost little beside a step, by name. values: of the batch's codes, of any shape; zeros may be left out."""
     n_B = len(x_BD)
-    l0_count = (values.abs() > EPS_ACTIVE).sum().item() / n_B
+    n_fired = (values.abs() > EPS_ACTIVE).count_nonzero().item()  # a sum would make int64 of them
+    l0_count = n_fired / n_B
     return {
         "mse": mse(x_BD, x_hat_BD),
         "normalized_mse": normalized_mse(x_BD, x_hat_BD),

@@ -54,7 +54,7 @@ class Train:
     seed: int = 0
     """Seed of the initial weights and of the stream's order."""
     pool_gb: float = 2.0
-    """Bound of the memory that mixes and prefetches the stream, in GB. (Less is taken when the activations fit into less.)"""
+    """Bound of the memory that mixes and prefetches the stream, in GB. (Less is taken when the activations fit into less.) In all a training takes about 0.75 GB, and this, and 68 bytes x d_vit x latents (32 for each further run that shares the stream), or more with large batches: it says how much at its start."""
     n_threads: int = 0
     """Threads that read activations; 0: one for each core, at most 4. The order of the stream does not depend on it."""
     dead_window: int | None = None

@@ -20,12 +20,10 @@ from saev.data import config as data_config
 from saev.data import reader, shuffled
 from saev.formats import jsonfile
 from saev.nn import metrics
-from saev.training import config
+from saev.training import config, memory
 
 logger = logging.getLogger("saev")
 
-CODE_BYTES = 2**28
-"""Bound of a dense code that is held at a time."""
 ALMOST_DEAD = 1e-5
 """A latent that fires less often than this (but fires) is almost dead."""
 DENSE = 0.1
@@ -70,7 +68,7 @@ def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
     device = devices.pick(cfg.device)
     sae = nn.load(dpath / "sae.pt").to(device)
     sae.check_fits(acts.describe(), str(dpath / "sae.pt"), data.shard_root)
-    batch_size = max(1, min(cfg.batch_size, n, CODE_BYTES // (4 * sae.d_sae)))
+    batch_size = max(1, min(cfg.batch_size, n, memory.EVALUATED_CODES // (4 * sae.d_sae)))
     stream = shuffled.Shuffled(
         data,
         batch_size=batch_size,

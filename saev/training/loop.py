@@ -15,7 +15,7 @@ from saev import devices, errors, helpers, nn, tracking
 from saev.data import shuffled
 from saev.formats import jsonfile
 from saev.nn import objectives
-from saev.training import config, evaluate, interrupts, parallel, peek, state
+from saev.training import config, evaluate, interrupts, memory, parallel, peek, state
 from saev.training.run import Run, with_d_vit
 
 logger = logging.getLogger("saev")
@@ -89,6 +89,10 @@ def _train_all(
         logger.info(
             "%s: trained already; pass another --seed or --ckpt-to to train it again", dpath
         )
+    if todo and not stream.pin:  # the formula is for a CPU
+        acts = stream.reader
+        n_bytes = memory.peak(list(todo.values()), len(acts), acts.token_bytes)
+        logger.info("memory: about %.1f GB (docs/memory.md)", n_bytes / 1e9)
     lost: list[str] = []
     for start, together in state.starts({d: _states(c, d, world) for d, c in todo.items()}):
         lost += _train(stream, {d: todo[d] for d in together}, start, world)

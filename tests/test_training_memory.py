@@ -1,0 +1,69 @@
+"""The memory that a training is said to take, against processes that train."""
+
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from saev.data import config as data_config
+from saev.nn import config as nn_config
+from saev.training import config, memory
+
+ROOT = pathlib.Path(__file__).parent.parent
+TRAIN = """
+import pickle, resource, sys
+from saev.training import loop
+loop.main(pickle.loads(bytes.fromhex(sys.argv[1])))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+CASES = {
+    "nothing": (nn_config.TopK(d_vit=8, exp_factor=4, top_k=3), 64, 4, 0.1),
+    "weights": (nn_config.TopK(d_vit=1024, d_sae=4096), 64, 4, 0.1),
+    "codes": (nn_config.Relu(d_vit=16, d_sae=2048), 16_384, 512, 0.1),
+    "pool": (nn_config.TopK(d_vit=64, exp_factor=2), 256, 6000, 0.2),
+}
+"""SAE, batch size, images of 64 patches, --pool-gb: what takes the memory."""
+
+
+def said_and_measured(make_shards, tmp_path: pathlib.Path, name: str) -> tuple[int, int]:
+    sae, batch_size, n_imgs, pool_gb = CASES[name]
+    shape = {"n_imgs": n_imgs, "n_patches": 64, "d_vit": sae.d_vit, "layers": (0,)}
+    dpath, _ = make_shards(**shape, cls_token=False, per_shard=1000)
+    cfg = config.Train(
+        sae=sae,
+        data=data_config.Shards(str(dpath)),
+        n_patches=batch_size * (2 if name == "weights" else 1),  # a state is saved after the first
+        n_val_patches=2000,
+        batch_size=batch_size,
+        pool_gb=pool_gb,
+        save_every=1e-9,
+        ckpt_to=str(tmp_path / name),
+        wandb_project="",
+        device="cpu",
+    )
+    command = [sys.executable, "-c", TRAIN, pickle.dumps([cfg]).hex()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    said = memory.peak([cfg], 64 * n_imgs, 4 * sae.d_vit)
+    assert f"memory: about {said / 1e9:.1f} GB" in done.stderr or not done.stderr
+    return said, int(done.stdout)
+
+
+def test_the_formula_is_right_within_a_quarter(make_shards, tmp_path: pathlib.Path) -> None:
+    """Above what a tiny training takes, which is the program itself."""
+    said_0, measured_0 = said_and_measured(make_shards, tmp_path, "nothing")
+    assert measured_0 == pytest.approx(said_0, rel=0.25)
+    for name in ("weights", "codes", "pool"):
+        said, measured = said_and_measured(make_shards, tmp_path, name)
+        assert measured - measured_0 > 150e6, name
+        assert measured - measured_0 == pytest.approx(said - said_0, rel=0.25), name
+
+
+def test_runs_of_a_group_and_what_they_share() -> None:
+    """Weights count for each run, the stream once."""
+    sae = nn_config.TopK(d_vit=384, d_sae=16_512)
+    cfg = config.Train(sae=sae, batch_size=4096)
+    one, two = (memory.peak([cfg] * n, 10**9, 4 * 384) for n in (1, 2))
+    assert two - one == 4 * 8 * 384 * 16_512
+    assert memory.peak([config.Train(sae=sae, pool_gb=1.0)], 10**9, 4 * 384) == one - 10**9
