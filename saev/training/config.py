@@ -165,7 +165,7 @@ class Train:
     def window_warning(self) -> str:
         """What --dead-window takes away when it is longer than the run; else nothing."""
         n = self.n_steps * self.batch_size
-        if self.window < n:
+        if self.window <= n:
             return ""
         return f"--dead-window {self.window}: is longer than the run ({n} activations), so no latent counts as dead: AuxK and resampling never act, and dead_frac_window is null. Leave it out, or lower it."
 
