@@ -14,6 +14,7 @@ import xxhash
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
+from saev import errors
 from saev.nn import kernels
 from saev.scorers import config
 
@@ -51,38 +52,41 @@ class Scorer(tp.Protocol):
 class Prototypes:
     """Vectors compared with activations.
 
-    With mean m and vectors p, similarity "dot" is (x - m) . (p - m), "cosine" that divided by both norms,
-    "distance" -|x - p|^2 (m plays no part).
+    With mean m and vectors p, similarity "plain" is x . p, "dot" is (x - m) . (p - m), "cosine" that divided by both norms,
+    "distance" -|x - p|^2 (m plays no part in the first and the last).
     """
 
     direction_KD: Float[Tensor, "K D"]
     """p - m, which float32 holds better than p where the mean is large."""
     mean_D: Float[Tensor, " D"]
     similarity: config.Similarity
+    given_KD: Float[Tensor, "K D"] | None = None
+    """p itself, where it was given: adding m to p - m would round it."""
 
     @staticmethod
     @jaxtyped(typechecker=beartype.beartype)
     def of(
         vectors_KD: Float[Tensor, "K D"], mean_D: Float[Tensor, " D"], similarity: config.Similarity
     ) -> "Prototypes":
-        return Prototypes(vectors_KD - mean_D, mean_D, similarity)
+        return Prototypes(vectors_KD - mean_D, mean_D, similarity, vectors_KD)
 
     @property
     def vectors_KD(self) -> Float[Tensor, "K D"]:
-        return self.direction_KD + self.mean_D
+        return self.direction_KD + self.mean_D if self.given_KD is None else self.given_KD
 
     @property
     def n_prototypes(self) -> int:
         return self.direction_KD.shape[0]
 
-    @jaxtyped(typechecker=beartype.beartype)
     def __call__(self, activations: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
-        return self.of_images(activations[:, None])
+        return self.of_images(ready(activations, self.mean_D, "B D")[:, None])
 
-    @jaxtyped(typechecker=beartype.beartype)
     def of_images(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
+        acts_BPD = ready(acts_BPD, self.mean_D, "B P D")
         p_KD = self.direction_KD
         match self.similarity:
+            case "plain":
+                return largest(acts_BPD, self.vectors_KD, lambda x_RD: (x_RD, None))
             case "cosine":
                 p_KD = torch.nn.functional.normalize(p_KD, dim=1)
                 return largest(acts_BPD, p_KD, self._directions)
@@ -92,22 +96,61 @@ class Prototypes:
                 return largest(acts_BPD, p_KD, lambda x_RD: (x_RD - self.mean_D, None))
 
     def _directions(self, x_RD: Tensor) -> tuple[Tensor, None]:
-        return torch.nn.functional.normalize(x_RD - self.mean_D, dim=1), None
+        """NaN where float32 cannot hold the squared norm: dividing by infinity would score 0."""
+        x_RD = x_RD - self.mean_D
+        norm_R1 = x_RD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return x_RD / torch.where(norm_R1.isinf(), torch.nan, norm_R1), None
 
     def _doubled(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
         x_RD = x_RD - self.mean_D
         return 2 * x_RD, -x_RD.square().sum(dim=1)
 
     def prefix(self, k: int) -> "Prototypes":
-        return dataclasses.replace(self, direction_KD=self.direction_KD[:k])
+        return self._each(lambda x_KD: x_KD[:k], self.mean_D)
 
     def to(self, device: torch.device) -> "Prototypes":
-        return dataclasses.replace(
-            self, direction_KD=self.direction_KD.to(device), mean_D=self.mean_D.to(device)
-        )
+        return self._each(lambda x_KD: x_KD.to(device), self.mean_D.to(device))
+
+    def _each(
+        self, change: collections.abc.Callable[[Tensor], Tensor], mean_D: Tensor
+    ) -> "Prototypes":
+        given_KD = None if self.given_KD is None else change(self.given_KD)
+        return Prototypes(change(self.direction_KD), mean_D, self.similarity, given_KD)
+
+    def saved(self) -> dict[str, Tensor]:
+        """Tensors to save, on the CPU: what was given, from which the rest follows."""
+        if self.given_KD is None:
+            out = {"direction_KD": self.direction_KD}
+        else:
+            out = {"vectors_KD": self.given_KD}
+        return {name: x.cpu().clone() for name, x in (out | {"mean_D": self.mean_D}).items()}
 
     def digest(self) -> str:
-        return digest(self.similarity, [self.direction_KD, self.mean_D])
+        return digest(self.similarity, [self.vectors_KD, self.direction_KD, self.mean_D])
+
+
+def ready(activations: object, like: Tensor, shape: str) -> Tensor:
+    """Activations as a scorer takes them: any float type, converted to the one of its own tensor `like`.
+
+    Args:
+        like: a tensor of the scorer, d_vit wide.
+        shape: the shape wanted, such as "B P D", where D is d_vit.
+
+    Raises:
+        UserError: no float tensor of that shape, or on another device.
+    """
+    if not isinstance(activations, Tensor) or not activations.is_floating_point():
+        what = getattr(activations, "dtype", type(activations).__name__)
+        raise errors.UserError(f"activations: {what}; a scorer takes a torch tensor of floats.")
+    if activations.ndim != len(shape.split()) or activations.shape[-1] != like.shape[-1]:
+        raise errors.UserError(
+            f"activations: shape {tuple(activations.shape)}; this scorer takes ({', '.join(shape.split())}) with D = {like.shape[-1]}."
+        )
+    if activations.device != like.device:
+        raise errors.UserError(
+            f"activations: on {activations.device}, but the scorer is on {like.device}. Move one of them with .to(device)."
+        )
+    return activations.to(like.dtype)
 
 
 @beartype.beartype

@@ -7,7 +7,14 @@ import beartype
 
 from saev import fields
 
-Similarity = tp.Literal["dot", "cosine", "distance"]
+Similarity = tp.Literal["plain", "dot", "cosine", "distance"]
+FORMULAS = {
+    "plain": "x . p",
+    "dot": "(x - m) . (p - m)",
+    "cosine": "cos(x - m, p - m)",
+    "distance": "-|x - p|^2",
+}
+"""What a prototype p scores an activation x, with the mean m of the activations that it was fitted on."""
 
 
 @beartype.beartype
@@ -16,7 +23,7 @@ class Random:
     """Activations drawn uniformly from the stream, without replacement."""
 
     similarity: Similarity = "cosine"
-    """dot: x . p. cosine: cos(x, p). distance: -|x - p|^2. dot and cosine are taken after subtracting the mean activation."""
+    """What prototype p scores activation x (m: the mean activation). plain: x . p. dot: (x - m) . (p - m). cosine: cos(x - m, p - m). distance: -|x - p|^2."""
 
 
 @beartype.beartype
@@ -43,7 +50,10 @@ class KMeans:
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Pca:
-    """Principal components, exact, in one pass. At most d_vit of them (twice that with both signs)."""
+    """Principal components v, exact, in one pass. At most d_vit of them (twice that with both signs).
+
+    Scores are (x - m) . v. The plain product x . v adds m . v to every score of v, which changes no ranking and no AP.
+    """
 
     both_signs: bool = False
     """Also use each component's negative, right after it."""

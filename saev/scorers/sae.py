@@ -24,14 +24,14 @@ class SaeLatents:
     sae: nn.SparseAutoencoder
     n_prototypes: int
 
-    @jaxtyped(typechecker=beartype.beartype)
     def __call__(self, activations: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
-        return self.sae.encode(activations)[:, : self.n_prototypes]
+        x_BD = base.ready(activations, self.sae.b_dec, "B D")
+        return self.sae.encode(x_BD)[:, : self.n_prototypes]
 
     @torch.no_grad()
-    @jaxtyped(typechecker=beartype.beartype)
     def of_images(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
         """Largest codes of each image. All but TopK's rise with their own pre-activation alone: its largest is enough."""
+        acts_BPD = base.ready(acts_BPD, self.sae.b_dec, "B P D")
         sae, K = self.sae, self.n_prototypes
         if isinstance(sae.cfg, config.TopK):
             return self._top_k(acts_BPD)

@@ -18,7 +18,7 @@ logger = logging.getLogger("saev")
 
 AGAIN = "Delete the file; the next run fits it again."
 
-REVISION = 4
+REVISION = 5
 """Raised whenever a fitter may give other numbers: what was fitted, or evaluated, before is then done again."""
 
 
@@ -175,9 +175,7 @@ def save(scorer: base.Scorer, fpath: pathlib.Path | str) -> None:
     """Writes a scorer atomically. An SAE's file is its checkpoint, so all its latents are saved."""
     if isinstance(scorer, sae.SaeLatents):
         return nn.save(scorer.sae, fpath)
-    payload = tensors.dump(
-        {"direction_KD": scorer.direction_KD.cpu().clone(), "mean_D": scorer.mean_D.cpu()}
-    )
+    payload = tensors.dump(scorer.saved())
     header = {"cls": "Prototypes", "similarity": scorer.similarity}
     checkpoint.write(fields.path(fpath), "scorer", header, payload)
     return None
@@ -197,9 +195,11 @@ def load(fpath: pathlib.Path | str) -> base.Scorer:
     header, payload = checkpoint.read(fpath, "scorer")
     found = tensors.load(payload, str(fpath), AGAIN)
     try:
-        if "vectors_KD" in found:  # as they were written at first
-            found["direction_KD"] = found.pop("vectors_KD") - found["mean_D"]
-        scorer = base.Prototypes(found["direction_KD"], found["mean_D"], header["similarity"])
+        if "vectors_KD" in found:  # the prototypes themselves, exactly
+            build, first = base.Prototypes.of, found["vectors_KD"]
+        else:
+            build, first = base.Prototypes, found["direction_KD"]
+        scorer = build(first, found["mean_D"], header["similarity"])
         if 0 in scorer.direction_KD.shape:
             raise ValueError(f"its prototypes have shape {tuple(scorer.direction_KD.shape)}")
         if {scorer.direction_KD.dtype, scorer.mean_D.dtype} != {torch.float32}:
