@@ -210,6 +210,7 @@ def grid_config(
         scorer=scorer,
         cub_root=str(dpath / "cub"),
         train_data=data,
+        fit_data=data,
         n_prototypes=ks,
         scorers_to=str(dpath / "scorers"),
         force=True,  # labels without relation to anything

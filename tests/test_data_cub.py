@@ -81,6 +81,22 @@ def flattened(labels: cub.Cub) -> dict[str, dict]:
     }
 
 
+@pytest.mark.parametrize("min_certainty", [1, 3])
+def test_the_last_annotation_counts_if_asked(root: pathlib.Path, min_certainty: int) -> None:
+    fpath = root / "attributes/image_attribute_labels.txt"
+    for more in ("", "3 2 1 4 1.0\n", "3 2 1 4 1.0\n3 2 1 2 1.0\n"):
+        fpath.write_text(LABELS + more)
+        last: dict[tuple[str, str], bool] = {}
+        for line in (LABELS + more).splitlines():
+            i, t, present, certainty, *_ = line.split()
+            last[i, t] = present == "1" and int(certainty) >= min_certainty
+        labels = cub.load(root, min_certainty=min_certainty, annotations="last")
+        ids = [line.split()[0] for line in IMAGES.splitlines() if line.strip()]
+        want = [[last[i, t] for t in "12"] for i in ids]
+        assert labels.labels_NT.tolist() == want
+    assert not last["7", "2"] and cub.load(root).labels_NT[ids.index("7"), 1]
+
+
 def test_every_field_by_hand(root: pathlib.Path) -> None:
     labels = cub.load(str(root))
     assert labels.paths_N == ["002.Laysan/b.jpg", "001.Black/a a.jpg", "002.Laysan/c.jpg"]

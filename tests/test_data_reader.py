@@ -46,6 +46,22 @@ def our_threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("saev")]
 
 
+def test_a_subset_is_a_stream_of_its_own(many) -> None:
+    cfg, acts_NLTD = many
+    image_is = (3, 4, 30, 31, 59)
+    some = config.Subset(cfg.shard_root, cfg.layer, image_is=image_is)
+    read = list(ordered.Ordered(some, n_imgs=2))
+    assert np.concatenate([b.image_i_N for b in read]).tolist() == list(image_is)
+    got_NPD = np.concatenate([b.act_NXD for b in read])
+    np.testing.assert_array_equal(got_NPD, acts_NLTD[list(image_is), 1, 1:])
+    acts = reader.Reader(some)
+    assert len(acts) == 5 * 4
+    positions = [list(r) for r in acts.shard_positions() if r]
+    assert positions == [[0], [1], [2, 3], [4]]  # images 3; 4; 30 and 31; 59
+    others = [cfg, config.Subset(cfg.shard_root, cfg.layer, image_is=image_is[1:])]
+    assert acts.hash not in [reader.Reader(other).hash for other in others]
+
+
 # ---- faults ----
 
 

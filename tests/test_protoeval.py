@@ -22,7 +22,7 @@ from saev.data import config as data_config
 from saev.data import cub
 from saev.demo import minicub
 from saev.formats import results, shards
-from saev.protoeval import choice, config, scoring, select
+from saev.protoeval import choice, config, join, scoring, select
 from saev.scorers import base
 from saev.scorers import config as scorers_config
 
@@ -103,10 +103,7 @@ def evaluate(
 ) -> list[results.Row]:
     """The grid for ready-made scorers, through the same joins and scores as the command."""
     banks = [choice.Bank(name, scorer, (scorer.n_prototypes,)) for name, scorer in run.items()]
-    joins = [
-        select._join(data, labels, train, False)
-        for data, train in ((cfg.train_data, True), (cfg.test, False))
-    ]
+    joins = join.both(cfg, labels)
     with tempfile.TemporaryDirectory() as dpath:
         splits = select._score(cfg, banks, labels, joins, pathlib.Path(dpath))
         return choice.evaluate(*splits, banks, cfg)
@@ -202,11 +199,18 @@ def test_train_and_test_in_separate_shards_equal_one_directory(
         write_shards(tmp_path / name, paths[mask_N].tolist(), acts_NPD[mask_N])
         for name, mask_N in (("train", labels.is_train_N), ("test", ~labels.is_train_N))
     ]
-    apart = dataclasses.replace(
-        cfg, train_data=parts[0], test_data=parts[1], fit_data=cfg.train_data
-    )
+    apart = dataclasses.replace(cfg, train_data=parts[0], test_data=parts[1])
     want, got = ((pathlib.Path(select.main([c])) / "summary.csv").read_text() for c in (cfg, apart))
     assert got == want
+
+
+def test_too_many_prototypes_are_refused_before_anything_is_read(
+    cfg: config.ProtoEval, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("saev.data.reader.Reader.read")
+    for scorer in (scorers_config.Random(), scorers_config.KMeans(n_samples=10**7)):
+        with pytest.raises(errors.UserError, match=r"activations.*, fewer than 9999999 "):
+            select.main([dataclasses.replace(cfg, scorer=scorer, n_prototypes=(4, 9999999, 4))])
 
 
 def test_a_finished_evaluation_is_found_again(
@@ -220,7 +224,11 @@ def test_a_finished_evaluation_is_found_again(
         dataclasses.replace(cfg, **{k: v})
         for k, v in (("seed", 1), ("n_train", (8,)), ("min_certainty", 4), ("n_boot", 7))
     ]
-    assert len({str(table.parent), *(select.main([c]) for c in others)}) == 5
+    others += [
+        dataclasses.replace(cfg, **{k: v})
+        for k, v in (("annotations", "last"), ("no_positives", "zero"), ("swap_splits", True))
+    ]
+    assert len({str(table.parent), *(select.main([c]) for c in others)}) == 8
 
 
 def test_a_changed_evaluation_is_refused_and_an_unfinished_one_done_again(

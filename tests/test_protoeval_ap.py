@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import sklearn.metrics
+import torch
 
 import saev
 from saev import errors
@@ -81,6 +82,44 @@ def test_paired_is_the_diagonal_of_the_matrix() -> None:
     full_TT = ap.average_precision(scores_NT, labels_NT)
     got_T = ap.paired(scores_NT.T, labels_NT)
     np.testing.assert_allclose(got_T, np.diag(full_TT), rtol=1e-14)
+
+
+def test_numpy_and_torch_of_any_type_give_the_same() -> None:
+    rng = np.random.default_rng(0)
+    scores_NK = rng.integers(-8, 8, (60, 5)) / 4  # every type holds them
+    labels_NT = rng.random((60, 3)) < 0.3
+    want_KT = reference(scores_NK, labels_NT)
+    types = (np.float16, np.float32, np.float64, np.longdouble, ">f4")
+    scores = [scores_NK.astype(t) for t in types]
+    halves = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    scores += [torch.from_numpy(scores_NK).to(t) for t in halves]
+    scores += [torch.tensor(scores_NK, requires_grad=True)]
+    labels = [labels_NT.astype(t) for t in (bool, np.int64, np.uint8, np.float32)]
+    labels += [torch.from_numpy(labels_NT), torch.from_numpy(labels_NT).float()]
+    for x in scores:
+        np.testing.assert_allclose(ap.average_precision(x, labels_NT), want_KT, rtol=1e-12)
+    for y in labels:
+        np.testing.assert_allclose(ap.average_precision(scores_NK, y), want_KT, rtol=1e-12)
+    assert ap.average_precision(scores_NK[:, :0], labels_NT).shape == (0, 3)
+    assert ap.average_precision(scores_NK, labels_NT[:, :0]).shape == (5, 0)
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "text"),
+    [
+        (np.zeros((0, 2)), np.zeros((0, 3), bool), "there are no images"),
+        (np.zeros((4, 2)), np.zeros((3, 1), bool), "scores of 4 images, but labels of 3"),
+        (np.zeros((4, 2)), np.full((4, 1), 2), "other values than 0 and 1"),
+        (np.zeros((4, 2)), np.full((4, 1), np.nan), "other values than 0 and 1"),
+        (np.zeros(4), np.zeros((4, 1), bool), r"scores_NK has shape \(4,\)"),
+        (np.zeros((4, 2), complex), np.zeros((4, 1), bool), "scores_NK is complex128"),
+        ([[1.0]], np.zeros((1, 1), bool), "scores_NK is list"),
+        (np.full((4, 1), 2**62 + 1), np.zeros((4, 1), bool), "float64 cannot hold exactly"),
+    ],
+)
+def test_what_has_no_average_precision_is_one_line(scores, labels, text: str) -> None:
+    with pytest.raises(errors.UserError, match=text):
+        ap.average_precision(scores, labels)
 
 
 def test_nan_scores_are_refused_by_number() -> None:

@@ -161,21 +161,41 @@ def test_what_decides_the_result_is_in_its_name(
 TEST_BIRD_IDS = [i for i in range(2, N + 1, 2) if LABELS_N2[i - 1].any()]
 
 
-@pytest.mark.parametrize("skip", [None, 0, TEST_BIRD_IDS[0], TEST_BIRD_IDS[-1]])
+@pytest.mark.parametrize("skip", [None, 0, TEST_BIRD_IDS[0], TEST_BIRD_IDS[-1], 3])
 def test_each_patch_meets_its_own_label(
     cfg: config.ProtoEval, tmp_path: pathlib.Path, skip: int | None
 ) -> None:
-    """AP is 1, unless [CLS] is scored too or an unreadable image shifts the others. An unreadable bird is named: it has no score."""
+    """AP is 1, unless [CLS] is scored too or an unreadable image shifts the others. An unreadable bird is left out and named."""
     data = write_shards(tmp_path / "with_skipped", skip=skip)
     sae = save_sae(tmp_path / "run" / "sae.pt")
     cfg = dataclasses.replace(cfg, train_data=data, scorer=sae, n_prototypes=(D,))
-    if skip:
-        with pytest.raises(errors.UserError, match=PATHS[skip - 1]):
-            select.main([cfg])
-        return
     dpath = pathlib.Path(select.main([cfg]))
+    table, about = ((dpath / name).read_text() for name in ("table.md", "about.json"))
+    if skip:
+        split = "train" if skip % 2 else "test"
+        assert (
+            f"1 {split} image(s) are left out, because the dump recorded them as corrupt" in table
+        )
+        assert PATHS[skip - 1] in about
+        is_measured_N = np.arange(1, N + 1) % 2 == 0
+        is_measured_N[skip - 1] = False
+        line = (dpath / "summary.csv").read_text().splitlines()[1].split(",")
+        assert float(line[3]) == pytest.approx(LABELS_N2[is_measured_N].mean(), abs=1e-12)
+    else:
+        assert "left out, because" not in table
     *_, x, y = pyarrow.parquet.read_table(dpath / "traits.parquet").to_pylist()
     assert [(t["prototype"], t["test_ap"]) for t in (x, y)] == [(0, 1.0), (1, 1.0)]
+
+
+def test_images_that_were_never_dumped_are_refused(
+    cfg: config.ProtoEval, tmp_path: pathlib.Path
+) -> None:
+    """With --force too, and beside one that was recorded as corrupt."""
+    data = write_shards(tmp_path / "with_skipped", skip=TEST_BIRD_IDS[0])
+    fpath = pathlib.Path(cfg.cub_root) / "images.txt"
+    fpath.write_text(fpath.read_text().replace(PATHS[7], "001.Bird/new.jpg"))
+    with pytest.raises(errors.UserError, match=r"1 of CUB's test images are not.*001.Bird/new"):
+        select.main([dataclasses.replace(cfg, train_data=data)])
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def data(make_shards) -> tuple[data_config.Shards, np.ndarray]:
     return data_config.Shards(str(dpath), 4), acts_NLTD[:, 0, 1:].reshape(-1, D)
 
 
-@pytest.mark.parametrize("similarity", ["dot", "cosine", "distance"])
+@pytest.mark.parametrize("similarity", ["plain", "dot", "cosine", "distance"])
 def test_similarities_equal_their_formula(similarity: str) -> None:
     rng = np.random.default_rng(1)
     x_BD, p_KD, m_D = (
@@ -48,11 +48,56 @@ def test_similarities_equal_their_formula(similarity: str) -> None:
         for k, p_D in enumerate(p_KD):
             u_D, v_D = x_D - m_D, p_D - m_D
             want = {
+                "plain": x_D @ p_D,
                 "dot": u_D @ v_D,
                 "cosine": u_D @ v_D / np.linalg.norm(u_D) / np.linalg.norm(v_D),
                 "distance": -np.sum((x_D - p_D) ** 2),
             }[similarity]
             assert got_BK[b, k] == pytest.approx(want, abs=1e-12)
+
+
+def test_plain_scores_are_products_with_the_very_activations(data, tmp_path: pathlib.Path) -> None:
+    """Drawn, kept in a file, loaded again and cut: no rounding by a mean that is taken off and added."""
+    cfg, acts_BD = data
+    want_KD = random.reservoir(cfg, 40, seed=0).acts_KD
+    x_BD = torch.from_numpy(acts_BD)
+    for _ in range(2):  # fitted, then found
+        scorer = scorers.fit(config.Random("plain"), cfg, 40, dpath=tmp_path)
+        np.testing.assert_array_equal(scorer.vectors_KD.numpy(), want_KD)
+        want_BK = x_BD @ torch.from_numpy(want_KD).T
+        torch.testing.assert_close(scorer(x_BD), want_BK, rtol=1e-6, atol=0)
+        part = scorer.prefix(7).to(torch.device("cpu"))
+        torch.testing.assert_close(part(x_BD), want_BK[:, :7], rtol=1e-6, atol=0)
+    assert scorer.digest() != scorers.fit(config.Random("dot"), cfg, 40, dpath=tmp_path).digest()
+
+
+def test_scorers_take_any_float_type_and_refuse_the_rest_in_one_line(
+    data, tmp_path: pathlib.Path
+) -> None:
+    cfg, acts_BD = data
+    nn.save(nn.SparseAutoencoder(nn_config.Relu(d_vit=D, exp_factor=2)), tmp_path / "sae.pt")
+    plain = scorers.fit(config.Random("plain"), cfg, 5)
+    x_BD = torch.from_numpy(acts_BD)
+    for scorer in (plain, scorers.load(tmp_path / "sae.pt")):
+        for dtype in (torch.float64, torch.bfloat16, torch.float16):
+            got_BK = scorer(x_BD.to(dtype))
+            torch.testing.assert_close(got_BK, scorer(x_BD.to(dtype).float()), rtol=0, atol=0)
+        assert scorer(x_BD[:0]).shape == (0, scorer.n_prototypes)
+        for bad, text in (
+            (x_BD[:, :4], r"shape \(300, 4\); this scorer takes \(B, D\) with D = 6"),
+            (x_BD[0], r"shape \(6,\)"),
+            (x_BD.long(), "torch.int64; a scorer takes a torch tensor of floats"),
+            (acts_BD.tolist(), "list; a scorer"),
+            (x_BD.to("meta"), "on meta, but the scorer is on cpu"),
+        ):
+            with pytest.raises(errors.UserError, match=text):
+                scorer(bad)
+
+
+@pytest.mark.parametrize("similarity", ["plain", "dot", "cosine"])
+def test_products_beyond_float32_are_not_scored_as_0(similarity: str) -> None:
+    scorer = base.Prototypes.of(torch.full((1, D), 1e20), torch.zeros(D), similarity)
+    assert not scorer(torch.full((2, D), 1e20)).isfinite().any()
 
 
 def test_reservoir_draws_distinct_activations_of_the_stream(data) -> None:

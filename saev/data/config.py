@@ -10,6 +10,8 @@ from saev import errors, fields, launch
 
 Family = tp.Literal["clip", "siglip", "dinov2", "dinov3", "mae", "timm"]
 Patches = tp.Literal["image", "cls", "all"]
+Annotations = tp.Literal["any", "last"]
+"""What counts of several annotations of one image and trait."""
 
 MAX_IMG_SIZE = 4096
 """65,536 patches of 16 pixels: attention over more is beyond any ViT."""
@@ -145,6 +147,15 @@ class Shards:
     """More shard directories of the same ViT, read after shard_root as one stream."""
     partial: bool = False
     """Read the complete shards of an interrupted dump too."""
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Subset(Shards):
+    """Some images of shard directories, as a stream of its own. For code; there is no flag."""
+
+    image_is: tuple[int, ...] = ()
+    """Their numbers, which count every image of every directory."""
 
     def __post_init__(self) -> None:
         fields.settle(self, "data.", layer="[-1e4, 1e4]")

@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64, jaxtyped
 
 from saev import errors, fields
+from saev.data import config
 from saev.formats import textfile
 
 N_FIELDS = 7
@@ -66,12 +67,15 @@ class Cub:
 
 
 @beartype.beartype
-def load(root: str | pathlib.Path, *, min_certainty: int = 3) -> Cub:
+def load(
+    root: str | pathlib.Path, *, min_certainty: int = 3, annotations: config.Annotations = "any"
+) -> Cub:
     """Loads the labels. A trait counts as present when an annotator marked it so with at least `min_certainty`.
 
     Args:
         root: the CUB_200_2011 folder.
         min_certainty: 1 not visible, 2 guessing, 3 probably, 4 definitely.
+        annotations: of several of the same image and trait, does any positive count, or the last line alone?
 
     Raises:
         UserError: a file is missing, a line cannot be parsed (names file and line), an id is unknown, or an
@@ -100,7 +104,7 @@ def load(root: str | pathlib.Path, *, min_certainty: int = 3) -> Cub:
         attribute_names_T=[names[t] for t in sorted(names)],
         class_N=np.array([classes[i] for i in ids], np.int64),
         shares_CT=_read_shares(root, max(classes.values()), len(names)),
-        **_read_labels(_first(fpaths), ids, len(names), min_certainty),
+        **_read_labels(_first(fpaths), ids, len(names), min_certainty, annotations),
     )
 
 
@@ -212,12 +216,16 @@ def _numbers(fpath: pathlib.Path, paths: dict[int, str], allowed: range) -> dict
 
 
 def _read_labels(
-    fpath: pathlib.Path, ids: list[int], n_traits: int, min_certainty: int
+    fpath: pathlib.Path,
+    ids: list[int],
+    n_traits: int,
+    min_certainty: int,
+    annotations: config.Annotations,
 ) -> dict[str, tp.Any]:
     """The fields of `Cub` that come from the annotations.
 
     Only the first four fields of a line count; the archive has lines with 5 to 7 (some copies leave out the time). Of several annotations of a pair any positive
-    that is certain enough counts: an annotator who does not see a trait is outvoted by one who does and is sure.
+    that is certain enough counts: an annotator who does not see a trait is outvoted by one who does and is sure. With "last" the last line does.
     """
     fields_M4 = _first_four_fields(fpath)
     row_of = np.full(max(ids) + 2, -1, np.int64)  # its last entry stands for every id beyond
@@ -236,11 +244,16 @@ def _read_labels(
     n_present_NT = np.bincount(pair_M[present_M == 1], minlength=n_seen_NT.size).reshape(
         -1, n_traits
     )
-    labels_NT = np.zeros((len(ids), n_traits), bool)
+    labels_n = np.zeros(n_seen_NT.size, bool)
     positive_M = (present_M == 1) & (certainty_M >= min_certainty)
-    labels_NT[row_M[positive_M], trait_M[positive_M] - 1] = True
+    if annotations == "any":
+        labels_n[pair_M[positive_M]] = True
+    else:
+        last_n = np.zeros(n_seen_NT.size, np.int64)
+        np.maximum.at(last_n, pair_M, np.arange(len(pair_M)))
+        labels_n = positive_M[last_n]
     return {
-        "labels_NT": labels_NT,
+        "labels_NT": labels_n.reshape(n_seen_NT.shape),
         "n_lines": len(row_M),
         "n_repeated": int((n_seen_NT > 1).sum()),
         "n_disputed": int(((n_present_NT > 0) & (n_present_NT < n_seen_NT)).sum()),

@@ -101,7 +101,9 @@ class _Part(tp.NamedTuple):
     """Positions of the chosen layers among the recorded ones."""
     first_image: int
     first: int
-    """Position of its first readable image."""
+    """Position of its first image of the stream."""
+    image_is_N: Int64[np.ndarray, " N"]
+    """Its images of the stream, by their numbers in the directory."""
 
 
 class Reader:
@@ -139,13 +141,17 @@ class Reader:
         images, first_image, first = [], 0, 0
         for part in self.dirs:
             layer_is = tuple(part.metadata.layers.index(layer) for layer in self.layers)
-            self._parts.append(_Part(part, layer_is, first_image, first))
-            images.append(part.image_is_N + first_image)
+            image_is_N = part.image_is_N
+            if isinstance(cfg, config.Subset):
+                image_is_N = image_is_N[np.isin(image_is_N + first_image, cfg.image_is)]
+            self._parts.append(_Part(part, layer_is, first_image, first, image_is_N))
+            images.append(image_is_N + first_image)
             first_image += part.metadata.n_imgs
-            first += len(part.image_is_N)
+            first += len(image_is_N)
         self._firsts = [part.first for part in self._parts]
         self.image_is_N: Int64[np.ndarray, " N"] = np.concatenate(images)
         self.n_all = first_image
+        self.chosen = cfg.image_is if isinstance(cfg, config.Subset) else None
         if not len(self.image_is_N):
             raise errors.UserError(f"{cfg.shard_root}: holds no image that could be read.")
 
@@ -189,7 +195,18 @@ class Reader:
     def hash(self) -> str:
         """Names what the stream holds: activations, images and their order, layers and tokens."""
         parts = [part.fingerprint for part in self.dirs]
-        return helpers.hash_of([parts, self.layers, self.tokens.start, self.tokens.stop])
+        chosen = [] if self.chosen is None else [self.chosen]
+        return helpers.hash_of([parts, self.layers, self.tokens.start, self.tokens.stop, *chosen])
+
+    @property
+    def skipped_is(self) -> list[int]:
+        """Numbers of the images that the dump recorded as corrupt (--skip-corrupt)."""
+        return [
+            part.first_image + skipped.image_i
+            for part in self._parts
+            for sidecar in part.dir.sidecars.values()
+            for skipped in sidecar.skipped
+        ]
 
     def describe(self) -> dict[str, object]:
         """What the activations are of, for those who keep something made from them: the ViT, its layers, which tokens."""
@@ -231,7 +248,7 @@ class Reader:
         """Positions of the images of each shard file."""
         out = []
         for part in self._parts:
-            image_is_N = part.dir.image_is_N
+            image_is_N = part.image_is_N
             bounds = [part.dir.metadata.imgs_in(i) for i in part.dir.shard_is]
             starts = np.searchsorted(image_is_N, [r.start for r in bounds]) + part.first
             stops = np.searchsorted(image_is_N, [r.stop for r in bounds]) + part.first

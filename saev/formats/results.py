@@ -61,7 +61,7 @@ class About:
     tokens: str
     shards: list[str]
     labels: str
-    """Hash of paths, split, traits and labels."""
+    """Hash of paths, split, traits and labels, and of whatever else than usual is measured."""
     min_certainty: int
     seed: int
     n_seeds: int
@@ -74,6 +74,15 @@ class About:
     """Hashes of the train and of the test activations."""
     problems: list[str] = dataclasses.field(default_factory=list)
     """What is implausible about the labels, or was left out, where --force went on all the same."""
+    chosen_on: str = ""
+    """Number of images that prototypes are chosen on, and of which split: "5,994 train images"."""
+    measured_on: str = ""
+    n_classes: int = 0
+    left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """By split, paths of the images that the dump recorded as corrupt."""
+    annotations: str = "any"
+    n_zero: int = 0
+    """Traits without a positive test image that count as AP 0."""
 
 
 SEEDS = (

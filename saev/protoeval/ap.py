@@ -10,9 +10,12 @@ A prototype's images are walked once, best first, and each adds to the traits th
 what came before them. SAE latents score most images 0, and all of those are skipped.
 """
 
+import typing as tp
+
 import beartype
 import numpy as np
-from jaxtyping import Bool, Float, Float64, UInt8, jaxtyped
+import torch
+from jaxtyping import Bool, Float, Float64, Shaped, UInt8, jaxtyped
 
 from saev import errors
 from saev.nn import kernels
@@ -23,16 +26,66 @@ LANES = 256
 """Resamples that are walked together."""
 
 
-@jaxtyped(typechecker=beartype.beartype)
+@tp.no_type_check  # it answers for itself, in one line
 def average_precision(
-    scores_NK: Float[np.ndarray, "N K"], labels_NT: Bool[np.ndarray, "N T"]
+    scores_NK: Float[np.ndarray, "N K"] | Float[torch.Tensor, "N K"],
+    labels_NT: Shaped[np.ndarray, "N T"] | Shaped[torch.Tensor, "N T"],
 ) -> Float64[np.ndarray, "K T"]:
     """AP of every prototype for every trait. NaN where a trait has no positive (it has no AP).
 
+    Takes numpy arrays and torch tensors on any device. Without prototypes or traits the result is empty.
+
+    Args:
+        scores_NK: numbers that float64 can hold; no NaN.
+        labels_NT: booleans, or numbers that are 0 or 1.
+
     Raises:
-        UserError: NaN among the scores.
+        UserError: anything else, no image at all, or not as many scores as labels.
     """
-    return of_rows(scores_NK.T, labels_NT)
+    scores_NK = _numbers(scores_NK, "scores_NK", "(images, prototypes)")
+    labels_NT = _numbers(labels_NT, "labels_NT", "(images, traits)")
+    if len(scores_NK) != len(labels_NT):
+        raise errors.UserError(
+            f"average_precision: scores of {len(scores_NK):,} images, but labels of {len(labels_NT):,}. Pass the same images."
+        )
+    if not len(scores_NK):
+        raise errors.UserError("average_precision: there are no images. Pass at least one.")
+    if not ((labels_NT == 0) | (labels_NT == 1)).all():
+        raise errors.UserError(
+            "average_precision: labels_NT holds other values than 0 and 1. Pass booleans."
+        )
+    return of_rows(scores_NK.T, labels_NT.astype(bool))
+
+
+def _numbers(values: object, name: str, shape: str) -> np.ndarray:
+    """A matrix of float32 or float64 that holds the very same numbers."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        is_half = values.is_floating_point() and values.dtype != torch.float64
+        values = values.float().numpy() if is_half else values.numpy()
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
+        what = getattr(values, "dtype", type(values).__name__)
+        raise errors.UserError(
+            f"average_precision: {name} is {what}. Pass a numpy array or torch tensor of numbers."
+        )
+    if values.ndim != 2:
+        raise errors.UserError(
+            f"average_precision: {name} has shape {values.shape}. Pass a matrix {shape}."
+        )
+    is_half = values.dtype in (np.float16, np.float32)
+    wide = values.astype(np.float32 if is_half else np.float64, copy=False)
+    if values.dtype.itemsize >= 8 and not _is_same(wide, values):
+        raise errors.UserError(
+            f"average_precision: {name} holds numbers that float64 cannot hold exactly. Pass float64."
+        )
+    return wide
+
+
+def _is_same(wide: np.ndarray, values: np.ndarray) -> bool:
+    with np.errstate(invalid="ignore"):  # 2^63 as a float is beyond the largest integer
+        return wide.dtype == values.dtype or np.array_equal(
+            wide.astype(values.dtype), values, equal_nan=values.dtype.kind == "f"
+        )
 
 
 @jaxtyped(typechecker=beartype.beartype)

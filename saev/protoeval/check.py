@@ -55,7 +55,10 @@ def problems(labels: cub.Cub) -> list[str]:
                 f"a constant scorer gets a mean AP of {mean:.2f} on the {name} images{expected}"
             )
     if (n_N, n_T) == REAL and len(train_NT) != REAL_TRAIN:
-        out.append(f"{len(train_NT):,} of the images are train images; CUB has {REAL_TRAIN:,}")
+        swapped = "; the split is the wrong way round" * (len(test_NT) == REAL_TRAIN)
+        out.append(
+            f"{len(train_NT):,} of the images are train images; CUB has {REAL_TRAIN:,}{swapped}"
+        )
     n_classes = len(np.unique(labels.class_N))
     if (n_N, n_T) == REAL and n_classes != REAL_CLASSES:
         out.append(f"the images are of {n_classes} classes; CUB has {REAL_CLASSES}")
@@ -202,7 +205,7 @@ def describe(labels: cub.Cub) -> str:
     )
     explained, chance = between_classes(labels)
     lines = [
-        f"{n_N:,} images ({len(train_NT):,} train, {len(test_NT):,} test) of {len(set(labels.class_N.tolist())):,} classes, {n_T} traits",
+        f"{n_N:,} images of {len(set(labels.class_N.tolist())):,} classes, {n_T} traits: {len(train_NT):,} train images (1 in train_test_split.txt), {len(test_NT):,} test images (0)",
         f"{labels.n_lines:,} annotations; {labels.n_repeated:,} image x trait pairs were annotated more than once ({labels.n_disputed:,} with both answers); {labels.n_uncertain:,} positives are not certain enough",
         f"classes explain {explained:.1%} of the labels' variance (by chance {chance:.1%}); {_witness(labels)}",
         "",

@@ -95,6 +95,7 @@ class Measure:
 
     def __init__(self, test: Split, cfg: config.ProtoEval):
         self.test = test
+        self.is_zero = cfg.no_positives == "zero"
         n_images = len(test.labels_NT)
         times_MN = ap.resamples(n_images, cfg.n_boot, cfg.seed)
         self.times_MN = np.concatenate([np.ones((1, n_images), np.uint8), times_MN])
@@ -103,8 +104,10 @@ class Measure:
     def __call__(
         self, scores_TN: Float[np.ndarray, "T N"]
     ) -> tuple[Float64[np.ndarray, " T"], Float64[np.ndarray, " M"]]:
-        """AP of row t for trait t, and mAPs over the traits that each resample has a positive of."""
+        """AP of row t for trait t, and mAPs over the traits that each resample has a positive of (or over all traits)."""
         ap_TM = ap.resampled(scores_TN, self.test.labels_NT, self.times_MN)
+        if self.is_zero:
+            ap_TM = np.nan_to_num(ap_TM, nan=0.0)
         boot_TM = ap_TM[:, 1:]
         n_M = np.maximum((~np.isnan(boot_TM)).sum(axis=0), 1)
         return ap_TM[:, 0], np.nansum(boot_TM, axis=0) / n_M

@@ -10,6 +10,8 @@ from saev import errors, fields, launch
 from saev.data import config as data_config
 from saev.scorers import config as scorers_config
 
+Split = tp.Literal["train", "test"]
+
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +29,19 @@ class ProtoEval:
     test_data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
     """Activations that hold the test images; may be the same directory. Left out: the train data's."""
     fit_data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
-    """Activations to fit the scorer on (without labels). Left out: the train data, with whatever other images it holds."""
+    """Activations to fit the scorer on (without labels), all of their images. Left out: the train images alone."""
     n_prototypes: tuple[int, ...] = (128, 512, 2048, 8192)
     """Numbers of prototypes to compare."""
     n_train: tuple[int, ...] = (16, 64, 256, 1024, -1)
     """Numbers of train images used for choosing; -1, or more than there are, for all."""
     min_certainty: int = 3
     """A trait counts as present from this certainty on: 1 not visible, 2 guessing, 3 probably, 4 definitely."""
+    annotations: data_config.Annotations = "any"
+    """Of several annotations of an image and trait: any: the trait is present if one of them says so with enough certainty. last: the last line counts."""
+    no_positives: tp.Literal["leave-out", "zero"] = "leave-out"
+    """A trait without a positive test image has no AP. leave-out: it is left out of all means. zero: it counts as AP 0."""
+    swap_splits: bool = False
+    """Choose (and fit) on CUB's test images and measure on its train images, for tables that were made this way round."""
     seed: int = 0
     """Seed of the fitted scorers and of the drawn train images."""
     n_seeds: int = 1
@@ -94,13 +102,27 @@ class ProtoEval:
         return self.test_data if self.test_data.shard_root else self.train_data
 
     @property
+    def sides(self) -> tuple[tuple[Split, data_config.Shards], ...]:
+        """The split that prototypes are chosen on, and the one that they are measured on, with their activations."""
+        sides: tuple[tuple[Split, data_config.Shards], ...] = (
+            ("train", self.train_data),
+            ("test", self.test),
+        )
+        return sides[::-1] if self.swap_splits else sides
+
+    @property
+    def protocol(self) -> tuple[object, ...]:
+        """What is measured on which images, beside the labels' files."""
+        return (self.min_certainty, self.annotations, self.no_positives, self.swap_splits)
+
+    @property
     def fit(self) -> data_config.Shards:
         return self.fit_data if self.fit_data.shard_root else self.train_data
 
     @property
     def stream(self) -> tuple[object, ...]:
         """Configs with equal streams are evaluated in one pass and land in one table."""
-        data = (self.cub_root, self.train_data, self.test, self.min_certainty)
+        data = (self.cub_root, self.train_data, self.test, self.protocol)
         grid = (self.n_train, self.seed, self.n_seeds, self.n_boot)
         return (*data, *grid, self.memory_gb, self.dump_to, self.device)
 

@@ -16,6 +16,7 @@ import numpy as np
 from saev import errors, helpers
 from saev.formats import jsonfile, layout, manifest, results
 from saev.protoeval import compare, config
+from saev.scorers import config as scorers_config
 
 AGAINST = """Less random activations chosen on the same train images, on the same resamples of the test images. Intervals are over test \
 images, and over the draws of train images where there are several; not over the prototypes: activations, or an SAE, of another seed would \
@@ -69,6 +70,10 @@ def _notes(rows: list[results.Row], names: list[str], about: results.About) -> s
         note += f" Intervals: {about.n_boot:,} bootstrap resamples of the test images."
     if about.n_seeds > 1:
         note += f" Draws: standard deviation over {about.n_seeds} draws of the train images."
+    if about.n_zero:
+        note += f" {about.n_zero} trait(s) without a positive test image count as AP 0."
+    for split, paths in about.left_out.items():
+        note += f" {len(paths):,} {split} image(s) are left out, because the dump recorded them as corrupt (about.json names them)."
     if missing:
         note += f" {missing} trait(s) without a positive test image are left out."
     unseen = {row.n_train: int(np.isnan(row.train_ap_RT).any(axis=0).sum()) for row in rows}
@@ -89,9 +94,13 @@ def settings(about: results.About) -> str:
     """A line for each scorer: its settings, its checkpoint and what it was fitted on, by the first digits of their hashes."""
     lines = []
     for name, fields in about.scorers.items():
+        similarity = fields.get("similarity", "dot" if fields.get("cls") == "Pca" else "")
+        said = fields
+        if similarity in scorers_config.FORMULAS:
+            said = fields | {"similarity": f"{similarity} {scorers_config.FORMULAS[similarity]}"}
         parts = [
-            f"{key} {str(value)[:8] if key in ('ckpt', 'fit') else value}"
-            for key, value in fields.items()
+            f"{key.replace('_', ' ')} {str(value)[:8] if key in ('ckpt', 'fit') else value}"
+            for key, value in said.items()
             if key != "cls"
         ]
         lines.append(f"- {name}: {fields.get('cls', name)}, {', '.join(parts)}\n")
@@ -102,7 +111,13 @@ def settings(about: results.About) -> str:
 def describe(about: results.About) -> str:
     """What a table is of, in a sentence."""
     names = " and ".join(about.shards)
-    return f"{about.vit}, layer {about.layer}, {about.tokens}, shards {names}; certainty from {about.min_certainty}; seed {about.seed}."
+    text = f"{about.vit}, layer {about.layer}, {about.tokens}, shards {names}"
+    if about.chosen_on:
+        text += f"; {about.n_classes} classes, chosen on {about.chosen_on}, measured on {about.measured_on}"
+    text += " (splits swapped)" * about.chosen_on.endswith("test images")
+    text += f"; certainty from {about.min_certainty}"
+    text += ", the last annotation counts" * (about.annotations == "last")
+    return f"{text}; seed {about.seed}."
 
 
 @beartype.beartype

@@ -20,12 +20,12 @@ from saev import devices, errors, helpers, scorers
 from saev.data import config as data_config
 from saev.data import cub, reader
 from saev.formats import manifest, results
-from saev.protoeval import check, choice, config, report, scoring
+from saev.protoeval import check, choice, config, join, report, scoring
 from saev.scorers import config as scorers_config
 
 logger = logging.getLogger("saev")
 
-REVISION = 4
+REVISION = 5
 """Raised whenever the same activations, labels and config may give other numbers."""
 
 
@@ -46,21 +46,19 @@ def main(cfgs: list[config.ProtoEval]) -> str:
             "--train-data.shard-root is missing: pass the directory that `python -m saev.data` printed."
         )
     check_one_space(cfgs)
-    labels = cub.load(cfg.cub_root, min_certainty=cfg.min_certainty)
+    labels = _labels(cfg)
     if not cfg.force:
         check.refuse_implausible(labels, cfg.cub_root)
-    joins = [
-        _join(cfg.train_data, labels, True, cfg.force),
-        _join(cfg.test, labels, False, cfg.force),
-    ]
+    joins = join.both(cfg, labels)
+    runs = [Run(c, join.fit_data(c, joins[0])) for c in cfgs]
     linked = _in_gallery(cfgs)
-    out = pathlib.Path(cfg.dump_to) / _run_id(cfgs, labels)
+    out = pathlib.Path(cfg.dump_to) / _run_id(runs, labels, joins)
     helpers.sweep(out.parent)
     helpers.sweep(out)
     if not (out / manifest.NAME).exists():
         with helpers.locked(out.with_name(f".{out.name}.lock"), f"it evaluates {out}"):
             if not (out / manifest.NAME).exists():
-                _evaluate_into(out, cfgs, labels, joins)
+                _evaluate_into(out, runs, labels, joins)
     else:
         manifest.read(out, results.FILES, report.AGAIN)
         logger.info("%s: evaluated already", out)
@@ -76,19 +74,31 @@ def look(cfgs: list[config.ProtoEval], say: collections.abc.Callable[[str], None
     Raises:
         UserError: bad or (without --force) implausible labels, or shards that lack an image.
     """
-    for cfg in {(c.cub_root, c.train_data, c.test, c.min_certainty): c for c in cfgs}.values():
+    for cfg in {(c.cub_root, c.train_data, c.test, c.protocol): c for c in cfgs}.values():
         _look(cfg, say)
+
+
+def _labels(cfg: config.ProtoEval) -> cub.Cub:
+    return cub.load(cfg.cub_root, min_certainty=cfg.min_certainty, annotations=cfg.annotations)
 
 
 def _look(cfg: config.ProtoEval, say: collections.abc.Callable[[str], None]) -> None:
     if not cfg.cub_root:
         raise errors.UserError("--cub-root is missing: pass the CUB_200_2011 folder.")
-    labels = cub.load(cfg.cub_root, min_certainty=cfg.min_certainty)
-    say(f"{cfg.cub_root}, certainty from {cfg.min_certainty}: {check.describe(labels)}")
-    for split, data in (("train", cfg.train_data), ("test", cfg.test)):
+    labels = _labels(cfg)
+    say(
+        f"{cfg.cub_root}, certainty from {cfg.min_certainty}, annotations: {cfg.annotations}: {check.describe(labels)}"
+    )
+    chosen, measured = (split for split, _ in cfg.sides)
+    say(f"Prototypes are chosen on the {chosen} images and measured on the {measured} images.")
+    for split, data in cfg.sides:
         if data.shard_root:
-            n = len(_join(data, labels, split == "train", cfg.force))
-            say(f"{data.shard_root}: holds all {n:,} {split} images.")
+            found = join.of(data, labels, split, cfg.force)
+            if found.left_out:
+                text = join.said_of(found.left_out, split)
+                say(f"{data.shard_root}: holds {found.size}; {text}.")
+            else:
+                say(f"{data.shard_root}: holds all {found.size}.")
     for problem in check.problems(labels):
         say(f"Implausible: {problem}.")
     if not cfg.force:
@@ -96,19 +106,17 @@ def _look(cfg: config.ProtoEval, say: collections.abc.Callable[[str], None]) -> 
 
 
 def _evaluate_into(
-    out: pathlib.Path,
-    cfgs: list[config.ProtoEval],
-    labels: cub.Cub,
-    joins: list[dict[int, int]],
+    out: pathlib.Path, runs: list["Run"], labels: cub.Cub, joins: list[join.Join]
 ) -> None:
+    cfgs = [run.cfg for run in runs]
     cfg = cfgs[0]
     banks = [
-        bank for c, name in zip(cfgs, labels_of(cfgs), strict=True) for bank in _banks(c, name)
+        bank for run, name in zip(runs, labels_of(cfgs), strict=True) for bank in _banks(run, name)
     ]
     partial = out.with_name(f".{out.name}.partial")
     train, test = _score(cfg, banks, labels, joins, partial)
     rows = choice.evaluate(train, test, banks, cfg)
-    about = dataclasses.replace(_about(cfgs, labels), problems=_forced(cfg, labels))
+    about = dataclasses.replace(_about(runs, labels, joins), problems=_forced(cfg, labels))
     report.write(out, rows, labels.attribute_names_T, cfgs, about)
     shutil.rmtree(partial, ignore_errors=True)
 
@@ -153,8 +161,10 @@ def _space(acts: reader.Reader) -> dict[str, object]:
     return {"ViT": f"{acts.metadata.vit_family} {acts.metadata.vit_ckpt}", "layer": layer}
 
 
-def _about(cfgs: list[config.ProtoEval], labels: cub.Cub) -> results.About:
-    cfg = cfgs[0]
+def _about(runs: list["Run"], labels: cub.Cub, joins: list[join.Join]) -> results.About:
+    cfgs = [run.cfg for run in runs]
+    cfg, (chosen, measured) = cfgs[0], joins
+    seen_T = labels.labels_NT[list(measured.row_of.values())].any(axis=0)
     acts, space = reader.Reader(cfg.train_data), _space(reader.Reader(cfg.train_data))
     data = (cfg.train_data, cfg.test)
     names = [pathlib.Path(root).name[:8] for d in data for root in (d.shard_root, *d.more_roots)]
@@ -163,15 +173,40 @@ def _about(cfgs: list[config.ProtoEval], labels: cub.Cub) -> results.About:
         layer=tp.cast(int, space["layer"]),
         tokens=f"{acts.n_tokens} tokens an image ({cfg.train_data.patches})",
         shards=[helpers.printable(name) for name in dict.fromkeys(names)],
-        labels=_labels_hash(labels),
+        labels=_measured_hash(cfg, labels, joins),
         min_certainty=cfg.min_certainty,
         seed=cfg.seed,
         n_seeds=cfg.n_seeds,
         n_boot=cfg.n_boot,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
-        scorers=dict(zip(labels_of(cfgs), map(_in_full, cfgs), strict=True)),
+        scorers={
+            name: _in_full(run) | _fitted_on(run, joins, labels)
+            for run, name in zip(runs, labels_of(cfgs), strict=True)
+        },
         activations=[_identity(d) for d in data],
+        chosen_on=chosen.size,
+        measured_on=measured.size,
+        n_classes=len(np.unique(labels.class_N)),
+        left_out={side.split: side.left_out for side in joins if side.left_out},
+        annotations=cfg.annotations,
+        n_zero=int((~seen_T).sum()) if cfg.no_positives == "zero" else 0,
     )
+
+
+def _fitted_on(run: "Run", joins: list[join.Join], labels: cub.Cub) -> dict[str, str]:
+    if isinstance(run.cfg.scorer, scorers_config.Sae):
+        return {}
+    return {"fitted_on": join.fitted_on(run.cfg, run.fit, joins, labels)}
+
+
+def _measured_hash(cfg: config.ProtoEval, labels: cub.Cub, joins: list[join.Join]) -> str:
+    """Names what is measured on which images: figures under another name are not comparable."""
+    usual = (cfg.no_positives, cfg.swap_splits) == ("leave-out", False)
+    left_out = [side.left_out for side in joins]
+    if usual and not any(left_out):
+        return _labels_hash(labels)
+    parts = [_labels_hash(labels), cfg.no_positives, cfg.swap_splits, left_out]
+    return helpers.hash_of(parts)
 
 
 def _labels_hash(labels: cub.Cub) -> str:
@@ -203,24 +238,35 @@ def _in_gallery(cfgs: list[config.ProtoEval]) -> str:
     )
 
 
-def _run_id(cfgs: list[config.ProtoEval], labels: cub.Cub) -> str:
-    """Hash of all that decides the table: activations, labels, scorers, grid and seed; not of where they lie."""
-    parts: list[object] = [REVISION, scorers.REVISION, _labels_hash(labels)]
-    for cfg in cfgs:
-        parts += [_identity(data) for data in (cfg.train_data, cfg.test, cfg.fit)]
+class Run(tp.NamedTuple):
+    """One config of a group, and the activations that its scorer is fitted on."""
+
+    cfg: config.ProtoEval
+    fit: data_config.Shards
+
+
+def _run_id(runs: list[Run], labels: cub.Cub, joins: list[join.Join]) -> str:
+    """Hash of all that decides the table: activations, labels, protocol, scorers, grid and seed; not of where they lie."""
+    measured = _measured_hash(runs[0].cfg, labels, joins)
+    parts: list[object] = [REVISION, scorers.REVISION, measured]
+    for run in runs:
+        cfg = run.cfg
+        parts += [cfg.annotations]  # the table names it, even where all labels are equal
+        parts += [_identity(data) for data in (cfg.train_data, cfg.test, run.fit)]
         parts += [cfg.n_prototypes, cfg.n_train, cfg.seed, cfg.n_seeds, cfg.n_boot]
-        parts += [_in_full(cfg), _name_of_run(cfg)]
+        parts += [_in_full(run), _name_of_run(cfg)]
     return helpers.hash_of(parts)[:12]
 
 
-def _in_full(cfg: config.ProtoEval) -> dict[str, tp.Any]:
+def _in_full(run: Run) -> dict[str, tp.Any]:
     """All that decides a scorer but the seed; not where its files lie."""
-    fields: dict[str, tp.Any] = {"cls": type(cfg.scorer).__name__}
-    fields |= dataclasses.asdict(cfg.scorer)
+    scorer = run.cfg.scorer
+    fields: dict[str, tp.Any] = {"cls": type(scorer).__name__}
+    fields |= dataclasses.asdict(scorer)
     if "ckpt" in fields:
         ckpt = pathlib.Path(fields["ckpt"])
         return fields | {"ckpt": helpers.hash_file(ckpt) if ckpt.is_file() else fields["ckpt"]}
-    return fields | {"fit": _identity(cfg.fit)}
+    return fields | {"fit": _identity(run.fit)}
 
 
 def _name_of_run(cfg: config.ProtoEval) -> str:
@@ -235,8 +281,9 @@ def _identity(data: data_config.Shards) -> str:
 # ---- scorers ----
 
 
-def _banks(cfg: config.ProtoEval, name: str) -> list[choice.Bank]:
+def _banks(run: Run, name: str) -> list[choice.Bank]:
     """K-means is fitted once per K; the others once, and their prefixes serve the smaller K."""
+    cfg = run.cfg
     fit_ks = (
         sorted(set(cfg.n_prototypes))
         if type(cfg.scorer).__name__ == "KMeans"
@@ -244,7 +291,7 @@ def _banks(cfg: config.ProtoEval, name: str) -> list[choice.Bank]:
     )
     fitted = scorers.fit_each(
         cfg.scorer,
-        cfg.fit,
+        run.fit,
         fit_ks,
         seed=cfg.seed,
         dpath=pathlib.Path(cfg.scorers_to),
@@ -273,7 +320,7 @@ def labels_of(cfgs: list[config.ProtoEval]) -> list[str]:
     """
     short = [_label(cfg, cfgs) for cfg in cfgs]
     full = [
-        f"{name} ({getattr(cfg.scorer, 'ckpt', '')} fit on {cfg.fit.shard_root} layer {cfg.fit.layer} {cfg.fit.patches})"
+        f"{name} ({getattr(cfg.scorer, 'ckpt', '')} fit on {cfg.fit.shard_root} layer {cfg.fit.layer} {cfg.fit.patches}, {_which(cfg)})"
         for name, cfg in zip(short, cfgs, strict=True)
     ]
     names = [s if short.count(s) == 1 else f for s, f in zip(short, full, strict=True)]
@@ -292,51 +339,15 @@ def _label(cfg: config.ProtoEval, cfgs: list[config.ProtoEval]) -> str:
             parts.append(pathlib.Path(value).parent.name or value)
         elif any(getattr(c.scorer, field.name) != value for c in alike):
             parts.append(f"{field.name}={value}")
-    if any(c.fit != cfg.fit for c in alike):
-        parts.append(f"fit on {pathlib.Path(cfg.fit.shard_root).name[:8]} layer {cfg.fit.layer}")
+    if any((c.fit, _which(c)) != (cfg.fit, _which(cfg)) for c in alike):
+        place = f"{pathlib.Path(cfg.fit.shard_root).name[:8]} layer {cfg.fit.layer}"
+        parts.append(f"fit on {_which(cfg)} of {place}")
     return " ".join(parts)
 
 
-# ---- images joined by path ----
-
-
-@beartype.beartype
-def _join(data: data_config.Shards, labels: cub.Cub, train: bool, force: bool) -> dict[int, int]:
-    """Image number in the shards -> row in the labels, for all images of the split; skipped images are not there.
-
-    Raises:
-        UserError: an image of the split is not in the shards, a path is there twice, or (without `force`) the shards hold an image
-            that the labels do not know.
-    """
-    acts = reader.Reader(data)
-    row_of = {path: row for row, path in enumerate(labels.paths_N)}
-    paths = {int(i): acts.records[i].path for i in acts.image_is_N}
-    rows = {i: row_of[cub.key(path)] for i, path in paths.items() if cub.key(path) in row_of}
-    join = {i: row for i, row in rows.items() if labels.is_train_N[row] == train}
-    split, other = ("train", "test") if train else ("test", "train")
-    if wrong := [paths[i] for i in join if paths[i].startswith(f"{other}/")]:
-        raise errors.UserError(
-            f"{data.shard_root}: {len(wrong)} images lie in {other}/ but are {split} images by train_test_split.txt (first: {wrong[0]}). Sort the photos again."
-        )
-    if unknown := sorted(paths[i] for i in paths.keys() - rows.keys()):
-        what = f"{data.shard_root}: {len(unknown)} of {len(paths)} images have no row in images.txt (first: {', '.join(unknown[:3])})"
-        if not force:
-            raise errors.UserError(
-                f"{what}. Dump CUB's images alone (data:cub200); --force leaves the others out; fit on other images by --fit-data."
-            )
-        logger.warning("%s; they are left out", what)
-    if len(set(join.values())) < len(join):
-        raise errors.UserError(
-            f"{data.shard_root}: holds a {split} image of CUB twice. Dump one folder of CUB images."
-        )
-    missing = set(np.flatnonzero(labels.is_train_N == train).tolist()) - set(join.values())
-    if missing:
-        first = ", ".join(labels.paths_N[row] for row in sorted(missing)[:3])
-        raise errors.UserError(
-            f"{data.shard_root}: {len(missing)} of CUB's {split} images are not in these shards, joined by path (first: {first}). "
-            "Dump the images with data:cub200, or data:image-folder on CUB's images/ folder; if they lie in shards of their own, pass these as --test-data.shard-root."
-        )
-    return join
+def _which(cfg: config.ProtoEval) -> str:
+    """Which of the fit data's images a scorer is fitted on."""
+    return "all images" if cfg.fit_data.shard_root else f"{cfg.sides[0][0]} images"
 
 
 # ---- scores ----
@@ -346,42 +357,41 @@ def _score(
     cfg: config.ProtoEval,
     banks: list[choice.Bank],
     labels: cub.Cub,
-    joins: list[dict[int, int]],
+    joins: list[join.Join],
     dpath: pathlib.Path,
 ) -> tuple[choice.Split, choice.Split]:
-    """Train and test scores; one pass when both lie in the same shards."""
+    """Scores of the images that are chosen on and of those measured on; one pass when both lie in the same shards."""
     device = devices.pick(cfg.device)
     run = [bank.scorer.to(device) for bank in banks]
-    train_join, test_join = joins
-    if cfg.test == cfg.train_data:
-        joint = _scores(run, cfg.train_data, train_join | test_join, dpath / "all", device, cfg)
+    first, second = joins
+    if first.data == second.data:
+        rows = first.row_of | second.row_of
+        joint = _scores(run, first.data, rows, dpath / "all", device, cfg)
         both = [joint, joint]
     else:
         both = [
-            _scores(run, data, join, dpath / name, device, cfg)
-            for name, data, join in (
-                ("train", cfg.train_data, train_join),
-                ("test", cfg.test, test_join),
-            )
+            _scores(run, side.data, side.row_of, dpath / side.split, device, cfg) for side in joins
         ]
-    train, test = (_split(scores, join, labels) for scores, join in zip(both, joins, strict=True))
-    return train, test
+    chosen, measured = (
+        _split(scores, side.row_of, labels) for scores, side in zip(both, joins, strict=True)
+    )
+    return chosen, measured
 
 
 def _scores(
     run: list[scorers.Scorer],
     data: data_config.Shards,
-    join: dict[int, int],
+    row_of: dict[int, int],
     dpath: pathlib.Path,
     device: torch.device,
     cfg: config.ProtoEval,
 ) -> scoring.Scores:
     """In the order of images.txt, so that no result depends on the order of the shards."""
-    image_is = sorted(join, key=join.__getitem__)
+    image_is = sorted(row_of, key=row_of.__getitem__)
     return scoring.score(run, data, image_is, dpath, device, cfg.memory_gb)
 
 
-def _split(scores: scoring.Scores, join: dict[int, int], labels: cub.Cub) -> choice.Split:
-    columns = [n for n, i in enumerate(scores.image_i_N.tolist()) if i in join]
-    rows = [join[i] for i in scores.image_i_N[columns].tolist()]
+def _split(scores: scoring.Scores, row_of: dict[int, int], labels: cub.Cub) -> choice.Split:
+    columns = [n for n, i in enumerate(scores.image_i_N.tolist()) if i in row_of]
+    rows = [row_of[i] for i in scores.image_i_N[columns].tolist()]
     return choice.Split(scores, np.array(columns, np.int64), labels.labels_NT[rows])

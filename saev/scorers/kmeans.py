@@ -86,11 +86,8 @@ def _started(
         raise errors.UserError(
             f"--scorer.n-samples {cfg.n_samples}: fewer than {max(ks)} clusters. Pass more."
         )
+    random.check_enough(data, max(ks), "clusters")
     sample = random.reservoir(data, cfg.n_samples, seed)
-    if len(sample.acts_KD) < max(ks):
-        raise errors.UserError(
-            f"{data.shard_root}: holds {len(sample.acts_KD)} activations, fewer than {max(ks)} clusters. Lower --n-prototypes."
-        )
     mean_D = torch.from_numpy(sample.mean_D).to(device)
     x_BD = _space(torch.from_numpy(sample.acts_KD).to(device), mean_D, cfg.normalize)
     # k-means++ draws one centre after the other: the first K of a longer draw are a draw of K

@@ -9,7 +9,7 @@ from jaxtyping import Float32, jaxtyped
 
 from saev import errors, helpers
 from saev.data import config as data_config
-from saev.data import ordered
+from saev.data import ordered, reader
 from saev.scorers import base, config
 
 
@@ -27,13 +27,25 @@ def fit(data: data_config.Shards, k: int, seed: int) -> base.Prototypes:
     Raises:
         UserError: bad shards, or fewer activations than k.
     """
+    check_enough(data, k, "prototypes")
     sample = reservoir(data, k, seed)
-    if len(sample.acts_KD) < k:
-        raise errors.UserError(
-            f"{data.shard_root}: holds {len(sample.acts_KD)} activations, fewer than {k} prototypes. Lower --n-prototypes."
-        )
     vectors_KD, mean_D = torch.from_numpy(sample.acts_KD), torch.from_numpy(sample.mean_D)
     return base.Prototypes.of(vectors_KD, mean_D, config.Random().similarity)
+
+
+@beartype.beartype
+def check_enough(data: data_config.Shards, k: int, what: str) -> None:
+    """Before anything is read.
+
+    Raises:
+        UserError: there are fewer activations than k.
+    """
+    acts = reader.Reader(data)
+    if len(acts) < k:
+        some = f" (of {acts.n_imgs:,} images)" if isinstance(data, data_config.Subset) else ""
+        raise errors.UserError(
+            f"{data.shard_root}: holds {len(acts)} activations{some}, fewer than {k} {what}. Lower --n-prototypes."
+        )
 
 
 @jaxtyped(typechecker=beartype.beartype)

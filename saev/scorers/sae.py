@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import typing as tp
 
 import beartype
 import torch
@@ -24,10 +25,12 @@ class SaeLatents:
     sae: nn.SparseAutoencoder
     n_prototypes: int
 
+    @tp.no_type_check  # it answers for itself, in one line
     def __call__(self, activations: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
         x_BD = base.ready(activations, self.sae.b_dec, "B D")
         return self.sae.encode(x_BD)[:, : self.n_prototypes]
 
+    @tp.no_type_check  # it answers for itself, in one line
     @torch.no_grad()
     def of_images(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
         """Largest codes of each image. All but TopK's rise with their own pre-activation alone: its largest is enough."""
