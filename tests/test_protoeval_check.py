@@ -99,7 +99,9 @@ def test_the_real_set_has_a_narrow_window() -> None:
     labels = dataclasses.replace(labels, is_train_N=is_train_N)
     assert check.problems(labels) == []
     inverted = dataclasses.replace(labels, is_train_N=~is_train_N)
-    assert check.problems(inverted) == ["5,794 of the images are train images; CUB has 5,994"]
+    assert check.problems(inverted) == [
+        "5,794 of the images are train images; CUB has 5,994; the split is the wrong way round"
+    ]
     one_less = cub.Cub(
         labels.paths_N[1:],
         is_train_N[1:],
