@@ -23,6 +23,7 @@ THRESHOLD = nn_field.THRESHOLD
 OLD = {"exp_factor": 2, "seed": 0, "n_reinit_samples": 9, "remove_parallel_grads": True}
 V5 = {"d_model": D, "d_sae": S, "reinit_blend": 0.8}
 TOP3 = {"key": "top-k", "top_k": 3, "sparsity": {"cls": "NoSparsity", "params": {}}}
+BATCH3 = {**TOP3, "key": "batch-top-k"}
 HEADERS = {
     "none": ({"d_vit": D, **OLD, "sparsity_coeff": 4e-4, "ghost_grads": False}, "Relu"),
     "1": ({"schema": 1, "cls": "TopK", "cfg": {"d_vit": D, **OLD, "top_k": 3}, "lib": "1"}, "TopK"),
@@ -45,7 +46,7 @@ HEADERS = {
         "Relu",
     ),
     "4-batch": (
-        {"schema": 4, "cfg": {**V5, "activation": {"cls": "BatchTopK", "params": TOP3}}},
+        {"schema": 4, "cfg": {**V5, "activation": {"cls": "BatchTopK", "params": BATCH3}}},
         "Threshold",
     ),
     "3": (
@@ -58,7 +59,7 @@ HEADERS = {
     ),
     "5": ({"schema": 5, "cfg": {**V5, "activation": {"cls": "TopK", "params": TOP3}}}, "TopK"),
     "5-batch": (
-        {"schema": 5, "cfg": {**V5, "activation": {"cls": "BatchTopK", "params": TOP3}}},
+        {"schema": 5, "cfg": {**V5, "activation": {"cls": "BatchTopK", "params": BATCH3}}},
         "Threshold",
     ),
 }
@@ -213,6 +214,14 @@ def test_tensors_that_do_not_fit(
         (
             {"schema": 5, "mean": [0], "cfg": {**V5, "activation": {"cls": "Relu"}}},
             r"its header has unknown keys \(mean\)",
+        ),
+        (
+            {"d_vit": D, **OLD, "activation": {"cls": "TopK", "params": {}}},
+            "cls is 'Relu', but activation is",
+        ),
+        (
+            {"schema": 5, "cfg": {**V5, "activation": {"cls": "BatchTopK", "params": TOP3}}},
+            "cls is 'BatchTopK', but key is 'top-k'",
         ),
         ({"d_vit": D, **OLD, "scale_mean": True}, r"cfg has unknown keys \(scale_mean\)"),
         (

@@ -410,3 +410,41 @@ def test_every_key_that_saelens_can_write_is_decided() -> None:
     runners = {"sae"}  # the runner's nested config, which has a file of its own
     assert names - runners - saelens.HONOURED <= foreign_keys.SAELENS
     assert not saelens.HONOURED & foreign_keys.SAELENS
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["SAE", "training", "inference"])
+def test_every_architecture_is_read_as_saelens_does_or_refused(
+    form: str, tmp_path: pathlib.Path
+) -> None:
+    """As the library saves SAEs, SAEs in training, and these for inference."""
+    sae_lens = pytest.importorskip("sae_lens")
+    registry = pytest.importorskip("sae_lens.registry")
+    classes = registry.SAE_CLASS_REGISTRY if form == "SAE" else registry.SAE_TRAINING_CLASS_REGISTRY
+    read, x_BD = [], batch()
+    for name, (cls, cfg_cls) in classes.items():
+        if name in ("temporal", "matching_pursuit"):  # (their own sizes)
+            continue
+        more = {"d_out": D, "apply_b_dec_to_input": False} if "transcoder" in name else {}
+        more |= {"k": 3} if "topk" in name else {}
+        more |= {"matryoshka_widths": [D, 4 * D]} if "matryoshka" in name else {}
+        theirs = cls(cfg_cls(d_in=D, d_sae=4 * D, **more))
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for p in theirs.parameters():
+                p += torch.randn(p.shape, generator=generator)
+            if hasattr(theirs, "topk_threshold"):
+                theirs.topk_threshold.fill_(4.0)
+        dpath = tmp_path / name
+        (theirs.save_inference_model if form == "inference" else theirs.save_model)(dpath)
+        try:
+            ours = saelens.load(dpath)
+        except errors.UserError:
+            continue
+        read.append(name)
+        theirs = sae_lens.SAE.load_from_disk(str(dpath))
+        with torch.no_grad():
+            f_BS = theirs.encode(x_BD)
+            assert_same(f_BS, theirs.decode(f_BS), ours)
+    want = ["standard", "gated", "topk", "jumprelu"]
+    assert read == want + ["batchtopk", "matryoshka_batchtopk"] * (form == "inference")

@@ -58,6 +58,17 @@ def evaluated(l0: float, nmse: float | None, n_dead: int = 8) -> dict[str, objec
     }
 
 
+def test_sizes_are_one_column_however_they_were_given(tmp_path: pathlib.Path) -> None:
+    for name, size in [("a", {"exp_factor": 4}), ("b", {"exp_factor": None, "d_sae": 37})]:
+        write(tmp_path / name)
+        fpath = tmp_path / name / "config.json"
+        cfg = json.loads(fpath.read_text())
+        fpath.write_text(json.dumps({**cfg, "sae": {"d_vit": 8, "top_k": 3, **size}}))
+    header, cells = report.table(report.read((str(tmp_path),)))
+    assert header[:4] == ["run", "architecture", "d_sae", "L0"]
+    assert [row[2] for row in cells] == ["32", "37"]
+
+
 def test_the_table(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "aa", lr=1e-3, metrics=evaluated(16.0, 0.3))
     write(tmp_path / "bb", lr=3e-3, metrics=evaluated(16.0, 0.25))

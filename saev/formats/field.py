@@ -15,6 +15,8 @@ from saev import errors
 LAST = 5
 Header = dict[str, tp.Any]
 
+ACTIVATIONS = {"Relu": "relu", "TopK": "top-k", "BatchTopK": "batch-top-k"}
+"""Class -> its name in params."""
 KEYS = frozenset(["schema", "cls", "cfg", "commit", "lib"])
 CFG_KEYS = frozenset(
     """
@@ -58,6 +60,8 @@ def _from_1(header: Header) -> Header:
     if header["cls"] != "SparseAutoencoderConfig":
         params = {key: cfg[key] for key in ("top_k",) if key in cfg}
         rest = {key: value for key, value in cfg.items() if key != "top_k"}
+        if rest.get("activation", {"cls": header["cls"]}).get("cls") != header["cls"]:
+            raise ValueError(f"cls is {header['cls']!r}, but activation is {rest['activation']!r}")
         cfg = {**rest, "activation": {"cls": header["cls"], "params": params}}
     return {"cfg": cfg}
 
@@ -112,6 +116,10 @@ def upgrade(header: Header, fpath: pathlib.Path) -> FieldSae:
         _only(activation, {"cls", "params"}, "activation")
         sizes = set() if activation["cls"] == "Relu" else {"top_k"}
         _only(params, sizes | PARAM_KEYS, f"params of {activation['cls']}")
+        for key in ("key", "kind"):
+            name = ACTIVATIONS.get(activation["cls"])
+            if params.get(key, name) != name:
+                raise ValueError(f"cls is {activation['cls']!r}, but {key} is {params[key]!r}")
         out = FieldSae(
             schema, activation["cls"], cfg["d_model"], cfg["d_sae"], params.get("top_k", 32)
         )
@@ -125,7 +133,7 @@ def upgrade(header: Header, fpath: pathlib.Path) -> FieldSae:
 
 
 def _check(sae: FieldSae) -> None:
-    if sae.activation not in ("Relu", "TopK", "BatchTopK"):
+    if sae.activation not in ACTIVATIONS:
         raise ValueError(f"activation {sae.activation!r} is unknown")
     for name in ("d_vit", "d_sae", "top_k"):
         value = getattr(sae, name)

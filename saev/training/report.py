@@ -200,6 +200,9 @@ def _flat(cfg: dict[str, tp.Any], prefix: str = "") -> collections.abc.Iterator[
 
 # ---- table ----
 
+SIZES = ("sae.d_sae", "sae.exp_factor")
+"""Fields of the config that the column d_sae shows."""
+
 
 @beartype.beartype
 def front(rows: list[Row]) -> set[str]:
@@ -220,7 +223,7 @@ def front(rows: list[Row]) -> set[str]:
 @beartype.beartype
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """(header, cells). Of the config, the fields that differ among the runs; a run on the front is marked with *."""
-    keys = dict.fromkeys(key for row in rows for key in row.cfg)
+    keys = dict.fromkeys(key for row in rows for key in row.cfg if key not in SIZES)
     vary = [key for key in keys if len({repr(row.cfg.get(key)) for row in rows}) > 1]
     header = ["run", "architecture", "d_sae", *vary, "L0", "norm. MSE", "expl. var."]
     header += ["dead %", "of", "state"]
