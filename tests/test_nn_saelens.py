@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -169,6 +170,8 @@ def test_codes_that_are_rescaled_by_decoder_norms(tmp_path: pathlib.Path) -> Non
         ),
         ({"finetuning_scaling_factor": True}, "tensor scaling_factor is missing"),
         ({"metadata": 3}, "metadata is no JSON object"),
+        ({"metadata": {"trained_on": {"layers": "8"}}}, "trained_on is not as saev writes it"),
+        ({"metadata": {"trained_on": 3}}, "trained_on is not as saev writes it"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
         ({"reshape_activations": "hook_z"}, "reshape_activations is 'hook_z'"),
         ({"d_sae": 2 * D + 1}, "tensor W_enc has shape"),
@@ -183,6 +186,22 @@ def test_what_cannot_be_expressed(
 ) -> None:
     with pytest.raises(errors.UserError, match=match):
         saelens.load(folder(tmp_path, cfg))
+
+
+def test_any_config_is_read_or_refused_in_one_line(tmp_path: pathlib.Path) -> None:
+    dpath, random = folder(tmp_path, {}), np.random.default_rng(0)
+    values = [None, True, 0, 3, 2 * D, 2**40, 1.5, "topk", "gated", "none", "6.1", [3], {"k": 3}]
+    keys, n_read = sorted(saelens.HONOURED | {"activation_fn_str", "hook_name"}), 0
+    for _ in range(300):
+        chosen = random.choice(keys, 3, replace=False)
+        more = {str(key): values[random.integers(len(values))] for key in chosen}
+        (dpath / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": 2 * D, **more}))
+        try:
+            saelens.load(dpath)
+            n_read += 1
+        except errors.UserError as err:
+            assert "\n" not in str(err)
+    assert n_read > 3
 
 
 def test_broken_folders(tmp_path: pathlib.Path) -> None:

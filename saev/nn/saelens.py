@@ -16,6 +16,7 @@ import re
 import typing as tp
 
 import beartype
+import msgspec
 import safetensors
 import safetensors.torch
 import torch
@@ -136,9 +137,20 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
         subtracts_b_dec=cfg.get("apply_b_dec_to_input", True),
         threshold=t.get("threshold"),
     )
-    trained_on = (cfg.get("metadata") or {}).get("trained_on")
-    model.activations = trained_on if isinstance(trained_on, dict) else {}
+    model.activations = _trained_on(cfg, dpath / CFG)
     return model
+
+
+def _trained_on(cfg: dict[str, tp.Any], fpath: pathlib.Path) -> dict[str, tp.Any]:
+    """What our export wrote beside SAELens' own metadata; empty where there is nothing."""
+    found = (cfg.get("metadata") or {}).get("trained_on") or {}
+    try:
+        msgspec.convert(found, sae.Activations)
+    except msgspec.ValidationError as err:
+        raise errors.UserError(
+            f"{fpath}: metadata.trained_on is not as saev writes it ({errors.first_line(err)}). Take it out of a copy."
+        ) from err
+    return found
 
 
 def _scaling(cfg: dict[str, tp.Any], found: dict[str, Tensor], dpath: pathlib.Path) -> Tensor:
