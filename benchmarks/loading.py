@@ -5,18 +5,22 @@
 Cold: the files are taken out of the page cache before each pass; the reference is one thread that reads them in
 16 MB pieces. Warm: the reference is copying as many bytes in memory. The shuffled loader's time runs from its
 first batch to the moment when it has read the whole epoch: in this span each activation that it hands out is
-paid for by one that it reads, as in a long run.
+paid for by one that it reads, as in a long run. "checksums" cases give each loader's speed as a share of its speed when
+it does not compare what it reads.
 """
 
 import argparse
+import collections.abc
+import functools
 import pathlib
 import tempfile
 import time
+import unittest.mock
 
 import numpy as np
 
 from benchmarks import common
-from saev.data import config, ordered, shuffled
+from saev.data import config, ordered, reader, shuffled
 from saev.formats import shards
 
 N_PATCHES, D, BATCH = 256, 384, 4096
@@ -130,13 +134,30 @@ def measure(
         batches.close()
         return n_batches * BATCH * layout_bytes(stream) / took_s
 
+    def believing(call: collections.abc.Callable[[], float]) -> float:
+        """The same loader, without comparing."""
+        with unittest.mock.patch.object(reader._File, "compare", lambda *_: None):
+            return call()
+
     pool_gb = round(gb / 3, 2)
     calls = {"reference": raw if cold else copy, "ordered": in_order}
     calls["shuffled"] = lambda: shuffle(pool_gb)
+    for name in ("ordered", "shuffled"):
+        calls[f"{name} without"] = functools.partial(believing, calls[name])
+    cpu_s: dict[str, list[float]] = {name: [] for name in calls}
+
+    def counted(name: str) -> float:
+        start_s = time.process_time()
+        rate = calls[name]()
+        cpu_s[name].append(time.process_time() - start_s)
+        return rate
+
     checked = {"ordered": check_ordered(cfg), "shuffled": check_shuffled(cfg, int(pool_gb * 1e9))}
     if not cold:
         read_all(fpaths)
-    rates = common.interleaved(calls, n_repeats)
+    rates = common.interleaved(
+        {name: functools.partial(counted, name) for name in calls}, n_repeats
+    )
     reference = "raw sequential read, cold" if cold else "memcpy"
     return [
         {
@@ -151,7 +172,19 @@ def measure(
             ],
             "checked": checked[name],
         }
-        for name in list(calls)[1:]
+        for name in ("ordered", "shuffled")
+    ] + [
+        {
+            "name": f"checksums, {name}, {dtype}, {'cold' if cold else 'warm'}",
+            "ratio": common.median_ratio(rates[name], rates[f"{name} without"]),
+            "reference": "the same loader without comparing",
+            "cpu_ratio": common.median_ratio(cpu_s[name], cpu_s[f"{name} without"]),
+            "spread": [
+                round(a / b, 3) for a, b in zip(rates[name], rates[f"{name} without"], strict=True)
+            ],
+            "checked": checked[name],
+        }
+        for name in ("ordered", "shuffled")
     ]
 
 
