@@ -33,8 +33,9 @@ def install() -> None:
         print("error: the working folder has been removed. Change to another one.", file=sys.stderr)
         sys.exit(2)
     codecs.register_error("saev", _bytes)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="saev")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="saev")
 
 
 def ctrl_c_ends() -> None:

@@ -61,7 +61,7 @@ def naming(fpath: pathlib.Path) -> collections.abc.Iterator[None]:
     try:
         yield
     except OSError as err:
-        if err.filename is None and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if err.filename is None and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             err.filename = str(fpath)
         raise
 
@@ -73,7 +73,7 @@ def atomic_folder(dpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]
     An older folder steps aside first and is removed last. A process killed between the two renames leaves it aside;
     `sweep` puts it back.
     """
-    with _temporary(dpath, is_folder=True) as tmp_dpath:
+    with naming(dpath), _temporary(dpath, is_folder=True) as tmp_dpath:
         yield tmp_dpath
         with _replacing(dpath):
             old_dpath = tmp_dpath.with_suffix(".old")

@@ -88,7 +88,7 @@ def _os_errors() -> collections.abc.Iterator[None]:
     try:
         yield
     except OSError as err:
-        if err.filename is None and err.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if err.filename is None and err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
         where = f"{err.filename}: " if err.filename is not None else ""
         raise errors.UserError(

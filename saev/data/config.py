@@ -13,6 +13,8 @@ Patches = tp.Literal["image", "cls", "all"]
 Annotations = tp.Literal["any", "last"]
 """What counts of several annotations of one image and trait."""
 
+MAX_PROCESSES = 256
+"""Of one machine."""
 MAX_IMG_SIZE = 4096
 """65,536 patches of 16 pixels: attention over more is beyond any ViT."""
 
@@ -121,6 +123,10 @@ class Dump:
             n_workers="[1, 1024]",
             n_jobs="[1, 10000]",
         )
+        if self.n_jobs > MAX_PROCESSES and not self.slurm.slurm_acct:
+            raise errors.UserError(
+                f"--n-jobs {self.n_jobs}: at most {MAX_PROCESSES} processes on one machine. Lower it, or pass --slurm-acct."
+            )
 
 
 @beartype.beartype

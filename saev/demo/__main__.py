@@ -6,6 +6,7 @@ if __name__ == "__main__":  # before the imports below, which take time
     early.install()
 
 import dataclasses
+import json
 import pathlib
 import shlex
 import time
@@ -21,7 +22,7 @@ from saev.visuals import config as visuals_config
 
 SCORERS = """\
 # The four scorers of the demo, evaluated in one pass.
-# uv run protoeval.py --sweep {fpath} --cub-root CUB_200_2011 --train-data.shard-root SHARDS
+# uv run protoeval.py --sweep SWEEP --cub-root CUB_200_2011 --train-data.shard-root SHARDS
 [[scorer]]
 type = "random"
 [[scorer]]
@@ -32,7 +33,7 @@ n_iters = 10
 type = "pca"
 [[scorer]]
 type = "sae"
-ckpt = "{ckpt}"
+ckpt = {ckpt}
 """
 
 
@@ -127,7 +128,7 @@ def run(cfg: config.Demo) -> dict[str, str]:
         LOOK.run("3. Look at its latents", look_args)
 
     sweep = root / "scorers.toml"
-    sweep.write_text(SCORERS.format(fpath=sweep, ckpt=ckpt), encoding="utf-8")
+    sweep.write_text(SCORERS.format(ckpt=json.dumps(ckpt, ensure_ascii=False)), encoding="utf-8")
     evaluate_args = ["--sweep", str(sweep), "--cub-root", str(cub), "--device", cfg.device]
     evaluate_args += ["--train-data.shard-root", shards, "--train-data.layer", str(cfg.layer)]
     evaluate_args += ["--n-prototypes", "32", "128", "512", "--n-train", "16", "64", "-1"]
@@ -165,7 +166,7 @@ def main() -> None:
     (cfg,) = sweeps.parse(config.Demo, "The whole experiment, small and real.")
     start_s = time.monotonic()
     made = run(cfg)
-    print(f"\n{(pathlib.Path(made['results']) / 'table.md').read_text()}")
+    print(f"\n{(pathlib.Path(made['results']) / 'table.md').read_text('utf-8')}")
     for name, path in made.items():
         print(f"{name:>10}: {path}")
     print(f"\nDone in {time.monotonic() - start_s:.0f} s. Open {made['gallery']} in a browser.")

@@ -4,7 +4,7 @@ import dataclasses
 
 import beartype
 
-from saev import fields
+from saev import errors, fields
 
 
 @beartype.beartype
@@ -27,4 +27,8 @@ class Demo:
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
 
     def __post_init__(self) -> None:
+        if not self.dump_to.isprintable():
+            raise errors.UserError(
+                f"--dump-to {self.dump_to!r}: a sweep file names this folder, so its name must be printable UTF-8."
+            )
         fields.settle(self, n_imgs="[40, 1e5]", layer="[-12, 11]", n_patches="[1, 1e13]")

@@ -104,7 +104,7 @@ class Train:
             costly_every="[1, 1e13]",
             save_every="(0, 1e6]",
             keep_last="[1, 1e6]",
-            data_parallel="[1, 1024]",
+            data_parallel="[1, 64]",
         )
         if self.n_patches < self.batch_size:
             raise errors.UserError(
