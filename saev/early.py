@@ -74,11 +74,11 @@ def _end(signum: int, frame: object) -> None:
 
 
 def _bytes(err: UnicodeError) -> tuple[bytes, int]:
-    r"""Characters that the terminal's encoding lacks are printed as \u...; the bytes of a file's name that is not UTF-8 as they are."""
+    """What the terminal's encoding lacks is printed as UTF-8, and a file's name that is not UTF-8 as it is: a script can use it."""
     if not isinstance(err, UnicodeEncodeError):
         raise err
-    out = b""
-    for char in err.object[err.start : err.end]:
-        is_byte = "\udc80" <= char <= "\udcff"
-        out += bytes([ord(char) - 0xDC00]) if is_byte else char.encode("ascii", "backslashreplace")
-    return out, err.end
+    text = err.object[err.start : err.end]
+    try:
+        return text.encode("utf-8", "surrogateescape"), err.end
+    except UnicodeEncodeError:  # half of a character beyond 16 bits
+        return text.encode("ascii", "backslashreplace"), err.end

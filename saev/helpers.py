@@ -61,7 +61,12 @@ def naming(fpath: pathlib.Path) -> collections.abc.Iterator[None]:
     try:
         yield
     except OSError as err:
-        if err.filename is None and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if err.filename is None and err.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EIO,
+        ):
             err.filename = str(fpath)
         raise
 

@@ -64,8 +64,6 @@ def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
     """
     early.install()
     _configure_logging()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # paths that are not UTF-8 are printed, too
-        sys.stdout.reconfigure(errors="backslashreplace")
     code = 0
     try:
         early.ctrl_c_raises()
@@ -88,7 +86,12 @@ def _os_errors() -> collections.abc.Iterator[None]:
     try:
         yield
     except OSError as err:
-        if err.filename is None and err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if err.filename is None and err.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EIO,
+        ):
             raise
         where = f"{err.filename}: " if err.filename is not None else ""
         raise errors.UserError(

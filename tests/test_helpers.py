@@ -1,6 +1,7 @@
 """Atomic files, progress, lazy attributes."""
 
 import contextlib
+import errno
 import logging
 import os
 import pathlib
@@ -208,3 +209,10 @@ def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, saev, saev.nn, saev.data, saev.scorers, saev.protoeval; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False False\n"
+
+
+@pytest.mark.parametrize("writing", [helpers.atomic, helpers.atomic_folder])
+def test_a_full_disk_is_named(writing, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(OSError, match="No space left") as err, writing(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert err.value.filename == str(tmp_path / "x") and list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """Sweep files and the flags that win over them."""
 
 import dataclasses
+import os
 import pathlib
 import subprocess
 import sys
@@ -245,3 +246,66 @@ def test_groups_share_a_stream() -> None:
     cfgs = [config.Train(lr=lr, seed=seed) for seed in (0, 1) for lr in (1e-4, 1e-3)]
     assert [[c.lr for c in g] for g in config.group(cfgs)] == [[1e-4, 1e-3], [1e-4, 1e-3]]
     assert len(config.group([config.Train(batch_size=8), config.Train(batch_size=16)])) == 2
+
+
+def test_whole_numbers_may_be_written_as_floats(parse) -> None:
+    (cfg,) = parse("n_patches = 2.5e6\nseed = 1_000\nbatch_size = 1e3\n[data]\nlayer = 3.0")
+    got = (cfg.n_patches, cfg.seed, cfg.batch_size, cfg.data.layer)
+    assert got == (2_500_000, 1000, 1000, 3) and {type(n) for n in got} == {int}
+    (cfg,) = parse("n_train = [1e3, -1]", cls=protoeval_config.ProtoEval)
+    assert cfg.n_train == (1000, -1)
+
+
+def test_paths_of_a_sweep_are_expanded(
+    parse, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """As the shell expands those of flags, so that both find the same run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHARDS", "/data/shards")
+    (cfg,) = parse('ckpt_to = "~/ck"\n[data]\nshard_root = "$SHARDS/x"', "--slurm-acct A")
+    assert (cfg.ckpt_to, cfg.data.shard_root) == (f"{tmp_path}/ck", "/data/shards/x")
+    (again,) = sweeps.parse(config.Train, "", ["--sweep=~/x.toml", "--slurm-acct=A"])
+    assert again == cfg  # --sweep's own path, too
+    assert parse("", f"--ckpt-to={tmp_path}/ck")[0].ckpt_to == cfg.ckpt_to
+
+
+HUGE = {
+    "top level": "\n".join(
+        f"{name} = {list(range(100, 200))}"
+        for name in ("n_lr_warmup", "seed", "n_patches", "log_every", "costly_every")
+    ),
+    "a table": f"[sae]\ntop_k = {list(range(1, 201))}\naux_k = {list(range(200))}",
+    "paired": "[[paired]]\n" + f"seed = {list(range(200))}\nkeep_last = {list(range(1, 201))}",
+}
+
+
+@pytest.mark.parametrize("where", HUGE)
+def test_a_sweep_of_too_many_configurations_is_refused_at_once(parse, where: str) -> None:
+    start_s = time.monotonic()
+    wanted = "10,000,000,000" if where == "top level" else "40,000"
+    with pytest.raises(errors.UserError, match=rf"x\.toml: is a sweep of {wanted} configurations"):
+        parse(HUGE[where])
+    assert time.monotonic() - start_s < 5
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"\xef\xbb\xbfseed = 3\r\n", ""),
+        (b"seed = 3\rlr = 1.0\r", ""),
+        ("seed = 3".encode("utf-16"), "is UTF-16 or no text at all. Save it as UTF-8"),
+        (b"seed = 3\nckpt_to = 'caf\xe9'", r"x\.toml:2: holds the byte 0xe9, which is not UTF-8"),
+        (b"# " + b"x" * 2**20, "at most 1,048,576 are expected"),
+        (None, "is not a regular file"),
+    ],
+)
+def test_sweep_files_as_people_have_them(
+    tmp_path: pathlib.Path, data: bytes | None, match: str
+) -> None:
+    fpath = tmp_path / "x.toml"
+    os.mkfifo(fpath) if data is None else fpath.write_bytes(data)
+    if match:
+        with pytest.raises(errors.UserError, match=match):
+            sweeps.parse(config.Train, "", ["--sweep", str(fpath)])
+    else:
+        assert sweeps.parse(config.Train, "", ["--sweep", str(fpath)])[0].seed == 3

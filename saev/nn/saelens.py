@@ -85,8 +85,8 @@ def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
 
 def _write(dpath: pathlib.Path, cfg: dict[str, tp.Any], tensors: dict[str, Tensor]) -> None:
     with helpers.atomic_folder(dpath) as tmp_dpath:
-        (tmp_dpath / CFG).write_text(jsonfile.dumps(cfg, indent=4))
-        safetensors.torch.save_file(tensors, tmp_dpath / WEIGHTS)
+        helpers.write_text(tmp_dpath / CFG, jsonfile.dumps(cfg, indent=4))
+        (tmp_dpath / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
         _check_new(dpath)  # somebody may have made it meanwhile
 
 
