@@ -77,8 +77,9 @@ def _bytes(err: UnicodeError) -> tuple[bytes, int]:
     """What the terminal's encoding lacks is printed as UTF-8, and a file's name that is not UTF-8 as it is: a script can use it."""
     if not isinstance(err, UnicodeEncodeError):
         raise err
-    text = err.object[err.start : err.end]
-    try:
-        return text.encode("utf-8", "surrogateescape"), err.end
-    except UnicodeEncodeError:  # half of a character beyond 16 bits
-        return text.encode("ascii", "backslashreplace"), err.end
+    return b"".join(map(_utf8, err.object[err.start : err.end])), err.end
+
+
+def _utf8(char: str) -> bytes:
+    is_half = "\ud800" <= char <= "\udfff" and not "\udc80" <= char <= "\udcff"
+    return char.encode("utf-8", "backslashreplace" if is_half else "surrogateescape")
