@@ -26,7 +26,7 @@ def configs() -> list[type]:
         module = importlib.import_module(f"saev.{fpath.parent.name}.config")
         classes = [c for _, c in inspect.getmembers(module, dataclasses.is_dataclass)]
         found |= {c for c in classes if c.__module__ == module.__name__}
-    internal = {"DumpJob"}  # no user makes one
+    internal = {"DumpJob", "Subset"}  # no user makes one
     return sorted((c for c in found if c.__name__ not in internal), key=lambda c: c.__qualname__)
 
 

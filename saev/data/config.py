@@ -154,6 +154,9 @@ class Shards:
     partial: bool = False
     """Read the complete shards of an interrupted dump too."""
 
+    def __post_init__(self) -> None:
+        fields.settle(self, "data.", layer="[-1e4, 1e4]")
+
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
@@ -164,4 +167,4 @@ class Subset(Shards):
     """Their numbers, which count every image of every directory."""
 
     def __post_init__(self) -> None:
-        fields.settle(self, "data.", layer="[-1e4, 1e4]")
+        pass  # made from a settled config; the numbers may be millions
