@@ -39,8 +39,8 @@ import beartype.door
 from saev import cli, errors
 from saev.formats import textfile
 
-MAX_CONFIGS = 10_000
-"""Of one sweep; Slurm's job arrays are shorter still."""
+MAX_CONFIGS = 1000
+"""Of one sweep: as many as Slurm's job arrays hold by default, and parsed within half a minute."""
 EXACT = 2**53
 """Below it a float says exactly which integer was meant."""
 MAX_BYTES = 2**20

@@ -176,10 +176,10 @@ def test_a_value_that_looks_like_a_subcommand_is_none(parse) -> None:
 
 
 def test_a_hundred_configurations_parse_quickly(parse) -> None:
-    start_s = time.monotonic()
+    start_s = time.process_time()
     toml = f"seed = {list(range(10))}\nlr = {[1e-5 * i for i in range(1, 11)]}"
     assert len(parse(toml, "sae:relu")) == 100
-    assert time.monotonic() - start_s < 10
+    assert time.process_time() - start_s < 10
 
 
 def test_a_type_against_the_typed_subcommand(parse) -> None:
@@ -281,11 +281,11 @@ HUGE = {
 
 @pytest.mark.parametrize("where", HUGE)
 def test_a_sweep_of_too_many_configurations_is_refused_at_once(parse, where: str) -> None:
-    start_s = time.monotonic()
+    start_s = time.process_time()
     wanted = "10,000,000,000" if where == "top level" else "40,000"
     with pytest.raises(errors.UserError, match=rf"x\.toml: is a sweep of {wanted} configurations"):
         parse(HUGE[where])
-    assert time.monotonic() - start_s < 5
+    assert time.process_time() - start_s < 5
 
 
 @pytest.mark.parametrize(
