@@ -89,7 +89,7 @@ def _train_all(
         logger.info(
             "%s: trained already; pass another --seed or --ckpt-to to train it again", dpath
         )
-    if todo and not stream.pin:  # the formula is for a CPU
+    if todo and world.is_first and not stream.pin:  # the formula is for a CPU
         acts = stream.reader
         n_bytes = memory.peak(list(todo.values()), len(acts), acts.token_bytes)
         logger.info("memory: about %.1f GB (docs/memory.md)", n_bytes / 1e9)
