@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from conftest import as_older
 
 from saev import errors, nn
 from saev.data import config as data_config
@@ -189,7 +190,8 @@ def test_heat_maps_lie_on_what_the_vit_saw(cfg: config.Visuals, tmp_path: pathli
         "mean": [0.5],
         "std": [0.5],
     }
-    (pathlib.Path(cfg.data.shard_root) / "transform.json").write_text(json.dumps(transform))
+    dpath = as_older(pathlib.Path(cfg.data.shard_root))  # whose transform.json has no checksum
+    (dpath / "transform.json").write_text(json.dumps(transform))
     dpath = pathlib.Path(collect.main(dataclasses.replace(cfg, latents=(3,))))
     with PIL.Image.open(dpath / "images" / "000005.png") as img:
         assert img.size == (32, 32)
@@ -402,7 +404,7 @@ def test_grid() -> None:
 def test_a_wide_grid_is_drawn_in_raster_order(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
     """16 patches on an input of 2 x 8: patch 6 is row 0, column 6."""
     transform = images.Transform((16, 64), 64, True, "bicubic", (0.5,), (0.5,))
-    fpath = pathlib.Path(cfg.data.shard_root) / "transform.json"
+    fpath = as_older(pathlib.Path(cfg.data.shard_root)) / "transform.json"
     fpath.write_text(json.dumps(transform.to_dict()))
     dpath = pathlib.Path(collect.main(dataclasses.replace(cfg, latents=(3,))))
     heat_HW3 = pixels(dpath / "latent_000003" / "00_000005.png")

@@ -268,21 +268,19 @@ class Reader:
         out_NXD = np.empty(shape, shards.STORED[self.dtype])
         rows = memoryview(out_NXD).cast("B") if out_NXD.size else memoryview(b"")
         runs_G = np.arange(start * self.n_per_img, stop * self.n_per_img, self.n_tokens)
-        run: list[tuple[Extent, memoryview]] = []
+        runs: list[list[tuple[Extent, memoryview]]] = []
         filled = 0
         for extent in self.extents(runs_G, np.full_like(runs_G, self.n_tokens)):
-            if run and not _goes_on([e for e, _ in run], extent):
-                self._read_run(run)
-                run = []
-            run.append((extent, rows[filled : filled + extent.length]))
+            if not runs or not _goes_on(runs[-1][0][0], runs[-1][-1][0], extent):
+                runs.append([])
+            runs[-1].append((extent, rows[filled : filled + extent.length]))
             filled += extent.length
-        self._read_run(run)
+        for run in runs:
+            self._read_run(run)
         return self.decoded(out_NXD)
 
     def _read_run(self, run: list[tuple[Extent, memoryview]]) -> None:
         """Reads neighbouring extents with one call. Each consists of whole pieces: all tokens of the choice."""
-        if not run:
-            return
         buffers, end = [], run[0][0].offset
         for extent, target in run:
             if gap := extent.offset - end:
@@ -379,9 +377,8 @@ class Reader:
             at += extent.length
 
 
-def _goes_on(run: list[Extent], extent: Extent) -> bool:
-    """May it be read with the same call?"""
-    first, last = run[0], run[-1]
+def _goes_on(first: Extent, last: Extent, extent: Extent) -> bool:
+    """May it be read with the same call as a run's first and last extents?"""
     gap = extent.offset - last.offset - last.length
     is_same = (extent.part_i, extent.shard_i) == (last.part_i, last.shard_i)
     return is_same and 0 <= gap <= GAP_BYTES and last.offset - first.offset < RUN_BYTES
