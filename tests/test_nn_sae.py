@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saev import errors, nn
-from saev.nn import config, objectives
+from saev.nn import activations, config, objectives
 
 D, FACTOR, B = 6, 4, 20
 CFGS = [
@@ -230,6 +230,45 @@ def test_initialize_survives_constant_activations() -> None:
     sae = nn.SparseAutoencoder(CFGS[1])
     sae.initialize(torch.full((4, D), 0.1))
     assert all(t.isfinite().all() for t in sae.state_dict().values())
+
+
+@pytest.mark.parametrize("coeff", [0.0, 1e-3, 0.02, 1e6])
+def test_jump_relus_thresholds_start_where_firing_pays(coeff: float) -> None:
+    """At sqrt(coeff D): there f^2 / D, what a latent may take off the error, is the coefficient; but one latent fires per sample."""
+    sae = nn.SparseAutoencoder(config.JumpRelu(d_vit=D, exp_factor=FACTOR, sparsity_coeff=coeff))
+    x_BD = batch()
+    sae.initialize(x_BD)
+    (threshold,) = sae.log_threshold.exp().unique().tolist()
+    n_fired = (sae.encode(x_BD) > 0).sum().item()
+    if coeff == 1e6:
+        assert len(x_BD) - 1 <= n_fired <= len(x_BD)
+    else:
+        assert threshold == pytest.approx(max(0.01, (coeff * D) ** 0.5), rel=1e-5)
+        assert n_fired > len(x_BD)
+    given = config.JumpRelu(d_vit=D, exp_factor=FACTOR, init_threshold=0.3)
+    sae = nn.SparseAutoencoder(given)
+    sae.initialize(x_BD)
+    torch.testing.assert_close(sae.log_threshold.exp(), torch.full((sae.d_sae,), 0.3))
+
+
+def test_jump_relus_gradients_are_the_papers() -> None:
+    """Rajamanoharan et al. 2024, eq. 11 and 12, by loops: a threshold gets -theta / width, L0's -1 / width, within half a width of it."""
+    rng = np.random.default_rng(0)
+    pre_BS = torch.from_numpy(rng.normal(0.5, 0.4, (50, 6))).requires_grad_()
+    threshold_S = torch.from_numpy(rng.uniform(0.3, 0.7, 6)).requires_grad_()
+    g_BS, width, coeff = torch.from_numpy(rng.normal(size=(50, 6))), 0.3, 0.7
+    f_BS = activations.jump(pre_BS, threshold_S, width)
+    l0 = activations.fires(pre_BS, threshold_S, width).sum()
+    ((f_BS * g_BS).sum() + coeff * l0).backward()
+    want_S, want_BS = np.zeros(6), np.zeros((50, 6))
+    for b, s in np.ndindex(50, 6):
+        pre, theta, g = pre_BS[b, s].item(), threshold_S[s].item(), g_BS[b, s].item()
+        if pre > theta:
+            want_BS[b, s] = g
+        if abs(pre - theta) < width / 2:
+            want_S[s] += -theta / width * g - coeff / width
+    np.testing.assert_allclose(threshold_S.grad, want_S)
+    np.testing.assert_allclose(pre_BS.grad, want_BS)
 
 
 def test_seed_decides_the_weights() -> None:

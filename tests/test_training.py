@@ -162,6 +162,32 @@ def test_scale_does_not_depend_on_the_seed(
     assert all(torch.equal(x_BD, next(stream).act_BD) for x_BD in seen[-2:])
 
 
+def test_a_few_that_hold_most_of_the_variance_are_seen_and_can_be_clipped(
+    make_shards, cfg: config.Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    acts, atoms_AD = plant(n_imgs=200, n_patches=20, D=32, A=64)
+    acts.reshape(-1, 32)[::100] += 500 * atoms_AD[0]
+    more = {"n_patches": 20, "d_vit": 32, "layers": (0,), "cls_token": False, "per_shard": 100}
+    dpath, _ = make_shards(acts=acts, n_imgs=200, **more)
+    cfg = change(cfg, data=data_config.Shards(str(dpath)), n_patches=300 * 256, batch_size=256)
+    cfg = change(cfg, sae=nn_config.TopK(exp_factor=4, top_k=4), log_every=300)
+    figures = []
+    for ratio in (0.0, 5.0):
+        caplog.clear()
+        (fpath,) = loop.main([change(cfg, max_norm_ratio=ratio)])
+        warnings = [r.message for r in caplog.records if "--max-norm-ratio" in r.message]
+        want = "1% of the activations are of extreme norm and hold "
+        assert [want in w for w in warnings] == ([] if ratio else [True])
+        figures.append(json.loads((pathlib.Path(fpath).parent / "metrics.json").read_text()))
+    taken_over, clipped = figures
+    assert clipped["extreme_frac"] == pytest.approx(0.01)
+    assert clipped["extreme_variance_frac"] > 0.99
+    assert taken_over["normalized_mse"] < 0.05 < taken_over["token_nmse_median"]
+    assert clipped["token_nmse_median"] < 0.9 * taken_over["token_nmse_median"]
+    log = logged(fpath)[-1]
+    assert log["token_nmse_q95"] >= log["token_nmse_median"] > 0
+
+
 def test_relu_learns_and_l1_makes_it_sparser(cfg: config.Train) -> None:
     cfg = change(cfg, n_patches=300 * 32, log_every=299)
     few, many = (
@@ -243,7 +269,23 @@ def test_learning_rate_that_is_left_out() -> None:
 
     assert peak(500, nn_config.TopK()) == peak(1000, nn_config.BatchTopK()) == 4e-3
     assert peak(4000, nn_config.TopK()) == pytest.approx(2e-3)
-    assert peak(500, nn_config.Relu()) == peak(50_000, nn_config.JumpRelu()) == 4e-4
+    assert peak(4000, nn_config.JumpRelu()) == pytest.approx(2e-3)
+    assert peak(500, nn_config.Relu()) == peak(50_000, nn_config.Relu()) == 4e-4
+
+
+@pytest.mark.parametrize("n_steps", [100, 400])
+def test_jump_relus_coefficient_decides_l0_in_short_runs(
+    make_shards, cfg: config.Train, n_steps: int
+) -> None:
+    acts, _ = plant(n_imgs=100, n_patches=20, D=32, A=64)
+    more = {"n_patches": 20, "d_vit": 32, "layers": (0,), "cls_token": False, "per_shard": 100}
+    dpath, _ = make_shards(acts=acts, n_imgs=100, **more)
+    coeffs = (1e-3, 1e-2, 5e-2)
+    saes = [nn_config.JumpRelu(exp_factor=4, sparsity_coeff=c) for c in coeffs]
+    cfg = change(cfg, data=data_config.Shards(str(dpath)), n_patches=n_steps * 128, batch_size=128)
+    fpaths = loop.main([change(cfg, sae=sae, lr=None, log_every=n_steps) for sae in saes])
+    many, some, few = (logged(fpath)[-1]["l0_count"] for fpath in fpaths)
+    assert many > 2 * some > 4 * few > 0, (many, some, few)
 
 
 def test_groups_share_a_stream_only_when_it_is_the_same(cfg: config.Train) -> None:

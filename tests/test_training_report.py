@@ -117,6 +117,19 @@ def test_the_table(tmp_path: pathlib.Path) -> None:
     assert len({len(line) for line in lines}) == 1 and len(lines) == 7
 
 
+def test_the_tables_figures_by_token(tmp_path: pathlib.Path) -> None:
+    by_token = {"token_nmse_median": 0.1, "token_nmse_q95": 0.4, "extreme_variance_frac": 0.973}
+    write(tmp_path / "aa", metrics=evaluated(16.0, 0.3) | by_token)
+    write(tmp_path / "bb", metrics=evaluated(17.0, 0.2))
+    header, cells = report.table(report.read((str(tmp_path),)))
+    at = header.index("token median")
+    assert header[at : at + 4] == ["token median", "token 95%", "extreme var. %", "dead %"]
+    assert [row[at : at + 4] for row in cells] == [
+        ["0.1000", "0.4000", "97.3", "25.0"],
+        ["-", "-", "-", "25.0"],
+    ]
+
+
 def row(name: str, l0: float, nmse: float) -> report.Row:
     return report.Row(name, "TopK", {}, "done", "held-out", l0, nmse, 0.0, 0.0, 32)
 

@@ -360,6 +360,18 @@ def test_an_average_of_weights_keeps_the_threshold_of_the_last_step(
     torch.testing.assert_close(done.W_enc, want)
 
 
+def test_a_resumed_run_clips_as_before(cfg: config.Train, tmp_path: pathlib.Path) -> None:
+    cfg = change(cfg, sae=nn_config.TopK(d_vit=8, exp_factor=4, top_k=3), max_norm_ratio=2.0)
+    mine, other = (run.Run(cfg, tmp_path, torch.device("cpu")) for _ in range(2))
+    x_BD = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    x_BD[5] *= 100
+    assert mine.clip(x_BD).equal(x_BD), "what is typical is not known yet"
+    mine.start(x_BD)
+    other.restore(mine.state())
+    assert other.clip(x_BD).equal(mine.clip(x_BD)) and not mine.clip(x_BD).equal(x_BD)
+    torch.testing.assert_close(mine.clip(x_BD)[5].norm(), 2 * mine.around.radius, rtol=0.1, atol=0)
+
+
 def test_a_signal_in_the_last_step_is_not_forgotten(
     cfg: config.Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Configs of sparse autoencoders: one class per architecture, one per objective. Imports no torch."""
 
 import dataclasses
+import math
 import typing as tp
 
 import beartype
@@ -142,17 +143,17 @@ class JumpRelu(Architecture):
     """Weight of L0 (the number of latents that fire) against the mean squared error per dimension."""
     bandwidth: float = 0.1
     """Width of the window about the threshold in which gradients reach it, in units of the (scaled) pre-activations."""
-    init_threshold: float = 0.1
-    """Every latent's threshold at the start."""
+    init_threshold: float = 0.0
+    """Every latent's threshold at the start. 0: sqrt(sparsity_coeff * d_vit), from where a latent's firing lowers the loss, but at most so high that one latent fires per activation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(0, self, "sparsity_coeff")
-        for name in ("bandwidth", "init_threshold"):
-            if not 0 < getattr(self, name) <= MOST:
-                raise errors.UserError(
-                    f"{_flag(name)} {getattr(self, name)}: must be more than 0 and at most {MOST:,}."
-                )
+        _at_least(0, self, "init_threshold")
+        if not 0 < self.bandwidth < math.inf:
+            raise errors.UserError(
+                f"--sae.bandwidth {self.bandwidth}: must be positive and finite."
+            )
 
 
 def weight_gb(cfg: Architecture) -> float:

@@ -41,7 +41,8 @@ def typical(x_ND: Float[Tensor, "N D"]) -> Typical:
     for _ in range(MAX_ROUNDS):
         distance_N = distance(x_ND, centre_D)
         limit = EXTREME * distance_N.quantile(0.75)
-        limit = torch.where(limit > 0, limit, torch.inf)  # most are equal: nothing to measure by
+        most = torch.finfo(limit.dtype).max  # most are equal: nothing to measure by
+        limit = torch.where(limit > 0, limit, most)
         ordinary_N = distance_N <= limit
         if last_N is not None and torch.equal(ordinary_N, last_N):
             break
@@ -81,23 +82,17 @@ class Tokens:
         device = around.centre_D.device
         n_bins = 2 * MAX_OCTAVE * BINS_PER_OCTAVE
         self.n_bin = torch.zeros(n_bins, dtype=torch.int64, device=device)
-        self.n_extreme = torch.zeros((), dtype=torch.int64, device=device)
-        self.square, self.square_extreme = torch.zeros(2, dtype=torch.float64, device=device)
+        self.totals = torch.zeros(4, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     @jaxtyped(typechecker=beartype.beartype)
-    def add(self, x_ND: Float[Tensor, "N D"], x_hat_ND: Float[Tensor, "N D"]) -> None:
-        """Activations and their reconstructions."""
-        error_N = (x_ND - x_hat_ND).square().sum(dim=1) / self.around.radius.square()
+    def add(self, x_ND: Float[Tensor, "N D"], error_ND: Float[Tensor, "N D"]) -> None:
+        """Activations and the errors of their reconstructions."""
+        error_N = error_ND.square().sum(dim=1) / self.around.radius.square()
         bin_N = (error_N.log2() + MAX_OCTAVE) * BINS_PER_OCTAVE
         bin_N = bin_N.nan_to_num(nan=torch.inf).clamp(0, len(self.n_bin) - 1).long()
         self.n_bin += torch.bincount(bin_N, minlength=len(self.n_bin))
-        distance_N = distance(x_ND, self.around.centre_D)
-        extreme_N = distance_N > self.around.limit
-        square_N = distance_N.double().square()
-        self.n_extreme += extreme_N.sum()
-        self.square += square_N.sum()
-        self.square_extreme += square_N[extreme_N].sum()
+        self.totals += totals(x_ND, self.around)
 
     @beartype.beartype
     def quantile(self, q: float) -> float:
@@ -110,10 +105,37 @@ class Tokens:
 
     def metrics(self) -> dict[str, float]:
         """By the names of the log and of metrics.json."""
-        square = self.square.item()
         return {
             "token_nmse_median": self.quantile(0.5),
             "token_nmse_q95": self.quantile(0.95),
-            "extreme_pct": 100 * self.n_extreme.item() / max(1, self.n_bin.sum().item()),
-            "extreme_variance_pct": 100 * self.square_extreme.item() / square if square else 0.0,
+            **shares(self.totals),
         }
+
+
+@torch.no_grad()
+@jaxtyped(typechecker=beartype.beartype)
+def totals(x_ND: Float[Tensor, "N D"], around: Typical) -> Float[Tensor, " 4"]:
+    """Activations, squared distances from the centre, and both of the extreme ones alone."""
+    distance_N = distance(x_ND, around.centre_D)
+    each_2N = torch.stack([torch.ones_like(distance_N), distance_N]).double().square()
+    return torch.cat([each_2N.sum(dim=1), each_2N[:, distance_N > around.limit].sum(dim=1)])
+
+
+@beartype.beartype
+def shares(totals_4: Tensor) -> dict[str, float]:
+    """How many activations are extreme, and how much of the squared distances they hold, as fractions."""
+    n, square, n_extreme, square_extreme = totals_4.tolist()
+    return {
+        "extreme_frac": n_extreme / n if n else 0.0,
+        "extreme_variance_frac": square_extreme / square if square else 0.0,
+    }
+
+
+@beartype.beartype
+def metrics(
+    x_ND: Float[Tensor, "N D"], error_ND: Float[Tensor, "N D"], around: Typical | None = None
+) -> dict[str, float]:
+    """Those of `Tokens`, of one batch. around: None: of the batch itself."""
+    tokens = Tokens(around or typical(x_ND))
+    tokens.add(x_ND, error_ND)
+    return tokens.metrics()

@@ -24,6 +24,10 @@ from saev.formats import checkpoint, field, tensors
 from saev.nn import activations, config, foreign, robust
 from saev.nn import field as nn_field
 
+MIN_THRESHOLD = 0.01
+"""JumpReLU's least threshold at the start."""
+START_CODES = 2**24
+"""Pre-activations to choose it by."""
 CUT = "The file is cut or edited: train again."
 HEADER = {"lib", "schema", "kind", "cls", "cfg", "activations"}
 """What our own checkpoints say."""
@@ -64,8 +68,9 @@ class SparseAutoencoder(torch.nn.Module):
         self.b_enc = torch.nn.Parameter(torch.zeros(cfg.n_latents))
         self.b_dec = torch.nn.Parameter(torch.zeros(cfg.d_vit))
         if isinstance(cfg, config.JumpRelu):
-            start = math.log(cfg.init_threshold)
-            self.log_threshold = torch.nn.Parameter(torch.full((cfg.n_latents,), start))
+            pays = math.sqrt(cfg.sparsity_coeff * self.d_vit)  # f^2 / d_vit = sparsity_coeff
+            start = cfg.init_threshold or max(MIN_THRESHOLD, pays)
+            self.log_threshold = torch.nn.Parameter(torch.full((cfg.n_latents,), math.log(start)))
         self.scale: Tensor
         self.threshold: Tensor
         self.register_buffer("scale", torch.ones(()))
@@ -96,7 +101,17 @@ class SparseAutoencoder(torch.nn.Module):
                 self.b_dec.copy_(geometric_median(x_ND) * self.scale)
             case "zero":
                 self.b_dec.zero_()
+        if isinstance(self.cfg, config.JumpRelu) and not self.cfg.init_threshold:
+            self._bound_thresholds(x_ND)
         return found
+
+    def _bound_thresholds(self, x_ND: Tensor) -> None:
+        """Thresholds that no latent reaches would never get a gradient: at the start one latent fires per activation, or more."""
+        n_rows = max(16, START_CODES // self.d_sae)
+        x_BD = x_ND[:: math.ceil(len(x_ND) / n_rows)]
+        pre_BS = (x_BD * self.scale - self.b_dec) @ self.W_enc + self.b_enc
+        most = pre_BS.flatten().kthvalue(max(1, pre_BS.numel() - len(x_BD))).values
+        self.log_threshold.clamp_(max=most.clamp(min=MIN_THRESHOLD).log())
 
     def encode(self, x: Tensor | np.ndarray) -> Float[Tensor, "*batch S"]:
         """Codes f of raw activations (*batch, D) of any float type, in the model's own.

@@ -36,7 +36,7 @@ class Train:
     batch_size: int = 4096
     """Activations per step."""
     lr: float | None = None
-    """Adam's learning rate after warm-up. Left out: 4e-4 for ReLU and JumpReLU; for TopK and BatchTopK 4e-3, in more than 1,000 steps falling as 1 / sqrt(steps) (logbook 008)."""
+    """Adam's learning rate after warm-up. Left out: 4e-4 for ReLU; for the others 4e-3, in more than 1,000 steps falling as 1 / sqrt(steps) (logbook 008 and 020)."""
     n_lr_warmup: int = 500
     """Steps of linear learning-rate warm-up (at most a tenth of all)."""
     lr_decay: tp.Literal["constant", "linear", "cosine"] = "linear"
@@ -47,6 +47,8 @@ class Train:
     """Steps in which the sparsity coefficient of ReLU and JumpReLU rises linearly from 0."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it. 0: never."""
+    max_norm_ratio: float = 0.0
+    """Activations further from the centre than this many times the typical distance are moved to that distance in training (the SAE takes raw ones all the same). Keeps a few of huge norm from taking over the fit: try 5. 0: never."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights (less in the first steps), which is then what is saved and evaluated. 0: off."""
     precision: tp.Literal["float32", "bfloat16"] = "float32"
@@ -150,7 +152,7 @@ class Train:
         """The learning rate between warm-up and decay."""
         if self.lr is not None:
             return self.lr
-        if not isinstance(self.sae, nn_config.TopK | nn_config.BatchTopK):
+        if isinstance(self.sae, nn_config.Relu):
             return 4e-4
         return 4e-3 * min(1.0, (1000 / self.n_steps) ** 0.5)
 

@@ -19,8 +19,8 @@ from saev import devices, errors, helpers, nn
 from saev.data import config as data_config
 from saev.data import reader, shuffled
 from saev.formats import jsonfile
-from saev.nn import metrics
-from saev.training import config, memory
+from saev.nn import metrics, robust
+from saev.training import config, memory, peek
 
 logger = logging.getLogger("saev")
 
@@ -33,6 +33,7 @@ DENSE = 0.1
 NAMES = {
     *("mse", "explained_variance", "l0", "l1", "dead_pct", "mean_abs_corr", "coherence"),
     *("avg_w_col_norm", "grad_norm", "normalized_mse", "explained_variance_per_dim"),
+    *("token_nmse_median", "token_nmse_q95", "extreme_frac", "extreme_variance_frac"),
 }
 """metrics.json has these at least."""
 
@@ -77,8 +78,9 @@ def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
         n_threads=cfg.n_threads,
     )
     n_batches = math.ceil(n / batch_size)
-    sums = Sums(sae)
-    batches = helpers.progress(iter(stream), f"evaluate {dpath.name}", n_batches, "batches")
+    first_ND, batches = peek.peek(iter(stream), min(n, peek.n_activations(acts)))
+    sums = Sums(sae, robust.typical(first_ND.to(device)))
+    batches = helpers.progress(batches, f"evaluate {dpath.name}", n_batches, "batches")
     for i, batch in zip(range(n_batches), batches, strict=False):
         sums.add(batch.act_BD[: n - i * batch_size].to(device))
     arrays = sums.latents()
@@ -121,12 +123,17 @@ def _last_grad_norm(dpath: pathlib.Path) -> float | None:
 
 
 class Sums:
-    """What an evaluation adds up, in memory of the order of S + D (and metrics.MAX_CORR_LATENTS squared)."""
+    """What an evaluation adds up, in memory of the order of S + D (and metrics.MAX_CORR_LATENTS squared).
+
+    Args:
+        around: what is typical of the activations, for the figures by token.
+    """
 
     @beartype.beartype
-    def __init__(self, sae: nn.SparseAutoencoder):
+    def __init__(self, sae: nn.SparseAutoencoder, around: robust.Typical | None = None):
         self.sae = sae
         self.n = 0
+        self.tokens = around and robust.Tokens(around)
         device = sae.W_dec.device
         zeros_S = torch.zeros(sae.d_sae, dtype=torch.float64, device=device)
         zeros_D = torch.zeros(sae.d_vit, dtype=torch.float64, device=device)
@@ -151,6 +158,8 @@ class Sums:
         self.abs_sum += f_BS.abs().sum(dtype=torch.float64)
         self.correlations.add(f_BS)
         self.max_S = torch.maximum(self.max_S, f_BS.amax(dim=0).double())
+        if self.tokens:
+            self.tokens.add(x_BD, x_BD - x_hat_BD)
         error_BD = x_BD.double() - x_hat_BD.double()
         shifted_BD = x_BD.double() - self.shift_D
         self.x_D += shifted_BD.sum(dim=0)
@@ -185,6 +194,7 @@ class Sums:
             "n_dead": n_dead,
             "n_almost_dead": int(((frequency_S > 0) & (frequency_S < ALMOST_DEAD)).sum()),
             "n_dense": int((frequency_S > DENSE).sum()),
+            **(self.tokens.metrics() if self.tokens else {}),
         }
 
     def latents(self) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from saev import devices, errors, helpers, nn, tracking
 from saev.data import shuffled
 from saev.formats import jsonfile
-from saev.nn import objectives
+from saev.nn import objectives, robust
 from saev.training import config, evaluate, interrupts, memory, parallel, peek, state
 from saev.training.run import Run, with_d_vit
 
@@ -231,6 +231,14 @@ class _Loop:
         x_ND = self.batches.peek(peek.n_activations(self.stream.reader)).to(self.device)
         for run, _ in self.runs:
             run.start(x_ND)
+        is_clipped = all(run.cfg.max_norm_ratio for run, _ in self.runs)
+        found = robust.shares(robust.totals(x_ND, self.runs[0][0].around))
+        if found["extreme_variance_frac"] > 0.5 and not is_clipped:
+            logger.warning(
+                "%.3g%% of the activations are of extreme norm and hold %.3g%% of the variance: the SAE will fit them rather than the others. Pass --max-norm-ratio 5 (docs/training.md).",
+                100 * found["extreme_frac"],
+                100 * found["extreme_variance_frac"],
+            )
 
     def _any(self, *flags: bool) -> list[bool]:
         """Each flag: is it set in any process?"""

@@ -67,6 +67,9 @@ class Row:
     dead_pct: float
     """Percentage of latents that fired on no held-out activation, or (last log line) not within --dead-window."""
     d_sae: int
+    token_nmse_median: float = math.nan
+    token_nmse_q95: float = math.nan
+    extreme_variance_frac: float = math.nan
 
     @property
     def is_measured(self) -> bool:
@@ -138,7 +141,10 @@ def _row(dpath: pathlib.Path) -> Row:
         for name in ("l0_count", "normalized_mse", "explained_variance", "dead_frac_window")
     )
     state = _state(dpath, figures, n_steps)
-    return Row(dpath.name, kind, dict(_flat(cfg)), state, source, l0, nmse, ev, 100 * dead, d_sae)
+    names = ("token_nmse_median", "token_nmse_q95", "extreme_variance_frac")
+    robust = {name: _number(figures.get(name)) for name in names}
+    of = (dpath.name, kind, dict(_flat(cfg)), state, source)
+    return Row(*of, l0, nmse, ev, 100 * dead, d_sae, **robust)
 
 
 def _figures(dpath: pathlib.Path) -> tuple[str, dict[str, tp.Any]]:
@@ -226,6 +232,8 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     keys = dict.fromkeys(key for row in rows for key in row.cfg if key not in SIZES)
     vary = [key for key in keys if len({repr(row.cfg.get(key)) for row in rows}) > 1]
     header = ["run", "architecture", "d_sae", *vary, "L0", "norm. MSE", "expl. var."]
+    by_token = any(math.isfinite(row.token_nmse_median) for row in rows)  # older runs have none
+    header += ["token median", "token 95%", "extreme var. %"] if by_token else []
     header += ["dead %", "of", "state"]
     best = front(rows)
     cells = []
@@ -233,7 +241,11 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         config = ["-" if row.cfg.get(key) is None else f"{row.cfg[key]}" for key in vary]
         name = row.name + (" *" if row.name in best else "")
         figures = [_shown(row.l0, 1), _shown(row.normalized_mse, 4)]
-        figures += [_shown(row.explained_variance, 4), _shown(row.dead_pct, 1)]
+        figures += [_shown(row.explained_variance, 4)]
+        if by_token:
+            figures += [_shown(row.token_nmse_median, 4), _shown(row.token_nmse_q95, 4)]
+            figures += [_shown(100 * row.extreme_variance_frac, 1)]
+        figures += [_shown(row.dead_pct, 1)]
         cells.append([name, row.kind, str(row.d_sae), *config, *figures, row.source, row.state])
     return header, cells
 

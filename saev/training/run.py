@@ -13,7 +13,7 @@ from torch import Tensor
 from saev import errors, nn
 from saev.formats import tensors
 from saev.nn import config as nn_config
-from saev.nn import metrics, objectives, optim
+from saev.nn import metrics, objectives, optim, robust
 from saev.training import config, parallel
 
 DEAD_EVERY = 10
@@ -49,6 +49,8 @@ class Run:
             n_processes=world.size,
             is_bfloat16=cfg.precision == "bfloat16",
         )
+        zero = torch.zeros((), device=device)
+        self.around = robust.Typical(zero.repeat(self.sae.d_vit), zero, zero)
         self.optimizer = optim.Adam(self.sae, cfg.max_grad_norm)
         self.tokens_since_fired_S = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
         self.dead_C: Tensor | None = None
@@ -59,7 +61,7 @@ class Run:
     @jaxtyped(typechecker=beartype.beartype)
     def start(self, x_ND: Float[Tensor, "N D"]) -> None:
         """Fits what starts from data, before the first step. N: better many more than a batch."""
-        self.sae.initialize(x_ND.to(self.device))
+        self.around = self.sae.initialize(x_ND.to(self.device))
         if self.averaged is not None:
             self.averaged = copy.deepcopy(self.sae.state_dict())
 
@@ -70,6 +72,7 @@ class Run:
         With a loss or gradient that is not finite (in any process), nothing is updated on a CPU; a GPU does not look,
         `is_finite` remembers.
         """
+        x_BD = self.clip(x_BD)
         if self._resamples_at(step):
             self.resample(step, x_BD)
         mine_BD = self.world.share(x_BD)
@@ -93,6 +96,13 @@ class Run:
         self.fired_S = self.world.any(out.fired_S)
         self.tokens_since_fired_S.masked_fill_(self.fired_S, 0)
         return out
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def clip(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """What is trained on: activations no further from the centre than --max-norm-ratio allows."""
+        if not self.cfg.max_norm_ratio:
+            return x_BD
+        return robust.clip(x_BD, self.around, self.cfg.max_norm_ratio)
 
     def _prefixes(self, step: int) -> Tensor | None:
         lengths = objectives.prefixes(self.cfg.objective, self.sae.d_sae, self.cfg.seed, step)
@@ -160,13 +170,15 @@ class Run:
 
     @torch.no_grad()
     def measure(self, step: int, x_BD: Tensor, out: objectives.Output) -> dict[str, float]:
-        """The metrics of this step's batch (with several processes: of this one's rows), by their fixed names."""
-        mine_BD = self.world.share(x_BD)
+        """The metrics of this step's batch as it was trained on (with several processes: of this one's rows), by their fixed names."""
+        raw_BD = self.world.share(x_BD)
+        mine_BD = self.clip(raw_BD)
         costly = self.cfg.costly_at(step)
         return {
             "loss": out.loss.item(),
             **metrics.measure(mine_BD, out.x_hat_BD, out.values, self.sae.d_sae),
             **(metrics.costly(out.dense(), self.sae.W_dec.detach()) if costly else {}),
+            **robust.metrics(raw_BD, mine_BD - out.x_hat_BD),
             "avg_w_col_norm": metrics.avg_w_col_norm(self.sae.W_dec.detach()),
             "dead_pct": metrics.dead_pct(self.fired_S),
             "dead_frac_window": metrics.dead_frac_window(
@@ -189,6 +201,7 @@ class Run:
             "sae": _on_cpu(self.sae.state_dict()),
             "averaged": None if self.averaged is None else _on_cpu(self.averaged),
             "optimizer": _on_cpu(self.optimizer.state_dict()),
+            "around": _on_cpu(self.around._asdict()),
             "density": self.objective.density,
             "tokens_since_fired_S": self.tokens_since_fired_S.cpu(),
             "dead_C": None if self.dead_C is None else self.dead_C.cpu(),
@@ -212,6 +225,7 @@ class Run:
             k: v.to(self.device) for k, v in state["averaged"].items()
         }
         self.optimizer.load_state_dict(state["optimizer"])
+        self.around = robust.Typical(**{k: v.to(self.device) for k, v in state["around"].items()})
         self.objective.density = state["density"]
         self.tokens_since_fired_S.copy_(state["tokens_since_fired_S"])
         self.dead_C = None if dead_C is None else dead_C.to(self.device)
