@@ -181,7 +181,7 @@ def test_a_few_that_hold_most_of_the_variance_are_seen_and_can_be_clipped(
         figures.append(json.loads((pathlib.Path(fpath).parent / "metrics.json").read_text()))
     taken_over, clipped = figures
     assert clipped["extreme_frac"] == pytest.approx(0.01)
-    assert clipped["extreme_variance_frac"] > 0.99
+    assert clipped["extreme_variance_frac"] > 0.95
     assert taken_over["normalized_mse"] < 0.05 < taken_over["token_nmse_median"]
     assert clipped["token_nmse_median"] < 0.9 * taken_over["token_nmse_median"]
     log = logged(fpath)[-1]

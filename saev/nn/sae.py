@@ -26,7 +26,7 @@ from saev.nn import field as nn_field
 
 MIN_THRESHOLD = 0.01
 """JumpReLU's least threshold at the start."""
-START_CODES = 2**24
+START_CODES = 2**22
 """Pre-activations to choose it by."""
 CUT = "The file is cut or edited: train again."
 HEADER = {"lib", "schema", "kind", "cls", "cfg", "activations"}

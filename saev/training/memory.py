@@ -15,6 +15,8 @@ PROGRAM = 750 * 10**6
 """Python, torch and the compiled kernels."""
 EVALUATED_CODES = 2**26
 """Bound of the codes that an evaluation holds at a time, in bytes."""
+LOOKED_AT, LOOKED_AT_BYTES = 2**16, 2**28
+"""Bounds of the activations that are looked at before the first step and before an evaluation."""
 CORRELATED = 2048
 """Latents that an evaluation correlates at most, in a few float64 tables of their squares."""
 INDEX_BYTES, N_AHEAD = 40, 4
@@ -39,7 +41,14 @@ def peak(
     kept = sum(_kept(cfg) for cfg in cfgs)
     passing = max(_passing(cfg) for cfg in cfgs)
     evaluation = max(_evaluation(cfg) for cfg in cfgs)
-    return PROGRAM + stream + max(kept + passing, evaluation)
+    look = 2 * 4 * d_vit * (n_looked_at(d_vit, n_acts) + cfgs[0].batch_size)  # batches, and joined
+    return PROGRAM + stream + look + max(kept + passing, evaluation)
+
+
+@beartype.beartype
+def n_looked_at(d_vit: int, n_acts: int) -> int:
+    """All there are, within the bounds."""
+    return min(LOOKED_AT, LOOKED_AT_BYTES // (4 * max(1, d_vit)), n_acts)
 
 
 def _stream(cfg: config.Train, n_acts: int, d_vit: int, token_bytes: int) -> int:

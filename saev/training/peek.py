@@ -9,15 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saev.data import reader, shuffled
-
-MAX_N, MAX_BYTES = 2**16, 2**28
-"""Enough to tell what is typical to within 1%, and not more than fits beside a stream."""
+from saev.training import memory
 
 
 @beartype.beartype
 def n_activations(acts: reader.Reader) -> int:
-    """How many to look at: all there are, at most MAX_N."""
-    return min(MAX_N, MAX_BYTES // (4 * acts.d_vit), len(acts))
+    """How many to look at: enough to tell what is typical to within 1%."""
+    return memory.n_looked_at(acts.d_vit, len(acts))
 
 
 @beartype.beartype
