@@ -1,0 +1,247 @@
+"""The campaign itself: see the package. Run as `uv run python -m tests.faults.campaign [--all] [--seed N]`."""
+
+import argparse
+import collections.abc
+import json
+import logging
+import pathlib
+import shutil
+import sys
+import tempfile
+import typing as tp
+
+import numpy as np
+
+from saev import errors
+
+from . import damage, kills
+from .chain import Chain, interrupted
+from .outcomes import Tally
+
+T = tp.TypeVar("T")
+Probe = collections.abc.Callable[[], str]
+
+
+class Target(tp.NamedTuple):
+    """Files of one sort, and the command that reads them."""
+
+    name: str
+    fpaths: list[pathlib.Path]
+    probe: Probe
+    """Runs the command; returns the digest of its result."""
+    is_input: bool = False
+    """Written by the user, so that another valid content is as good."""
+
+
+# ---- what is read by whom ----
+
+
+def targets(chain: Chain) -> list[Target]:
+    """Every file that a later command reads back, with that command."""
+    shards, run = chain.shards, chain.ckpt.parent
+    results = next(chain.root.glob("results/*/about.json")).parent
+    small = [shards / name for name in _names(shards) if not name.endswith(".bin")]
+    acts = sorted(shards.glob("acts*.bin"))[:1]
+    out = [
+        Target("activations", acts, chain.activations),
+        Target("shard metadata", small, chain.activations),
+        Target("verify: activations", acts, lambda: _verified(chain)),
+        Target("verify: metadata", small, lambda: _verified(chain)),
+        Target("SAE checkpoint", [chain.ckpt], lambda: chain.run_weights(chain.ckpt)),
+    ]
+    for fpath in sorted(chain.root.glob("scorers/*.bin")):
+        out.append(Target("fitted scorer", [fpath], lambda f=fpath: chain.fitted(f)))
+    read_back = ["about.json", "summary.csv", "kinds.csv", "resamples.npz"]
+    out += [
+        Target("results", [results / name for name in read_back], chain.report),
+        Target("finished run", _finished_run(run), chain.runs),
+        Target("gallery", [chain.root / "gallery/gallery.json"], lambda: _linked(chain)),
+    ]
+    return out
+
+
+def _names(dpath: pathlib.Path) -> list[str]:
+    return sorted(p.name for p in dpath.iterdir() if p.is_file() and not p.name.endswith(".lock"))
+
+
+def _finished_run(run: pathlib.Path) -> list[pathlib.Path]:
+    return [run / name for name in ("config.json", "metrics.json")]
+
+
+def _verified(chain: Chain) -> str:
+    """What `verify` says is right must read as it was written."""
+    from saev.data import verify
+
+    if problems := list(verify.problems(chain.shards, 1)):
+        raise errors.UserError(problems[0])
+    return chain.activations()
+
+
+def _linked(chain: Chain) -> str:
+    out = chain.evaluate(gallery="gallery")
+    return chain.links(out)
+
+
+def interrupted_targets(chain: Chain) -> list[Target]:
+    """States and caches that an interrupted command leaves, and the command that goes on from them."""
+    from saev.protoeval import scoring
+
+    scoring.SAVE_S, scoring.MAX_BLOCK = 0.0, 8
+    with interrupted("train", 12):
+        chain.train("half")
+    states = sorted(chain.root.glob("half/*/state-*.pt"))
+    with interrupted("score", 3):
+        chain.evaluate("half-results")
+    caches = sorted(p for p in chain.root.glob("half-results/.*.partial/**/*") if p.is_file())
+    with interrupted("k-means, pass 2", 0):
+        chain.evaluate("unused", "half-scorers")
+    fits = sorted(chain.root.glob("half-scorers/*.state"))
+    assert states and caches and fits, (states, caches, fits)
+    return [
+        Target("training state", states, _on_a_copy(chain, "half", _train_on)),
+        Target("scores of a pass", caches, _on_a_copy(chain, "half-results", _evaluate_on)),
+        Target("k-means state", fits, _on_a_copy(chain, "half-scorers", _fit_on)),
+    ]
+
+
+def _on_a_copy(
+    chain: Chain, name: str, go_on: collections.abc.Callable[[Chain, str], str]
+) -> Probe:
+    """The command finishes in a copy of the interrupted folder, under the same name."""
+
+    def probe() -> str:
+        here, aside = chain.root / name, chain.root / f"{name}.aside"
+        shutil.copytree(here, aside, symlinks=True)
+        try:
+            return go_on(chain, name)
+        finally:
+            shutil.rmtree(here)
+            aside.rename(here)
+
+    return probe
+
+
+def _train_on(chain: Chain, name: str) -> str:
+    return chain.run_weights(chain.train(name))
+
+
+def _evaluate_on(chain: Chain, name: str) -> str:
+    return chain.table(chain.evaluate(name))
+
+
+def _fit_on(chain: Chain, name: str) -> str:
+    results = chain.evaluate("fit-results", name)
+    try:
+        return chain.table(results)
+    finally:
+        shutil.rmtree(chain.root / "fit-results")
+
+
+def inputs(chain: Chain) -> list[Target]:
+    """Files that a user writes: nothing can tell whether they are right, so they only must not crash anything."""
+    from saev.data import cub
+
+    def labels() -> str:
+        found = cub.load(chain.cub)
+        return f"{found.labels_NT.sum()} {len(found.paths_N)}"
+
+    names = ["images.txt", "train_test_split.txt", "image_class_labels.txt"]
+    names += ["attributes/attributes.txt", "attributes/image_attribute_labels.txt"]
+    fpaths = [chain.cub / name for name in names]
+    fpaths = [f if f.exists() else chain.root / f.name for f in fpaths]
+    photo = sorted(chain.cub.glob("images/*/*"))[:1]
+    return [
+        Target("CUB's text files", fpaths, labels, is_input=True),
+        Target("a photo", photo, lambda: _dumped(chain), is_input=True),
+    ]
+
+
+def _dumped(chain: Chain) -> str:
+    try:
+        return chain.activations(pathlib.Path(chain.dump("other-shards")))
+    finally:
+        shutil.rmtree(chain.root / "other-shards", ignore_errors=True)
+
+
+# ---- campaigns ----
+
+
+def flips(tally: Tally, target: Target, n_each: int, seed: int) -> None:
+    """One flipped bit at a time, in n_each places of each file."""
+    expected = None if target.is_input else target.probe()
+    for fpath in target.fpaths:
+        with damage.kept(fpath) as data:
+            for bit in damage.bits(len(data), n_each, seed):
+                damage.overwrite(fpath, damage.flipped(data, bit))
+                story = f"{fpath.name} bit {bit}"
+                tally.attempt("bit flips", target.name, target.probe, expected, story)
+
+
+def crafted(tally: Tally, target: Target, n_each: int, seed: int) -> None:
+    """Other contents: of another kind, and (of JSON) with one value replaced; n_each of both together, for each file."""
+    expected = None if target.is_input else target.probe()
+    for fpath in target.fpaths:
+        with damage.kept(fpath) as data:
+            for what, content in _drawn(_contents(data), n_each, seed):
+                damage.overwrite(fpath, content)
+                story = f"{fpath.name}: {what}"
+                tally.attempt("crafted files", target.name, target.probe, expected, story)
+        with damage.kept(fpath):
+            for what in damage.no_files(fpath):
+                story = f"{fpath.name}: {what}"
+                tally.attempt("crafted files", target.name, target.probe, expected, story)
+
+
+def _contents(data: bytes) -> list[tuple[str, bytes]]:
+    out = [*damage.WHOLE.items(), ("cut in half", data[: len(data) // 2]), ("doubled", 2 * data)]
+    line, newline, rest = data.partition(b"\n")
+    for text, after in ((data, b""), (line, newline + rest)):  # a JSON file; a header or JSON Lines
+        try:
+            found = damage.mutations(json.loads(text))
+        except (ValueError, RecursionError):
+            continue
+        return out + [(what, damage.to_bytes(obj) + after) for what, obj in found]
+    return out
+
+
+def _drawn(items: list[T], n: int, seed: int) -> list[T]:
+    """n of the items, or all, in their order."""
+    if n >= len(items):
+        return items
+    chosen = np.random.default_rng(seed).choice(len(items), n, replace=False)
+    return [items[i] for i in sorted(chosen.tolist())]
+
+
+def run(root: pathlib.Path, *, everything: bool, seed: int = 0) -> Tally:
+    """Builds the chain in `root` and runs all campaigns.
+
+    everything: all bits of small files and thousands of the others, all crafted values, 25 kills of each command.
+    """
+    logging.getLogger("saev").setLevel(logging.CRITICAL)
+    tally = Tally()
+    chain = Chain(root).build()
+    n_flips, n_crafted = (4000, 10_000) if everything else (24, 24)
+    for target in targets(chain):
+        flips(tally, target, n_flips, seed)
+        crafted(tally, target, n_crafted, seed)
+    for target in interrupted_targets(chain) + inputs(chain):  # each attempt runs a whole command
+        flips(tally, target, n_flips // 20, seed)
+        crafted(tally, target, n_crafted // 20, seed)
+    kills.campaign(tally, chain, n_each=25 if everything else 1, seed=seed)
+    return tally
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="everything, not only the quick part")
+    parser.add_argument("--seed", type=int, default=0, help="which bits, values and moments")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tally = run(pathlib.Path(folder), everything=args.all, seed=args.seed)
+    print(tally.table())
+    print("\n".join(tally.stories))
+    sys.exit(1 if tally.total("wrong", "traceback", "hang") else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Each command in a process of its own, killed (SIGKILL) at drawn moments, then run to its end: the artefacts must be equal."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import typing as tp
+
+import numpy as np
+
+from .chain import Chain
+from .outcomes import Tally
+
+SCRIPT = """
+import pathlib, sys
+sys.path.insert(0, {tests!r})
+from faults import chain
+c = chain.Chain(pathlib.Path({root!r}))
+{call}
+"""
+
+
+class Command(tp.NamedTuple):
+    """One command that writes into a folder of its own."""
+
+    name: str
+    call: str
+    folders: tuple[str, ...]
+    """What it writes into."""
+
+
+COMMANDS = (
+    Command("dump", "c.dump('killed')", ("killed",)),
+    Command("train", "c.train('killed')", ("killed",)),
+    Command("visuals", "c.look('killed/gallery')", ("killed",)),
+    Command("protoeval", "c.evaluate('killed', 'killed-scorers')", ("killed", "killed-scorers")),
+)
+LITTER = ("*.tmp", "*.partial", "*.lock", "*.state", "state-*.pt", ".gallery*")
+
+
+def campaign(tally: Tally, chain: Chain, n_each: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for command in COMMANDS:
+        start_s = time.monotonic()
+        _run(chain, command)
+        whole_s = time.monotonic() - start_s
+        expected = _artefact(chain, command)
+        _remove(chain, command)
+        for i in range(n_each):
+            n_kills = 0
+            for fraction in rng.uniform(0.3, 1.0, 2):  # before that Python still imports
+                n_kills += _run(chain, command, kill_after_s=fraction * whole_s)
+            _run(chain, command)
+            litter = _litter(chain, command)
+            story = f"number {i}, killed {n_kills} times; left over: {litter}"
+            if litter:
+                tally.add("kills", command.name, "wrong", story)
+            else:
+                found = _artefact(chain, command)
+                outcome = "right" if found == expected else "wrong"
+                tally.add("kills", command.name, outcome, story)
+            _remove(chain, command)
+
+
+def _run(chain: Chain, command: Command, kill_after_s: float | None = None) -> bool:
+    """Runs the command; returns whether it was killed.
+
+    Raises:
+        AssertionError: it was not killed and failed.
+    """
+    tests = str(pathlib.Path(__file__).parent.parent)
+    script = SCRIPT.format(tests=tests, root=str(chain.root), call=command.call)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    cwd = pathlib.Path(__file__).parents[2]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], cwd=cwd, env=env, stdout=log, stderr=log
+        )
+        try:
+            process.wait(kill_after_s)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return True
+        log.seek(0)
+        assert process.returncode == 0, log.read().decode()[-2000:]
+    return False
+
+
+def _artefact(chain: Chain, command: Command) -> str:
+    """Digest of what the command made."""
+    folder = chain.root / command.folders[0]
+    if command.name == "dump":
+        (metadata,) = folder.glob("*/metadata.json")
+        return chain.activations(metadata.parent)
+    if command.name == "train":
+        (ckpt,) = folder.glob("*/sae.pt")
+        return chain.run_weights(ckpt)
+    if command.name == "visuals":
+        return _files(folder)
+    (about,) = folder.glob("*/about.json")
+    return chain.table(about.parent)
+
+
+def _files(folder: pathlib.Path) -> str:
+    """Names and bytes of all files."""
+    from .chain import digest
+
+    fpaths = sorted(p for p in folder.rglob("*") if p.is_file())
+    return digest([[str(p.relative_to(folder)), p.read_bytes().hex()] for p in fpaths])
+
+
+def _litter(chain: Chain, command: Command) -> list[str]:
+    """Temporary files that the killed processes left and the last one did not sweep."""
+    found = [
+        p
+        for folder in command.folders
+        for name in LITTER
+        for p in (chain.root / folder).rglob(name)
+    ]
+    return sorted({str(p.relative_to(chain.root)) for p in found})
+
+
+def _remove(chain: Chain, command: Command) -> None:
+    for folder in command.folders:
+        shutil.rmtree(chain.root / folder, ignore_errors=True)
