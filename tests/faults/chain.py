@@ -9,7 +9,6 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
-import json
 import pathlib
 import shutil
 import typing as tp
@@ -106,11 +105,11 @@ class Chain:
 
     @property
     def shards(self) -> pathlib.Path:
-        return next(p.parent for p in self.root.glob("shards/*/metadata.json"))
+        return next(p for p in self.root.glob("shards/*") if p.is_dir())
 
     @property
     def ckpt(self) -> pathlib.Path:
-        return next(self.root.glob("checkpoints/*/sae.pt"))
+        return next(p for p in self.root.glob("checkpoints/*") if p.is_dir()) / "sae.pt"
 
     # ---- the four commands; `to` names an output folder ----
 
@@ -208,10 +207,3 @@ class Chain:
     def links(self, results: pathlib.Path | str) -> str:
         """The links into a gallery that `protoeval.py --gallery` writes."""
         return digest((pathlib.Path(results) / "traits.md").read_text())
-
-
-def json_files(root: pathlib.Path) -> list[pathlib.Path]:
-    """Files below `root` that hold one JSON value."""
-    return sorted(
-        p for p in root.rglob("*.json") if isinstance(json.loads(p.read_text()), dict | list)
-    )
