@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import pathlib
 import shutil
+import time
 import typing as tp
 
 import numpy as np
@@ -98,6 +99,8 @@ class Chain:
     """The experiment in the folder `root`."""
 
     root: pathlib.Path
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What each command took, by its stage."""
 
     @property
     def cub(self) -> pathlib.Path:
@@ -151,10 +154,10 @@ class Chain:
     def build(self) -> "Chain":
         """Runs all four commands."""
         minicub.draw(self.cub, n_imgs=N_IMGS)
-        self.dump()
-        self.train()
-        self.look()
-        self.evaluate()
+        for stage in STAGES:
+            start_s = time.monotonic()
+            getattr(self, stage)()
+            self.seconds[stage] = time.monotonic() - start_s
         return self
 
     # ---- digests of what readers see ----

@@ -12,7 +12,7 @@ import typing as tp
 
 import numpy as np
 
-from .chain import Chain
+from .chain import Chain, digest
 from .outcomes import Tally
 
 SCRIPT = """
@@ -36,34 +36,31 @@ class Command(tp.NamedTuple):
 COMMANDS = (
     Command("dump", "c.dump('killed')", ("killed",)),
     Command("train", "c.train('killed')", ("killed",)),
-    Command("visuals", "c.look('killed/gallery')", ("killed",)),
-    Command("protoeval", "c.evaluate('killed', 'killed-scorers')", ("killed", "killed-scorers")),
+    Command("look", "c.look('killed/gallery')", ("killed",)),
+    Command("evaluate", "c.evaluate('killed', 'killed-scorers')", ("killed", "killed-scorers")),
 )
 LITTER = ("*.tmp", "*.partial", "*.lock", "*.state", "state-*.pt", ".gallery*")
 
 
-def campaign(tally: Tally, chain: Chain, n_each: int, seed: int) -> None:
+def campaign(tally: Tally, chain: Chain, n_each: int, n_kills: int, seed: int) -> None:
+    """n_each times for each command: kill it n_kills times, run it to its end, compare with the undisturbed chain."""
     rng = np.random.default_rng(seed)
+    start_s = time.monotonic()
+    _run(chain, Command("nothing", "", ()))
+    import_s = time.monotonic() - start_s
     for command in COMMANDS:
-        start_s = time.monotonic()
-        _run(chain, command)
-        whole_s = time.monotonic() - start_s
-        expected = _artefact(chain, command)
-        _remove(chain, command)
+        expected = _artefact(chain, command, chain.root)
         for i in range(n_each):
-            n_kills = 0
-            for fraction in rng.uniform(0.3, 1.0, 2):  # before that Python still imports
-                n_kills += _run(chain, command, kill_after_s=fraction * whole_s)
+            moments_s = import_s + rng.uniform(-0.1, 1.2, n_kills) * chain.seconds[command.name]
+            n_killed = sum(_run(chain, command, kill_after_s=float(s)) for s in moments_s)
             _run(chain, command)
             litter = _litter(chain, command)
-            story = f"number {i}, killed {n_kills} times; left over: {litter}"
-            if litter:
-                tally.add("kills", command.name, "wrong", story)
-            else:
-                found = _artefact(chain, command)
-                outcome = "right" if found == expected else "wrong"
-                tally.add("kills", command.name, outcome, story)
-            _remove(chain, command)
+            found = _artefact(chain, command, chain.root / "killed")
+            story = f"number {i}, killed {n_killed} times; left over: {litter}"
+            outcome = "right" if found == expected and not litter else "wrong"
+            tally.add("kills", command.name, outcome, story)
+            for folder in command.folders:
+                shutil.rmtree(chain.root / folder, ignore_errors=True)
 
 
 def _run(chain: Chain, command: Command, kill_after_s: float | None = None) -> bool:
@@ -91,25 +88,23 @@ def _run(chain: Chain, command: Command, kill_after_s: float | None = None) -> b
     return False
 
 
-def _artefact(chain: Chain, command: Command) -> str:
-    """Digest of what the command made."""
-    folder = chain.root / command.folders[0]
+def _artefact(chain: Chain, command: Command, root: pathlib.Path) -> str:
+    """Digest of what the command made below `root`, where the chain's own or the killed commands' outputs lie."""
+    is_own = root == chain.root
     if command.name == "dump":
-        (metadata,) = folder.glob("*/metadata.json")
+        (metadata,) = (root / "shards" if is_own else root).glob("*/metadata.json")
         return chain.activations(metadata.parent)
     if command.name == "train":
-        (ckpt,) = folder.glob("*/sae.pt")
+        (ckpt,) = (root / "checkpoints" if is_own else root).glob("*/sae.pt")
         return chain.run_weights(ckpt)
-    if command.name == "visuals":
-        return _files(folder)
-    (about,) = folder.glob("*/about.json")
+    if command.name == "look":
+        return _files(root / "gallery")
+    (about,) = (root / "results" if is_own else root).glob("*/about.json")
     return chain.table(about.parent)
 
 
 def _files(folder: pathlib.Path) -> str:
     """Names and bytes of all files."""
-    from .chain import digest
-
     fpaths = sorted(p for p in folder.rglob("*") if p.is_file())
     return digest([[str(p.relative_to(folder)), p.read_bytes().hex()] for p in fpaths])
 
@@ -123,8 +118,3 @@ def _litter(chain: Chain, command: Command) -> list[str]:
         for p in (chain.root / folder).rglob(name)
     ]
     return sorted({str(p.relative_to(chain.root)) for p in found})
-
-
-def _remove(chain: Chain, command: Command) -> None:
-    for folder in command.folders:
-        shutil.rmtree(chain.root / folder, ignore_errors=True)
