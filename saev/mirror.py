@@ -21,7 +21,7 @@ import beartype
 import msgspec
 
 from saev import errors, helpers
-from saev.formats import jsonfile
+from saev.formats import jsonfile, metricslog
 
 logger = logging.getLogger("saev")
 
@@ -80,9 +80,9 @@ class Copy:
         with self._guarded():
             *lines, self.tail = (self.tail + self.file.read()).split(b"\n")
             for line in lines:
-                metrics = jsonfile.parse_line(line, dict[str, float | None])
-                step = int(tp.cast(float, metrics.pop("step")))
-                if step >= self.from_step:
+                metrics = metricslog.parse(line) or {}
+                step = int(metrics.pop("step", None) or 0)
+                if metrics and step >= self.from_step:
                     self.run.log(metrics, step=step)
 
     def finish(self) -> None:

@@ -5,7 +5,6 @@ The training loop holds a `Tracker` and does not know which. What wandb does wro
 
 import collections.abc
 import contextlib
-import json
 import logging
 import os
 import pathlib
@@ -17,7 +16,7 @@ import typing as tp
 import beartype
 
 from saev import errors, helpers
-from saev.formats import jsonfile
+from saev.formats import jsonfile, metricslog
 
 logger = logging.getLogger("saev")
 
@@ -73,7 +72,7 @@ class JsonLines:
         """
         self._check()
         with helpers.naming(self.fpath):
-            self.fd.write(jsonfile.dumps({"step": step, **metrics}) + "\n")
+            self.fd.write(metricslog.line({"step": step, **metrics}) + "\n")
             self.fd.flush()
 
     def flush(self) -> None:
@@ -97,15 +96,14 @@ class JsonLines:
 
 
 def _lines_before(fpath: pathlib.Path, step: int) -> collections.abc.Iterator[str]:
-    """Whole lines of earlier steps; a killed process may have left a part of one."""
-    text = fpath.read_text("utf-8", "replace") if fpath.exists() else ""
-    for line in text.splitlines(keepends=True):
-        try:
-            is_earlier = line.endswith("\n") and json.loads(line)["step"] < step
-        except (ValueError, KeyError, TypeError, RecursionError):
-            is_earlier = False
-        if is_earlier:
-            yield line
+    """Whole lines of earlier steps; a killed process may have left a part of one. Damaged ones are named and left out."""
+    text = fpath.read_bytes() if fpath.exists() else b""
+    for i, line in enumerate(text.split(b"\n")[:-1], 1):
+        metrics = metricslog.parse(line)
+        if metrics is None:
+            logger.warning("%s:%d: is damaged (checksum) and left out", fpath, i)
+        elif (metrics.get("step") or 0) < step:
+            yield line.decode() + "\n"
 
 
 class Wandb:

@@ -1,7 +1,6 @@
 """metrics.jsonl is the record; what wandb does wrong is one line and decides nothing."""
 
 import contextlib
-import json
 import os
 import pathlib
 import signal
@@ -11,6 +10,7 @@ import sys
 import pytest
 
 from saev import errors, mirror, tracking
+from saev.formats import metricslog
 
 ROOT = pathlib.Path(__file__).parent.parent
 KEY = "a" * 40
@@ -23,7 +23,7 @@ def test_json_lines_are_on_disk_at_once(tmp_path: pathlib.Path) -> None:
     tracker.log(0, {"mse": 0.5, "l0": 3})
     tracker.log(50, {"mse": 0.25})
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
+    assert [metricslog.parse(line) for line in lines] == [
         {"step": 0, "mse": 0.5, "l0": 3},
         {"step": 50, "mse": 0.25},
     ]
@@ -35,7 +35,7 @@ def test_both_hand_on_everything(tmp_path: pathlib.Path) -> None:
     both = tracking.Both(*map(tracking.JsonLines, fpaths))
     both.log(3, {"mse": 0.5})
     both.finish()
-    assert [f.read_text() for f in fpaths] == ['{"step":3,"mse":0.5}\n'] * 2
+    assert [metricslog.parse(f.read_text()) for f in fpaths] == [{"step": 3, "mse": 0.5}] * 2
 
 
 def run(
@@ -166,9 +166,28 @@ def test_wandb_gets_what_metrics_jsonl_gets(tmp_path: pathlib.Path) -> None:
         "log 2 {'mse': 1.0, 'gone': None}",
         "finish",
     ]
-    assert (tmp_path / "ck/run/metrics.jsonl").read_text().splitlines() == [
-        f'{{"step":{i},"mse":{i / 2},"gone":null}}' for i in range(3)
+    lines = (tmp_path / "ck/run/metrics.jsonl").read_text().splitlines()
+    assert [metricslog.parse(line) for line in lines] == [
+        {"step": i, "mse": i / 2, "gone": None} for i in range(3)
     ]
+
+
+def test_a_damaged_line_is_left_out_when_a_run_goes_on(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fpath = tmp_path / "metrics.jsonl"
+    tracker = tracking.JsonLines(fpath)
+    for step in range(3):
+        tracker.log(step, {"mse": 0.5})
+    tracker.finish()
+    fpath.write_text(fpath.read_text().replace('"step":1,"mse":0.5', '"step":1,"mse":0.4'))
+    tracking.JsonLines(fpath, from_step=3).finish()
+    lines = fpath.read_text().splitlines()
+    assert [metricslog.parse(line) for line in lines] == [
+        {"step": 0, "mse": 0.5},
+        {"step": 2, "mse": 0.5},
+    ]
+    assert f"{fpath}:2: is damaged" in caplog.text
 
 
 WRONGS = [

@@ -9,7 +9,6 @@ import math
 import pathlib
 
 import beartype
-import msgspec
 import numpy as np
 import torch
 from jaxtyping import Float, jaxtyped
@@ -18,7 +17,7 @@ from torch import Tensor
 from saev import devices, errors, helpers, nn
 from saev.data import config as data_config
 from saev.data import reader, shuffled
-from saev.formats import jsonfile
+from saev.formats import jsonfile, metricslog
 from saev.nn import metrics, robust
 from saev.training import config, memory, peek
 
@@ -117,8 +116,7 @@ def _last_grad_norm(dpath: pathlib.Path) -> float | None:
     with contextlib.suppress(OSError, ValueError):
         with (dpath / "metrics.jsonl").open("rb") as fd:
             (last,) = collections.deque(fd, maxlen=1)
-        value = msgspec.json.decode(last, type=dict[str, object]).get("grad_norm")
-        return value if isinstance(value, float) else None
+        return (metricslog.parse(last) or {}).get("grad_norm")
     return None
 
 

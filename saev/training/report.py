@@ -12,7 +12,6 @@ import collections.abc
 import csv
 import dataclasses
 import io
-import json
 import math
 import pathlib
 import typing as tp
@@ -22,7 +21,7 @@ import msgspec
 import tyro
 
 from saev import cli, errors, fields, helpers, launch
-from saev.formats import jsonfile
+from saev.formats import jsonfile, metricslog
 
 NOT_SHOWN = {
     *("data", "val_data", "ckpt_to", "wandb_project", "device", "sweep", "dry_run", "slurm"),
@@ -154,16 +153,15 @@ def _figures(dpath: pathlib.Path) -> tuple[str, dict[str, tp.Any]]:
         n_dead, n = _number(found.get("n_dead")), _number(found.get("n_latents"))
         of = "held-out" if found.get("held_out") else "training sample"
         return of, {**_of_today(found), "dead_frac_window": n_dead / n if n > 0 else math.nan}
-    lines = dpath / "metrics.jsonl"
-    text = lines.read_text("utf-8", "replace") if lines.exists() else ""
-    for line in reversed(text.splitlines()):
-        try:
-            figures = json.loads(line)
-        except (ValueError, RecursionError):  # a killed run's last line may be cut
-            continue
-        if isinstance(figures, dict):
-            return "last log line", _of_today(figures)
-    return "-", {}
+    fpath = dpath / "metrics.jsonl"
+    whole, _, _ = (fpath.read_bytes() if fpath.exists() else b"").rpartition(b"\n")
+    if not whole:  # of a killed run the last line may be cut
+        return "-", {}
+    if (figures := metricslog.parse(whole.rpartition(b"\n")[2])) is None:
+        raise errors.UserError(
+            f"{fpath}: its last line is damaged (checksum). Run the training again to its end, or leave that run out."
+        )
+    return "last log line", _of_today(figures)
 
 
 def _of_today(figures: dict[str, tp.Any]) -> dict[str, tp.Any]:
