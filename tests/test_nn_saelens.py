@@ -325,7 +325,7 @@ def test_a_failed_export_leaves_nothing(
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    monkeypatch.setattr(safetensors.torch, "save", fail)
     with pytest.raises(OSError):
         saelens.export(make(CFGS[0]), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
