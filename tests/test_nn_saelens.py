@@ -143,6 +143,7 @@ def test_codes_that_are_rescaled_by_decoder_norms(tmp_path: pathlib.Path) -> Non
             {"activation_fn_str": "topk", "activation_fn_kwargs": [3]},
             "activation_fn_kwargs is no JSON object",
         ),
+        ({"activation_fn_kwargs": {"k": 3}}, "activation_fn_kwargs of no TopK: unknown key k"),
         (
             {"activation_fn_str": "relu", "activation_fn": "topk"},
             "activation_fn_str and activation_fn say the same",

@@ -253,6 +253,8 @@ def _take_activation(cfg: dict[str, tp.Any], fpath: pathlib.Path) -> None:
         cfg["architecture"] = "topk"
         if kwargs.get("k", cfg.get("k")) != cfg.setdefault("k", kwargs.get("k")):
             raise errors.UserError(f"{fpath}: k is {cfg['k']!r} and {kwargs['k']!r}.")
+    else:
+        foreign.refuse_unknown(kwargs, (), f"{fpath}: activation_fn_kwargs of no TopK")
 
 
 def _is_before_6(cfg: dict[str, tp.Any]) -> bool:
