@@ -131,8 +131,8 @@ def test_labels_shifted_by_one_image_drop_every_scorer_to_the_constant_row(
     right = read_summary(select.main(cfgs))
     load = cub.load
 
-    def shifted(root: str, *, min_certainty: int) -> cub.Cub:
-        labels = load(root, min_certainty=min_certainty)
+    def shifted(root: str, **kwargs: object) -> cub.Cub:
+        labels = load(root, **kwargs)
         return dataclasses.replace(labels, labels_NT=np.roll(labels.labels_NT, 1, axis=0))
 
     monkeypatch.setattr(select.cub, "load", shifted)
