@@ -170,6 +170,14 @@ def test_no_threshold_is_said_and_can_be_calibrated(
 # ---- refused in words ----
 
 
+def test_a_negative_threshold(tmp_path: pathlib.Path) -> None:
+    """Its formula keeps what is above the threshold, also negative values."""
+    state = {**weights(), THRESHOLD: torch.tensor(-0.5)}
+    fpath = write(tmp_path / "sae.pt", HEADERS["5-batch"][0], state)
+    with pytest.raises(errors.UserError, match="threshold is -0.5, so negative values above it"):
+        nn.load(fpath)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -29,7 +29,7 @@ def convert(
     the whole batch, not of each sample): then every positive value is kept until `calibrate` sets one.
 
     Raises:
-        UserError: tensors that are missing, of another shape, or unknown.
+        UserError: tensors that are missing, of another shape, or unknown; a BatchTopK with a negative threshold.
     """
     D, S = said.d_vit, said.d_sae
     shapes = {"W_enc": (D, S), "b_enc": (S,), "W_dec": (S, D), "b_dec": (D,)}
@@ -44,7 +44,11 @@ def convert(
             said.schema,
         )
     found = foreign.take(state, shapes, str(fpath), "its header")
-    threshold = found.pop(THRESHOLD, torch.zeros(())).clamp(min=0)
+    threshold = found.pop(THRESHOLD, torch.zeros(()))
+    if threshold < 0:
+        raise errors.UserError(
+            f"{fpath}: its threshold is {threshold.item():g}, so negative values above it fire. No SAE of ours computes the same."
+        )
     found["b_enc"] = found["b_enc"] + found["b_dec"] @ found["W_enc"]
     common = {"d_vit": D, "d_sae": S, "normalize": "none"}
     sparse = {**common, "top_k": min(said.top_k, S), "aux_coeff": 0.0}
