@@ -126,7 +126,7 @@ def _axis(key: str, value: object, cls: type, fpath: pathlib.Path) -> list[Overr
         return [o for v in alternatives for o in expand(_table(v, key, fpath), cls, fpath)]
     if key in _nested_fields(cls):
         nested = [
-            o for v in alternatives for o in _expand_nested(key, _table(v, key, fpath), fpath)
+            o for v in alternatives for o in _expand_nested(cls, key, _table(v, key, fpath), fpath)
         ]
         return [{f"{key}.{k}": v for k, v in o.items()} for o in nested]
     return [{key: v} for v in alternatives]
@@ -136,11 +136,17 @@ def _has_list(value: object) -> bool:
     return isinstance(value, list) and any(isinstance(v, list) for v in value)
 
 
-def _expand_nested(key: str, table: dict[str, object], fpath: pathlib.Path) -> list[Override]:
-    """Nested configs hold scalars only: each list is an axis."""
-    axes = [
-        [{k: v} for v in _alternatives(f"{key}.{k}", value, fpath)] for k, value in table.items()
-    ]
+def _expand_nested(
+    cls: type, key: str, table: dict[str, object], fpath: pathlib.Path
+) -> list[Override]:
+    """Each list is an axis, except the value of a parameter that is itself a list."""
+    field = next(f for f in dataclasses.fields(tp.cast(tp.Any, cls)) if f.name == key)
+    members = _members(field).values()
+    axes = []
+    for k, value in table.items():
+        is_whole = any(_is_tuple_field(c, k) for c in members) and not _has_list(value)
+        values = [value] if is_whole else _alternatives(f"{key}.{k}", value, fpath)
+        axes.append([{k: v} for v in values])
     return _crossed(axes, fpath)
 
 

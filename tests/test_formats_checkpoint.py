@@ -9,7 +9,7 @@ import pytest
 import torch
 import xxhash
 
-from saev import errors, helpers, nn
+from saev import errors, helpers, nn, scorers
 from saev.formats import checkpoint, jsonfile
 from saev.nn import config
 
@@ -88,6 +88,21 @@ def test_headers_that_are_refused(header: dict, match: str, tmp_path: pathlib.Pa
 def test_not_a_checkpoint(content: bytes, tmp_path: pathlib.Path) -> None:
     (tmp_path / "sae.pt").write_bytes(content)
     refuses(tmp_path / "sae.pt", "not a saev checkpoint")
+
+
+def test_a_number_that_is_a_boolean(sae_fpath: pathlib.Path) -> None:
+    header, payload = checkpoint.read(sae_fpath, "sae")
+    cfg = {**header["cfg"], "top_k": True}
+    checkpoint.write(sae_fpath, "sae", {"cls": "TopK", "cfg": cfg, "activations": {}}, payload)
+    refuses(sae_fpath, "cfg does not fit TopK: top_k is True")
+
+
+@pytest.mark.parametrize("kind", [[], {}, 1, None, True])
+def test_a_kind_that_is_no_text(kind: object, tmp_path: pathlib.Path) -> None:
+    header = {"lib": "saev", "schema": checkpoint.SCHEMA, "kind": kind}
+    (tmp_path / "a.bin").write_bytes(json.dumps(header).encode() + b"\nrest")
+    with pytest.raises(errors.UserError, match="but a 'scorer' is needed here"):
+        scorers.load(tmp_path / "a.bin")
 
 
 def test_directory_suggests_the_file_inside(sae_fpath: pathlib.Path) -> None:

@@ -120,6 +120,13 @@ def test_a_sealed_file_may_be_reformatted_but_not_edited(tmp_path):
             jsonfile.read_sealed(fpath, Pet, "Do it again.", old=True)
 
 
+def test_half_a_character_in_a_sealed_file_is_one_line(tmp_path):
+    fpath = tmp_path / "a.json"
+    fpath.write_text(jsonfile.seal({"name": 3, "age": "\ud800"}))
+    with pytest.raises(errors.UserError, match=r"a\.json: cannot be read .*Do it again\."):
+        jsonfile.read_sealed(fpath, Pet, "Do it again.")
+
+
 def test_an_older_file_without_a_checksum_is_read_where_that_is_allowed(tmp_path):
     (tmp_path / "a.json").write_text('{"name": "x", "age": 3}')
     assert jsonfile.read_sealed(tmp_path / "a.json", Pet, "", old=True) == Pet("x", 3)

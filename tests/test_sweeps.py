@@ -69,6 +69,18 @@ def test_a_list_for_a_list_parameter_is_its_value(parse) -> None:
     assert [c.n_train for c in parse("n_train = [[16], [64, -1]]", cls=cls)] == [(16,), (64, -1)]
 
 
+def test_a_list_for_a_nested_list_parameter_is_its_value(parse) -> None:
+    cfgs = parse("[data]\nshard_root = 'a'\nmore_roots = ['b', 'c']")
+    assert [c.data.more_roots for c in cfgs] == [("b", "c")]
+    cfgs = parse("[data]\nshard_root = 'a'\nmore_roots = [['b', 'c'], []]\nlayer = [1, 2]")
+    assert [(c.data.more_roots, c.data.layer) for c in cfgs] == [
+        (("b", "c"), 1),
+        (("b", "c"), 2),
+        ((), 1),
+        ((), 2),
+    ]
+
+
 def test_typed_flags_win(parse) -> None:
     cfgs = parse("lr = [1e-4, 1e-3]\n[sae]\ntop_k = [8, 16]", "--lr 0.5 sae:top-k --sae.top-k 4")
     assert cfgs == [config.Train(lr=0.5, sae=nn_config.TopK(top_k=4), sweep=cfgs[0].sweep)]

@@ -173,10 +173,17 @@ def test_what_is_refused(tmp_path: pathlib.Path) -> None:
         ("{", "cannot be read"),
         ("[]", "got `array`"),
         ("{}", "missing required field `architecture`"),
+        (r'{"architecture": "\ud800", "sae": "\ud800"}', "not of a run of train.py"),
     ]:
         (tmp_path / "a" / "config.json").write_text(text)
         with pytest.raises(errors.UserError, match=match):
             report.read((str(tmp_path),))
+
+
+def test_an_integer_beyond_every_float_is_no_figure(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "a", metrics={"l0_count": 10**400, "n_latents": 2})
+    (found,) = report.read((str(tmp_path / "a"),))
+    assert not found.is_measured
 
 
 def test_the_command(tmp_path: pathlib.Path) -> None:

@@ -108,7 +108,8 @@ def kind(fpath: pathlib.Path) -> str | None:
         return None
     with fpath.open("rb") as fd:
         header = _parse_header(fpath, fd.readline(1 << 20))
-    return "sae" if field.is_field(header) else header.get("kind")
+    said = header.get("kind")
+    return "sae" if field.is_field(header) else said if isinstance(said, str) else None
 
 
 def _parse_header(fpath: pathlib.Path, line: bytes) -> dict[str, tp.Any]:

@@ -120,7 +120,7 @@ def read_sealed(
     obj.pop(SEALED, None)
     try:
         return msgspec.convert(obj, schema, str_keys=True)
-    except msgspec.ValidationError as err:
+    except ValueError as err:  # msgspec's, or of half a character (a lone surrogate)
         raise errors.UserError(
             f"{fpath}: cannot be read ({errors.first_line(err)}). {remedy}"
         ) from err

@@ -322,6 +322,9 @@ def _config(header: dict[str, object], fpath: pathlib.Path) -> config.Sae:
         cfg = cls(**header["cfg"])
         if cfg.d_vit is None:
             raise ValueError("d_vit is missing")
+        for f in dataclasses.fields(cls):
+            if isinstance(value := getattr(cfg, f.name), bool) and f.type is not bool:
+                raise ValueError(f"{f.name} is {value}")
         return cfg
     except Exception as err:  # wrong keys or types, whatever the header holds
         raise errors.UserError(

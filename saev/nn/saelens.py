@@ -146,7 +146,7 @@ def _trained_on(cfg: dict[str, tp.Any], fpath: pathlib.Path) -> dict[str, tp.Any
     found = (cfg.get("metadata") or {}).get("trained_on") or {}
     try:
         msgspec.convert(found, sae.Activations)
-    except msgspec.ValidationError as err:
+    except ValueError as err:
         raise errors.UserError(
             f"{fpath}: metadata.trained_on is not as saev writes it ({errors.first_line(err)}). Take it out of a copy."
         ) from err

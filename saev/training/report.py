@@ -126,9 +126,9 @@ def _row(dpath: pathlib.Path) -> Row:
     try:
         known = msgspec.convert(cfg, _Config)
         d_sae = known.sae.d_sae or known.sae.d_vit * (known.sae.exp_factor or 1)
-    except msgspec.ValidationError as err:
+    except ValueError as err:
         raise errors.UserError(
-            f"{dpath / 'config.json'}: not of a run of train.py ({err}). Leave it out."
+            f"{dpath / 'config.json'}: not of a run of train.py ({errors.first_line(err)}). Leave it out."
         ) from err
     kind = known.architecture
     if known.objective_name != "Vanilla":
@@ -190,7 +190,10 @@ def _json(fpath: pathlib.Path) -> dict[str, tp.Any]:
 
 def _number(value: object) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(tp.cast(float, value)) if is_number else math.nan
+    try:
+        return float(tp.cast(float, value)) if is_number else math.nan
+    except OverflowError:  # an integer beyond every float
+        return math.nan
 
 
 def _flat(cfg: dict[str, tp.Any], prefix: str = "") -> collections.abc.Iterator[tuple[str, object]]:

@@ -6,6 +6,7 @@ A state holds all that the rest of the run depends on, so the same command goes 
 import collections.abc
 import logging
 import pathlib
+import re
 import typing as tp
 
 import beartype
@@ -27,7 +28,7 @@ def _fpath(dpath: pathlib.Path, n_steps: int) -> pathlib.Path:
 def saved(dpath: pathlib.Path) -> list[int]:
     """Steps done in each saved state of a run, rising."""
     numbers = [p.stem.removeprefix("state-") for p in dpath.glob("state-*.pt")]
-    return sorted(int(n) for n in numbers if n.isdigit())
+    return sorted(int(n) for n in numbers if re.fullmatch("[0-9]{9,13}", n))
 
 
 @beartype.beartype
