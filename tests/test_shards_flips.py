@@ -186,6 +186,23 @@ def test_another_tools_dump_has_an_id_of_all_its_bytes(tmp_path: pathlib.Path) -
     assert {p.name for p in dpath.iterdir()} == {p.name for p in GOLDEN.iterdir()}
 
 
+def test_another_tools_dump_that_was_wrong_on_first_use(tmp_path: pathlib.Path) -> None:
+    """A disk that heals itself leaves the times as they were."""
+    dpath = pathlib.Path(shutil.copytree(GOLDEN, tmp_path / "golden"))
+    cfg, fpath = config.Shards(str(dpath), 7), dpath / "acts000001.bin"
+    want, data = reader.Reader(cfg).hash, fpath.read_bytes()
+    fpath.write_bytes(flipped(data, 8 * 600))
+    assert reader.Reader(cfg).hash != want
+    before = fpath.stat()
+    fpath.write_bytes(data)
+    os.utime(fpath, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(errors.UserError, match="If they are right now .*, `touch` it"):
+        reader.Reader(cfg).read(0, 5)
+    fpath.touch()
+    acts = reader.Reader(cfg)
+    assert acts.read(0, 5).shape == (5, 4, 8) and acts.hash == want
+
+
 def test_a_cache_that_cannot_be_written_costs_a_read_each_time(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

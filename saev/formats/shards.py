@@ -283,9 +283,10 @@ class ShardDir(WritableShards):
 
     def differs(self, shard_i: int, piece: Piece) -> errors.UserError:
         """The error for bytes that are not as they were dumped (or, without recorded checksums, as they were on first use)."""
-        return errors.UserError(
-            f"{self.acts_fpath(shard_i)}: {piece} differ from their checksum. {self.remedy}"
-        )
+        fpath, remedy = self.acts_fpath(shard_i), self.remedy
+        if not self.is_ours:
+            remedy += " If they are right now and were wrong when they were first read, `touch` it."
+        return errors.UserError(f"{fpath}: {piece} differ from their checksum. {remedy}")
 
     @functools.cached_property
     def fingerprint(self) -> str:
