@@ -9,7 +9,7 @@ from saev import errors
 
 
 def test_damaged_files_and_kills_are_right_or_refused(tmp_path: pathlib.Path) -> None:
-    tally = campaign.run(tmp_path, everything=False)
+    tally = campaign.run(tmp_path)
     print(tally.table())
     assert tally.stories == []
     for what in ("activations", "shard metadata", "SAE checkpoint", "fitted scorer", "results"):

@@ -1,4 +1,4 @@
-"""The campaign itself: see the package. Run as `uv run python -m tests.faults.campaign [--all] [--seed N]`."""
+"""The campaign itself: see the package. Run as `uv run python -m tests.faults.campaign [--all | --n-flips N ...]`."""
 
 import argparse
 import collections.abc
@@ -214,33 +214,46 @@ def _drawn(items: list[T], n: int, seed: int) -> list[T]:
     return [items[i] for i in sorted(chosen.tolist())]
 
 
-def run(root: pathlib.Path, *, everything: bool, seed: int = 0) -> Tally:
-    """Builds the chain in `root` and runs all campaigns.
+class Size(tp.NamedTuple):
+    """How much is tried. Where each attempt runs a whole command, a twentieth of the flips and contents."""
 
-    everything: all bits of small files and thousands of the others, all crafted values, 25 kills of each command.
-    """
+    n_flips: int = 24
+    """Flipped bits of each file."""
+    n_crafted: int = 24
+    """Other contents of each file."""
+    n_each: int = 1
+    """Times that each command is killed and run to its end."""
+
+
+QUICK, ALL = Size(), Size(2000, 10_000, 25)
+
+
+def run(root: pathlib.Path, size: Size = QUICK, seed: int = 0) -> Tally:
+    """Builds the chain in `root` and runs all campaigns."""
     logging.getLogger("saev").setLevel(logging.CRITICAL)
     tally = Tally()
     chain = Chain(root).build()
-    n_flips, n_crafted = (4000, 10_000) if everything else (24, 24)
     for target in targets(chain):
-        flips(tally, target, n_flips, seed)
-        crafted(tally, target, n_crafted, seed)
-    for target in interrupted_targets(chain) + inputs(chain):  # each attempt runs a whole command
-        flips(tally, target, n_flips // 20, seed)
-        crafted(tally, target, n_crafted // 20, seed)
-    n_each, n_kills = (25, 2) if everything else (1, 1)
-    kills.campaign(tally, chain, n_each, n_kills, seed)
+        flips(tally, target, size.n_flips, seed)
+        crafted(tally, target, size.n_crafted, seed)
+    for target in interrupted_targets(chain) + inputs(chain):
+        flips(tally, target, size.n_flips // 20, seed)
+        crafted(tally, target, size.n_crafted // 20, seed)
+    kills.campaign(tally, chain, size.n_each, 1 if size == QUICK else 2, seed)
     return tally
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--all", action="store_true", help="everything, not only the quick part")
+    parser.add_argument("--all", action="store_true", help="everything: hours")
+    for name, value in QUICK._asdict().items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=value, help=f"default: {value}")
     parser.add_argument("--seed", type=int, default=0, help="which bits, values and moments")
     args = parser.parse_args()
+    size = ALL if args.all else Size(args.n_flips, args.n_crafted, args.n_each)
     with tempfile.TemporaryDirectory() as folder:
-        tally = run(pathlib.Path(folder), everything=args.all, seed=args.seed)
+        tally = run(pathlib.Path(folder), size, args.seed)
     print(tally.table())
     print("\n".join(tally.stories))
     sys.exit(1 if tally.total("wrong", "traceback", "hang") else 0)
