@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import pathlib
 import typing as tp
 
@@ -22,15 +23,10 @@ import torch
 from torch import Tensor
 
 from saev import devices, errors, helpers
-from saev.data import config, images, vits
+from saev.data import config, images, memory, vits
 from saev.formats import shards
 
 logger = logging.getLogger("saev")
-
-PREFETCH = 3
-"""Batches of images decoded ahead of the ViT."""
-UNWRITTEN = 2
-"""Batches of activations that may wait for the disk."""
 
 
 class Decoded(tp.NamedTuple):
@@ -81,7 +77,10 @@ def main(cfg: config.Dump, job_i: int = 0) -> str:
             done = len(mine) - len(todo)
             logger.info("%s: %d of %d shards are there already", out.dpath, done, len(mine))
         if todo:
-            _Dumper(cfg, vit, out, records, _device(cfg.device, job_i)).write(todo)
+            device = _device(cfg.device, job_i)
+            if device.type == "cpu" and job_i == 0:
+                _say_memory(cfg, vit, metadata)
+            _Dumper(cfg, vit, out, records, device).write(todo)
     return str(out.dpath)
 
 
@@ -105,6 +104,18 @@ def _warn_of_earlier_lists(dump_to: pathlib.Path, metadata: shards.Metadata) -> 
                     other.n_imgs,
                     metadata.n_imgs,
                 )
+
+
+def _say_memory(cfg: config.Dump, vit: vits.Vit, metadata: shards.Metadata) -> None:
+    weights = sum(p.numel() * p.element_size() for p in vit.parameters())
+    sizes = memory.Sizes(
+        weights, math.prod(vit.transform.size), metadata.n_tokens, vit.d_vit, len(metadata.layers)
+    )
+    logger.info(
+        "memory: about %.2f GB with photos of %d megapixels (docs/memory.md)",
+        memory.peak(cfg, sizes) / 1e9,
+        memory.PHOTO // 10**6,
+    )
 
 
 def _describe(data: config.ImageFolder | config.Cub200) -> dict[str, object]:
@@ -167,11 +178,11 @@ class _Dumper:
     def _load(
         self, decoders: concurrent.futures.Executor, batches: list[range]
     ) -> collections.abc.Generator[Loaded, None, None]:
-        """Yields batches in order while the threads decode the next PREFETCH ones."""
+        """Yields batches in order while the threads decode the next memory.PREFETCH ones."""
         ahead = iter(batches)
         queue = collections.deque(
             (b, [decoders.submit(self._decode, i) for i in b])
-            for b in itertools.islice(ahead, PREFETCH)
+            for b in itertools.islice(ahead, memory.PREFETCH)
         )
         try:
             while queue:
@@ -232,7 +243,7 @@ class _Dumper:
             try:
                 for batch, acts_BLTD in computed:
                     unwritten.append(saver.submit(self._save, writer, batch, acts_BLTD))
-                    if len(unwritten) > UNWRITTEN:
+                    if len(unwritten) > memory.UNWRITTEN:
                         unwritten.popleft().result()
                     if batch.image_is.stop == end:
                         break

@@ -20,7 +20,7 @@ from saev import devices, errors, helpers, scorers
 from saev.data import config as data_config
 from saev.data import cub, reader
 from saev.formats import manifest, results
-from saev.protoeval import check, choice, config, join, report, scoring
+from saev.protoeval import check, choice, config, join, memory, report, scoring
 from saev.scorers import config as scorers_config
 
 logger = logging.getLogger("saev")
@@ -110,6 +110,9 @@ def _evaluate_into(
 ) -> None:
     cfgs = [run.cfg for run in runs]
     cfg = cfgs[0]
+    if devices.pick(cfg.device).type == "cpu":  # the formula is for a CPU
+        n_bytes = memory.peak(cfgs, _sizes(runs, labels, joins))
+        logger.info("memory: about %.2f GB (docs/memory.md)", n_bytes / 1e9)
     banks = [
         bank for run, name in zip(runs, labels_of(cfgs), strict=True) for bank in _banks(run, name)
     ]
@@ -119,6 +122,20 @@ def _evaluate_into(
     about = dataclasses.replace(_about(runs, labels, joins), problems=_forced(cfg, labels))
     report.write(out, rows, labels.attribute_names_T, cfgs, about)
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sizes(runs: list["Run"], labels: cub.Cub, joins: list[join.Join]) -> memory.Sizes:
+    acts = reader.Reader(joins[0].data)
+    ckpts = [pathlib.Path(getattr(run.cfg.scorer, "ckpt", "")) for run in runs]
+    return memory.Sizes(
+        n_train=len(joins[0].row_of),
+        n_test=len(joins[1].row_of),
+        n_traits=labels.labels_NT.shape[1],
+        n_tokens=acts.n_tokens,
+        d_vit=acts.d_vit,
+        n_fit=max(len(reader.Reader(run.fit)) for run in runs),
+        ckpt=max(ckpt.stat().st_size if ckpt.is_file() else 0 for ckpt in ckpts),
+    )
 
 
 def _forced(cfg: config.ProtoEval, labels: cub.Cub) -> list[str]:

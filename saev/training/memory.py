@@ -8,11 +8,10 @@ import collections.abc
 
 import beartype
 
+from saev.data.memory import PROGRAM
 from saev.nn import config as nn_config
 from saev.training import config
 
-PROGRAM = 750 * 10**6
-"""Python, torch and the compiled kernels."""
 EVALUATED_CODES = 2**26
 """Bound of the codes that an evaluation holds at a time, in bytes."""
 LOOKED_AT, LOOKED_AT_BYTES = 2**16, 2**28

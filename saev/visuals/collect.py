@@ -16,7 +16,7 @@ from torch import Tensor
 from saev import devices, errors, helpers, nn
 from saev.data import images, ordered, reader
 from saev.nn import metrics
-from saev.visuals import config, render
+from saev.visuals import config, memory, render
 
 logger = logging.getLogger("saev")
 
@@ -59,6 +59,10 @@ def main(cfg: config.Visuals) -> str:
     # What can be wrong is looked for before the long pass: every path of a small data set, a sample of a large one.
     image_is = stream.reader.image_is_N
     render.check_images(gallery, image_is[:: max(1, len(image_is) // MAX_CHECKED)].tolist())
+    if sae.W_enc.device.type == "cpu":  # the formula is for a CPU
+        shape = (stream.reader.n_tokens, sae.d_vit, sae.d_sae)
+        n_bytes = memory.peak(cfg.n_images, stream.block, *shape)
+        logger.info("memory: about %.2f GB (docs/memory.md)", n_bytes / 1e9)
     stats = collect(sae, stream, cfg.n_images)
     pages = _pages(sae, stream, stats, choose(cfg, stats))
     render.write(dpath, gallery, pages)

@@ -1,0 +1,97 @@
+"""How much memory `protoeval.py` takes on a CPU (docs/memory.md). Imports no torch. A test compares the formula with processes."""
+
+import collections.abc
+import typing as tp
+
+import beartype
+
+from saev.data import memory
+from saev.protoeval import config
+from saev.scorers import config as scorers_config
+
+LIBRARIES = 150 * 10**6
+"""scikit-learn, pyarrow and matplotlib."""
+FIT_BLOCK, SCORE_BLOCK = 64, 256
+"""Images that are read at a time, at most."""
+
+
+class Sizes(tp.NamedTuple):
+    """Of the activations and labels of a group of scorers."""
+
+    n_train: int
+    """Images that prototypes are chosen on, ..."""
+    n_test: int
+    """... and those that they are measured on."""
+    n_traits: int
+    n_tokens: int
+    """Of one image."""
+    d_vit: int
+    n_fit: int
+    """Activations that scorers are fitted on."""
+    ckpt: int = 0
+    """Bytes of the largest SAE's checkpoint."""
+
+    @property
+    def n_imgs(self) -> int:
+        return self.n_train + self.n_test
+
+
+@beartype.beartype
+def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
+    """Bytes that one group of scorers takes at the most, the files of scores (which the system may write out) among them."""
+    ks = [_n_prototypes(cfg, sizes.d_vit) for cfg in cfgs]
+    held = sum(
+        2 * sizes.ckpt if isinstance(cfg.scorer, scorers_config.Sae) else 8 * k * sizes.d_vit
+        for cfg, k in zip(cfgs, ks, strict=True)
+    )
+    fit = max(_fit(cfg, k, sizes) for cfg, k in zip(cfgs, ks, strict=True))
+    scores = 4 * sizes.n_imgs * (sum(ks) + sizes.d_vit)
+    passing = _block(cfgs[0], sum(ks), sizes)
+    choosing = max(_choice(cfgs[0], max(ks), sizes), _probe(sizes))
+    program = memory.PROGRAM + LIBRARIES
+    return program + max(fit, held + scores + max(passing, choosing))
+
+
+def _n_prototypes(cfg: config.ProtoEval, d_vit: int) -> int:
+    """All that the scorer has: k-means is fitted for each number anew."""
+    match cfg.scorer:
+        case scorers_config.KMeans():
+            return sum(set(cfg.n_prototypes))
+        case scorers_config.Pca(both_signs=both):
+            return min(max(cfg.n_prototypes), (1 + both) * d_vit)
+        case _:
+            return max(cfg.n_prototypes)
+
+
+def _fit(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
+    """A sample with what it is drawn from, k-means' centres and sums, PCA's matrices; blocks read ahead."""
+    d_vit, blocks = sizes.d_vit, 4 * 4 * FIT_BLOCK * sizes.n_tokens * sizes.d_vit
+    match cfg.scorer:
+        case scorers_config.Random():
+            return int(2.25 * 4 * d_vit * min(k, sizes.n_fit)) + blocks
+        case scorers_config.KMeans(n_samples=n):
+            sample = int(4 * d_vit * min(n, sizes.n_fit))
+            return max(
+                int(2.25 * sample) + blocks, sample + 30 * k * d_vit, 30 * k * d_vit + blocks
+            )
+        case scorers_config.Pca():
+            return 5 * 8 * d_vit**2 + blocks
+        case _:
+            return 4 * sizes.ckpt
+
+
+def _block(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
+    """Activations and scores of the images that are read at a time."""
+    one = 4 * (5 * sizes.n_tokens * sizes.d_vit + 2 * k)
+    return max(one, int(min(cfg.memory_gb * 1e9, one * min(SCORE_BLOCK, sizes.n_imgs))))
+
+
+def _choice(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
+    """Scores of some prototypes, twice, and their APs (three float64 matrices); the resamples of the test images, thrice."""
+    some = min(k, max(1, int(cfg.memory_gb * 1e9 / (16 * sizes.n_imgs))))
+    return some * (8 * sizes.n_train + 24 * sizes.n_traits) + 3 * cfg.n_boot * sizes.n_test
+
+
+def _probe(sizes: Sizes) -> int:
+    """Mean activations in float64, scaled, centred and decomposed."""
+    return 8 * sizes.n_train * (6 * sizes.d_vit + 4 * sizes.n_traits)

@@ -1,0 +1,24 @@
+"""How much memory `visuals.py` takes on a CPU (docs/memory.md). Imports no torch. A test compares the formula with processes."""
+
+import beartype
+
+from saev.data import memory
+
+
+@beartype.beartype
+def peak(n_images: int, n_block: int, n_patches: int, d_vit: int, d_sae: int) -> int:
+    """Bytes at the most.
+
+    Args:
+        n_images: of a latent (--n-images).
+        n_block: images that are read at a time.
+        n_patches: of an image.
+    """
+    weights = 8 * d_vit * d_sae
+    codes, acts = (4 * n_block * n_patches * width for width in (d_sae, d_vit))
+    loading = 4 * weights  # the file's bytes, its tensors, the SAE
+    statistics = 4 * codes + 6 * acts  # codes, their sizes, these in float64; blocks read ahead
+    tables = (
+        48 * d_sae * (n_images + n_block) + codes
+    )  # the top images so far and a block's, sorted
+    return memory.PROGRAM + max(loading, weights + max(statistics, tables))

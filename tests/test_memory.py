@@ -1,0 +1,169 @@
+"""The memory that a dump, a gallery and an evaluation are said to take, against processes that do them."""
+
+import collections.abc
+import concurrent.futures
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+import typing as tp
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from saev import nn
+from saev.data import config as data_config
+from saev.demo import minicub
+from saev.formats import shards
+from saev.nn import config as nn_config
+from saev.protoeval import config as protoeval_config
+from saev.scorers import config as scorers_config
+from saev.visuals import config as visuals_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+RUN = """
+import importlib, logging, pathlib, pickle, re, sys
+logging.basicConfig(level="INFO")
+importlib.import_module(sys.argv[1]).main(pickle.loads(bytes.fromhex(sys.argv[2])))
+print(re.search("VmHWM:[^0-9]*([0-9]+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+"""The peak as the kernel keeps it for this program alone: ru_maxrss begins with that of the process that starts it."""
+
+
+def measured(module: str, cfgs: dict[str, tp.Any]) -> dict[str, tuple[float, int]]:
+    """Of each config: GB that the log says, and bytes at the peak of a process of its own."""
+
+    def run(cfg: tp.Any) -> tuple[float, int]:
+        command = [sys.executable, "-c", RUN, module, pickle.dumps(cfg).hex()]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (said,) = re.findall(r"memory: about ([0-9.]+) GB", done.stderr)
+        return float(said), 1024 * int(done.stdout)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(cfgs, pool.map(run, cfgs.values()), strict=True))
+
+
+CAMERA = 3464
+"""Side of a photo of 12 megapixels."""
+
+
+def dumps(_: object, tmp_path: pathlib.Path) -> dict[str, data_config.Dump]:
+    """A ViT of 23 MB."""
+
+    def dump(name: str, n_imgs: int, side: int, **kwargs: tp.Any) -> data_config.Dump:
+        root = tmp_path / name
+        root.mkdir()
+        PIL.Image.new("RGB", (side, side)).save(root / "0.jpg")
+        for i in range(1, n_imgs):
+            (root / f"{i}.jpg").hardlink_to(root / "0.jpg")
+        return data_config.Dump(
+            vit=data_config.Vit("timm", "vit_tiny_patch16_224", "random"),
+            data=data_config.ImageFolder(str(root)),
+            dump_to=str(tmp_path / "shards"),
+            device="cpu",
+            **kwargs,
+        )
+
+    return {
+        "nothing": dump("nothing", 2, CAMERA, vit_batch_size=1, n_workers=1),
+        "layers": dump("layers", 256, 64, vit_layers=tuple(range(12)), n_workers=1),
+        "photos": dump("photos", 32, CAMERA, vit_batch_size=8, n_workers=4),
+    }
+
+
+def galleries(make_shards, tmp_path: pathlib.Path) -> dict[str, visuals_config.Visuals]:
+    def gallery(
+        name: str, n_imgs: int, n_patches: int, d_sae: int, d_vit: int = 8
+    ) -> visuals_config.Visuals:
+        shape = {"n_imgs": n_imgs, "n_patches": n_patches, "d_vit": d_vit, "layers": (0,)}
+        dpath, _ = make_shards(**shape, cls_token=False, per_shard=1000)
+        ckpt = tmp_path / name / "sae.pt"
+        nn.save(nn.SparseAutoencoder(nn_config.TopK(d_vit=d_vit, d_sae=d_sae, top_k=4)), ckpt)
+        for record in shards.ShardDir.open(dpath).records:
+            fpath = tmp_path / "imgs" / record.path
+            fpath.parent.mkdir(parents=True, exist_ok=True)
+            if not fpath.exists():
+                PIL.Image.new("RGB", (64, 64)).save(fpath)
+        return visuals_config.Visuals(
+            images=data_config.ImageFolder(str(tmp_path / "imgs")),
+            ckpt=str(ckpt),
+            data=data_config.Shards(str(dpath)),
+            dump_to=str(tmp_path / name / "gallery"),
+            log_freq_range=(-9.0, 0.0),
+            n_images=3,
+            n_latents=2,
+            device="cpu",
+        )
+
+    return {
+        "nothing": gallery("nothing", 8, 4, 32),
+        "codes": gallery("codes", 70, 64, 8192),
+        "weights": gallery("weights", 4, 4, 16384, d_vit=1024),
+    }
+
+
+def evaluations(make_shards, tmp_path: pathlib.Path) -> dict[str, list[protoeval_config.ProtoEval]]:
+    cub = tmp_path / "cub"
+    minicub.draw(cub, n_imgs=160)
+    paths = sorted(line.split()[1] for line in (cub / "images.txt").read_text().splitlines())
+
+    def acts(n_patches: int, d_vit: int, n_imgs: int = 160) -> data_config.Shards:
+        metadata = shards.Metadata(
+            "timm", f"made-up-{d_vit}", (3,), n_patches, False, d_vit, n_imgs, 50 * n_patches,
+            {"__class__": "ImageFolder"},
+        )  # fmt: skip
+        names = paths if n_imgs == len(paths) else [f"{i}.jpg" for i in range(n_imgs)]
+        out = shards.ShardDir.create(
+            tmp_path / f"acts{n_patches}", metadata, [shards.Record(p, "") for p in names], {}
+        )
+        rng = np.random.default_rng(0)
+        for shard_i in range(metadata.n_shards):
+            with out.writing(shard_i) as writer:
+                shape = (len(metadata.imgs_in(shard_i)), 1, n_patches, d_vit)
+                writer.write(rng.standard_normal(shape, np.float32))
+        return data_config.Shards(str(out.dpath), 3)
+
+    def evaluation(name: str, train: data_config.Shards, k: int, **kwargs: tp.Any) -> list:
+        return [
+            protoeval_config.ProtoEval(
+                cub_root=str(cub),
+                train_data=train,
+                n_prototypes=(k,),
+                n_train=(16, -1),
+                dump_to=str(tmp_path / name),
+                scorers_to=str(tmp_path / name),
+                device="cpu",
+                **kwargs,
+            )
+        ]
+
+    few, many, wide = acts(4, 4), acts(1000, 4, 200), acts(640, 256)
+    k_means = scorers_config.KMeans(n_samples=100_000, n_iters=1)
+    return {
+        "nothing": evaluation("nothing", few, 16),
+        "scores": evaluation("scores", few, 190_000, fit_data=many),
+        "fit": evaluation("fit", wide, 16, scorer=k_means, memory_gb=0.1, fit_data=wide),
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "cases"),
+    [
+        ("saev.data.dump", dumps),
+        ("saev.visuals.collect", galleries),
+        ("saev.protoeval.select", evaluations),
+    ],
+)
+def test_what_a_stage_says_is_right_within_30_percent(
+    make_shards, tmp_path: pathlib.Path, module: str, cases: collections.abc.Callable
+) -> None:
+    """The whole, and what each case takes above a tiny one, which is the program itself."""
+    found = measured(module, cases(make_shards, tmp_path))
+    said_0, measured_0 = found.pop("nothing")
+    assert measured_0 == pytest.approx(said_0 * 1e9, rel=0.3)
+    for name, (said, taken) in found.items():
+        assert taken - measured_0 > 150e6, name
+        assert taken - measured_0 == pytest.approx((said - said_0) * 1e9, rel=0.3), name
