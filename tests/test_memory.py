@@ -140,7 +140,7 @@ def evaluations(make_shards, tmp_path: pathlib.Path) -> dict[str, list[protoeval
             )
         ]
 
-    few, many, wide = acts(4, 4), acts(1000, 4, 200), acts(640, 256)
+    few, many, wide = acts(4, 4), acts(1000, 4, 200), acts(640, 512)
     k_means = scorers_config.KMeans(n_samples=100_000, n_iters=1)
     return {
         "nothing": evaluation("nothing", few, 16),

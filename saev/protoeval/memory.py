@@ -10,7 +10,7 @@ from saev.protoeval import config
 from saev.scorers import config as scorers_config
 
 LIBRARIES = 150 * 10**6
-"""scikit-learn, pyarrow and matplotlib."""
+"""Kernels compiled, and libraries used, after the fit."""
 FIT_BLOCK, SCORE_BLOCK = 64, 256
 """Images that are read at a time, at most."""
 
@@ -48,8 +48,7 @@ def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
     scores = 4 * sizes.n_imgs * (sum(ks) + sizes.d_vit)
     passing = _block(cfgs[0], sum(ks), sizes)
     choosing = max(_choice(cfgs[0], max(ks), sizes), _probe(sizes))
-    program = memory.PROGRAM + LIBRARIES
-    return program + max(fit, held + scores + max(passing, choosing))
+    return memory.PROGRAM + max(fit, LIBRARIES + held + scores + max(passing, choosing))
 
 
 def _n_prototypes(cfg: config.ProtoEval, d_vit: int) -> int:
@@ -68,16 +67,20 @@ def _fit(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
     d_vit, blocks = sizes.d_vit, 4 * 4 * FIT_BLOCK * sizes.n_tokens * sizes.d_vit
     match cfg.scorer:
         case scorers_config.Random():
-            return int(2.25 * 4 * d_vit * min(k, sizes.n_fit)) + blocks
+            return _sample(k, sizes, blocks)
         case scorers_config.KMeans(n_samples=n):
-            sample = int(4 * d_vit * min(n, sizes.n_fit))
-            return max(
-                int(2.25 * sample) + blocks, sample + 30 * k * d_vit, 30 * k * d_vit + blocks
-            )
+            sample = 4 * d_vit * min(n, sizes.n_fit)
+            return max(_sample(n, sizes, blocks), sample + 30 * k * d_vit, 30 * k * d_vit + blocks)
         case scorers_config.Pca():
             return 5 * 8 * d_vit**2 + blocks
         case _:
             return 4 * sizes.ckpt
+
+
+def _sample(n: int, sizes: Sizes, blocks: int) -> int:
+    """What is drawn from, a quarter more than the sample, beside blocks; then the sample too."""
+    drawn = min(n + n // 4, sizes.n_fit)
+    return max(4 * sizes.d_vit * drawn + blocks, 4 * sizes.d_vit * (drawn + min(n, drawn)))
 
 
 def _block(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
