@@ -148,5 +148,5 @@ def test_labels_shifted_by_one_image_drop_every_scorer_to_the_constant_row(
 
 
 def test_a_demo_without_enough_images_is_refused() -> None:
-    with pytest.raises(errors.UserError, match="at least 40 images"):
+    with pytest.raises(errors.UserError, match="--n-imgs 10: must be at least 40."):
         demo_config.Demo(n_imgs=10)

@@ -423,6 +423,8 @@ def test_gradients_flow_through_other_shapes_and_types() -> None:
         (torch.tensor(1.0), r"torch.float32 of shape \(\)"),
         (np.zeros((3, D), int), "int64"),
         (np.zeros((3, D), object), "object"),
+        (torch.zeros(3, D).to_sparse(), "torch.float32"),
+        (torch.zeros(3, D, device="meta"), "torch.float32"),
     ],
 )
 def test_other_inputs_are_refused_in_one_line(x: tp.Any, seen: str) -> None:

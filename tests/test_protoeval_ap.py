@@ -114,6 +114,8 @@ def test_numpy_and_torch_of_any_type_give_the_same() -> None:
         (np.zeros(4), np.zeros((4, 1), bool), r"scores_NK has shape \(4,\)"),
         (np.zeros((4, 2), complex), np.zeros((4, 1), bool), "scores_NK is complex128"),
         ([[1.0]], np.zeros((1, 1), bool), "scores_NK is list"),
+        (torch.ones(1, 1).to_sparse(), np.zeros((1, 1), bool), "scores_NK is torch.float32. Pass"),
+        (torch.ones(1, 1, device="meta"), np.zeros((1, 1), bool), "scores_NK is torch.float32"),
         (np.full((4, 1), 2**62 + 1), np.zeros((4, 1), bool), "float64 cannot hold exactly"),
     ],
 )

@@ -86,7 +86,8 @@ def test_scorers_take_any_float_type_and_refuse_the_rest_in_one_line(
         for bad, text in (
             (x_BD[:, :4], r"shape \(300, 4\); this scorer takes \(B, D\) with D = 6"),
             (x_BD[0], r"shape \(6,\)"),
-            (x_BD.long(), "torch.int64; a scorer takes a torch tensor of floats"),
+            (x_BD.long(), "torch.int64; a scorer takes a dense torch tensor of floats"),
+            (x_BD.to_sparse(), "torch.float32; a scorer takes a dense torch tensor of floats"),
             (acts_BD.tolist(), "list; a scorer"),
             (x_BD.to("meta"), "on meta, but the scorer is on cpu"),
         ):

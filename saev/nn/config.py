@@ -1,7 +1,6 @@
 """Configs of sparse autoencoders: one class per architecture, one per objective. Imports no torch."""
 
 import dataclasses
-import math
 import typing as tp
 
 import beartype
@@ -150,9 +149,9 @@ class JumpRelu(Architecture):
         super().__post_init__()
         _at_least(0, self, "sparsity_coeff")
         _at_least(0, self, "init_threshold")
-        if not 0 < self.bandwidth < math.inf:
+        if not 0 < self.bandwidth < 10**12:
             raise errors.UserError(
-                f"--sae.bandwidth {self.bandwidth}: must be positive and finite."
+                f"--sae.bandwidth {self.bandwidth}: must be more than 0 and below 1e12."
             )
 
 

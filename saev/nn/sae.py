@@ -154,12 +154,13 @@ class SparseAutoencoder(torch.nn.Module):
         """(*batch, width) as (B, width), of the weights' type and on their device."""
         if isinstance(values, np.ndarray) and values.dtype.kind == "f":
             values = torch.from_numpy(values.astype(np.float64))
-        is_float = isinstance(values, Tensor) and values.is_floating_point()
+        is_dense = isinstance(values, Tensor) and values.layout == torch.strided
+        is_float = is_dense and values.is_floating_point() and not values.is_meta
         if not is_float or values.ndim == 0 or values.shape[-1] != width:
             shape = f" of shape {tuple(values.shape)}" if hasattr(values, "shape") else ""
             seen = f"{getattr(values, 'dtype', type(values).__name__)}{shape}"
             raise errors.UserError(
-                f"{caller}: got {seen}; pass a tensor or array of floats whose last dimension is {width}."
+                f"{caller}: got {seen}; pass a dense tensor or array of floats whose last dimension is {width}."
             )
         return values.reshape(-1, width).to(self.W_dec)
 

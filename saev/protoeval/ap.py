@@ -59,14 +59,14 @@ def average_precision(
 
 def _numbers(values: object, name: str, shape: str) -> np.ndarray:
     """A matrix of float32 or float64 that holds the very same numbers."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
+    if isinstance(values, torch.Tensor) and values.layout == torch.strided and not values.is_meta:
+        values = values.detach().cpu().resolve_neg()
         is_half = values.is_floating_point() and values.dtype != torch.float64
         values = values.float().numpy() if is_half else values.numpy()
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
         what = getattr(values, "dtype", type(values).__name__)
         raise errors.UserError(
-            f"average_precision: {name} is {what}. Pass a numpy array or torch tensor of numbers."
+            f"average_precision: {name} is {what}. Pass a numpy array or a dense torch tensor of numbers."
         )
     if values.ndim != 2:
         raise errors.UserError(

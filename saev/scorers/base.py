@@ -141,9 +141,12 @@ def ready(activations: object, like: Tensor, shape: str) -> Tensor:
     Raises:
         UserError: no float tensor of that shape, or on another device.
     """
-    if not isinstance(activations, Tensor) or not activations.is_floating_point():
+    is_dense = isinstance(activations, Tensor) and activations.layout == torch.strided
+    if not is_dense or not activations.is_floating_point():
         what = getattr(activations, "dtype", type(activations).__name__)
-        raise errors.UserError(f"activations: {what}; a scorer takes a torch tensor of floats.")
+        raise errors.UserError(
+            f"activations: {what}; a scorer takes a dense torch tensor of floats."
+        )
     if activations.ndim != len(shape.split()) or activations.shape[-1] != like.shape[-1]:
         raise errors.UserError(
             f"activations: shape {tuple(activations.shape)}; this scorer takes ({', '.join(shape.split())}) with D = {like.shape[-1]}."

@@ -97,6 +97,7 @@ class Train:
             decay_frac="[0, 1]",
             n_sparsity_warmup="[0, 1e13]",
             max_grad_norm="[0, 1e12]",
+            max_norm_ratio="[0, 1e12]",
             ema="[0, 1)",
             seed="[0, 4294967296)",
             pool_gb="(0, 1e5]",
