@@ -15,6 +15,7 @@ import torch
 from saev import errors, nn
 from saev.data import config as data_config
 from saev.data import reader, shuffled
+from saev.formats import metricslog
 from saev.nn import config as nn_config
 from saev.nn import metrics
 from saev.training import config, loop, run
@@ -81,7 +82,7 @@ def change(cfg: config.Train, **changes: object) -> config.Train:
 
 def logged(sae_fpath: str) -> list[dict[str, float]]:
     text = (pathlib.Path(sae_fpath).parent / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    return [metricslog.parse(line) or {} for line in text.splitlines()]
 
 
 def weights(sae_fpath: str) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ import torch
 
 from saev import errors, helpers, nn
 from saev.data import config as data_config
-from saev.formats import checkpoint, tensors
+from saev.formats import checkpoint, metricslog, tensors
 from saev.nn import config as nn_config
 from saev.nn import optim
 from saev.training import config, loop, run, state
@@ -80,7 +80,7 @@ def assert_same(fpath: str | pathlib.Path, other: str | pathlib.Path) -> None:
 def logged(fpath: str | pathlib.Path) -> list[dict[str, float]]:
     """Metrics without those of the clock."""
     text = (pathlib.Path(fpath).parent / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = [metricslog.parse(line) or {} for line in text.splitlines()]
     return [{k: v for k, v in m.items() if k not in ("tokens_per_s", "loader_wait")} for m in lines]
 
 
