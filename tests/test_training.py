@@ -37,6 +37,10 @@ NAMES = {
     "tokens_per_s",
     "loader_wait",
     "step",
+    "token_nmse_median",
+    "token_nmse_q95",
+    "extreme_frac",
+    "extreme_variance_frac",
 }
 COSTLY = {"mean_abs_corr", "coherence"}
 

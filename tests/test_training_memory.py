@@ -13,12 +13,13 @@ from saev.training import config, memory
 
 ROOT = pathlib.Path(__file__).parent.parent
 TRAIN = """
-import logging, pickle, resource, sys
+import logging, pathlib, pickle, re, sys
 from saev.training import loop
 logging.basicConfig(level="INFO")
 loop.main(pickle.loads(bytes.fromhex(sys.argv[1])))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(1024 * int(re.search("VmHWM:[^0-9]*([0-9]+) kB", pathlib.Path("/proc/self/status").read_text())[1]))
 """
+"""VmHWM is the peak of this program alone: ru_maxrss begins with that of the process that starts it."""
 CASES = {
     "nothing": (nn_config.TopK(d_vit=8, exp_factor=4, top_k=3), 64, 4, 0.1),
     "weights": (nn_config.TopK(d_vit=1024, d_sae=4096), 64, 4, 0.1),
