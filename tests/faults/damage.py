@@ -18,7 +18,9 @@ def kept(fpath: pathlib.Path) -> collections.abc.Iterator[bytes]:
     try:
         yield data
     finally:
-        if fpath.is_symlink() or not fpath.is_file():
+        if fpath.is_dir():
+            fpath.rmdir()
+        elif fpath.is_symlink() or not fpath.is_file():
             fpath.unlink(missing_ok=True)
         if not fpath.exists() or fpath.read_bytes() != data:
             fpath.write_bytes(data)
