@@ -6,6 +6,7 @@ Each case runs the real command in a process of its own.
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -22,12 +23,13 @@ VIT = ["--vit-family", "timm", "--vit-ckpt", "vit_tiny_patch16_224", "--vit-weig
 
 
 def fails(*args: object) -> str:
-    """Runs `python ARGS`, checks the manner of failing, and returns the line."""
+    """Runs `python ARGS`, checks the manner of failing, and returns the line (log lines aside)."""
     command = [sys.executable, *map(str, args)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.strip().splitlines()
+    lines = done.stderr.strip().splitlines()
+    (line,) = [line for line in lines if not re.match(r"\[\d\d:\d\d:\d\d\] ", line)]
     assert line.startswith("error: ") and "Traceback" not in done.stderr
     assert done.stdout == ""
     return line
