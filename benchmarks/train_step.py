@@ -124,7 +124,7 @@ def measure(case: Case) -> common.Case:
     x = batches(tp.cast(int, case.sae.d_vit), case.batch_size)
     runs = [start(case, x) for _ in range(case.n_saes)]
     W_DS = runs[0].sae.W_enc.detach().contiguous()
-    pre_BS = torch.empty(case.batch_size, case.sae.d_sae)
+    pre_BS = torch.empty(case.batch_size, case.sae.n_latents)
 
     def step(i: int) -> None:
         for one in runs:
