@@ -17,6 +17,7 @@ FLOORS = {
     "saev.fields": 0.25,
     "saev.formats": 0.5,
     "saev.cli": 0.75,
+    "saev.report": 1.0,
     "saev.launch": 1.0,
     "saev.sweeps": 1.0,
     "saev.tracking": 1.0,
@@ -38,6 +39,7 @@ FLOORS = {
 HEAVY = {
     "torch",
     "numpy",
+    "polars",
     "sklearn",
     "scipy",
     "PIL",

@@ -13,7 +13,7 @@ import tempfile
 import time
 
 import numpy as np
-import pyarrow.parquet
+import polars as pl
 import pytest
 import torch
 
@@ -161,7 +161,7 @@ def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub)
     table = (dpath / "table.md").read_text()
     assert "| constant | 1 |" in table and "| Pca | 16 |" in table
     assert (dpath / "chart.png").read_bytes().startswith(b"\x89PNG")
-    traits = pyarrow.parquet.read_table(dpath / "traits.parquet").to_pylist()
+    traits = pl.read_parquet(dpath / "traits.parquet").to_dicts()
     assert len(traits) == len(lines) * len(labels.attribute_names_T)
     shown = float(lines[-1]["map"])
     mine = [
@@ -339,7 +339,7 @@ def test_ties_take_the_lowest_prototype() -> None:
 
 def test_the_best_of_k_is_chosen_among_the_first_k(cfg: config.ProtoEval) -> None:
     fpath = pathlib.Path(select.main([cfg])) / "traits.parquet"
-    lines = pyarrow.parquet.read_table(fpath).to_pylist()
+    lines = pl.read_parquet(fpath).to_dicts()
     assert max(t["prototype"] for t in lines if t["n_prototypes"] == 4) < 4
     assert max(t["prototype"] for t in lines if t["n_prototypes"] == 16) >= 4
 

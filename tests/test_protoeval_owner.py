@@ -3,7 +3,7 @@
 import pathlib
 
 import numpy as np
-import pyarrow.parquet
+import polars as pl
 import pytest
 import sklearn.metrics
 
@@ -107,7 +107,7 @@ def test_the_sweep_file_equals_the_owners_loops(
     prototype_KD = scorers.load(fpath).vectors_KD.numpy()
     trained_on = {patch.tobytes() for patch in acts_NPD[0::2].reshape(-1, D)}  # ids 1, 3, ...
     assert {p.tobytes() for p in prototype_KD} <= trained_on
-    lines = pyarrow.parquet.read_table(dpath / "traits.parquet").to_pylist()
+    lines = pl.read_parquet(dpath / "traits.parquet").to_dicts()
     for k in (8, K):
         mine = [x for x in lines if (x["scorer"], x["n_prototypes"]) == ("Random", k)]
         mine = [x for x in mine if x["n_train"] == N // 2]

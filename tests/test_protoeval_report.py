@@ -9,12 +9,13 @@ import pathlib
 import re
 
 import numpy as np
-import pyarrow.parquet
+import polars as pl
 import pytest
 
 from saev import errors
-from saev.formats import jsonfile, layout, manifest, results
-from saev.protoeval import compare, config, joint, report, select
+from saev.formats import jsonfile, manifest, results
+from saev.protoeval import config, joint, report, select, stats
+from saev.report import charts, frame
 from saev.scorers import config as scorers_config
 
 NAMES = ["has_wing_color::blue", "has_bill_length::long", "has_wing_color::red"]
@@ -67,8 +68,18 @@ def about() -> results.About:
     )
 
 
-def differences(rows: list[results.Row]) -> list[dict]:
-    return compare.differences([row.measured for row in rows])
+def cells(rows: list[results.Row], about: results.About) -> pl.DataFrame:
+    return stats.cells(stats.summary(rows), about)
+
+
+def differences(rows: list[results.Row], about: results.About) -> list[dict]:
+    return stats.differences(cells(rows, about), [row.boot_RM for row in rows]).to_dicts()
+
+
+def against(rows: list[results.Row], about: results.About) -> list[dict]:
+    """The differences from random activations."""
+    found = stats.differences(cells(rows, about), [row.boot_RM for row in rows])
+    return report.against_baseline(found).to_dicts()
 
 
 def test_kinds_of_cubs_groups() -> None:
@@ -88,57 +99,79 @@ def test_means_spread_and_interval(rows: list[results.Row]) -> None:
     assert np.isnan(sae._replace(boot_RM=np.empty((1, 0))).interval[0])
 
 
-def test_differences_are_paired(rows: list[results.Row]) -> None:
+def test_differences_are_paired(rows: list[results.Row], about: results.About) -> None:
     random, sae = rows[1]._replace(boot_RM=rows[1].boot_RM[:1]), rows[2]
-    there, back = differences([rows[0], random, sae])
+    there, back = differences([rows[0], random, sae], about)
     assert (there["scorer"], there["baseline"], there["difference"]) == ("Random", "Sae_1", 0.0)
     assert (back["scorer"], back["baseline"]) == ("Sae_1", "Random")
     # each resample differs by 0.1, although both mAPs vary more: no width, and centred on the measured difference
     assert (back["low"], back["high"]) == pytest.approx((0.0, 0.0), abs=1e-12)
     wide = sae._replace(boot_RM=np.array([[0.6, 0.9, 0.5, 0.8]]))
-    there, back = differences([random, wide])
+    there, back = differences([random, wide], about)
     low, high = np.quantile([0.2, 0.4, -0.1, 0.3], [0.025, 0.975]) - 0.2
     assert (back["low"], back["high"]) == pytest.approx((low, high))
     assert (there["low"], there["high"]) == pytest.approx((-high, -low))
     assert not back["excludes_zero"]
-    _, back = differences([random, sae._replace(test_ap_RT=np.full((1, 3), 0.7))])
+    _, back = differences([random, sae._replace(test_ap_RT=np.full((1, 3), 0.7))], about)
     assert back["excludes_zero"]
 
 
-def test_intervals_of_differences_are_over_the_draws_too() -> None:
+def test_intervals_of_differences_are_over_the_draws_too(about: results.About) -> None:
     """Test images that say the same of both scorers, but draws that do not: the interval is the t interval's width or so."""
     rng = np.random.default_rng(0)
     draws_R = rng.normal(0.0, 0.1, 8)
     images_M = rng.normal(0.5, 0.2, 2000)
     random = row("Random", 8, 9, [[0.5]] * 8)._replace(boot_RM=np.tile(images_M, (8, 1)))
     sae = row("Sae_1", 8, 9, [[0.5]] * 8)._replace(boot_RM=images_M + draws_R[:, None])
-    _, line = differences([random, sae])
+    _, line = differences([random, sae], about)
     half = (line["high"] - line["low"]) / 2
     assert half == pytest.approx(1.96 * draws_R.std(ddof=1) / np.sqrt(8), rel=0.1)
 
 
-def test_scorers_of_other_numbers_of_draws_are_not_paired(rows: list[results.Row]) -> None:
-    assert differences(rows) == []
+def test_scorers_of_other_numbers_of_draws_are_not_paired(
+    rows: list[results.Row], about: results.About
+) -> None:
+    assert differences(rows, about) == []
 
 
-def test_any_random_activations_are_the_baseline(rows: list[results.Row]) -> None:
-    names = ("Random similarity=dot", "Random similarity=cosine", "Pca")
-    rows = [rows[2]._replace(scorer=name) for name in names]
-    against = compare.against_baseline(differences(rows))
-    assert [(x["scorer"], x["baseline"]) for x in against] == [("Pca", names[0]), ("Pca", names[1])]
+def test_any_random_activations_are_the_baseline_whatever_their_name(
+    rows: list[results.Row], about: results.About
+) -> None:
+    """What a scorer is stands in its settings; its name decides nothing."""
+    scorers = {
+        "x": {"cls": "Random", "similarity": "dot"},
+        "y": {"cls": "Random", "similarity": "cosine"},
+        "Random Pca": {"cls": "Pca"},
+        "constant y": {"cls": "Sae"},
+    }
+    about = dataclasses.replace(about, scorers=scorers)
+    found = against([rows[2]._replace(scorer=name) for name in scorers], about)
+    assert [(x["scorer"], x["baseline"]) for x in found] == [
+        *(("Random Pca", "x"), ("Random Pca", "y"), ("constant y", "x"), ("constant y", "y"))
+    ]
+
+
+def test_a_scorers_id_is_made_of_what_decides_it(about: results.About) -> None:
+    fields = {"cls": "KMeans", "n_iter": 3}
+    about = dataclasses.replace(about, scorers={"a": fields, "b": {**fields}, "c": {"cls": "Pca"}})
+    other = dataclasses.replace(about, seed=1)
+    a, b, c = (about.scorer(name) for name in "abc")
+    assert a.id == b.id != c.id and a.id != other.scorer("a").id
+    assert a.seedless.id == other.scorer("a").seedless.id
+    assert about.scorer("constant").id == other.scorer("constant").id
 
 
 def test_a_scorer_of_another_size_is_held_against_the_largest_smaller_baseline(
-    rows: list[results.Row],
+    rows: list[results.Row], about: results.About
 ) -> None:
     few = row("Random", 128, 1000, [[0.1, 0.2, 0.3]], [0.2] * 4)
     other_n = row("Random", 640, 16, [[0.1, 0.2, 0.3]], [0.2] * 4)
     many = rows[1]._replace(boot_RM=rows[1].boot_RM[:1])
     for k, want in ((127, None), (500, 128), (512, 512), (700, 512)):
         sae = rows[2]._replace(n_prototypes=k)
-        lines = compare.against_baseline(differences([few, many, other_n, sae]))
+        lines = against([few, many, other_n, sae], about)
         assert [line["baseline_prototypes"] for line in lines] == [want] * (want is not None)
-    assert differences([few, rows[0], row(results.PROBE, 1, 1000, [[0.9]], [0.9] * 4)]) == []
+    assert differences([few, rows[0], row(results.PROBE, 1, 1000, [[0.9]], [0.9] * 4)], about) == []
 
 
 def test_the_written_tables(
@@ -167,9 +200,10 @@ def test_the_written_tables(
     said, _, tabular = tex.partition("\n")
     assert said.startswith("% clip x, layer 23")
     assert tabular.startswith("\\begin{tabular}{lrrrllrr}\n\\toprule\n")
-    traits = pyarrow.parquet.read_table(tmp_path / "traits.parquet").to_pylist()
+    traits = pl.read_parquet(tmp_path / "traits.parquet").to_dicts()
     assert len(traits) == 3 * (1 + 2 + 1 + 2)
     assert traits[8] == {
+        "scorer_id": about.scorer("Random").id,
         "scorer": "Random",
         "n_prototypes": 512,
         "n_train": 1000,
@@ -183,13 +217,20 @@ def test_the_written_tables(
     }
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "about.json").read_text()) == dataclasses.asdict(about)
-    lines = results.read_csv((tmp_path / "summary.csv").read_bytes(), results.SUMMARY)
-    assert lines[1]["map"] == pytest.approx(0.5) and lines[1]["n_train"] == 1000
+    read = frame.read_csv((tmp_path / "summary.csv").read_bytes(), results.SUMMARY)
+    assert read.equals(stats.summary(rows)), "to the last digit"
 
 
 def test_without_resamples_and_draws_the_columns_are_left_out(about: results.About) -> None:
-    lines = [results.summary(row("constant", 1, 9, [[0.25]]))]
-    assert layout.table(lines)[0] == ["Scorer", "Prototypes", "Train", "mAP", "5%", "95%"]
+    lines = cells([row("constant", 1, 9, [[0.25]])], about)
+    assert report.summary_table(lines).columns == [
+        "Scorer",
+        "Prototypes",
+        "Train",
+        "mAP",
+        "5%",
+        "95%",
+    ]
 
 
 def test_traits_without_a_positive_are_reported_not_averaged(about: results.About) -> None:
@@ -198,7 +239,7 @@ def test_traits_without_a_positive_are_reported_not_averaged(about: results.Abou
         row("Pca", 4, 9, [[0.75, np.nan]])._replace(train_ap_RT=np.array([[np.nan, 0.9]])),
     ]
     assert rows[1].mean_ap == 0.75
-    note = report._notes(rows, ["has_a::x", "has_b::y"], about)
+    note = report._notes(cells(rows, about), 2, about)
     assert note.startswith("\nclip x, layer 23")
     assert "1 trait(s) without a positive test image are left out" in note
     assert "With 9 train images 1 trait(s) have no positive one" in note
@@ -211,7 +252,7 @@ def test_the_chart_shows_every_line_whole(about: results.About) -> None:
         *(row("Low", 4, n, [[0.3]]) for n in (16, 99)),
         *(row("High", 4, n, [[0.9]]) for n in (16, 99)),
     ]
-    low, high = report.chart([(about, [results.summary(r) for r in rows])]).axes
+    low, high = charts.grid(cells(rows, about)).axes
     assert [axes.get_title() for axes in (low, high)] == ["Low", "High"]
     for axes in (low, high):
         assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 0.95
@@ -418,9 +459,8 @@ def test_names_that_are_not_utf8_are_spelt_out(
     assert joint.read_all(tmp_path)[0].about == about
     joint.write(tmp_path)
     assert r"fit caf\udce9" in (tmp_path / "report" / "table.md").read_text("utf-8")
-    with (tmp_path / odd / "x" / "traits.parquet").open("rb") as fd:
-        traits = pyarrow.parquet.read_table(fd)
-    assert r"caf\udce9" in traits["trait"].to_pylist()
+    traits = pl.read_parquet((tmp_path / odd / "x" / "traits.parquet").read_bytes())
+    assert r"caf\udce9" in traits["trait"].to_list()
     gallery = tmp_path / odd / "gallery"
     write_gallery(gallery, latents=[1])
     report.link(tmp_path / odd / "x", "Sae_1", gallery)
@@ -444,9 +484,8 @@ def test_sorts_of_tokens_and_activations_are_told_apart(
     for name in ("Random", "Sae_1"):
         for acts in ("a", "b"):
             assert f"| clip x | 23 | 1 (cls) | {name} activations={acts * 8} | 512" in text
-    axes = report.chart(
-        [(dataclasses.replace(about, tokens=t), [results.summary(rows[1])]) for t in ("x", "y")]
-    ).axes
+    of = [cells(rows[1:2], dataclasses.replace(about, tokens=t)) for t in ("x", "y")]
+    axes = charts.grid(pl.concat(of)).axes
     assert [a.get_title() for a in axes] == ["Random\nx", "Random\ny"]
 
 

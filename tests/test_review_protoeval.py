@@ -8,7 +8,7 @@ import pathlib
 import shutil
 
 import numpy as np
-import pyarrow.parquet
+import polars as pl
 import pytest
 import sklearn.metrics
 import torch
@@ -183,7 +183,7 @@ def test_each_patch_meets_its_own_label(
         assert float(line[3]) == pytest.approx(LABELS_N2[is_measured_N].mean(), abs=1e-12)
     else:
         assert "left out, because" not in table
-    *_, x, y = pyarrow.parquet.read_table(dpath / "traits.parquet").to_pylist()
+    *_, x, y = pl.read_parquet(dpath / "traits.parquet").to_dicts()
     assert [(t["prototype"], t["test_ap"]) for t in (x, y)] == [(0, 1.0), (1, 1.0)]
 
 

@@ -1,7 +1,7 @@
 """The report of a sweep: its table, its front, its picture."""
 
-import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -9,10 +9,12 @@ import sys
 import hypothesis
 import hypothesis.strategies as st
 import matplotlib.image
+import polars as pl
 import pytest
 
 from saev import errors
-from saev.training import report
+from saev.report import charts, tables
+from saev.training import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -58,13 +60,19 @@ def evaluated(l0: float, nmse: float | None, n_dead: int = 8) -> dict[str, objec
     }
 
 
+def shown(dpath: pathlib.Path) -> tuple[list[str], list[list[str]]]:
+    """(header, cells)."""
+    table = runs.table(runs.read((str(dpath),)))
+    return table.columns, [list(row) for row in table.iter_rows()]
+
+
 def test_sizes_are_one_column_however_they_were_given(tmp_path: pathlib.Path) -> None:
     for name, size in [("a", {"exp_factor": 4}), ("b", {"exp_factor": None, "d_sae": 37})]:
         write(tmp_path / name)
         fpath = tmp_path / name / "config.json"
         cfg = json.loads(fpath.read_text())
         fpath.write_text(json.dumps({**cfg, "sae": {"d_vit": 8, "top_k": 3, **size}}))
-    header, cells = report.table(report.read((str(tmp_path),)))
+    header, cells = shown(tmp_path)
     assert header[:4] == ["run", "architecture", "d_sae", "L0"]
     assert [row[2] for row in cells] == ["32", "37"]
 
@@ -79,7 +87,7 @@ def test_the_table(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "dd", lines=f'{line}\n{{"step": 6, "l0_c', done=False)
     write(tmp_path / "ee", metrics=evaluated(16.0, None), done=False)
     (tmp_path / "ee" / "failed.json").write_text('{"step": 7, "reason": "x"}')
-    header, cells = report.table(report.read((str(tmp_path),)))
+    header, cells = shown(tmp_path)
     assert header == [
         *("run", "architecture", "d_sae", "lr", "L0", "norm. MSE", "expl. var.", "dead %"),
         *("of", "state"),
@@ -113,7 +121,8 @@ def test_the_table(tmp_path: pathlib.Path) -> None:
         ],
         ["ee", "TopK", "32", "0.001", "16.0", "-", "-", "25.0", "held-out", "failed at step 7"],
     ]
-    lines = report.markdown(header, cells).splitlines()
+    table = pl.DataFrame(cells, header, orient="row")
+    lines = tables.markdown(table, padded=True).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == 7
 
 
@@ -121,7 +130,7 @@ def test_the_tables_figures_by_token(tmp_path: pathlib.Path) -> None:
     by_token = {"token_nmse_median": 0.1, "token_nmse_q95": 0.4, "extreme_variance_frac": 0.973}
     write(tmp_path / "aa", metrics=evaluated(16.0, 0.3) | by_token)
     write(tmp_path / "bb", metrics=evaluated(17.0, 0.2))
-    header, cells = report.table(report.read((str(tmp_path),)))
+    header, cells = shown(tmp_path)
     at = header.index("token median")
     assert header[at : at + 4] == ["token median", "token 95%", "extreme var. %", "dead %"]
     assert [row[at : at + 4] for row in cells] == [
@@ -130,8 +139,14 @@ def test_the_tables_figures_by_token(tmp_path: pathlib.Path) -> None:
     ]
 
 
-def row(name: str, l0: float, nmse: float) -> report.Row:
-    return report.Row(name, "TopK", {}, "done", "held-out", l0, nmse, 0.0, 0.0, 32)
+def frame(*rows: tuple[str, float, float], state: str = "done") -> pl.DataFrame:
+    columns = {"run": pl.String, "l0": pl.Float64, "normalized_mse": pl.Float64}
+    frame = pl.DataFrame(rows, columns, orient="row")
+    return frame.with_columns(state=pl.lit(state), kind=pl.lit("TopK"))
+
+
+def best(rows: pl.DataFrame) -> set[str]:
+    return set(runs.front(rows).filter("is_best")["run"])
 
 
 POINTS = st.lists(
@@ -141,33 +156,34 @@ POINTS = st.lists(
 
 @hypothesis.given(POINTS)
 def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
-    rows = [row(str(i), *point) for i, point in enumerate(points)]
+    rows = frame(*((str(i), *point) for i, point in enumerate(points)))
     want = set()
     for i, (l0, nmse) in enumerate(points):
         beaten = [p for p in points if p != (l0, nmse) and p[0] <= l0 and p[1] <= nmse]
         if not beaten:
             want.add(str(i))
-    assert report.front(rows) == want
+    assert best(rows) == want
 
 
 def test_a_failed_run_is_not_on_the_front() -> None:
-    failed = dataclasses.replace(row("a", 4.0, 0.1), state="failed at step 7")
-    assert report.front([failed, row("b", 4.0, 0.2)]) == {"b"}
+    failed = frame(("a", 4.0, 0.1), state="failed at step 7")
+    assert best(pl.concat([failed, frame(("b", 4.0, 0.2))])) == {"b"}
 
 
 @pytest.mark.parametrize("n", [1, 12, 40])
 def test_the_picture(n: int, tmp_path: pathlib.Path) -> None:
-    rows = [row(f"run{i:05}", 4.0 * (1 + i % 7), 0.5 / (1 + i % 7) + i / 300) for i in range(n)]
-    report.draw(rows, tmp_path / "front.png")
+    points = [(4.0 * (1 + i % 7), 0.5 / (1 + i % 7) + i / 300) for i in range(n)]
+    rows = runs.front(frame(*((f"run{i:05}", *point) for i, point in enumerate(points))))
+    charts.save(charts.front(rows), tmp_path / "front.png")
     pixels = matplotlib.image.imread(tmp_path / "front.png")
     assert pixels.shape[0] > 500 and pixels[..., :3].std() > 0.02
 
 
 def test_what_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.UserError, match="no such folder"):
-        report.read((str(tmp_path / "nowhere"),))
+        runs.read((str(tmp_path / "nowhere"),))
     with pytest.raises(errors.UserError, match="holds no run"):
-        report.read((str(tmp_path),))
+        runs.read((str(tmp_path),))
     (tmp_path / "a").mkdir()
     for text, match in [
         ("{", "cannot be read"),
@@ -177,13 +193,25 @@ def test_what_is_refused(tmp_path: pathlib.Path) -> None:
     ]:
         (tmp_path / "a" / "config.json").write_text(text)
         with pytest.raises(errors.UserError, match=match):
-            report.read((str(tmp_path),))
+            runs.read((str(tmp_path),))
 
 
 def test_an_integer_beyond_every_float_is_no_figure(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "a", metrics={"l0_count": 10**400, "n_latents": 2})
-    (found,) = report.read((str(tmp_path / "a"),))
-    assert not found.is_measured
+    assert runs.read((str(tmp_path / "a"),)).filter(runs.IS_MEASURED).is_empty()
+
+
+def test_names_that_a_frame_could_not_hold(tmp_path: pathlib.Path) -> None:
+    """A folder's name that is not UTF-8, and fields of a config that are named like columns of the table."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    for dpath, value in ((odd, "x"), (tmp_path / "b", "y")):
+        write(dpath, metrics=evaluated(4.0, 0.5))
+        cfg = json.loads((dpath / "config.json").read_text())
+        names = dict.fromkeys(("run", "state", "L0", "of", "l0"), value)
+        (dpath / "config.json").write_text(json.dumps(cfg | names))
+    header, cells = shown(tmp_path)
+    assert header[3:8] == ["cfg.run", "cfg.state", "cfg.L0", "cfg.of", "l0"]
+    assert {row[0] for row in cells} == {r"caf\udce9 *", "b *"}
 
 
 def test_the_command(tmp_path: pathlib.Path) -> None:
@@ -210,5 +238,5 @@ def test_explained_variance_of_an_older_version_is_not_shown_as_todays(
     figures = evaluated(16.0, 0.3)
     del figures["explained_variance_per_dim"]
     write(tmp_path / "old", metrics=figures)
-    ((*_, nmse, ev, dead, _, _),) = report.table(report.read((str(tmp_path),)))[1]
+    ((*_, nmse, ev, dead, _, _),) = shown(tmp_path)[1]
     assert (nmse, ev, dead) == ("0.3000", "-", "25.0")

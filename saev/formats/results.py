@@ -1,10 +1,8 @@
-"""Results of protoeval: the summary table, and the per-trait, per-kind and difference tables.
+"""Results of protoeval: what is measured, what it is of, and the columns of its files.
 
 T traits, R draws of the train images, M bootstrap resamples of the test images.
 """
 
-import collections.abc
-import csv
 import dataclasses
 import io
 import pathlib
@@ -12,43 +10,70 @@ import typing as tp
 
 import beartype
 import numpy as np
+import polars as pl
 from jaxtyping import Float64, Int64
 
 from saev import helpers
 
 CONSTANT, PROBE, BASELINE = "constant", "Linear probe", "Random"
-"""Names of the rows that others are held against: the floor, the supervised reference, what a scorer must beat."""
+"""Classes of the scorers that others are compared with: the constant scorer, the supervised reference, random activations."""
 REFERENCES = (CONSTANT, PROBE)
 
 FILES = ("about.json", "summary.csv", "kinds.csv", "resamples.npz", "traits.parquet", "table.md")
-"""What later commands read of a results directory: all in its manifest."""
+"""The files of a results directory that later commands read. Its manifest lists them all."""
 
-SUMMARY = (
-    "scorer",
-    "n_prototypes",
-    "n_train",
-    "map",
-    "low",
-    "high",
-    "spread",
-    "q05",
-    "q95",
-    "n_traits",
-    "n_traits_without_train_positives",
-)
+CELL = {"scorer": pl.String, "n_prototypes": pl.Int64, "n_train": pl.Int64}
+"""Columns that name a cell of the grid."""
+SUMMARY = CELL | {
+    **dict.fromkeys(("map", "low", "high", "spread", "q05", "q95"), pl.Float64),
+    **dict.fromkeys(("n_traits", "n_traits_without_train_positives"), pl.Int64),
+}
 KINDS = ("colour", "pattern", "shape", "size", "length", "other")
-KIND_COLUMNS = ("scorer", "n_prototypes", "n_train", "kind", "n_traits", "map")
-DIFFERENCES = (
-    "scorer",
-    "n_prototypes",
-    "n_train",
-    "baseline",
-    "baseline_prototypes",
-    "difference",
-    "low",
-    "high",
-    "excludes_zero",
+KIND_COLUMNS = CELL | {"kind": pl.String, "n_traits": pl.Int64, "map": pl.Float64}
+DIFFERENCES = CELL | {
+    **{"baseline": pl.String, "baseline_prototypes": pl.Int64},
+    **dict.fromkeys(("difference", "low", "high"), pl.Float64),
+    "excludes_zero": pl.Boolean,
+}
+SEEDS = CELL | {
+    **{"n_seeds": pl.Int64, "map": pl.Float64, "spread": pl.Float64, "baseline": pl.String},
+    **{"difference": pl.Float64, "difference_spread": pl.Float64},
+}
+
+TRAITS = (
+    {"scorer_id": pl.String}
+    | CELL
+    | {"draw": pl.Int64, "trait": pl.String, "group": pl.String, "kind": pl.String}
+    | {"prototype": pl.Int64, "train_ap": pl.Float64, "test_ap": pl.Float64}
 )
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class ScorerId:
+    """A scorer by what decides it."""
+
+    name: str
+    """In tables. It tells a reader which scorer it is; no code reads it."""
+    settings: dict[str, tp.Any]
+    """Class, settings, seed, and the hashes of its checkpoint and of the activations."""
+
+    @property
+    def id(self) -> str:
+        return helpers.hash_of(self.settings)[:12]
+
+    @property
+    def cls(self) -> str:
+        return str(self.settings.get("cls", self.name))
+
+    @property
+    def seed(self) -> int | None:
+        return self.settings.get("seed")
+
+    @property
+    def seedless(self) -> "ScorerId":
+        """The same for every seed."""
+        return ScorerId(self.name, {k: v for k, v in self.settings.items() if k != "seed"})
 
 
 @beartype.beartype
@@ -84,29 +109,13 @@ class About:
     n_zero: int = 0
     """Traits without a positive test image that count as AP 0."""
 
-
-SEEDS = (
-    "scorer",
-    "n_prototypes",
-    "n_train",
-    "n_seeds",
-    "map",
-    "spread",
-    "baseline",
-    "difference",
-    "difference_spread",
-)
-
-
-class Measured(tp.NamedTuple):
-    """What differences are taken of."""
-
-    scorer: str
-    n_prototypes: int
-    n_train: int
-    mean_ap: float
-    boot_RM: Float64[np.ndarray, "R M"]
-    """mAP of each draw of the train images on the same resamples of the test images."""
+    def scorer(self, name: str) -> ScorerId:
+        """The scorer that this table gives a name. The constant one is the same in every table."""
+        if name == CONSTANT:
+            return ScorerId(name, {"cls": CONSTANT})
+        splits = dict(zip(("activations", "test"), dict.fromkeys(self.activations), strict=False))
+        settings = self.scorers.get(name, {"cls": name}) | {"seed": self.seed} | splits
+        return ScorerId(name, settings)
 
 
 class Row(tp.NamedTuple):
@@ -123,10 +132,6 @@ class Row(tp.NamedTuple):
     """Its AP on all test images; NaN where these hold no positive."""
     boot_RM: Float64[np.ndarray, "R M"]
     """mAP of each draw on resamples of the test images, the same resamples for all rows."""
-
-    @property
-    def measured(self) -> Measured:
-        return Measured(self.scorer, self.n_prototypes, self.n_train, self.mean_ap, self.boot_RM)
 
     @property
     def measured_T(self) -> Float64[np.ndarray, " T"]:
@@ -172,29 +177,6 @@ def _quantiles(values: np.ndarray, low: float, high: float) -> tuple[float, floa
     return a, b
 
 
-@beartype.beartype
-def is_reference(scorer: str) -> bool:
-    """Is this one of the rows that others are held against (which a name may tell apart from others)?"""
-    return scorer.startswith(REFERENCES)
-
-
-@beartype.beartype
-def summary(row: Row) -> dict[str, object]:
-    """One line of summary.csv."""
-    values = (
-        row.scorer,
-        row.n_prototypes,
-        row.n_train,
-        row.mean_ap,
-        *row.interval,
-        row.spread,
-        *row.quantiles,
-        len(row.measured_T),
-        int(np.isnan(row.train_ap_RT).any(axis=0).sum()),
-    )
-    return dict(zip(SUMMARY, values, strict=True))
-
-
 # ---- traits and their kinds ----
 
 
@@ -211,84 +193,7 @@ def kind(trait: str) -> str:
     return {"color": "colour"}.get(last, last if last in KINDS else "other")
 
 
-@beartype.beartype
-def write_traits(fpath: pathlib.Path, rows: list[Row], names: list[str]) -> None:
-    """One line for each row, draw and trait, as parquet, atomically."""
-    import pyarrow
-    import pyarrow.parquet
-
-    columns: dict[str, list[object]] = {}
-    names = [helpers.printable(name) for name in names]
-    for row in rows:
-        n_R, n_T = row.best_RT.shape
-        part = {
-            "scorer": [row.scorer] * n_R * n_T,
-            "n_prototypes": [row.n_prototypes] * n_R * n_T,
-            "n_train": [row.n_train] * n_R * n_T,
-            "draw": np.repeat(np.arange(n_R), n_T).tolist(),
-            "trait": names * n_R,
-            "group": [group(name) for name in names] * n_R,
-            "kind": [kind(name) for name in names] * n_R,
-            "prototype": row.best_RT.ravel().tolist(),
-            "train_ap": row.train_ap_RT.ravel().tolist(),
-            "test_ap": row.test_ap_RT.ravel().tolist(),
-        }
-        for name, values in part.items():
-            columns.setdefault(name, []).extend(values)
-    with (
-        helpers.atomic(fpath) as tmp_fpath,
-        tmp_fpath.open("wb") as fd,
-    ):  # pyarrow opens UTF-8 paths only
-        pyarrow.parquet.write_table(pyarrow.table(columns), fd)
-
-
-@beartype.beartype
-def best_traits(data: bytes, scorer: str) -> list[dict[str, tp.Any]]:
-    """A scorer's lines of traits.parquet with most prototypes and train images (first draw), best test AP first."""
-    import pyarrow
-    import pyarrow.parquet
-
-    lines = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
-    mine = [line for line in lines if line["scorer"] == scorer and line["draw"] == 0]
-    most = max((line["n_train"], line["n_prototypes"]) for line in mine)
-    best = [line for line in mine if (line["n_train"], line["n_prototypes"]) == most]
-    return sorted(best, key=lambda line: -np.nan_to_num(line["test_ap"], nan=-1.0))
-
-
-@beartype.beartype
-def by_kind(rows: list[Row], names: list[str]) -> list[dict[str, object]]:
-    """mAP of the traits of each kind: of each scorer's row with most prototypes and train images."""
-    kinds = np.array([kind(name) for name in names])
-    best: dict[str, Row] = {}
-    for row in rows:
-        now = best.get(row.scorer, row)
-        if (row.n_train, row.n_prototypes) >= (now.n_train, now.n_prototypes):
-            best[row.scorer] = row
-    lines = []
-    for row in best.values():
-        ap_T = row.test_ap_RT.mean(axis=0)
-        for k in KINDS:
-            found_T = ap_T[(kinds == k) & ~np.isnan(ap_T)]
-            if len(found_T):
-                cell = (row.scorer, row.n_prototypes, row.n_train, k, len(found_T))
-                line = (*cell, float(found_T.mean()))
-                lines.append(dict(zip(KIND_COLUMNS, line, strict=True)))
-    return lines
-
-
 # ---- files ----
-
-
-@beartype.beartype
-def write_csv(
-    fpath: pathlib.Path, header: tuple[str, ...], lines: collections.abc.Iterable[dict[str, object]]
-) -> None:
-    """Writes a CSV file atomically."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, header, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    helpers.write_text(fpath, text.getvalue())
 
 
 @beartype.beartype
@@ -310,24 +215,3 @@ def read_resamples(data: bytes, n_rows: int) -> list[np.ndarray]:
     if any(boot_RM.ndim != 2 or boot_RM.dtype != np.float64 for boot_RM in out):
         raise ValueError("the arrays are not (draws, resamples)")
     return out
-
-
-@beartype.beartype
-def read_csv(data: bytes, header: tuple[str, ...]) -> list[dict[str, tp.Any]]:
-    """Reads what `write_csv` wrote: numbers as numbers.
-
-    Raises:
-        ValueError: another header, or a cell that should be a number and is not.
-    """
-    texts = {"scorer", "baseline", "kind", "excludes_zero"}
-    reader = csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""))
-    if tuple(reader.fieldnames or ()) != header:
-        raise ValueError(f"its columns are {reader.fieldnames}")
-    return [
-        {key: value if key in texts else _number(value) for key, value in line.items()}
-        for line in reader
-    ]
-
-
-def _number(text: str) -> int | float:
-    return int(text) if text.isdigit() else float(text)

@@ -14,11 +14,13 @@ import re
 
 import beartype
 import numpy as np
+import polars as pl
 from jaxtyping import Bool
 
 from saev import errors
 from saev.data import cub
-from saev.formats import layout, results
+from saev.formats import results
+from saev.report import tables
 
 REAL, REAL_TRAIN, REAL_CLASSES = (11_788, 312), 5_994, 200
 """Images and attributes, train images, and classes of the real CUB-200-2011."""
@@ -211,15 +213,15 @@ def describe(labels: cub.Cub) -> str:
         "",
     ]
     groups = [results.group(name) for name in labels.attribute_names_T]
-    cells = [["Group", "Traits", "Prevalence, train", "Prevalence, test"]]
+    header, cells = ["Group", "Traits", "Prevalence, train", "Prevalence, test"], []
     for group in dict.fromkeys(groups):
         mine = np.array([g == group for g in groups])
         prevalences = (
             f"{split_NT[:, mine].mean():.3f}" if len(split_NT) else ""
             for split_NT in (train_NT, test_NT)
         )
-        cells.append([group, str(int(mine.sum())), *prevalences])
-    lines.append(layout.markdown(cells))
+        cells.append((group, str(int(mine.sum())), *prevalences))
+    lines.append(tables.markdown(pl.DataFrame(cells, header, orient="row")))
     if len(train_NT) and len(test_NT):
         gap_T = np.abs(train_NT.mean(axis=0) - test_NT.mean(axis=0))
         widest = int(gap_T.argmax())

@@ -1,19 +1,31 @@
 """All results below a folder as one report: tables over ViTs, layers and scorers."""
 
-import collections.abc
 import dataclasses
-import json
 import logging
 import pathlib
 
 import beartype
 import numpy as np
+import polars as pl
 
 from saev import errors, helpers
-from saev.formats import jsonfile, layout, manifest, results
-from saev.protoeval import compare, report
+from saev.formats import jsonfile, manifest, results
+from saev.protoeval import report, stats
+from saev.report import charts, frame, tables
 
 logger = logging.getLogger("saev")
+
+LEGEND = (
+    """mAP: mean over the traits with a positive test image (their number: table.csv); its interval is over resamples of \
+the test images; 5% and 95% are quantiles over traits. """
+    + report.PROBE_NOTE
+)
+OVER_SEEDS = """Over seeds, which draw the random activations, the start of k-means and the train images: mean and standard deviation of \
+the mAP, and of its difference from random activations of the same seed."""
+PLACE = ("vit", "layer", "tokens", "labels", "min_certainty")
+"""The first columns of the report's CSV files."""
+SCORER = [*stats.PLACE, "scorer_id"]
+CELL = [*SCORER, "n_prototypes", "n_train"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,57 +34,49 @@ class Result:
 
     dpath: pathlib.Path
     about: results.About
-    lines: list[dict]
-    """Of summary.csv."""
-    kinds: list[dict]
-    """Of kinds.csv."""
+    cells: pl.DataFrame
+    kinds: pl.DataFrame
+    traits: pl.DataFrame
     boots: list[np.ndarray]
-    """Of resamples.npz, (draws, resamples) for each line."""
+    """(draws, resamples) for each row of `cells`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """Of one ViT, layer and sort of tokens. Scorers that would share a name are told apart by what they differ in."""
+class Joint:
+    """All results as one."""
 
-    about: results.About
     abouts: list[results.About]
-    """Of all results that it has rows of."""
-    lines: list[dict]
-    kinds: list[dict]
-    differences: list[dict]
-    """Of each scorer less each other one."""
-    seeds: list[dict]
-    """Over seeds, of scorers that were evaluated with several."""
-    drawn: list[dict]
-    """Lines for the chart: means over seeds."""
+    """Of the results that cells are left of, in the order of the report."""
+    cells: pl.DataFrame
+    kinds: pl.DataFrame
+    differences: pl.DataFrame
+    seeds: pl.DataFrame
+    drawn: pl.DataFrame
+    """What charts show: means over seeds."""
+    traits: pl.DataFrame
+    older: list[str]
+    """For each cell that gave way to a newer one, the name of its directory."""
 
-    @property
-    def against(self) -> list[dict]:
-        return compare.against_baseline(self.differences)
-
-
-LEGEND = (
-    """mAP: mean over the traits with a positive test image (their number: table.csv); its interval is over resamples of \
-the test images; 5% and 95% are quantiles over traits. """
-    + report.PROBE_NOTE
-)
-OVER_SEEDS = """Over seeds, which draw the random activations, the start of k-means and the train images: mean and standard deviation of \
-the mAP, and of its difference to random activations of the same seed."""
-PLACE = ("vit", "layer", "tokens", "labels", "min_certainty")
-"""What tells tables apart, of `results.About`."""
-
-Section = tuple[str, int]
-"""Labels and certainty: what is measured on others is not comparable."""
+    def section(self, labels: str, certainty: int) -> "Joint":
+        """What was measured on the same labels. The rest is not comparable with it."""
+        here = pl.col("labels") == labels, pl.col("min_certainty") == certainty
+        abouts = [a for a in self.abouts if (a.labels, a.min_certainty) == (labels, certainty)]
+        frames = {
+            name: value.filter(*here)
+            for name, value in vars(self).items()
+            if isinstance(value, pl.DataFrame)
+        }
+        return dataclasses.replace(self, abouts=abouts, **frames)
 
 
 @beartype.beartype
 def write(root: pathlib.Path) -> pathlib.Path:
-    """Writes `root`/report: table.md, table.csv, differences.csv, seeds.csv, table.tex, chart.png. Of the same cell evaluated twice the newest wins.
+    """Writes `root`/report: the joint tables (docs/results.md). If a cell was evaluated twice, the newest wins.
 
-    The same cell: ViT, layer, tokens, activations, labels, certainty, scorer (with all its settings, checkpoint and what it was
-    fitted on), numbers of prototypes and train images, seed. Results on other labels get tables of their own. Directories that cannot be
-    read are named and left out; none is changed. Differences are taken anew between the rows that are left, of one or several
-    results, where these have the same resamples of the test images (--seed, --n-boot) and as many draws.
+    Two cells are the same if ViT, layer, tokens, activations, labels, certainty, scorer (with all its settings, its checkpoint and what
+    it was fitted on), numbers of prototypes and train images, and seed are the same. Results on other labels get tables of their own.
+    Directories that cannot be read are named and left out; none is changed. Differences are taken anew between the cells that are
+    left, where these have the same resamples of the test images (--seed, --n-boot) and as many draws.
 
     Raises:
         UserError: no results there.
@@ -85,45 +89,61 @@ def write(root: pathlib.Path) -> pathlib.Path:
         raise errors.UserError(
             f"--report {root}: holds no results. Pass the folder that protoeval.py wrote to (--dump-to).{single}"
         )
-    sections, older = _sections(found)
-    out = root / "report"
-    text, csv_lines, difference_lines, seed_lines, tex, charts = [], [], [], [], [], []
-    for (labels, certainty), tables in sections.items():
-        text.append(f"Labels {labels[:8]}, certainty from {certainty}:\n")
-        warnings = dict.fromkeys(
-            report.warning(about) for table in tables for about in table.abouts
+    out, joint = root / "report", join(found)
+    sections = joint.cells.select("labels", "min_certainty").unique(maintain_order=True).rows()
+    text, tex, chart_fpaths = [], [], []
+    for labels, certainty in sections:
+        part, where = (
+            joint.section(labels, certainty),
+            f"abels {labels[:8]}, certainty from {certainty}",
         )
-        text += [warning for warning in warnings if warning]
-        cells = _joined(tables, "lines", layout.table)
-        text += [layout.markdown(cells), "By kind of trait (number of traits):\n"]
-        text.append(layout.markdown(_joined_kinds(tables)))
-        if any(table.against for table in tables):
-            differences = _joined(tables, "against", layout.differences_table)
-            text += [f"{report.AGAINST}\n", layout.markdown(differences)]
-        if any(table.seeds for table in tables):
-            seeds = _joined(tables, "seeds", layout.seeds_table)
-            text += [f"{OVER_SEEDS}\n", layout.markdown(seeds)]
-        text += [f"{LEGEND}\n", *_notes(tables)]
-        tex.append(f"% labels {labels[:8]}, certainty from {certainty}\n{layout.latex(cells)}")
-        for table in tables:
-            place = {key: getattr(table.about, key) for key in PLACE}
-            csv_lines += [place | line for line in table.lines]
-            difference_lines += [place | line for line in table.differences]
-            seed_lines += [place | line for line in table.seeds]
-        charts.append(_chart(out, labels, certainty, sections))
-        report.save(report.chart([(table.about, table.drawn) for table in tables]), charts[-1])
-    if older:
-        names = ", ".join(sorted(set(older)))
-        text.append(f"{len(older)} older cells gave way to newer ones (of {names}).\n")
+        text += [f"L{where}:\n", *_text(part)]
+        table = report.summary_table(part.cells, _place(part.cells))
+        tex.append(f"% l{where}\n{tables.latex(table)}")
+        name = "chart.png" if len(sections) == 1 else f"chart-{labels[:8]}-{certainty}.png"
+        chart_fpaths.append(out / name)
+        charts.save(charts.grid(part.drawn), chart_fpaths[-1])
+    if joint.older:
+        names = ", ".join(sorted(set(joint.older)))
+        text.append(f"{len(joint.older)} older cells gave way to newer ones (of {names}).\n")
     for fpath in out.glob("chart*.png"):  # of an older report
-        if fpath not in charts:
+        if fpath not in chart_fpaths:
             fpath.unlink()
-    results.write_csv(out / "table.csv", (*PLACE, *results.SUMMARY), csv_lines)
-    results.write_csv(out / "differences.csv", (*PLACE, *results.DIFFERENCES), difference_lines)
-    results.write_csv(out / "seeds.csv", (*PLACE, *results.SEEDS), seed_lines)
+    frame.write_csv(out / "table.csv", joint.cells.select(*PLACE, *results.SUMMARY))
+    frame.write_csv(out / "differences.csv", joint.differences.select(*PLACE, *results.DIFFERENCES))
+    frame.write_csv(out / "seeds.csv", joint.seeds.select(*PLACE, *results.SEEDS))
+    frame.write_parquet(out / "traits.parquet", joint.traits)
     helpers.write_text(out / "table.tex", "\n".join(tex))
     helpers.write_text(out / "table.md", "\n".join(text))
     return out
+
+
+def _text(part: Joint) -> list[str]:
+    """A section of table.md."""
+    place = _place(part.cells)
+    text = [w for w in dict.fromkeys(map(report.warning, part.abouts)) if w]
+    text += [tables.markdown(report.summary_table(part.cells, place))]
+    text += ["By kind of trait (number of traits):\n"]
+    text += [tables.markdown(report.kinds_table(part.kinds, place))]
+    if len(against := report.against_baseline(part.differences)):
+        text += [f"{report.AGAINST}\n"]
+        text += [tables.markdown(report.differences_table(against, place))]
+    if len(part.seeds):
+        text += [f"{OVER_SEEDS}\n", tables.markdown(report.seeds_table(part.seeds, place))]
+    notes = [
+        f"{report.describe(about)} {about.n_seeds} draw(s), {about.n_boot:,} resamples.\n\n{report.settings(about)}"
+        for about in part.abouts
+    ]
+    return [*text, f"{LEGEND}\n", *dict.fromkeys(notes)]
+
+
+def _place(cells: pl.DataFrame) -> dict[str, str]:
+    """Column -> header of what tells a section's tables apart."""
+    tokens = {"tokens": "Tokens"} if cells["tokens"].n_unique() > 1 else {}
+    return {"vit": "ViT", "layer": "Layer"} | tokens
+
+
+# ---- reading ----
 
 
 @beartype.beartype
@@ -146,166 +166,117 @@ def _read(dpath: pathlib.Path) -> Result:
         files["about.json"], results.About, str(dpath / "about.json"), report.AGAIN
     )
     try:
-        lines = results.read_csv(files["summary.csv"], results.SUMMARY)
-        kinds = results.read_csv(files["kinds.csv"], results.KIND_COLUMNS)
-        boots = results.read_resamples(files["resamples.npz"], len(lines))
+        summary = frame.read_csv(files["summary.csv"], results.SUMMARY)
+        kinds = frame.read_csv(files["kinds.csv"], results.KIND_COLUMNS)
+        traits = pl.read_parquet(files["traits.parquet"]).select(
+            name for name in results.TRAITS if name != "scorer_id"
+        )
+        boots = results.read_resamples(files["resamples.npz"], len(summary))
     except Exception as err:  # another version's columns, or files made to look like ours
         raise errors.UserError(
             f"{dpath}: cannot be read ({errors.first_line(err)}). {report.AGAIN}"
         ) from err
-    return Result(dpath, about, lines, kinds, boots)
+    cells = stats.cells(summary, about)
+    ids = cells.select("scorer", *SCORER).unique()
+    kinds = kinds.join(ids, on="scorer", maintain_order="left")
+    return Result(dpath, about, cells, kinds, traits, boots)
 
 
-def _sections(found: list[Result]) -> tuple[dict[Section, list[Table]], list[str]]:
-    """Tables by labels and certainty; and for each cell that gave way to a newer one the name of its directory."""
-    places: dict[tuple, list[Result]] = {}
-    for result in found:
-        about = result.about
-        place = (about.labels, about.min_certainty, about.vit, about.layer, about.tokens)
-        places.setdefault(place, []).append(result)
-    sections: dict[Section, list[Table]] = {}
-    older: list[str] = []
-    for place in sorted(places):
-        table, replaced = _table(places[place])
-        sections.setdefault(place[:2], []).append(table)
-        older += replaced
-    return sections, older
+# ---- joining ----
 
 
-def _table(found: list[Result]) -> tuple[Table, list[str]]:
-    """All results of one place, oldest first, as one table."""
-    scorers = {
-        _identity(result.about, line): line["scorer"] for result in found for line in result.lines
-    }
-    names = _told_apart(scorers)
-    older: list[str] = []
-    cells: dict[tuple, tuple[dict, Result, np.ndarray]] = {}
-    kinds: dict[tuple, dict] = {}
-    for result in found:
-        for line, boot_RM in zip(result.lines, result.boots, strict=True):
-            identity = _identity(result.about, line)
-            key = (identity, line["n_prototypes"], line["n_train"])
-            if key in cells:
-                older.append(cells[key][1].dpath.name)
-            cells[key] = (line | {"scorer": names[identity]}, result, boot_RM)
-        for line in result.kinds:
-            identity = _identity(result.about, line)
-            cell = (identity, line["kind"], line["n_prototypes"], line["n_train"])
-            kinds[cell] = line | {"scorer": names[identity]}
-    lines = sorted((line for line, *_ in cells.values()), key=_order)
-    differences = _differences(list(cells.values()))
-    abouts = list({id(result): result.about for _, result, _ in cells.values()}.values())
-    of_seed = _by_seed(scorers, {key: line for key, (line, *_) in cells.items()})
-    maps = {cell: {s: x["map"] for s, x in found.items()} for cell, found in of_seed.items()}
-    drawn = sorted(
-        (_mean(cell, list(found.values())) for cell, found in of_seed.items()), key=_order
+@beartype.beartype
+def join(found: list[Result]) -> Joint:
+    """found: oldest first."""
+    cells, replaced = _newest(_concat(found, [result.cells for result in found]), CELL)
+    cells = _named(cells, _names(cells, found))
+    kinds, _ = _newest(_concat(found, [result.kinds for result in found]), [*CELL, "kind"])
+    names = cells.select(*SCORER, "scorer").unique()
+    kinds = kinds.drop("scorer").join(names, on=SCORER, maintain_order="left")
+    boots = [boot_RM for result in found for boot_RM in result.boots]
+    seedless = cells.with_columns(scorer="family_name")
+    means = pl.col("map", "low", "high").mean()
+    drawn = seedless.group_by(
+        *stats.PLACE, "cls", "family", *results.CELL, maintain_order=True
+    ).agg(means)
+    by_place = cells.sort(stats.PLACE, maintain_order=True)
+    return Joint(
+        abouts=[found[i].about for i in by_place["result"].unique(maintain_order=True)],
+        cells=stats.in_order(cells),
+        kinds=kinds.filter(stats.largest(*SCORER)).sort(stats.PLACE, maintain_order=True),
+        differences=stats.in_order(stats.differences(cells, boots)),
+        seeds=stats.over_seeds(seedless),
+        drawn=stats.in_order(drawn),
+        traits=_traits(cells, found),
+        older=[found[i].dpath.name for i in replaced],
     )
-    seeds = sorted(compare.over_seeds(maps), key=_order)
-    place = found[-1].about
-    table = Table(place, abouts, lines, list(kinds.values()), differences, seeds, drawn)
-    return table, older
 
 
-def _mean(cell: tuple[str, int, int], lines: list[dict]) -> dict:
-    values = {key: float(np.mean([line[key] for line in lines])) for key in ("map", "low", "high")}
-    return values | dict(zip(("scorer", "n_prototypes", "n_train"), cell, strict=True))
-
-
-def _by_seed(
-    scorers: dict[str, str], lines: dict[tuple[str, int, int], dict]
-) -> dict[tuple[str, int, int], dict[int | None, dict]]:
-    """(name without the seed, prototypes, train images) -> seed (the constant scorer has none) -> line."""
-    seedless = {identity: json.loads(identity) for identity in scorers}
-    seeds = {identity: fields.pop("seed", None) for identity, fields in seedless.items()}
-    jsons = {identity: helpers.canonical_json(fields) for identity, fields in seedless.items()}
-    names = _told_apart({jsons[identity]: name for identity, name in scorers.items()})
-    out: dict[tuple[str, int, int], dict[int | None, dict]] = {}
-    for (identity, k, n), line in sorted(lines.items()):
-        out.setdefault((names[jsons[identity]], k, n), {})[seeds[identity]] = line
-    return out
-
-
-def _differences(cells: list[tuple[dict, Result, np.ndarray]]) -> list[dict]:
-    """Among rows with the same resamples of the test images."""
-    alike: dict[tuple[int, int], list[results.Measured]] = {}
-    for line, result, boot_RM in cells:
-        values = (line["scorer"], line["n_prototypes"], line["n_train"], line["map"], boot_RM)
-        key = (result.about.seed, result.about.n_boot)
-        alike.setdefault(key, []).append(results.Measured(*values))
-    return sorted((x for rows in alike.values() for x in compare.differences(rows)), key=_order)
-
-
-def _order(line: dict) -> tuple:
-    """The rows that others are held against first."""
-    name = line["scorer"]
-    rank = [not name.startswith(reference) for reference in results.REFERENCES]
-    return rank, name, line["n_prototypes"], line["n_train"]
-
-
-def _identity(about: results.About, line: dict) -> str:
-    """JSON of all that decides the scorer of a line."""
-    name = line["scorer"]
-    if name == results.CONSTANT:
-        return helpers.canonical_json({"cls": name})
-    of = {"seed": about.seed} | dict(
-        zip(("activations", "test"), dict.fromkeys(about.activations), strict=False)
+def _concat(found: list[Result], frames: list[pl.DataFrame]) -> pl.DataFrame:
+    """One frame of each result as one. result: the result's number; row (of cells): the place among all results' resamples."""
+    starts = np.cumsum([0, *(len(result.boots) for result in found)]).tolist()
+    return pl.concat(
+        part.with_columns(pl.col("^row$") + start, result=pl.lit(i))
+        for i, (part, start) in enumerate(zip(frames, starts, strict=False))
     )
-    return helpers.canonical_json(about.scorers.get(name, {"cls": name}) | of)
 
 
-def _told_apart(scorers: dict[str, str]) -> dict[str, str]:
-    """Identity -> name, with what differs where several have one name (of hashes the first 8 digits)."""
+def _newest(rows: pl.DataFrame, key: list[str]) -> tuple[pl.DataFrame, list[int]]:
+    """(the last row of each key, in the order in which the keys first occur; the results of the other rows)."""
+    order = pl.col("order")
+    rows = rows.with_row_index("order").with_columns(first=order.min().over(key))
+    is_last = order == order.max().over(key)
+    older = rows.filter(~is_last)["result"].to_list()
+    return rows.filter(is_last).sort("first").drop("first", "order"), older
+
+
+def _names(cells: pl.DataFrame, found: list[Result]) -> pl.DataFrame:
+    """Names that tell the scorers of a place apart: new_name, and family_name for all seeds of one."""
+    lines = []
+    for place, mine in cells.group_by(stats.PLACE, maintain_order=True):
+        scorers = {}
+        for name, i in mine.select("scorer", "result").iter_rows():
+            scorer = found[i].about.scorer(name)
+            scorers[scorer.id] = scorer
+        families = {key: scorer.seedless for key, scorer in scorers.items()}
+        names = _told_apart(list(scorers.values()))
+        family_names = _told_apart(list({f.id: f for f in families.values()}.values()))
+        lines += [(*place, key, names[key], family_names[families[key].id]) for key in scorers]
+    columns = {key: cells.schema[key] for key in SCORER}
+    return pl.DataFrame(
+        lines, columns | {"new_name": pl.String, "family_name": pl.String}, orient="row"
+    )
+
+
+def _told_apart(scorers: list[results.ScorerId]) -> dict[str, str]:
+    """Id -> name, with the settings that differ where several have one name (of hashes the first 8 digits)."""
     out = {}
-    for identity, name in scorers.items():
-        mine = json.loads(identity)
-        others = [json.loads(i) for i, n in scorers.items() if n == name]
-        differing = [key for key in mine if any(other.get(key) != mine[key] for other in others)]
-        out[identity] = " ".join([name, *(f"{key}={str(mine[key])[:8]}" for key in differing)])
+    for scorer in scorers:
+        alike = [other.settings for other in scorers if other.name == scorer.name]
+        differing = [
+            f"{key}={str(value)[:8]}"
+            for key, value in sorted(scorer.settings.items())
+            if any(other.get(key) != value for other in alike)
+        ]
+        out[scorer.id] = " ".join([scorer.name, *differing])
     return out
 
 
-def _joined(
-    tables: list[Table],
-    attribute: str,
-    as_cells: collections.abc.Callable[[list[dict]], list[list[str]]],
-) -> list[list[str]]:
-    """The tables' lines as one table, a row each, with ViT and layer before it."""
-    flat = [(table.about, line) for table in tables for line in getattr(table, attribute)]
-    header, *rows = as_cells([line for _, line in flat])
-    placed = [[*_place(about, tables), *row] for (about, _), row in zip(flat, rows, strict=True)]
-    return [[*_place_header(tables), *header], *placed]
+def _named(cells: pl.DataFrame, names: pl.DataFrame) -> pl.DataFrame:
+    """Under the names of `_names`; own_name: the one in the cell's own result."""
+    cells = cells.join(names, on=SCORER, maintain_order="left")
+    return cells.rename({"scorer": "own_name", "new_name": "scorer"})
 
 
-def _place_header(tables: list[Table]) -> list[str]:
-    return ["ViT", "Layer"] + ["Tokens"] * _tokens_vary(tables)
-
-
-def _place(about: results.About, tables: list[Table]) -> list[str]:
-    return [about.vit, str(about.layer)] + [about.tokens] * _tokens_vary(tables)
-
-
-def _tokens_vary(tables: list[Table]) -> bool:
-    return len({table.about.tokens for table in tables}) > 1
-
-
-def _joined_kinds(tables: list[Table]) -> list[list[str]]:
-    """The same for lines that share rows. The traits are the same, so all tables have the same kinds."""
-    out: list[list[str]] = []
-    for table in tables:
-        header, *rows = layout.kinds_table(table.kinds)
-        out = out or [[*_place_header(tables), *header]]
-        out += [[*_place(table.about, tables), *row] for row in rows]
-    return out
-
-
-def _notes(tables: list[Table]) -> list[str]:
-    """What each result is of, and its scorers' settings."""
-    out = []
-    for about in (about for table in tables for about in table.abouts):
-        resamples = f"{about.n_seeds} draw(s), {about.n_boot:,} resamples"
-        out.append(f"{report.describe(about)} {resamples}.\n\n{report.settings(about)}")
-    return list(dict.fromkeys(out))
-
-
-def _chart(out: pathlib.Path, labels: str, certainty: int, sections: dict) -> pathlib.Path:
-    return out / ("chart.png" if len(sections) == 1 else f"chart-{labels[:8]}-{certainty}.png")
+def _traits(cells: pl.DataFrame, found: list[Result]) -> pl.DataFrame:
+    """The rows of all traits.parquet of which the cells are left, with what they are of."""
+    of = [*PLACE, "seed", "scorer_id", "scorer", "n_prototypes", "n_train"]
+    on = ["own_name", "n_prototypes", "n_train"]
+    parts = [
+        cells.filter(pl.col("result") == i)
+        .select(*of, "own_name")
+        .join(result.traits.rename({"scorer": "own_name"}), on=on, maintain_order="left_right")
+        .drop("own_name")
+        for i, result in enumerate(found)
+    ]
+    return pl.concat(parts)

@@ -1,31 +1,26 @@
-"""Tables and chart of a protoeval run."""
+"""The files of a results directory. docs/results.md lists them."""
 
 import dataclasses
-import itertools
-import math
 import os
 import pathlib
 import urllib.parse
 
 import beartype
-import matplotlib.axes
-import matplotlib.figure
 import msgspec
-import numpy as np
+import polars as pl
 
 from saev import errors, helpers
-from saev.formats import jsonfile, layout, manifest, results
-from saev.protoeval import compare, config
+from saev.formats import jsonfile, manifest, results
+from saev.protoeval import config, stats
+from saev.report import charts, frame, tables
 from saev.scorers import config as scorers_config
 
-AGAINST = """Less random activations chosen on the same train images, on the same resamples of the test images. Intervals are over test \
-images, and over the draws of train images where there are several; not over the prototypes: activations, or an SAE, of another seed would \
-give other figures, so compare seeds before one difference is called real."""
+AGAINST = """Difference from random activations (paired bootstrap over the test images, prototypes chosen on the same train images). With \
+several draws of the train images the interval is over these too. It is not over the prototypes: activations or an SAE of another seed \
+give other figures, so compare several seeds before you call a difference real."""
 AGAIN = "Move that folder away and evaluate again with protoeval.py."
-MOST_PANELS, TOO_NEAR = 5, 1.4
-"""Panels of the chart in a row; numbers of train images whose labels would lie on each other, as a ratio."""
-PROBE_NOTE = """Linear probe: ridge regression on the mean activation, trained on the labels of as many images: a supervised reference, \
-no bound where these are few."""
+PROBE_NOTE = """Linear probe: ridge regression on the mean activation, trained on the labels of as many images. It is a supervised \
+reference; with few images it is no upper bound."""
 
 
 @beartype.beartype
@@ -40,32 +35,100 @@ def write(
     fields = [dataclasses.asdict(cfg) | {"scorer_type": type(cfg.scorer).__name__} for cfg in cfgs]
     helpers.write_text(dpath / "config.json", jsonfile.dumps(fields, indent=4))
     helpers.write_text(dpath / "about.json", jsonfile.dumps(dataclasses.asdict(about), indent=4))
-    lines = [results.summary(row) for row in rows]
-    kinds = results.by_kind(rows, names)
-    differences = compare.differences([row.measured for row in rows])
-    results.write_csv(dpath / "summary.csv", results.SUMMARY, lines)
-    results.write_csv(dpath / "kinds.csv", results.KIND_COLUMNS, kinds)
-    results.write_csv(dpath / "differences.csv", results.DIFFERENCES, differences)
+    cells = stats.cells(stats.summary(rows), about)
+    traits = stats.traits(rows, cells, [helpers.printable(name) for name in names])
+    kinds = stats.kinds(traits)
+    differences = stats.differences(cells, [row.boot_RM for row in rows])
+    frame.write_csv(dpath / "summary.csv", cells.select(*results.SUMMARY))
+    frame.write_csv(dpath / "kinds.csv", kinds)
+    frame.write_csv(dpath / "differences.csv", differences.select(*results.DIFFERENCES))
+    frame.write_parquet(dpath / "traits.parquet", traits.select(*results.TRAITS))
     results.write_resamples(dpath / "resamples.npz", rows)
-    results.write_traits(dpath / "traits.parquet", rows, names)
-    save(chart([(about, lines)]), dpath / "chart.png")
-    tex = layout.latex(layout.table(lines))
-    helpers.write_text(dpath / "table.tex", f"% {describe(about)}\n{tex}")
-    text = warning(about) + layout.markdown(layout.table(lines)) + _notes(rows, names, about)
-    text += (
-        f"\nBy kind of trait (number of traits):\n\n{layout.markdown(layout.kinds_table(kinds))}"
-    )
-    if against := compare.against_baseline(differences):
-        cells = layout.differences_table(against)
-        text += f"\n{AGAINST}\n\n{layout.markdown(cells)}"
-    helpers.write_text(dpath / "table.md", text)
+    charts.save(charts.grid(cells), dpath / "chart.png")
+    table = summary_table(cells)
+    helpers.write_text(dpath / "table.tex", f"% {describe(about)}\n{tables.latex(table)}")
+    text = [warning(about), tables.markdown(table), _notes(cells, len(names), about)]
+    text += ["\nBy kind of trait (number of traits):\n\n", tables.markdown(kinds_table(kinds))]
+    if len(against := against_baseline(differences)):
+        text.append(f"\n{AGAINST}\n\n{tables.markdown(differences_table(against))}")
+    helpers.write_text(dpath / "table.md", "".join(text))
     manifest.write(dpath, results.FILES)
 
 
-def _notes(rows: list[results.Row], names: list[str], about: results.About) -> str:
+# ---- tables ----
+
+
+@beartype.beartype
+def against_baseline(differences: pl.DataFrame) -> pl.DataFrame:
+    """The differences of other scorers from random activations."""
+    return differences.filter(~stats.IS_BASELINE, pl.col("cls_other") == results.BASELINE)
+
+
+def _size(lines: pl.DataFrame, place: dict[str, str]) -> dict[str, list[str]]:
+    """The first columns of every table. place: column -> header of what tells its tables apart."""
+    return {header: tables.texts("{}", lines[key]) for key, header in place.items()} | {
+        "Scorer": lines["scorer"].to_list(),
+        "Prototypes": tables.texts("{:,}", lines["n_prototypes"]),
+        "Train": tables.texts("{:,}", lines["n_train"]),
+    }
+
+
+@beartype.beartype
+def summary_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.DataFrame:
+    """The main table. The interval and the spread over draws are left out where no line has one."""
+    table = _size(lines, place or {}) | {"mAP": tables.texts("{:.3f}", lines["map"])}
+    if lines["low"].is_not_nan().any():
+        table["95% interval"] = tables.texts("{:.3f} to {:.3f}", lines["low"], lines["high"])
+    if lines["spread"].is_not_nan().any():
+        table["Draws"] = tables.texts("± {:.3f}", lines["spread"])
+    table["5%"], table["95%"] = (tables.texts("{:.3f}", lines[key]) for key in ("q05", "q95"))
+    return pl.DataFrame(table)
+
+
+@beartype.beartype
+def kinds_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.DataFrame:
+    """mAP by kind of trait, one row for each scorer."""
+    kinds = [kind for kind in results.KINDS if kind in lines["kind"]]
+    key = [*(place or {}), *results.CELL]
+    wide = lines.pivot("kind", index=key, values="map", maintain_order=True)
+    counts = dict(lines.group_by("kind").agg(pl.col("n_traits").max()).iter_rows())
+    shown = {f"{kind} ({counts[kind]})": tables.texts("{:.3f}", wide[kind]) for kind in kinds}
+    return pl.DataFrame(_size(wide, place or {}) | shown)
+
+
+@beartype.beartype
+def differences_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.DataFrame:
+    shown = {
+        "Baseline": lines["baseline"].to_list(),
+        "Baseline prototypes": tables.texts("{:,}", lines["baseline_prototypes"]),
+        "Difference": tables.texts("{:+.3f}", lines["difference"]),
+        "95% interval": tables.texts("{:+.3f} to {:+.3f}", lines["low"], lines["high"]),
+        "": ["excludes 0" if excludes else "" for excludes in lines["excludes_zero"]],
+    }
+    return pl.DataFrame(_size(lines, place or {}) | shown)
+
+
+@beartype.beartype
+def seeds_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.DataFrame:
+    def shown(form: str, *names: str) -> list[str]:
+        return [t.removesuffix(" ± nan") for t in tables.texts(form, *(lines[n] for n in names))]
+
+    table = {
+        "Seeds": tables.texts("{}", lines["n_seeds"]),
+        "mAP": shown("{:.3f} ± {:.3f}", "map", "spread"),
+        "Baseline": lines["baseline"].to_list(),
+        "Difference": shown("{:+.3f} ± {:.3f}", "difference", "difference_spread"),
+    }
+    return pl.DataFrame(_size(lines, place or {}) | table)
+
+
+# ---- notes ----
+
+
+def _notes(cells: pl.DataFrame, n_traits: int, about: results.About) -> str:
     """What the table is of, and what the means leave out."""
-    missing = len(names) - len(rows[0].measured_T)
-    note = f"\n{describe(about)} mAP is the mean over {len(rows[0].measured_T)} traits; 5% and 95% are quantiles over traits."
+    n_measured = cells["n_traits"][0]
+    note = f"\n{describe(about)} mAP is the mean over {n_measured} traits; 5% and 95% are quantiles over traits."
     if about.n_boot:
         note += f" Intervals: {about.n_boot:,} bootstrap resamples of the test images."
     if about.n_seeds > 1:
@@ -74,33 +137,32 @@ def _notes(rows: list[results.Row], names: list[str], about: results.About) -> s
         note += f" {about.n_zero} trait(s) without a positive test image count as AP 0."
     for split, paths in about.left_out.items():
         note += f" {len(paths):,} {split} image(s) are left out, because the dump recorded them as corrupt (about.json names them)."
-    if missing:
-        note += f" {missing} trait(s) without a positive test image are left out."
-    unseen = {row.n_train: int(np.isnan(row.train_ap_RT).any(axis=0).sum()) for row in rows}
-    for n_train, n in sorted(unseen.items()):
-        if n:
-            note += f" With {n_train} train images {n} trait(s) have no positive one (in some draw): prototype 0 is taken for them."
+    if n_measured < n_traits:
+        note += f" {n_traits - n_measured} trait(s) without a positive test image are left out."
+    unseen = cells.select("n_train", n="n_traits_without_train_positives").filter(pl.col("n") > 0)
+    for n_train, n in unseen.unique("n_train", keep="last").sort("n_train").iter_rows():
+        note += f" With {n_train} train images {n} trait(s) have no positive one (in some draw): prototype 0 is taken for them."
     return f"{note} {PROBE_NOTE}\n\n{settings(about)}"
 
 
 @beartype.beartype
 def warning(about: results.About) -> str:
-    """What stands above a table that --force wanted all the same; else empty."""
+    """What a table that --force allowed has above it; else empty."""
     return "".join(f"**Forced: {problem}.**\n\n" for problem in about.problems)
 
 
 @beartype.beartype
 def settings(about: results.About) -> str:
-    """A line for each scorer: its settings, its checkpoint and what it was fitted on, by the first digits of their hashes."""
+    """A line for each scorer: its settings, and the first digits of the hashes of its checkpoint and of what it was fitted on."""
     lines = []
     for name, fields in about.scorers.items():
         similarity = fields.get("similarity", "dot" if fields.get("cls") == "Pca" else "")
-        said = fields
+        shown = fields
         if similarity in scorers_config.FORMULAS:
-            said = fields | {"similarity": f"{similarity} {scorers_config.FORMULAS[similarity]}"}
+            shown = fields | {"similarity": f"{similarity} {scorers_config.FORMULAS[similarity]}"}
         parts = [
             f"{key.replace('_', ' ')} {str(value)[:8] if key in ('ckpt', 'fit') else value}"
-            for key, value in said.items()
+            for key, value in shown.items()
             if key != "cls"
         ]
         lines.append(f"- {name}: {fields.get('cls', name)}, {', '.join(parts)}\n")
@@ -118,67 +180,6 @@ def describe(about: results.About) -> str:
     text += f"; certainty from {about.min_certainty}"
     text += ", the last annotation counts" * (about.annotations == "last")
     return f"{text}; seed {about.seed}."
-
-
-@beartype.beartype
-def save(figure: matplotlib.figure.Figure, fpath: pathlib.Path) -> None:
-    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
-        figure.savefig(fd, format="png", dpi=150)
-
-
-@beartype.beartype
-def chart(tables: list[tuple[results.About, list[dict]]]) -> matplotlib.figure.Figure:
-    """mAP against the number of train images: rows of panels for each table, one panel per scorer, one line per K."""
-    names = [
-        [n for n in dict.fromkeys(x["scorer"] for x in lines) if not results.is_reference(n)]
-        for _, lines in tables
-    ]
-    n_columns = max(1, *(min(MOST_PANELS, len(mine)) for mine in names))
-    n_rows = [max(1, -(-len(mine) // n_columns)) for mine in names]
-    size = (3.2 * n_columns + 0.6, 2.9 * sum(n_rows) + 0.3)
-    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(sum(n_rows), n_columns, sharey=True, squeeze=False)
-    places = [(about.vit, f"layer {about.layer}", about.tokens) for about, _ in tables]
-    varying = [len(set(column)) > 1 for column in zip(*places, strict=True)]
-    for (_, lines), mine, n, place in zip(tables, names, n_rows, places, strict=True):
-        panels, grid = grid[:n], grid[n:]
-        said = ", ".join(part for part, varies in zip(place, varying, strict=True) if varies)
-        for axes, name in itertools.zip_longest(panels.flat, mine):
-            if name is None:
-                axes.set_axis_off()
-                continue
-            _panel(axes, name, lines)
-            axes.set_title(f"{name}\n{said}".strip(), fontsize=9)
-        for axes in panels[:, 0]:
-            axes.set_ylabel("mAP on test images")
-    figure.axes[0].set_ylim(bottom=0)  # of all panels, once each has its lines
-    return figure
-
-
-def _panel(axes: matplotlib.axes.Axes, name: str, lines: list[dict]) -> None:
-    mine = [line for line in lines if line["scorer"] == name]
-    for k in sorted({line["n_prototypes"] for line in mine}):
-        points = sorted(
-            (line["n_train"], line["map"], line["low"], line["high"])
-            for line in mine
-            if line["n_prototypes"] == k
-        )
-        n, value, low, high = map(list, zip(*points, strict=True))
-        (drawn,) = axes.plot(n, value, marker="o", markersize=4, label=f"{k:,}")
-        axes.fill_between(n, low, high, color=drawn.get_color(), alpha=0.12, linewidth=0)
-    probe = sorted((x["n_train"], x["map"]) for x in lines if x["scorer"].startswith(results.PROBE))
-    if probe:
-        axes.plot(*zip(*probe, strict=True), color="0.3", linestyle=":", linewidth=1, label="probe")
-    for line in lines:
-        if line["scorer"] == results.CONSTANT:
-            axes.axhline(line["map"], color="0.5", linestyle="--", linewidth=1, label="constant")
-    ticks = sorted({line["n_train"] for line in mine})
-    ticks = [n for n, more in itertools.pairwise([*ticks, math.inf]) if more / n > TOO_NEAR]
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    axes.set_xlabel("train images")
-    if mine:
-        axes.legend(title="prototypes", fontsize=7, title_fontsize=7, frameon=False, loc="best")
 
 
 class Gallery(msgspec.Struct):
@@ -210,19 +211,29 @@ def link(dpath: pathlib.Path, scorer: str, gallery: pathlib.Path) -> None:
     """Writes traits.md into a results directory: each trait's latent, linked to its place in a gallery that shows it.
 
     Args:
-        scorer: the SAE's name in the table; of its rows the one with most prototypes and train images counts.
+        scorer: the SAE's name in the table; its largest cell counts.
     """
     data = manifest.read(dpath, ["traits.parquet"], AGAIN)["traits.parquet"]
-    best, shown = results.best_traits(data, scorer), set(read_gallery(gallery).latents)
+    best, shown = best_traits(data, scorer), set(read_gallery(gallery).latents)
     index = urllib.parse.quote(os.fsencode(os.path.relpath(gallery / "index.html", dpath)))
-    cells = [["Trait", "Latent", "AP on train images", "AP on test images"]]
-    for trait in best:
-        latent = trait["prototype"]
-        where = f"[{latent}]({index}#latent_{latent:06})" if latent in shown else str(latent)
-        cells.append([trait["trait"], where, *(f"{trait[k]:.3f}" for k in ("train_ap", "test_ap"))])
-    missing = sorted({trait["prototype"] for trait in best} - shown)
-    text = f"Best latents of {scorer} with {best[0]['n_train']} train images.\n\n{layout.markdown(cells)}"
-    if missing:
-        flags = " ".join(map(str, sorted({trait["prototype"] for trait in best})))
+    latents = best["prototype"].to_list()
+    table = {
+        "Trait": best["trait"],
+        "Latent": [f"[{i}]({index}#latent_{i:06})" if i in shown else str(i) for i in latents],
+        "AP on train images": [f"{ap:.3f}" for ap in best["train_ap"]],
+        "AP on test images": [f"{ap:.3f}" for ap in best["test_ap"]],
+    }
+    n_train = best["n_train"][0]
+    text = f"Best latents of {scorer} with {n_train} train images.\n\n{tables.markdown(pl.DataFrame(table))}"
+    if missing := set(latents) - shown:
+        flags = " ".join(map(str, sorted(set(latents))))
         text += f"\n{len(missing)} of them are not in the gallery; visuals.py shows all with --latents {flags}\n"
     helpers.write_text(dpath / "traits.md", text)
+
+
+@beartype.beartype
+def best_traits(data: bytes, scorer: str) -> pl.DataFrame:
+    """The rows of traits.parquet of a scorer's largest cell (first draw), best test AP first."""
+    mine = pl.read_parquet(data).filter(pl.col("scorer") == scorer, pl.col("draw") == 0)
+    order = pl.col("test_ap").fill_nan(-1.0)
+    return mine.filter(stats.largest("scorer")).sort(order, descending=True, maintain_order=True)

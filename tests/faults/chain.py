@@ -203,9 +203,9 @@ class Chain:
 
     def runs(self) -> str:
         """What `python -m saev.training.report` reads of the run."""
-        from saev.training import report
+        from saev.training import runs
 
-        return digest([repr(row) for row in report.read((str(self.ckpt.parent),))])
+        return digest(runs.read((str(self.ckpt.parent),)).rows())
 
     def links(self, results: pathlib.Path | str) -> str:
         """The links into a gallery that `protoeval.py --gallery` writes."""

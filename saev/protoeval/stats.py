@@ -1,0 +1,218 @@
+"""Statistics of results, as group-bys and joins of one frame.
+
+The frame of *cells* has a row for each scorer, number of prototypes and number of train images: the columns of summary.csv, and those
+of RUN. The frame of *traits* has a row for each cell, draw and trait. T traits, R draws of the train images, M resamples of the test
+images.
+"""
+
+import collections.abc
+
+import beartype
+import numpy as np
+import polars as pl
+
+from saev.formats import results
+
+PLACE = ("labels", "min_certainty", "vit", "layer", "tokens")
+"""Fields of `results.About` that decide which results are comparable; the order is that of the reports."""
+RUN = (*PLACE, "seed", "n_boot", "scorer_id", "cls", "family", "row")
+"""Columns that say what a cell is of. family: the scorer's id without the seed; row: the cell's place among the resamples."""
+CELL = ("scorer_id", "n_prototypes", "n_train")
+IS_REFERENCE = pl.col("cls").is_in(list(results.REFERENCES))
+IS_BASELINE = pl.col("cls") == results.BASELINE
+
+
+@beartype.beartype
+def cells(summary: pl.DataFrame, about: results.About) -> pl.DataFrame:
+    """Adds the columns of RUN to those of summary.csv."""
+    scorers = [about.scorer(name) for name in summary["scorer"].unique(maintain_order=True)]
+    ids = [(s.name, s.id, s.cls, s.seedless.id) for s in scorers]
+    columns = dict.fromkeys(("scorer", "scorer_id", "cls", "family"), pl.String)
+    of = {key: pl.lit(getattr(about, key)) for key in (*PLACE, "seed", "n_boot")}
+    return (
+        summary.with_row_index("row")
+        .with_columns(**of)
+        .join(pl.DataFrame(ids, columns, orient="row"), on="scorer", maintain_order="left")
+    )
+
+
+@beartype.beartype
+def in_order(frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows as reports show them: by place, the constant scorer and the linear probe first."""
+    rank = [pl.col("cls") != name for name in results.REFERENCES]
+    return frame.sort(
+        *PLACE, *rank, "scorer", "n_prototypes", "n_train", maintain_order=True, nulls_last=False
+    )
+
+
+@beartype.beartype
+def summary(rows: list[results.Row]) -> pl.DataFrame:
+    """summary.csv."""
+    lines = [
+        (
+            *(row.scorer, row.n_prototypes, row.n_train, row.mean_ap, *row.interval, row.spread),
+            *(*row.quantiles, len(row.measured_T)),
+            int(np.isnan(row.train_ap_RT).any(axis=0).sum()),
+        )
+        for row in rows
+    ]
+    return pl.DataFrame(lines, results.SUMMARY, orient="row")
+
+
+@beartype.beartype
+def traits(rows: list[results.Row], cells: pl.DataFrame, names: list[str]) -> pl.DataFrame:
+    """A row for each cell, draw and trait. names: of the traits. row, trait_i: places of the cell and of the trait."""
+    of_trait = pl.DataFrame(
+        {
+            "trait": names,
+            "group": [results.group(name) for name in names],
+            "kind": [results.kind(name) for name in names],
+        }
+    ).with_row_index("trait_i")
+    measured = [
+        of_trait.join(pl.DataFrame({"draw": np.arange(len(row.best_RT))}), how="cross")
+        .sort("draw", "trait_i")
+        .with_columns(
+            row=pl.lit(i, pl.UInt32),
+            prototype=row.best_RT.ravel(),
+            train_ap=row.train_ap_RT.ravel(),
+            test_ap=row.test_ap_RT.ravel(),
+        )
+        for i, row in enumerate(rows)
+    ]
+    cell = cells.select("row", *CELL, "scorer")
+    found = pl.concat(measured).join(cell, on="row", maintain_order="left")
+    return found.select(*results.TRAITS, "row", "trait_i")
+
+
+@beartype.beartype
+def largest(*within: str) -> pl.Expr:
+    """Is this a row with most train images, and of these most prototypes?"""
+    most = pl.col("n_train") == pl.col("n_train").max().over(within)
+    k = pl.when(most).then("n_prototypes")
+    return most & (pl.col("n_prototypes") == k.max().over(within))
+
+
+@beartype.beartype
+def kinds(traits: pl.DataFrame) -> pl.DataFrame:
+    """kinds.csv: mAP of the traits of each kind, for each scorer's largest cell. Traits without an AP are left out."""
+    last = pl.col("row") == pl.col("row").max().over("scorer")  # of a cell that is there twice
+    best = traits.filter(largest("scorer")).filter(last)
+    mean = pl.col("test_ap").map_batches(  # numpy's sums: the same digits as in summary.csv
+        lambda ap: float(np.mean(ap.to_numpy())), returns_scalar=True, return_dtype=pl.Float64
+    )
+    cell = [*results.CELL, "kind"]
+    first = pl.col("row").min().over("scorer")
+    return (
+        best.group_by(*cell, "trait_i", maintain_order=True)
+        .agg(mean)
+        .filter(pl.col("test_ap").is_not_nan())
+        .group_by(cell, maintain_order=True)
+        .agg(n_traits=pl.len().cast(pl.Int64), map=mean)
+        .join(traits.select("scorer", first=first).unique(), on="scorer")
+        .sort("first", pl.col("kind").cast(pl.Enum(results.KINDS)))
+        .select(*results.KIND_COLUMNS)
+    )
+
+
+@beartype.beartype
+def differences(cells: pl.DataFrame, boots: list[np.ndarray]) -> pl.DataFrame:
+    """Paired differences of mAP between each two scorers chosen on as many train images, with 95% bootstrap intervals.
+
+    Two cells are paired where their resamples of the test images and their draws of the train images are the same, so what they have
+    in common cancels (Efron and Tibshirani 1993). With several draws the interval is over these too. They are compared at equal K,
+    else at the baseline's largest smaller K.
+
+    Args:
+        boots: (R, M) for each value of the column `row`.
+    """
+    on = [*PLACE, "seed", "n_boot", "n_train"]
+    real = cells.filter(~IS_REFERENCE).with_row_index("order")
+    real = real.with_columns(first=pl.col("order").min().over(*PLACE, "scorer_id"))
+    others = real.unique([*on, "scorer_id", "n_prototypes"], keep="last")
+    pairs = (
+        real.join(others, on=on, suffix="_other")
+        .filter(
+            pl.col("scorer_id") != pl.col("scorer_id_other"),
+            pl.col("n_prototypes_other") <= pl.col("n_prototypes"),
+        )
+        .filter(
+            pl.col("n_prototypes_other")
+            == pl.col("n_prototypes_other").max().over("order", "scorer_id_other")
+        )
+        .sort("order", "first_other")
+        .rename({"scorer_other": "baseline", "n_prototypes_other": "baseline_prototypes"})
+        .with_columns(difference=pl.col("map") - pl.col("map_other"))
+    )
+    intervals = [
+        _interval(boots[i], boots[j], difference)
+        for i, j, difference in pairs.select("row", "row_other", "difference").iter_rows()
+    ]
+    found = pl.DataFrame(intervals, {"low": pl.Float64, "high": pl.Float64}, orient="row")
+    return (
+        pairs.drop("low", "high")
+        .hstack(found)
+        .drop_nulls("low")
+        .with_columns(excludes_zero=(pl.col("low") > 0) | (pl.col("high") < 0))
+        .select(*PLACE, "cls", "cls_other", *results.DIFFERENCES)
+    )
+
+
+def _interval(
+    boot_RM: np.ndarray, other_RM: np.ndarray, difference: float
+) -> tuple[float | None, float | None]:
+    """(None, None) where the two cannot be paired."""
+    if not boot_RM.size or boot_RM.shape != other_RM.shape:
+        return None, None
+    return results.interval(_over_draws(boot_RM - other_RM), difference)
+
+
+def _over_draws(boot_RM: np.ndarray) -> np.ndarray:
+    """Means over R draws, resampled with each resample of the images; M values.
+
+    The bootstrap's spread over R draws is too narrow by sqrt((R - 1) / R); this is corrected.
+    """
+    (R, M), mean_M = boot_RM.shape, boot_RM.mean(axis=0)
+    if R == 1:
+        return mean_M
+    drawn_RM = np.random.default_rng(R).integers(0, R, (R, M))
+    resampled_M = np.take_along_axis(boot_RM, drawn_RM, axis=0).mean(axis=0)
+    return mean_M + (resampled_M - mean_M) * np.sqrt(R / (R - 1))
+
+
+@beartype.beartype
+def over_seeds(cells: pl.DataFrame) -> pl.DataFrame:
+    """Mean and standard deviation over seeds: of each mAP, and of its difference from random activations of the same seed.
+
+    Args:
+        cells: `scorer` is the name without the seed. Cells with one seed only are left out.
+    """
+    size = [*PLACE, "n_prototypes", "n_train"]
+    found = (
+        cells.filter(~IS_REFERENCE)
+        .sort("seed", maintain_order=True)
+        .group_by("family", *size, maintain_order=True)
+        .agg(pl.col("scorer", "cls").first(), "seed", "map")
+    )
+    bases = found.filter(IS_BASELINE).sort("scorer")
+    several = found.filter(pl.col("seed").list.len() > 1)
+    compared = several.filter(~IS_BASELINE).join(bases, on=size, how="left", suffix="_other")
+    pairs = pl.concat([compared, several.filter(IS_BASELINE)], how="diagonal")
+    lines = []
+    for values in pairs.select("seed", "map", "seed_other", "map_other").iter_rows():
+        seeds, maps, base_seeds, base_maps = (value or [] for value in values)
+        base = dict(zip(base_seeds, base_maps, strict=True))
+        gaps = [value - base[s] for s, value in zip(seeds, maps, strict=True) if s in base]
+        lines.append((len(maps), *_mean_and_spread(maps), *_mean_and_spread(gaps)))
+    names = ("n_seeds", "map", "spread", "difference", "difference_spread")
+    figures = pl.DataFrame(lines, {name: results.SEEDS[name] for name in names}, orient="row")
+    pairs = pairs.drop("map").hstack(figures)
+    pairs = pairs.with_columns(baseline=pl.col("scorer_other").fill_null(""))
+    return in_order(pairs).select(*PLACE, "cls", *results.SEEDS)
+
+
+def _mean_and_spread(values: collections.abc.Sequence[float]) -> tuple[float, float]:
+    return (
+        float(np.mean(values)) if values else float("nan"),
+        float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),
+    )

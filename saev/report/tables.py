@@ -1,0 +1,56 @@
+"""Tables as text: Markdown and LaTeX. A table is a frame of strings; its column names are the header."""
+
+import collections.abc
+
+import beartype
+import polars as pl
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+} | {c: f"\\{c}" for c in "&%$#_{}"}
+
+
+@beartype.beartype
+def texts(form: str, *columns: collections.abc.Iterable, missing: str = "") -> list[str]:
+    """Each line's values in a format string; `missing` where the first value is NaN or null."""
+    return [
+        missing if row[0] is None or row[0] != row[0] else form.format(*row)
+        for row in zip(*columns, strict=True)
+    ]
+
+
+@beartype.beartype
+def markdown(table: pl.DataFrame, *, padded: bool = False) -> str:
+    """padded: for a terminal, with columns of equal width."""
+    if not padded:
+        lines = ["| " + " | ".join(row) + " |\n" for row in (table.columns, *table.iter_rows())]
+        return "".join([lines[0], "|---" * table.width + "|\n", *lines[1:]])
+    widths = [max(map(len, (column.name, *column))) for column in table]
+    rows = [table.columns, ["-" * width for width in widths], *table.iter_rows()]
+    return "".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |\n"
+        for row in rows
+    )
+
+
+@beartype.beartype
+def latex(table: pl.DataFrame) -> str:
+    """A booktabs table; text columns left, numbers right."""
+    columns = "".join("r" if all(map(_is_number, column)) else "l" for column in table)
+    header, *rows = (
+        " & ".join("".join(LATEX.get(c, c) for c in cell) for cell in row) + r" \\" + "\n"
+        for row in (table.columns, *table.iter_rows())
+    )
+    body = "".join(rows)
+    return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{header}\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.replace(",", ""))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,228 @@
+"""Finished and unfinished training runs as one frame, and as a table."""
+
+import collections.abc
+import math
+import pathlib
+import typing as tp
+
+import beartype
+import msgspec
+import polars as pl
+
+from saev import errors, helpers
+from saev.formats import jsonfile, metricslog
+from saev.report import tables
+
+NOT_SHOWN = {
+    *("data", "val_data", "ckpt_to", "wandb_project", "device", "sweep", "dry_run", "slurm"),
+    *("activations", "architecture", "objective_name", "n_threads", "log_every", "costly_every"),
+    *("save_every", "keep_last", "data_parallel", "pool_gb"),
+}
+"""Fields of a run's config that do not tell one SAE from another."""
+
+
+class Figure(tp.NamedTuple):
+    """A column of numbers."""
+
+    header: str
+    digits: int
+    is_by_token: bool = False
+    """Left out of the table if no run has it: older runs do not."""
+
+
+FIGURES = {
+    "l0": Figure("L0", 1),
+    "normalized_mse": Figure("norm. MSE", 4),
+    "explained_variance": Figure("expl. var.", 4),
+    "token_nmse_median": Figure("token median", 4, True),
+    "token_nmse_q95": Figure("token 95%", 4, True),
+    "extreme_variance_pct": Figure("extreme var. %", 1, True),
+    "dead_pct": Figure("dead %", 1),
+}
+"""dead_pct: percentage of latents that fired on no held-out activation, or (last log line) not within --dead-window."""
+SIZES = ("sae.d_sae", "sae.exp_factor")
+"""Fields of the config that the column d_sae shows."""
+IS_MEASURED = (pl.col("l0") > 0) & pl.col("l0").is_not_nan() & pl.col("normalized_mse").is_not_nan()
+
+
+# ---- reading ----
+
+Positive = tp.Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+Size = tp.Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+
+
+class _Sae(msgspec.Struct):
+    d_vit: Size
+    exp_factor: Size | None = None
+    d_sae: Size | None = None
+
+
+class _Config(msgspec.Struct):
+    """What the report reads of config.json."""
+
+    architecture: str
+    sae: _Sae
+    n_patches: Positive
+    batch_size: Positive
+    objective_name: str = "Vanilla"
+
+
+@beartype.beartype
+def read(paths: tuple[str, ...]) -> pl.DataFrame:
+    """The runs in these folders as a frame, by architecture and L0.
+
+    A row for each run: run (its name), kind, d_sae, each field of its config (a string, null if it has none), FIGURES, source (what
+    these are of), state, is_best (on the front).
+
+    Raises:
+        UserError: no such folder, or none of its folders is a run.
+    """
+    dpaths: dict[pathlib.Path, None] = {}
+    for path in map(pathlib.Path, paths):
+        if not path.is_dir():
+            raise errors.UserError(
+                f"{path}: no such folder. Pass run directories (checkpoints/RUN) or a folder of them."
+            )
+        found = [path] if (path / "config.json").exists() else sorted(_runs_in(path))
+        if not found:
+            raise errors.UserError(f"{path}: holds no run (no */config.json). Train one first.")
+        dpaths |= dict.fromkeys(found)
+    rows = pl.from_dicts([_row(dpath) for dpath in dpaths], infer_schema_length=None)
+    l0 = pl.when(IS_MEASURED).then("l0").otherwise(math.inf)
+    return front(rows.sort("kind", l0, "run"))
+
+
+def _runs_in(dpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
+    return (p.parent for p in dpath.glob("*/config.json"))
+
+
+def _row(dpath: pathlib.Path) -> dict[str, str | int | float | None]:
+    cfg = _json(dpath / "config.json")
+    try:
+        known = msgspec.convert(cfg, _Config)
+        d_sae = known.sae.d_sae or known.sae.d_vit * (known.sae.exp_factor or 1)
+    except ValueError as err:
+        raise errors.UserError(
+            f"{dpath / 'config.json'}: not of a run of train.py ({errors.first_line(err)}). Leave it out."
+        ) from err
+    kind = helpers.printable(known.architecture)
+    if known.objective_name != "Vanilla":
+        kind += f" {helpers.printable(known.objective_name)}"
+    n_steps = max(1, known.n_patches // known.batch_size)
+    source, figures = _figures(dpath)
+    n_extreme, n_dead = (
+        _number(figures.get(name)) for name in ("extreme_variance_frac", "dead_frac_window")
+    )
+    logged = {"l0": "l0_count"} | {name: name for name in FIGURES if name != "l0"}
+    numbers = {name: _number(figures.get(key)) for name, key in logged.items()}
+    numbers |= {"extreme_variance_pct": 100 * n_extreme, "dead_pct": 100 * n_dead}
+    return (
+        {"run": helpers.printable(dpath.name), "kind": kind, "d_sae": d_sae}
+        | dict(_flat(cfg))
+        | numbers
+        | {"source": source, "state": _state(dpath, figures, n_steps)}
+    )
+
+
+def _figures(dpath: pathlib.Path) -> tuple[str, dict[str, tp.Any]]:
+    """(what they are of, by name): of the evaluation, else of the last whole log line."""
+    if (dpath / "metrics.json").exists():
+        found = _json(dpath / "metrics.json")
+        n_dead, n = _number(found.get("n_dead")), _number(found.get("n_latents"))
+        of = "held-out" if found.get("held_out") else "training sample"
+        return of, {**_of_today(found), "dead_frac_window": n_dead / n if n > 0 else math.nan}
+    fpath = dpath / "metrics.jsonl"
+    whole, _, _ = (fpath.read_bytes() if fpath.exists() else b"").rpartition(b"\n")
+    if not whole:  # of a killed run the last line may be cut
+        return "-", {}
+    if (figures := metricslog.parse(whole.rpartition(b"\n")[2])) is None:
+        raise errors.UserError(
+            f"{fpath}: its last line is damaged (checksum). Run the training again to its end, or leave that run out."
+        )
+    return "last log line", _of_today(figures)
+
+
+def _of_today(figures: dict[str, tp.Any]) -> dict[str, tp.Any]:
+    """Without what older versions called explained_variance (now explained_variance_per_dim)."""
+    if "explained_variance_per_dim" in figures:
+        return figures
+    return {k: v for k, v in figures.items() if k != "explained_variance"}
+
+
+def _state(dpath: pathlib.Path, figures: dict[str, tp.Any], n_steps: int) -> str:
+    if (dpath / "failed.json").exists():
+        return f"failed at step {_json(dpath / 'failed.json').get('step', '?')}"
+    if (dpath / "sae.pt").exists():
+        return "done"
+    return f"step {figures.get('step', 0)} of {n_steps}"
+
+
+def _json(fpath: pathlib.Path) -> dict[str, tp.Any]:
+    try:
+        return jsonfile.read_sealed(fpath, dict[str, tp.Any], "Leave that run out.", old=True)
+    except OSError as err:
+        raise errors.UserError(
+            f"{fpath} cannot be read ({errors.first_line(err)}). Leave that run out."
+        ) from err
+
+
+def _number(value: object) -> float:
+    """NaN if it is not a finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:  # an integer beyond every float
+        return math.nan
+
+
+def _flat(
+    cfg: dict[str, tp.Any], prefix: str = "cfg."
+) -> collections.abc.Iterator[tuple[str, str | None]]:
+    """(cfg.<dotted name>, value as text)."""
+    for key, value in cfg.items():
+        if prefix == "cfg." and key in NOT_SHOWN:
+            continue
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, None if value is None else helpers.printable(str(value))
+
+
+# ---- table ----
+
+
+@beartype.beartype
+def front(rows: pl.DataFrame) -> pl.DataFrame:
+    """Adds is_best: no other run has at most this L0 and at most this error, and one of them lower. Failed runs do not count."""
+    counts = IS_MEASURED & ~pl.col("state").str.starts_with("failed")
+    error = pl.when(counts).then("normalized_mse")
+    by_l0 = rows.filter(counts).group_by("l0").agg(least=pl.col("normalized_mse").min()).sort("l0")
+    by_l0 = by_l0.with_columns(below=pl.col("least").cum_min().shift(1).fill_null(math.inf))
+    rows = rows.join(by_l0, on="l0", how="left", maintain_order="left")
+    is_best = (error == pl.col("least")) & (error < pl.col("below"))
+    return rows.with_columns(is_best=is_best.fill_null(False)).drop("least", "below")
+
+
+@beartype.beartype
+def table(rows: pl.DataFrame) -> pl.DataFrame:
+    """As text. Of the config, the fields that differ among the runs; a run on the front is marked with *."""
+    config = {name: name.removeprefix("cfg.") for name in rows.columns if name.startswith("cfg.")}
+    vary = [k for k, name in config.items() if name not in SIZES and rows[k].n_unique() > 1]
+    by_token = rows["token_nmse_median"].is_not_nan().any()
+    figures = {
+        f.header: tables.texts(f"{{:.{f.digits}f}}", rows[name], missing="-")
+        for name, f in FIGURES.items()
+        if by_token or not f.is_by_token
+    }
+    mark = pl.when("is_best").then(pl.lit(" *")).otherwise(pl.lit(""))
+    first = rows.select(
+        pl.col("run") + mark, architecture="kind", d_sae=pl.col("d_sae").cast(pl.String)
+    )
+    last = rows.select("state", of="source").select("of", "state")
+    taken = {*first.columns, *figures, *last.columns}
+    shown = rows.select(
+        pl.col(key).fill_null("-").alias(key if config[key] in taken else config[key])
+        for key in vary
+    )
+    return pl.concat([first, shown, pl.DataFrame(figures), last], how="horizontal")
