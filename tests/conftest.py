@@ -1,5 +1,6 @@
 """Fixtures that several test files use. N images, L layers, T tokens, D d_vit."""
 
+import collections
 import collections.abc
 import itertools
 import json
@@ -15,6 +16,25 @@ if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 ):  # as nohup's children have it: Ctrl-C could not be tested
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Without names of files, tests run on all cores (as with -n auto), a file at a time; -n or -p no:xdist says otherwise."""
+    names_files = config.args_source is pytest.Config.ArgsSource.ARGS
+    if config.pluginmanager.hasplugin("xdist") and not names_files:
+        if config.option.numprocesses is None:
+            config.option.numprocesses = "auto"
+        if config.option.dist == "no":
+            config.option.dist = "loadfile"
+        config.option.loadscopereorder = False  # the order below
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests come first, so that no core is left with one at the end."""
+    n_slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -n_slow[item.path])
+
 
 MakeShards = collections.abc.Callable[..., tuple[pathlib.Path, np.ndarray]]
 

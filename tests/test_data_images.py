@@ -188,6 +188,7 @@ def test_long_photos_without_noise_are_as_the_libraries_have_them(
     assert np.abs(np.asarray(got, int) - np.asarray(want, int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_long_photos_take_the_memory_of_their_crop() -> None:
     """A child process with 1 GB of address space more than it starts with; the whole of these would take 12 GB and 6 GB."""
     code = """

@@ -55,6 +55,7 @@ def small(make_shards) -> tuple[config.Shards, np.ndarray]:
 # ---- reader, ordered, indexed ----
 
 
+@pytest.mark.slow
 @settings
 @hypothesis.given(data=st.data())
 def test_every_loader_of_any_shape(make_shards, data: st.DataObject) -> None:
@@ -220,6 +221,7 @@ def test_batch_larger_than_the_data(small) -> None:
     assert set(counts.values()) == {2, 3}, "two whole epochs and half of the third"
 
 
+@pytest.mark.slow
 def test_a_full_pool_is_a_uniform_shuffle(make_shards) -> None:
     """Over many seeds each activation comes first equally often: chi-squared of 36 places, 35 degrees of freedom."""
     dpath, _ = make_shards(n_imgs=9, n_patches=4, d_vit=1, layers=(0,))
@@ -273,6 +275,7 @@ def test_pinned_batches_hold_the_same(small) -> None:
     assert torch.equal(pinned.act_BD.to("cuda", non_blocking=True).cpu(), plain.act_BD)
 
 
+@pytest.mark.slow
 def test_pool_bytes_bound_the_memory(make_shards) -> None:
     dpath, _ = make_shards(n_imgs=400, n_patches=16, d_vit=256, layers=(0,), per_shard=100)
     cfg = config.Shards(str(dpath))

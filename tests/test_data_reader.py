@@ -148,6 +148,7 @@ def consume(streams: list[Stream], indexed: object) -> None:
     torch.ones(300, 300) @ torch.ones(300, 300)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_loaders_work_in_a_child_after_openmp_in_the_parent(many, method: str) -> None:
@@ -430,6 +431,7 @@ def test_an_interrupted_foreign_dump(foreign: pathlib.Path, index: list[int] | N
     np.testing.assert_array_equal(block.act_NXD, GOLDEN_NLTD[:4, 0, 1:])
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_with_an_open_reader_says_nothing(
     foreign: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

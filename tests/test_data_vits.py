@@ -18,6 +18,8 @@ import tyro
 from saev import errors
 from saev.data import config, images, vits
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = {
     "clip": ("clip", "ViT-B-32/openai", 768, 49, 1, 0),
     "siglip": ("siglip", "ViT-B-16-SigLIP/webli", 768, 196, 0, 0),

@@ -20,6 +20,8 @@ from saev.demo import config as demo_config
 from saev.protoeval import config, select
 from saev.scorers import config as scorers_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ["--n-imgs", "320", "--n-patches", "150000"]
 

@@ -111,6 +111,7 @@ def run(forker: subprocess.Popen[str], cfg: config.Dump, kill_after_s: float | N
     return int(forker.stdout.readline())
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_moments(
     forker: subprocess.Popen[str],
     photos: pathlib.Path,
@@ -176,6 +177,7 @@ def test_any_number_of_jobs_in_any_order_gives_the_same_bytes(
     assert contents(pathlib.Path(out)) == contents(undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_two_dumps_at_once_end_with_the_same_bytes(
     forker: subprocess.Popen[str],

@@ -21,6 +21,7 @@ COMMANDS = [
     "-m saev.nn.saelens",
     "-m saev.demo",
 ]
+CONVERTERS = ["-m saev.nn.sparsify", "-m saev.nn.dictionary_learning"]
 
 
 def shell(
@@ -34,6 +35,7 @@ def shell(
     return subprocess.run(["bash", "-c", line], cwd=cwd, env=set_, capture_output=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "delay_s"), list(zip(COMMANDS, (0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0), strict=True))
 )
@@ -53,11 +55,21 @@ def test_ctrl_c_while_a_command_starts(command: str, delay_s: float) -> None:
         assert len(rest) == 1 and rest[0].startswith("error: ")
 
 
-@pytest.mark.parametrize("command", ["train.py", "protoeval.py", "-m saev.data.verify"])
+def test_every_command_is_tried() -> None:
+    found = [f for f in ROOT.glob("saev/**/*.py") if "launch.entry(" in f.read_text()]
+    names = [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in found]
+    modules = {f"-m {name.removesuffix('.__main__')}" for name in names if name != "saev.launch"}
+    assert modules | {f.name for f in ROOT.glob("*.py")} == {*COMMANDS, *CONVERTERS}
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *CONVERTERS])
 def test_help_into_a_pipe_that_ends(command: str) -> None:
-    done = shell(f"PY {command} --help | head -1")
-    assert done.stdout.startswith(b"usage: ") and done.stdout.count(b"\n") == 1
+    """One that reads a line, and one that is closed before anything is printed."""
+    done = shell(f"PY {command} --help | head -1; echo ${{PIPESTATUS[0]}}")
+    assert done.stdout.startswith(b"usage: ") and done.stdout.splitlines()[1:] == [b"0"]
     assert done.stderr == b""
+    done = shell(f"(sleep 0.1; PY {command} --help) | exec 0<&-; echo ${{PIPESTATUS[0]}}")
+    assert (done.stdout, done.stderr) == (b"0\n", b"")
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])

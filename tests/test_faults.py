@@ -7,6 +7,8 @@ from faults import campaign, damage, outcomes
 
 from saev import errors
 
+pytestmark = pytest.mark.slow
+
 
 def test_damaged_files_and_kills_are_right_or_refused(tmp_path: pathlib.Path) -> None:
     tally = campaign.run(tmp_path)

@@ -70,6 +70,7 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert "# 2 of 2" in out and "lr = 0.25" in out and "sae: BatchTopK\n    d_vit = None" in out
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_training(make_shards, tmp_path: pathlib.Path) -> None:
     """A real SIGINT to a real process: exit code 130, one last line, a state to go on from, nothing half-written."""
     dpath, _ = make_shards(n_imgs=50, n_patches=16, d_vit=32, layers=(0,), per_shard=20)

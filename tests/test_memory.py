@@ -25,6 +25,8 @@ from saev.visuals import config as visuals_config
 ROOT = pathlib.Path(__file__).parent.parent
 RUN = """
 import importlib, logging, pathlib, pickle, re, sys
+
+pytestmark = pytest.mark.slow
 logging.basicConfig(level="INFO")
 importlib.import_module(sys.argv[1]).main(pickle.loads(bytes.fromhex(sys.argv[2])))
 print(re.search("VmHWM:[^0-9]*([0-9]+) kB", pathlib.Path("/proc/self/status").read_text())[1])

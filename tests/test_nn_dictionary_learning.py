@@ -84,6 +84,7 @@ def test_a_batch_top_k_without_a_threshold_says_so(
     assert isinstance(sae.cfg, config.BatchTopK) and sae.cfg.top_k == K and sae.threshold == 0
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: pathlib.Path) -> None:
     dpath, fpath = folder(tmp_path, "AutoEncoderTopK"), tmp_path / "sae.pt"
     command = [sys.executable, "-m", "saev.nn.dictionary_learning", "load", str(dpath), str(fpath)]

@@ -335,6 +335,7 @@ def test_a_failed_export_leaves_nothing(
 TRAINED_ON = {"vit_family": "dinov2", "vit_ckpt": "dinov2_vits14", "layers": [8]}
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: pathlib.Path) -> None:
     sae = make(CFGS[1])
     nn.save(sae, tmp_path / "sae.pt", TRAINED_ON)

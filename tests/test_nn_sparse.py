@@ -114,6 +114,7 @@ def train_plainly(
     return sae
 
 
+@pytest.mark.slow
 @each
 @each_objective
 @each_way
@@ -302,6 +303,7 @@ def test_top_k_is_the_k_largest(
         assert torch.equal(got_BS, want_BS)
 
 
+@pytest.mark.slow
 @hypothesis.settings(
     max_examples=60,
     deadline=None,

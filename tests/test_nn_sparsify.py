@@ -67,6 +67,7 @@ def test_a_number_of_latents_goes_before_the_factor(tmp_path: pathlib.Path) -> N
     check(sparsify.load(dpath), dpath)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: pathlib.Path) -> None:
     dpath, fpath = folder(tmp_path), tmp_path / "sae.pt"
     command = [sys.executable, "-m", "saev.nn.sparsify", "load", str(dpath), str(fpath)]

@@ -39,8 +39,13 @@ def labels(cub_root: pathlib.Path) -> cub.Cub:
     return cub.load(cub_root)
 
 
-def write_shards(dpath: pathlib.Path, paths: list[str], acts_NPD: np.ndarray) -> data_config.Shards:
-    """One layer, no [CLS]; image i has path paths[i]."""
+def write_shards(
+    dpath: pathlib.Path,
+    paths: list[str],
+    acts_NPD: np.ndarray,
+    skip: collections.abc.Collection[int] = (),
+) -> data_config.Shards:
+    """One layer, no [CLS]; image i has path paths[i]; those in `skip` are recorded as corrupt."""
     N, P, D = acts_NPD.shape
     metadata = shards.Metadata(
         "timm", "planted", (3,), P, False, D, N, 50 * P, {"__class__": "ImageFolder"}
@@ -49,6 +54,7 @@ def write_shards(dpath: pathlib.Path, paths: list[str], acts_NPD: np.ndarray) ->
     for shard_i in range(metadata.n_shards):
         with out.writing(shard_i) as writer:
             image_is = metadata.imgs_in(shard_i)
+            writer.skipped += [shards.Skipped(i, "corrupt") for i in image_is if i in skip]
             acts_NLPD = acts_NPD[image_is.start : image_is.stop, None]
             writer.write(np.ascontiguousarray(acts_NLPD, np.float32))
     return data_config.Shards(str(out.dpath), 3)
@@ -297,12 +303,21 @@ def test_draws_differ_and_the_first_is_that_of_one_draw(cfg: config.ProtoEval) -
 
 
 def test_intervals_hold_the_map_and_grow_with_fewer_test_images(
-    cfg: config.ProtoEval, labels: cub.Cub
+    cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path
 ) -> None:
-    lines = read_csv(pathlib.Path(select.main([cfg])) / "summary.csv")
-    for line in lines:
-        low, value, high = (float(line[key]) for key in ("low", "map", "high"))
-        assert low < value < high and high - low < 0.5
+    """A quarter of the test images: intervals about twice as wide."""
+    test_is = np.flatnonzero(~labels.is_train_N)
+    skip = set(test_is.tolist()) - set(test_is[::4].tolist())
+    acts_NPD = plant(labels.labels_NT)
+    widths = []
+    for name, left_out in (("all", set()), ("few", skip)):
+        data = write_shards(tmp_path / name, list(labels.paths_N), acts_NPD, left_out)
+        out = pathlib.Path(select.main([dataclasses.replace(cfg, train_data=data)]))
+        rows = read_csv(out / "summary.csv")
+        bounds = [[float(row[key]) for key in ("low", "map", "high")] for row in rows]
+        assert all(low < value < high < low + 0.5 for low, value, high in bounds)
+        widths.append(np.mean([high - low for low, _, high in bounds[1:]]))  # without the constant
+    assert 1.4 < widths[1] / widths[0] < 2.8
 
 
 def test_a_killed_evaluation_leaves_no_table_and_ends_the_same(

@@ -109,6 +109,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_pass_goes_on_to_the_same_scores(
     data: tuple[data_config.Shards, np.ndarray], tmp_path: pathlib.Path
 ) -> None:

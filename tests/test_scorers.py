@@ -308,6 +308,7 @@ def test_a_fit_serves_every_use_of_it(data, tmp_path: pathlib.Path, monkeypatch)
         scorers.fit(config.Random(), shards, 5, dpath=tmp_path, seed=3)
 
 
+@pytest.mark.slow
 def test_two_processes_fit_once(data, tmp_path: pathlib.Path) -> None:
     code = """
         import pathlib, sys, time

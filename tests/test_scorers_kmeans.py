@@ -260,6 +260,7 @@ def test_k_means_starts_again_from_a_damaged_state_and_says_so(
     assert re.search(match, said) and fpath.name in said and "\n" not in said
 
 
+@pytest.mark.slow
 def test_a_killed_fit_goes_on_to_the_same_centres(data: Made, tmp_path: pathlib.Path) -> None:
     def command(dpath: pathlib.Path, pause: str) -> list[str]:
         code = textwrap.dedent(KILLED)

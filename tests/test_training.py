@@ -111,6 +111,7 @@ def plant(n_imgs: int, n_patches: int, D: int, A: int) -> tuple[np.ndarray, np.n
     return x_ND.astype(np.float32).reshape(n_imgs, 1, n_patches, D), atoms_AD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [nn_config.TopK, nn_config.BatchTopK])
 def test_planted_dictionary_is_found(make_shards, tmp_path: pathlib.Path, cls: type) -> None:
     acts, atoms_AD = plant(n_imgs=400, n_patches=50, D=32, A=64)
@@ -167,6 +168,7 @@ def test_scale_does_not_depend_on_the_seed(
     assert all(torch.equal(x_BD, next(stream).act_BD) for x_BD in seen[-2:])
 
 
+@pytest.mark.slow
 def test_a_few_that_hold_most_of_the_variance_are_seen_and_can_be_clipped(
     make_shards, cfg: config.Train, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -278,6 +280,7 @@ def test_learning_rate_that_is_left_out() -> None:
     assert peak(500, nn_config.Relu()) == peak(50_000, nn_config.Relu()) == 4e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_steps", [100, 400])
 def test_jump_relus_coefficient_decides_l0_in_short_runs(
     make_shards, cfg: config.Train, n_steps: int

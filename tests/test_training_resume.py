@@ -476,6 +476,7 @@ def sweep(tmp_path: pathlib.Path) -> str:
     return str(fpath)
 
 
+@pytest.mark.slow
 def test_killed_three_times_ends_with_the_same_weights(
     cfg: config.Train, tmp_path: pathlib.Path
 ) -> None:
@@ -530,6 +531,7 @@ def newest_state(ckpt_to: str) -> int:
     return max((n for d in dpaths for n in state.saved(d)), default=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sae", [["sae:batch-top-k", "--sae.top-k", "3"], ["sae:relu"], ["sae:jump-relu"]], ids=str
 )
@@ -553,6 +555,7 @@ def test_two_processes_equal_one(cfg: config.Train, sae: list[str]) -> None:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_good_runs_of_a_local_sweep_are_done_and_named(
     cfg: config.Train, tmp_path: pathlib.Path
 ) -> None:
@@ -569,6 +572,7 @@ def test_the_good_runs_of_a_local_sweep_are_done_and_named(
     assert [(c["seed"], c["lr"]) for c in cfgs] == [(0, 1e-2), (1, 1e-2)]
 
 
+@pytest.mark.slow
 def test_two_processes_diverge_together(cfg: config.Train) -> None:
     """The loss of one process's half may be the first that is no number."""
     args = command(cfg, "--data-parallel", "2", "--n-patches", "320", "--lr", "1e25")
@@ -577,6 +581,7 @@ def test_two_processes_diverge_together(cfg: config.Train) -> None:
     assert "not finite at step" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_two_processes_save_when_their_parent_is_asked_to_stop(
     cfg: config.Train, signum: int

@@ -328,6 +328,7 @@ def test_a_swap_that_fails_brings_the_older_gallery_back(
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_gallery_leaves_nothing_for_long(
     cfg: config.Visuals, tmp_path: pathlib.Path, signum: signal.Signals

@@ -1,15 +1,15 @@
 """What a user gets wrong ends in one line on stderr, exit code 2, no traceback, and what to do next.
 
-Each case runs the real command in a process of its own.
+Each case runs the real command, in this process; that a process ends in the same way is shown for one of them.
 """
 
 import json
-import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import inprocess
 import numpy as np
 import PIL.Image
 import pytest
@@ -23,10 +23,12 @@ VIT = ["--vit-family", "timm", "--vit-ckpt", "vit_tiny_patch16_224", "--vit-weig
 
 
 def fails(*args: object) -> str:
-    """Runs `python ARGS`, checks the manner of failing, and returns the line (log lines aside)."""
-    command = [sys.executable, *map(str, args)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    """Runs `python ARGS`, checks the manner of failing, and returns the line."""
+    return failing(inprocess.run(*args))
+
+
+def failing(done: inprocess.Done | subprocess.CompletedProcess[str]) -> str:
+    """The line of a command that failed in the right manner (log lines aside)."""
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
     (line,) = [line for line in lines if not re.match(r"\[\d\d:\d\d:\d\d\] ", line)]
@@ -45,9 +47,13 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "imgs"
 
 
+@pytest.mark.slow
 def test_no_such_shard_directory(tmp_path: pathlib.Path) -> None:
     line = fails("train.py", "--data.shard-root", tmp_path / "gone", "--ckpt-to", tmp_path / "ck")
     assert "gone: no such shard directory. Pass the directory" in line
+    command = [sys.executable, "train.py", "--data.shard-root", str(tmp_path / "gone")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert failing(done) == line
     assert not (tmp_path / "ck").exists()
 
 
@@ -59,6 +65,7 @@ def test_layer_not_recorded(make_shards, tmp_path: pathlib.Path) -> None:
     assert "layer 5 was not recorded (recorded: 3, 7)" in line
 
 
+@pytest.mark.slow
 def test_root_without_images(tmp_path: pathlib.Path) -> None:
     (tmp_path / "empty").mkdir()
     args = [
@@ -75,6 +82,7 @@ def test_root_without_images(tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_wrong_d_vit_of_the_dump(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     args = ["-m", "saev.data", *VIT, "--dump-to", tmp_path / "s", "--d-vit", 512]
     line = fails(*args, "data:image-folder", "--data.root", folder)
@@ -82,6 +90,7 @@ def test_wrong_d_vit_of_the_dump(folder: pathlib.Path, tmp_path: pathlib.Path) -
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_corrupt_image_is_named_and_nothing_half_made_is_left(
     folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -112,6 +121,7 @@ def test_unknown_sweep_key(tmp_path: pathlib.Path) -> None:
     assert "x.toml: unknown key 'sae.topk'. Perhaps you meant 'sae.top_k'." in line
 
 
+@pytest.mark.slow
 def test_cub_without_attributes_and_a_line_that_cannot_be_parsed(
     tmp_path: pathlib.Path, make_shards
 ) -> None:
