@@ -143,7 +143,10 @@ def test_swapped_splits_equal_an_exchanged_split_file(
     want, got = ((d / "summary.csv").read_text() for d in (exchanged, swapped))
     assert got == want != (usual / "summary.csv").read_text()
     table = (swapped / "table.md").read_text()
-    assert "chosen on 30 test images, measured on 30 train images (splits swapped)" in table
+    assert (
+        "chosen on 30 test images, measured on 30 train images (splits swapped: below, train images are CUB's test images"
+        in table
+    )
     assert "fitted on 30 test images" in table
     said: list[str] = []
     select.look(parsed(tmp_path, data, "--swap-splits"), said.append)

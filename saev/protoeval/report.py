@@ -176,7 +176,8 @@ def describe(about: results.About) -> str:
     text = f"{about.vit}, layer {about.layer}, {about.tokens}, shards {names}"
     if about.chosen_on:
         text += f"; {about.n_classes} classes, chosen on {about.chosen_on}, measured on {about.measured_on}"
-    text += " (splits swapped)" * about.chosen_on.endswith("test images")
+    if about.chosen_on.endswith("test images"):
+        text += " (splits swapped: below, train images are CUB's test images, and test images its train images)"
     text += f"; certainty from {about.min_certainty}"
     text += ", the last annotation counts" * (about.annotations == "last")
     return f"{text}; seed {about.seed}."
