@@ -179,6 +179,12 @@ def test_the_picture(n: int, tmp_path: pathlib.Path) -> None:
     assert pixels.shape[0] > 500 and pixels[..., :3].std() > 0.02
 
 
+def test_the_picture_of_a_run_named_like_a_formula(tmp_path: pathlib.Path) -> None:
+    rows = runs.front(frame(("$\\frac$", 4.0, 0.2), ("lr$HOME$", 8.0, 0.1)))
+    charts.save(charts.front(rows), tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size > 1000
+
+
 def test_what_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.UserError, match="no such folder"):
         runs.read((str(tmp_path / "nowhere"),))

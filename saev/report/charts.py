@@ -48,7 +48,7 @@ def grid(cells: pl.DataFrame) -> matplotlib.figure.Figure:
                 axes.set_axis_off()
                 continue
             _panel(axes, name, table)
-            axes.set_title(f"{name}\n{where}".strip(), fontsize=9)
+            axes.set_title(f"{name}\n{where}".strip(), fontsize=9, parse_math=False)
         for axes in panels[:, 0]:
             axes.set_ylabel("mAP on test images")
     figure.axes[0].set_ylim(bottom=0)  # of all panels, once each has its lines
@@ -95,7 +95,7 @@ def front(runs: pl.DataFrame) -> matplotlib.figure.Figure:
     size = max(4.0, 8.0 - len(runs) / 10)
     for i, (name, *point) in enumerate(runs.select("run", "l0", "normalized_mse").iter_rows()):
         dx, dy, side = PLACES[i % 4]
-        style = {"ha": side, "fontsize": size, "color": "0.35"}
+        style = {"ha": side, "fontsize": size, "color": "0.35", "parse_math": False}
         axes.annotate(name, point, xytext=(dx, dy), textcoords="offset points", **style)
     axes.set_xlabel("L0 (latents that fire per activation)")
     axes.set_ylabel("normalised MSE")
