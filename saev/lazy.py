@@ -2,13 +2,16 @@
 
 import collections.abc
 import importlib
+import sys
 
 
-def attributes(package: str, table: dict[str, str]) -> collections.abc.Callable[[str], object]:
-    """Returns a module `__getattr__` (PEP 562): `table` maps a public name to the submodule that defines it.
+def attributes(
+    package: str, table: dict[str, str]
+) -> tuple[collections.abc.Callable[[str], object], collections.abc.Callable[[], list[str]]]:
+    """Returns a module's `__getattr__` and `__dir__` (PEP 562): `table` maps a public name to the submodule that defines it.
 
     An empty submodule name stands for the submodule of that very name. Importing the package then costs
-    nothing (no torch) until a name is used.
+    nothing (no torch) until a name is used. Editors and type checkers read the same names under `if TYPE_CHECKING`.
     """
 
     def __getattr__(name: str) -> object:  # noqa: N807
@@ -17,4 +20,7 @@ def attributes(package: str, table: dict[str, str]) -> collections.abc.Callable[
         module = importlib.import_module(f"{package}.{table[name] or name}")
         return getattr(module, name) if table[name] else module
 
-    return __getattr__
+    def __dir__() -> list[str]:  # noqa: N807
+        return sorted({*vars(sys.modules[package]), *table})
+
+    return __getattr__, __dir__

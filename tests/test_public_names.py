@@ -1,8 +1,13 @@
 """The names that notebooks rely on, in a process that imports `saev` and nothing else of it."""
 
+import ast
+import importlib
+import inspect
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 from saev import nn, scorers
 from saev.data import config as data_config
@@ -10,6 +15,7 @@ from saev.demo import minicub
 from saev.nn import config as nn_config
 from saev.scorers import config as scorers_config
 
+ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOK = """
 import sys
 import numpy as np
@@ -52,3 +58,34 @@ def test_the_designs_notebook_runs(make_shards, tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-c", NOTEBOOK, str(tmp_path), str(dpath)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+
+
+PACKAGES = ["saev", "saev.data", "saev.nn", "saev.protoeval", "saev.scorers"]
+
+
+def test_dir_shows_the_names_and_imports_nothing() -> None:
+    code = "import sys, saev, saev.nn, saev.data, saev.protoeval, saev.scorers\n"
+    code += "print(*[n for p in sys.argv[1:] for n in dir(sys.modules[p])])\n"
+    code += "assert not {'torch', 'numpy'} & sys.modules.keys()"
+    command = [sys.executable, "-c", code, *PACKAGES]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    want = {"nn", "load", "save", "SparseAutoencoder", "Indexed", "cub", "average_precision", "fit"}
+    assert want <= set(names) and names.count("load") == 2
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_an_editor_sees_the_names_that_are_there(package: str) -> None:
+    """The names under `if TYPE_CHECKING` are those of the lazy table, and each is there."""
+    fpath = ROOT / package.replace(".", "/") / "__init__.py"
+    tree = ast.parse(fpath.read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    static = {a.asname for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    module = importlib.import_module(package)
+    assert static == set(
+        inspect.getclosurevars(inspect.unwrap(module.__getattr__)).nonlocals["table"]
+    )
+    assert static <= set(dir(module)) and all(hasattr(module, name) for name in static)
+
+
+def test_the_package_is_typed() -> None:
+    assert (ROOT / "saev" / "py.typed").exists()

@@ -3,8 +3,16 @@
 `Indexed`, `Ordered` and `Shuffled` read the shards that `python -m saev.data` writes; `cub` reads CUB-200-2011.
 """
 
+import typing as tp
+
 from saev import lazy
 
-__getattr__ = lazy.attributes(
+if tp.TYPE_CHECKING:
+    from saev.data import cub as cub
+    from saev.data.indexed import Indexed as Indexed
+    from saev.data.ordered import Ordered as Ordered
+    from saev.data.shuffled import Shuffled as Shuffled
+
+__getattr__, __dir__ = lazy.attributes(
     __name__, {"Indexed": "indexed", "Ordered": "ordered", "Shuffled": "shuffled", "cub": ""}
 )

@@ -1,7 +1,15 @@
 """Sparse autoencoders: architectures, objectives, metrics, checkpoints. Knows nothing of shards."""
 
+import typing as tp
+
 from saev import lazy
 
-__getattr__ = lazy.attributes(
+if tp.TYPE_CHECKING:
+    from saev.nn import metrics as metrics
+    from saev.nn.sae import SparseAutoencoder as SparseAutoencoder
+    from saev.nn.sae import load as load
+    from saev.nn.sae import save as save
+
+__getattr__, __dir__ = lazy.attributes(
     __name__, {"SparseAutoencoder": "sae", "load": "sae", "save": "sae", "metrics": ""}
 )

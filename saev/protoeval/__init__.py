@@ -1,5 +1,10 @@
 """Stage 4: which prototypes of a scorer are traits that a biologist would name?"""
 
+import typing as tp
+
 from saev import lazy
 
-__getattr__ = lazy.attributes(__name__, {"average_precision": "ap"})
+if tp.TYPE_CHECKING:
+    from saev.protoeval.ap import average_precision as average_precision
+
+__getattr__, __dir__ = lazy.attributes(__name__, {"average_precision": "ap"})

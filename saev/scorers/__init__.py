@@ -1,8 +1,29 @@
 """Prototype scorers, all behind `Scorer`: random activations, k-means, PCA, SAE latents."""
 
+import typing as tp
+
 from saev import lazy
 
-__getattr__ = lazy.attributes(
+if tp.TYPE_CHECKING:
+    from saev.scorers.base import Prototypes as Prototypes
+    from saev.scorers.base import Scorer as Scorer
+    from saev.scorers.store import (
+        REVISION as REVISION,
+    )
+    from saev.scorers.store import (
+        fit as fit,
+    )
+    from saev.scorers.store import (
+        fit_each as fit_each,
+    )
+    from saev.scorers.store import (
+        load as load,
+    )
+    from saev.scorers.store import (
+        save as save,
+    )
+
+__getattr__, __dir__ = lazy.attributes(
     __name__,
     {"Scorer": "base", "Prototypes": "base"}
     | dict.fromkeys(("fit", "fit_each", "load", "save", "REVISION"), "store"),
