@@ -617,3 +617,82 @@ def test_a_gallery_of_another_sae_is_refused(tmp_path: pathlib.Path) -> None:
     write_gallery(tmp_path, "9bd9dc4ceadf75ca5a79d70174a8a1e5a7b0fbc3c97ea7ceb5aa3ab2a5a16a2d")
     with pytest.raises(errors.UserError, match="shows another SAE"):
         select._in_gallery([cfg])
+
+
+# ---- what docs/results.md promises ----
+
+DOC = pathlib.Path(__file__).parent.parent / "docs" / "results.md"
+
+
+def test_every_file_and_column_is_documented(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    dpath = tmp_path / "0123456789ab"
+    report.write(dpath, rows, NAMES, [], about)
+    text = DOC.read_text()
+    for fpath in dpath.iterdir():
+        assert f"| `{fpath.name}` |" in text, fpath.name
+    sections = {section.split("\n")[0]: section for section in text.split("\n### ")}
+    for name, columns in (
+        ("traits.parquet", pl.read_parquet(dpath / "traits.parquet").columns),
+        ("summary.csv", list(results.SUMMARY)),
+        ("kinds.csv", list(results.KIND_COLUMNS)),
+        ("differences.csv", list(results.DIFFERENCES)),
+    ):
+        assert all(f"`{column}`" in sections[name] for column in columns), name
+    _, _, joined = text.partition("## The joint report")
+    assert all(f"`{name}`" in joined for name in (*joint.PLACE, *results.SEEDS))
+    for fpath in joint.write(tmp_path).iterdir():
+        assert f"`{fpath.name}`" in text or fpath.suffix == ".png", fpath.name
+
+
+def test_the_notebooks_two_lines(
+    rows: list[results.Row],
+    about: results.About,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    report.write(tmp_path / "results" / "0123456789ab", rows, NAMES, [], about)
+    monkeypatch.chdir(tmp_path)
+    lines = [line.strip() for line in DOC.read_text().splitlines() if line.startswith("    ")][:2]
+    names: dict = {}
+    exec("\n".join(lines), names)
+    assert len(names["traits"]) == 3 * (1 + 2 + 1)
+
+
+def test_the_joint_frame_has_every_row_that_is_left(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    """The older result's traits.parquet is as earlier versions wrote it: without scorer_id."""
+    report.write(tmp_path / "a", rows, NAMES, [], about)
+    old = tmp_path / "a" / "traits.parquet"
+    frame.write_parquet(old, pl.read_parquet(old).drop("scorer_id"))
+    manifest.write(tmp_path / "a", results.FILES)
+    newer = dataclasses.replace(about, created="2026-02-01T00:00:00+00:00")
+    report.write(tmp_path / "b", [row("Random", 512, 1000, [[0.9] * 3])], NAMES, [], newer)
+    report.write(tmp_path / "c", rows[1:2], NAMES, [], dataclasses.replace(newer, seed=1))
+    traits = pl.read_parquet(joint.write(tmp_path) / "traits.parquet")
+    found = traits.group_by("scorer", "seed").agg(pl.len(), pl.col("test_ap").mean())
+    assert sorted(found.rows()) == [
+        ("Random seed=0", 0, 3, pytest.approx(0.9)),
+        ("Random seed=1", 1, 6, pytest.approx(0.5)),
+        ("Sae_1", 0, 3, pytest.approx(np.nan, nan_ok=True)),
+        ("constant", 0, 3, pytest.approx(0.2)),
+    ]
+    ids = dict(traits.select("scorer", "scorer_id").unique().rows())
+    assert ids["Random seed=0"] == about.scorer("Random").id != ids["Random seed=1"]
+
+
+def test_a_cell_that_is_there_twice(about: results.About, tmp_path: pathlib.Path) -> None:
+    """K-means that found fewer centroids than either K: the last one counts, and nothing is counted twice."""
+    rows = [row("KMeans", 5, 9, [[ap] * 3]) for ap in (0.3, 0.4)]
+    report.write(tmp_path / "a", rows, NAMES, [], about)
+    kinds = frame.read_csv((tmp_path / "a" / "kinds.csv").read_bytes(), results.KIND_COLUMNS)
+    assert kinds.select("kind", "n_traits", "map").rows() == [
+        ("colour", 2, pytest.approx(0.4)),
+        ("length", 1, pytest.approx(0.4)),
+    ]
+    out = joint.write(tmp_path)
+    assert pl.read_parquet(out / "traits.parquet")["test_ap"].to_list() == [0.4] * 3
+    text = (out / "table.md").read_text()
+    assert "| KMeans | 5 | 9 | 0.400 |" in text and "| KMeans | 5 | 9 | 0.300 |" not in text

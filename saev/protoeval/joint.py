@@ -168,9 +168,12 @@ def _read(dpath: pathlib.Path) -> Result:
     try:
         summary = frame.read_csv(files["summary.csv"], results.SUMMARY)
         kinds = frame.read_csv(files["kinds.csv"], results.KIND_COLUMNS)
-        traits = pl.read_parquet(files["traits.parquet"]).select(
+        columns = [
             name for name in results.TRAITS if name != "scorer_id"
-        )
+        ]  # older results have none
+        traits = pl.read_parquet(files["traits.parquet"]).select(columns)
+        key = [*results.CELL, "draw", "trait"]
+        traits = traits.unique(key, keep="last", maintain_order=True)
         boots = results.read_resamples(files["resamples.npz"], len(summary))
     except Exception as err:  # another version's columns, or files made to look like ours
         raise errors.UserError(
