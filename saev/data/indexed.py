@@ -13,10 +13,10 @@ from saev.formats import shards
 
 
 class Indexed:
-    """acts[i] -> {"act": (D,) float32 tensor, "image_i", "patch_i", "layer": int}; acts.images[j] -> (path, label).
+    """`acts[i]` -> `{"act": (D,) float32 tensor, "image_i", "patch_i", "layer": int}`; `acts.images[j]` -> (path, label).
 
     patch_i counts the patches in raster order; [CLS] (patches "cls" or "all") has patch_i -1. Images that could not
-    be read are left out of acts, but acts.images counts them, so that acts.images[acts[i]["image_i"]] is right.
+    be read are left out of acts, but acts.images counts them, so that `acts.images[acts[i]["image_i"]]` is right.
 
     Raises:
         UserError: see `reader.Reader`. IndexError past the end.
