@@ -67,10 +67,6 @@ class ScorerId:
         return str(self.settings.get("cls", self.name))
 
     @property
-    def seed(self) -> int | None:
-        return self.settings.get("seed")
-
-    @property
     def seedless(self) -> "ScorerId":
         """The same for every seed."""
         return ScorerId(self.name, {k: v for k, v in self.settings.items() if k != "seed"})

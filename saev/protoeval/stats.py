@@ -1,7 +1,7 @@
 """Statistics of results, as group-bys and joins of one frame.
 
 The frame of *cells* has a row for each scorer, number of prototypes and number of train images: the columns of summary.csv, and those
-of RUN. The frame of *traits* has a row for each cell, draw and trait. T traits, R draws of the train images, M resamples of the test
+that `cells` adds. The frame of *traits* has a row for each cell, draw and trait. T traits, R draws of the train images, M resamples of the test
 images.
 """
 
@@ -15,8 +15,6 @@ from saev.formats import results
 
 PLACE = ("labels", "min_certainty", "vit", "layer", "tokens")
 """Fields of `results.About` that decide which results are comparable; the order is that of the reports."""
-RUN = (*PLACE, "seed", "n_boot", "scorer_id", "cls", "family", "row")
-"""Columns that say what a cell is of. family: the scorer's id without the seed; row: the cell's place among the resamples."""
 CELL = ("scorer_id", "n_prototypes", "n_train")
 IS_REFERENCE = pl.col("cls").is_in(list(results.REFERENCES))
 IS_BASELINE = pl.col("cls") == results.BASELINE
@@ -24,7 +22,10 @@ IS_BASELINE = pl.col("cls") == results.BASELINE
 
 @beartype.beartype
 def cells(summary: pl.DataFrame, about: results.About) -> pl.DataFrame:
-    """Adds the columns of RUN to those of summary.csv."""
+    """Adds to the columns of summary.csv what the cells are of: PLACE, seed, n_boot, scorer_id, cls, family, row.
+
+    family: the scorer's id without the seed; row: the cell's place among the resamples.
+    """
     scorers = [about.scorer(name) for name in summary["scorer"].unique(maintain_order=True)]
     ids = [(s.name, s.id, s.cls, s.seedless.id) for s in scorers]
     columns = dict.fromkeys(("scorer", "scorer_id", "cls", "family"), pl.String)
@@ -40,9 +41,7 @@ def cells(summary: pl.DataFrame, about: results.About) -> pl.DataFrame:
 def in_order(frame: pl.DataFrame) -> pl.DataFrame:
     """Rows as reports show them: by place, the constant scorer and the linear probe first."""
     rank = [pl.col("cls") != name for name in results.REFERENCES]
-    return frame.sort(
-        *PLACE, *rank, "scorer", "n_prototypes", "n_train", maintain_order=True, nulls_last=False
-    )
+    return frame.sort(*PLACE, *rank, "scorer", "n_prototypes", "n_train", maintain_order=True)
 
 
 @beartype.beartype
