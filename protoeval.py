@@ -26,7 +26,7 @@ def main() -> None:
         from saev.protoeval import select
 
         return select.look(cfgs, console.say)
-    groups = config.group(cfgs)
+    groups = sweeps.group(cfgs)
     for dpath in launch.run("saev.protoeval.select:main", groups, cfgs[0].slurm, "saev-protoeval"):
         console.say(f"{(pathlib.Path(dpath) / 'table.md').read_text('utf-8')}\n{dpath}")
 

@@ -13,7 +13,7 @@ def main() -> None:
     cfgs = sweeps.parse(config.Train, "Trains sparse autoencoders on activation shards.")
     if cfgs[0].dry_run:
         return console.show(cfgs)
-    groups = config.group(cfgs)
+    groups = sweeps.group(cfgs)
     results = launch.run(
         "saev.training.loop:outcome",
         groups,

@@ -1,6 +1,12 @@
-"""What the fields of configs may hold: paths are expanded and numbers checked, by one call in each `__post_init__`."""
+"""The fields of configs: what each decides, and what it may hold.
+
+A field without a role decides the result (an SAE's weights, a table), so it is part of the run's id. Other roles are
+declared where the field is defined, instead of its default: `log_every: int = fields.shared(50)`.
+Paths are expanded and numbers checked by one call in each `__post_init__`.
+"""
 
 import dataclasses
+import enum
 import functools
 import os
 import pathlib
@@ -17,6 +23,74 @@ Path = tp.Annotated[str, "path"]
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
 WIDEST = "(-9.2e18, 9.2e18)"
 """What fits into 64 bits: for fields without an interval of their own."""
+
+T = tp.TypeVar("T")
+
+
+class Role(enum.Enum):
+    """What a field decides: (the result?, which runs share a stream of activations?)."""
+
+    RESULT = (True, False)
+    STREAM = (True, True)
+    SHARED = (False, True)
+    NEITHER = (False, False)
+
+
+def stream(default: T | type[T]) -> T:
+    """A field that decides the stream, and so the result."""
+    return _field(default, Role.STREAM)
+
+
+def shared(default: T | type[T]) -> T:
+    """A field that runs on one stream share, and that changes no result."""
+    return _field(default, Role.SHARED)
+
+
+def neither(default: T | type[T]) -> T:
+    """A field that decides neither the result nor the stream."""
+    return _field(default, Role.NEITHER)
+
+
+def _field(default: tp.Any, role: Role) -> tp.Any:
+    """default: a value, or a class that is called for one."""
+    name = "default_factory" if isinstance(default, type) else "default"
+    return dataclasses.field(**{name: default}, metadata={"role": role})
+
+
+def _roles(cls: tp.Any) -> dict[str, Role]:
+    return {f.name: f.metadata.get("role", Role.RESULT) for f in dataclasses.fields(cls)}
+
+
+@beartype.beartype
+def result_names(cls: type) -> list[str]:
+    """Names of the fields that decide the result."""
+    return [name for name, role in _roles(cls).items() if role.value[0]]
+
+
+@beartype.beartype
+def stream_of(cfg: tp.Any) -> tuple[object, ...]:
+    """Values of the fields that runs on one stream share."""
+    return tuple(getattr(cfg, name) for name, role in _roles(type(cfg)).items() if role.value[1])
+
+
+@beartype.beartype
+def identity(cfg: tp.Any) -> dict[str, object]:
+    """What decides the result, for a hash: the class, and the values that differ from their defaults.
+
+    A field that is added later changes no identity while it has its default. A default that is changed gives other
+    results for the same identity: raise the REVISION of what it decides.
+    """
+    out: dict[str, object] = {"type": type(cfg).__name__}
+    for field in dataclasses.fields(cfg):
+        made, value = field.default_factory, getattr(cfg, field.name)
+        usual = field.default if made is dataclasses.MISSING else made()
+        mine, theirs = (identity(v) if dataclasses.is_dataclass(v) else v for v in (value, usual))
+        if _roles(type(cfg))[field.name].value[0] and mine != theirs:
+            out[field.name] = mine
+    return out
+
+
+# ---- what they may hold ----
 
 
 @beartype.beartype

@@ -36,7 +36,7 @@ import typing as tp
 import beartype
 import beartype.door
 
-from saev import cli, errors
+from saev import cli, errors, fields
 from saev.formats import textfile
 
 MAX_CONFIGS = 1000
@@ -72,6 +72,15 @@ def parse(
     ]
     _check_shared(configs, fpath)
     return list(dict.fromkeys(configs))  # a typed flag can make two configurations equal
+
+
+@beartype.beartype
+def group(cfgs: list[Cfg]) -> list[list[Cfg]]:
+    """Splits a sweep into groups that share one stream of activations: one job each."""
+    groups: dict[tuple[object, ...], list[Cfg]] = {}
+    for cfg in cfgs:
+        groups.setdefault(fields.stream_of(cfg), []).append(cfg)
+    return list(groups.values())
 
 
 def _read(fpath: pathlib.Path) -> dict[str, object]:

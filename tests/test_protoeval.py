@@ -17,7 +17,7 @@ import polars as pl
 import pytest
 import torch
 
-from saev import errors, scorers
+from saev import errors, scorers, sweeps
 from saev.data import config as data_config
 from saev.data import cub
 from saev.demo import minicub
@@ -181,7 +181,7 @@ def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub)
 def test_all_scorers_of_a_group_give_what_each_gives_alone(cfg: config.ProtoEval) -> None:
     members = [scorers_config.Random(), scorers_config.KMeans(n_samples=500), scorers_config.Pca()]
     cfgs = [dataclasses.replace(cfg, scorer=s) for s in members]
-    assert len(config.group(cfgs)) == 1
+    assert len(sweeps.group(cfgs)) == 1
     together = (pathlib.Path(select.main(cfgs)) / "summary.csv").read_text().splitlines()
     alone = [
         (pathlib.Path(select.main([c])) / "summary.csv").read_text().splitlines()[4:] for c in cfgs

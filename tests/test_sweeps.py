@@ -256,8 +256,8 @@ def test_defaults_have_the_declared_types(cls: type) -> None:
 
 def test_groups_share_a_stream() -> None:
     cfgs = [config.Train(lr=lr, seed=seed) for seed in (0, 1) for lr in (1e-4, 1e-3)]
-    assert [[c.lr for c in g] for g in config.group(cfgs)] == [[1e-4, 1e-3], [1e-4, 1e-3]]
-    assert len(config.group([config.Train(batch_size=8), config.Train(batch_size=16)])) == 2
+    assert [[c.lr for c in g] for g in sweeps.group(cfgs)] == [[1e-4, 1e-3], [1e-4, 1e-3]]
+    assert len(sweeps.group([config.Train(batch_size=8), config.Train(batch_size=16)])) == 2
 
 
 def test_whole_numbers_may_be_written_as_floats(parse) -> None:

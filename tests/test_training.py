@@ -7,18 +7,19 @@ import json
 import math
 import pathlib
 import shutil
+import typing as tp
 
 import numpy as np
 import pytest
 import torch
 
-from saev import errors, nn
+from saev import errors, fields, nn, sweeps
 from saev.data import config as data_config
 from saev.data import reader, shuffled
 from saev.formats import metricslog
 from saev.nn import config as nn_config
 from saev.nn import metrics
-from saev.training import config, loop, run
+from saev.training import config, evaluate, loop, run
 
 NAMES = {
     "mse",
@@ -243,7 +244,7 @@ def test_runs_on_one_stream_equal_runs_alone(cfg: config.Train) -> None:
         change(cfg, sae=nn_config.BatchTopK(exp_factor=2, top_k=3)),
         change(cfg, sae=nn_config.Relu(exp_factor=4), lr=1e-3),
     ]
-    assert config.group(cfgs) == [cfgs]
+    assert sweeps.group(cfgs) == [cfgs]
     together = loop.main([change(c, ckpt_to=c.ckpt_to + "-together") for c in cfgs])
     for c, fpath in zip(cfgs, together, strict=True):
         (alone,) = loop.main([c])
@@ -303,7 +304,7 @@ def test_groups_share_a_stream_only_when_it_is_the_same(cfg: config.Train) -> No
         change(cfg, n_patches=13 * 32),
         change(cfg, data=dataclasses.replace(cfg.data, layer=3)),
     ]
-    assert config.group([cfg, *others, change(cfg, lr=1.0)]) == [
+    assert sweeps.group([cfg, *others, change(cfg, lr=1.0)]) == [
         [cfg, change(cfg, lr=1.0)],
         *[[c] for c in others],
     ]
@@ -462,6 +463,52 @@ def test_architectures_with_equal_fields_are_different_runs(cfg: config.Train) -
 
     other = change(cfg, sae=Other(exp_factor=4, top_k=3))
     assert trained_id(other) != trained_id(cfg)
+
+
+def with_new_field(cfg: object) -> tp.Any:
+    """The config as a later version may define it: its class has one more field, which has its default."""
+    cls = type(cfg)
+    newer = dataclasses.make_dataclass(cls.__name__, [("new", int, 3)], bases=(cls,), frozen=True)
+    return newer(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cls)})
+
+
+def test_a_new_field_orphans_no_finished_run(cfg: config.Train) -> None:
+    want = loop.main([cfg])
+    written = pathlib.Path(want[0]).stat().st_mtime_ns
+    nested = {name: with_new_field(getattr(cfg, name)) for name in ("sae", "objective", "data")}
+    newer = with_new_field(change(cfg, **nested))
+    assert newer.new == newer.sae.new == newer.data.new == 3
+    assert loop.main([newer]) == want
+    assert pathlib.Path(want[0]).stat().st_mtime_ns == written
+    assert evaluate.is_done(pathlib.Path(want[0]).parent, newer)
+    assert trained_id(change(newer, new=4)) != trained_id(cfg)
+    assert trained_id(change(newer, sae=change(newer.sae, new=4))) != trained_id(cfg)
+
+
+def test_a_run_under_its_old_id_is_found(cfg: config.Train) -> None:
+    (fpath,) = loop.main([cfg])
+    acts = reader.Reader(cfg.data)
+    old = loop.old_run_id(run.with_d_vit(cfg, acts.d_vit), acts.hash)
+    old_dpath = pathlib.Path(fpath).parent.rename(pathlib.Path(cfg.ckpt_to) / old)
+    assert loop.main([cfg]) == [str(old_dpath / "sae.pt")]
+
+
+def test_the_old_ids() -> None:
+    """As version 0.1 computed them."""
+    topk = config.Train(sae=nn_config.TopK(d_vit=8, d_sae=32, top_k=3), lr=1e-2, dead_window=100)
+    relu = config.Train(sae=nn_config.Relu(d_vit=8, d_sae=32), lr=1e-3, dead_window=50, seed=3)
+    assert [loop.old_run_id(c, "abc") for c in (topk, relu)] == ["2730496b", "c4adf1e6"]
+
+
+def test_roles() -> None:
+    """What a run's id and its group were made of before roles were declared, but for n_patches: n_steps decided the stream."""
+    ignored = {"data", "val_data", "n_val_patches", "ckpt_to", "wandb_project", "device", "sweep"}
+    ignored |= {"dry_run", "slurm", "log_every", "costly_every", "save_every", "keep_last"}
+    ignored |= {"n_threads", "data_parallel"}
+    names = {f.name for f in dataclasses.fields(config.Train)}
+    assert set(fields.result_names(config.Train)) == names - ignored
+    cfg = config.Train(n_patches=8192, batch_size=2048, seed=5, n_threads=3, device="cpu")
+    assert fields.stream_of(cfg) == (cfg.data, 8192, 2048, 5, 2.0, 3, 50, 1, "cpu")
 
 
 def test_finished_runs_are_left_alone(cfg: config.Train) -> None:

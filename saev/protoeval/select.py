@@ -16,7 +16,7 @@ import beartype
 import numpy as np
 import torch
 
-from saev import devices, errors, helpers, scorers
+from saev import devices, errors, fields, helpers, scorers
 from saev.data import config as data_config
 from saev.data import cub, reader
 from saev.formats import manifest, results
@@ -267,23 +267,23 @@ def _run_id(runs: list[Run], labels: cub.Cub, joins: list[join.Join]) -> str:
     measured = _measured_hash(runs[0].cfg, labels, joins)
     parts: list[object] = [REVISION, scorers.REVISION, measured]
     for run in runs:
-        cfg = run.cfg
-        parts += [cfg.annotations]  # the table names it, even where all labels are equal
-        parts += [_identity(data) for data in (cfg.train_data, cfg.test, run.fit)]
-        parts += [cfg.n_prototypes, cfg.n_train, cfg.seed, cfg.n_seeds, cfg.n_boot]
-        parts += [_in_full(run), _name_of_run(cfg)]
+        parts += [fields.identity(run.cfg), *_content(run).values(), _name_of_run(run.cfg)]
+        parts += [_identity(data) for data in (run.cfg.train_data, run.cfg.test)]
     return helpers.hash_of(parts)[:12]
 
 
 def _in_full(run: Run) -> dict[str, tp.Any]:
     """All that decides a scorer but the seed; not where its files lie."""
     scorer = run.cfg.scorer
-    fields: dict[str, tp.Any] = {"cls": type(scorer).__name__}
-    fields |= dataclasses.asdict(scorer)
-    if "ckpt" in fields:
-        ckpt = pathlib.Path(fields["ckpt"])
-        return fields | {"ckpt": helpers.hash_file(ckpt) if ckpt.is_file() else fields["ckpt"]}
-    return fields | {"fit": _identity(run.fit)}
+    return {"cls": type(scorer).__name__, **dataclasses.asdict(scorer), **_content(run)}
+
+
+def _content(run: Run) -> dict[str, str]:
+    """Hash of the SAE's checkpoint, or of the activations that the scorer is fitted on."""
+    ckpt = getattr(run.cfg.scorer, "ckpt", None)
+    if ckpt is None:
+        return {"fit": _identity(run.fit)}
+    return {"ckpt": helpers.hash_file(pathlib.Path(ckpt)) if pathlib.Path(ckpt).is_file() else ckpt}
 
 
 def _name_of_run(cfg: config.ProtoEval) -> str:

@@ -64,7 +64,7 @@ class Pca:
 class Sae:
     """Latents of a trained sparse autoencoder; K prototypes are its first K latents."""
 
-    ckpt: fields.Path = ""
+    ckpt: fields.Path = fields.neither("")  # its content decides
     """Checkpoint (sae.pt)."""
 
     def __post_init__(self) -> None:

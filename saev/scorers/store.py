@@ -152,14 +152,13 @@ def _name(cfg: config.Scorer) -> str:
 def _key(cfg: config.Scorer, data: data_config.Shards, seed: int) -> str:
     """Of what is fitted, not of how it is then used."""
     used = ("similarity", "both_signs")
-    fields = {
-        "cls": _name(cfg),
-        "cfg": {name: v for name, v in dataclasses.asdict(cfg).items() if name not in used},
+    parts = {
+        "cfg": {k: v for k, v in fields.identity(cfg).items() if k not in used},
         "revision": REVISION,
         "activations": reader.Reader(data).hash,
         "seed": None if isinstance(cfg, config.Pca) else seed,
     }
-    return helpers.hash_of(fields)[:12]
+    return helpers.hash_of(parts)[:12]
 
 
 def _load_sae(cfg: config.Sae, data: data_config.Shards) -> sae.SaeLatents:

@@ -25,15 +25,15 @@ class Train:
         default_factory=nn_config.Vanilla
     )
     """What is minimised."""
-    data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
+    data: data_config.Shards = fields.shared(data_config.Shards)
     """The activations."""
-    val_data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
+    val_data: data_config.Shards = fields.neither(data_config.Shards)
     """Held-out activations for the evaluation after training. Left out: some of --data's (and metrics.json says so)."""
-    n_patches: int = 100_000_000
+    n_patches: int = fields.stream(100_000_000)
     """Activations to train on; the stream repeats when it is shorter."""
-    n_val_patches: int = 1_000_000
+    n_val_patches: int = fields.neither(1_000_000)
     """Activations to evaluate on (all there are, if fewer)."""
-    batch_size: int = 4096
+    batch_size: int = fields.stream(4096)
     """Activations per step."""
     lr: float | None = None
     """Adam's learning rate after warm-up. Left out: 4e-4 for ReLU; for the others 4e-3, in more than 1,000 steps falling as 1 / sqrt(steps) (logbook 008 and 020)."""
@@ -53,36 +53,36 @@ class Train:
     """Decay of an exponential moving average of the weights (less in the first steps), which is then what is saved and evaluated. 0: off."""
     precision: tp.Literal["float32", "bfloat16"] = "float32"
     """bfloat16: the encoder multiplies in bfloat16 (weights and sums stay float32)."""
-    seed: int = 0
+    seed: int = fields.stream(0)
     """Seed of the initial weights and of the stream's order."""
-    pool_gb: float = 2.0
+    pool_gb: float = fields.stream(2.0)
     """Bound of the memory that mixes and prefetches the stream, in GB. (Less is taken when the activations fit into less.) In all a training takes about 0.75 GB, and this, and 68 bytes x d_vit x latents (32 for each further run that shares the stream), or more with large batches: it says how much at its start."""
-    n_threads: int = 0
+    n_threads: int = fields.shared(0)
     """Threads that read activations; 0: one for each core, at most 4. The order of the stream does not depend on it."""
     dead_window: int | None = None
     """A latent is dead (`dead_frac_window`, AuxK, resampling) when it did not fire within this many activations. Left out: 1,000,000, or a tenth of --n-patches if that is less (at least one batch)."""
-    log_every: int = 50
+    log_every: int = fields.shared(50)
     """Steps between log lines."""
-    costly_every: int = 1000
+    costly_every: int = fields.neither(1000)
     """Steps between measurements of `mean_abs_corr` and `coherence`, which cost d_sae squared."""
-    save_every: float = 10.0
+    save_every: float = fields.neither(10.0)
     """Minutes between saved states, from which the same command goes on after a crash."""
-    keep_last: int = 2
+    keep_last: int = fields.neither(2)
     """Saved states to keep."""
-    data_parallel: int = 1
+    data_parallel: int = fields.shared(1)
     """Processes (GPUs) that share each batch of an SAE. With Slurm they are tasks of one job; torchrun starts them itself."""
-    ckpt_to: fields.Path = "checkpoints"
+    ckpt_to: fields.Path = fields.neither("checkpoints")
     """Where <run id>/sae.pt goes. The run id is a hash of the config: the same command finds its finished runs."""
-    wandb_project: str = "saev"
+    wandb_project: str = fields.neither("saev")
     """wandb project. Empty: metrics.jsonl only."""
-    device: str = "auto"
+    device: str = fields.shared("auto")
     """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-    sweep: fields.Path = ""
+    sweep: fields.Path = fields.neither("")
     """TOML file of parameters; each list is a grid axis. Typed flags win over it."""
-    dry_run: bool = False
+    dry_run: bool = fields.neither(False)
     """Print the configs and stop."""
-    slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=launch.SlurmConfig
+    slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = fields.neither(
+        launch.SlurmConfig
     )
     """Where to run."""
 
@@ -175,27 +175,3 @@ class Train:
     def sparsity_at(self, step: int) -> float:
         """Factor of the sparsity coefficient."""
         return min(1.0, (step + 1) / max(1, self.n_sparsity_warmup))
-
-    @property
-    def stream(self) -> tuple[object, ...]:
-        """Runs with equal streams are trained together."""
-        return (
-            self.data,
-            self.n_steps,
-            self.batch_size,
-            self.seed,
-            self.pool_gb,
-            self.n_threads,
-            self.device,
-            self.log_every,
-            self.data_parallel,
-        )
-
-
-@beartype.beartype
-def group(cfgs: list[Train]) -> list[list[Train]]:
-    """Splits a sweep into groups that share one data stream: one job each."""
-    groups: dict[tuple[object, ...], list[Train]] = {}
-    for cfg in cfgs:
-        groups.setdefault(cfg.stream, []).append(cfg)
-    return list(groups.values())

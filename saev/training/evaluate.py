@@ -97,7 +97,12 @@ def is_done(dpath: pathlib.Path, cfg: config.Train) -> bool:
         found = jsonfile.read_sealed(fpath, dict[str, object], "It is made again.", old=True)
     except (OSError, errors.UserError):  # none, or cut, or edited
         return False
-    asked = json.loads(jsonfile.dumps(_asked(cfg)[1]))
+    asked, defaults = (
+        json.loads(jsonfile.dumps(fields))
+        for fields in (_asked(cfg)[1], dataclasses.asdict(data_config.Shards()))
+    )
+    if isinstance(data := found.get("data"), dict):  # a field that it lacks is newer
+        found["data"] = defaults | data
     is_same = found.keys() >= NAMES and all(found.get(k) == v for k, v in asked.items())
     is_better = found.get("held_out") is True and not asked["held_out"]
     return (dpath / "sae.pt").exists() and (is_same or is_better)

@@ -11,7 +11,7 @@ import beartype
 import torch
 from torch import Tensor
 
-from saev import devices, errors, helpers, nn, tracking
+from saev import devices, errors, fields, helpers, nn, tracking
 from saev.data import shuffled
 from saev.formats import jsonfile
 from saev.nn import objectives, robust
@@ -22,25 +22,6 @@ logger = logging.getLogger("saev")
 
 REVISION = 4
 """Raised whenever the same config may give other weights."""
-
-NOT_IN_ID = {
-    "data",
-    "val_data",
-    "n_val_patches",
-    "ckpt_to",
-    "wandb_project",
-    "device",
-    "sweep",
-    "dry_run",
-    "slurm",
-    "log_every",
-    "costly_every",
-    "save_every",
-    "keep_last",
-    "n_threads",
-    "data_parallel",
-}
-"""Fields of the config that do not decide the weights."""
 
 
 @beartype.beartype
@@ -69,7 +50,7 @@ def outcome(cfgs: list[config.Train]) -> tuple[list[str], list[str]]:
             evaluate.check(val_data, stream.reader)
         for text in {cfg.window_warning for cfg in cfgs} - {""}:
             logger.warning("%s", text)
-        dpaths = [pathlib.Path(c.ckpt_to) / run_id(c, stream.reader.hash) for c in cfgs]
+        dpaths = [_run_dpath(cfg, stream.reader.hash) for cfg in cfgs]
         named = dict(zip(dpaths, cfgs, strict=True))  # equal runs are trained once
         unfinished = [d for d, cfg in named.items() if not evaluate.is_done(d, cfg)]
         locks = [d.with_name(f".{d.name}.lock") for d in unfinished]
@@ -121,13 +102,33 @@ def _stream(cfg: config.Train) -> shuffled.Shuffled:
 
 @beartype.beartype
 def run_id(cfg: config.Train, activations: str) -> str:
-    """Eight hex digits of the hash of all that decides the weights. activations: `reader.Reader.hash`."""
-    fields = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_IN_ID}
-    if not any(getattr(cfg.sae, name, 0) for name in ("aux_coeff", "resample_every")):
-        del fields["dead_window"]  # decides a metric only
-    fields |= {"revision": REVISION, "activations": activations}
-    fields |= {"cls": type(cfg.sae).__name__, "objective_cls": type(cfg.objective).__name__}
-    return helpers.hash_of(fields)[:8]
+    """Eight hex digits of the hash of what decides the weights. activations: `reader.Reader.hash`."""
+    if not _uses_window(cfg):
+        cfg = dataclasses.replace(cfg, dead_window=None)
+    parts = {"cfg": fields.identity(cfg), "revision": REVISION, "activations": activations}
+    return helpers.hash_of(parts)[:8]
+
+
+@beartype.beartype
+def old_run_id(cfg: config.Train, activations: str) -> str:
+    """The id that version 0.1 gave: a hash of every field that decides the weights, those at their default too."""
+    parts = {name: dataclasses.asdict(cfg)[name] for name in fields.result_names(config.Train)}
+    if not _uses_window(cfg):
+        del parts["dead_window"]
+    parts |= {"revision": REVISION, "activations": activations}
+    parts |= {"cls": type(cfg.sae).__name__, "objective_cls": type(cfg.objective).__name__}
+    return helpers.hash_of(parts)[:8]
+
+
+def _uses_window(cfg: config.Train) -> bool:
+    """Does --dead-window decide the weights? Else only a metric."""
+    return any(getattr(cfg.sae, name, 0) for name in ("aux_coeff", "resample_every"))
+
+
+def _run_dpath(cfg: config.Train, activations: str) -> pathlib.Path:
+    """The run's folder: one that has its old id is kept."""
+    new, old = (pathlib.Path(cfg.ckpt_to) / name(cfg, activations) for name in (run_id, old_run_id))
+    return old if (old / "config.json").exists() and not new.exists() else new
 
 
 def _train(
@@ -155,13 +156,13 @@ def _train(
 def _start_tracker(run: Run, start: int, stream: shuffled.Shuffled) -> tracking.Tracker:
     """Writes the run's config.json and opens its metrics."""
     cfg, dpath = run.cfg, run.dpath
-    fields = {
+    record = {
         **dataclasses.asdict(cfg),
         "architecture": type(cfg.sae).__name__,
         "objective_name": type(cfg.objective).__name__,
         "activations": stream.reader.describe(),
     }
-    helpers.write_text(dpath / "config.json", jsonfile.seal(fields))
+    helpers.write_text(dpath / "config.json", jsonfile.seal(record))
     (dpath / "failed.json").unlink(missing_ok=True)
     return tracking.start(dpath, wandb_project=cfg.wandb_project, from_step=start)
 

@@ -9,16 +9,13 @@ import beartype
 import msgspec
 import polars as pl
 
-from saev import errors, helpers
+from saev import errors, fields, helpers
 from saev.formats import jsonfile, metricslog
 from saev.report import tables
+from saev.training import config
 
-NOT_SHOWN = {
-    *("data", "val_data", "ckpt_to", "wandb_project", "device", "sweep", "dry_run", "slurm"),
-    *("activations", "architecture", "objective_name", "n_threads", "log_every", "costly_every"),
-    *("save_every", "keep_last", "data_parallel", "pool_gb"),
-}
-"""Fields of a run's config that do not tell one SAE from another."""
+SHOWN = fields.result_names(config.Train)
+"""Fields of a run's config that may tell one SAE from another."""
 
 
 class Figure(tp.NamedTuple):
@@ -181,7 +178,7 @@ def _flat(
 ) -> collections.abc.Iterator[tuple[str, str | None]]:
     """(cfg.<dotted name>, value as text)."""
     for key, value in cfg.items():
-        if prefix == "cfg." and key in NOT_SHOWN:
+        if prefix == "cfg." and key not in SHOWN:
             continue
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
