@@ -1,5 +1,5 @@
 """Speed, in ratios to a reference timed in the same run: `uv run python -m benchmarks.NAME [--quick]`."""
 
-import saev  # before torch, as in the commands
+from saev import early
 
-__all__ = ["saev"]
+early.limit_spinning()  # before torch is imported, as in the commands

@@ -19,6 +19,7 @@ def install() -> None:
     """To be called by a command's first lines, not on import: a notebook's Ctrl-C is its own."""
     global _is_installed
     _is_installed = True
+    limit_spinning()
     ctrl_c_ends()
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -36,6 +37,15 @@ def install() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="saev")
+
+
+def limit_spinning() -> None:
+    """To be called before torch is imported, which is when OpenMP reads it.
+
+    OpenMP's threads look for their next work for so many rounds (a tenth of a millisecond or so) before they sleep. By
+    default they spin ten milliseconds and more, on cores that our own threads then lack.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def ctrl_c_ends() -> None:

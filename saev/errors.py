@@ -6,7 +6,14 @@ class UserError(Exception):
 
     The message names the thing, the values seen, and what to do next. `saev.launch` prints it as one
     line and exits with code 2; notebooks see an ordinary exception.
+
+    Args:
+        done: results of the part of the work that did not fail.
     """
+
+    def __init__(self, message: str = "", done: object = None):
+        super().__init__(message)
+        self.done = done
 
 
 def first_line(err: BaseException) -> str:

@@ -10,8 +10,10 @@ import signal
 import numpy as np
 import pytest
 
+from saev import early
 from saev.formats import shards
 
+early.limit_spinning()  # before torch is imported, as in the commands
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 ):  # as nohup's children have it: Ctrl-C could not be tested

@@ -1,5 +1,6 @@
 """Running a stage, and ending with an exit code that tells the truth."""
 
+import os
 import pathlib
 import shlex
 import signal
@@ -11,6 +12,7 @@ import pytest
 
 from saev import console, errors, launch
 from saev.data import config as data_config
+from saev.launch import slurm
 from saev.training import config as training_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -38,24 +40,69 @@ def test_entry() -> None:
     assert code == 1 and "Traceback" in stderr  # our own bugs stay loud
 
 
+def values(target: str, args: list[object], **kwargs: int) -> list[object]:
+    return [outcome.get() for outcome in launch.run(target, args, LOCAL, "x", **kwargs)]
+
+
 def test_local_results_are_in_order() -> None:
-    assert launch.run("operator:neg", [3, 1, 2], LOCAL, "x") == [-3, -1, -2]
+    assert values("operator:neg", [3, 1, 2]) == [-3, -1, -2]
+    assert values("operator:neg", [3, 1, 2], n_processes=3) == [-3, -1, -2]
 
 
 def test_local_errors_pass_through() -> None:
     with pytest.raises(errors.UserError, match="no such shard directory"):
-        launch.run("saev.data.reader:Reader", [data_config.Shards("gone")], LOCAL, "x")
+        values("saev.data.reader:Reader", [data_config.Shards("gone")])
 
 
 def test_one_that_fails_does_not_keep_the_others_from_running(tmp_path: pathlib.Path) -> None:
-    got = launch.run("json:loads", ["[1]", "2"], LOCAL, "x", keeps_going=True)
-    assert got == [[1], 2]
     (tmp_path / "a.npy").touch()
-    gone, listed = launch.run(
-        "os:listdir", [str(tmp_path / "gone"), str(tmp_path)], LOCAL, "x", keeps_going=True
+    gone, listed = launch.run("os:listdir", [str(tmp_path / "gone"), str(tmp_path)], LOCAL, "x")
+    assert gone.failed and "No such file" in gone.error
+    assert listed == launch.Outcome(["a.npy"])
+
+
+def test_stages_run_here_when_their_outcome_is_asked_for(tmp_path: pathlib.Path) -> None:
+    """So a command that stops at the first failure does not run the others."""
+    outcomes = launch.run("os:mkdir", [str(tmp_path / "a"), str(tmp_path / "b")], LOCAL, "x")
+    assert not next(outcomes).failed
+    assert [f.name for f in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_process_that_fails_ends_the_others(tmp_path: pathlib.Path) -> None:
+    args = ["time.sleep(60)", "raise SystemExit(3)"]
+    started = time.monotonic()
+    (lost,) = launch.run("tests.slurm.tasks:execute", args, LOCAL, "x", n_processes=2)
+    assert time.monotonic() - started < 50
+    assert lost == launch.Outcome(
+        error="local job 1: died (exit code 3). Run the same command again; it continues."
     )
-    assert isinstance(gone, errors.UserError) and "No such file" in str(gone)
-    assert listed == ["a.npy"]
+
+
+def test_what_was_done_before_a_failure_is_kept() -> None:
+    """In a partial failure the message names no job, as it names what failed; the outcome holds the rest."""
+    (outcome,) = launch.run("tests.slurm.tasks:half", [[1, 2]], LOCAL, "x", n_tasks=2)
+    assert outcome == launch.Outcome([1], "2 is too large.") and not outcome.failed
+    assert outcome.of("job 7") == outcome
+    with pytest.raises(errors.UserError, match="2 is too large") as err:
+        outcome.get()
+    assert err.value.done == [1]
+
+
+def test_importing_saev_changes_nothing() -> None:
+    code = "import os; before = dict(os.environ); import saev.launch, saev.nn; assert dict(os.environ) == before"
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
+
+
+def test_commands_limit_how_long_openmp_spins() -> None:
+    code = "import os; from saev import launch; launch.entry(lambda: print(os.environ['GOMP_SPINCOUNT']))"
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "10000\n"
+    env["GOMP_SPINCOUNT"] = "7"  # the user's own stays
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "7\n"
 
 
 def test_slurm_without_sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
@@ -124,8 +171,8 @@ def test_the_exceptions_line_of_a_jobs_traceback() -> None:
         '  File "a.py", line 1, in f\n    raise ValueError(text)\nValueError: first\nsecond\n\n'
         "----------\nYou can check full logs with ...\n  - /logs/1_0_log.out"
     )
-    assert launch._exception_line(trace) == "ValueError: first"
-    assert launch._exception_line("nothing like a traceback") == "it raised an exception"
+    assert slurm.exception_line(trace) == "ValueError: first"
+    assert slurm.exception_line("nothing like a traceback") == "it raised an exception"
 
 
 def test_dry_run_into_head() -> None:

@@ -48,20 +48,21 @@ def slurm(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> launch.Slu
 
 
 def test_an_array_returns_its_results_in_order(slurm: launch.SlurmConfig) -> None:
-    assert launch.run("tasks:square", [3, 1, 2], slurm, "saev-test") == [9, 1, 4]
+    outcomes = launch.run("tasks:square", [3, 1, 2], slurm, "saev-test")
+    assert [outcome.get() for outcome in outcomes] == [9, 1, 4]
 
 
 def test_a_users_mistake_crosses_as_one_line(slurm: launch.SlurmConfig) -> None:
     with pytest.raises(
         errors.UserError, match=r"job \d+_\d+: 7 is too large. Pass a smaller one"
     ) as err:
-        launch.run("tasks:refuse", [7, 8], slurm, "saev-test")
+        next(launch.run("tasks:refuse", [7, 8], slurm, "saev-test")).get()
     assert "\n" not in str(err.value)
 
 
 def test_a_crash_names_its_log(slurm: launch.SlurmConfig) -> None:
     with pytest.raises(errors.UserError, match=r"job \d+_0 failed: .*bug at 7.* Its log: ") as err:
-        launch.run("tasks:crash", [7, 8], slurm, "saev-test")
+        next(launch.run("tasks:crash", [7, 8], slurm, "saev-test")).get()
     assert "\n" not in str(err.value)
     assert (
         "RuntimeError: bug at 7"
@@ -74,9 +75,9 @@ def test_a_job_that_is_killed_says_what_slurm_knows(
 ) -> None:
     monkeypatch.setattr("submitit.SlurmJob._results_timeout_s", 1)  # no slow file system here
     with pytest.raises(
-        errors.UserError, match=r"job \d+ left no result; Slurm's word for it: FAILED. Its log: "
+        errors.UserError, match=r"job \d+ ended without a result \(Slurm state FAILED\). Its log: "
     ):
-        launch.run("tasks:killed", [7], slurm, "saev-test")
+        next(launch.run("tasks:killed", [7], slurm, "saev-test")).get()
 
 
 def test_a_partition_that_does_not_exist(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
@@ -114,7 +115,7 @@ def test_jobs_out_of_time_are_queued_again(
     source = (
         "from saev import launch\n"
         f"cfg = launch.SlurmConfig('test', 'nextgen', 0.2, n_gpus=0, n_cpus=1, log_to={slurm.log_to!r})\n"
-        f"print(launch.run('tasks:second_time_lucky', {[str(f) for f in fpaths]}, cfg, 'saev-test'))"
+        f"print([o.get() for o in launch.run('tasks:second_time_lucky', {[str(f) for f in fpaths]}, cfg, 'saev-test')])"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", source], cwd=ROOT, stdout=subprocess.PIPE, text=True

@@ -53,7 +53,7 @@ class Command:
         print(f"\n== {title}\n$ uv run {self.program} {shlex.join(args)}", flush=True)
         start_s = time.monotonic()
         cfgs = sweeps.parse(self.cls, self.program, args)
-        result = launch.Call(self.target, cfgs if self.grouped else cfgs[0]).run()
+        result = launch.Stage(self.target, cfgs if self.grouped else cfgs[0]).run()
         print(f"   {time.monotonic() - start_s:.0f} s", flush=True)
         return result[0] if isinstance(result, list) else str(result)
 

@@ -31,18 +31,9 @@ def main(cfgs: list[config.Train]) -> list[str]:
     Finished runs are left alone; interrupted ones go on from their newest saved state.
 
     Raises:
-        UserError: bad shards, a d_vit that does not fit them, or a loss that is not finite (after the
-            other runs of the group are trained and saved).
+        UserError: bad shards, or a d_vit that does not fit them; or some runs diverged (after the other runs of the
+            group are trained and saved: `done` holds their paths).
     """
-    fpaths, lost = outcome(cfgs)
-    if lost:
-        raise errors.UserError(" ".join(lost))
-    return fpaths
-
-
-@beartype.beartype
-def outcome(cfgs: list[config.Train]) -> tuple[list[str], list[str]]:
-    """As `main`, but returns (paths of the checkpoints, what went wrong: a line for each run that was lost)."""
     with parallel.joined(cfgs[0].data_parallel, devices.pick(cfgs[0].device)) as world:
         stream = _stream(cfgs[0])
         cfgs = [with_d_vit(cfg, stream.reader.d_vit) for cfg in cfgs]
@@ -56,7 +47,10 @@ def outcome(cfgs: list[config.Train]) -> tuple[list[str], list[str]]:
         locks = [d.with_name(f".{d.name}.lock") for d in unfinished]
         with world.locked(locks, f"it trains {', '.join(d.name for d in unfinished)}"):
             lost = _train_all(stream, named, world)
-        return [str(dpath / "sae.pt") for dpath in dpaths if (dpath / "sae.pt").exists()], lost
+        fpaths = [str(dpath / "sae.pt") for dpath in dpaths if (dpath / "sae.pt").exists()]
+    if lost:
+        raise errors.UserError(" ".join(lost), done=fpaths)
+    return fpaths
 
 
 def _train_all(

@@ -1,6 +1,7 @@
 """Finished and unfinished training runs as one frame, and as a table."""
 
 import collections.abc
+import dataclasses
 import math
 import pathlib
 import typing as tp
@@ -14,8 +15,12 @@ from saev.formats import jsonfile, metricslog
 from saev.report import tables
 from saev.training import config
 
-SHOWN = fields.result_names(config.Train)
-"""Fields of a run's config that may tell one SAE from another."""
+NOT_SHOWN = {
+    *{field.name for field in dataclasses.fields(config.Train)}
+    - {*fields.result_names(config.Train)},
+    *("activations", "architecture", "objective_name"),
+}
+"""Fields of a run's config that do not tell one SAE from another."""
 
 
 class Figure(tp.NamedTuple):
@@ -178,7 +183,7 @@ def _flat(
 ) -> collections.abc.Iterator[tuple[str, str | None]]:
     """(cfg.<dotted name>, value as text)."""
     for key, value in cfg.items():
-        if prefix == "cfg." and key not in SHOWN:
+        if prefix == "cfg." and key in NOT_SHOWN:
             continue
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")

@@ -45,7 +45,7 @@ def run(stage: str, args: collections.abc.Sequence[object]) -> tp.Any:
     """Runs one command and returns what its stage returns."""
     program, cls, target = STAGES[stage]
     cfgs = sweeps.parse(cls, program, [str(arg) for arg in args])
-    return launch.Call(target, cfgs[0] if stage in TAKES_ONE else cfgs).run()
+    return launch.Stage(target, cfgs[0] if stage in TAKES_ONE else cfgs).run()
 
 
 @contextlib.contextmanager

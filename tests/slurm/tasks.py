@@ -42,3 +42,12 @@ def second_time_lucky(fpath: str) -> int:
     if n_runs == 1:
         time.sleep(120)
     return n_runs
+
+
+def execute(source: str) -> None:
+    exec(source)
+
+
+def half(xs: list[int]) -> list[int]:
+    """Does the first; the second fails."""
+    raise errors.UserError(f"{xs[1]} is too large.", done=xs[:1])

@@ -1,0 +1,47 @@
+"""Run a stage in this process, in several, or as a Slurm job array.
+
+A stage is named by a string ("saev.data.dump:main") and imported only where it runs, so that `--help`,
+`--dry-run` and submission wait for no torch.
+"""
+
+import collections.abc
+import os
+
+import beartype
+
+from saev.launch import local
+from saev.launch import slurm as slurm_jobs
+from saev.launch.config import SlurmConfig
+from saev.launch.entry import entry
+from saev.launch.stage import Outcome, Stage
+
+__all__ = ["Outcome", "SlurmConfig", "Stage", "entry", "run"]
+
+
+@beartype.beartype
+def run(
+    target: str,
+    args: collections.abc.Sequence[object],
+    slurm: SlurmConfig,
+    name: str,
+    n_processes: int = 1,
+    n_tasks: int = 1,
+) -> collections.abc.Iterator[Outcome]:
+    """Calls stage `target` ("module:function") on each argument and gives the outcomes in order.
+
+    With a Slurm account the calls are a job array, and this process waits for it. Without, they run here, each when
+    its outcome is asked for; or, with `n_processes` more than one, all at once, each in a process of its own, where the
+    first that fails ends the others.
+    With `n_tasks` more than one, so many processes work on each argument together (on one node), and the outcome
+    is that of the first; started by torchrun, this process is one of them.
+
+    Raises:
+        UserError: no Slurm on this machine, or it refuses the jobs.
+    """
+    if slurm.slurm_acct:
+        return slurm_jobs.run([Stage(target, arg, n_tasks) for arg in args], slurm, name)
+    if n_processes > 1:
+        return iter(local.in_processes([Stage(target, arg) for arg in args]))
+    if n_tasks > 1 and "WORLD_SIZE" not in os.environ:
+        return (local.share(target, arg, n_tasks) for arg in args)
+    return (Stage(target, arg).outcome() for arg in args)

@@ -1,0 +1,80 @@
+"""What surrounds a command or a job: errors become one line, signals end it, and the exit code tells the truth."""
+
+import collections.abc
+import contextlib
+import errno
+import logging
+import signal
+import sys
+import threading
+import typing as tp
+
+import beartype
+
+from saev import console, early, errors
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of the operating system that are the user's to mend, although they name no file."""
+
+
+@beartype.beartype
+def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
+    """Runs a command's main function: a UserError becomes one line and exit code 2, Ctrl-C exit code 130.
+
+    So does an error of the operating system (a folder that may not be written, a full disk).
+    """
+    early.install()
+    configure_logging()
+    code = 0
+    try:
+        early.ctrl_c_raises()
+        with ended_by_signals(), os_errors(), console.flushed():
+            main()
+    except errors.UserError as err:
+        code = 2
+        console.tell(f"error: {err}")
+    except KeyboardInterrupt:
+        code = 130
+        console.tell(early.INTERRUPTED)
+    finally:
+        early.ctrl_c_ends()  # what is left is Python's own end
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def os_errors() -> collections.abc.Iterator[None]:
+    """Turns an OSError about a file into a UserError."""
+    try:
+        yield
+    except OSError as err:
+        if err.filename is None and err.errno not in DISK:
+            raise
+        where = f"{err.filename}: " if err.filename is not None else ""
+        raise errors.UserError(
+            f"{where}{err.strerror}. Check the path, its permissions and the free space, then run the same command again."
+        ) from err
+
+
+def configure_logging() -> None:
+    """saev's own messages from INFO on, those of others from WARNING on."""
+    logging.basicConfig(
+        level=logging.WARNING, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S"
+    )
+    logging.getLogger("saev").setLevel(logging.INFO)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> collections.abc.Iterator[None]:
+    """Inside, SIGTERM and SIGUSR2 raise SystemExit: the process ends its children and removes its temporary files."""
+
+    def end(signum: int, frame: object) -> tp.NoReturn:
+        raise SystemExit(128 + signum)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGTERM, signal.SIGUSR2) if is_main else ()
+    previous = {signum: signal.signal(signum, end) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

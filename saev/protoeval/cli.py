@@ -1,0 +1,33 @@
+"""The command protoeval.py."""
+
+import pathlib
+
+from saev import console, launch, sweeps
+from saev.protoeval import config
+
+
+def main() -> None:
+    """Evaluates (or joins or checks); prints the tables and their results directories."""
+    cfgs = sweeps.parse(
+        config.ProtoEval, "Scores prototypes against the attributes of CUB-200-2011."
+    )
+    cfg = cfgs[0]
+    if cfg.dry_run:
+        return console.show(cfgs)
+    if cfg.report:
+        from saev.protoeval import joint  # draws charts, which --help need not wait for
+
+        return _show(str(joint.write(pathlib.Path(cfg.report))))
+    if cfg.check:
+        from saev.protoeval import select
+
+        return select.look(cfgs, console.say)
+    groups = sweeps.group(cfgs)
+    stage = "saev.protoeval.select:main"
+    for outcome in launch.run(stage, groups, cfg.slurm, "saev-protoeval"):
+        _show(outcome.get())
+    return None
+
+
+def _show(dpath: str) -> None:
+    console.say(f"{(pathlib.Path(dpath) / 'table.md').read_text('utf-8')}\n{dpath}")

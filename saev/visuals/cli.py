@@ -1,0 +1,13 @@
+"""The command visuals.py."""
+
+from saev import console, launch, sweeps
+from saev.visuals import config
+
+
+def main() -> None:
+    """Makes a gallery; prints its page."""
+    (cfg,) = sweeps.parse(config.Visuals, "Shows the images that fire each latent most.")
+    if cfg.dry_run:
+        return console.show([cfg])
+    (outcome,) = launch.run("saev.visuals.collect:main", [cfg], cfg.slurm, "saev-visuals")
+    return console.say(f"{outcome.get()}/index.html")
