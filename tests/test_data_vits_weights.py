@@ -21,6 +21,8 @@ from saev import errors
 from saev.data import config, vits
 from saev.data.vits import files, weights
 
+pytestmark = pytest.mark.slow
+
 State = dict[str, torch.Tensor]
 
 

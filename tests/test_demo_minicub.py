@@ -12,6 +12,8 @@ import sklearn.metrics
 from saev.data import cub
 from saev.demo import minicub
 
+pytestmark = pytest.mark.slow
+
 N = 60
 
 

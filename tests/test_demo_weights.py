@@ -21,6 +21,8 @@ from saev import errors
 from saev.data import config, vits
 from saev.demo import weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def fpath(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:

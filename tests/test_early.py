@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 COMMANDS = [
     "-m saev.data",
@@ -35,7 +37,6 @@ def shell(
     return subprocess.run(["bash", "-c", line], cwd=cwd, env=set_, capture_output=True, timeout=120)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "delay_s"), list(zip(COMMANDS, (0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0), strict=True))
 )

@@ -30,6 +30,8 @@ from saev.protoeval import select
 from saev.scorers import config as scorers_config
 from saev.training import config, loop
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = pathlib.Path(__file__).parent / "data/golden.json"
 TOLERANCE = 3e-4
 """Of a statistic, which is a mean (weighted by +-1 or not) in units of the tensor's root mean square."""

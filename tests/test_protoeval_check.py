@@ -219,6 +219,7 @@ def cub_root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return dpath
 
 
+@pytest.mark.slow
 def test_minicub_is_plausible_and_the_wrong_column_is_not(
     cub_root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_the_designs_notebook_runs(make_shards, tmp_path: pathlib.Path) -> None:
     dpath, _ = make_shards(n_imgs=3, n_patches=4, d_vit=8, layers=(11, 23))
     nn.save(
