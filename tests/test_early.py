@@ -23,7 +23,7 @@ COMMANDS = [
     "-m saev.nn.saelens",
     "-m saev.demo",
 ]
-CONVERTERS = ["-m saev.nn.sparsify", "-m saev.nn.dictionary_learning"]
+OTHERS = ["-m saev", "-m saev.nn.sparsify", "-m saev.nn.dictionary_learning"]
 
 
 def shell(
@@ -60,10 +60,10 @@ def test_every_command_is_tried() -> None:
     found = [f for f in ROOT.glob("saev/**/*.py") if '__name__ == "__main__"' in f.read_text()]
     names = [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in found]
     modules = {f"-m {name.removesuffix('.__main__')}" for name in names if name != "saev.mirror"}
-    assert modules | {f.name for f in ROOT.glob("*.py")} == {*COMMANDS, *CONVERTERS}
+    assert modules | {f.name for f in ROOT.glob("*.py")} == {*COMMANDS, *OTHERS}
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *CONVERTERS])
+@pytest.mark.parametrize("command", [*COMMANDS, *OTHERS])
 def test_help_into_a_pipe_that_ends(command: str) -> None:
     """One that reads a line, and one that is closed before anything is printed."""
     done = shell(f"PY {command} --help | head -1; echo ${{PIPESTATUS[0]}}")
