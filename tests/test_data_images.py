@@ -221,7 +221,9 @@ def test_transform_survives_json_and_refuses_nonsense() -> None:
     for changes in ({"size": "big"}, {"extra": 1}):
         with pytest.raises(errors.UserError, match=r"transform\.json: not a transform"):
             images.Transform.from_dict(transform.to_dict() | changes)
-    with pytest.raises(errors.UserError, match=r"transform\.json: not a transform .no JSON object"):
+    with pytest.raises(
+        errors.UserError, match=r"transform\.json: not a transform .not a JSON object"
+    ):
         images.Transform.from_dict([1])
     with pytest.raises(errors.UserError, match="interpolation 'cubic' is not supported"):
         images.Transform.from_dict(transform.to_dict() | {"interpolation": "cubic"})

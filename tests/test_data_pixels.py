@@ -187,9 +187,9 @@ def test_the_first_frame_is_taken(tmp_path: pathlib.Path, fmt: str) -> None:
 def test_bytes_that_do_not_decode_are_bad_images(tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
     img = PIL.Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8))
-    cases = {"empty": (b"", "the file is empty"), "zeros": (bytes(999), "no image format")}
-    cases |= {"html": (b"<!DOCTYPE html><html>", "no image format that Pillow decodes")}
-    cases |= {"eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image format")}
+    cases = {"empty": (b"", "the file is empty"), "zeros": (bytes(999), "not an image format")}
+    cases |= {"html": (b"<!DOCTYPE html><html>", "not an image format that Pillow decodes")}
+    cases |= {"eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image format")}
     for fmt in ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "JPEG2000", "PPM"):
         data = encoded(img, fmt)
         cases[fmt] = (data[: len(data) // 2], "cannot be read as an image")
@@ -258,7 +258,7 @@ def test_sizes_are_bounded_before_decoding(
             opened(tmp_path, huge)
     with (tmp_path / "sparse.tif").open("wb") as fd:
         fd.truncate(2**30 + 1)
-    with pytest.raises(pixels.BadImage, match="is 1,073,741,825 bytes long; photos of at most"):
+    with pytest.raises(pixels.BadImage, match="is 1,073,741,825 bytes long; the limit is"):
         images.open_rgb(tmp_path / "sparse.tif")
 
 
@@ -273,6 +273,6 @@ def test_memory_that_does_not_suffice_is_no_bad_image(
 
         monkeypatch.setattr(PIL.Image.Image, "load", load)
         monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
-        with pytest.raises(errors.UserError, match="memory does not suffice") as caught:
+        with pytest.raises(errors.UserError, match="not enough memory") as caught:
             images.open_rgb(tmp_path / "x.png")
         assert not isinstance(caught.value, pixels.BadImage)

@@ -28,7 +28,7 @@ def test_a_whole_directory_has_no_problems(make_shards, dtype: str) -> None:
     assert list(verify.problems(dpath)) == []
     line = verify.describe(dpath)
     assert "complete: 10 images (1 left out as corrupt), 4 shards" in line
-    assert line.endswith(f"{dtype}, checksums right")
+    assert line.endswith(f"{dtype}, checksums match")
 
 
 def test_every_bad_shard_is_named_and_no_other(make_shards) -> None:
@@ -108,7 +108,7 @@ def test_millions_of_missing_shards_are_not_listed_one_by_one(tmp_path: pathlib.
 
 def test_another_tools_dump_has_sizes_only() -> None:
     assert list(verify.problems(GOLDEN)) == []
-    assert verify.describe(GOLDEN).endswith("float32, no checksums recorded, sizes right")
+    assert verify.describe(GOLDEN).endswith("float32, sizes match, no checksums recorded")
 
 
 @pytest.mark.parametrize("name", ["metadata.json", "complete.json"])

@@ -233,7 +233,7 @@ def test_cut_and_damaged_files(state: State, tmp_path: pathlib.Path) -> None:
         assert equal(files.read(tmp_path / name), state)
         if name == "w.pt":
             (tmp_path / name).write_bytes(whole[:-100])
-            with pytest.raises(errors.UserError, match=f"{name}: .* .it is cut off or damaged"):
+            with pytest.raises(errors.UserError, match=f"{name}: .* .it is truncated or damaged"):
                 files.read(tmp_path / name)
         for part in (whole[: len(whole) // 2], whole[:100], whole[:20] + bytes(80) + whole[100:]):
             (tmp_path / name).write_bytes(part)
@@ -349,7 +349,7 @@ TRANSFORMERS = {
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_transformers_names_are_called_so(kind: str, tmp_path: pathlib.Path) -> None:
     file = {TRANSFORMERS[kind]: torch.zeros(1)}
-    refused(file, tmp_path / "w.bin", "These are transformers' names: pass the file of the model's")
+    refused(file, tmp_path / "w.bin", "These are names of the transformers library: pass the file of the model's")
 
 
 def test_openai_names_in_a_timm_model(tmp_path: pathlib.Path) -> None:

@@ -270,7 +270,9 @@ def test_an_earlier_dump_of_fewer_images_is_named(
     assert "earlier dump" not in caplog.text
     img.save(tmp_path / "in" / "b.jfif", "JPEG")
     second = dump.main(cfg)
-    want = f"{first}: an earlier dump of this folder listed 1 images, now there are 2; a new dump"
+    want = (
+        f"{first}: an earlier dump of this folder listed 1 images; now there are 2, so a new dump"
+    )
     assert caplog.text.count(want) == 1 and second != first
     dump.main(cfg)
     assert caplog.text.count("earlier dump") == 1

@@ -1,4 +1,4 @@
-"""One thread that works ahead of its consumer, and ends with it."""
+"""A thread that computes items ahead of their consumer and stops with it."""
 
 import atexit
 import collections.abc
@@ -11,15 +11,16 @@ import typing as tp
 T = tp.TypeVar("T")
 
 PATIENCE_S = 5.0
-"""So long is waited for a thread that hangs in a read; then it is left behind (it does not keep the process alive)."""
+"""Seconds to wait for a thread stuck in a read before abandoning it. It is a daemon, so the process can still
+exit."""
 
 
 def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Iterator[T]:
-    """Yields from `items`, which a thread of its own computes, up to `n` ahead.
+    """Yields from `items`, which a separate thread computes up to `n` items ahead.
 
-    What `items` raises is raised here. When the consumer stops (break, an exception, Ctrl-C, or this iterator is
-    dropped), the thread finishes the item that it is at and ends; then `items` is closed. Nothing is started
-    before the first item is asked for, so the iterator may be made before a fork.
+    Errors of `items` are raised here. When the consumer stops (break, an exception, Ctrl-C, or garbage
+    collection of this iterator), the thread finishes its current item, and `items` is closed. The thread
+    starts with the first `next`, so the iterator may be created before a fork.
     """
     done: queue.Queue[tuple[str, tp.Any]] = queue.Queue(n)
     stopped = threading.Event()
@@ -46,11 +47,11 @@ def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Iterato
             items.close()
 
     thread.start()
-    atexit.register(close)  # of an iterator that is never dropped
+    atexit.register(close)  # for an iterator that is never dropped
     try:
         while (got := done.get())[0] == "item":
             yield got[1]
-            del got  # the consumer may need the memory
+            del got  # free the memory for the consumer
         if got[0] == "error":
             raise got[1]
     finally:

@@ -1,17 +1,18 @@
 """CUB-200-2011's labels (Wah et al. 2011), as the dataset is distributed.
 
-    CUB_200_2011/images.txt                             image id, path
-    CUB_200_2011/train_test_split.txt                   image id, 1 for train
-    CUB_200_2011/image_class_labels.txt                 image id, class id
+    CUB_200_2011/images.txt                             image id, path CUB_200_2011/train_test_split.txt
+    image id, 1 for train CUB_200_2011/image_class_labels.txt                 image id, class id
     CUB_200_2011/attributes/attributes.txt              attribute id, name (or in CUB_200_2011, or beside it)
-    CUB_200_2011/attributes/image_attribute_labels.txt  image id, attribute id, present, certainty, [more,] time
-    CUB_200_2011/attributes/class_attribute_labels_continuous.txt  how often, in percent; a line for each class (optional)
+    CUB_200_2011/attributes/image_attribute_labels.txt  image id, attribute id, present, certainty, [more,]
+    time CUB_200_2011/attributes/class_attribute_labels_continuous.txt  one line per class: how often, in
+    percent (optional)
 
-Also as copies of it are laid out for image-folder loaders, with all of these files in a folder `metadata/` (attributes/
-inside, or its files there too) and the photos in train/CLASS/ and test/CLASS/ instead of images/CLASS/.
+Copies arranged for image-folder loaders are read too. They keep these files in a folder `metadata/` (with or
+without an attributes/ inside), and the photos in train/CLASS/ and test/CLASS/ instead of images/CLASS/.
 
-Every label is tied to its image's id and path, never to a line's position. Shape letters: N images, T traits, C classes, M
-lines.
+Labels are joined by image id and path, never by the position of a line.
+
+Shape letters: N images, T traits, C classes, M lines.
 """
 
 import collections.abc
@@ -32,9 +33,9 @@ from saev.data import config
 from saev.formats import textfile
 
 N_FIELDS = 7
-"""Of a line of annotations, at most."""
+"""Most fields on a line of annotations."""
 MAX_BYTES = 2**30
-"""Of a file; the largest of the archive has 9e7."""
+"""Largest file that is read. The largest one of the archive has 9e7 bytes."""
 NATURAL, INTEGER = re.compile("[0-9]{1,7}"), re.compile("[+-]?[0-9]{1,18}")
 FIELDS = "'IMAGE_ID ATTRIBUTE_ID PRESENT CERTAINTY ... TIME' of 4 to 7 fields"
 
@@ -42,7 +43,7 @@ FIELDS = "'IMAGE_ID ATTRIBUTE_ID PRESENT CERTAINTY ... TIME' of 4 to 7 fields"
 @jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass(frozen=True)
 class Cub:
-    """Labels of all images, in the order of images.txt."""
+    """The labels of all images, in the order of images.txt."""
 
     paths_N: list[str]
     """Relative to images/: the key that joins labels to activations."""
@@ -50,36 +51,38 @@ class Cub:
     attribute_names_T: list[str]
     """In the order of attribute ids, e.g. has_wing_color::blue."""
     labels_NT: Bool[np.ndarray, "N T"]
-    """Present, with enough certainty."""
+    """True if the trait is present with enough certainty."""
     class_N: Int64[np.ndarray, " N"]
-    """Class id, from 1, as in classes.txt."""
+    """Class ids, from 1, as in classes.txt."""
     shares_CT: Float64[np.ndarray, "C T"] | None = None
-    """How often annotators saw each trait on a class's images, as the archive says it (class 1 first, classes without images too);
-    a witness of the labels."""
+    """The archive's own figures for how often annotators saw each trait on each class's images, used to check
+    the labels. Row 0 is class 1; classes without images have rows too."""
     n_lines: int = 0
     """Annotations in image_attribute_labels.txt."""
     n_repeated: int = 0
-    """Image x attribute pairs that were annotated more than once."""
+    """Image-attribute pairs with more than one annotation."""
     n_uncertain: int = 0
-    """Annotations "present" that were not certain enough."""
+    """Annotations of "present" that were not certain enough."""
     n_disputed: int = 0
-    """Image x attribute pairs that one annotator marked present and another not."""
+    """Image-attribute pairs that one annotator marked present and another absent."""
 
 
 @beartype.beartype
 def load(
     root: str | pathlib.Path, *, min_certainty: int = 3, annotations: config.Annotations = "any"
 ) -> Cub:
-    """Loads the labels. A trait counts as present when an annotator marked it so with at least `min_certainty`.
+    """Loads the labels. A trait is present if it was annotated so with a certainty of at least
+    `min_certainty`.
 
     Args:
         root: the CUB_200_2011 folder.
         min_certainty: 1 not visible, 2 guessing, 3 probably, 4 definitely.
-        annotations: of several of the same image and trait, does any positive count, or the last line alone?
+        annotations: which annotations of the same image and trait count: "any" positive one, or only the
+            "last" line.
 
     Raises:
-        UserError: a file is missing, a line cannot be parsed (names file and line), an id is unknown, or an
-            image x attribute pair has no line.
+        UserError: a file is missing, a line cannot be parsed (file and line are named), an id is unknown, or
+            an image-attribute pair has no line.
     """
     root = fields.path(root)
     if not root.is_dir():
@@ -110,7 +113,7 @@ def load(
 
 @beartype.beartype
 def metadata_root(root: pathlib.Path) -> pathlib.Path:
-    """The folder with images.txt: `root`, or metadata/ in it."""
+    """Returns the folder with images.txt: `root`, or its metadata/."""
     inner = root / "metadata"
     return (
         inner if (inner / "images.txt").is_file() and not (root / "images.txt").is_file() else root
@@ -119,10 +122,10 @@ def metadata_root(root: pathlib.Path) -> pathlib.Path:
 
 @beartype.beartype
 def image_paths(root: pathlib.Path) -> dict[int, str]:
-    """Image id -> path relative to images/ (or train/, test/), as images.txt says; no id and no path comes twice.
+    """Maps image ids to paths relative to images/ (or train/, test/), as images.txt lists them.
 
     Raises:
-        UserError: images.txt is missing, or a line cannot be parsed (names the line).
+        UserError: images.txt is missing, has a bad line (named), or repeats an id or path.
     """
     fpath = root / "images.txt"
     paths = _names(_need(fpath), key)
@@ -130,30 +133,33 @@ def image_paths(root: pathlib.Path) -> dict[int, str]:
         parts = pathlib.PurePosixPath(path).parts
         if parts[0] == "/" or ".." in parts or "\0" in path:
             raise errors.UserError(
-                f"{fpath}: the path {path!r} leads out of the images' folder. Unpack the archive again."
+                f"{fpath}: the path {path!r} leaves the image folder. Unpack the archive again."
             )
     return paths
 
 
 @beartype.beartype
 def split(root: pathlib.Path, paths: dict[int, str]) -> dict[int, int]:
-    """Image id -> 1 for a train, 0 for a test image.
+    """Maps image ids to 1 (train) or 0 (test).
 
     Raises:
-        UserError: as `image_paths`; also if an image has no line.
+        UserError: train_test_split.txt is missing, has a bad line (named), or lacks an image.
     """
     return _numbers(_need(root / "train_test_split.txt"), paths, range(2))
 
 
 @beartype.beartype
 def key(path: str) -> str:
-    """A path as it is dumped, or written in images.txt -> what joins the two: images/, train/ and test/ are places, not part of it."""
+    """Turns a path, as dumped or as listed in images.txt, into the key that joins the two.
+
+    The key leaves out a leading images/, train/ or test/.
+    """
     first, _, rest = path.removeprefix("./").partition("/")
     return rest if first in ("images", "train", "test") else path.removeprefix("./")
 
 
 def _first(fpaths: collections.abc.Sequence[pathlib.Path]) -> pathlib.Path:
-    """The first that is there, if only as a broken link: reading it then says so."""
+    """Returns the first path that exists. A broken link counts: reading it gives the right error."""
     return _need(next((fpath for fpath in fpaths if os.path.lexists(fpath)), fpaths[0]))
 
 
@@ -166,8 +172,9 @@ def _need(fpath: pathlib.Path) -> pathlib.Path:
 
 
 def _attributes_fpath(root: pathlib.Path) -> pathlib.Path:
-    """attributes.txt lies inside attributes/, or one level up, or (as in the original archive) beside CUB_200_2011."""
-    above = [root.parent, root.resolve().parent]  # of a link: beside it, or beside the folder
+    """Finds attributes.txt: in attributes/, one level up, or beside CUB_200_2011 as in the original
+    archive."""
+    above = [root.parent, root.resolve().parent]  # beside a link, or beside its target
     if root.name == "metadata":
         above += [root.parent / "attributes", *(dpath.parent for dpath in above)]
     dpaths = (root / "attributes", root, *above)
@@ -183,7 +190,7 @@ def _bad_line(fpath: pathlib.Path, line_i: int, line: str, wanted: str) -> error
 def _names(
     fpath: pathlib.Path, as_name: collections.abc.Callable[[str], str] = lambda name: name
 ) -> dict[int, str]:
-    """Lines of "id name"; no id and no name comes twice."""
+    """Parses lines of "ID NAME". Repeated ids or names are an error."""
     out: dict[int, str] = {}
     seen: set[str] = set()
     for line_i, line in _filled_lines(fpath):
@@ -199,18 +206,20 @@ def _names(
 
 
 def _numbers(fpath: pathlib.Path, paths: dict[int, str], allowed: range) -> dict[int, int]:
-    """Lines of "image id, number", one for each image."""
+    """Parses lines of "IMAGE_ID NUMBER", exactly one for each image."""
     out: dict[int, int] = {}
     for line_i, line in _filled_lines(fpath):
         key, number = [*line.split(), "", ""][:2]
         is_good = NATURAL.fullmatch(key) and NATURAL.fullmatch(number) and len(line.split()) == 2
         if not is_good or int(key) not in paths or int(key) in out or int(number) not in allowed:
-            wanted = f"'IMAGE_ID NUMBER' with an id of images.txt, once, and a number of {allowed.start}-{allowed.stop - 1}"
+            bounds = f"{allowed.start}-{allowed.stop - 1}"
+            wanted = f"'IMAGE_ID NUMBER' with a new id from images.txt and a number in {bounds}"
             raise _bad_line(fpath, line_i, line, wanted)
         out[int(key)] = int(number)
     if missing := [i for i in paths if i not in out]:
+        first = ", ".join(map(str, missing[:3]))
         raise errors.UserError(
-            f"{fpath}: {len(missing)} images have no line (first: ids {', '.join(map(str, missing[:3]))}). Unpack the archive again."
+            f"{fpath}: {len(missing)} images have no line (first: ids {first}). Unpack the archive again."
         )
     return out
 
@@ -222,13 +231,15 @@ def _read_labels(
     min_certainty: int,
     annotations: config.Annotations,
 ) -> dict[str, tp.Any]:
-    """The fields of `Cub` that come from the annotations.
+    """Computes the fields of `Cub` that come from the annotations.
 
-    Only the first four fields of a line count; the archive has lines with 5 to 7 (some copies leave out the time). Of several annotations of a pair any positive
-    that is certain enough counts: an annotator who does not see a trait is outvoted by one who does and is sure. With "last" the last line does.
+    Only the first four fields of a line are used. Lines of the archive have 5 to 7, and some copies leave out
+    the time. If a pair has several annotations, `annotations` decides. With "any", one positive that is
+    certain enough suffices, so an annotator who saw the trait outvotes one who did not. With "last", only the
+    last line counts.
     """
     fields_M4 = _first_four_fields(fpath)
-    row_of = np.full(max(ids) + 2, -1, np.int64)  # its last entry stands for every id beyond
+    row_of = np.full(max(ids) + 2, -1, np.int64)  # the last entry serves all larger ids
     row_of[ids] = np.arange(len(ids))
     image_M, trait_M, present_M, certainty_M = fields_M4.T
     row_M = row_of[np.clip(image_M, -1, max(ids) + 1)]
@@ -236,7 +247,7 @@ def _read_labels(
     ok_M &= (certainty_M >= 1) & (certainty_M <= 4)
     if not ok_M.all():
         line_i, line = _filled_lines(fpath)[int(np.flatnonzero(~ok_M)[0])]
-        wanted = f"{FIELDS} with a known image, an attribute of 1-{n_traits}, 0 or 1, and 1-4"
+        wanted = f"{FIELDS} with a known image, an attribute in 1-{n_traits}, 0 or 1, and 1-4"
         raise _bad_line(fpath, line_i, line, wanted)
     pair_M = row_M * n_traits + trait_M - 1
     n_seen_NT = np.bincount(pair_M, minlength=len(ids) * n_traits).reshape(-1, n_traits)
@@ -267,8 +278,8 @@ def _check_all_seen(fpath: pathlib.Path, seen_NT: np.ndarray, ids: list[int]) ->
     first = np.argwhere(~seen_NT)[:3].tolist()
     pairs = ", ".join(f"image {ids[row]} attribute {trait + 1}" for row, trait in first)
     raise errors.UserError(
-        f"{fpath}: {int((~seen_NT).sum())} image x attribute pairs have no line (first: {pairs}). "
-        "The file is cut or from another archive: unpack it again."
+        f"{fpath}: {int((~seen_NT).sum())} image-attribute pairs have no line (first: {pairs}). "
+        "The file is truncated or from another archive. Unpack it again."
     )
 
 
@@ -284,29 +295,30 @@ def _read_shares(root: pathlib.Path, n_classes: int, n_traits: int) -> np.ndarra
             shares_CT = np.loadtxt(text, np.float64, comments=None, ndmin=2) / 100
     except ValueError as err:
         raise errors.UserError(
-            f"{fpath}: holds other things than numbers ({errors.first_line(err)}). Unpack the archive again."
+            f"{fpath}: is not a table of numbers ({errors.first_line(err)}). Unpack the archive again."
         ) from err
     is_share = shares_CT.min(initial=0) >= 0 and shares_CT.max(initial=0) <= 1
     if len(shares_CT) < n_classes or shares_CT.shape[1] != n_traits or not is_share:
+        shape, largest = " x ".join(map(str, shares_CT.shape)), 100 * shares_CT.max(initial=0)
         raise errors.UserError(
-            f"{fpath}: holds {' x '.join(map(str, shares_CT.shape))} numbers up to {100 * shares_CT.max(initial=0):g}, "
-            f"not (at least) {n_classes} classes x {n_traits} attributes of 0 to 100. Unpack the archive again."
+            f"{fpath}: holds {shape} numbers up to {largest:g}, not (at least) {n_classes} classes "
+            f"x {n_traits} attributes between 0 and 100. Unpack the archive again."
         )
     return shares_CT
 
 
 def _first_four_fields(fpath: pathlib.Path) -> np.ndarray:
-    """(filled lines, 4) int64 array of the first four fields of each line of annotations."""
+    """Parses the first four fields of each non-blank line into an (M, 4) int64 array."""
     text = _text(fpath)
     _check_n_fields(fpath, text)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # no lines; their pairs are missed later
+            warnings.simplefilter("ignore", UserWarning)  # an empty file fails later: no pairs
             fields_M4 = np.loadtxt(
                 io.StringIO(text), np.int64, usecols=range(4), comments=None, ndmin=2
             )
             return fields_M4.reshape(-1, 4)
-    except ValueError:  # says only which row; find the line
+    except ValueError:  # numpy names only a row; find the line
         for line_i, line in _filled_lines(fpath):
             words = line.split()[:4]
             if len(words) < 4 or not all(map(INTEGER.fullmatch, words)):
@@ -315,7 +327,7 @@ def _first_four_fields(fpath: pathlib.Path) -> np.ndarray:
 
 
 def _check_n_fields(fpath: pathlib.Path, text: str) -> None:
-    """More than 7 fields are two lines run together, of which the second would be lost."""
+    """Refuses lines with more than 7 fields: two lines ran together, and the second would be lost."""
     bytes_n = np.frombuffer(f"\n{text}\n".encode("utf-8", "surrogateescape"), np.uint8)
     is_blank_n = bytes_n <= ord(" ")
     starts = np.flatnonzero(is_blank_n[:-1] & ~is_blank_n[1:])
@@ -327,12 +339,13 @@ def _check_n_fields(fpath: pathlib.Path, text: str) -> None:
 
 
 def _text(fpath: pathlib.Path) -> str:
-    """A file's text. Bytes that are not UTF-8 are kept as Python keeps them in paths, so such a path still equals the dump's."""
+    """Reads a file. Bytes that are not UTF-8 become surrogates, as in Python's paths, so such paths match the
+    dump's."""
     remedy = "Pass the CUB_200_2011 folder of the full archive (with attributes)."
     return textfile.read(fpath, remedy, MAX_BYTES, "surrogateescape")
 
 
 def _filled_lines(fpath: pathlib.Path) -> list[tuple[int, str]]:
-    """(line number from 1, line) of each line that is not blank."""
+    """Lists (line number from 1, line) of each non-blank line."""
     lines = _text(fpath).split("\n")
     return [(line_i, line) for line_i, line in enumerate(lines, 1) if line.strip()]

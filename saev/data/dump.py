@@ -1,9 +1,9 @@
-"""Stage 1: images -> ViT -> shards. Killed at any moment, the same command goes on with the first missing shard.
+"""Stage 1: images -> ViT -> shards. After a kill, the same command resumes with the first missing shard.
 
-A dump is divided among jobs by shard number, so jobs need no lock and no word of each other. Within a job three
-things go on at a time: threads decode the next images, the ViT runs, and a thread writes the batch before.
+Jobs divide the shards by number, so they need neither locks nor communication. Within a job, decoding, the
+ViT and writing overlap: threads decode the next images, and one thread writes the previous batch.
 
-Shape letters: B images of a forward pass, L layers, T tokens, D d_vit.
+Shape letters: B images per forward pass, L layers, T tokens, D d_vit.
 """
 
 import collections
@@ -30,7 +30,7 @@ logger = logging.getLogger("saev")
 
 
 class Decoded(tp.NamedTuple):
-    """An image as the ViT takes it; zeros and the reason where it cannot be read."""
+    """One image as the ViT's input. If it cannot be decoded: zeros, and the reason in `error`."""
 
     img_3HW: Tensor
     error: str
@@ -46,11 +46,11 @@ class Loaded(tp.NamedTuple):
 
 @beartype.beartype
 def main(cfg: config.Dump, job_i: int = 0) -> str:
-    """Dumps those missing shards that are this job's and returns the shard directory's path.
+    """Dumps this job's missing shards and returns the path of the shard directory.
 
     Raises:
-        UserError: no images, a corrupt image (names it), a layer that the model lacks, a --d-vit or
-            --n-patches-per-img that does not fit, NaN/Inf activations (names the image), or a disk that is full.
+        UserError: there are no images, an image is corrupt or gives NaN/Inf activations (named), the model
+            lacks a layer or contradicts --d-vit or --n-patches-per-img, or the disk is full.
     """
     records = images.list_images(cfg.data)
     vit = vits.load(cfg.vit)
@@ -70,28 +70,31 @@ def main(cfg: config.Dump, job_i: int = 0) -> str:
     transform = vit.transform.to_dict()
     out = shards.ShardDir.create(pathlib.Path(cfg.dump_to), metadata, records, transform)
     lock_fpath = out.dpath / f".job{job_i}-of-{cfg.n_jobs}.lock"
-    with helpers.locked(lock_fpath, f"it dumps the same to {out.dpath}"):
+    with helpers.locked(lock_fpath, f"it is writing the same dump to {out.dpath}"):
         mine = range(job_i, metadata.n_shards, cfg.n_jobs)
         todo = [i for i in mine if not out.has(i)]
         if len(todo) < len(mine):
             done = len(mine) - len(todo)
-            logger.info("%s: %d of %d shards are there already", out.dpath, done, len(mine))
+            logger.info("%s: %d of %d shards already exist", out.dpath, done, len(mine))
         if todo:
             device = _device(cfg.device, job_i)
             if device.type == "cpu" and job_i == 0:
-                _say_memory(cfg, vit, metadata)
+                _log_memory(cfg, vit, metadata)
             _Dumper(cfg, vit, out, records, device).write(todo)
     return str(out.dpath)
 
 
 @beartype.beartype
 def job(part: config.DumpJob) -> str:
-    """One of the jobs of a dump."""
+    """Runs one job of a dump."""
     return main(part.dump, part.job_i)
 
 
 def _warn_of_earlier_lists(dump_to: pathlib.Path, metadata: shards.Metadata) -> None:
-    """A new dump begins where an earlier one listed other images: files were added, or saev knew fewer suffixes then."""
+    """Warns when an otherwise equal dump listed another number of images, so that this one starts anew.
+
+    Either files were added or removed, or an older saev knew fewer suffixes.
+    """
     if (dump_to / metadata.hash).exists():
         return
     for fpath in sorted(dump_to.glob("*/metadata.json")):
@@ -99,14 +102,15 @@ def _warn_of_earlier_lists(dump_to: pathlib.Path, metadata: shards.Metadata) -> 
             other = shards.ShardDir.look(fpath.parent).metadata
             if dataclasses.replace(other, n_imgs=metadata.n_imgs) == metadata:
                 logger.warning(
-                    "%s: an earlier dump of this folder listed %d images, now there are %d; a new dump begins. Remove the earlier one if you no longer need it.",
+                    "%s: an earlier dump of this folder listed %d images; now there are %d, so a "
+                    "new dump begins. Remove the earlier one if you no longer need it.",
                     fpath.parent,
                     other.n_imgs,
                     metadata.n_imgs,
                 )
 
 
-def _say_memory(cfg: config.Dump, vit: vits.Vit, metadata: shards.Metadata) -> None:
+def _log_memory(cfg: config.Dump, vit: vits.Vit, metadata: shards.Metadata) -> None:
     weights = sum(p.numel() * p.element_size() for p in vit.parameters())
     sizes = memory.Sizes(
         weights, math.prod(vit.transform.size), metadata.n_tokens, vit.d_vit, len(metadata.layers)
@@ -124,7 +128,7 @@ def _describe(data: config.ImageFolder | config.Cub200) -> dict[str, object]:
 
 
 def _device(name: str, job_i: int) -> torch.device:
-    """Jobs on one machine take its GPUs in turn, unless the user named one."""
+    """Assigns this machine's GPUs to jobs in turn, unless the user named one."""
     device = devices.pick(name)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", job_i % torch.cuda.device_count())
@@ -132,7 +136,7 @@ def _device(name: str, job_i: int) -> torch.device:
 
 
 class _Dumper:
-    """A job at work."""
+    """Runs one job: decodes, computes and writes its shards."""
 
     def __init__(
         self,
@@ -150,7 +154,7 @@ class _Dumper:
         self.device = device
 
     def write(self, shard_is: list[int]) -> None:
-        """Writes these shards, one after the other."""
+        """Writes these shards in order."""
         size = self.cfg.vit_batch_size
         wholes = [self.out.metadata.imgs_in(i) for i in shard_is]
         batches = [r[at : at + size] for r in wholes for at in range(0, len(r), size)]
@@ -171,14 +175,14 @@ class _Dumper:
         except images.BadImage as err:
             if not self.cfg.skip_corrupt:
                 raise errors.UserError(
-                    f"{err} (Or leave such images out: --skip-corrupt.)"
+                    f"{err} (Or pass --skip-corrupt to leave such images out.)"
                 ) from err
             return Decoded(torch.zeros(3, *self.vit.transform.size), str(err))
 
     def _load(
         self, decoders: concurrent.futures.Executor, batches: list[range]
     ) -> collections.abc.Generator[Loaded, None, None]:
-        """Yields batches in order while the threads decode the next memory.PREFETCH ones."""
+        """Yields batches in order while threads decode the next memory.PREFETCH batches."""
         ahead = iter(batches)
         queue = collections.deque(
             (b, [decoders.submit(self._decode, i) for i in b])
@@ -204,7 +208,10 @@ class _Dumper:
     def _compute(
         self, loaded: collections.abc.Iterable[Loaded]
     ) -> collections.abc.Iterator[tuple[Loaded, np.ndarray]]:
-        """Yields each batch's activations (B, L, T, D). On a GPU the copy back goes on during the next batch's forward pass."""
+        """Yields each batch's activations (B, L, T, D).
+
+        On a GPU, the copy to the host overlaps with the next forward pass.
+        """
         on_gpu = self.device.type == "cuda"
         waiting: tuple[Loaded, Tensor, tp.Any] | None = None
         for batch in loaded:
@@ -236,7 +243,7 @@ class _Dumper:
         computed: collections.abc.Iterator[tuple[Loaded, np.ndarray]],
         saver: concurrent.futures.Executor,
     ) -> None:
-        """Takes the shard's batches from the stream, and no more."""
+        """Takes exactly this shard's batches from the stream and writes them."""
         end = self.out.metadata.imgs_in(shard_i).stop
         with self.out.writing(shard_i) as writer:
             unwritten: collections.deque[concurrent.futures.Future[None]] = collections.deque()
@@ -249,7 +256,7 @@ class _Dumper:
                         break
                 while unwritten:
                     unwritten.popleft().result()
-            finally:  # on an error no thread writes to a closed file
+            finally:  # after an error, no thread may write to a closed file
                 concurrent.futures.wait(unwritten)
 
     def _save(self, writer: shards.ShardWriter, batch: Loaded, acts_BLTD: np.ndarray) -> None:
@@ -273,8 +280,10 @@ class _Dumper:
         if bad_B.any():
             path = self.records[image_is[int(bad_B.argmax())]].path
             if np.isfinite(acts_BLTD[bad_B]).all():
+                largest = np.abs(acts_BLTD).max()
                 raise errors.UserError(
-                    f"image {path}: an activation is too large for float16 ({np.abs(acts_BLTD).max():.0f} > {limit:.0f}). Pass --dtype bfloat16."
+                    f"image {path}: an activation is too large for float16 ({largest:.0f} > {limit:.0f}). "
+                    "Pass --dtype bfloat16."
                 )
             raise errors.UserError(
                 f"image {path}: the ViT gives NaN or infinite activations. Check the image and the weights."

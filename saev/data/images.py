@@ -31,11 +31,13 @@ INTERPOLATIONS = {
 
 
 MAX_SIDE = 8192
-"""Of the ViT's input and of the resized image, in pixels."""
+"""Largest side in pixels, both of the ViT's input and of the resized image."""
 MAX_WHOLE = 2**22
-"""Pixels of a resized image. Of larger ones (long photos), unless the ViT's input itself is that large, only the part under the crop is made."""
+"""Pixels of a resized image above which only its cropped part is computed (long photos), unless the ViT's
+input itself is that large."""
 MAX_BETWEEN = 2**26
-"""Pixels between Pillow's two passes (rows first, then columns), above which columns go first."""
+"""Pixels of the intermediate image of Pillow's two passes (rows, then columns) above which columns are
+resized first."""
 
 
 # ---- datasets ----
@@ -43,12 +45,14 @@ MAX_BETWEEN = 2**26
 
 @beartype.beartype
 def list_images(cfg: config.ImageFolder | config.Cub200) -> list[Record]:
-    """Path (relative to `image_root`) and label of every image, in a fixed order.
+    """Lists the path (relative to `image_root`) and label of every image, in a fixed order.
 
-    ImageFolder: sorted by path; the label is the path's first folder; what is passed over is logged. Cub200: the order of images.txt.
+    ImageFolder sorts by path, uses the path's first folder as the label, and logs what it ignores. Cub200
+    keeps the order of images.txt.
 
     Raises:
-        UserError: the root is missing or holds no images, or a CUB file has a bad line (names file and line).
+        UserError: the root is missing or holds no images, or a CUB file has a bad line (file and line are
+            named).
     """
     if not cfg.root:
         raise errors.UserError("--data.root is missing: pass the folder that holds the images.")
@@ -67,7 +71,7 @@ def list_images(cfg: config.ImageFolder | config.Cub200) -> list[Record]:
 
 @beartype.beartype
 def image_root(cfg: config.ImageFolder | config.Cub200) -> pathlib.Path:
-    """The folder that the records' paths start from."""
+    """Returns the folder to which the records' paths are relative."""
     root = pathlib.Path(cfg.root)
     has_images = isinstance(cfg, config.Cub200) and not _is_split(root)
     return root / "images" if has_images else root
@@ -79,13 +83,13 @@ def _is_split(root: pathlib.Path) -> bool:
 
 
 def _folder_paths(root: str) -> list[str]:
-    paths, passed = walk.walk(root)
-    found = f"passed over: {walk.describe(passed)}" if passed else "the folder is empty"
+    paths, ignored = walk.walk(root)
+    found = f"ignored: {walk.describe(ignored)}" if ignored else "the folder is empty"
     if not paths:
         raise errors.UserError(
             f"--data.root {root}: no images found ({found}). Pass the folder that holds the images."
         )
-    if passed:
+    if ignored:
         logger.info("%s: %d photos; %s", root, len(paths), found)
     return paths
 
@@ -110,14 +114,15 @@ def _cub_paths(cfg: config.Cub200) -> list[str]:
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Resize, centre crop, normalise: what the ViT's own library prescribes, described by plain values."""
+    """Resizes, centre-crops and normalises an image as the ViT's own library does."""
 
     size: tuple[int, int]
     """(height, width) of the ViT's input, in pixels."""
     resize: int | tuple[int, int]
-    """Before the centre is cropped, the shorter side is resized to this; (height, width): the image is resized to just cover it."""
+    """Size before the crop. An int is the length of the shorter side. (height, width) is a box that the
+    resized image just covers."""
     squash: bool
-    """Resize to exactly `resize` (of an int: a square) whatever the aspect ratio."""
+    """Resize to exactly `resize` (an int means a square), ignoring the aspect ratio."""
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -125,12 +130,14 @@ class Transform:
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
             raise errors.UserError(
-                f"transform: interpolation {self.interpolation!r} is not supported (supported: {', '.join(INTERPOLATIONS)})."
+                f"transform: interpolation {self.interpolation!r} is not supported "
+                f"(supported: {', '.join(INTERPOLATIONS)})."
             )
         sides = *self.size, *self._cover()
         if min(sides) < 1 or max(sides) > MAX_SIDE:
             raise errors.UserError(
-                f"transform: size {self.size}, resize {self.resize}: sides must be from 1 to {MAX_SIDE} pixels."
+                f"transform: size {self.size}, resize {self.resize}: "
+                f"sides must be from 1 to {MAX_SIDE} pixels."
             )
         if any(have < want for have, want in zip(self._cover(), self.size, strict=True)):
             raise errors.UserError(
@@ -138,7 +145,7 @@ class Transform:
             )
 
     def geometry(self, img: PIL.Image.Image) -> PIL.Image.Image:
-        """The part of the image that the ViT sees, `size` pixels large: heat maps lie on exactly this."""
+        """Returns the part of the image that the ViT sees, resized to `size`. Heat maps are drawn on it."""
         height, width = self.size
         whole = self._resized(img.width, img.height)
         left, top = round((whole[0] - width) / 2.0), round((whole[1] - height) / 2.0)
@@ -149,11 +156,12 @@ class Transform:
         return _resize(img, whole, resample).crop(part)
 
     def _cover(self) -> tuple[int, int]:
-        """(height, width) that the resized image has at least."""
+        """Returns the least (height, width) of the resized image."""
         return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of the resized image; the libraries round the longer side down where `resize` is an int."""
+        """Returns (width, height) of the resized image. For an int `resize`, the longer side is rounded
+        down."""
         if self.squash:
             return self._cover()[::-1]
         if isinstance(self.resize, tuple):
@@ -165,7 +173,7 @@ class Transform:
 
     @jaxtyped(typechecker=beartype.beartype)
     def __call__(self, img: PIL.Image.Image) -> Float32[Tensor, "3 H W"]:
-        """The ViT's input."""
+        """Turns a photo into the ViT's input."""
         pixels_HW3 = torch.from_numpy(np.asarray(self.geometry(img)).copy())
         mean_3, std_3 = (
             torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.std)
@@ -173,18 +181,18 @@ class Transform:
         return (pixels_HW3.permute(2, 0, 1).float().div(255) - mean_3) / std_3
 
     def to_dict(self) -> dict[str, tp.Any]:
-        """Plain JSON values."""
+        """Returns plain JSON values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, obj: object) -> "Transform":
-        """Inverse of `to_dict`, also after JSON made lists of the tuples.
+        """Inverts `to_dict`. Lists that JSON made of tuples are accepted.
 
         Raises:
             UserError: wrong keys or types.
         """
         try:
-            assert isinstance(obj, dict), "no JSON object"
+            assert isinstance(obj, dict), "not a JSON object"
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in obj.items()})
         except Exception as err:  # TypeError for keys, beartype's own for types
             if isinstance(err, errors.UserError):
@@ -197,7 +205,7 @@ class Transform:
 def _resize(
     img: PIL.Image.Image, size: tuple[int, int], resample: PIL.Image.Resampling
 ) -> PIL.Image.Image:
-    """Pillow's resize, which the libraries use, in memory that a tall image does not multiply."""
+    """Resizes with Pillow, as the libraries do, but in bounded memory for tall images."""
     if size[0] * img.height > MAX_BETWEEN:
         img = img.resize((img.width, size[1]), resample)
     return img.resize(size, resample)
@@ -209,10 +217,11 @@ def _resize_part(
     part: tuple[int, int, int, int],
     resample: PIL.Image.Resampling,
 ) -> PIL.Image.Image:
-    """`part` (left, top, right, bottom) of the image resized to `whole`, made from the pixels that it depends on.
+    """Computes `part` (left, top, right, bottom) of the image resized to `whole`, from only the pixels that
+    it needs.
 
-    Equal to resizing the whole and cropping, but for a rounding of one level here and there (and the order of Pillow's two
-    passes, which depends on the sizes and shows where a filter overshoots).
+    The result equals resizing everything and cropping, up to rounding by one level. Where a filter
+    overshoots, the order of Pillow's two passes, which depends on the sizes, may also show.
     """
     scales = img.width / whole[0], img.height / whole[1]
     region, box = [0.0] * 4, [0.0] * 4

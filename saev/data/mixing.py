@@ -1,14 +1,16 @@
-"""Which activation is in which batch of a shuffled stream: index numbers only, nothing is read.
+"""Plans which activation goes into which batch of a shuffled stream. Works on index numbers only and reads
+nothing.
 
-An epoch visits the shards in random order, GROUP_SHARDS at a time, and the blocks of such a group (a few dozen
-neighbouring tokens of one image and layer) in random order. Blocks come into a pool of bounded size as activations go
-out of it, and every batch is drawn from the pool at random without replacement. An epoch delivers every activation
-exactly once and the next starts when it is over: only the batch at the seam holds activations of both.
+An epoch visits the shards in random order, GROUP_SHARDS at a time. It visits the blocks of each group in
+random order; a block is a few dozen neighbouring tokens of one image and layer. Blocks enter a bounded pool
+as activations leave it, and each batch is drawn from the pool at random without replacement. An epoch
+delivers every activation exactly once. Only the batch at the end of an epoch can hold activations of two
+epochs.
 
-The plan depends on the seed, the batch size and the pool's size alone. It can be followed from the start of an epoch to
-any batch in it at a fraction of a millisecond a batch.
+The plan depends only on the seed, the batch size and the pool size. Replaying it from the start of an epoch
+takes a fraction of a millisecond per batch.
 
-Shape letters: B batch, G blocks, R activations that may be drawn, n as many as there are.
+Shape letters: B batch, G blocks, R activations ready to be drawn, n any number.
 """
 
 import collections.abc
@@ -22,19 +24,24 @@ from jaxtyping import Int64
 GROUP_SHARDS = 512
 """Shards that are read at the same time."""
 READ_BYTES = 64 * 2**10
-"""Blocks are at least so long (or a whole image): shorter reads are slow on every disk."""
+"""Smallest block, unless an image is smaller. Shorter reads are slow on every disk."""
 BLOCKS_PER_BATCH = 5
-"""The pool shall hold so many blocks for each activation of a batch, if its size allows: then few of a batch share an image."""
+"""Target number of blocks in the pool per activation in a batch. The more blocks, the fewer activations of a
+batch share an image."""
 LAG_BYTES = 64 * 2**20
-"""About so much of the pool is being read while the rest may be drawn."""
+"""About how much of the pool is being read while the rest can be drawn."""
 INDEX_BYTES = 40
-"""What the plan keeps of each activation in the pool."""
+"""Bytes of bookkeeping for each activation in the pool."""
 AHEAD = 2
-"""Batches made before they are asked for."""
+"""Batches made in advance."""
 
 
 def n_fit(pool_bytes: int, batch_size: int, d_vit: int, token_bytes: int) -> int:
-    """Activations that the pool can hold beside the threads' reads (an eighth) and the batches that are being made, waiting, and with the consumer."""
+    """Returns how many activations fit into the pool.
+
+    An eighth of `pool_bytes` is left for the threads' reads, and room for AHEAD + 2 batches: those waiting,
+    one being made, and the consumer's.
+    """
     batch_bytes = 4 * d_vit * batch_size
     n_bytes = pool_bytes - pool_bytes // 8 - (AHEAD + 2) * batch_bytes
     return n_bytes // (token_bytes + INDEX_BYTES)
@@ -44,18 +51,18 @@ class Layout(tp.NamedTuple):
     """How a stream is cut into blocks, and how many activations the pool holds."""
 
     shards: list[range]
-    """Positions of the images of each shard."""
+    """Image positions of each shard."""
     n_layers: int
     n_tokens: int
     """Per image and layer."""
     n_lead: int
-    """Tokens before the patches ([CLS]), which belong to an image's first block."""
+    """Tokens before the patches ([CLS]). They belong to an image's first block."""
     n_block: int
-    """Patches of a block: whole pieces, whose checksums are compared. The last block of an image may be shorter."""
+    """Patches per block, a multiple of a checksummed piece. The last block of an image may be shorter."""
     batch_size: int
     n_pool: int
     n_ready: int
-    """Activations that may be drawn at a time (fewer at an epoch's end); the others are being read."""
+    """Activations of the pool that can be drawn (fewer at the end of an epoch). The others are being read."""
 
     @classmethod
     def of(
@@ -70,15 +77,22 @@ class Layout(tp.NamedTuple):
         n_lead: int = 0,
         n_piece: int = 1,
     ) -> "Layout":
-        """n_piece: patches of a piece. n_fit: activations that fit into memory. In the long run a batch's activations are spread over twice as many
-        blocks as fit into the pool (a block leaves it bit by bit, so more of them are there than would be whole)."""
+        """Chooses the sizes of the blocks and the pool.
+
+        In the long run the pool holds parts of twice as many blocks as would fit whole, because a block
+        leaves it one activation at a time.
+
+        Args:
+            n_fit: activations that fit into memory.
+            n_piece: patches per checksummed piece.
+        """
         n_acts = sum(map(len, shards)) * n_layers * n_tokens
         mixing = 2 * n_fit // (BLOCKS_PER_BATCH * batch_size)
         n_patches = n_tokens - n_lead
         n_block = min(max(mixing, READ_BYTES // token_bytes, 1), n_patches)
         n_block = math.ceil(n_patches / math.ceil(n_patches / n_block))
         n_block = min(max(1, round(n_block / n_piece)) * n_piece, n_patches)
-        # Both bounds from below: a batch can always be drawn, and a block can always be read.
+        # The lower bounds ensure that a batch can always be drawn and a block can always be read.
         max_block = n_lead + n_block
         n_pool = min(max(n_fit, 2 * (batch_size + max_block)), 2 * n_acts + max_block)
         lag = min(n_pool // 8, max(4 * batch_size, LAG_BYTES // token_bytes))
@@ -96,7 +110,7 @@ class Layout(tp.NamedTuple):
 
     @property
     def max_block(self) -> int:
-        """Tokens of the longest block."""
+        """Tokens in the longest block."""
         return self.n_lead + self.n_block
 
     @property
@@ -104,7 +118,7 @@ class Layout(tp.NamedTuple):
         return sum(map(len, self.shards)) * self.n_per_img
 
     def order(self, seed: int, epoch: int) -> collections.abc.Iterator[Int64[np.ndarray, " G"]]:
-        """All blocks of an epoch in the order in which they come into the pool."""
+        """Yields all blocks of an epoch in the order in which they enter the pool."""
         rng = np.random.default_rng((seed, epoch, 0))
         per_img = self.n_layers * self.n_parts
         order = rng.permutation(len(self.shards)).tolist()
@@ -118,35 +132,36 @@ class Layout(tp.NamedTuple):
                 yield block_G[start : start + 2**16].astype(np.int64)
 
     def _first_token(self, part_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
-        """Of an image's blocks by their number; that of the block after the last is the number of tokens."""
+        """Returns the first token of each block of an image. For the block after the last, it is the number
+        of tokens."""
         first_G = np.where(part_G > 0, self.n_lead + part_G * self.n_block, 0)
         return np.minimum(first_G, self.n_tokens)
 
     def n_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
-        """Activations of each block."""
+        """Returns the number of activations in each block."""
         part_G = block_G % self.n_parts
         return self._first_token(part_G + 1) - self._first_token(part_G)
 
     def first_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
-        """Number of each block's first activation in the stream; its others follow."""
+        """Returns the stream index of each block's first activation. The others follow it."""
         x_G, part_G = np.divmod(block_G, self.n_parts)
         return x_G * self.n_tokens + self._first_token(part_G)
 
     def all_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " n"]:
-        """Numbers of all activations of the blocks, one block after the other."""
+        """Returns the stream indices of all activations of the blocks, block by block."""
         n_G = self.n_in(block_G)
         before_G = np.cumsum(n_G) - n_G
         return np.repeat(self.first_in(block_G) - before_G, n_G) + np.arange(n_G.sum())
 
     def blocks_of(self, index_R: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " G"]:
-        """The blocks that hold these activations."""
+        """Returns the blocks that hold these activations."""
         x_R, token_R = np.divmod(index_R, self.n_tokens)
         part_R = np.maximum(token_R - self.n_lead, 0) // self.n_block
         return np.unique(x_R * self.n_parts + part_R)
 
 
 class Cursor:
-    """The blocks of all epochs from `epoch` on, in order, taken whole."""
+    """Walks through the whole blocks of all epochs, starting with `epoch`."""
 
     def __init__(self, layout: Layout, seed: int, epoch: int):
         self.layout = layout
@@ -155,7 +170,7 @@ class Cursor:
         self.at = 0
 
     def take(self, n_max: int) -> Int64[np.ndarray, " G"]:
-        """As many of the next blocks as hold at most `n_max` activations together."""
+        """Takes as many of the next blocks as hold at most `n_max` activations in total."""
         parts = [np.empty(0, np.int64)]
         while True:
             if self.at == len(self.block_G):
@@ -171,11 +186,11 @@ class Cursor:
 
 
 Source = collections.abc.Callable[[int], Int64[np.ndarray, "n 2"]]
-"""n_max -> (number in the stream, place in the pool) of the next blocks' activations, n_max of them at most."""
+"""Maps n_max to (stream index, pool slot) of at most n_max activations of the next blocks."""
 
 
 class _Epoch:
-    """One epoch's draws: which activations are ready, and which of them go next."""
+    """The draws of one epoch: which activations are ready, and which are drawn next."""
 
     def __init__(self, layout: Layout, seed: int, epoch: int):
         self.layout = layout
@@ -184,14 +199,14 @@ class _Epoch:
         self.n_filled = 0
         self.n_ready = 0
         self.ready_R2 = np.empty((layout.n_ready, 2), np.int64)
-        """Number in the stream and place in the pool of what may be drawn; the first `n_ready` rows count."""
+        """Stream index and pool slot of the activations that can be drawn: the first `n_ready` rows."""
 
     @property
     def n_left(self) -> int:
         return self.layout.n_acts - self.n_drawn
 
     def fill(self, source: Source) -> None:
-        """Adds the blocks that are ready now."""
+        """Adds the next blocks, as far as there is room."""
         bound = min(self.layout.n_ready + self.n_drawn, self.layout.n_acts)
         added_n2 = source(bound - self.n_filled)
         self.ready_R2[self.n_ready : self.n_ready + len(added_n2)] = added_n2
@@ -199,7 +214,7 @@ class _Epoch:
         self.n_filled += len(added_n2)
 
     def draw(self, n: int) -> Int64[np.ndarray, "n 2"]:
-        """Takes `n` of the ready rows at random; the last ones move into their place."""
+        """Removes and returns `n` random ready rows. The last rows fill their places."""
         drawn_n = _sample(self.rng, self.n_ready, n)
         out_n2 = self.ready_R2[drawn_n]
         self.n_ready -= n
@@ -213,11 +228,12 @@ class _Epoch:
 
 
 def _sample(rng: np.random.Generator, n_all: int, n: int) -> Int64[np.ndarray, " n"]:
-    """n of range(n_all) without replacement, in random order. numpy's own choice takes O(n_all)."""
+    """Samples `n` of range(n_all) without replacement, in random order. NumPy's `choice` would take
+    O(n_all)."""
     if 4 * n > n_all:
         return rng.permutation(n_all)[:n]
     drawn_n = np.empty(0, np.int64)
-    while (n_missing := n - len(drawn_n)) > 0:  # draw again for those that came twice
+    while (n_missing := n - len(drawn_n)) > 0:  # draw again in place of duplicates
         drawn_n = np.sort(np.concatenate([drawn_n, rng.integers(n_all, size=n_missing)]))
         drawn_n = drawn_n[np.diff(drawn_n, prepend=-1) > 0]
     rng.shuffle(drawn_n)
@@ -225,7 +241,7 @@ def _sample(rng: np.random.Generator, n_all: int, n: int) -> Int64[np.ndarray, "
 
 
 class Plan:
-    """Which activation is in which batch, from batch `start` on."""
+    """The batches of a stream, from batch `start` on."""
 
     def __init__(self, layout: Layout, seed: int, start: int = 0):
         self.layout = layout
@@ -239,12 +255,12 @@ class Plan:
             self.epoch.draw(min(layout.batch_size - drawn % layout.batch_size, self.epoch.n_left))
 
     def without_places(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
-        """A source that reads nothing."""
+        """A source that assigns no pool slots."""
         index_n = self.layout.all_in(self.cursor.take(n_max))
         return np.stack([index_n, np.full_like(index_n, -1)], axis=1)
 
     def draw(self, source: Source) -> collections.abc.Iterator[Int64[np.ndarray, "n 2"]]:
-        """The next batch's (number in the stream, place in the pool), in one part for each epoch that it touches."""
+        """Yields the next batch's (stream index, pool slot), in one part for each epoch that it touches."""
         n_left = self.layout.batch_size
         while n_left:
             if not self.epoch.n_left:

@@ -1,7 +1,7 @@
-"""From the bytes of a photo to 8-bit RGB. docs/images-and-weights.md has the table of modes.
+"""Decodes photos to 8-bit RGB. docs/images-and-weights.md has the table of modes.
 
-Reading and decoding are two steps. What goes wrong in reading is the disk's fault and stops a dump. What goes wrong in
-decoding is the photo's fault (`BadImage`), and `--skip-corrupt` leaves that photo out.
+Reading and decoding are separate steps. A read error is the disk's fault and stops a dump. A decoding error
+is the photo's fault (`BadImage`), and `--skip-corrupt` leaves that photo out.
 """
 
 import functools
@@ -19,43 +19,45 @@ import PIL.ImageCms
 from saev import errors
 
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
-"""Pillow has no decoder for these, or (EPS) runs Ghostscript."""
+"""Formats that Pillow only identifies, and EPS, for which it would run Ghostscript."""
 MAX_BYTES = 2**30
-"""Larger files are not read."""
+"""Larger files are refused."""
 MAX_PIXELS = 178_956_970
-"""Larger photos are not decoded; Pillow itself draws the line here."""
+"""Larger photos are refused. This is Pillow's own limit."""
 FLAT = 16
-"""Colours that span fewer levels than this show nothing."""
+"""Colours that span fewer levels than this count as a blank image."""
 
 # Pillow warns from half of MAX_PIXELS on.
 warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
 class BadImage(errors.UserError):
-    """The file was read, but holds no image that can be used."""
+    """The file was read, but it is not a usable image."""
 
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Names of the formats that Pillow can decode here."""
+    """Lists the formats that the installed Pillow can decode."""
     PIL.Image.init()
     return tuple(name for name in PIL.Image.ID if name not in NOT_DECODED)
 
 
 @functools.cache
 def suffixes() -> tuple[str, ...]:
-    """Lower-case file name endings of those formats. MPO (two JPEGs in one file) is decoded as JPEG."""
+    """Lists the lower-case suffixes of those formats. MPO (two JPEGs in one file) is decoded as JPEG."""
     known = {*formats(), "MPO"}
     return tuple(sorted(s for s, f in PIL.Image.registered_extensions().items() if f in known))
 
 
 @beartype.beartype
 def open_rgb(fpath: pathlib.Path) -> PIL.Image.Image:
-    """Reads a photo as RGB. The first frame of an animation; EXIF rotation and colour profiles are not applied.
+    """Reads a photo as RGB. Animations give their first frame. EXIF rotation and colour profiles are not
+    applied.
 
     Raises:
-        BadImage: the file is empty, truncated, too large, in no known format, or in a mode without a defined white.
-        UserError: the file cannot be read, or memory does not suffice.
+        BadImage: the file is empty, truncated or too large, or its format is unknown, or its mode does not
+            define white.
+        UserError: the file cannot be read, or there is not enough memory.
     """
     data = _read(fpath)
     try:
@@ -68,12 +70,10 @@ def open_rgb(fpath: pathlib.Path) -> PIL.Image.Image:
                 )
             img.load()
             return to_rgb(img)
-    except (
-        Exception
-    ) as err:  # Pillow's plugins raise a dozen types for bytes that are not what they expect
+    except Exception as err:  # Pillow's plugins raise a dozen types for malformed bytes
         if isinstance(err, MemoryError) or "out of memory" in str(err):
             raise errors.UserError(
-                f"{fpath}: memory does not suffice to decode it. Pass a smaller --n-workers, or remove the photo."
+                f"{fpath}: not enough memory to decode it. Pass a smaller --n-workers, or remove the photo."
             ) from err
         raise BadImage(
             f"{fpath}: cannot be read as an image ({_reason(err)}). Replace or remove it."
@@ -81,14 +81,15 @@ def open_rgb(fpath: pathlib.Path) -> PIL.Image.Image:
 
 
 def _reason(err: Exception) -> str:
-    """Pillow's own message for unknown formats holds an address, which differs from run to run."""
+    """Returns the error's first line. Pillow's message for an unknown format contains a memory address:
+    replace it."""
     if isinstance(err, PIL.UnidentifiedImageError):
-        return "no image format that Pillow decodes"
+        return "not an image format that Pillow decodes"
     return errors.first_line(err)
 
 
 def _read(fpath: pathlib.Path) -> bytes:
-    """The bytes of a regular file. Opening does not block, so a FIFO cannot hang it."""
+    """Reads a regular file. It opens without blocking, so a FIFO cannot make it hang."""
     try:
         number = os.open(fpath, os.O_RDONLY | os.O_NONBLOCK)
         info = os.fstat(number)
@@ -98,13 +99,15 @@ def _read(fpath: pathlib.Path) -> bytes:
         with open(number, "rb") as fd:  # noqa: PTH123
             if info.st_size > MAX_BYTES:
                 raise BadImage(
-                    f"{fpath}: is {info.st_size:,} bytes long; photos of at most {MAX_BYTES:,} bytes are read. Replace or remove it."
+                    f"{fpath}: is {info.st_size:,} bytes long; the limit is {MAX_BYTES:,}. "
+                    "Replace or remove it."
                 )
             data = fd.read(MAX_BYTES)
     except (OSError, ValueError) as err:  # ValueError: a NUL in the path
         reason = getattr(err, "strerror", None) or errors.first_line(err)
         raise errors.UserError(
-            f"{fpath}: cannot be read ({reason}). Check that the disk is mounted and that you may read the file, then run the same command again."
+            f"{fpath}: cannot be read ({reason}). Check that the disk is mounted and that you "
+            "may read the file, then run the same command again."
         ) from err
     if data.startswith(b"version https://git-lfs.github.com/spec/"):
         raise errors.UserError(
@@ -118,10 +121,10 @@ def _read(fpath: pathlib.Path) -> bytes:
 
 @beartype.beartype
 def to_rgb(img: PIL.Image.Image) -> PIL.Image.Image:
-    """8-bit RGB of a decoded image in any of Pillow's modes.
+    """Converts a decoded image of any Pillow mode to 8-bit RGB.
 
     Raises:
-        ValueError: the mode does not say which value is white.
+        ValueError: the mode does not define which value is white.
     """
     if img.format == "TIFF" and set(img.tag_v2.get(339, ())) & {2, 3}:  # SampleFormat
         raise ValueError(f"mode {img.mode} of signed or float samples has no defined white")
@@ -140,7 +143,7 @@ def to_rgb(img: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _from_16_bits(img: PIL.Image.Image) -> PIL.Image.Image:
-    """Grey values from 0 (black) to 65535 (white), or to what the TIFF says, become 0 to 255."""
+    """Scales grey values from 0 to 65535 (for a TIFF: to the maximum of its bit depth) to 0 to 255."""
     tags = img.tag_v2 if img.format == "TIFF" else {}
     unsigned = ("PPM", "PNG") if img.mode == "I" else ("PPM", "PNG", "TIFF", "JPEG2000")
     if img.format not in unsigned:
@@ -153,7 +156,10 @@ def _from_16_bits(img: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _without_alpha(img: PIL.Image.Image) -> PIL.Image.Image:
-    """The colours without the transparency, as the ViT libraries have it; where only the transparency shows anything, the image on white or black."""
+    """Drops the alpha channel, as the ViT libraries do.
+
+    If the colours are blank and only alpha has content, the image is composited on white or black.
+    """
     straight = {"La": "LA", "RGBa": "RGBA"}.get(img.mode)
     rgba = (img.convert(straight) if straight else img).convert("RGBA")
     rgb = rgba.convert("RGB")

@@ -19,18 +19,18 @@ from saev.formats import shards
 from saev.formats.sidecar import Sidecar
 
 MAX_LINES = 20
-"""Of shards that are not dumped yet, and of bytes of one shard that differ."""
+"""Lines printed at most for undumped shards, and for the differing bytes of one shard."""
 
 
 @beartype.beartype
 def problems(dpath: pathlib.Path | str, n_threads: int = 4) -> collections.abc.Iterator[str]:
-    """Yields one line for each thing that is wrong with a shard directory.
+    """Yields one line for each problem of a shard directory.
 
-    Every file is read and compared with its checksums. Of another tool's dump, which has none, sizes are checked, and
-    the bytes against what they were on first use.
+    Reads every file and compares it with its checksums. Dumps of other tools have no checksums: their sizes
+    are checked, and their bytes are compared with those seen on first use.
 
     Raises:
-        UserError: not a shard directory, or its metadata or index cannot be read.
+        UserError: this is not a shard directory, or its metadata or index cannot be read.
     """
     found = shards.ShardDir.look(dpath)
     yield from _missing(found)
@@ -58,14 +58,14 @@ def _missing(found: shards.ShardDir) -> collections.abc.Iterator[str]:
 
 
 def _shard_problems(found: shards.ShardDir, shard_i: int) -> list[str]:
-    """Compares one shard, and what its sidecars say, with all checksums of it."""
+    """Compares one shard and its sidecar with every checksum recorded for it."""
     if problem := found.size_problem(shard_i):
         return [problem]
     try:
         sidecar, want = found.sidecars.get(shard_i), found.sums(shard_i)
         fpath = found.sidecar_fpath(shard_i)
         if sidecar and fpath.exists() and Sidecar.loads(fpath) != sidecar:
-            return [f"{fpath}: says something else than complete.json. Delete complete.json."]
+            return [f"{fpath}: disagrees with complete.json. Delete complete.json."]
         have, xxh3_128 = found.checksums(shard_i)
     except errors.UserError as err:
         return [str(err)]
@@ -82,13 +82,14 @@ def _shard_problems(found: shards.ShardDir, shard_i: int) -> list[str]:
 
 @beartype.beartype
 def describe(dpath: pathlib.Path | str) -> str:
-    """What a directory without problems holds, in one line."""
+    """Describes a directory without problems in one line."""
     found = shards.ShardDir.look(dpath)
     metadata, n_skipped = found.metadata, sum(len(s.skipped) for s in found.sidecars.values())
-    sums = "checksums right" if found.sidecars else "no checksums recorded, sizes right"
+    sums = "checksums match" if found.sidecars else "sizes match, no checksums recorded"
+    n_bytes = metadata.n_imgs * metadata.img_bytes
     return (
         f"{dpath}: complete: {metadata.n_imgs:,} images ({n_skipped} left out as corrupt), "
-        f"{len(found.shard_is)} shards, {metadata.n_imgs * metadata.img_bytes / 1e9:.2f} GB {metadata.dtype}, {sums}"
+        f"{len(found.shard_is)} shards, {n_bytes / 1e9:.2f} GB {metadata.dtype}, {sums}"
     )
 
 
@@ -113,7 +114,8 @@ def main() -> None:
         print("\n".join(found) if found else describe(dpath), flush=True)
     if n_problems:
         raise errors.UserError(
-            f"{n_problems} problem(s). Delete the named files (and the .json beside each), then run the same `python -m saev.data` command again."
+            f"{n_problems} problem(s). Delete the named files (and the .json beside each), "
+            "then run the same `python -m saev.data` command again."
         )
 
 

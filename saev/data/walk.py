@@ -1,4 +1,4 @@
-"""Finds the photos below a folder, and counts what it passes over."""
+"""Finds the photos below a folder and counts the entries that it ignores."""
 
 import collections
 import collections.abc
@@ -24,32 +24,33 @@ SYSTEM_FOLDERS = {
     "lost+found",
     "system volume information",
 }
-"""Thumbnails and wastebaskets of NAS boxes, archives and systems, in lower case."""
+"""Folders of thumbnails, snapshots and deleted files on NAS boxes and operating systems, in lower case."""
 HIDDEN = "hidden or system entries"
 SPECIAL = "FIFOs, sockets or devices"
-LOOPS = "links that lead back to themselves"
+LOOPS = "circular links"
 
 
 @beartype.beartype
 def walk(root: str) -> tuple[list[str], collections.Counter[str]]:
-    """Relative paths of the photos below `root`, sorted, and how many entries were passed over, by suffix or kind.
+    """Returns the sorted relative paths of the photos below `root`, and counts of ignored entries by suffix
+    or kind.
 
-    Links are followed, but never into a folder that the path has come through.
+    Links are followed, except back into a folder that is already on the path.
 
     Raises:
-        UserError: a folder cannot be listed, or a link leads to nothing (its disk may be absent).
+        UserError: a folder cannot be listed, or a link is broken (its disk may not be mounted).
     """
     paths: list[str] = []
-    passed: collections.Counter[str] = collections.Counter()
+    ignored: collections.Counter[str] = collections.Counter()
     known = set(pixels.suffixes())
     todo: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while todo:
         prefix, above = todo.pop()
-        with _listed(root, prefix), os.scandir(os.path.join(root, prefix)) as entries:  # noqa: PTH118  (millions of files: pathlib is slow)
+        with _listed(root, prefix), os.scandir(os.path.join(root, prefix)) as entries:  # noqa: PTH118  (pathlib is slow)
             info = os.stat(os.path.join(root, prefix))  # noqa: PTH116, PTH118
             here = above | {(info.st_dev, info.st_ino)}
             if here == above:
-                passed[LOOPS] += 1
+                ignored[LOOPS] += 1
                 continue
             for entry in entries:
                 suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
@@ -59,12 +60,12 @@ def walk(root: str) -> tuple[list[str], collections.Counter[str]]:
                 elif kind == "file" and suffix in known:
                     paths.append(prefix + entry.name)
                 else:
-                    passed[(suffix or "no suffix") if kind == "file" else kind] += 1
-    return sorted(paths), passed
+                    ignored[(suffix or "no suffix") if kind == "file" else kind] += 1
+    return sorted(paths), ignored
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """folder, file, or why it is passed over. Costs a system call for links alone."""
+    """Returns "folder", "file", or why the entry is ignored. Only links cost a system call."""
     if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FOLDERS:
         return HIDDEN
     if entry.is_file(follow_symlinks=False):
@@ -77,7 +78,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
         if err.errno == errno.ELOOP:
             return LOOPS
         raise errors.UserError(
-            f"{entry.path}: a link that leads to nothing ({err.strerror}). Mount the disk that it points to, or remove it."
+            f"{entry.path}: broken link ({err.strerror}). Mount the disk that it points to, or remove it."
         ) from err
     if stat.S_ISDIR(mode):
         return "folder"
@@ -90,13 +91,14 @@ def _listed(root: str, prefix: str) -> collections.abc.Iterator[None]:
         yield
     except OSError as err:
         raise errors.UserError(
-            f"{os.path.join(root, prefix)}: cannot be listed ({err.strerror}). Check that the disk is mounted and that you may read the folder."  # noqa: PTH118
+            f"{os.path.join(root, prefix)}: cannot be listed ({err.strerror}). "  # noqa: PTH118
+            "Check that the disk is mounted and that you may read the folder."
         ) from err
 
 
 @beartype.beartype
-def describe(passed: collections.Counter[str]) -> str:
-    """For a log line: the most frequent suffixes and kinds first."""
-    most = [f"{n} {what}" for what, n in sorted(passed.items(), key=lambda p: (-p[1], p[0]))]
+def describe(ignored: collections.Counter[str]) -> str:
+    """Lists the counts for a log line, most frequent first."""
+    most = [f"{n} {what}" for what, n in sorted(ignored.items(), key=lambda p: (-p[1], p[0]))]
     more = [f"and {len(most) - 12} other kinds"] if len(most) > 12 else []
     return ", ".join(most[:12] + more)

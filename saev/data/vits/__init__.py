@@ -16,8 +16,8 @@ def load(cfg: config.Vit) -> Vit:
     """Builds the model on the CPU, in float32.
 
     Raises:
-        UserError: unknown model, one that is no ViT, weights that cannot be had or do not fit, or --img-size,
-            --d-vit, --n-patches-per-img that the model cannot have.
+        UserError: the model is unknown or not a ViT, its weights are unavailable or do not fit, or it does
+            not support the given --img-size, --d-vit or --n-patches-per-img.
     """
     tower = (open_clip if cfg.vit_family in ("clip", "siglip") else timm).build(cfg)
     with base.quiet():
@@ -30,5 +30,6 @@ def load(cfg: config.Vit) -> Vit:
 def _check(cfg: config.Vit, flag: str, given: int | None, actual: int, what: str) -> None:
     if given not in (None, actual):
         raise errors.UserError(
-            f"{flag} {given}: {cfg.vit_ckpt} gives {actual} {what}. Pass {flag} {actual} or leave it out."
+            f"{flag} {given}: {cfg.vit_ckpt} gives {actual} {what}. "
+            f"Pass {flag} {actual} or leave it out."
         )

@@ -1,7 +1,9 @@
-"""What the families of vision transformers have in common.
+"""The common interface of all families of vision transformers.
 
-Recorded layer i is the residual stream after block i, taken from the library's own `forward_intermediates`, which
-stops after the last block that is asked for. B images, L layers, T tokens, P patches, X prefix tokens, D d_vit.
+Recorded layer i is the residual stream after block i. It comes from the library's own
+`forward_intermediates`, which stops after the last requested block.
+
+Shape letters: B images, L layers, T tokens, P patches, X prefix tokens, D d_vit.
 """
 
 import collections.abc
@@ -20,12 +22,12 @@ from saev import errors
 from saev.data import config, images
 
 Intermediates = collections.abc.Callable[[Tensor, list[int]], list[tuple[Tensor, Tensor | None]]]
-"""(images, sorted layers) -> per layer (patch tokens, prefix tokens)."""
+"""Maps (images, sorted layers) to (patch tokens, prefix tokens) of each layer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """What the families have in common."""
+    """An image tower and what `Vit` needs to know about it."""
 
     module: torch.nn.Module
     intermediates: Intermediates
@@ -37,19 +39,20 @@ class Tower:
     """(rows, columns) of the patches."""
     transform: images.Transform
     ckpt_id: str
-    """Name that tells these activations' model from others, without its input size."""
+    """Name that identifies the model and its weights, without the input size."""
 
 
 class Vit(torch.nn.Module):
     """An image tower in evaluation mode.
 
     Attributes:
-        ckpt_id: name that tells these activations' model from others (it goes into the shards' metadata).
+        ckpt_id: name that identifies the model in the shards' metadata.
         d_vit, n_blocks, n_patches, grid (rows, columns), cls_token: its shape.
-        transform: from a photo to its input.
+        transform: turns a photo into its input.
 
     Raises:
-        UserError: block 0 does not hold one token per patch of the grid, or the library reports others than it holds.
+        UserError: block 0 does not output one token per patch, or the library reports other tokens than it
+            outputs.
     """
 
     def __init__(self, tower: Tower, cfg: config.Vit):
@@ -67,7 +70,10 @@ class Vit(torch.nn.Module):
 
     @torch.inference_mode()
     def _probe(self, tower: Tower, cfg: config.Vit) -> int:
-        """Width of block 0's output, having checked that we record just that: models that only look like a ViT end here."""
+        """Returns the width of block 0's output, after checking that exactly this output is recorded.
+
+        Models that only resemble a ViT fail here.
+        """
         seen: list[Tensor] = []
         hook = tower.blocks[0].register_forward_hook(lambda _module, _args, out: seen.append(out))
         height, width = self.transform.size
@@ -86,28 +92,30 @@ class Vit(torch.nn.Module):
     def forward(
         self, imgs_BCHW: Float[Tensor, "B 3 H W"], layers: tuple[int, ...]
     ) -> Float32[Tensor, "B L T D"]:
-        """Activations of the layers, in the order asked for; [CLS] first where there is one, registers dropped."""
+        """Returns the activations of `layers`, in this order. [CLS], if any, comes first; registers are
+        dropped."""
         ordered = sorted(layers)
         with torch.autocast(imgs_BCHW.device.type, torch.bfloat16, enabled=self.autocast):
             acts = dict(zip(ordered, self.intermediates(imgs_BCHW, ordered), strict=True))
         return torch.stack([self._tokens(*acts[layer]) for layer in layers], dim=1).float()
 
     def _tokens(self, patches_BPD: Tensor, prefix_BXD: Tensor | None) -> Tensor:
-        """[CLS] is the first prefix token; the others are registers or a distillation token."""
+        """Keeps the first prefix token if it is [CLS]. The others are registers or a distillation token."""
         return torch.cat([prefix_BXD[:, :1], patches_BPD], dim=1) if self.cls_token else patches_BPD
 
 
 @beartype.beartype
 def resolve_layers(layers: tuple[int, ...], n_blocks: int) -> tuple[int, ...]:
-    """Negative layers count from the end.
+    """Resolves negative layers, which count from the end.
 
     Raises:
-        UserError: the model has no such block, or a layer is named twice.
+        UserError: the model has no such block, or a layer is repeated.
     """
     out = tuple(layer + n_blocks if layer < 0 else layer for layer in layers)
     if bad := [layer for layer, i in zip(layers, out, strict=True) if not 0 <= i < n_blocks]:
         raise errors.UserError(
-            f"--vit-layers {bad[0]}: the model has {n_blocks} blocks. Pass layers from 0 to {n_blocks - 1} (or -{n_blocks} to -1)."
+            f"--vit-layers {bad[0]}: the model has {n_blocks} blocks. "
+            f"Pass layers from 0 to {n_blocks - 1} (or -{n_blocks} to -1)."
         )
     if len(set(out)) < len(out):
         raise errors.UserError(f"--vit-layers {layers}: a layer is named twice.")
@@ -115,7 +123,7 @@ def resolve_layers(layers: tuple[int, ...], n_blocks: int) -> tuple[int, ...]:
 
 
 def asked_size(cfg: config.Vit) -> tuple[int, int] | None:
-    """(height, width) that the user asked for."""
+    """Returns the (height, width) that the user asked for."""
     return (cfg.img_size, cfg.img_size) if isinstance(cfg.img_size, int) else cfg.img_size
 
 
@@ -127,24 +135,28 @@ def _variant(cfg: config.Vit) -> str:
 
 
 def check_size(patch: tuple[int, int], cfg: config.Vit) -> None:
-    """Only of a size that was asked for: some models' own leave a margin (SigLIP So400m: 384 pixels, patches of 14)."""
+    """Checks a size that the user asked for. Default sizes may leave a margin (SigLIP So400m: 384 pixels,
+    patches of 14)."""
     size = asked_size(cfg)
     if size and (size[0] % patch[0] or size[1] % patch[1]):
         near = " ".join(str(max(1, round(n / p)) * p) for n, p in zip(size, patch, strict=True))
         raise errors.UserError(
-            f"--img-size {size[0]} {size[1]}: not a multiple of the {patch[0]} x {patch[1]} pixel patches of {cfg.vit_ckpt}. Pass --img-size {near}."
+            f"--img-size {size[0]} {size[1]}: not a multiple of the {patch[0]} x {patch[1]} pixel "
+            f"patches of {cfg.vit_ckpt}. Pass --img-size {near}."
         )
 
 
 def not_a_vit(cfg: config.Vit) -> errors.UserError:
     return errors.UserError(
-        f"--vit-ckpt {cfg.vit_ckpt}: not a vision transformer whose blocks all hold one token per patch. Pass a plain ViT."
+        f"--vit-ckpt {cfg.vit_ckpt}: not a vision transformer whose blocks all hold one token per "
+        "patch. Pass a plain ViT."
     )
 
 
 @contextlib.contextmanager
 def quiet() -> collections.abc.Iterator[None]:
-    """open_clip warns about random weights that were asked for; both libraries about their own deprecations."""
+    """Silences warnings: open_clip's about random weights, and both libraries' about their own
+    deprecations."""
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)
     try:
@@ -157,10 +169,10 @@ def quiet() -> collections.abc.Iterator[None]:
 
 @contextlib.contextmanager
 def building(cfg: config.Vit) -> collections.abc.Iterator[None]:
-    """Around a library's construction of a model.
+    """Wraps a library's construction of a model.
 
-    Random weights depend on --vit-seed alone and leave the caller's random state as it was. Whatever goes wrong (many
-    libraries, many exception types) becomes one line.
+    Random weights depend only on --vit-seed, and the caller's random state is kept. Any exception becomes a
+    UserError.
     """
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
@@ -175,7 +187,11 @@ def building(cfg: config.Vit) -> collections.abc.Iterator[None]:
         if cfg.vit_ckpt.startswith("local-dir:"):
             remedy = "Check its open_clip_config.json."
         elif cfg.vit_ckpt.startswith("hf-hub:"):
-            remedy = "Check the name and the network, or pass --vit-ckpt local-dir:FOLDER with a copy of the model's files."
+            remedy = (
+                "Check the name and the network, or pass --vit-ckpt local-dir:FOLDER "
+                "with a copy of the model's files."
+            )
         raise errors.UserError(
-            f"--vit-ckpt {cfg.vit_ckpt}: the model cannot be built with weights from {cfg.vit_weights!r} ({errors.first_line(err)[:200]}). {remedy}"
+            f"--vit-ckpt {cfg.vit_ckpt}: the model cannot be built with weights from "
+            f"{cfg.vit_weights!r} ({errors.first_line(err)[:200]}). {remedy}"
         ) from err

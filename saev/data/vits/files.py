@@ -1,4 +1,5 @@
-"""Local files of weights -> a flat state dict. No pickled code is run: `torch.load` with weights_only, or our own reader."""
+"""Reads local weight files into a flat state dict. Runs no pickled code: `torch.load` with weights_only, or
+our reader."""
 
 import argparse
 import collections.abc
@@ -23,21 +24,22 @@ CONTAINERS = (
     *("state_dict_ema", "model_ema", "ema", "teacher", "state_dict", "model_state_dict", "model"),
     *("module", "net", "network", "encoder", "target_encoder", "student"),
 )
-"""Keys under which training code keeps a model's state dict; where there are several, the first of these is used."""
+"""Keys under which training code stores a model's state dict. The first one that is present is used."""
 _scalar = np.float64(0).__reduce__()[0]
 PLAIN_DATA = [
     *(argparse.Namespace, pathlib.PosixPath, np.dtype, type(np.dtype("f4")), type(np.dtype("f8"))),
     *(type(np.dtype("i8")), _scalar, (_scalar, "numpy.core.multiarray.scalar")),
 ]
-"""What a checkpoint may hold beside tensors, numbers, strings and containers: arguments, paths and NumPy's numbers."""
+"""Types allowed in a checkpoint besides tensors, numbers, strings and containers: arguments, paths, NumPy
+numbers."""
 
 
 @beartype.beartype
 def read(fpath: pathlib.Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pt/.pth/.bin or TorchScript file, by name.
+    """Reads the named tensors of a .safetensors, .pt/.pth/.bin or TorchScript file.
 
     Raises:
-        UserError: the file cannot be read or holds something else (which is named).
+        UserError: the file cannot be read, or holds something else (named).
     """
     try:
         if not stat.S_ISREG(fpath.stat().st_mode):
@@ -61,13 +63,13 @@ def read(fpath: pathlib.Path) -> dict[str, Tensor]:
     except Exception as err:  # each reader has its own exception types
         reason = getattr(err, "strerror", None) or errors.first_line(err)[:200]
         if "central directory" in reason:
-            reason = "it is cut off or damaged"
+            reason = "it is truncated or damaged"
         raise _unreadable(fpath, reason) from err
     return _state_dict(obj, fpath)
 
 
 def _no_weights(head: bytes) -> str:
-    """What a file that begins so is, if it is known to hold no weights, and what to do."""
+    """Recognises, by its first bytes, a file without weights: returns what it is and what to do, else ""."""
     text = head.lstrip().lower()
     if not head:
         return "the file is empty. Download it again"
@@ -83,23 +85,24 @@ def _no_weights(head: bytes) -> str:
 
 
 def _unsafe(fpath: pathlib.Path, err: Exception) -> errors.UserError:
-    """Names the first pickled class or function, and what to do without it."""
+    """Names the first pickled class or function, and the way around it."""
     if found := re.search(r"GLOBAL ([\w.]+)", str(err)):
         return errors.UserError(
             f"{fpath}: holds pickled objects that could run code ({found[1]}), which are not loaded. "
-            "If you trust the file, load it where its code is installed and save `model.state_dict()` alone."
+            "If you trust the file, load it where its code is installed and save only `model.state_dict()`."
         )
-    return _unreadable(fpath, "PyTorch's reader does not know its contents")
+    return _unreadable(fpath, "PyTorch does not recognise its contents")
 
 
 def _unreadable(fpath: pathlib.Path, reason: str) -> errors.UserError:
     return errors.UserError(
-        f"{fpath}: cannot be read as weights ({reason}). Pass a whole .safetensors or .pt state dict."
+        f"{fpath}: cannot be read as weights ({reason}). "
+        "Pass a complete .safetensors or .pt state dict."
     )
 
 
 def _state_dict(obj: object, fpath: pathlib.Path) -> dict[str, Tensor]:
-    """The state dict in what training code saved, which may lie in containers within containers."""
+    """Finds the state dict in what training code saved, which may be nested in several containers."""
     while isinstance(obj, collections.abc.Mapping):
         inside = [
             k for k in CONTAINERS if isinstance(obj.get(k), collections.abc.Mapping) and obj[k]
@@ -107,13 +110,14 @@ def _state_dict(obj: object, fpath: pathlib.Path) -> dict[str, Tensor]:
         if not inside:
             break
         if len(inside) > 1:
-            logger.info("%s: the weights under %r are used, not %s", fpath, inside[0], inside[1:])
+            logger.info("%s: using the weights under %r, not %s", fpath, inside[0], inside[1:])
         obj = obj[inside[0]]
     tensors = obj if isinstance(obj, collections.abc.Mapping) else {}
     state = {k: v for k, v in tensors.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not state:
         keys = ", ".join(map(repr, list(tensors)[:5])) or type(obj).__name__
         raise errors.UserError(
-            f"{fpath}: holds no state dict (found: {keys}). Save `model.state_dict()`, or put it under 'state_dict'."
+            f"{fpath}: holds no state dict (found: {keys}). "
+            "Save `model.state_dict()`, or put it under 'state_dict'."
         )
     return state

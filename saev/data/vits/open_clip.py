@@ -1,4 +1,4 @@
-"""Image towers of open_clip: families clip and siglip."""
+"""Image towers of open_clip: the families clip and siglip."""
 
 import dataclasses
 import math
@@ -23,7 +23,8 @@ def build(cfg: config.Vit) -> base.Tower:
         if name not in open_clip.list_models() or not known:
             raise errors.UserError(
                 f"--vit-ckpt {cfg.vit_ckpt}: open_clip knows no such model (tags of {name}: "
-                f"{', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}). Pass ARCH/PRETRAINED, hf-hub:ORG/NAME or local-dir:FOLDER."
+                f"{', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}). "
+                "Pass ARCH/PRETRAINED, hf-hub:ORG/NAME or local-dir:FOLDER."
             )
         shown = {k: known[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in known}
         kwargs |= {"force_quick_gelu": bool(known.get("quick_gelu")), "force_preprocess_cfg": shown}
@@ -64,41 +65,44 @@ WEIGHT_FILES = (
     *("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "model.safetensors"),
     *("pytorch_model.bin", "pytorch_model.pth", "model.pth"),
 )
-"""In a model's folder, in the order in which open_clip prefers them."""
+"""Weight files in a model's folder, in open_clip's order of preference."""
 
 
 def _with_folder(cfg: config.Vit) -> config.Vit:
-    """Of --vit-ckpt local-dir:FOLDER, the folder in full and the file of weights in it."""
+    """For --vit-ckpt local-dir:FOLDER: resolves the folder and names its weight file as vit_weights."""
     if not cfg.vit_ckpt.startswith("local-dir:"):
         return cfg
     folder = fields.path(cfg.vit_ckpt.removeprefix("local-dir:"))
     if not (folder / "open_clip_config.json").is_file():
         raise errors.UserError(
-            f"--vit-ckpt {cfg.vit_ckpt}: no open_clip_config.json in that folder. Pass a copy of an open_clip model's files from the hub."
+            f"--vit-ckpt {cfg.vit_ckpt}: no open_clip_config.json in that folder. "
+            "Pass a copy of an open_clip model's files from the hub."
         )
     found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
     if cfg.vit_weights == "hub" and not found:
         raise errors.UserError(
-            f"--vit-ckpt {cfg.vit_ckpt}: no weights in that folder (looked for {', '.join(WEIGHT_FILES)}). Name the file as --vit-weights."
+            f"--vit-ckpt {cfg.vit_ckpt}: no weights in that folder (looked for "
+            f"{', '.join(WEIGHT_FILES)}). Name the file as --vit-weights."
         )
     file = str(found[0]) if cfg.vit_weights == "hub" else cfg.vit_weights
     return dataclasses.replace(cfg, vit_ckpt=f"local-dir:{folder}", vit_weights=file)
 
 
 def _split_ckpt(cfg: config.Vit) -> tuple[str, str | None]:
-    """ARCH/PRETRAINED -> (ARCH, PRETRAINED); hf-hub:ORG/NAME and local-dir:FOLDER -> (itself, None)."""
+    """Splits ARCH/PRETRAINED into its parts. hf-hub:ORG/NAME and local-dir:FOLDER give (itself, None)."""
     if cfg.vit_ckpt.startswith(("hf-hub:", "local-dir:")):
         return cfg.vit_ckpt, None
     name, slash, tag = cfg.vit_ckpt.partition("/")
     if not slash:
         raise errors.UserError(
-            f"--vit-ckpt {cfg.vit_ckpt}: family {cfg.vit_family} wants ARCH/PRETRAINED (such as ViT-L-14/openai), hf-hub:ORG/NAME or local-dir:FOLDER."
+            f"--vit-ckpt {cfg.vit_ckpt}: family {cfg.vit_family} wants ARCH/PRETRAINED "
+            "(such as ViT-L-14/openai), hf-hub:ORG/NAME or local-dir:FOLDER."
         )
     return name, tag
 
 
 def _shape_of(visual: torch.nn.Module, cfg: config.Vit) -> dict[str, tp.Any]:
-    """The fields of `Tower` that describe the model."""
+    """Returns the fields of `Tower` that describe the model."""
     if not hasattr(visual, "trunk") and not hasattr(visual, "transformer"):
         raise base.not_a_vit(cfg)
     transform = transform_of(visual.preprocess_cfg, cfg)
@@ -117,21 +121,25 @@ def _shape_of(visual: torch.nn.Module, cfg: config.Vit) -> dict[str, tp.Any]:
 
 
 def _check_grid(grid: tuple[int, int], cfg: config.Vit) -> None:
-    """open_clip resamples positions where their number differs, so a 16 x 16 grid would pass for one of 8 x 32."""
+    """Refuses grids that open_clip would confuse: it compares only numbers of positions, so 16 x 16 passes
+    for 8 x 32."""
     rows, columns = grid
     if rows != columns and math.isqrt(rows * columns) ** 2 == rows * columns:
         raise errors.UserError(
-            f"--img-size {cfg.img_size}: open_clip cannot tell a grid of {rows} x {columns} patches from a square one and may leave its positions as they are. Pass another --img-size."
+            f"--img-size {cfg.img_size}: open_clip cannot tell a grid of {rows} x {columns} patches "
+            "from a square one and may not resample its positions. Pass another --img-size."
         )
 
 
 def transform_of(prep: dict[str, tp.Any], cfg: config.Vit) -> images.Transform:
-    """open_clip's evaluation transform; its cover resize for non-square inputs is bicubic, whatever the model says."""
+    """Returns open_clip's evaluation transform. For non-square inputs, open_clip always resizes with
+    bicubic."""
     size = prep["size"]
     height, width = (size, size) if isinstance(size, int) else size
     if prep["resize_mode"] not in ("shortest", "squash"):
         raise errors.UserError(
-            f"--vit-ckpt {cfg.vit_ckpt}: resize mode {prep['resize_mode']!r} is not supported. Pass another model."
+            f"--vit-ckpt {cfg.vit_ckpt}: resize mode {prep['resize_mode']!r} is not supported. "
+            "Pass another model."
         )
     squash = prep["resize_mode"] == "squash"
     return images.Transform(

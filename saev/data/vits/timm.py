@@ -1,4 +1,4 @@
-"""Vision transformers of timm: families dinov2, dinov3, mae and timm."""
+"""Vision transformers of timm: the families dinov2, dinov3, mae and timm."""
 
 import inspect
 import math
@@ -13,18 +13,18 @@ from saev.data.vits import base, weights
 
 
 class Published(tp.NamedTuple):
-    """Models that timm carries under other names than their authors'."""
+    """A family of models that timm names differently from their authors."""
 
     timm_names: dict[str, str]
-    """The authors' name -> timm's."""
+    """Maps the authors' names to timm's."""
     side: int | None = None
-    """Input side in pixels where none is asked for; None: timm's."""
+    """Default input side in pixels. None means timm's."""
     crop_pct: float | None = None
-    """Input side / shorter side of the resized photo; None: timm's."""
+    """Input side / shorter side of the resized photo. None means timm's."""
 
 
 PUBLISHED = {
-    # The field's convention for DINOv2 features: 256 patches, although it was trained at up to 518 pixels.
+    # 224 pixels (256 patches) is the usual choice for DINOv2, which was trained at up to 518 pixels.
     "dinov2": Published(
         {
             "dinov2_vits14": "vit_small_patch14_dinov2",
@@ -39,8 +39,8 @@ PUBLISHED = {
         side=224,
         crop_pct=224 / 256,
     ),
-    # The authors' evaluation crops 256 -> 224 pixels and asks that this ratio be kept at other sizes; timm crops
-    # nothing. The side is timm's and that of the pretraining crops: 256 patches, as many as DINOv2 has at 224.
+    # The authors' evaluation crops 256 to 224 pixels and keeps this ratio at other sizes; timm does not crop.
+    # Side 256 is timm's default and that of the pretraining crops. It gives 256 patches, like DINOv2 at 224.
     "dinov3": Published(
         {
             "dinov3_vits16": "vit_small_patch16_dinov3_qkvb.lvd1689m",
@@ -63,7 +63,7 @@ PUBLISHED = {
         }
     ),
 }
-"""family -> its models, of which none is reached by a branch of code."""
+"""The models of each family. Only this table names them."""
 
 
 def build(cfg: config.Vit) -> base.Tower:
@@ -79,7 +79,7 @@ def build(cfg: config.Vit) -> base.Tower:
     with base.building(cfg):
         model = timm.create_model(name, pretrained=hub, num_classes=0, **kwargs)
     if cfg.vit_family == "dinov3":
-        # The authors' weights hold the rotary periods in bfloat16, which timm computes anew in float32.
+        # The authors' weights store the rotary periods in bfloat16; timm recomputes them in float32.
         model.rope.periods.copy_(model.rope.periods.bfloat16())
     shape = shape_of(model, transform_of(model, size, crop_pct, cfg), cfg)
     ckpt_id = weights.apply(model, cfg)
@@ -99,7 +99,7 @@ def build(cfg: config.Vit) -> base.Tower:
 
 
 def _name(cfg: config.Vit) -> tuple[str, tuple[int, int] | None, float | None]:
-    """timm's name of the model, its input size and crop_pct; None stands for timm's own."""
+    """Returns timm's name of the model, the input size and crop_pct. None means timm's default."""
     if cfg.vit_family == "timm":
         return cfg.vit_ckpt, base.asked_size(cfg), None
     family = PUBLISHED[cfg.vit_family]
@@ -114,7 +114,7 @@ def _name(cfg: config.Vit) -> tuple[str, tuple[int, int] | None, float | None]:
 def shape_of(
     model: torch.nn.Module, transform: images.Transform, cfg: config.Vit
 ) -> dict[str, tp.Any]:
-    """The fields of `Tower` that describe the model."""
+    """Returns the fields of `Tower` that describe the model."""
     embed = getattr(model, "patch_embed", None)
     if not (
         hasattr(model, "blocks")
@@ -133,7 +133,7 @@ def shape_of(
 
 
 def _check_size_of(name: str, cfg: config.Vit) -> None:
-    """Looks at the model at its own size and without weights, before any are fetched."""
+    """Checks --img-size on a model without weights, before any are downloaded."""
     import timm
 
     with base.building(cfg), torch.device("meta"):
@@ -148,13 +148,14 @@ def transform_of(
     crop_pct: float | None,
     cfg: config.Vit,
 ) -> images.Transform:
-    """timm's evaluation transform: resize (or squash) to size / crop_pct, crop the centre."""
+    """Returns timm's evaluation transform: resize (or squash) to size / crop_pct, then crop the centre."""
     import timm.data
 
     data = timm.data.resolve_data_config({"crop_pct": crop_pct}, model=model)
     if data["crop_mode"] not in ("center", "squash"):
         raise errors.UserError(
-            f"--vit-ckpt {cfg.vit_ckpt}: crop mode {data['crop_mode']!r} is not supported. Pass another model."
+            f"--vit-ckpt {cfg.vit_ckpt}: crop mode {data['crop_mode']!r} is not supported. "
+            "Pass another model."
         )
     height, width = size or data["input_size"][1:]
     resize = (math.floor(height / data["crop_pct"]), math.floor(width / data["crop_pct"]))

@@ -1,4 +1,5 @@
-"""Tensors of a TorchScript archive (such as OpenAI's CLIP files), read without running or compiling its code."""
+"""Reads the tensors of a TorchScript archive (such as OpenAI's CLIP files) without running or compiling its
+code."""
 
 import io
 import pathlib
@@ -12,12 +13,12 @@ from torch import Tensor
 
 
 class ForeignObject(pickle.UnpicklingError):
-    """Neither a module nor a tensor."""
+    """An object that is neither a module nor a tensor."""
 
 
 @beartype.beartype
 def is_archive(fpath: pathlib.Path) -> bool:
-    """TorchScript keeps its code in a folder that plain state dicts lack."""
+    """Recognises TorchScript by its code folder, which plain state dicts lack."""
     if not zipfile.is_zipfile(fpath):
         return False
     with zipfile.ZipFile(fpath) as archive:
@@ -28,10 +29,10 @@ def is_archive(fpath: pathlib.Path) -> bool:
 
 @beartype.beartype
 def read(fpath: pathlib.Path) -> dict[str, Tensor]:
-    """Parameters and buffers by their names in the module.
+    """Reads parameters and buffers by their names in the module.
 
     Raises:
-        ForeignObject: the archive holds anything but modules and tensors.
+        ForeignObject: the archive holds something other than modules and tensors.
     """
     with zipfile.ZipFile(fpath) as archive:
         (name,) = (n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl"))
@@ -42,14 +43,14 @@ def read(fpath: pathlib.Path) -> dict[str, Tensor]:
 
 
 class _Module:
-    """Stands for every scripted class: its attributes, and none of its code."""
+    """Replaces every scripted class: keeps its attributes, drops its code."""
 
     def __setstate__(self, state: object) -> None:
         self.attributes = state
 
 
 class _Reader(pickle.Unpickler):
-    """Knows tensors, containers and `_Module`; refuses every other class and function."""
+    """Unpickles tensors, containers and `_Module`; refuses every other class and function."""
 
     def __init__(self, archive: zipfile.ZipFile, folder: str):
         super().__init__(io.BytesIO(archive.read(f"{folder}/data.pkl")))

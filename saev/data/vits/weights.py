@@ -1,4 +1,5 @@
-"""Weights of a local file -> a model: names, prefixes and position grids as the model's own library has them."""
+"""Loads a local weight file into a model: converts names, prefixes and position grids to those of the model's
+library."""
 
 import contextlib
 import hashlib
@@ -21,29 +22,30 @@ from saev.data.vits import base, files
 logger = logging.getLogger("saev")
 
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""torch.compile, FSDP and activation checkpointing put these anywhere in a name."""
+"""Name parts that torch.compile, FSDP and activation checkpointing insert anywhere."""
 HARMLESS = {
     *("fc", "fc_norm", "classifier", "dino_loss", "ibot_patch_loss", "koleo_loss", "projector"),
     *("projectors", "predictor", "prototypes", "mask_token", "decoder_embed", "decoder_pos_embed"),
     *("decoder_blocks", "decoder_norm", "decoder_pred", "pre_logits", "n_averaged", "criterion"),
     *("loss", "loss_fn"),
 }
-"""First parts of names outside the image tower that change none of its activations; heads are known by their names, too."""
+"""First name parts of tensors outside the image tower that do not affect its activations. Heads are matched
+by pattern."""
 TEXT_TOWER = {
     *("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection"),
     *("text", "text_decoder", "logit_scale", "logit_bias", "attn_mask", "input_resolution"),
     *("context_length", "vocab_size"),
 }
-"""The same in a CLIP."""
+"""The same, in CLIP models."""
 AUTHORS_DINOV2 = {"register_tokens", "blocks.0.mlp.w12.weight"}
-"""Names that timm's DINOv2 has otherwise."""
+"""Names in the authors' DINOv2 files that timm renames."""
 BETTER_TWIN = {"teacher": "student", "ema": "model", "model_ema": "model"}
-"""Of two models in one state dict, the averaged one is used."""
+"""If a state dict holds two models, the averaged one (key) is used instead of the other (value)."""
 
 
 @beartype.beartype
 def apply(module: torch.nn.Module, cfg: config.Vit) -> str:
-    """Loads the file that --vit-weights names, if it names one, and returns the model's name for the shards' metadata.
+    """Loads the file given as --vit-weights, if any, and returns the model's name for the shards' metadata.
 
     Raises:
         UserError: the file cannot be read, or does not fit.
@@ -74,7 +76,7 @@ def _load(
     try:
         with base.quiet(), contextlib.redirect_stdout(io.StringIO()):
             state = _converted(state, module)
-    except Exception as err:  # whatever the libraries' conversions stumble over
+    except Exception as err:  # the libraries' conversions raise any type
         raise errors.UserError(f"{misfit} ({errors.first_line(err)[:200]}).") from err
     state = {k: v for k, v in state.items() if k in wanted or not _is_harmless(k.partition(".")[0])}
     unknown = sorted([*(state.keys() - wanted.keys()), *outside])
@@ -87,7 +89,10 @@ def _load(
     if problems:
         hint = "Pass the state dict of that model."
         if _is_transformers(unknown):
-            hint = "These are transformers' names: pass the file of the model's authors, of open_clip or of timm instead."
+            hint = (
+                "These are names of the transformers library: "
+                "pass the file of the model's authors, of open_clip or of timm instead."
+            )
         raise errors.UserError(f"{misfit}: {'; '.join(problems)}. {hint}")
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value.float()).all():
@@ -105,7 +110,7 @@ def _named(what: str, keys: list[str]) -> list[str]:
 
 
 def _alike(value: Tensor, wanted: Tensor) -> bool:
-    """May be copied without loss of meaning; half precision is exact in single."""
+    """Can `value` be copied to `wanted` without changing its meaning? Half precision is exact in float32."""
     same_kind = value.is_floating_point() == wanted.is_floating_point() and not value.is_complex()
     has_data = value.layout == torch.strided and not value.is_meta
     return value.shape == wanted.shape and same_kind and has_data
@@ -124,7 +129,8 @@ def _is_transformers(names: list[str]) -> bool:
 def _unwrapped(
     state: dict[str, Tensor], wanted: dict[str, Tensor], misfit: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The image tower's tensors without the prefix that all of them carry, and the names of others that are not known to be harmless."""
+    """Returns the image tower's tensors without their common prefix, and the names of others not known to be
+    harmless."""
     state = {WRAPPERS.sub("", key): value for key, value in state.items()}
     anchors = ("trunk.patch_embed.proj.weight", "patch_embed.proj.weight", "conv1.weight")
     anchor = next((a for a in anchors if a in wanted), "")
@@ -142,7 +148,7 @@ def _is_harmless(part: str) -> bool:
 
 
 def _prefix(state: dict[str, Tensor], anchor: str, misfit: str) -> str:
-    """What stands before the patch embedding's name."""
+    """Returns the prefix of the patch embedding's name."""
     found = [k.removesuffix(anchor) for k in state if k == anchor or k.endswith(f".{anchor}")]
     twins = {
         p.replace(better, worse)
@@ -152,7 +158,7 @@ def _prefix(state: dict[str, Tensor], anchor: str, misfit: str) -> str:
     }
     if dropped := twins.intersection(found):
         found = [p for p in found if p not in dropped]
-        logger.info("the weights under %s are used, not those under %s", found, sorted(dropped))
+        logger.info("using the weights under %s, not those under %s", found, sorted(dropped))
     if len(found) > 1:
         names = ", ".join(sorted(p or "no prefix" for p in found)[:3])
         raise errors.UserError(
@@ -162,7 +168,10 @@ def _prefix(state: dict[str, Tensor], anchor: str, misfit: str) -> str:
 
 
 def _first_own_part(key: str, prefix: str) -> str:
-    """The first part of a name that is not also the prefix's: of model.head.weight and model.backbone. it is head."""
+    """Returns the first part of a name after what it shares with the prefix.
+
+    For model.head.weight and the prefix model.backbone. it is head.
+    """
     parts, others = key.split("."), prefix.split(".")
     while len(parts) > 1 and others and parts[0] == others[0]:
         parts, others = parts[1:], others[1:]
@@ -173,7 +182,7 @@ def _first_own_part(key: str, prefix: str) -> str:
 
 
 def _converted(state: dict[str, Tensor], module: torch.nn.Module) -> dict[str, Tensor]:
-    """The names and the position grid that the model's library would make of them."""
+    """Converts names and the position grid as the model's library does."""
     if not hasattr(module, "trunk"):
         return _timm(state, module) if hasattr(module, "patch_embed") else _open_clip(state, module)
     trunk = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
@@ -182,29 +191,31 @@ def _converted(state: dict[str, Tensor], module: torch.nn.Module) -> dict[str, T
 
 
 def _timm(state: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:
-    # DINOv2's training code divides its blocks into chunks: blocks.CHUNK.BLOCK.
+    # DINOv2's training code splits its blocks into chunks: blocks.CHUNK.BLOCK.
     state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
     wanted = model.state_dict()
     if "blocks.0.ls1.gamma" in wanted:  # DeiT III
         state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", k): v for k, v in state.items()}
     library = type(model).__module__
     if library.endswith(".vision_transformer") and AUTHORS_DINOV2 & state.keys():
-        state.setdefault("mask_token", torch.zeros(()))  # by which timm knows these files
+        state.setdefault("mask_token", torch.zeros(()))  # timm recognises these files by it
     if library.endswith(".eva") and "norm.weight" in wanted and "storage_tokens" not in state:
-        state.pop("mask_token", None)  # with it, timm would take `norm` for `fc_norm`
+        state.pop("mask_token", None)  # otherwise timm mistakes `norm` for `fc_norm`
     convert = getattr(sys.modules[library], "checkpoint_filter_fn", None)
     return convert(state, model) if convert else state
 
 
 def _open_clip(state: dict[str, Tensor], visual: torch.nn.Module) -> dict[str, Tensor]:
-    """open_clip's own ViT, whose resampling works on a whole CLIP and looks at the number of positions alone."""
+    """Resamples the positions of open_clip's own ViT. open_clip's function wants a whole CLIP and compares
+    only counts."""
     import open_clip.model
 
     rows, columns = visual.grid_size
     n_positions = len(state.get("positional_embedding", ())) - 1
     if rows != columns and rows * columns == n_positions == math.isqrt(n_positions) ** 2:
         raise ValueError(
-            f"its {n_positions} positions may be a square grid, not {rows} x {columns}; pass another --img-size"
+            f"its {n_positions} positions may be a square grid, not {rows} x {columns}; "
+            "pass another --img-size"
         )
     whole = {f"visual.{k}": v for k, v in state.items()}
     open_clip.model.resize_pos_embed(whole, types.SimpleNamespace(visual=visual))
