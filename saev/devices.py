@@ -1,4 +1,4 @@
-"""Which device a stage runs on."""
+"""Chooses the device that a stage runs on."""
 
 import beartype
 import torch
@@ -8,10 +8,10 @@ from saev import errors
 
 @beartype.beartype
 def pick(name: str) -> torch.device:
-    """auto -> cuda where there is one, else cpu.
+    """Returns the named device. "auto" means cuda if there is a GPU, else cpu.
 
     Raises:
-        UserError: the name is unknown to torch, or CUDA is asked for where there is none.
+        UserError: torch does not know the name, or CUDA is requested but not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -19,10 +19,8 @@ def pick(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as err:
         raise errors.UserError(
-            f"--device {name}: torch knows no such device. Pass auto, cpu or cuda."
+            f"--device {name}: unknown to torch. Pass auto, cpu or cuda."
         ) from err
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise errors.UserError(
-            f"--device {name}: no GPU is visible to torch here. Pass --device cpu."
-        )
+        raise errors.UserError(f"--device {name}: torch sees no GPU. Pass --device cpu.")
     return device

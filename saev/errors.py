@@ -17,5 +17,5 @@ class UserError(Exception):
 
 
 def first_line(err: BaseException) -> str:
-    """The first line of an exception's message; its type's name when it has no message."""
+    """Returns the first line of an exception's message, or the name of its type if it has no message."""
     return next(iter(str(err).splitlines()), type(err).__name__)

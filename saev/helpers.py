@@ -1,4 +1,4 @@
-"""Small things that several floors need: atomic files, progress."""
+"""Helpers for all layers of the package: atomic files, locks, hashes, progress."""
 
 import collections.abc
 import contextlib
@@ -30,22 +30,24 @@ logger = logging.getLogger("saev")
 T = tp.TypeVar("T")
 
 
-# ---- files that appear whole, and what killed writers leave ----
+# ---- atomic files, and what killed writers leave ----
 
 TEMPORARY = re.compile(
     r"\.(?P<name>.+)\.(?:(?P<host>[0-9a-f]{8})-)?[0-9a-f]{32}\.(?:tmp|old)", re.DOTALL
 )
-"""Names of temporary files and folders: a living writer holds a lock (flock) on its own."""
+"""Names of temporary files and folders. A running writer holds a lock (flock) on its own."""
 ABANDONED_S = 24 * 3600.0
-"""Another machine's temporaries are removed after this age: its locks may not be seen from here."""
+"""Age in seconds after which another machine's temporaries are removed. Its locks may not be visible from
+here."""
 
 
 @contextlib.contextmanager
 def atomic(fpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
-    """Yields a temporary path beside `fpath`; on success it is fsynced and renamed to `fpath`, on any error removed.
+    """Yields a temporary path beside `fpath`. On success it is fsynced and renamed to `fpath`; on an error it
+    is removed.
 
-    A reader therefore sees the old file, the whole new file, or none; never a part. A killed process leaves the temporary
-    file; the next writer of the same file, or `sweep`, removes it.
+    So a reader sees the old file, the complete new file, or none. If the process is killed, the temporary
+    file stays until the next writer of the same file, or `sweep`, removes it.
     """
     with naming(fpath), _temporary(fpath, is_folder=False) as tmp_fpath:
         yield tmp_fpath
@@ -57,7 +59,8 @@ def atomic(fpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def naming(fpath: pathlib.Path) -> collections.abc.Iterator[None]:
-    """Inside, an error that there is no room (disk, quota, file size) says of which file, which the system leaves out."""
+    """Adds the path to disk errors (no space, quota, file size, IO) raised inside, which the system leaves
+    out."""
     try:
         yield
     except OSError as err:
@@ -73,10 +76,10 @@ def naming(fpath: pathlib.Path) -> collections.abc.Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_folder(dpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
-    """As `atomic`, for a folder: yields an empty temporary one, which takes the place of `dpath` on success.
+    """Like `atomic`, for a folder: yields an empty temporary folder that replaces `dpath` on success.
 
-    An older folder steps aside first and is removed last. A process killed between the two renames leaves it aside;
-    `sweep` puts it back.
+    An existing folder is first renamed and removed last. If the process is killed between the two renames,
+    `sweep` renames it back.
     """
     with naming(dpath), _temporary(dpath, is_folder=True) as tmp_dpath:
         yield tmp_dpath
@@ -95,12 +98,12 @@ def atomic_folder(dpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]
 
 @beartype.beartype
 def sweep(dpath: pathlib.Path, name: str = "") -> None:
-    """Removes from a folder what killed processes of ours left there: temporaries of `atomic` and `atomic_folder`, and locks.
+    """Removes from a folder the temporaries and locks that killed processes of ours left there.
 
-    What a living process holds stays. An older folder that a killed `atomic_folder` had put aside goes back to its place.
+    What a running process holds stays. A folder that a killed `atomic_folder` had renamed gets its name back.
 
     Args:
-        name: look only at what belongs to the file or folder of this name. Empty: at all.
+        name: sweep only what belongs to the file or folder of this name. Empty means everything.
     """
     for path in sorted(dpath.glob(f".{glob.escape(name)}.*" if name else ".*")):
         match = TEMPORARY.fullmatch(path.name)
@@ -116,17 +119,17 @@ def sweep(dpath: pathlib.Path, name: str = "") -> None:
 def _put_back(old_dpath: pathlib.Path, dpath: pathlib.Path) -> None:
     with _replacing(dpath):
         if not dpath.exists():
-            with contextlib.suppress(FileNotFoundError):  # whose it was has done so
+            with contextlib.suppress(FileNotFoundError):  # its owner was faster
                 old_dpath.rename(dpath)
         shutil.rmtree(old_dpath, ignore_errors=True)
 
 
 def _replacing(dpath: pathlib.Path) -> contextlib.AbstractContextManager[None]:
-    return locked(dpath.with_name(f".{dpath.name}.lock"), f"it replaces {dpath}")
+    return locked(dpath.with_name(f".{dpath.name}.lock"), f"it is replacing {dpath}")
 
 
 def _remove_if_free(path: pathlib.Path) -> None:
-    """Removes a temporary, or a lock (an empty file), that no process holds."""
+    """Removes a temporary or a lock (an empty file) unless a process holds it."""
     is_folder = path.is_dir()
     access = os.O_RDONLY if is_folder else os.O_RDWR
     try:
@@ -148,7 +151,8 @@ def _remove_if_free(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(path: pathlib.Path, is_folder: bool) -> collections.abc.Iterator[pathlib.Path]:
-    """A new, locked, empty file or folder beside `path`; at the end it is removed, unless it was renamed."""
+    """Yields a new, locked, empty file or folder beside `path`. At the end it is removed unless it was
+    renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, path.name)
     tmp_path = path.with_name(f".{path.name}.{_host()}-{uuid.uuid4().hex}.tmp")
@@ -167,7 +171,8 @@ def _temporary(path: pathlib.Path, is_folder: bool) -> collections.abc.Iterator[
 
 
 def _created(tmp_path: pathlib.Path, is_folder: bool) -> int | None:
-    """Makes a file or folder and returns it open and locked; None where a sweep removed it before it was locked."""
+    """Creates a file or folder and returns it open and locked, or None if a sweep removed it before it was
+    locked."""
     if is_folder:
         tmp_path.mkdir()
     try:
@@ -177,7 +182,7 @@ def _created(tmp_path: pathlib.Path, is_folder: bool) -> int | None:
         if is_folder and tmp_path.parent.is_dir():
             return None
         raise
-    with contextlib.suppress(OSError):  # where there are no locks nothing is swept
+    with contextlib.suppress(OSError):  # without locks nothing is swept either
         fcntl.flock(fd, fcntl.LOCK_SH)
     if _is_open_at(fd, tmp_path):
         return fd
@@ -187,7 +192,7 @@ def _created(tmp_path: pathlib.Path, is_folder: bool) -> int | None:
 
 @functools.cache
 def _host() -> str:
-    """This machine, in eight hex digits."""
+    """Identifies this machine by eight hex digits."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
@@ -200,9 +205,9 @@ def _is_old(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def locked(fpath: pathlib.Path, what: str) -> collections.abc.Iterator[None]:
-    """Holds the lock file `fpath` alone: a second process waits here, and says for `what`. A killed process lets go.
+    """Holds the lock file `fpath` exclusively. Another process waits here and logs `what` it waits for.
 
-    On a file system without locks (some network ones) nobody waits.
+    A killed process releases the lock. On a file system without locks (some network ones), nobody waits.
     """
     fpath.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -214,7 +219,7 @@ def locked(fpath: pathlib.Path, what: str) -> collections.abc.Iterator[None]:
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # who held it has removed it
+        os.close(fd)  # the previous holder has removed it
     try:
         yield
     finally:
@@ -236,11 +241,11 @@ def _lock(fd: int, what: str) -> None:
         logger.info("waiting for another process: %s", what)
         fcntl.flock(fd, fcntl.LOCK_EX)
     except OSError as err:
-        logger.warning("no lock: %s (%s)", what, err)
+        logger.warning("cannot lock against another process: %s (%s)", what, err)
 
 
 def _sync_directory(dpath: pathlib.Path) -> None:
-    """A rename is on the disk once its directory is."""
+    """Flushes a directory: a rename is on disk only when its directory is."""
     fd = os.open(dpath, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -255,22 +260,24 @@ def write_text(fpath: pathlib.Path, text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with bytes of a file name that are not UTF-8 (Python's surrogates) spelt out: \\udcXX."""
+    """Returns the text with surrogates, Python's form of file-name bytes that are not UTF-8, spelt out as
+    \\udcXX."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def canonical_json(obj: object) -> str:
-    """JSON with sorted keys and no spaces: equal objects give equal text, so its hash names the object."""
+    """Returns JSON with sorted keys and no spaces. Equal objects give equal text, so its hash identifies the
+    object."""
     return json.dumps(obj, sort_keys=True, separators=(",", ":"))
 
 
 def hash_of(obj: object) -> str:
-    """sha256 hex digest of an object's canonical JSON."""
+    """Returns the sha256 hex digest of an object's canonical JSON."""
     return hashlib.sha256(canonical_json(obj).encode()).hexdigest()
 
 
 def hash_file(fpath: pathlib.Path) -> str:
-    """sha256 hex digest of a file's bytes."""
+    """Returns the sha256 hex digest of a file's bytes."""
     with fpath.open("rb") as fd:
         return hashlib.file_digest(fd, "sha256").hexdigest()
 
@@ -278,9 +285,10 @@ def hash_file(fpath: pathlib.Path) -> str:
 def progress(
     iterable: collections.abc.Iterable[T], desc: str, total: int, unit: str, every_s: float = 30.0
 ) -> collections.abc.Iterator[T]:
-    """Yields from `iterable` and shows rate and time left: a bar on a terminal, a plain line each `every_s` seconds in a log.
+    """Yields from `iterable` and shows the rate and the time left.
 
-    One of several processes that share a terminal writes plain lines too.
+    On a terminal this is a progress bar. In a log, or in one of several processes that share a terminal, it
+    is a line every `every_s` seconds.
     """
     if sys.stderr.isatty() and multiprocessing.parent_process() is None:
         yield from tqdm.tqdm(iterable, desc=desc, total=total, unit=f" {unit}", dynamic_ncols=True)

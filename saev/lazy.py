@@ -1,4 +1,5 @@
-"""Package attributes that are imported when first used. Imports nothing that takes time, as every `__init__` begins with it."""
+"""Package attributes that are imported on first use. Every `__init__` imports this module, so it imports
+nothing slow."""
 
 import collections.abc
 import importlib
@@ -8,10 +9,11 @@ import sys
 def attributes(
     package: str, table: dict[str, str]
 ) -> tuple[collections.abc.Callable[[str], object], collections.abc.Callable[[], list[str]]]:
-    """Returns a module's `__getattr__` and `__dir__` (PEP 562): `table` maps a public name to the submodule that defines it.
+    """Returns a module's `__getattr__` and `__dir__` (PEP 562).
 
-    An empty submodule name stands for the submodule of that very name. Importing the package then costs
-    nothing (no torch) until a name is used. Editors and type checkers read the same names under `if TYPE_CHECKING`.
+    `table` maps each public name to the submodule that defines it. An empty string means that the name is
+    itself a submodule. Importing the package then imports no torch until a name is used. Editors and type
+    checkers read the same names under `if TYPE_CHECKING`.
     """
 
     def __getattr__(name: str) -> object:  # noqa: N807

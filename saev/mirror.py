@@ -1,11 +1,14 @@
-"""Copies metrics.jsonl of running trainings to wandb. `saev.tracking` starts it as a process of its own (python -m saev.mirror).
+"""Copies the metrics.jsonl of running trainings to wandb. `saev.tracking` starts it as a process (python -m
+saev.mirror).
 
-wandb may raise, hang, patch sys.exit or die with a signal that was meant for the job: here none of that reaches the
-training. Commands come as JSON lines on stdin; at its end (a trainer that was killed) everything is finished.
+wandb may raise, hang, patch sys.exit or die from a signal meant for the job. In a separate process none of
+that reaches the training. Commands arrive as JSON lines on stdin. When stdin ends (the trainer was killed),
+all runs are finished.
 """
 
 import collections.abc
 import contextlib
+import functools
 import logging
 import netrc
 import os
@@ -26,30 +29,30 @@ from saev.formats import jsonfile, metricslog
 logger = logging.getLogger("saev")
 
 WANDB_HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}
-"""wandb's own server, which has two names."""
+"""The two names of wandb's own server."""
 POLL_S = 1.0
-"""New lines are looked for this often."""
+"""Seconds between checks for new lines."""
 LEFT_ALONE_S = 60
-"""After its trainer has ended the process lives this long at most."""
+"""Seconds that the process may outlive its trainer."""
 
 
 class Start(msgspec.Struct):
-    """Begin to copy the metrics of the run in this folder."""
+    """Command: start copying the metrics of the run in this folder."""
 
     dpath: str
     project: str
     from_step: int
-    """Lines of earlier steps are in wandb already."""
+    """Lines of earlier steps are already in wandb."""
 
 
 class Finish(msgspec.Struct):
-    """The run in this folder is over."""
+    """Command: the run in this folder is over."""
 
     finished: str
 
 
 class Copy:
-    """One run's metrics on their way to wandb. The first thing that goes wrong is said in one line, and ends it."""
+    """Copies one run's metrics to wandb. The first error is logged in one line and ends the copy."""
 
     def __init__(self, cmd: Start):
         self.dpath = pathlib.Path(cmd.dpath)
@@ -67,14 +70,15 @@ class Copy:
         except BaseException as err:  # wandb raises SystemExit and KeyboardInterrupt too
             self.run = None
             logger.warning(
-                "wandb: %s. Run %s goes on without wandb; %s has all its metrics. (WANDB_MODE=offline, or --wandb-project '' for none.)",
+                "wandb: %s. Run %s goes on without wandb; %s has all its metrics. "
+                "(To avoid this, set WANDB_MODE=offline, or pass --wandb-project '' to disable wandb.)",
                 errors.first_line(err).rstrip("."),
                 self.dpath.name,
                 self.dpath / "metrics.jsonl",
             )
 
     def push(self) -> None:
-        """Hands on the lines that were written since the last call."""
+        """Sends the lines written since the last call."""
         if self.run is None:
             return
         with self._guarded():
@@ -93,7 +97,8 @@ class Copy:
 
 
 def _begin(dpath: pathlib.Path, project: str, from_step: int) -> tp.Any:
-    """The wandb run. One that goes on keeps its wandb id (wandb-id.txt), so that wandb shows one run."""
+    """Starts the wandb run. A resumed run keeps its wandb id (wandb-id.txt), so that wandb shows a single
+    run."""
     import wandb
 
     id_fpath = dpath / "wandb-id.txt"
@@ -109,28 +114,26 @@ def _begin(dpath: pathlib.Path, project: str, from_step: int) -> tp.Any:
         config=config,
         dir=str(dpath),
         mode=mode,
-        reinit="create_new",  # several SAEs of one process are several runs
+        reinit="create_new",  # one wandb run for each SAE of the process
         settings=wandb.Settings(silent=True, console="off"),
     )
     if mode == "offline":
-        _say_offline(dpath.parent)
+        _log_offline(dpath.parent)
     return run
 
 
-_said: set[pathlib.Path] = set()
-
-
-def _say_offline(ckpt_dpath: pathlib.Path) -> None:
-    if ckpt_dpath not in _said:
-        logger.info("wandb is offline; to send: wandb sync %s/*/wandb/offline-run-*", ckpt_dpath)
-    _said.add(ckpt_dpath)
+@functools.cache
+def _log_offline(ckpt_dpath: pathlib.Path) -> None:
+    """Logs once per folder how to upload offline runs."""
+    logger.info("wandb is offline; to upload: wandb sync %s/*/wandb/offline-run-*", ckpt_dpath)
 
 
 @beartype.beartype
 def wandb_mode() -> tp.Literal["online", "offline", "disabled"]:
-    """WANDB_MODE if set; else online when an API key is at hand (environment, settings file or netrc), offline when not.
+    """Returns WANDB_MODE if set; otherwise online if there is an API key (environment, settings file or
+    netrc), else offline.
 
-    Asks neither the user nor a server (`wandb.login` would).
+    Unlike `wandb.login`, it asks neither the user nor a server.
     """
     mode = os.environ.get("WANDB_MODE", "")
     if mode in ("online", "offline", "disabled"):
@@ -145,13 +148,13 @@ def wandb_mode() -> tp.Literal["online", "offline", "disabled"]:
 
 
 def _names(base_url: str) -> set[str]:
-    """The names under which `wandb login` may have written a server's key."""
+    """Lists the host names under which `wandb login` may have stored a server's key."""
     host = urllib.parse.urlsplit(base_url).netloc
     return WANDB_HOSTS if host in WANDB_HOSTS else {host}
 
 
 def _netrc_hosts() -> set[str]:
-    """Machines that the user's netrc file knows; none if it is missing or unreadable."""
+    """Lists the hosts in the user's netrc file. A missing or unreadable file has none."""
     home = pathlib.Path.home()
     fpaths = [home / ".netrc", home / "_netrc"]
     if "NETRC" in os.environ:
@@ -167,7 +170,7 @@ def _netrc_hosts() -> set[str]:
 
 
 def _commands() -> collections.abc.Iterator[Start | Finish | None]:
-    """What comes on stdin; None each time that nothing came for a while. Ends with stdin."""
+    """Yields the commands from stdin until it ends, and None whenever POLL_S passes without input."""
     stdin, rest = sys.stdin.fileno(), b""
     while True:
         if not select.select([stdin], [], [], POLL_S)[0]:
@@ -182,7 +185,7 @@ def _commands() -> collections.abc.Iterator[Start | Finish | None]:
 
 
 def _silence() -> None:
-    """Our log lines go where stderr went; what wandb and its children print goes nowhere."""
+    """Keeps our log lines on stderr and discards what wandb and its children print."""
     stream = os.fdopen(os.dup(2), "w", buffering=1)
     logging.basicConfig(
         level=logging.WARNING,
@@ -198,7 +201,7 @@ def _silence() -> None:
 
 def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(signum, signal.SIG_IGN)  # the trainer's business, which then tells us
+        signal.signal(signum, signal.SIG_IGN)  # the trainer handles these and tells us
     _silence()
     copies: dict[str, Copy] = {}
     for cmd in _commands():
@@ -215,7 +218,7 @@ def main() -> None:
         copy.finish()
     with contextlib.suppress(BaseException):
         tp.cast(tp.Any, sys.modules.get("wandb")).teardown()
-    os._exit(0)  # wandb's hooks at a process's end may hang
+    os._exit(0)  # wandb's exit hooks may hang
 
 
 if __name__ == "__main__":

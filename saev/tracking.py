@@ -1,6 +1,7 @@
-"""Metrics of a run: a local metrics.jsonl always, which is the record, and a copy in wandb when asked for.
+"""Logs a run's metrics to a local metrics.jsonl, which is the record, and optionally copies them to wandb.
 
-The training loop holds a `Tracker` and does not know which. What wandb does wrong never reaches it (`saev.mirror`).
+The training loop knows only the `Tracker` protocol. wandb runs in a separate process (`saev.mirror`), so its
+failures cannot reach the loop.
 """
 
 import collections.abc
@@ -23,7 +24,7 @@ logger = logging.getLogger("saev")
 Metrics = collections.abc.Mapping[str, float | int]
 
 FINISH_S = 20.0
-"""Seconds to wait for wandb to send the rest, at the end of training. (Slurm kills 30 s after SIGTERM.)"""
+"""Seconds to wait at the end of training for wandb to upload the rest. (Slurm kills 30 s after SIGTERM.)"""
 
 
 @tp.runtime_checkable
@@ -33,14 +34,14 @@ class Tracker(tp.Protocol):
     def log(self, step: int, metrics: Metrics) -> None: ...
 
     def flush(self) -> None:
-        """What was logged is on the disk."""
+        """Ensures that everything logged so far is on disk."""
         ...
 
     def finish(self) -> None: ...
 
 
-class Nothing:
-    """Keeps nothing: for processes that help another one."""
+class NullTracker:
+    """Discards everything. For worker processes, whose metrics the first process logs."""
 
     def log(self, step: int, metrics: Metrics) -> None:
         pass
@@ -53,9 +54,11 @@ class Nothing:
 
 
 class JsonLines:
-    """One JSON object a line in metrics.jsonl; each line is flushed, so a killed run keeps what it logged.
+    """Writes one JSON object per line to metrics.jsonl and flushes each line, so a killed run keeps what it
+    logged.
 
-    Of an earlier try only the steps before `from_step` are kept: the others come again.
+    A resumed run keeps only the earlier lines with steps before `from_step`, because later steps are run
+    again.
     """
 
     def __init__(self, fpath: pathlib.Path, from_step: int = 0):
@@ -82,12 +85,13 @@ class JsonLines:
             os.fsync(self.fd.fileno())
 
     def _check(self) -> None:
-        """Writes to a file that was removed succeed, and are lost."""
+        """Checks that the file is still there: writes to a removed file succeed, but are lost."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if os.path.samestat(os.fstat(self.fd.fileno()), self.fpath.stat()):
                 return
         raise errors.UserError(
-            f"{self.fpath}: was removed, moved or replaced during training, which ends here. Run the same command again: it starts from the newest saved state that is there."
+            f"{self.fpath}: was removed, moved or replaced during training, which ends here. "
+            "Run the same command again: it starts from the newest saved state that is there."
         )
 
     def finish(self) -> None:
@@ -96,7 +100,7 @@ class JsonLines:
 
 
 def _lines_before(fpath: pathlib.Path, step: int) -> collections.abc.Iterator[str]:
-    """Whole lines of earlier steps; a killed process may have left a part of one. Damaged ones are named and left out."""
+    """Yields the complete lines of earlier steps. Logs damaged lines and leaves them out."""
     text = fpath.read_bytes() if fpath.exists() else b""
     for i, line in enumerate(text.split(b"\n")[:-1], 1):
         metrics = metricslog.parse(line)
@@ -107,7 +111,10 @@ def _lines_before(fpath: pathlib.Path, step: int) -> collections.abc.Iterator[st
 
 
 class Wandb:
-    """Has the run's metrics.jsonl and config.json copied to wandb. Offline when nobody is logged in; never prompts."""
+    """Has a separate process copy the run's metrics.jsonl and config.json to wandb.
+
+    Without a login wandb is offline. It never prompts.
+    """
 
     def __init__(self, dpath: pathlib.Path, project: str, from_step: int = 0):
         self.dpath = dpath
@@ -123,8 +130,8 @@ class Wandb:
         _copier.finish(self.dpath)
 
 
-class Both:
-    """Hands everything to several trackers."""
+class Trackers:
+    """Passes everything on to several trackers."""
 
     def __init__(self, *trackers: Tracker):
         self.trackers = trackers
@@ -143,9 +150,10 @@ class Both:
 
 
 class _Copier:
-    """The process `saev.mirror`, one for all runs of this process: from the first run's start to the last one's finish.
+    """Controls the process `saev.mirror`, which serves all runs of this process, from the first start to the
+    last finish.
 
-    Nothing here raises, and only the last finish waits, at most FINISH_S.
+    Its methods never raise. Only the last `finish` waits, at most FINISH_S.
     """
 
     def __init__(self) -> None:
@@ -171,13 +179,13 @@ class _Copier:
             process.wait(FINISH_S)
         except subprocess.TimeoutExpired:
             logger.warning(
-                "wandb: did not finish within %.0f s; to send the rest: wandb sync %s/wandb/*run-*",
+                "wandb: did not finish within %.0f s; to upload the rest: wandb sync %s/wandb/*run-*",
                 FINISH_S,
                 dpath,
             )
         finally:
             if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with what wandb started
+                os.killpg(process.pid, signal.SIGKILL)  # and its child processes
                 process.wait()
 
     def _send(self, command: dict[str, object]) -> None:
@@ -206,10 +214,10 @@ def _spawned() -> subprocess.Popen[bytes] | None:
             stdout=subprocess.DEVNULL,
             bufsize=0,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,  # Ctrl-C is not for it
+            start_new_session=True,  # Ctrl-C must not reach it
         )
     except OSError as err:
-        logger.warning("wandb: no process for it (%s); training goes on without it", err.strerror)
+        logger.warning("wandb: cannot start its process (%s); training goes on", err.strerror)
         return None
     os.set_blocking(tp.cast(tp.IO[bytes], process.stdin).fileno(), False)
     return process
@@ -222,11 +230,12 @@ def start(
     wandb_project: str,
     from_step: int = 0,
 ) -> Tracker:
-    """The tracker of the run whose files are in `dpath`; without a project name only metrics.jsonl is written.
+    """Returns the tracker of the run in `dpath`. Without a project name, only metrics.jsonl is written.
 
-    from_step: the step with which a run goes on.
+    Args:
+        from_step: the step from which a run resumes.
     """
     local = JsonLines(dpath / "metrics.jsonl", from_step)
     if not wandb_project or os.environ.get("WANDB_MODE") == "disabled":
         return local
-    return Both(local, Wandb(dpath, wandb_project, from_step))
+    return Trackers(local, Wandb(dpath, wandb_project, from_step))

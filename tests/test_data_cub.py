@@ -425,7 +425,7 @@ def test_files_that_are_no_text_are_refused(root: pathlib.Path, name: str) -> No
     text = (root / name).read_text() if name != NAMES[-1] else "0 1\n1 0\n"
     for encoding in ("utf-16", "utf-16-le", "utf-32"):
         (root / name).write_bytes(text.encode(encoding))
-        refuses(root, rf"{name}: is UTF-16 or no text at all\. Save it as UTF-8")
+        refuses(root, rf"{name}: is UTF-16 or not text\. Save it as UTF-8")
     (root / name).unlink()
     os.mkfifo(root / name)
     refuses(root, f"{name}: is not a regular file")

@@ -349,7 +349,11 @@ TRANSFORMERS = {
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_transformers_names_are_called_so(kind: str, tmp_path: pathlib.Path) -> None:
     file = {TRANSFORMERS[kind]: torch.zeros(1)}
-    refused(file, tmp_path / "w.bin", "These are names of the transformers library: pass the file of the model's")
+    refused(
+        file,
+        tmp_path / "w.bin",
+        "These are names of the transformers library: pass the file of the model's",
+    )
 
 
 def test_openai_names_in_a_timm_model(tmp_path: pathlib.Path) -> None:

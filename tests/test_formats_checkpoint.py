@@ -46,7 +46,7 @@ def test_changed_bytes_are_refused(tmp_path: pathlib.Path, at: int) -> None:
     place = content.index(b"\n") + 1 + at % 10
     content[place] ^= 1
     (tmp_path / "a.bin").write_bytes(content)
-    with pytest.raises(errors.UserError, match=r"a\.bin: its bytes are not those .* Delete it"):
+    with pytest.raises(errors.UserError, match=r"a\.bin: its bytes changed .* Delete it"):
         checkpoint.read(tmp_path / "a.bin", "scorer")
 
 
@@ -62,7 +62,7 @@ def refuses(fpath: pathlib.Path, match: str) -> None:
         ({"schema": 6, "cfg": {}}, "schema 6"),
         ({"lib": "saev", "schema": 103, "kind": "sae"}, "schema 103"),
         ({"lib": "saev", "schema": 100.0, "kind": "sae"}, "schema 100.0"),
-        ({"lib": "saev", "schema": 102, "kind": "sae"}, "not those that were written"),
+        ({"lib": "saev", "schema": 102, "kind": "sae"}, "its bytes changed since it was written"),
         ({"lib": "other", "schema": 100, "kind": "sae"}, "lib 'other'"),
         ({"lib": "saev", "schema": 100, "kind": "scorer"}, "holds a 'scorer'.* 'sae' is needed"),
         ({"lib": "saev", "schema": 100, "kind": "sae", "cls": "Gated"}, "architecture 'Gated'"),
@@ -124,7 +124,7 @@ def test_truncated_payload(sae_fpath: pathlib.Path, keep: float) -> None:
     header, payload = split(sae_fpath)
     cut = payload[: int(keep * len(payload))]
     sae_fpath.write_bytes(json.dumps(header).encode() + b"\n" + cut)
-    refuses(sae_fpath, "not those that were written")
+    refuses(sae_fpath, "its bytes changed since it was written")
     rewrite(sae_fpath, header, cut)
     refuses(sae_fpath, "its tensors cannot be read")
 
@@ -255,7 +255,7 @@ def test_older_schemas_load_and_what_they_can_check_is_checked(sae_fpath: pathli
         (100, {"xxh3": checksum}),
     ):
         older(sae_fpath, schema, **more)
-        refuses(sae_fpath, "not those that were written")
+        refuses(sae_fpath, "its bytes changed since it was written")
 
 
 def test_a_flipped_bit_in_an_older_files_tensors_is_refused(sae_fpath: pathlib.Path) -> None:

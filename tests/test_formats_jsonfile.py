@@ -32,7 +32,7 @@ def test_a_good_file_is_read(tmp_path):
         (b'{"name": "x", "age": true}', "Expected `int`, got `bool`"),
         (b'{"name": "x", "age": 1000000000000000000}', "Expected `int` <= 200"),
         (b'{"name": "x", "age": NaN}', "NaN is not JSON"),
-        (b'{"name": "x", "name": "y", "age": 3}', "the key 'name' comes twice"),
+        (b'{"name": "x", "name": "y", "age": 3}', "the key 'name' is repeated"),
         (b'{"name": "x", "age": 1e999}', "1e999 is out of range"),
         (b"[1, 2]", "Expected `object`, got `array`"),
         (b"", "cannot be read"),
@@ -116,7 +116,9 @@ def test_a_sealed_file_may_be_reformatted_but_not_edited(tmp_path):
         {k: v for k, v in obj.items() if k != "sealed"},
     ):
         fpath.write_text(json.dumps(edited))
-        with pytest.raises(errors.UserError, match=r"not those that were written.*Do it again"):
+        with pytest.raises(
+            errors.UserError, match=r"values changed since they were written.*Do it again"
+        ):
             jsonfile.read_sealed(fpath, Pet, "Do it again.", old=True)
 
 
@@ -130,5 +132,5 @@ def test_half_a_character_in_a_sealed_file_is_one_line(tmp_path):
 def test_an_older_file_without_a_checksum_is_read_where_that_is_allowed(tmp_path):
     (tmp_path / "a.json").write_text('{"name": "x", "age": 3}')
     assert jsonfile.read_sealed(tmp_path / "a.json", Pet, "", old=True) == Pet("x", 3)
-    with pytest.raises(errors.UserError, match="not those that were written"):
+    with pytest.raises(errors.UserError, match="values changed since they were written"):
         jsonfile.read_sealed(tmp_path / "a.json", Pet, "Do it again.")

@@ -158,7 +158,7 @@ def test_broken_index(golden: pathlib.Path, text: str) -> None:
 def test_index_with_counts_that_do_not_fit(golden: pathlib.Path) -> None:
     index = [{"name": f"acts00000{i}.bin", "n_imgs": n} for i, n in enumerate([1, 2, 2])]
     (golden / "shards.json").write_text(json.dumps(index))
-    refuses(golden, "shards.json: shard 0 holds 1 images, but metadata.json gives it 2")
+    refuses(golden, "shards.json: shard 0 holds 1 images, but 2 according to metadata.json")
 
 
 def test_missing_acts_file(golden: pathlib.Path) -> None:
@@ -210,7 +210,7 @@ def test_other_protocol(golden: pathlib.Path, protocol: str | None) -> None:
         ({"layers": None}, "metadata.json"),
         ({"d_vit": "8"}, "metadata.json"),
         ({"n_imgs": 0}, "metadata.json"),
-        ({"max_patches_per_shard": 9}, "9 holds not one image"),
+        ({"max_patches_per_shard": 9}, "9 is smaller than one image"),
     ],
 )
 def test_metadata_that_does_not_fit(golden: pathlib.Path, changes: dict, match: str) -> None:

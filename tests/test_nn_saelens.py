@@ -212,7 +212,7 @@ def test_broken_folders(tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.UserError, match="tensor b_dec holds NaN"):
         saelens.load(dpath)
     (dpath / "cfg.json").write_text('{"d_in": 6, "d_in": 7}')
-    with pytest.raises(errors.UserError, match="the key 'd_in' comes twice"):
+    with pytest.raises(errors.UserError, match="the key 'd_in' is repeated"):
         saelens.load(dpath)
     (dpath / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": 2 * D}))
     fpath = dpath / "sae_weights.safetensors"

@@ -209,7 +209,7 @@ def test_a_cache_that_cannot_be_written_costs_a_read_each_time(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert reader.Reader(config.Shards(str(GOLDEN), 7)).read(0, 5).shape == (5, 4, 8)
-    assert "checksums cannot be kept" in caplog.text
+    assert "checksums cannot be cached" in caplog.text
 
 
 def test_the_same_dump_command_gives_an_older_dump_its_checksums(make_shards) -> None:
@@ -344,7 +344,7 @@ def test_metadata_of_other_types_and_sizes(tmp_path: pathlib.Path, changes: dict
 def test_a_key_that_comes_twice(tmp_path: pathlib.Path) -> None:
     dpath = pathlib.Path(shutil.copytree(GOLDEN, tmp_path / "golden"))
     text = (dpath / "metadata.json").read_text()
-    for twin, match in (('"d_vit": 4, ', "'d_vit' comes twice"), ('"d_model": 4, ', "two names")):
+    for twin, match in (('"d_vit": 4, ', "'d_vit' is repeated"), ('"d_model": 4, ', "two names")):
         (dpath / "metadata.json").write_text(text.replace("{", "{" + twin, 1))
         with pytest.raises(errors.UserError, match=match):
             reader.Reader(config.Shards(str(dpath)))
@@ -368,5 +368,5 @@ def test_a_shard_that_is_listed_in_another_place(make_shards) -> None:
     for order in itertools.permutations(range(4)):
         (dpath / "shards.json").write_text(json.dumps([index[i] for i in order]))
         if list(order) != sorted(order):
-            with pytest.raises(errors.UserError, match="is not in its place"):
+            with pytest.raises(errors.UserError, match="is out of order"):
                 reader.Reader(config.Shards(str(dpath)))

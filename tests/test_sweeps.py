@@ -305,7 +305,7 @@ def test_a_sweep_of_too_many_configurations_is_refused_at_once(parse, where: str
     [
         (b"\xef\xbb\xbfseed = 3\r\n", ""),
         (b"seed = 3\rlr = 1.0\r", ""),
-        ("seed = 3".encode("utf-16"), "is UTF-16 or no text at all. Save it as UTF-8"),
+        ("seed = 3".encode("utf-16"), "is UTF-16 or not text. Save it as UTF-8"),
         (b"seed = 3\nckpt_to = 'caf\xe9'", r"x\.toml:2: holds the byte 0xe9, which is not UTF-8"),
         (b"# " + b"x" * 2**20, "at most 1,048,576 are expected"),
         (None, "is not a regular file"),

@@ -32,7 +32,7 @@ def test_json_lines_are_on_disk_at_once(tmp_path: pathlib.Path) -> None:
 
 def test_both_hand_on_everything(tmp_path: pathlib.Path) -> None:
     fpaths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    both = tracking.Both(*map(tracking.JsonLines, fpaths))
+    both = tracking.Trackers(*map(tracking.JsonLines, fpaths))
     both.log(3, {"mse": 0.5})
     both.finish()
     assert [metricslog.parse(f.read_text()) for f in fpaths] == [{"step": 3, "mse": 0.5}] * 2
@@ -250,7 +250,7 @@ def test_a_sigterm_to_the_whole_job_ends_it_with_its_own_exit_code(tmp_path: pat
     ) as process:
         assert process.stdout.readline() == "up\n"
         line = process.stderr.readline()
-        assert "to send: wandb sync ck/*/wandb/offline-run-*" in line
+        assert "to upload: wandb sync ck/*/wandb/offline-run-*" in line
         assert list(tmp_path.glob("ck/*/wandb/offline-run-*/*.wandb"))
         for pid in descendants(process.pid):
             with contextlib.suppress(ProcessLookupError):

@@ -271,9 +271,9 @@ def crafted(*keys: str, to: object = None) -> tp.Callable[[pathlib.Path], None]:
 
 
 DAMAGE = {
-    "a bit": (bad_bit, "not those that were written"),
+    "a bit": (bad_bit, "its bytes changed since it was written"),
     "empty": (lambda f: f.write_bytes(b""), "not a saev checkpoint"),
-    "no weights": (crafted("sae", to={}), "sae lacks, or has too much: W_dec"),
+    "no weights": (crafted("sae", to={}), "sae has missing or extra keys: W_dec"),
     "another width": (crafted("sae", "b_dec", to=torch.zeros(9)), r"sae.b_dec is \(9,\)"),
     "NaN": (crafted("sae", "b_dec", to=torch.full((8,), torch.nan)), "sae.b_dec holds NaN"),
     "another type": (crafted("density", to="much"), "density is a str instead of a float"),
@@ -335,7 +335,7 @@ def test_a_cut_state_is_named(tmp_path: pathlib.Path) -> None:
     fpath = tmp_path / "state-000000005.pt"
     fpath.write_bytes(fpath.read_bytes()[:-2000])
     with pytest.raises(
-        errors.UserError, match=r"state-000000005\.pt: its bytes are not those .* Delete it"
+        errors.UserError, match=r"state-000000005\.pt: its bytes changed .* Delete it"
     ):
         state.load(tmp_path, 5)
 

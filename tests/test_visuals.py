@@ -276,7 +276,9 @@ def test_what_does_not_fit(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
         "--ckpt is missing": {"ckpt": ""},
         "9 wide, but .* holds 4": {"ckpt": str(tmp_path / "wide.pt")},
         "--images.root is missing": {"images": data_config.ImageFolder()},
-        "no such image. Pass as --images.root": {"images": data_config.ImageFolder(str(tmp_path))},
+        "no such image. Pass the folder that was dumped": {
+            "images": data_config.ImageFolder(str(tmp_path))
+        },
     }
     for match, changes in cases.items():
         with pytest.raises(errors.UserError, match=match):
@@ -388,7 +390,7 @@ def test_a_table_alone_does_not_make_a_gallery(tmp_path: pathlib.Path) -> None:
     (tmp_path / "mine" / "latents.csv").write_text("my own table")
     with pytest.raises(errors.UserError, match="exists and is not a gallery"):
         render.check_target(tmp_path / "mine")
-    with pytest.raises(errors.UserError, match="cannot be made"):
+    with pytest.raises(errors.UserError, match="cannot be created"):
         render.check_target(tmp_path / "mine" / "latents.csv" / "gallery")
 
 
@@ -396,9 +398,11 @@ def test_grid() -> None:
     assert render.grid(16, None) == (4, 4)
     assert render.grid(8, (28, 56)) == (2, 4)
     assert render.grid(729, (384, 384)) == (27, 27)  # 384 / 14 is not whole
-    with pytest.raises(errors.UserError, match="6 patches are not a grid on a square input"):
+    with pytest.raises(errors.UserError, match="6 patches do not form a grid on a square input"):
         render.grid(6, None)
-    with pytest.raises(errors.UserError, match="6 patches are not a grid on an input of 32 x 32"):
+    with pytest.raises(
+        errors.UserError, match="6 patches do not form a grid on an input of 32 x 32"
+    ):
         render.grid(6, (32, 32))
 
 

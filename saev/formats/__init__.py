@@ -1,1 +1,1 @@
-"""Each on-disk format in one place: paths, schema, validation, atomic writing."""
+"""One module per on-disk format: paths, schema, validation, atomic writing."""

@@ -1,12 +1,14 @@
 """Checkpoint files of SAEs and scorers: one line of JSON (the header), then opaque bytes (the tensors).
 
-The header says what the bytes are, so a file can be identified with `head -1` and refused before any tensor
+The header describes the bytes, so `head -1` identifies a file, and a wrong file is refused before any tensor
 is read. Nothing here unpickles; `saev.nn` and `saev.scorers` read the bytes with `weights_only=True`.
 
-Headers of this package carry {"lib": "saev", "schema": SCHEMA, "kind": "sae" | "scorer" | "state", "checksum": ..., ...}: the XXH3-128
-of the header (without it) and the bytes. From schema 102 on it must be there. Older schemas have "xxh3", of the bytes alone, or none;
-a header of theirs with a key that they had not is refused, so that no damaged "102" or "xxh3" makes a file pass as an older one.
-Schema numbers start at 100 because files with 1 to 5 (and with none) exist in the field and mean something else (`field`).
+Headers carry {"lib": "saev", "schema": SCHEMA, "kind": "sae" | "scorer" | "state", "checksum": ..., ...}.
+`checksum` is the XXH3-128 of the rest of the header and the bytes. Schema 102 requires it. Older schemas have
+"xxh3" (of the bytes only) or nothing. Their headers are refused if they have keys that the schema did not
+define. So a new file with a damaged "schema" or "checksum" key cannot pass as an older one.
+
+Schema numbers start at 100 because upstream saev uses 1 to 5 (and no number) for other formats (`field`).
 """
 
 import collections.abc
@@ -20,11 +22,11 @@ from saev import errors, helpers
 from saev.formats import field, jsonfile
 
 SCHEMA = 102
-"""Schema that this version writes. A change of the format takes the next number."""
+"""The schema that this version writes. Increment it whenever the format changes."""
 
 
 def _from_100(header: dict[str, tp.Any]) -> dict[str, tp.Any]:
-    """101 says what an SAE was trained on; its configs have an auxiliary loss, which 100's had not."""
+    """Schema 101 added the activations that an SAE was trained on, and the auxiliary loss in configs."""
     cfg = header.get("cfg")
     if header.get("cls") in ("TopK", "BatchTopK") and isinstance(cfg, dict):
         cfg = {"aux_coeff": 0.0, **cfg}
@@ -33,13 +35,13 @@ def _from_100(header: dict[str, tp.Any]) -> dict[str, tp.Any]:
 
 UPGRADES: dict[int, collections.abc.Callable[[dict[str, tp.Any]], dict[str, tp.Any]]] = {
     100: _from_100,
-    101: dict,  # 102 has a checksum of the header too
+    101: dict,  # 102 added a checksum that covers the header
 }
-"""Schema n -> header of schema n + 1."""
+"""Maps schema n to a function that upgrades its header to schema n + 1."""
 
 _KEYS_100 = {"lib", "schema", "kind", "cls", "cfg", "similarity", "run", "n_steps", "passes"}
 OLD_KEYS = {100: _KEYS_100, 101: {*_KEYS_100, "activations", "xxh3"}}
-"""Keys that headers of older schemas may have."""
+"""Keys allowed in headers of older schemas."""
 REMEDY = "Delete it and run the command that wrote it again."
 
 Kind = tp.Literal["sae", "scorer", "state"]
@@ -58,12 +60,13 @@ def write(fpath: pathlib.Path, kind: Kind, header: dict[str, object], payload: b
 
 @beartype.beartype
 def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
-    """Reads (header, payload). Headers of older schemas are brought to the present one.
+    """Reads (header, payload) and upgrades the headers of older schemas.
 
-    Where an SAE is wanted, one of the field's (`field.is_field`) is given as it stands.
+    If an SAE is wanted, the header of an upstream checkpoint (`field.is_field`) is returned unchanged.
 
     Raises:
-        UserError: no such file, a directory, not a checkpoint, another kind, or a schema that this version does not know.
+        UserError: there is no such file, or it is a directory, not a checkpoint, damaged, of another kind, or
+            of an unknown schema.
     """
     if fpath.is_dir():
         found = sorted(str(p) for p in fpath.rglob("*.pt"))[:3]
@@ -81,7 +84,7 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
     _check_header(fpath, header, wanted)
     if not _is_whole(header, payload):
         raise errors.UserError(
-            f"{fpath}: its bytes are not those that were written (checksum). {REMEDY}"
+            f"{fpath}: its bytes changed since it was written (checksum). {REMEDY}"
         )
     for schema in range(header["schema"], SCHEMA):
         header = UPGRADES[schema](header)
@@ -89,27 +92,28 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
 
 
 def _is_whole(header: dict[str, tp.Any], payload: bytes) -> bool:
-    """Compares the checksum, and takes it out of the header."""
+    """Removes the checksum from the header and compares it."""
     if header["schema"] in OLD_KEYS:
         has_known_keys = header.keys() <= OLD_KEYS[header["schema"]]
-        said = header.pop("xxh3", None)
-        return has_known_keys and said in (None, xxhash.xxh3_128_hexdigest(payload))
-    said = header.pop("checksum", None)
-    return said == jsonfile.checksum(header, payload)
+        recorded = header.pop("xxh3", None)
+        return has_known_keys and recorded in (None, xxhash.xxh3_128_hexdigest(payload))
+    recorded = header.pop("checksum", None)
+    return recorded == jsonfile.checksum(header, payload)
 
 
 @beartype.beartype
 def kind(fpath: pathlib.Path) -> str | None:
-    """The kind that a checkpoint's header names; None where there is no such header (`read` then says why).
+    """Returns the kind in a checkpoint's header, or None if there is no kind or no file (`read` then explains
+    why).
 
-    The field's headers name none: they are SAEs.
+    Upstream headers have no kind: they are SAEs.
     """
     if not fpath.is_file():
         return None
     with fpath.open("rb") as fd:
         header = _parse_header(fpath, fd.readline(1 << 20))
-    said = header.get("kind")
-    return "sae" if field.is_field(header) else said if isinstance(said, str) else None
+    name = header.get("kind")
+    return "sae" if field.is_field(header) else name if isinstance(name, str) else None
 
 
 def _parse_header(fpath: pathlib.Path, line: bytes) -> dict[str, tp.Any]:
@@ -127,10 +131,12 @@ def _check_header(fpath: pathlib.Path, header: dict[str, tp.Any], wanted: Kind) 
     schema = header.get("schema")
     if header.get("lib") != "saev" or type(schema) is not int or schema not in known:
         raise errors.UserError(
-            f"{fpath}: checkpoint schema {header.get('schema', 'missing')!r} (lib {header.get('lib')!r}) is unknown to "
-            f"this version, which reads schemas {known[0]} to {SCHEMA} of lib 'saev'. Use the version that wrote it, or retrain."
+            f"{fpath}: checkpoint schema {header.get('schema', 'missing')!r} (lib "
+            f"{header.get('lib')!r}) is unknown to this version, which reads schemas {known[0]} to "
+            f"{SCHEMA} of lib 'saev'. Use the version that wrote it, or retrain."
         )
     if header.get("kind") != wanted:
         raise errors.UserError(
-            f"{fpath}: holds a {header.get('kind')!r}, but a {wanted!r} is needed here. Pass a file of that kind."
+            f"{fpath}: holds a {header.get('kind')!r}, but a {wanted!r} is needed here. "
+            "Pass a file of that kind."
         )

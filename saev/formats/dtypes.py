@@ -5,12 +5,13 @@ import numpy as np
 from jaxtyping import Float32, Shaped, jaxtyped
 
 STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
-"""How the bytes are seen by numpy, which has no bfloat16."""
+"""The NumPy types of the stored bytes. NumPy has no bfloat16, so its bits are stored as integers."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
 def encode(acts: Float32[np.ndarray, "*shape"], dtype: str) -> Shaped[np.ndarray, "*shape"]:
-    """Values as they are stored: rounded to the nearest, ties to even. Too large for float16 becomes infinite."""
+    """Converts values to their stored form, rounding to nearest, ties to even. Overflow of float16 gives
+    infinity."""
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(acts).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
@@ -20,7 +21,7 @@ def encode(acts: Float32[np.ndarray, "*shape"], dtype: str) -> Shaped[np.ndarray
 
 @jaxtyped(typechecker=beartype.beartype)
 def decode(stored: Shaped[np.ndarray, "*shape"], dtype: str) -> Float32[np.ndarray, "*shape"]:
-    """Inverse of `encode`; float32 is not copied."""
+    """Inverts `encode`. float32 is not copied."""
     if dtype == "bfloat16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32, copy=False)

@@ -1,7 +1,7 @@
-"""Headers of SAE checkpoints that other tools of the field wrote: schemas none and 1 to 5, brought to one form.
+"""Headers of upstream saev checkpoints: no schema, and schemas 1 to 5.
 
-Each schema is turned into the next by one function of a table; only the last is looked at. Values are
-checked when they are used, never trusted: the file may come from anywhere.
+A table holds one function per schema that upgrades a header to the next one; only the last is interpreted.
+Values are checked before use, because the file may come from anywhere.
 """
 
 import collections.abc
@@ -16,7 +16,7 @@ LAST = 5
 Header = dict[str, tp.Any]
 
 ACTIVATIONS = {"Relu": "relu", "TopK": "top-k", "BatchTopK": "batch-top-k"}
-"""Class -> its name in params."""
+"""Maps a class to its name in params."""
 KEYS = frozenset(["schema", "cls", "cfg", "commit", "lib"])
 CFG_KEYS = frozenset(
     """
@@ -24,13 +24,13 @@ CFG_KEYS = frozenset(
     seed sparsity_coeff use_ghost_grads
     """.split()  # noqa: SIM905
 )
-"""Of cfg: what concerns training alone."""
+"""Keys of cfg that matter only in training."""
 PARAM_KEYS = frozenset(["aux", "key", "kind", "momentum", "sparsity"])
-"""Of an activation's params: the same, and its name once more."""
+"""Keys of an activation's params that matter only in training or repeat its name."""
 
 
 class FieldSae(tp.NamedTuple):
-    """What a header says of its SAE. The encoder does not subtract b_dec: f = act(x W_enc + b_enc)."""
+    """The SAE that a header describes. Its encoder does not subtract b_dec: f = act(x W_enc + b_enc)."""
 
     schema: int
     activation: str
@@ -41,7 +41,7 @@ class FieldSae(tp.NamedTuple):
 
 
 def is_field(header: Header) -> bool:
-    """Is this a header of the field's, not one of ours?"""
+    """Is this the header of an upstream checkpoint?"""
     if header.get("lib") == "saev" or "kind" in header:
         return False
     if "schema" in header:
@@ -50,12 +50,12 @@ def is_field(header: Header) -> bool:
 
 
 def _from_none(header: Header) -> Header:
-    """The header was the config of a ReLU SAE."""
+    """Without a schema, the header was the config of a ReLU SAE."""
     return {"cls": "Relu", "cfg": header}
 
 
 def _from_1(header: Header) -> Header:
-    """The class was the activation's name, or that of a config that holds it."""
+    """In schema 1, the class was the activation's name, or the name of a config that holds it."""
     cfg = header["cfg"]
     if header["cls"] != "SparseAutoencoderConfig":
         params = {key: cfg[key] for key in ("top_k",) if key in cfg}
@@ -67,18 +67,19 @@ def _from_1(header: Header) -> Header:
 
 
 def _from_2(header: Header) -> Header:
-    """d_vit became d_model (for a day, already in schema 2)."""
+    """Schema 3 renamed d_vit to d_model. For one day schema 2 already used d_model."""
     return {"cfg": _renamed(dict(header["cfg"]), "d_vit", "d_model", 1)}
 
 
 def _from_4(header: Header) -> Header:
-    """The expansion factor became d_sae."""
+    """Schema 5 replaced the expansion factor by d_sae."""
     cfg = dict(header["cfg"])
     return {"cfg": _renamed(cfg, "exp_factor", "d_sae", cfg["d_model"])}
 
 
 def _renamed(cfg: Header, old: str, new: str, factor: int) -> Header:
-    """The old key's value, times a factor, under the new key; if both are there they must agree."""
+    """Moves the old key's value, times `factor`, to the new key. If both keys are present, they must
+    agree."""
     if old not in cfg:
         return cfg
     value = factor * cfg.pop(old)
@@ -91,17 +92,17 @@ UPGRADES: dict[int, collections.abc.Callable[[Header], Header]] = {
     0: _from_none,
     1: _from_1,
     2: _from_2,
-    3: dict,  # what 4 changed is not read
+    3: dict,  # schema 4 changed nothing that is read
     4: _from_4,
 }
 
 
 @beartype.beartype
 def upgrade(header: Header, fpath: pathlib.Path) -> FieldSae:
-    """What a field header says.
+    """Interprets an upstream header.
 
     Raises:
-        UserError: it lacks something, or says something that no such SAE has.
+        UserError: a key is missing or unknown, or a value is wrong.
     """
     schema = header.get("schema", 0)
     try:
@@ -127,7 +128,8 @@ def upgrade(header: Header, fpath: pathlib.Path) -> FieldSae:
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as err:
         what = f"{err} is missing" if isinstance(err, KeyError) else errors.first_line(err)
         raise errors.UserError(
-            f"{fpath}: its header (the field's schema {schema or 'none'}) cannot be read: {what}. Check where the file came from."
+            f"{fpath}: its header (upstream schema {schema or 'none'}) cannot be read: {what}. "
+            "Check where the file came from."
         ) from err
     return out
 

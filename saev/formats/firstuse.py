@@ -1,7 +1,8 @@
-"""Checksums of shards that came without checksums of pieces: taken once, on first use, and kept in the user's cache folder.
+"""Computes piece checksums for shards that lack them, on first use, and caches them in the user's cache
+folder.
 
-They are found again as long as the shard's path, size, modification time and inode, and the checksum that its dump recorded,
-stay the same. So a shard that is written anew is read anew, and one whose bytes change by themselves is refused.
+The cache key is the shard's path, size, modification time and inode, and the checksum that its dump recorded.
+So a rewritten shard is read again, and a shard whose bytes change silently is refused.
 """
 
 import collections.abc
@@ -17,7 +18,7 @@ from saev import errors, helpers
 logger = logging.getLogger("saev")
 
 N_SUM = 16
-"""Bytes of the checksum that ends a kept file."""
+"""Bytes of the checksum at the end of a cached file."""
 
 
 def cache_dpath() -> pathlib.Path:
@@ -30,10 +31,10 @@ def kept(
     recorded: str,
     take: collections.abc.Callable[[], bytes],
 ) -> bytes:
-    """The checksums of the shard `fpath` that `take` computes, or computed earlier.
+    """Returns the cached checksums of the shard `fpath`, or computes them with `take`.
 
     Args:
-        recorded: what its dump recorded of it; part of its name in the cache.
+        recorded: the checksum that the dump recorded, part of the cache key.
     """
     name = _name(fpath, recorded)
     kept_fpath = cache_dpath() / name
@@ -42,20 +43,22 @@ def kept(
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a cache that cannot be written
             lock_fpath = kept_fpath.with_name(f".{name}.lock")
-            stack.enter_context(helpers.locked(lock_fpath, f"it reads {fpath}"))
-        if (found := _read(kept_fpath)) is not None:  # by whom we waited for
+            stack.enter_context(helpers.locked(lock_fpath, f"it is reading {fpath}"))
+        if (found := _read(kept_fpath)) is not None:  # the process that held the lock wrote it
             return found
         taken = take()
         if _name(fpath, recorded) != name:
             raise errors.UserError(
-                f"{fpath}: changed while it was read. Run the command again when nobody writes to it."
+                f"{fpath}: changed while it was read. "
+                "Run the command again when no process writes to it."
             )
         try:
             with helpers.atomic(kept_fpath) as tmp_fpath:
                 tmp_fpath.write_bytes(taken + _sum(name, taken))
         except OSError as err:
             logger.warning(
-                "%s: its checksums cannot be kept in %s (%s), so each command reads it once more. Set XDG_CACHE_HOME to a folder that can be written.",
+                "%s: its checksums cannot be cached in %s (%s), so every command reads it in full. "
+                "Set XDG_CACHE_HOME to a writable folder.",
                 fpath,
                 cache_dpath(),
                 err.strerror,
@@ -70,7 +73,7 @@ def _name(fpath: pathlib.Path, recorded: str) -> str:
 
 
 def _read(kept_fpath: pathlib.Path) -> bytes | None:
-    """None where there is none, or a damaged one."""
+    """Returns the cached checksums, or None if they are missing or damaged."""
     try:
         data = kept_fpath.read_bytes()
     except OSError:

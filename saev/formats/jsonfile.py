@@ -1,8 +1,9 @@
-"""JSON from disk, read by a schema: the one door through which JSON files enter.
+"""Reads JSON files by a schema. All JSON from disk is read here.
 
-A schema is a type that msgspec understands: a dataclass, a msgspec.Struct, a TypedDict, `dict[str, int]`, or a type with
-bounds such as `Annotated[int, msgspec.Meta(ge=1, le=2**31)]`. What does not fit it (another type, a missing key, a number out
-of bounds, bytes that are not UTF-8, endless brackets, a bare NaN, a key that comes twice) is one UserError that names the file.
+A schema is a type that msgspec understands: a dataclass, a msgspec.Struct, a TypedDict, `dict[str, int]`, or
+a type with bounds such as `Annotated[int, msgspec.Meta(ge=1, le=2**31)]`. Anything else is a UserError that
+names the file: a wrong type, a missing or repeated key, a number out of bounds, bytes that are not UTF-8,
+deep nesting, a bare NaN.
 """
 
 import json
@@ -17,28 +18,29 @@ import xxhash
 from saev import errors, helpers
 
 SEALED, CHECKSUM = "sealed", "xxh3_128"
-"""Keys of files that carry their own checksum. Two, so that no single damaged one makes the file pass as an older one."""
+"""Keys of files that carry their own checksum. With two keys, damage to one cannot make a file pass as an
+older one."""
 MAX_BYTES = 2**28
-"""Larger files are refused before they are read; JSON Lines have a reader of their own."""
+"""Larger files are refused before they are read. (JSON Lines have their own reader.)"""
 
 
 def read(fpath: pathlib.Path, schema: tp.Any, remedy: str, max_bytes: int = MAX_BYTES) -> tp.Any:
     """Reads one JSON value.
 
     Args:
-        fpath: a regular file; a FIFO or a device would block, and is refused.
-        schema: what the value must be; unknown keys are ignored unless the schema forbids them.
-        remedy: one sentence that ends the error message: what the user should do.
+        fpath: a regular file. FIFOs and devices would block, so they are refused.
+        schema: the type of the value. Unknown keys are ignored unless the schema forbids them.
+        remedy: what the user should do: one sentence, the end of the error message.
 
     Raises:
-        UserError: the file is not a regular one, is larger than `max_bytes`, or does not hold what the schema asks for.
-        OSError: the file cannot be read (FileNotFoundError: there is none).
+        UserError: the file is not regular, is larger than `max_bytes`, or does not fit the schema.
+        OSError: the file cannot be read (FileNotFoundError if it does not exist).
     """
     return parse(read_bytes(fpath, remedy, max_bytes), schema, str(fpath), remedy)
 
 
 def read_bytes(fpath: pathlib.Path, remedy: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """The bytes of a regular file of bounded size. Raises as `read`."""
+    """Reads the bytes of a regular file of bounded size. Raises the same errors as `read`."""
     info = fpath.stat()
     if not stat.S_ISREG(info.st_mode):
         raise errors.UserError(f"{fpath}: is not a regular file. {remedy}")
@@ -58,7 +60,7 @@ def parse(data: bytes | str, schema: tp.Any, where: str, remedy: str) -> tp.Any:
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         obj = json.loads(
-            text, object_pairs_hook=_without_twins, parse_constant=_no_number, parse_float=_float
+            text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_float
         )
         return msgspec.convert(obj, schema, str_keys=True)
     except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as err:
@@ -67,29 +69,30 @@ def parse(data: bytes | str, schema: tp.Any, where: str, remedy: str) -> tp.Any:
 
 
 def parse_line(data: bytes | str, schema: tp.Any) -> tp.Any:
-    """Parses one JSON value without the search for keys that come twice: for files of millions of lines.
+    """Parses one JSON value quickly, without checking for repeated keys. For files of millions of lines.
 
     Raises:
-        ValueError, RecursionError, msgspec.MsgspecError: it does not fit. (`msgspec.ValidationError` is a ValueError.)
+        ValueError, RecursionError, msgspec.MsgspecError: it does not fit. (`msgspec.ValidationError` is a
+        ValueError.)
     """
     return msgspec.json.decode(data, type=schema)
 
 
 def dumps(obj: object, indent: int = 0) -> str:
-    """JSON text; NaN and infinities become null, because JSON has neither. indent 0: one line, without spaces."""
+    """Returns JSON text. NaN and infinities become null. An indent of 0 gives one line without spaces."""
     try:
         text = msgspec.json.encode(obj)
         return (msgspec.json.format(text, indent=indent) if indent else text).decode()
-    except UnicodeEncodeError:  # a file name that is not UTF-8 (surrogates): \udcXX in ASCII
+    except UnicodeEncodeError:  # a file name that is not UTF-8: escape its surrogates as \udcXX
         plain = _with_nulls(msgspec.to_builtins(obj))
         return json.dumps(plain, indent=indent or None, separators=None if indent else (",", ":"))
 
 
-# ---- files that later commands believe ----
+# ---- files with a checksum of their own ----
 
 
 def seal(obj: dict[str, object]) -> str:
-    """JSON text that carries the checksum of its own values (SEALED, CHECKSUM), for `read_sealed`. A user may reformat it."""
+    """Returns JSON text with a checksum of its own values, for `read_sealed`. Reformatting keeps it valid."""
     plain = json.loads(dumps({**obj, SEALED: 1}))
     return json.dumps(plain | {CHECKSUM: checksum(plain)}, indent=4)
 
@@ -104,30 +107,30 @@ def read_sealed(
     """Reads what `seal` wrote.
 
     Args:
-        old: take a file without both keys, as older versions wrote it.
+        old: accept files of older versions, which have neither key.
 
     Raises:
-        UserError, OSError: as `read`; also values that are not those that were written.
+        UserError, OSError: as `read`; also if the values changed since they were written.
     """
     data = read_bytes(fpath, remedy, max_bytes)
     obj = parse(data, dict[str, tp.Any], str(fpath), remedy)
-    said, is_sealed = obj.pop(CHECKSUM, None), SEALED in obj
-    is_old = old and said is None and not is_sealed
-    if not is_old and (not is_sealed or said != checksum(obj)):
+    recorded, is_sealed = obj.pop(CHECKSUM, None), SEALED in obj
+    is_old = old and recorded is None and not is_sealed
+    if not is_old and (not is_sealed or recorded != checksum(obj)):
         raise errors.UserError(
-            f"{fpath}: its values are not those that were written (checksum). {remedy}"
+            f"{fpath}: its values changed since they were written (checksum). {remedy}"
         )
     obj.pop(SEALED, None)
     try:
         return msgspec.convert(obj, schema, str_keys=True)
-    except ValueError as err:  # msgspec's, or of half a character (a lone surrogate)
+    except ValueError as err:  # from msgspec, or for a lone surrogate
         raise errors.UserError(
             f"{fpath}: cannot be read ({errors.first_line(err)}). {remedy}"
         ) from err
 
 
 def checksum(obj: dict[str, tp.Any], payload: bytes = b"") -> str:
-    """XXH3-128 of an object's canonical JSON and of bytes that follow it."""
+    """Returns the XXH3-128 of an object's canonical JSON, a line feed, and `payload`."""
     digest = xxhash.xxh3_128(helpers.canonical_json(obj).encode() + b"\n")
     digest.update(payload)
     return digest.hexdigest()
@@ -141,16 +144,16 @@ def _with_nulls(obj: object) -> object:
     return None if isinstance(obj, float) and not math.isfinite(obj) else obj
 
 
-def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     out = dict(pairs)
     if len(out) < len(pairs):
         keys = [key for key, _ in pairs]
-        twin = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twin!r} comes twice")
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated!r} is repeated")
     return out
 
 
-def _no_number(token: str) -> tp.NoReturn:
+def _refuse_constant(token: str) -> tp.NoReturn:
     raise ValueError(f"{token} is not JSON")
 
 

@@ -1,4 +1,5 @@
-"""metadata.json of a shard directory: our own protocol and the field's older and newer ones, under one set of names."""
+"""metadata.json of a shard directory: our protocol and older and newer upstream ones, under one set of
+names."""
 
 import dataclasses
 import json
@@ -13,7 +14,8 @@ from saev.formats import jsonfile
 
 PROTOCOL = "1.0.0"
 PROTOCOL_HALF = "1.0.1"
-"""Of dtypes other than float32, so that a reader that knows 1.0.0 alone refuses them instead of misreading the bytes."""
+"""Protocol of dtypes other than float32. A reader that knows only 1.0.0 refuses it instead of misreading the
+bytes."""
 READABLE = ("1.0", "1.1", "2.0", "2.1")
 """Protocols (major.minor) whose acts files have the same layout."""
 ALIASES = {
@@ -24,11 +26,12 @@ ALIASES = {
     "n_patches_per_img": ("patches_per_ex", "content_tokens_per_example"),
     "max_patches_per_shard": ("patches_per_shard", "max_tokens_per_shard"),
 }
-"""Our name of a key -> what 1.1 and 2.x call it."""
+"""Maps our names of keys to those of protocols 1.1 and 2.x."""
 AGAIN = "Dump the directory again."
 Layer = tp.Annotated[int, msgspec.Meta(ge=0, le=10_000)]
 Count = tp.Annotated[int, msgspec.Meta(ge=1, le=2**20)]
-"""Of patches and of width. Larger numbers in a file are damage; they would make readers reserve terabytes."""
+"""Number of patches or dimensions. Larger numbers mean a damaged file and would make readers allocate
+terabytes."""
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -46,7 +49,7 @@ class Metadata:
     n_imgs: tp.Annotated[int, msgspec.Meta(ge=1, le=2**32)]
     max_patches_per_shard: tp.Annotated[int, msgspec.Meta(ge=1, le=2**48)]
     data: dict[str, object] | str
-    """The dataset's config. In 2.x a pickle in base64: an opaque string that nobody decodes."""
+    """The dataset's config. In 2.x it is a pickle in base64, which is never decoded."""
     dtype: str = "float32"
     protocol: str = PROTOCOL
 
@@ -56,11 +59,12 @@ class Metadata:
                 f"dtype {self.dtype!r} is not supported (supported: {', '.join(ITEM_BYTES)})."
             )
         if len(set(self.layers)) < len(self.layers):
-            raise errors.UserError(f"layers {self.layers} name a layer twice.")
+            raise errors.UserError(f"layers {self.layers} repeat a layer.")
         if self.imgs_per_shard < 1:
             raise errors.UserError(
-                f"--max-patches-per-shard {self.max_patches_per_shard} holds not one image "
-                f"({self.n_tokens} tokens x {len(self.layers)} layers). Pass at least {self.n_tokens * len(self.layers)}."
+                f"--max-patches-per-shard {self.max_patches_per_shard} is smaller than one image "
+                f"({self.n_tokens} tokens x {len(self.layers)} layers). "
+                f"Pass at least {self.n_tokens * len(self.layers)}."
             )
 
     @property
@@ -86,16 +90,16 @@ class Metadata:
 
     @property
     def shard_bytes(self) -> int:
-        """Size of every acts file that we write, padding of the last one included."""
+        """Size in bytes of every acts file that we write, including the padding of the last one."""
         return self.img_bytes * self.imgs_per_shard
 
     @property
     def hash(self) -> str:
-        """Full sha256 hex digest of the canonical JSON: the directory's name (of protocol 1.0)."""
+        """The full sha256 hex digest of the canonical JSON: the directory's name in protocol 1.0."""
         return helpers.hash_of(self._fields())
 
     def imgs_in(self, shard_i: int) -> range:
-        """Image numbers that shard `shard_i` holds."""
+        """Returns the numbers of the images in shard `shard_i`."""
         n = self.imgs_per_shard
         return range(shard_i * n, min((shard_i + 1) * n, self.n_imgs))
 
@@ -110,7 +114,8 @@ class Metadata:
         """Parses metadata.json of any readable protocol.
 
         Raises:
-            UserError: not JSON, another protocol or dtype, or missing keys or values of a wrong type or size; names them.
+            UserError: it is not JSON, its protocol or dtype is not supported, or keys are missing or have
+                wrong values (named).
         """
         obj = jsonfile.parse(data, dict[str, object], str(fpath), AGAIN)
         if "protocol" not in obj:  # June 2025: float32 without saying so
@@ -118,14 +123,15 @@ class Metadata:
         protocol = obj["protocol"]
         if not isinstance(protocol, str) or ".".join(protocol.split(".")[:2]) not in READABLE:
             raise errors.UserError(
-                f"{fpath}: shard protocol {protocol!r} is not supported (supported: {', '.join(READABLE)}). Dump the activations again."
+                f"{fpath}: shard protocol {protocol!r} is not supported "
+                f"(supported: {', '.join(READABLE)}). Dump the activations again."
             )
         our_name = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
         renamed = {our_name.get(key, key): value for key, value in obj.items()}
         if len(renamed) < len(obj):
-            twins = sorted(key for key in obj if our_name.get(key) in obj)
+            repeated = sorted(key for key in obj if our_name.get(key) in obj)
             raise errors.UserError(
-                f"{fpath}: {', '.join(twins) or 'a key'} is there under two names. {AGAIN}"
+                f"{fpath}: {', '.join(repeated) or 'a key'} appears under two names. {AGAIN}"
             )
         names = {f.name for f in dataclasses.fields(cls)}
         if missing := sorted(names - renamed.keys()):
@@ -141,5 +147,5 @@ class Metadata:
 
 @beartype.beartype
 def stored_as(dtype: str) -> dict[str, tp.Any]:
-    """The fields `dtype` and `protocol` of a new dump."""
+    """Returns the fields `dtype` and `protocol` of a new dump."""
     return {"dtype": dtype, "protocol": PROTOCOL if dtype == "float32" else PROTOCOL_HALF}

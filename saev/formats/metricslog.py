@@ -1,6 +1,7 @@
-"""metrics.jsonl: one JSON object a line, numbers by their names, with the checksum of the line's own values.
+"""metrics.jsonl: one JSON object of named numbers per line, with a checksum of the line's values.
 
-Lines of older versions have no checksum, and no other text either: a line with a text under another name is damaged.
+Lines of older versions have no checksum and only numbers. A line without a checksum but with a string is
+damaged.
 """
 
 import collections.abc
@@ -16,21 +17,21 @@ Metrics = dict[str, float | int | None]
 
 @beartype.beartype
 def line(metrics: collections.abc.Mapping[str, object]) -> str:
-    """A line, without the newline. NaN and infinities become null."""
+    """Returns a line without the newline. NaN and infinities become null."""
     plain = json.loads(jsonfile.dumps(dict(metrics)))
     return jsonfile.dumps(plain | {jsonfile.CHECKSUM: jsonfile.checksum(plain)})
 
 
 @beartype.beartype
 def parse(text: str | bytes) -> Metrics | None:
-    """A line's metrics; None where it is damaged or cut."""
+    """Returns a line's metrics, or None if it is damaged or truncated."""
     try:
         obj = jsonfile.parse_line(text, dict[str, float | int | str | None])
     except (ValueError, RecursionError, msgspec.MsgspecError):
         return None
-    said = obj.pop(jsonfile.CHECKSUM, None)
-    if said is None:  # as older versions wrote it
+    recorded = obj.pop(jsonfile.CHECKSUM, None)
+    if recorded is None:  # written by an older version
         is_right = not any(isinstance(value, str) for value in obj.values())
     else:
-        is_right = said == jsonfile.checksum(obj)
+        is_right = recorded == jsonfile.checksum(obj)
     return obj if is_right else None

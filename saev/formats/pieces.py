@@ -1,8 +1,8 @@
-"""Checksums of the pieces of a shard, so that whoever reads a part of it can compare what it read.
+"""Checksums of the pieces of a shard, so that a reader of a part of the shard can verify it.
 
-A piece is a run of neighbouring patches of one image and layer, about PIECE_BYTES long; [CLS] is a piece of its own. The
-pieces follow from the metadata alone. acts000000.xxh3 holds the XXH3 checksum (64 bits, big-endian) of each piece of
-acts000000.bin, in the order of the file. Padding belongs to no piece.
+A piece is a run of neighbouring patches of one image and layer, about PIECE_BYTES long; [CLS] is a separate
+piece. The metadata determine the pieces. acts000000.xxh3 holds the XXH3 checksum (64 bits, big-endian) of
+each piece of acts000000.bin, in file order. Padding belongs to no piece.
 """
 
 import bisect
@@ -15,9 +15,10 @@ import xxhash
 from saev.formats.metadata import Metadata
 
 PIECE_BYTES = 64 * 2**10
-"""Pieces are about so long: each is read whole, so longer ones make small reads dear, and shorter ones take more memory."""
+"""Approximate size of a piece. Pieces are read whole, so longer ones slow down small reads; shorter ones need
+more memory for checksums."""
 SUM_BYTES = 8
-"""Of one piece's checksum."""
+"""Size of a piece's checksum."""
 
 
 class Piece(tp.NamedTuple):
@@ -31,9 +32,9 @@ class Piece(tp.NamedTuple):
 
 
 class Pieces:
-    """How the shards of a directory are cut into pieces. Pieces of a shard are numbered in the order of the file.
+    """Divides the shards of a directory into pieces, numbered in file order within each shard.
 
-    n_patches: patches of a piece; the last piece of an image and layer may hold fewer.
+    n_patches: patches per piece. The last piece of an image and layer may hold fewer.
     """
 
     def __init__(self, metadata: Metadata):
@@ -45,16 +46,16 @@ class Pieces:
         self._row_bytes = metadata.n_tokens * metadata.token_bytes  # of one image and layer
         self._n_per_row = len(starts)
         self.max_bytes = self.n_patches * metadata.token_bytes
-        """Of the longest piece."""
+        """Size of the longest piece."""
         self.n_per_img = len(metadata.layers) * self._n_per_row
 
     def start(self, i: int) -> int:
-        """Offset of a piece; that of the piece after the last is the end of the images."""
+        """Returns the offset of a piece. For the piece after the last, it is the end of the images."""
         row, i = divmod(i, self._n_per_row)
         return row * self._row_bytes + self._starts[i]
 
     def around(self, offset: int, length: int) -> range:
-        """The pieces that hold these bytes."""
+        """Returns the pieces that hold these bytes."""
         return range(self._at(offset), self._at(offset + length - 1) + 1)
 
     def _at(self, offset: int) -> int:
@@ -62,7 +63,7 @@ class Pieces:
         return row * self._n_per_row + bisect.bisect_right(self._starts, at) - 1
 
     def sums(self, data: memoryview, pieces: range) -> bytes:
-        """Checksums of consecutive pieces, whose bytes are `data`."""
+        """Returns the checksums of consecutive pieces with the bytes `data`."""
         first = self.start(pieces.start)
         cuts = [self.start(i) - first for i in pieces]
         return b"".join(
@@ -71,7 +72,7 @@ class Pieces:
         )
 
     def differing(self, have: bytes, want: bytes, first: int = 0) -> list[Piece]:
-        """The pieces from number `first` on whose checksums differ; neighbours are joined."""
+        """Returns the pieces from `first` on whose checksums differ. Neighbours are merged."""
         out: list[Piece] = []
         for at in range(0, len(want), SUM_BYTES):
             if have[at : at + SUM_BYTES] != want[at : at + SUM_BYTES]:

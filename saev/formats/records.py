@@ -1,4 +1,4 @@
-"""images.jsonl and shards.json of a shard directory: which images it holds, and which shards are there."""
+"""images.jsonl and shards.json of a shard directory: its images and its complete shards."""
 
 import collections.abc
 import json
@@ -22,14 +22,14 @@ class Record(tp.NamedTuple):
 
 
 class _Line(msgspec.Struct):
-    """A record as JSON has it."""
+    """A record in JSON."""
 
     path: str
     label: str
 
 
 def dumps(records: list[Record]) -> str:
-    """In ASCII: names may hold line separators, or bytes that are not UTF-8 (Python's surrogates)."""
+    """Returns ASCII text, because names may hold line separators or surrogates (bytes that are not UTF-8)."""
     return "".join(json.dumps(r._asdict()) + "\n" for r in records)
 
 
@@ -37,7 +37,8 @@ def loads(data: bytes, fpath: pathlib.Path, n_imgs: int) -> list[Record]:
     """Parses images.jsonl.
 
     Raises:
-        UserError: not a record for each image, or a path that leaves the dataset's root; names the line.
+        UserError: the number of records is wrong, a line is damaged, or a path leaves the dataset's root
+            (line named).
     """
     try:
         lines = msgspec.json.Decoder(_Line).decode_lines(data)
@@ -61,12 +62,12 @@ def _one_by_one(data: bytes, fpath: pathlib.Path) -> collections.abc.Iterator[Re
 
 
 def leaves(path: str) -> bool:
-    """Does a path, relative to some folder, lead out of it (or nowhere)?"""
+    """Does a relative path leave its folder? Empty paths and NUL count too."""
     return not path or path.startswith("/") or ".." in path.split("/") or "\0" in path
 
 
 class _Entry(msgspec.Struct):
-    """A shard in shards.json; other tools count examples."""
+    """A shard in shards.json. Other tools write n_examples."""
 
     name: str
     n_imgs: int | None = None
@@ -74,7 +75,7 @@ class _Entry(msgspec.Struct):
 
 
 def read_index(fpath: pathlib.Path, metadata: Metadata) -> list[int]:
-    """Numbers of the shards that shards.json lists.
+    """Returns the numbers of the shards in shards.json.
 
     Raises:
         UserError: it cannot be read, lists a shard twice, or does not fit metadata.json.
@@ -84,15 +85,16 @@ def read_index(fpath: pathlib.Path, metadata: Metadata) -> list[int]:
         match = re.fullmatch(r"acts([0-9]{6,12})\.bin", entry.name)
         n_imgs = entry.n_examples if entry.n_imgs is None else entry.n_imgs
         if not match or n_imgs is None:
-            raise errors.UserError(f"{fpath}: cannot be read (an entry {entry}). {AGAIN}")
+            raise errors.UserError(f"{fpath}: cannot be read (entry {entry}). {AGAIN}")
         shard_i = int(match[1])
         if n_imgs == 0 and shard_i >= metadata.n_shards:  # other tools end with an empty shard
             continue
         if n_imgs != (want := len(metadata.imgs_in(shard_i))):
             raise errors.UserError(
-                f"{fpath}: shard {shard_i} holds {n_imgs} images, but metadata.json gives it {want}. {AGAIN}"
+                f"{fpath}: shard {shard_i} holds {n_imgs} images, "
+                f"but {want} according to metadata.json. {AGAIN}"
             )
         if out and shard_i <= out[-1]:
-            raise errors.UserError(f"{fpath}: shard {shard_i} is not in its place. {AGAIN}")
+            raise errors.UserError(f"{fpath}: shard {shard_i} is out of order. {AGAIN}")
         out.append(shard_i)
     return out

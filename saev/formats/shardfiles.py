@@ -1,4 +1,4 @@
-"""The files of one shard directory: their names, and what can be said of them without reading what they mean."""
+"""The files of one shard directory: names, sizes and checksums."""
 
 import collections.abc
 import functools
@@ -14,12 +14,12 @@ from saev.formats.metadata import Metadata
 from saev.formats.pieces import Pieces
 
 READ_BYTES = 2**20
-"""A shard is read whole in portions of about this size."""
+"""Approximate size of the portions in which a whole shard is read."""
 MAX_BYTES = 2**34
-"""Of images.jsonl."""
+"""Largest images.jsonl."""
 REMEDY = "Run the same `python -m saev.data` command again; it continues."
 TABLES = ("images.jsonl", "transform.json", "metadata.json")
-"""The files about all images. metadata.json is written last: with it the directory is a shard directory."""
+"""The files about all images. metadata.json is written last and makes the directory a shard directory."""
 
 
 @beartype.beartype
@@ -58,7 +58,7 @@ class ShardFiles:
 
     @functools.cached_property
     def tables(self) -> dict[str, str]:
-        """XXH3 (128 bits, hex) of each of TABLES that is there."""
+        """XXH3 (128 bits, hex) of each existing file of TABLES."""
         fpaths = {name: self.dpath / name for name in TABLES}
         return {
             name: xxhash.xxh3_128_hexdigest(jsonfile.read_bytes(fpath, REMEDY, MAX_BYTES))
@@ -67,14 +67,14 @@ class ShardFiles:
         }
 
     def n_bytes(self, shard_i: int) -> int:
-        """Of a shard's images, without padding."""
+        """Returns the size of a shard's images, without padding."""
         return len(self.metadata.imgs_in(shard_i)) * self.metadata.img_bytes
 
     def n_pieces(self, shard_i: int) -> int:
         return len(self.metadata.imgs_in(shard_i)) * self.pieces.n_per_img
 
     def size_problem(self, shard_i: int) -> str | None:
-        """What is wrong with a shard file's presence and size."""
+        """Describes why a shard file is missing, unreadable or too short; None if it is fine."""
         fpath, n_bytes = self.acts_fpath(shard_i), self.n_bytes(shard_i)
         try:
             info = fpath.stat()
@@ -88,7 +88,8 @@ class ShardFiles:
         return None if size >= n_bytes else f"{fpath} is truncated ({size} of {n_bytes} bytes)"
 
     def checksums(self, shard_i: int) -> tuple[bytes, str]:
-        """Reads a shard whole: checksums of its pieces, and XXH3 (128 bits, hex) of all its images' bytes.
+        """Reads a whole shard. Returns its pieces' checksums and the XXH3 (128 bits, hex) of its images'
+        bytes.
 
         Raises:
             OSError: it cannot be read.
@@ -100,7 +101,7 @@ class ShardFiles:
         return bytes(sums), whole.hexdigest()
 
     def _portions(self, shard_i: int) -> collections.abc.Iterator[tuple[range, memoryview]]:
-        """Consecutive pieces of a shard, and their bytes; a file that ends early gives shorter ones."""
+        """Yields runs of consecutive pieces and their bytes. A truncated file gives fewer bytes."""
         n, longest = self.n_pieces(shard_i), self.pieces.max_bytes
         step = max(1, READ_BYTES // longest)
         buffer = memoryview(bytearray(min(step, n) * longest))
@@ -114,8 +115,8 @@ class ShardFiles:
                 yield portion, buffer[:at]
 
     def complete_shards(self) -> list[int]:
-        """Numbers of the shards that were written to their end, by the names in the directory."""
-        names = set(os.listdir(self.dpath))  # noqa: PTH208  (names only, thousands of them)
+        """Returns the numbers of the complete shards, judged by file names."""
+        names = set(os.listdir(self.dpath))  # noqa: PTH208  (thousands of names)
         return [
             i
             for i in range(self.metadata.n_shards)

@@ -1,23 +1,25 @@
-"""Activation shards: the one owner of the directory's contents and checks. docs/formats.md describes the files byte by byte.
+"""Activation shards: all access to shard directories goes through here. docs/formats.md describes the files
+in full.
 
     <dump_to>/<HASH>/
         metadata.json    what was dumped (`metadata.Metadata`); HASH is the sha256 of its canonical JSON
         shards.json      [{"name": "acts000000.bin", "n_imgs": 937}, ...], the complete shards in order
-        acts000000.bin   C-contiguous little-endian (images, layers, tokens, d_vit); the last one is zero-padded
+        acts000000.bin   C-contiguous little-endian (images, layers, tokens, d_vit); the last one is
+        zero-padded
 
-    and, to be ignored by readers that know protocol 1.0.0 alone:
-        images.jsonl     per image, in order, {"path": ..., "label": ...}; path is relative to the dataset's root
-        transform.json   how an image became the ViT's input (for heat maps)
-        acts000000.xxh3  checksums of the pieces of the shard (`pieces.Pieces`)
-        acts000000.json  checksums of the shard, of its .xxh3 and of the three files about all images; skipped images
-        complete.json    the same of all shards
+    and files that readers of plain protocol 1.0.0 ignore:
+        images.jsonl     per image, in order, {"path": ..., "label": ...}; path is relative to the dataset's
+        root transform.json   how an image became the ViT's input (for heat maps) acts000000.xxh3  checksums
+        of the pieces of the shard (`pieces.Pieces`) acts000000.json  checksums of the shard, of its .xxh3 and
+        of the three files about all images; skipped images complete.json    the same for all shards
 
-A shard is complete when its acts000000.json is there: that is written last. The directory is complete when
-shards.json lists all of metadata.json's images. Any number of processes may write different shards at a time.
-The activations of skipped images are zero.
+A shard is complete once its acts000000.json exists, because that is written last. The directory is complete
+when shards.json lists all images of metadata.json. Several processes may write different shards at the same
+time. The activations of skipped images are zero.
 
-The checksums form a tree: complete.json (or acts000000.json) is covered by its own and has those of the other files,
-acts000000.xxh3 has those of the pieces. Whoever reads activations compares them with the tree, whose root is `fingerprint`.
+The checksums form a tree. complete.json (or acts000000.json) holds its own checksum and those of the other
+files; acts000000.xxh3 holds those of the pieces. Every reader compares activations with this tree, whose root
+is `fingerprint`.
 """
 
 import concurrent.futures
@@ -55,22 +57,23 @@ __all__ = [
 
 DUMP_ANEW = "Delete it and its .json, and run the same `python -m saev.data` command again."
 N_THREADS = 4
-"""Threads that take checksums on first use."""
+"""Threads that compute checksums on first use."""
 
 
 @beartype.beartype
 class ShardDir(WritableShards):
-    """One shard directory, complete or being written. Nobody else joins its paths."""
+    """One shard directory, complete or being written. Its paths are built only here."""
 
     has_index = True
     """June 2025's directories have no shards.json (and no protocol in metadata.json)."""
 
     @classmethod
     def open(cls, dpath: pathlib.Path | str, *, partial: bool = False) -> "ShardDir":
-        """Opens a complete directory; with `partial` also one whose dump was interrupted.
+        """Opens a complete directory or, with `partial`, also one whose dump was interrupted.
 
         Raises:
-            UserError: no such directory, not a shard directory, incomplete, a damaged file, or a shard file missing or truncated.
+            UserError: there is no such directory, or it is not a shard directory, is incomplete, or has a
+                missing, truncated or damaged file.
         """
         shards = cls.look(dpath)
         if not partial:
@@ -84,15 +87,16 @@ class ShardDir(WritableShards):
 
     @classmethod
     def look(cls, dpath: pathlib.Path | str) -> "ShardDir":
-        """Opens a directory without asking whether its shards are there and whole.
+        """Opens a directory without checking that its shards are complete.
 
         Raises:
-            UserError: no such directory, not a shard directory, or metadata.json is damaged.
+            UserError: there is no such directory, it is not a shard directory, or metadata.json is damaged.
         """
         dpath = fields.path(dpath)
         if not dpath.is_dir():
             raise errors.UserError(
-                f"{dpath}: no such shard directory. Pass the directory that `python -m saev.data` printed."
+                f"{dpath}: no such shard directory. "
+                "Pass the directory that `python -m saev.data` printed."
             )
         fpath = dpath / "metadata.json"
         if not fpath.exists():
@@ -108,23 +112,24 @@ class ShardDir(WritableShards):
         shards._check_metadata(data)
         return shards
 
-    # ---- which files are right ----
+    # ---- checks ----
 
     @functools.cached_property
     def is_ours(self) -> bool:
-        """Did saev write it? Other tools write no such files."""
+        """Did saev write this directory? Other tools do not write these files."""
         fpaths = (self.images_fpath, self.transform_fpath, self.complete_fpath)
         return any(fpath.exists() for fpath in fpaths)
 
     @property
     def remedy(self) -> str:
-        """What to do about a damaged shard."""
+        """What the user should do about a damaged shard."""
         return DUMP_ANEW if self.is_ours else "Restore it, or dump it again."
 
     def _check_metadata(self, data: bytes) -> None:
-        """Compares metadata.json (`data`) with its recorded checksum or, where none is recorded, with the directory's name.
+        """Compares metadata.json (`data`) with its recorded checksum or, without one, with the directory's
+        name.
 
-        Other tools name their directories by this hash too, but people rename them.
+        Other tools also name directories by this hash, but users rename them.
         """
         obj = json.loads(data)
         self.has_index = "protocol" in obj
@@ -134,12 +139,14 @@ class ShardDir(WritableShards):
         is_hash = re.fullmatch("[0-9a-f]{64}", name) and self.metadata.protocol.startswith("1.0")
         if name != right and (self.is_ours or (is_hash and self.has_index)):
             raise errors.UserError(
-                f"{self.dpath}: its name is not the hash of its metadata.json, so one of them was changed. If you renamed the directory, "
-                f"name it {right} again (a symbolic link to it may have any name); else dump it again."
+                f"{self.dpath}: its name is not the hash of its metadata.json, so one of them was "
+                f"changed. If you renamed the directory, name it {right} again "
+                "(a symbolic link to it may have any name); else dump it again."
             )
 
     def _any_files(self) -> dict[str, str]:
-        """Checksums of the files about all images, from complete.json or a shard's sidecar; none in older dumps."""
+        """Reads the checksums of the files about all images from complete.json or a sidecar. Older dumps have
+        none."""
         if self.complete_fpath.exists():
             return Complete.loads(self.complete_fpath).files
         fpath = next(iter(sorted(self.dpath.glob("acts*.json"))), None)
@@ -148,21 +155,23 @@ class ShardDir(WritableShards):
     def _compare(self, name: str, data: bytes, recorded: dict[str, str]) -> None:
         if xxhash.xxh3_128_hexdigest(data) != recorded.get(name):
             raise errors.UserError(
-                f"{self.dpath / name}: differs from its checksum. Restore it, or dump the directory again."
+                f"{self.dpath / name}: differs from its checksum. "
+                "Restore it, or dump the directory again."
             )
 
     def _check_complete(self) -> None:
         found = sum(len(self.metadata.imgs_in(i)) for i in self.shard_is)
         is_listed = self.shards_fpath.exists() or not self.has_index
         if found != self.metadata.n_imgs or not is_listed:
+            remedy = REMEDY if self.is_ours else "Finish it with the tool that wrote it."
             raise errors.UserError(
                 f"{self.dpath}: incomplete dump: {found} of {self.metadata.n_imgs} images. "
-                f"{REMEDY if self.is_ours else 'Finish it with the tool that wrote it.'} (To read what is there: --data.partial.)"
+                f"{remedy} (Or read the existing images with --data.partial.)"
             )
 
     @functools.cached_property
     def shard_is(self) -> list[int]:
-        """Numbers of the complete shards, rising.
+        """Numbers of the complete shards, in rising order.
 
         Raises:
             UserError: shards.json cannot be read, or does not fit metadata.json.
@@ -172,17 +181,17 @@ class ShardDir(WritableShards):
         return [] if self.is_ours else self._unlisted()
 
     def _unlisted(self) -> list[int]:
-        """Shards of another tool's directory without shards.json: it wrote in order, so all files but the last are complete.
+        """Finds the complete shards of another tool's directory without shards.json.
 
-        June 2025's last file is complete if the last image's activations are not all zero: files were made in full size,
-        then filled.
+        That tool writes in order, so all files but the last are complete. In June 2025 it created files at
+        full size and then filled them, so there the last file is complete if its last image is not all zero.
         """
         found = [p for p in self.dpath.glob("acts*.bin") if re.fullmatch(r"acts\d{6,12}", p.stem)]
         shard_is = sorted(int(p.stem[4:]) for p in found)
         shard_is = [i for i in shard_is if i < self.metadata.n_shards]
         if shard_is != list(range(len(shard_is))):
             raise errors.UserError(
-                f"{self.dpath}: acts files are missing between others. Restore them."
+                f"{self.dpath}: the numbers of its acts files have gaps. Restore the missing files."
             )
         is_all = len(shard_is) == self.metadata.n_shards and not self.size_problem(shard_is[-1])
         if self.has_index or not is_all:
@@ -193,10 +202,10 @@ class ShardDir(WritableShards):
 
     @functools.cached_property
     def sidecars(self) -> dict[int, Sidecar]:
-        """Checksums and skipped images of each complete shard; empty when another tool made the dump.
+        """Checksums and skipped images of each complete shard. Empty if another tool wrote the directory.
 
         Raises:
-            UserError: one is missing or damaged, or they do not fit the directory.
+            UserError: a sidecar is missing or damaged, or does not fit the directory.
         """
         if not self.is_ours:
             return {}
@@ -218,7 +227,7 @@ class ShardDir(WritableShards):
         return out
 
     def _all_sidecars(self) -> dict[int, Sidecar]:
-        """What complete.json says of each shard."""
+        """Reads all sidecars from complete.json."""
         complete = Complete.loads(self.complete_fpath)
         names = {self.acts_fpath(i).name: i for i in self.shard_is}
         skipped: dict[int, list[Skipped]] = {i: [] for i in self.shard_is}
@@ -246,19 +255,21 @@ class ShardDir(WritableShards):
     # ---- checksums ----
 
     def sums(self, shard_i: int) -> bytes:
-        """Checksums of a shard's pieces, one after the other.
+        """Returns the concatenated checksums of a shard's pieces.
 
-        A shard without .xxh3 is read whole, once (`firstuse`), and compared with what was recorded of it.
+        A shard without .xxh3 is read in full once (`firstuse`) and compared with its recorded checksum, if
+        any.
 
         Raises:
-            UserError: they are damaged, or the shard is.
+            UserError: the checksums or the shard are damaged.
         """
         sidecar, fpath = self.sidecars.get(shard_i), self.sums_fpath(shard_i)
         if sidecar and sidecar.pieces and fpath.exists():
             sums = jsonfile.read_bytes(fpath, REMEDY, SUM_BYTES * self.n_pieces(shard_i))
             if xxhash.xxh3_128_hexdigest(sums) != sidecar.pieces:
                 raise errors.UserError(
-                    f"{fpath}: differs from its checksum. Delete it: it is made again from the shard, which has a checksum of its own."
+                    f"{fpath}: differs from its checksum. "
+                    "Delete it: it is recomputed from the shard, which has its own checksum."
                 )
             return sums
         recorded = sidecar.xxh3_128 if sidecar else ""
@@ -270,29 +281,32 @@ class ShardDir(WritableShards):
         sums, xxh3_128 = self.checksums(shard_i)
         if recorded not in ("", xxh3_128):
             raise errors.UserError(
-                f"{self.acts_fpath(shard_i)}: differs from its checksum (bytes 0 to {self.n_bytes(shard_i) - 1:,}). {self.remedy}"
+                f"{self.acts_fpath(shard_i)}: differs from its checksum "
+                f"(bytes 0 to {self.n_bytes(shard_i) - 1:,}). {self.remedy}"
             )
         return sums
 
     def _root(self, shard_i: int) -> str:
-        """Checksum of a shard's checksums."""
+        """Returns the checksum of a shard's piece checksums."""
         sidecar = self.sidecars.get(shard_i)
         if sidecar and sidecar.pieces:
             return sidecar.pieces
         return xxhash.xxh3_128_hexdigest(self.sums(shard_i))
 
     def differs(self, shard_i: int, piece: Piece) -> errors.UserError:
-        """The error for bytes that are not as they were dumped (or, without recorded checksums, as they were on first use)."""
+        """Returns the error for bytes that changed since the dump (without recorded checksums: since the
+        first use)."""
         fpath, remedy = self.acts_fpath(shard_i), self.remedy
         if not self.is_ours:
-            remedy += " If they are right now and were wrong when they were first read, `touch` it."
+            remedy += " If they are right now and were wrong on first use, `touch` the file."
         return errors.UserError(f"{fpath}: {piece} differ from their checksum. {remedy}")
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of what the directory says and holds: results that are kept under it are found again only for the same activations.
+        """A hash of the directory's contents. Results cached under it are reused only for the same
+        activations.
 
-        It is made of the checksums that readers compare. Raises as `sums`.
+        It combines the checksums that readers compare. Raises the same errors as `sums`.
         """
         todo = [i for i in self.shard_is if not (i in self.sidecars and self.sidecars[i].pieces)]
         with concurrent.futures.ThreadPoolExecutor(N_THREADS) as pool:
@@ -312,14 +326,14 @@ class ShardDir(WritableShards):
 
     @functools.cached_property
     def image_is_N(self) -> Int64[np.ndarray, " N"]:
-        """Numbers of the images that can be read, in order: those of complete shards, without the skipped ones."""
+        """Numbers of the readable images, in order: those of complete shards, without the skipped ones."""
         parts = [np.arange(r.start, r.stop) for r in map(self.metadata.imgs_in, self.shard_is)]
         image_is_N = np.concatenate([np.arange(0), *parts])
         skipped = [s.image_i for sidecar in self.sidecars.values() for s in sidecar.skipped]
         return image_is_N[~np.isin(image_is_N, skipped)] if skipped else image_is_N
 
     def _table(self, fpath: pathlib.Path) -> bytes:
-        """The bytes of a file about all images, compared with its checksum where one is recorded."""
+        """Reads a file about all images and compares it with its checksum, if one is recorded."""
         if not fpath.exists():
             raise errors.UserError(f"{fpath} is missing. Restore it, or dump the directory again.")
         data = jsonfile.read_bytes(fpath, REMEDY, MAX_BYTES)
@@ -332,24 +346,26 @@ class ShardDir(WritableShards):
         """Path and label of each image, whether it can be read or not.
 
         Raises:
-            UserError: the directory has no images.jsonl (dumped by another tool), or it does not fit the metadata.
+            UserError: the directory has no images.jsonl (dumped by another tool), or it does not fit the
+                metadata.
         """
         if not self.images_fpath.exists():
             raise errors.UserError(
-                f"{self.dpath}: has no images.jsonl, so its images cannot be told apart by path. Dump it again with `python -m saev.data`."
+                f"{self.dpath}: has no images.jsonl, so the paths of its images are unknown. "
+                "Dump it again with `python -m saev.data`."
             )
         data = self._table(self.images_fpath)
         return records.loads(data, self.images_fpath, self.metadata.n_imgs)
 
     def transform(self) -> dict[str, object]:
-        """The image transform's description; empty when another tool made the dump."""
+        """Returns the description of the image transform. Empty if another tool wrote the directory."""
         if not self.is_ours:
             return {}
         data = self._table(self.transform_fpath)
         return jsonfile.parse(data, dict[str, object], str(self.transform_fpath), REMEDY)
 
     def layer_i(self, layer: int) -> int:
-        """Position of a recorded layer; a negative one counts from the last recorded.
+        """Returns the position of a recorded layer. Negative layers count from the last recorded one.
 
         Raises:
             UserError: the layer was not recorded.
@@ -359,7 +375,8 @@ class ShardDir(WritableShards):
             return len(layers) + layer
         if layer not in layers:
             raise errors.UserError(
-                f"{self.dpath}: layer {layer} was not recorded (recorded: {', '.join(map(str, layers))}). "
-                "Pass one of these as --data.layer, or dump it with `python -m saev.data --vit-layers`."
+                f"{self.dpath}: layer {layer} was not recorded "
+                f"(recorded: {', '.join(map(str, layers))}). Pass one of these as --data.layer, "
+                "or dump it with `python -m saev.data --vit-layers`."
             )
         return layers.index(layer)

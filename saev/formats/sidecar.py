@@ -1,7 +1,7 @@
-"""acts000000.json and complete.json: the checksums of shards, and what was left out of them.
+"""acts000000.json and complete.json: the checksums of shards, and the skipped images.
 
-Both end with the checksum of their own other fields. Dumps of saev before pieces (`pieces`) had checksums have neither that
-nor the fields `pieces` and `files`; a file must have all three or none.
+Both end with a checksum of their other fields. Older dumps of saev have no piece checksums: they lack this
+field and the fields `pieces` and `files`. A file must have all three fields or none.
 """
 
 import json
@@ -19,7 +19,7 @@ Sum = tp.Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 
 
 class Skipped(tp.NamedTuple):
-    """An image that could not be read; --skip-corrupt left its activations zero."""
+    """A corrupt image. --skip-corrupt set its activations to zero."""
 
     image_i: int
     error: str
@@ -33,16 +33,16 @@ class _Skipped(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Sidecar(msgspec.Struct, frozen=True):
-    """What acts000000.json says of its shard."""
+    """The contents of acts000000.json."""
 
     n_imgs: int
     xxh3_128: str
-    """Of the bytes of all images."""
+    """XXH3 (128 bits) of the bytes of all images."""
     skipped: tuple[Skipped, ...] = ()
     pieces: str = ""
-    """XXH3 (128 bits) of acts000000.xxh3; empty in older dumps, which have none."""
+    """XXH3 (128 bits) of acts000000.xxh3. Empty in older dumps."""
     files: dict[str, str] = {}
-    """XXH3 (128 bits) of metadata.json, images.jsonl and transform.json; empty in older dumps."""
+    """XXH3 (128 bits) of metadata.json, images.jsonl and transform.json. Empty in older dumps."""
 
     def dumps(self) -> str:
         fields = msgspec.structs.asdict(self)
@@ -56,7 +56,7 @@ class Sidecar(msgspec.Struct, frozen=True):
 
 
 class Complete(msgspec.Struct, frozen=True):
-    """What complete.json says of all shards: fields as Sidecar's, by the shard's name."""
+    """The contents of complete.json: the fields of Sidecar by the name of the shard."""
 
     xxh3_128: dict[str, str]
     skipped: tuple[Skipped, ...]
@@ -65,7 +65,7 @@ class Complete(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, sidecars: dict[str, Sidecar]) -> "Complete":
-        """Sidecars by the name of their shard, in order."""
+        """Merges sidecars, given in order by the name of their shard."""
         return cls(
             {name: s.xxh3_128 for name, s in sidecars.items()},
             tuple(skipped for s in sidecars.values() for skipped in s.skipped),

@@ -1,4 +1,5 @@
-"""Tensors as bytes of a checkpoint: read without running anything, whole, and finite."""
+"""Tensors in the bytes of a checkpoint. Reading runs no code and checks that tensors are complete and
+finite."""
 
 import collections.abc
 import io
@@ -15,7 +16,7 @@ from saev import errors
 
 @beartype.beartype
 def dump(tree: dict[str, tp.Any]) -> bytes:
-    """What `load` reads: tensors, numbers and strings in dicts and lists."""
+    """Serialises tensors, numbers and strings in dicts and lists for `load`."""
     payload = io.BytesIO()
     torch.save(tree, payload)
     return payload.getvalue()
@@ -25,14 +26,15 @@ def dump(tree: dict[str, tp.Any]) -> bytes:
 def load(payload: bytes, where: str, remedy: str) -> dict[str, tp.Any]:
     """Reads a dict that torch.save wrote, onto the CPU.
 
-    torch writes the CRC of each tensor but does not compare it; here it is.
+    torch writes a CRC of each tensor but never compares it; this function does.
 
     Args:
-        where: begins the error message (the file's path); `remedy` ends it.
+        where: the start of the error message (the file's path).
+        remedy: the end of the error message.
 
     Raises:
-        UserError: it is cut, changed, not a dict, holds other objects than tensors and plain values (none is ever run), or
-            a tensor that says it is larger than its bytes.
+        UserError: it is truncated, changed or not a dict, or holds objects other than tensors and plain
+            values (which are never run), or a tensor with more elements than bytes.
     """
     try:
         if zipfile.is_zipfile(io.BytesIO(payload)):
@@ -46,7 +48,7 @@ def load(payload: bytes, where: str, remedy: str) -> dict[str, tp.Any]:
             if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
                 raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has fewer bytes")
         return tree
-    except Exception as err:  # torch raises many types for a cut or foreign file
+    except Exception as err:  # torch raises many types for a damaged or foreign file
         raise errors.UserError(
             f"{where}: its tensors cannot be read ({errors.first_line(err)}). {remedy}"
         ) from err
@@ -62,7 +64,7 @@ def _tensors(tree: object) -> collections.abc.Iterator[Tensor]:
 
 @beartype.beartype
 def check_finite(tensors: dict[str, Tensor], where: str, remedy: str) -> None:
-    """Every loader passes here.
+    """Refuses NaN and infinity. Every loader calls this.
 
     Raises:
         UserError: a tensor holds NaN or infinity (named).
@@ -74,20 +76,20 @@ def check_finite(tensors: dict[str, Tensor], where: str, remedy: str) -> None:
 
 @beartype.beartype
 def check_like(found: object, mine: object, name: str = "") -> None:
-    """Has one tree the keys, types, shapes and dtypes of another, and only finite numbers?
+    """Checks that a tree has the keys, types, shapes and dtypes of `mine`, and only finite numbers.
 
     Raises:
-        ValueError: it has not; names the place.
+        ValueError: it does not (the place is named).
     """
     if isinstance(mine, dict) and isinstance(found, dict):
         if differing := sorted(map(str, found.keys() ^ mine.keys())):
-            raise ValueError(f"{name or 'it'} lacks, or has too much: {', '.join(differing)}")
+            raise ValueError(f"{name or 'it'} has missing or extra keys: {', '.join(differing)}")
         for key, value in mine.items():
             check_like(found[key], value, f"{name}.{key}".lstrip("."))
     elif isinstance(mine, Tensor) and isinstance(found, Tensor):
-        said, wanted = ((tuple(t.shape), t.dtype) for t in (found, mine))
-        if said != wanted:
-            raise ValueError(f"{name} is {said[0]} {said[1]} instead of {wanted[0]} {wanted[1]}")
+        have, want = ((tuple(t.shape), t.dtype) for t in (found, mine))
+        if have != want:
+            raise ValueError(f"{name} is {have[0]} {have[1]} instead of {want[0]} {want[1]}")
         if not found.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")
     elif isinstance(found, float) and not math.isfinite(found):

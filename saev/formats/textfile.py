@@ -1,4 +1,5 @@
-"""Text files as people have them: a byte order mark, Windows' or old Macs' ends of lines, no last newline."""
+"""Reads users' text files: accepts a byte order mark, Windows and old Mac line endings, and no final
+newline."""
 
 import pathlib
 
@@ -10,16 +11,17 @@ from saev.formats import jsonfile
 
 @beartype.beartype
 def read(fpath: pathlib.Path, remedy: str, max_bytes: int, on_error: str = "strict") -> str:
-    r"""The text of a UTF-8 file, each line ended by "\n", without a byte order mark.
+    r"""Reads a UTF-8 file. Removes a byte order mark and converts line endings to "\n".
 
     Args:
-        fpath: a regular file; a folder, a FIFO or a device is refused.
-        remedy: one sentence that ends the error message: what the user should do.
-        max_bytes: a larger file is refused before it is read.
-        on_error: "strict" refuses bytes that are not UTF-8; "surrogateescape" keeps them as Python keeps them in paths.
+        fpath: a regular file. Folders, FIFOs and devices are refused.
+        remedy: what the user should do: one sentence, the end of the error message.
+        max_bytes: larger files are refused before they are read.
+        on_error: "strict" refuses bytes that are not UTF-8. "surrogateescape" keeps them, as Python does in
+            paths.
 
     Raises:
-        UserError: there is no such file, it cannot be read, or it holds no UTF-8.
+        UserError: the file is missing, cannot be read, or is not UTF-8.
     """
     try:
         data = jsonfile.read_bytes(fpath, remedy, max_bytes)
@@ -28,12 +30,13 @@ def read(fpath: pathlib.Path, remedy: str, max_bytes: int, on_error: str = "stri
     except OSError as err:  # a loop of links, no permission
         raise errors.UserError(f"{fpath}: cannot be read ({err.strerror}). {remedy}") from err
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4096]:
-        raise errors.UserError(f"{fpath}: is UTF-16 or no text at all. Save it as UTF-8.")
+        raise errors.UserError(f"{fpath}: is UTF-16 or not text. Save it as UTF-8.")
     try:
         text = data.decode("utf-8-sig", on_error)
     except UnicodeDecodeError as err:
         line_i = data.count(b"\n", 0, err.start) + 1
         raise errors.UserError(
-            f"{fpath}:{line_i}: holds the byte 0x{data[err.start]:02x}, which is not UTF-8. Save it as UTF-8."
+            f"{fpath}:{line_i}: holds the byte 0x{data[err.start]:02x}, which is not UTF-8. "
+            "Save it as UTF-8."
         ) from err
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text

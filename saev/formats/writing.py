@@ -1,4 +1,4 @@
-"""How a shard directory is written. A shard is there as soon as its acts000000.json is."""
+"""Writes shard directories. A shard is complete once its acts000000.json exists."""
 
 import collections.abc
 import contextlib
@@ -21,11 +21,11 @@ from saev.formats.shardfiles import MAX_BYTES, REMEDY, ShardFiles
 from saev.formats.sidecar import Complete, Sidecar, Skipped
 
 SYNC_BYTES = 64 * 2**20
-"""A shard in writing is flushed to the disk every so many bytes, so that its end costs no long wait."""
+"""A shard is flushed to disk each time this many bytes were written, so that the final flush is short."""
 
 
 class ShardWriter:
-    """A shard in writing, image after image in order."""
+    """Writes the images of one shard in order."""
 
     def __init__(self, fpath: pathlib.Path, fd: tp.BinaryIO, metadata: Metadata):
         self.fpath = fpath
@@ -40,7 +40,7 @@ class ShardWriter:
 
     @jaxtyped(typechecker=beartype.beartype)
     def write(self, acts_BLTD: Float32[np.ndarray, "B L T D"]) -> None:
-        """Appends images."""
+        """Appends the activations of images."""
         stored = memoryview(encode(acts_BLTD, self.dtype)).cast("B")
         self.sum.update(stored)
         self.sums += self.pieces.sums(stored, range(len(acts_BLTD) * self.pieces.n_per_img))
@@ -55,17 +55,18 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def _disk_errors(what: pathlib.Path | str) -> collections.abc.Iterator[None]:
-    """A full disk or a folder without permission is one line."""
+    """Turns disk errors (no space, no permission) into a UserError."""
     try:
         yield
     except OSError as err:
         raise errors.UserError(
-            f"{what}: cannot be written ({err.strerror}). Check the free space and the permissions, then run the same command again."
+            f"{what}: cannot be written ({err.strerror}). "
+            "Check the free space and the permissions, then run the same command again."
         ) from err
 
 
 def _close(fd: tp.BinaryIO) -> None:
-    """What could not be written has raised before; closing tries again."""
+    """Closes a file. A failed write has already raised; closing would try and fail again."""
     with contextlib.suppress(OSError):
         fd.close()
 
@@ -82,16 +83,17 @@ class WritableShards(ShardFiles):
         images: list[records.Record],
         transform: dict[str, object],
     ) -> "WritableShards":
-        """Makes the directory, or takes up an interrupted dump of the same images.
+        """Creates the directory, or resumes an interrupted dump of the same images.
 
         Raises:
-            UserError: the directory lists other images than `images` (the dataset changed since), or another transform;
-                or it cannot be written.
+            UserError: the directory lists other images (the dataset changed) or another transform, or cannot
+                be written.
         """
         shards = cls(dump_to / metadata.hash, metadata)
         if shards.shards_fpath.exists() and not shards.images_fpath.exists():
             raise errors.UserError(
-                f"{shards.dpath}: was written by another tool. It can be read as it is; pass another --dump-to to dump it anew."
+                f"{shards.dpath}: was written by another tool. It can be read as it is. "
+                "To dump it again, pass another --dump-to."
             )
         with _disk_errors(shards.dpath):
             text = records.dumps(images)
@@ -107,7 +109,8 @@ class WritableShards(ShardFiles):
             helpers.write_text(fpath, text)
         elif jsonfile.read_bytes(fpath, REMEDY, MAX_BYTES) != text.encode():
             raise errors.UserError(
-                f"{self.dpath}: was dumped from {other} ({fpath.name} differs). Move that directory away, or pass another --dump-to."
+                f"{self.dpath}: was dumped from {other} ({fpath.name} differs). "
+                "Move that directory away, or pass another --dump-to."
             )
 
     def has(self, shard_i: int) -> bool:
@@ -116,10 +119,11 @@ class WritableShards(ShardFiles):
 
     @contextlib.contextmanager
     def writing(self, shard_i: int) -> collections.abc.Iterator[ShardWriter]:
-        """Yields a writer for all images of the shard; the shard appears when the block ends well.
+        """Yields a writer for all images of the shard. The shard appears when the block ends without an
+        error.
 
         Raises:
-            UserError: it cannot be written (a full disk, a folder without permission).
+            UserError: the shard cannot be written (no space, no permission).
         """
         fpath, n_bytes = self.acts_fpath(shard_i), self.n_bytes(shard_i)
         helpers.sweep(self.dpath, fpath.name)  # what a killed writer left
@@ -155,10 +159,10 @@ class WritableShards(ShardFiles):
         helpers.write_text(self.sidecar_fpath(shard_i), sidecar.dumps())
 
     def write_index(self) -> None:
-        """Writes shards.json (and, once all is there, complete.json) from the shards that are there.
+        """Writes shards.json from the complete shards and, when all are complete, also complete.json.
 
-        Parallel writers may overtake each other: each looks again after it has written, so the last one to
-        write has seen all.
+        Parallel writers may overwrite each other's index. Each checks again after writing, so the last one
+        has seen all shards.
         """
         written = None
         while (found := self.complete_shards()) != written:
@@ -177,7 +181,7 @@ class WritableShards(ShardFiles):
         helpers.write_text(self.complete_fpath, Complete.of(sidecars).dumps())
 
     def _upgraded(self, shard_i: int) -> Sidecar:
-        """A shard's sidecar; a shard of an older dump gets the checksums of its pieces first."""
+        """Returns a shard's sidecar. A shard of an older dump first gets piece checksums."""
         fpath = self.sidecar_fpath(shard_i)
         sidecar = Sidecar.loads(fpath)
         if sidecar.pieces and self.sums_fpath(shard_i).exists():
@@ -185,13 +189,14 @@ class WritableShards(ShardFiles):
         sums, xxh3_128 = self.checksums(shard_i)
         if xxh3_128 != sidecar.xxh3_128:
             raise errors.UserError(
-                f"{self.acts_fpath(shard_i)}: differs from its checksum. Delete it and {fpath.name}, and run the same command again."
+                f"{self.acts_fpath(shard_i)}: differs from its checksum. "
+                f"Delete it and {fpath.name}, and run the same command again."
             )
         self._write_sums(shard_i, sums, xxh3_128, sidecar.skipped)
         return Sidecar.loads(fpath)
 
     def finish(self) -> None:
-        """Brings the index up to date and removes what killed writers left."""
+        """Updates the index and removes what killed writers left."""
         with _disk_errors(self.dpath):
             self.write_index()
         helpers.sweep(self.dpath)

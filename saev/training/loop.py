@@ -141,7 +141,9 @@ def _train(
     with contextlib.ExitStack() as trackers:  # closed also when a run fails
         started = []
         for run in runs:
-            tracker = _start_tracker(run, start, stream) if world.is_first else tracking.Nothing()
+            tracker = (
+                _start_tracker(run, start, stream) if world.is_first else tracking.NullTracker()
+            )
             trackers.callback(tracker.finish)
             started.append((run, tracker))
         return _Loop(stream, started, start, device, world).run()

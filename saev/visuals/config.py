@@ -13,7 +13,7 @@ from saev.data import config as data_config
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Visuals:
-    """Shows, for each chosen latent of a sparse autoencoder, the images that fire it most, with heat maps."""
+    """Shows the top-activating images, with heat maps, for each chosen latent of a sparse autoencoder."""
 
     images: data_config.ImageFolder | data_config.Cub200 = dataclasses.field(
         default_factory=data_config.ImageFolder
@@ -22,23 +22,25 @@ class Visuals:
     ckpt: fields.Path = ""
     """Checkpoint (sae.pt)."""
     data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
-    """The activations to show; whatever --data.patches says, the image patches are used."""
+    """The activations to show. Image patches are always used; --data.patches is ignored."""
     dump_to: fields.Path = "visuals"
-    """Folder of the gallery (index.html). An older gallery there is replaced once the new one is complete."""
+    """Folder of the gallery (index.html). An existing gallery is replaced once the new one is complete."""
     log_freq_range: tuple[float, float] = (-6.0, -1.0)
-    """Latents are eligible if log10 of the share of patches they fire on lies in this range, ..."""
+    """Range for log10 of the fraction of patches on which a latent fires. Latents outside it are not
+    shown."""
     log_value_range: tuple[float, float] = (-6.0, 6.0)
-    """... and log10 of their mean size |f| when firing lies in this one."""
+    """Range for log10 of a latent's mean |f| where it fires. Latents outside it are not shown."""
     n_latents: int = 64
-    """How many of the eligible latents to show, drawn at random."""
+    """Number of latents to draw at random from those in both ranges."""
     latents: tuple[int, ...] = ()
     """Show exactly these latents instead."""
     n_images: int = 20
-    """Images per latent. In all a gallery takes about 0.75 GB, and the larger of 32 bytes x d_vit x latents and 1.1 GB (less for small dictionaries): it says how much at its start."""
+    """Images per latent. A gallery takes about 0.75 GB of memory plus the larger of 32 bytes x d_vit x
+    latents and 1.1 GB (less for small dictionaries). The estimate is logged at the start."""
     seed: int = 0
-    """Seed of the draw."""
+    """Seed for drawing the latents."""
     device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    """auto (cuda if available), cpu, cuda, cuda:1, ..."""
     dry_run: bool = False
     """Print the config and stop."""
     slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = dataclasses.field(

@@ -1,4 +1,5 @@
-"""How much memory `visuals.py` takes on a CPU (docs/memory.md). Imports no torch. A test compares the formula with processes."""
+"""Estimates the memory of `visuals.py` on a CPU (docs/memory.md). Imports no torch. A test compares it with
+processes."""
 
 import beartype
 
@@ -7,18 +8,16 @@ from saev.data import memory
 
 @beartype.beartype
 def peak(n_images: int, n_block: int, n_patches: int, d_vit: int, d_sae: int) -> int:
-    """Bytes at the most.
+    """Estimates the peak memory in bytes.
 
     Args:
-        n_images: of a latent (--n-images).
-        n_block: images that are read at a time.
-        n_patches: of an image.
+        n_images: images shown per latent (--n-images).
+        n_block: images read at a time.
+        n_patches: patches per image.
     """
     weights = 8 * d_vit * d_sae
     codes, acts = (4 * n_block * n_patches * width for width in (d_sae, d_vit))
     loading = 4 * weights  # the file's bytes, its tensors, the SAE
-    statistics = 4 * codes + 6 * acts  # codes, their sizes, these in float64; blocks read ahead
-    tables = (
-        48 * d_sae * (n_images + n_block) + codes
-    )  # the top images so far and a block's, sorted
+    statistics = 4 * codes + 6 * acts  # codes, |codes| also in float64; blocks read ahead
+    tables = 48 * d_sae * (n_images + n_block) + codes  # top images so far and a block's, sorted
     return memory.PROGRAM + max(loading, weights + max(statistics, tables))

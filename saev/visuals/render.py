@@ -1,4 +1,7 @@
-"""The gallery: heat-mapped images as PNG, a table of the latents, and one static page. P patches in Y rows and X columns, H W pixels."""
+"""Writes the gallery: images with heat maps as PNG, a table of the latents, and one static page.
+
+Shape letters: P patches in Y rows and X columns, H x W pixels.
+"""
 
 import collections.abc
 import csv
@@ -23,7 +26,7 @@ SIDE = 224
 """Largest side of a shown image, in pixels."""
 OPACITY = 0.75
 MARKERS = ("index.html", "latents.csv")
-"""A folder that holds these was made here and may be replaced."""
+"""A folder with these files is a gallery and may be replaced."""
 COLORS = matplotlib.colormaps["plasma"]
 
 
@@ -53,20 +56,21 @@ class Gallery:
 
     ckpt: str
     source: str
-    """What the SAE was run on, for the page's head."""
+    """The activations that the SAE was run on, for the page's header."""
     root: pathlib.Path
     records: list[shards.Record]
     transform: images.Transform | None
-    """What the ViT saw of an image; None stands for a square centre crop."""
+    """The ViT's image transform. None means a square centre crop."""
     grid: tuple[int, int]
     """(rows, columns) of the patches."""
     sha256: str = ""
-    """Of the checkpoint's bytes."""
+    """sha256 of the checkpoint's bytes."""
 
 
 @beartype.beartype
 def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int]:
-    """(rows, columns) of square patches on an input of `size` (height, width); None stands for a square input.
+    """Returns the (rows, columns) of square patches on an input of `size` (height, width). None means a
+    square input.
 
     Raises:
         UserError: no such grid has `n_patches` patches.
@@ -77,51 +81,52 @@ def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int]:
             return height // side, width // side
     what = f"an input of {height} x {width} pixels" if size else "a square input"
     raise errors.UserError(
-        f"{n_patches} patches are not a grid on {what}: heat maps cannot be drawn. Dump the images again."
+        f"{n_patches} patches do not form a grid on {what}, so heat maps cannot be drawn. "
+        "Dump the images again."
     )
 
 
 @beartype.beartype
 def check_target(dpath: pathlib.Path) -> None:
-    """Makes the folder that `dpath` goes into.
+    """Creates the parent folder of `dpath` and checks that `dpath` may be replaced.
 
     Raises:
-        UserError: it cannot be made, or `dpath` holds something that is not a gallery (it would be replaced).
+        UserError: the folder cannot be created, or `dpath` exists and is not a gallery.
     """
     try:
         dpath.parent.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise errors.UserError(f"--dump-to {dpath}: cannot be made ({err}).") from err
+        raise errors.UserError(f"--dump-to {dpath}: cannot be created ({err}).") from err
     if not dpath.exists() or all((dpath / name).is_file() for name in MARKERS):
         return
     if dpath.is_file() or any(dpath.iterdir()):
         raise errors.UserError(
-            f"--dump-to {dpath}: exists and is not a gallery. Pass a folder of its own."
+            f"--dump-to {dpath}: exists and is not a gallery. Pass a new folder."
         )
 
 
 @beartype.beartype
 def check_images(gallery: Gallery, image_is: collections.abc.Iterable[int]) -> None:
-    """Raises UserError naming the first of these images that is not there."""
+    """Raises a UserError that names the first missing image."""
     for image_i in image_is:
         fpath = gallery.root / gallery.records[image_i].path
         if not fpath.is_file():
             raise errors.UserError(
-                f"{fpath}: no such image. Pass as --images.root the folder that was dumped."
+                f"{fpath}: no such image. Pass the folder that was dumped as --images.root."
             )
 
 
 @beartype.beartype
 def write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
-    """Makes the gallery in a temporary folder and puts it in the place of `dpath` when it is complete.
+    """Writes the gallery to a temporary folder and replaces `dpath` with it when it is complete.
 
     Raises:
-        UserError: an image is missing or cannot be read (names it), or `dpath` is not ours to replace.
+        UserError: an image is missing or unreadable (named), or `dpath` exists and is not a gallery.
     """
     check_target(dpath)
     with helpers.atomic_folder(dpath) as tmp_dpath:
         _write(tmp_dpath, gallery, pages)
-        check_target(dpath)  # somebody may have filled it meanwhile
+        check_target(dpath)  # someone may have written to it in the meantime
 
 
 def _write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
@@ -145,7 +150,7 @@ def _write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
 
 
 def _places(pages: list[Page]) -> dict[int, list[tuple[Page, int]]]:
-    """Image number, rising -> where it is shown, so that each image is opened once."""
+    """Maps image numbers, in rising order, to where they are shown, so that each image is opened once."""
     places: dict[int, list[tuple[Page, int]]] = {}
     for page in pages:
         for rank, shown in enumerate(page.shown):
@@ -154,7 +159,8 @@ def _places(pages: list[Page]) -> dict[int, list[tuple[Page, int]]]:
 
 
 def _save(img: PIL.Image.Image, fpath: pathlib.Path) -> None:
-    """PNG with an octree palette: a third of the size of true colour, and it keeps small hot spots (median cut does not)."""
+    """Saves a PNG with an octree palette: a third of true colour's size. Unlike median cut, it keeps small
+    hot spots."""
     img.quantize(256, method=PIL.Image.Quantize.FASTOCTREE).save(fpath)
 
 
@@ -167,7 +173,7 @@ def _heat_fname(page: Page, rank: int) -> str:
 
 
 def _view(gallery: Gallery, image_i: int) -> PIL.Image.Image:
-    """The part of the image that the ViT saw, at most SIDE pixels large."""
+    """Returns the part of the image that the ViT saw, at most SIDE pixels a side."""
     img = images.open_rgb(gallery.root / gallery.records[image_i].path)
     if gallery.transform is None:
         side = min(img.size)
@@ -181,7 +187,7 @@ def _view(gallery: Gallery, image_i: int) -> PIL.Image.Image:
 
 @jaxtyped(typechecker=beartype.beartype)
 def overlay(img: PIL.Image.Image, heat_YX: Float32[np.ndarray, "Y X"]) -> PIL.Image.Image:
-    """The image, paled, under a heat map (0 to 1 on each patch): opaque where it is hot."""
+    """Overlays a heat map (0 to 1 on each patch) on the paled image. Hotter patches are more opaque."""
     heat_HW = _upsample(heat_YX, img.size)
     gray_HW3 = np.asarray(img.convert("L").convert("RGB"), np.float32)
     pale_HW3 = 0.85 * (0.5 * gray_HW3 + 0.5 * np.asarray(img, np.float32))
@@ -191,7 +197,7 @@ def overlay(img: PIL.Image.Image, heat_YX: Float32[np.ndarray, "Y X"]) -> PIL.Im
 
 
 def _upsample(heat_YX: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Patches -> pixels of an image of `size` (width, height), smoothly."""
+    """Interpolates patch values to the pixels of an image of `size` (width, height)."""
     grid_img = PIL.Image.fromarray(np.ascontiguousarray(heat_YX))
     return np.asarray(grid_img.resize(size, PIL.Image.Resampling.BILINEAR)).clip(0, 1)
 
@@ -216,17 +222,24 @@ def _peak(page: Page) -> float:
 
 STOPS = ", ".join(matplotlib.colors.to_hex(COLORS(i / 8)) for i in range(9))
 STYLE = f"""
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #222; background: #f5f5f3; }}
-h1 {{ font-size: 1.35rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }} h2 {{ font-size: 1.05rem; margin: 0; }}
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem;
+  color: #222; background: #f5f5f3; }}
+h1 {{ font-size: 1.35rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1.05rem; margin: 0; }}
 p {{ margin: .2rem 0 .6rem; color: #555; }}
-nav {{ font-size: 13px; margin: .6rem 0 1rem; }} nav a {{ color: #46c; margin-right: .7em; text-decoration: none; }}
-section {{ background: #fff; border: 1px solid #e2e2de; border-radius: 8px; padding: .8rem 1rem; margin: 0 0 1rem; }}
-.scale {{ display: inline-block; width: 120px; height: .7em; border-radius: 3px; margin: 0 .4em; background: linear-gradient(90deg, {STOPS}); }}
+nav {{ font-size: 13px; margin: .6rem 0 1rem; }}
+nav a {{ color: #46c; margin-right: .7em; text-decoration: none; }}
+section {{ background: #fff; border: 1px solid #e2e2de; border-radius: 8px;
+  padding: .8rem 1rem; margin: 0 0 1rem; }}
+.scale {{ display: inline-block; width: 120px; height: .7em; border-radius: 3px; margin: 0 .4em;
+  background: linear-gradient(90deg, {STOPS}); }}
 .row {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(124px, 1fr)); gap: 8px; }}
 figure {{ margin: 0; min-width: 0; position: relative; }}
-img {{ width: 100%; aspect-ratio: 1; object-fit: contain; display: block; border-radius: 3px; background: #eee; }}
+img {{ width: 100%; aspect-ratio: 1; object-fit: contain; display: block;
+  border-radius: 3px; background: #eee; }}
 figure .plain {{ position: absolute; top: 0; left: 0; opacity: 0; }} figure:hover .plain {{ opacity: 1; }}
-figcaption {{ font-size: 11px; color: #666; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }} b {{ color: #222; }}
+figcaption {{ font-size: 11px; color: #666; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }}
+b {{ color: #222; }}
 """
 
 
@@ -236,8 +249,9 @@ def _index(gallery: Gallery, pages: list[Page]) -> str:
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>saev: latents</title>"
         f"<style>{STYLE}</style></head><body>\n<h1>{len(pages)} latents of {_text(gallery.ckpt)}</h1>\n"
-        f"<p>Run on {_text(gallery.source)}. Each card: the images that fire the latent most, by their largest patch. "
-        "Point at an image to see it plain.<br>Heat: 0<span class='scale'></span>the latent's maximum over all images.</p>\n"
+        f"<p>Run on {_text(gallery.source)}. Each card shows the latent's top images, "
+        "ranked by their largest patch value. Hover over an image to hide the heat map.<br>"
+        "Heat: 0<span class='scale'></span>the latent's maximum over all images.</p>\n"
         f"<nav>{links}</nav>\n{sections}\n</body></html>\n"
     )
 
@@ -266,5 +280,5 @@ def _figure(gallery: Gallery, page: Page, rank: int) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped for a page and its attributes."""
+    """Escapes text for HTML and its attributes."""
     return helpers.printable(html.escape(text, quote=True))
