@@ -196,7 +196,7 @@ def test_another_tools_dump_that_was_wrong_on_first_use(tmp_path: pathlib.Path) 
     before = fpath.stat()
     fpath.write_bytes(data)
     os.utime(fpath, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(errors.UserError, match="If they are right now .*, `touch` it"):
+    with pytest.raises(errors.UserError, match="If they are right now .*, `touch` the file"):
         reader.Reader(cfg).read(0, 5)
     fpath.touch()
     acts = reader.Reader(cfg)

@@ -302,10 +302,10 @@ def test_missing_images_are_found_before_the_pass(
 
     with monkeypatch.context() as patch:
         patch.setattr(collect, "collect", no_pass)
-        with pytest.raises(errors.UserError, match=f"{missing[0]}: no such image. Pass as --im"):
+        with pytest.raises(errors.UserError, match=f"{missing[0]}: no such image. Pass the folder"):
             collect.main(cfg)
     monkeypatch.setattr(collect, "MAX_CHECKED", 1)  # a large data set: only a sample is looked up
-    with pytest.raises(errors.UserError, match=f"{missing[1]}: no such image. Pass as --im"):
+    with pytest.raises(errors.UserError, match=f"{missing[1]}: no such image. Pass the folder"):
         collect.main(dataclasses.replace(cfg, latents=(3,)))
     assert not pathlib.Path(cfg.dump_to).exists()
 
