@@ -250,7 +250,7 @@ def _members(field: dataclasses.Field) -> dict[str, tp.Any]:
 
 @beartype.beartype
 def subcommand_name(cls: type) -> str:
-    """tyro's name of a class: BatchTopK -> batch-top-k."""
+    """tyro's name of a class: ImageFolder -> image-folder."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
 
 

@@ -111,7 +111,7 @@ def run(cfg: config.Demo) -> dict[str, str]:
     ]
     train_args += ["--ckpt-to", str(root / "checkpoints"), "--device", cfg.device]
     train_args += ["sae:batch-top-k", "--sae.exp-factor", "4", "--sae.top-k", "16"]
-    ckpt = TRAIN.run("2. Train a BatchTopK sparse autoencoder on them", train_args)
+    ckpt = TRAIN.run("2. Train a sparse autoencoder on them", train_args)
 
     gallery = root / "visuals" / pathlib.Path(ckpt).parent.name
     show_args = ["--ckpt", ckpt, "--dump-to", str(gallery), "--n-latents", "24", "--n-images", "8"]

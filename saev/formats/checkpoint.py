@@ -28,7 +28,7 @@ SCHEMA = 102
 def _from_100(header: dict[str, tp.Any]) -> dict[str, tp.Any]:
     """Schema 101 added the activations that an SAE was trained on, and the auxiliary loss in configs."""
     cfg = header.get("cfg")
-    if header.get("cls") in ("TopK", "BatchTopK") and isinstance(cfg, dict):
+    if isinstance(cfg, dict) and "top_k" in cfg:
         cfg = {"aux_coeff": 0.0, **cfg}
     return {**header, "cfg": cfg, "activations": {}}
 

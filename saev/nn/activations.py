@@ -74,7 +74,7 @@ def jump(
 ) -> Float[Tensor, "*B S"]:
     """Values above their thresholds; the rest 0. Within half a width of it, a threshold gets a gradient too.
 
-    JumpReLU with the rectangle kernel (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 11).
+    The rectangle kernel (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 11).
     """
     return _Jump.apply(pre, threshold, width)
 

@@ -34,6 +34,10 @@ class Architecture:
 
     EITHER: tp.ClassVar = ("exp_factor", "d_sae")
     """Fields of which one is given: a typed flag of either replaces a sweep's value of both."""
+    KEEPS_CODES: tp.ClassVar[bool] = False
+    """Is a batch's dense code kept from step to step?"""
+    CODES_IN_STEP: tp.ClassVar[float] = 2
+    """Memory of a training step, in dense codes of a batch."""
 
     def __post_init__(self) -> None:
         for name in ("d_vit", "exp_factor", "d_sae"):
@@ -62,6 +66,10 @@ class Architecture:
             raise ValueError("d_vit must be set")
         return self.d_vit * (DEFAULT_EXP_FACTOR if self.exp_factor is None else self.exp_factor)
 
+    def default_lr(self, n_steps: int) -> float:
+        """Adam's learning rate where none is given (logbook 008 and 020)."""
+        return 4e-3 * min(1.0, (1000 / n_steps) ** 0.5)
+
     def sized(self: T, d_vit: int | None = None) -> T:
         """The same with d_vit filled in and the number of latents given by d_sae: equal dictionaries have equal configs.
 
@@ -85,10 +93,16 @@ class Relu(Architecture):
     resample_every: int = 0
     """Steps between resamplings of dead latents (Bricken et al. 2023); 0: never. None happens in the last fifth of training."""
 
+    KEEPS_CODES: tp.ClassVar[bool] = True
+    CODES_IN_STEP: tp.ClassVar[float] = 1.3
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(0, self, "sparsity_coeff")
         _at_least(0, self, "resample_every")
+
+    def default_lr(self, n_steps: int) -> float:
+        return 4e-4
 
 
 @beartype.beartype
@@ -145,6 +159,8 @@ class JumpRelu(Architecture):
     init_threshold: float = 0.0
     """Every latent's threshold at the start. 0: sqrt(sparsity_coeff * d_vit), from where a latent's firing lowers the loss, but at most so high that one latent fires per activation."""
 
+    CODES_IN_STEP: tp.ClassVar[float] = 5.5
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(0, self, "sparsity_coeff")
@@ -187,7 +203,9 @@ MOST = 10**12
 
 Sae = Relu | TopK | BatchTopK | JumpRelu
 
-BY_NAME: dict[str, tp.Any] = {cls.__name__: cls for cls in (Relu, TopK, BatchTopK, JumpRelu)}
+DEFAULT = BatchTopK
+
+BY_NAME: dict[str, tp.Any] = {cls.__name__: cls for cls in tp.get_args(Sae)}
 """What a checkpoint's header may name."""
 
 

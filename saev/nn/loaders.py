@@ -31,7 +31,7 @@ def build(
     Args:
         where: the file, in an error message.
         subtracts_b_dec: does its encoder see x - b_dec (as ours does), or x? Then b_enc + b_dec W_enc makes up for it.
-        threshold: JumpReLU's (S,) or BatchTopK's () in units of pre-activations; below 0 it is 0.
+        threshold: (S,), one for each latent, or (), one for all, in units of pre-activations; below 0 it is 0.
 
     Raises:
         UserError: a weight is NaN or infinite in float32.
@@ -41,10 +41,8 @@ def build(
         parts = {**parts, "b_enc": parts["b_enc"] + parts["b_dec"] @ parts["W_enc"]}
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         getattr(model, name).copy_(parts[name])
-    if threshold is not None and isinstance(cfg, config.JumpRelu):
-        model.log_threshold.copy_(threshold.clamp(min=torch.finfo(torch.float32).tiny).log())
-    elif threshold is not None:
-        model.threshold.copy_(threshold.clamp(min=0))
+    if threshold is not None:
+        model.architecture.set_threshold(model, threshold)
     return sae.ready(model, where)
 
 

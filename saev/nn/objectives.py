@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
-from saev.nn import activations, config, dense, sparse
+from saev.nn import activations, config, sparse
+from saev.nn.architectures import base
 from saev.nn.sae import SparseAutoencoder
 
 SPARSE_BELOW = 0.03
-"""A ReLU or JumpReLU step takes the sparse way when a smaller fraction of pre-activations mattered in the step before."""
+"""A step of an architecture that is not always sparse takes the sparse way when a smaller fraction of pre-activations mattered in the step before."""
 
 
 class Output(tp.NamedTuple):
@@ -37,17 +38,6 @@ class Output(tp.NamedTuple):
     def values(self) -> Tensor:
         """The codes' values; zeros are left out where the codes are sparse."""
         return self.codes if isinstance(self.codes, Tensor) else self.codes.value_n
-
-
-class _Coded(tp.NamedTuple):
-    """A batch's codes as the objective needs them."""
-
-    f: Tensor
-    """(n,) or (B, S), differentiable."""
-    index: sparse.Index | None
-    """Their places; None where they are dense."""
-    penalty: Tensor
-    """Differentiable: L1 or L0 of a sample's code, averaged over the batch; 0 where the architecture has none."""
 
 
 class Objective:
@@ -78,7 +68,7 @@ class Objective:
         self.way = way
         self.density = 1.0
         self.codes_BS: Tensor | None = None
-        """Memory of a dense ReLU step's codes, which the next step overwrites."""
+        """Memory of the codes of `Architecture.dense_step`, which the next step overwrites."""
 
     @jaxtyped(typechecker=beartype.beartype)
     def __call__(
@@ -99,135 +89,92 @@ class Objective:
         """
         sae = self.sae
         scaled_BD = x_BD * sae.scale
-        if self._is_dense_relu(scaled_BD, end_P):
-            return self._dense_relu(scaled_BD, sparsity)
-        coded = self._encode(scaled_BD)
+        if self._takes_dense_step(scaled_BD, end_P):
+            return self._dense_step(scaled_BD, sparsity)
+        (f, penalty), index = self._encode(scaled_BD)
         if end_P is None:
             end_P = torch.tensor([sae.d_sae], device=x_BD.device)
-        if coded.index is None:
-            reconstruction, x_hat_BD = self._reconstruct_densely(coded.f, scaled_BD, end_P)
+        if index is None:
+            reconstruction, x_hat_BD = self._reconstruct_densely(f, scaled_BD, end_P)
         else:
             reconstruction, x_hat_BD = sparse.reconstruct(
-                coded.f, sae.W_dec, sae.b_dec, scaled_BD, coded.index, end_P
+                f, sae.W_dec, sae.b_dec, scaled_BD, index, end_P
             )
         loss = reconstruction
-        if isinstance(sae.cfg, config.Relu | config.JumpRelu):
-            loss = loss + sparsity * sae.cfg.sparsity_coeff * coded.penalty
+        if penalty is not None:
+            loss = loss + sparsity * sae.cfg.sparsity_coeff * penalty
         if dead_C is not None and len(dead_C) and getattr(sae.cfg, "aux_coeff", 0):
             loss = loss + sae.cfg.aux_coeff * aux_k(sae, scaled_BD, scaled_BD - x_hat_BD, dead_C)
-        return self._output(loss, reconstruction, x_hat_BD, coded)
+        return self._output(loss, reconstruction, x_hat_BD, f.detach(), index)
 
     def _output(
-        self, loss: Tensor, reconstruction: Tensor, x_hat_BD: Tensor, coded: _Coded
+        self,
+        loss: Tensor,
+        reconstruction: Tensor,
+        x_hat_BD: Tensor,
+        f: Tensor,
+        index: sparse.Index | None,
     ) -> Output:
-        f = coded.f.detach()
-        if coded.index is None:
+        if index is None:
             codes, fired_S = f, (f != 0).any(dim=0)
         else:
-            codes = sparse.Codes(f, coded.index)
+            codes = sparse.Codes(f, index)
             fired_S = codes.fired_S
         return Output(loss, reconstruction.detach(), x_hat_BD / self.sae.scale, codes, fired_S)
 
-    def _is_dense_relu(self, x_BD: Tensor, end_P: Tensor | None) -> bool:
-        """The case that `dense` is made for."""
-        is_plain = isinstance(self.sae.cfg, config.Relu) and end_P is None
+    def _takes_dense_step(self, x_BD: Tensor, end_P: Tensor | None) -> bool:
+        has_one = self.sae.architecture.dense_step is not None and end_P is None
         return (
-            is_plain
+            has_one
             and sparse.uses_kernels(x_BD)
             and not (self.is_bfloat16 or self._is_sparse(x_BD))
         )
 
-    def _dense_relu(self, x_BD: Tensor, sparsity: float) -> Output:
+    def _dense_step(self, x_BD: Tensor, sparsity: float) -> Output:
         sae = self.sae
         if self.codes_BS is None or len(self.codes_BS) != len(x_BD):
             self.codes_BS = x_BD.new_empty(len(x_BD), sae.d_sae)
         weights = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
-        coeff = sparsity * tp.cast(config.Relu, sae.cfg).sparsity_coeff
-        loss, step = dense.relu(*weights, x_BD, coeff, self.codes_BS)
+        coeff = sparsity * sae.cfg.sparsity_coeff
+        step = tp.cast(base.DenseStep, sae.architecture.dense_step)
+        loss, error, x_hat_BD = step(*weights, x_BD, coeff, self.codes_BS)
         n_S = sparse.n_positive(self.codes_BS)
         self.density = n_S.sum().item() / self.codes_BS.numel()
-        return Output(loss, step.error, step.x_hat_BD / sae.scale, self.codes_BS, n_S > 0)
+        return Output(loss, error, x_hat_BD / sae.scale, self.codes_BS, n_S > 0)
 
     # ---- codes ----
 
-    def _encode(self, x_BD: Tensor) -> _Coded:
-        """x_BD: scaled."""
-        if self._is_sparse(x_BD):
-            return self._encode_sparse(x_BD)
-        sae = self.sae
+    def _encode(self, x_BD: Tensor) -> tuple[base.Coded, sparse.Index | None]:
+        """Codes, and their places where they are sparse. x_BD: scaled."""
+        sae, way = self.sae, self.sae.architecture
         weights = (sae.W_enc, sae.b_enc, sae.b_dec)
+        if self._is_sparse(x_BD):
+            found = self._find(x_BD)
+            pre_n = sparse.encode_at(*weights, x_BD, found.index, found.value_n)
+            return way.encode_sparse(sae, pre_n, found.index), found.index
         pre_BS = sparse.pre_activations(*weights, x_BD, is_bfloat16=self.is_bfloat16)
-        match sae.cfg:
-            case config.Relu():
-                f_BS = pre_BS.relu_()
-                penalty = (f_BS @ torch.linalg.vector_norm(sae.W_dec, dim=1)).mean()
-                self._note(f_BS > 0)
-                return _Coded(f_BS, None, penalty)
-            case config.JumpRelu(bandwidth=width):
-                threshold_S = sae.log_threshold.exp()
-                f_BS = activations.jump(pre_BS, threshold_S, width)
-                penalty = activations.fires(pre_BS, threshold_S, width).sum(dim=1).mean()
-                self._note(pre_BS > threshold_S - width / 2)
-                return _Coded(f_BS, None, penalty)
-            case config.TopK(top_k=k, keep_negative=keep):
-                return _Coded(activations.top_k(pre_BS, k, keep), None, pre_BS.new_zeros(()))
-            case config.BatchTopK(top_k=k):
-                f_BS = activations.batch_top_k(pre_BS, k)
-                sae.update_threshold(f_BS.detach())
-                return _Coded(f_BS, None, pre_BS.new_zeros(()))
+        coded = way.encode_dense(sae, pre_BS)
+        if not way.is_always_sparse and sparse.uses_kernels(x_BD):
+            n_matter = (pre_BS > way.least(sae)).count_nonzero().item()
+            self.density = n_matter / pre_BS.numel()
+        return coded, None
 
     def _is_sparse(self, x_BD: Tensor) -> bool:
         if self.way != "auto":
             return self.way == "sparse"
-        if isinstance(self.sae.cfg, config.TopK | config.BatchTopK):
+        if self.sae.architecture.is_always_sparse:
             return True
         # On a GPU nobody waits for a count: dense.
         return sparse.uses_kernels(x_BD) and self.density < SPARSE_BELOW
 
-    def _note(self, matters_BS: Tensor) -> None:
-        if sparse.uses_kernels(matters_BS):
-            self.density = matters_BS.count_nonzero().item() / matters_BS.numel()
-
-    def _encode_sparse(self, x_BD: Tensor) -> _Coded:
-        sae = self.sae
+    def _find(self, x_BD: Tensor) -> sparse.Codes:
+        sae, way = self.sae, self.sae.architecture
         W_SD = sae.W_enc.detach().T.contiguous()
         encoder = sparse.Encoder(W_SD, sae.b_enc.detach(), self.is_bfloat16)
-        found = self._find(encoder, x_BD - sae.b_dec.detach())
-        value_n = sparse.encode_at(
-            sae.W_enc, sae.b_enc, sae.b_dec, x_BD, found.index, found.value_n
-        )
-        latent_n = found.index.latent_n
-        match sae.cfg:
-            case config.Relu():
-                norm_S = torch.linalg.vector_norm(sae.W_dec, dim=1)
-                penalty = (value_n * norm_S[latent_n]).sum() / len(x_BD)
-                return _Coded(value_n, found.index, penalty)
-            case config.JumpRelu(bandwidth=width):
-                threshold_n = sae.log_threshold.exp()[latent_n]
-                f_n = activations.jump(value_n, threshold_n, width)
-                l0 = activations.fires(value_n, threshold_n, width).sum() / len(x_BD)
-                return _Coded(f_n, found.index, l0)
-            case config.TopK(keep_negative=True):
-                return _Coded(value_n, found.index, value_n.new_zeros(()))
-            case _:  # on a GPU places with values that are not positive are among the codes
-                return _Coded(value_n.relu(), found.index, value_n.new_zeros(()))
-
-    def _find(self, encoder: sparse.Encoder, xc_BD: Tensor) -> sparse.Codes:
-        sae = self.sae
-        match sae.cfg:
-            case config.TopK(top_k=k, keep_negative=keep):
-                return sparse.top_k(encoder, xc_BD, k, keep)
-            case config.BatchTopK(top_k=k):
-                codes = self.search(encoder, xc_BD, k)
-                sae.update_threshold(self.search.joint(codes.value_n))
-                return codes
-            case config.Relu():
-                least_S = torch.zeros_like(sae.b_enc)
-            case config.JumpRelu(bandwidth=width):
-                least_S = sae.log_threshold.detach().exp() - width / 2
-        n_all = len(xc_BD) * sae.d_sae
-        codes = sparse.above(encoder, xc_BD, least_S, int(min(self.density, 1.0) * n_all))
-        if sparse.uses_kernels(xc_BD):
+        n_all = len(x_BD) * sae.d_sae
+        n_likely = int(min(self.density, 1.0) * n_all)
+        codes = way.find(sae, encoder, x_BD - sae.b_dec.detach(), n_likely, self.search)
+        if not way.is_always_sparse and sparse.uses_kernels(x_BD):
             self.density = len(codes.value_n) / n_all
         return codes
 

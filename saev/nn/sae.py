@@ -21,13 +21,9 @@ from torch import Tensor
 
 from saev import errors, fields
 from saev.formats import checkpoint, field, tensors
-from saev.nn import activations, config, foreign, robust
+from saev.nn import architectures, config, foreign, robust
 from saev.nn import field as nn_field
 
-MIN_THRESHOLD = 0.01
-"""JumpReLU's least threshold at the start."""
-START_CODES = 2**22
-"""Pre-activations to choose it by."""
 CUT = "The file is cut or edited: train again."
 HEADER = {"lib", "schema", "kind", "cls", "cfg", "activations"}
 """What our own checkpoints say."""
@@ -43,7 +39,7 @@ class Activations(tp.TypedDict, total=False):
 
 
 class SparseAutoencoder(torch.nn.Module):
-    """One dictionary. Codes never depend on batch mates, but for BatchTopK's in training mode.
+    """One dictionary. Codes never depend on batch mates in evaluation mode.
 
     Args:
         cfg: the architecture, with d_vit set.
@@ -67,10 +63,8 @@ class SparseAutoencoder(torch.nn.Module):
         self.W_enc = torch.nn.Parameter(W_enc.clone().T)
         self.b_enc = torch.nn.Parameter(torch.zeros(cfg.n_latents))
         self.b_dec = torch.nn.Parameter(torch.zeros(cfg.d_vit))
-        if isinstance(cfg, config.JumpRelu):
-            pays = math.sqrt(cfg.sparsity_coeff * self.d_vit)  # f^2 / d_vit = sparsity_coeff
-            start = cfg.init_threshold or max(MIN_THRESHOLD, pays)
-            self.log_threshold = torch.nn.Parameter(torch.full((cfg.n_latents,), math.log(start)))
+        self.architecture = architectures.of(cfg)
+        self.architecture.start(self)
         self.scale: Tensor
         self.threshold: Tensor
         self.register_buffer("scale", torch.ones(()))
@@ -101,17 +95,8 @@ class SparseAutoencoder(torch.nn.Module):
                 self.b_dec.copy_(geometric_median(x_ND) * self.scale)
             case "zero":
                 self.b_dec.zero_()
-        if isinstance(self.cfg, config.JumpRelu) and not self.cfg.init_threshold:
-            self._bound_thresholds(x_ND)
+        self.architecture.initialize(self, x_ND)
         return found
-
-    def _bound_thresholds(self, x_ND: Tensor) -> None:
-        """Thresholds that no latent reaches would never get a gradient: at the start one latent fires per activation, or more."""
-        n_rows = max(16, START_CODES // self.d_sae)
-        x_BD = x_ND[:: math.ceil(len(x_ND) / n_rows)]
-        pre_BS = (x_BD * self.scale - self.b_dec) @ self.W_enc + self.b_enc
-        most = pre_BS.flatten().kthvalue(max(1, pre_BS.numel() - len(x_BD))).values
-        self.log_threshold.clamp_(max=most.clamp(min=MIN_THRESHOLD).log())
 
     def encode(self, x: Tensor | np.ndarray) -> Float[Tensor, "*batch S"]:
         """Codes f of raw activations (*batch, D) of any float type, in the model's own.
@@ -120,23 +105,9 @@ class SparseAutoencoder(torch.nn.Module):
             UserError: they are not floats, or not d_vit wide.
         """
         x_BD = self._rows(x, self.d_vit, "encode")
-        f_BS = self._act((x_BD * self.scale - self.b_dec) @ self.W_enc + self.b_enc)
+        pre_BS = (x_BD * self.scale - self.b_dec) @ self.W_enc + self.b_enc
+        f_BS = self.architecture.encode(self, pre_BS)
         return f_BS.reshape(*x.shape[:-1], self.d_sae)
-
-    def _act(self, pre_BS: Tensor) -> Tensor:
-        match self.cfg:
-            case config.Relu():
-                return pre_BS.relu()
-            case config.TopK(top_k=k, keep_negative=keep):
-                return activations.top_k(pre_BS, k, keep)
-            case config.BatchTopK(top_k=k) if self.training:
-                f_BS = activations.batch_top_k(pre_BS, k)
-                self.update_threshold(f_BS.detach())
-                return f_BS
-            case config.BatchTopK():
-                return activations.above(pre_BS, self.threshold).relu()
-            case config.JumpRelu(bandwidth=width):
-                return activations.jump(pre_BS, self.log_threshold.exp(), width)
 
     def decode(self, f: Tensor | np.ndarray) -> Float[Tensor, "*batch D"]:
         """Reconstructions of raw activations by codes (*batch, S) of any float type. Raises as `encode`."""
@@ -163,16 +134,6 @@ class SparseAutoencoder(torch.nn.Module):
                 f"{caller}: got {seen}; pass a dense tensor or array of floats whose last dimension is {width}."
             )
         return values.reshape(-1, width).to(self.W_dec)
-
-    @torch.no_grad()
-    def update_threshold(self, f: Tensor) -> None:
-        """Moving average of the smallest value that fired; the first batch sets it. f: codes of any shape."""
-        if f.numel() == 0:
-            return
-        least = torch.where(f > 0, f, torch.inf).min()
-        step = torch.where(self.threshold == 0, 1.0, self.cfg.threshold_momentum)
-        moved = torch.lerp(self.threshold, least, step)
-        self.threshold.copy_(torch.where(least.isfinite(), moved, self.threshold))
 
     @beartype.beartype
     def check_fits(self, found: dict[str, tp.Any], ckpt: str, shard_root: str) -> None:

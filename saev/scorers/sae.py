@@ -10,11 +10,11 @@ from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 from saev import nn
-from saev.nn import config, sparse
+from saev.nn import sparse
 from saev.scorers import base
 
 AT_ONCE = 2**28
-"""Bytes of a TopK SAE's pre-activations on a GPU, or of prepared activations on a CPU, that are in memory at a time."""
+"""Bytes of pre-activations on a GPU, or of prepared activations on a CPU, that `_by_codes` has in memory at a time."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -33,42 +33,35 @@ class SaeLatents:
     @tp.no_type_check  # it answers for itself, in one line
     @torch.no_grad()
     def of_images(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
-        """Largest codes of each image. All but TopK's rise with their own pre-activation alone: its largest is enough."""
+        """Largest codes of each image. Where they rise with their own pre-activation alone, its largest is enough."""
         acts_BPD = base.ready(acts_BPD, self.sae.b_dec, "B P D")
         sae, K = self.sae, self.n_prototypes
-        if isinstance(sae.cfg, config.TopK):
-            return self._top_k(acts_BPD)
+        if not sae.architecture.is_elementwise:
+            return self._by_codes(acts_BPD)
         pre_BK = base.largest(acts_BPD, sae.W_enc.T[:K], self._scaled) + sae.b_enc[:K]
-        match sae.cfg:
-            case config.BatchTopK():
-                least = sae.threshold
-            case config.JumpRelu():
-                least = sae.log_threshold.exp()[:K]
-            case _:
-                return pre_BK.relu()
-        return torch.where(pre_BK > least, pre_BK, 0.0).relu()
+        return sae.architecture.largest(sae, pre_BK)
 
     def _scaled(self, x_RD: Tensor) -> tuple[Tensor, None]:
         return x_RD * self.sae.scale - self.sae.b_dec, None
 
-    def _top_k(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
+    def _by_codes(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
         """Some images at a time: a GPU writes out the pre-activations of all of their patches."""
         _, P, D = acts_BPD.shape
         n_columns = D if sparse.uses_kernels(acts_BPD) else self.sae.d_sae
         n_imgs = max(1, AT_ONCE // (4 * P * n_columns))
-        return torch.cat([self._top_k_of(part) for part in acts_BPD.split(n_imgs)])
+        return torch.cat([self._by_codes_of(part) for part in acts_BPD.split(n_imgs)])
 
-    def _top_k_of(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
-        sae, (B, P, _) = self.sae, acts_BPD.shape
+    def _by_codes_of(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
+        sae, way, (B, P, _) = self.sae, self.sae.architecture, acts_BPD.shape
         x_BPD = acts_BPD * sae.scale - sae.b_dec
         encoder = sparse.Encoder(sae.W_enc.T, sae.b_enc, False)
-        keep = sae.cfg.keep_negative
-        codes = sparse.top_k(encoder, x_BPD.flatten(0, 1), sae.cfg.top_k, keep)
-        image_n = codes.index.row_n.div(P, rounding_mode="floor")
-        at_n = image_n.long() * sae.d_sae + codes.index.latent_n
-        f_BS = x_BPD.new_full((B, sae.d_sae), -torch.inf if keep else 0.0)
-        f_BS.view(-1).scatter_reduce_(0, at_n, codes.value_n, "amax")
-        if keep:  # a latent that does not fire in some patch is 0 there
+        found = way.find(sae, encoder, x_BPD.flatten(0, 1), 0, sparse.BatchSearch())
+        image_n = found.index.row_n.div(P, rounding_mode="floor")
+        at_n = image_n.long() * sae.d_sae + found.index.latent_n
+        f_n = way.encode_sparse(sae, found.value_n, found.index).f
+        f_BS = x_BPD.new_full((B, sae.d_sae), -torch.inf if way.is_signed else 0.0)
+        f_BS.view(-1).scatter_reduce_(0, at_n, f_n, "amax")
+        if way.is_signed:  # a latent that does not fire in some patch is 0 there
             n_fired_BS = at_n.bincount(minlength=f_BS.numel()).view_as(f_BS)
             f_BS = torch.where(n_fired_BS < P, f_BS.relu(), f_BS)
         return f_BS[:, : self.n_prototypes]

@@ -17,9 +17,7 @@ from saev.nn import config as nn_config
 class Train:
     """Trains sparse autoencoders on activation shards."""
 
-    sae: nn_config.Relu | nn_config.TopK | nn_config.BatchTopK | nn_config.JumpRelu = (
-        dataclasses.field(default_factory=nn_config.BatchTopK)
-    )
+    sae: nn_config.Sae = dataclasses.field(default_factory=nn_config.DEFAULT)
     """The architecture."""
     objective: nn_config.Vanilla | nn_config.Matryoshka = dataclasses.field(
         default_factory=nn_config.Vanilla
@@ -36,7 +34,7 @@ class Train:
     batch_size: int = fields.stream(4096)
     """Activations per step."""
     lr: float | None = None
-    """Adam's learning rate after warm-up. Left out: 4e-4 for ReLU; for the others 4e-3, in more than 1,000 steps falling as 1 / sqrt(steps) (logbook 008 and 020)."""
+    """Adam's learning rate after warm-up. Left out: 4e-4 for sae:relu; for the others 4e-3, in more than 1,000 steps falling as 1 / sqrt(steps) (logbook 008 and 020)."""
     n_lr_warmup: int = 500
     """Steps of linear learning-rate warm-up (at most a tenth of all)."""
     lr_decay: tp.Literal["constant", "linear", "cosine"] = "linear"
@@ -44,7 +42,7 @@ class Train:
     decay_frac: float = 0.2
     """Fraction of the steps in which the learning rate falls."""
     n_sparsity_warmup: int = 0
-    """Steps in which the sparsity coefficient of ReLU and JumpReLU rises linearly from 0."""
+    """Steps in which --sae.sparsity-coeff rises linearly from 0, for the architectures that have it."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it. 0: never."""
     max_norm_ratio: float = 0.0
@@ -153,9 +151,7 @@ class Train:
         """The learning rate between warm-up and decay."""
         if self.lr is not None:
             return self.lr
-        if isinstance(self.sae, nn_config.Relu):
-            return 4e-4
-        return 4e-3 * min(1.0, (1000 / self.n_steps) ** 0.5)
+        return self.sae.default_lr(self.n_steps)
 
     @property
     def window(self) -> int:

@@ -9,7 +9,6 @@ import collections.abc
 import beartype
 
 from saev.data.memory import PROGRAM
-from saev.nn import config as nn_config
 from saev.training import config
 
 EVALUATED_CODES = 2**26
@@ -65,15 +64,13 @@ def _codes(cfg: config.Train) -> int:
 
 
 def _kept(cfg: config.Train) -> int:
-    """Of one run from step to step: weights, their gradients, Adam's two moments, the average; ReLU's codes."""
-    is_dense = isinstance(cfg.sae, nn_config.Relu)
-    return (5 if cfg.ema else 4) * _weights(cfg) + is_dense * _codes(cfg)
+    """Of one run from step to step: weights, their gradients, Adam's two moments, the average; codes that are kept."""
+    return (5 if cfg.ema else 4) * _weights(cfg) + cfg.sae.KEEPS_CODES * _codes(cfg)
 
 
 def _passing(cfg: config.Train) -> int:
     """Of one run for a moment: a saved state on its way to the disk (copies of W, twice), or codes in a step and its metrics."""
-    in_step = {nn_config.JumpRelu: 5.5, nn_config.Relu: 1.3}.get(type(cfg.sae), 2)
-    return int(max(4.5 * _weights(cfg), in_step * _codes(cfg)))
+    return int(max(4.5 * _weights(cfg), cfg.sae.CODES_IN_STEP * _codes(cfg)))
 
 
 def _evaluation(cfg: config.Train) -> int:

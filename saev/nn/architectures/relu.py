@@ -1,29 +1,24 @@
-"""The step of a ReLU SAE while many latents fire: five dense products and little else. B batch, D d_vit, S latents.
-
-Some samples at a time, so that what lies between the products stays in a CPU's cache; gradients are computed on the way.
-"""
+"""ReLU with an L1 penalty. B batch, D d_vit, S latents, n sparse codes."""
 
 import typing as tp
 
 import torch
 from torch import Tensor
 
+from saev.nn import config, sparse
+from saev.nn.architectures import base
+from saev.nn.architectures.base import Coded
+
 CHUNK_BYTES = 8 * 2**20
-"""Codes of the samples that are handled at a time."""
+"""Codes of the samples that `_DenseStep` handles at a time."""
 
 
-class ReluStep(tp.NamedTuple):
-    """Results of `relu`."""
+class _DenseStep(torch.autograd.Function):
+    """The step while many latents fire: five dense products and little else.
 
-    error: Tensor
-    """Mean squared error over samples and dimensions."""
-    l1: Tensor
-    """L1 of a code, each latent times its decoder row's norm; mean over samples."""
-    x_hat_BD: Tensor
-    f_BS: Tensor
+    Some samples at a time, so that what lies between the products stays in a CPU's cache; gradients are computed on the way.
+    """
 
-
-class _Relu(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: tp.Any,
@@ -34,7 +29,7 @@ class _Relu(torch.autograd.Function):
         x_BD: Tensor,
         l1_coeff: float,
         f_BS: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         B, D = x_BD.shape
         W_SD, norm_S = W_enc.T, W_dec.norm(dim=1)
         grad_enc_SD, grad_dec_SD = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
@@ -62,8 +57,8 @@ class _Relu(torch.autograd.Function):
         grad_b_dec_D = g_sum_D - W_enc @ grad_b_S
         ctx.save_for_backward(grad_enc_SD.T, grad_b_S, grad_dec_SD, grad_b_dec_D)
         error, l1 = error / (B * D), f_sum_S @ norm_S / B
-        ctx.mark_non_differentiable(error, l1, x_hat_BD)
-        return error + l1_coeff * l1, error, l1, x_hat_BD
+        ctx.mark_non_differentiable(error, x_hat_BD)
+        return error + l1_coeff * l1, error, x_hat_BD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -74,20 +69,22 @@ class _Relu(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def relu(
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    x_BD: Tensor,
-    l1_coeff: float,
-    f_BS: Tensor,
-) -> tuple[Tensor, ReluStep]:
-    """(loss, what it is made of): the mean squared error plus l1_coeff times L1. Differentiable in the parameters through the loss.
+class Relu(base.Architecture, cfg=config.Relu):
+    dense_step = staticmethod(_DenseStep.apply)
 
-    Args:
-        x_BD: scaled activations.
-        f_BS: memory for the codes, which are returned in it.
-    """
-    loss, error, l1, x_hat_BD = _Relu.apply(W_enc, b_enc, W_dec, b_dec, x_BD, l1_coeff, f_BS)
-    return loss, ReluStep(error, l1, x_hat_BD, f_BS)
+    def encode(self, sae, pre_BS: Tensor) -> Tensor:
+        return pre_BS.relu()
+
+    def encode_dense(self, sae, pre_BS: Tensor) -> Coded:
+        f_BS = pre_BS.relu_()
+        return Coded(f_BS, (f_BS @ torch.linalg.vector_norm(sae.W_dec, dim=1)).mean())
+
+    def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> Coded:
+        norm_S = torch.linalg.vector_norm(sae.W_dec, dim=1)
+        return Coded(pre_n, (pre_n * norm_S[index.latent_n]).sum() / index.n_rows)
+
+    def least(self, sae) -> Tensor:
+        return torch.zeros_like(sae.b_enc)
+
+    def largest(self, sae, pre_BK: Tensor) -> Tensor:
+        return pre_BK.relu()
