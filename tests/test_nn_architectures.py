@@ -1,0 +1,58 @@
+"""An architecture is one file. D d_vit, S latents."""
+
+import pathlib
+import re
+
+import pytest
+
+from saev.nn import architectures, config
+from saev.nn.architectures import base
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAMES = re.compile(r"ReLU|Relu(?![a-z])|TopK")
+"""Also as a part of a name: AutoEncoderTopK, ReluStep."""
+MAY_NAME_THEM = {
+    "saev/nn/config.py": "the configs and their union",
+    "saev/nn/saelens.py": "converts foreign checkpoints",
+    "saev/nn/dictionary_learning.py": "converts foreign checkpoints",
+    "saev/nn/sparsify.py": "converts foreign checkpoints",
+    "saev/nn/field.py": "converts foreign checkpoints",
+    "saev/formats/field.py": "converts foreign checkpoints",
+}
+
+
+def sites() -> list[str]:
+    """Lines of the package that name an architecture, outside its own file."""
+    out = []
+    for fpath in [*ROOT.glob("saev/**/*.py"), *ROOT.glob("*.py")]:
+        name = fpath.relative_to(ROOT).as_posix()
+        if name not in MAY_NAME_THEM and not name.startswith("saev/nn/architectures/"):
+            lines = enumerate(fpath.read_text().splitlines(), 1)
+            out += [f"{name}:{i}: {line.strip()}" for i, line in lines if NAMES.search(line)]
+    return out
+
+
+def test_no_other_module_names_an_architecture() -> None:
+    assert sites() == [], "Ask `sae.architecture` instead: docs/architectures.md"
+
+
+def test_the_shared_parts_of_the_package_name_none_either() -> None:
+    assert not NAMES.search((ROOT / "saev/nn/architectures/base.py").read_text())
+    assert not NAMES.search((ROOT / "saev/nn/architectures/__init__.py").read_text())
+
+
+@pytest.mark.parametrize("cls", config.BY_NAME.values(), ids=config.BY_NAME)
+def test_each_config_has_an_architecture_in_a_file_of_its_own(
+    cls: type[config.Architecture],
+) -> None:
+    found = type(architectures.of(cls(d_vit=4)))
+    assert found.__name__ == cls.__name__
+    others = {arch.__module__ for arch in base.REGISTRY.values() if arch is not found}
+    assert found.__module__ not in others
+
+
+def test_default_learning_rates() -> None:
+    """4e-4 for ReLU; for the others 4e-3, falling as 1 / sqrt(steps) above 1,000."""
+    for cls in config.BY_NAME.values():
+        want = [4e-4] * 3 if cls is config.Relu else [4e-3, 4e-3, 2e-3]
+        assert [cls().default_lr(n) for n in (10, 1000, 4000)] == pytest.approx(want)
