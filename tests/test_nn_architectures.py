@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from saev.nn import architectures, config
+from saev import errors, nn
+from saev.nn import architectures, config, saelens
 from saev.nn.architectures import base
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -56,3 +57,13 @@ def test_default_learning_rates() -> None:
     for cls in config.BY_NAME.values():
         want = [4e-4] * 3 if cls is config.Relu else [4e-3, 4e-3, 2e-3]
         assert [cls().default_lr(n) for n in (10, 1000, 4000)] == pytest.approx(want)
+
+
+def test_a_converter_refuses_an_architecture_that_it_does_not_know(tmp_path: pathlib.Path) -> None:
+    sae = nn.SparseAutoencoder(config.Relu(d_vit=4))
+    sae.cfg = config.Architecture(d_vit=4)
+    with pytest.raises(
+        errors.UserError, match="SAELens has no Architecture. It cannot be exported"
+    ):
+        saelens.export(sae, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

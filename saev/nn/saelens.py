@@ -80,6 +80,10 @@ def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
         case config.JumpRelu():
             cfg["architecture"] = "jumprelu"
             tensors["threshold"] = model.log_threshold.double().exp()
+        case _:
+            raise errors.UserError(
+                f"SAELens has no {type(model.cfg).__name__}. It cannot be exported."
+            )
     _write(dpath, cfg, {k: v.float().cpu().contiguous() for k, v in tensors.items()})
 
 
