@@ -22,11 +22,12 @@ from saev.protoeval import config as protoeval_config
 from saev.scorers import config as scorers_config
 from saev.visuals import config as visuals_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 RUN = """
 import importlib, logging, pathlib, pickle, re, sys
 
-pytestmark = pytest.mark.slow
 logging.basicConfig(level="INFO")
 importlib.import_module(sys.argv[1]).main(pickle.loads(bytes.fromhex(sys.argv[2])))
 print(re.search("VmHWM:[^0-9]*([0-9]+) kB", pathlib.Path("/proc/self/status").read_text())[1])

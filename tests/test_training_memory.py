@@ -11,12 +11,13 @@ from saev.data import config as data_config
 from saev.nn import config as nn_config
 from saev.training import config, memory
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 TRAIN = """
 import logging, pathlib, pickle, re, sys
 from saev.training import loop
 
-pytestmark = pytest.mark.slow
 logging.basicConfig(level="INFO")
 loop.main(pickle.loads(bytes.fromhex(sys.argv[1])))
 print(1024 * int(re.search("VmHWM:[^0-9]*([0-9]+) kB", pathlib.Path("/proc/self/status").read_text())[1]))
