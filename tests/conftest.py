@@ -20,18 +20,6 @@ if (
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Without names of files, tests run on all cores (as with -n auto), a file at a time; -n or -p no:xdist says otherwise."""
-    names_files = config.args_source is pytest.Config.ArgsSource.ARGS
-    if config.pluginmanager.hasplugin("xdist") and not names_files:
-        if config.option.numprocesses is None:
-            config.option.numprocesses = "auto"
-        if config.option.dist == "no":
-            config.option.dist = "loadfile"
-        config.option.loadscopereorder = False  # the order below
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with many slow tests come first, so that no core is left with one at the end."""
     n_slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))

@@ -3,7 +3,7 @@
 tests/data/golden.json holds them with the REVISIONs that they belong to. When a change is meant to give other
 numbers, raise that REVISION and write the file again:
 
-    SAEV_WRITE_GOLDEN=1 uv run pytest -p no:xdist tests/test_golden.py
+    SAEV_WRITE_GOLDEN=1 uv run pytest -n 0 tests/test_golden.py
 
 CPUs round differently, so weights are kept as a few statistics of each tensor and compared with a tolerance. It lies
 between what a relative change of 1e-6 of the activations does and what a small fault does; the tests show both.

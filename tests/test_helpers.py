@@ -199,7 +199,7 @@ def test_lazy_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
     module.answer = 42
     monkeypatch.setitem(sys.modules, "made_up", package)
     monkeypatch.setitem(sys.modules, "made_up.deep", module)
-    package.__getattr__ = lazy.attributes("made_up", {"answer": "deep", "deep": ""})
+    package.__getattr__, _ = lazy.attributes("made_up", {"answer": "deep", "deep": ""})
     assert package.answer == 42 and package.deep is module
     with pytest.raises(AttributeError, match="module 'made_up' has no attribute 'question'"):
         _ = package.question
