@@ -37,7 +37,8 @@ def run(*args: object) -> Done:
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 if words[0] == "-m":
-                    sys.modules.pop(words[1], None)  # runpy warns of a module that is there
+                    if not hasattr(sys.modules.get(words[1]), "__path__"):
+                        patch.delitem(sys.modules, words[1], raising=False)  # runpy warns of it
                     runpy.run_module(words[1], run_name="__main__", alter_sys=True)
                 else:
                     runpy.run_path(words[0], run_name="__main__")

@@ -43,7 +43,9 @@ def streams(cfg: config.Shards) -> list[Stream]:
 
 
 def our_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("saev")]
+    """Threads of loaders; those of the kernels live as long as the process."""
+    names = [t.name for t in threading.enumerate()]
+    return [n for n in names if n.startswith("saev") and not n.startswith("saev-kernel")]
 
 
 def test_a_subset_is_a_stream_of_its_own(many) -> None:

@@ -12,7 +12,7 @@ from saev import errors, nn
 from saev.data import config as data_config
 from saev.nn import config as nn_config
 from saev.nn import metrics
-from saev.training import config, evaluate, loop, report
+from saev.training import config, evaluate, loop, runs
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_changed_figures_are_computed_anew_and_not_reported(trained) -> None:
             with pytest.raises(
                 errors.UserError, match=rf"^{dpath / name}: [^\n]*Leave that run out"
             ):
-                report.read((str(dpath),))
+                runs.read((str(dpath),))
             evaluate.ensure(dpath, cfg)
             assert name == "config.json" or (dpath / name).read_bytes() == content, i
         (dpath / name).write_bytes(content)
