@@ -3,4 +3,4 @@
 from saev import commands
 
 if __name__ == "__main__":
-    commands.train()
+    commands.run("train")

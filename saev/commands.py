@@ -1,33 +1,24 @@
-"""The commands, as the root scripts and the installed ones call them. Imports nothing that takes time."""
+"""The commands, as the root scripts and the installed `saev` call them. Imports nothing that takes time."""
 
 import importlib
 import typing as tp
 
 from saev import early
 
-
-def data() -> tp.NoReturn:
-    """Dump ViT activations."""
-    _run("saev.data.cli")
-
-
-def train() -> tp.NoReturn:
-    """Train sparse autoencoders on activation shards."""
-    _run("saev.training.cli")
-
-
-def visuals() -> tp.NoReturn:
-    """Show the images that fire each latent most."""
-    _run("saev.visuals.cli")
+COMMANDS = {
+    "data": ("saev.data.cli", "dump the activations of a pretrained ViT"),
+    "verify": ("saev.data.verify", "compare shard directories with their checksums"),
+    "train": ("saev.training.cli", "train sparse autoencoders"),
+    "report": ("saev.training.report", "show the runs of a sweep as a table"),
+    "visuals": ("saev.visuals.cli", "show the images that fire each latent most"),
+    "protoeval": ("saev.protoeval.cli", "evaluate prototypes on CUB-200-2011"),
+    "demo": ("saev.demo.__main__", "run the whole experiment, small and real"),
+}
+"""Name -> (module with a `main`, what it does)."""
 
 
-def protoeval() -> tp.NoReturn:
-    """Evaluate prototypes against the attributes of CUB-200-2011."""
-    _run("saev.protoeval.cli")
-
-
-def _run(module: str) -> tp.NoReturn:
-    """Runs a module's `main` as a command. Ctrl-C is answered while it is imported."""
+def run(name: str) -> tp.NoReturn:
+    """Runs a command by its name. Ctrl-C is answered while its modules are imported."""
     early.install()
     launch = importlib.import_module("saev.launch")
-    launch.entry(importlib.import_module(module).main)
+    launch.entry(importlib.import_module(COMMANDS[name][0]).main)

@@ -146,21 +146,20 @@ def test_cub_without_attributes_and_a_line_that_cannot_be_parsed(
     assert not (tmp_path / "r").exists()
 
 
+def gallery(
+    ckpt: pathlib.Path, dump_to: pathlib.Path, shards: pathlib.Path, folder: pathlib.Path
+) -> list[object]:
+    """Arguments of a command that shows an SAE's latents."""
+    out: list[object] = ["visuals.py", "--ckpt", ckpt, "--dump-to", dump_to]
+    return [*out, "--data.shard-root", shards, "images:image-folder", "--images.root", folder]
+
+
 def test_checkpoint_of_an_unknown_schema(
     tmp_path: pathlib.Path, make_shards, folder: pathlib.Path
 ) -> None:
     (tmp_path / "sae.pt").write_bytes(json.dumps({"schema": 9000}).encode() + b"\n")
     dpath, _ = make_shards(n_imgs=4, n_patches=4, d_vit=8, layers=(3,))
-    args = [
-        "visuals.py",
-        "--ckpt",
-        tmp_path / "sae.pt",
-        "--dump-to",
-        tmp_path / "v",
-        "--data.shard-root",
-        dpath,
-    ]
-    line = fails(*args, "images:image-folder", "--images.root", folder)
+    line = fails(*gallery(tmp_path / "sae.pt", tmp_path / "v", dpath, folder))
     assert "checkpoint schema 9000" in line and "is unknown to this version" in line
 
 
@@ -169,14 +168,5 @@ def test_ckpt_that_is_a_directory(
 ) -> None:
     nn.save(nn.SparseAutoencoder(nn_config.TopK(d_vit=8)), tmp_path / "run" / "sae.pt")
     dpath, _ = make_shards(n_imgs=4, n_patches=4, d_vit=8, layers=(3,))
-    args = [
-        "visuals.py",
-        "--ckpt",
-        tmp_path / "run",
-        "--dump-to",
-        tmp_path / "v",
-        "--data.shard-root",
-        dpath,
-    ]
-    line = fails(*args, "images:image-folder", "--images.root", folder)
+    line = fails(*gallery(tmp_path / "run", tmp_path / "v", dpath, folder))
     assert "is a directory, not a checkpoint file. Did you mean" in line and "sae.pt" in line

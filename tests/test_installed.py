@@ -8,7 +8,7 @@ import sysconfig
 
 import pytest
 
-from saev import __main__ as installed
+from saev import commands
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
@@ -46,7 +46,7 @@ def test_it_is_the_installed_package_and_typed(run: Run) -> None:
     assert "installed" in str(found) and ROOT not in found.parents
 
 
-@pytest.mark.parametrize("command", installed.COMMANDS)
+@pytest.mark.parametrize("command", commands.COMMANDS)
 def test_help(run: Run, command: str) -> None:
     done = run("saev", command, "--help")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: ")
@@ -54,7 +54,7 @@ def test_help(run: Run, command: str) -> None:
 
 def test_without_a_command_and_with_a_wrong_one(run: Run) -> None:
     for args in ([], ["--help"]):
-        assert all(name in run("saev", *args).stdout for name in installed.COMMANDS)
+        assert all(name in run("saev", *args).stdout for name in commands.COMMANDS)
     done = run("saev", "trian")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: saev trian: no such command. Commands: data, verify, ")
