@@ -1,6 +1,7 @@
 """A dump killed at any moment, divided among jobs, or stopped by an image, ends with the bytes of an undisturbed one."""
 
 import collections.abc
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -100,15 +101,39 @@ def forker() -> collections.abc.Iterator[subprocess.Popen[str]]:
         process.stdin.close()
 
 
-def run(forker: subprocess.Popen[str], cfg: config.Dump, kill_after_s: float | None) -> int:
-    """The dump's exit status; with `kill_after_s` it gets SIGKILL if it still runs then."""
+def run(forker: subprocess.Popen[str], cfg: config.Dump) -> int:
+    """The dump's exit status."""
+    start(forker, cfg)
+    return int(forker.stdout.readline())
+
+
+def start(forker: subprocess.Popen[str], cfg: config.Dump) -> int:
+    """The dump's process id."""
     forker.stdin.write(f"{cfg.data.root} {cfg.dump_to}\n")
     forker.stdin.flush()
-    pid = int(forker.stdout.readline())
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
-        os.kill(pid, signal.SIGKILL)  # the forker reaps it only then, or later: the id is still its
     return int(forker.stdout.readline())
+
+
+def run_killed(
+    forker: subprocess.Popen[str], cfg: config.Dump, dpath: pathlib.Path, n_new: int, delay_s: float
+) -> int:
+    """The dump's exit status. It gets SIGKILL `delay_s` after it made `n_new` files in `dpath`.
+
+    Counting files instead of seconds kills it in the middle on a machine of any speed.
+    """
+    n_before = n_files(dpath)
+    pid = start(forker, cfg)
+    with contextlib.suppress(ProcessLookupError):  # it ended, and the forker reaped it
+        while n_files(dpath) < n_before + n_new:
+            os.kill(pid, 0)
+            time.sleep(0.001)
+        time.sleep(delay_s)
+        os.kill(pid, signal.SIGKILL)
+    return int(forker.stdout.readline())
+
+
+def n_files(dpath: pathlib.Path) -> int:
+    return len(os.listdir(dpath)) if dpath.exists() else 0  # noqa: PTH208
 
 
 @pytest.mark.slow
@@ -119,31 +144,25 @@ def test_killed_at_twenty_moments(
     tmp_path: pathlib.Path,
 ) -> None:
     want, rng = contents(undisturbed), random.Random(0)
-    assert run(forker, config_of(str(photos), str(tmp_path / "warm")), None) == 0
-    start_s = time.monotonic()
-    assert run(forker, config_of(str(photos), str(tmp_path / "timed")), None) == 0
-    took_s = time.monotonic() - start_s
     n_kills, n_listed = 0, []
-    for attempt in range(10 * N_KILLS):
+    for attempt in itertools.count():
         cfg = config_of(str(photos), str(tmp_path / f"{attempt}"))
+        dpath = pathlib.Path(cfg.dump_to) / undisturbed.name
         kept: dict[str, tuple[int, int]] = {}
         status = signal.SIGKILL
         while status == signal.SIGKILL and n_kills < N_KILLS:
-            try:
-                status = run(forker, cfg, rng.uniform(0.3, 1) * took_s)
-            except ProcessLookupError:
-                status = int(forker.stdout.readline())
+            status = run_killed(forker, cfg, dpath, rng.randrange(12), rng.uniform(0, 0.03))
             n_kills += status == signal.SIGKILL
-            kept = check_listed(pathlib.Path(cfg.dump_to) / undisturbed.name, want, kept)
+            kept = check_listed(dpath, want, kept)
             n_listed.append(len(kept))
-        assert run(forker, cfg, None) == 0
-        out = shards.ShardDir.look(pathlib.Path(cfg.dump_to) / undisturbed.name)
+        assert run(forker, cfg) == 0
+        out = shards.ShardDir.look(dpath)
         out.finish()
         assert contents(out.dpath) == want
         check_listed(out.dpath, want, kept)
         if n_kills == N_KILLS:
             break
-    assert n_kills == N_KILLS
+        assert attempt < N_KILLS, f"{n_kills} kills in {attempt + 1} dumps"
     assert any(0 < n < 48 for n in n_listed), "some kills hit a dump in the middle"
 
 
