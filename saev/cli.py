@@ -83,7 +83,7 @@ def parse(
 
 
 @contextlib.contextmanager
-def _columns(is_help: bool) -> collections.abc.Iterator[None]:
+def _columns(is_help: bool) -> collections.abc.Generator[None]:
     """Sets the width that tyro sees. An error is set in one wide line, so that no word of it is cut."""
     before = os.environ.get("COLUMNS")
     width = min(max(shutil.get_terminal_size().columns, WIDTHS[0]), WIDTHS[1])

@@ -20,5 +20,6 @@ COMMANDS = {
 def run(name: str) -> tp.NoReturn:
     """Runs a command by its name. Ctrl-C is answered while its modules are imported."""
     early.install()
-    launch = importlib.import_module("saev.launch")
+    from saev import launch
+
     launch.entry(importlib.import_module(COMMANDS[name][0]).main)

@@ -57,7 +57,7 @@ def _lines(cfg: object, prefix: str) -> collections.abc.Iterator[str]:
 
 
 @contextlib.contextmanager
-def flushed() -> collections.abc.Iterator[None]:
+def flushed() -> collections.abc.Generator[None]:
     """What is printed inside has left this process at the end. Raises as `say`."""
     try:
         yield

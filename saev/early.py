@@ -64,7 +64,7 @@ def ctrl_c_raises() -> None:
 
 
 @contextlib.contextmanager
-def importing() -> collections.abc.Iterator[None]:
+def importing() -> collections.abc.Generator[None]:
     """While a command imports what takes seconds (torch), Ctrl-C ends it at once; else KeyboardInterrupt."""
     is_ours = _is_installed and threading.current_thread() is threading.main_thread()
     if is_ours:

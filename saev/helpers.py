@@ -42,7 +42,7 @@ here."""
 
 
 @contextlib.contextmanager
-def atomic(fpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
+def atomic(fpath: pathlib.Path) -> collections.abc.Generator[pathlib.Path]:
     """Yields a temporary path beside `fpath`. On success it is fsynced and renamed to `fpath`; on an error it
     is removed.
 
@@ -58,7 +58,7 @@ def atomic(fpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def naming(fpath: pathlib.Path) -> collections.abc.Iterator[None]:
+def naming(fpath: pathlib.Path) -> collections.abc.Generator[None]:
     """Adds the path to disk errors (no space, quota, file size, IO) raised inside, which the system leaves
     out."""
     try:
@@ -75,7 +75,7 @@ def naming(fpath: pathlib.Path) -> collections.abc.Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_folder(dpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
+def atomic_folder(dpath: pathlib.Path) -> collections.abc.Generator[pathlib.Path]:
     """Like `atomic`, for a folder: yields an empty temporary folder that replaces `dpath` on success.
 
     An existing folder is first renamed and removed last. If the process is killed between the two renames,
@@ -150,7 +150,7 @@ def _remove_if_free(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(path: pathlib.Path, is_folder: bool) -> collections.abc.Iterator[pathlib.Path]:
+def _temporary(path: pathlib.Path, is_folder: bool) -> collections.abc.Generator[pathlib.Path]:
     """Yields a new, locked, empty file or folder beside `path`. At the end it is removed unless it was
     renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,7 @@ def _is_old(path: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(fpath: pathlib.Path, what: str) -> collections.abc.Iterator[None]:
+def locked(fpath: pathlib.Path, what: str) -> collections.abc.Generator[None]:
     """Holds the lock file `fpath` exclusively. Another process waits here and logs `what` it waits for.
 
     A killed process releases the lock. On a file system without locks (some network ones), nobody waits.

@@ -64,7 +64,7 @@ class Copy:
             self.run = _begin(self.dpath, cmd.project, cmd.from_step)
 
     @contextlib.contextmanager
-    def _guarded(self) -> collections.abc.Iterator[None]:
+    def _guarded(self) -> collections.abc.Generator[None]:
         try:
             yield
         except BaseException as err:  # wandb raises SystemExit and KeyboardInterrupt too

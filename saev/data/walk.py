@@ -86,7 +86,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 @contextlib.contextmanager
-def _listed(root: str, prefix: str) -> collections.abc.Iterator[None]:
+def _listed(root: str, prefix: str) -> collections.abc.Generator[None]:
     try:
         yield
     except OSError as err:

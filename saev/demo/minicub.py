@@ -242,8 +242,8 @@ def render(bird: Bird, rng: np.random.Generator) -> PIL.Image.Image:
         layer = layer.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
     side = int(CANVAS * scale)
     layer = layer.resize((side, side), PIL.Image.Resampling.BILINEAR)
-    corner = tuple(int(c - side / 2) for c in centre)
-    img.paste(layer, corner, layer)
+    x, y = (int(c - side / 2) for c in centre)
+    img.paste(layer, (x, y), layer)
     return _photograph(img, rng)
 
 

@@ -48,7 +48,9 @@ Kind = tp.Literal["sae", "scorer", "state"]
 
 
 @beartype.beartype
-def write(fpath: pathlib.Path, kind: Kind, header: dict[str, object], payload: bytes) -> None:
+def write(
+    fpath: pathlib.Path, kind: Kind, header: collections.abc.Mapping[str, object], payload: bytes
+) -> None:
     """Writes header and payload atomically."""
     text = jsonfile.dumps({"lib": "saev", "schema": SCHEMA, "kind": kind, **header})
     plain = jsonfile.parse(text, dict[str, tp.Any], str(fpath), "")

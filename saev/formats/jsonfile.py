@@ -6,6 +6,7 @@ names the file: a wrong type, a missing or repeated key, a number out of bounds,
 deep nesting, a bare NaN.
 """
 
+import collections.abc
 import json
 import math
 import pathlib
@@ -91,7 +92,7 @@ def dumps(obj: object, indent: int = 0) -> str:
 # ---- files with a checksum of their own ----
 
 
-def seal(obj: dict[str, object]) -> str:
+def seal(obj: collections.abc.Mapping[str, object]) -> str:
     """Returns JSON text with a checksum of its own values, for `read_sealed`. Reformatting keeps it valid."""
     plain = json.loads(dumps({**obj, SEALED: 1}))
     return json.dumps(plain | {CHECKSUM: checksum(plain)}, indent=4)

@@ -196,7 +196,8 @@ def kind(trait: str) -> str:
 def write_resamples(fpath: pathlib.Path, rows: list[Row]) -> None:
     """Writes each row's `boot_RM`, in the order of summary.csv, atomically: other results are held against these rows."""
     with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
-        np.savez_compressed(fd, **{str(i): row.boot_RM for i, row in enumerate(rows)})
+        arrays = {str(i): row.boot_RM for i, row in enumerate(rows)}
+        np.savez_compressed(fd, allow_pickle=False, **arrays)
 
 
 @beartype.beartype

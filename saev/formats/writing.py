@@ -41,7 +41,7 @@ class ShardWriter:
     @jaxtyped(typechecker=beartype.beartype)
     def write(self, acts_BLTD: Float32[np.ndarray, "B L T D"]) -> None:
         """Appends the activations of images."""
-        stored = memoryview(encode(acts_BLTD, self.dtype)).cast("B")
+        stored = encode(acts_BLTD, self.dtype).data.cast("B")
         self.sum.update(stored)
         self.sums += self.pieces.sums(stored, range(len(acts_BLTD) * self.pieces.n_per_img))
         with _disk_errors(self.fpath):
@@ -54,7 +54,7 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def _disk_errors(what: pathlib.Path | str) -> collections.abc.Iterator[None]:
+def _disk_errors(what: pathlib.Path | str) -> collections.abc.Generator[None]:
     """Turns disk errors (no space, no permission) into a UserError."""
     try:
         yield
@@ -118,7 +118,7 @@ class WritableShards(ShardFiles):
         return self.sidecar_fpath(shard_i).exists() and self.acts_fpath(shard_i).exists()
 
     @contextlib.contextmanager
-    def writing(self, shard_i: int) -> collections.abc.Iterator[ShardWriter]:
+    def writing(self, shard_i: int) -> collections.abc.Generator[ShardWriter]:
         """Yields a writer for all images of the shard. The shard appears when the block ends without an
         error.
 

@@ -42,7 +42,7 @@ def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
 
 
 @contextlib.contextmanager
-def os_errors() -> collections.abc.Iterator[None]:
+def os_errors() -> collections.abc.Generator[None]:
     """Turns an OSError about a file into a UserError."""
     try:
         yield
@@ -64,7 +64,7 @@ def configure_logging() -> None:
 
 
 @contextlib.contextmanager
-def ended_by_signals() -> collections.abc.Iterator[None]:
+def ended_by_signals() -> collections.abc.Generator[None]:
     """Inside, SIGTERM and SIGUSR2 raise SystemExit: the process ends its children and removes its temporary files."""
 
     def end(signum: int, frame: object) -> tp.NoReturn:

@@ -41,7 +41,7 @@ def _submit(stages: list[Stage], slurm: SlurmConfig, name: str) -> list[tp.Any]:
         raise errors.UserError(
             f"--slurm-acct {slurm.slurm_acct}: no sbatch on this machine. Run on the cluster's login node, or leave --slurm-acct out."
         )
-    import submitit
+    import submitit.core.utils
 
     pathlib.Path(slurm.log_to).mkdir(parents=True, exist_ok=True)
     # Each time-out is one more turn of a long run, not a failure.
@@ -89,7 +89,7 @@ def _wait(jobs: list[tp.Any]) -> None:
 
 
 def _outcome(job: tp.Any) -> Outcome:
-    import submitit
+    import submitit.core.utils
 
     name, log = f"job {job.job_id}", f"Its log: {job.paths.stdout}"
     try:

@@ -93,10 +93,10 @@ def front(runs: pl.DataFrame) -> matplotlib.figure.Figure:
         axes.scatter(mine["l0"], mine["normalized_mse"], label=kind, **style)
     axes.set_xscale("log")
     size = max(4.0, 8.0 - len(runs) / 10)
-    for i, (name, *point) in enumerate(runs.select("run", "l0", "normalized_mse").iter_rows()):
+    for i, (name, x, y) in enumerate(runs.select("run", "l0", "normalized_mse").iter_rows()):
         dx, dy, side = PLACES[i % 4]
         style = {"ha": side, "fontsize": size, "color": "0.35", "parse_math": False}
-        axes.annotate(name, point, xytext=(dx, dy), textcoords="offset points", **style)
+        axes.annotate(name, (x, y), xytext=(dx, dy), textcoords="offset points", **style)
     axes.set_xlabel("L0 (latents that fire per activation)")
     axes.set_ylabel("normalised MSE")
     axes.grid(alpha=0.25)

@@ -68,7 +68,7 @@ class World:
     @contextlib.contextmanager
     def locked(
         self, fpaths: collections.abc.Iterable[pathlib.Path], what: str
-    ) -> collections.abc.Iterator[None]:
+    ) -> collections.abc.Generator[None]:
         """Holds lock files (`helpers.locked`). The first process takes them for all; the others wait, however long it takes."""
         room = None
         if self.size > 1:

@@ -49,7 +49,7 @@ def run(stage: str, args: collections.abc.Sequence[object]) -> tp.Any:
 
 
 @contextlib.contextmanager
-def interrupted(desc: str, n: int) -> collections.abc.Iterator[None]:
+def interrupted(desc: str, n: int) -> collections.abc.Generator[None]:
     """Inside, the first pass whose progress is called `desc...` ends at its item n, and so does the block."""
     before = helpers.progress
 

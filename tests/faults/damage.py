@@ -12,7 +12,7 @@ import numpy as np
 
 
 @contextlib.contextmanager
-def kept(fpath: pathlib.Path) -> collections.abc.Iterator[bytes]:
+def kept(fpath: pathlib.Path) -> collections.abc.Generator[bytes]:
     """Yields the file's bytes; afterwards the file is as it was."""
     data, info = fpath.read_bytes(), fpath.stat()
     try:

@@ -21,7 +21,7 @@ class Hang(BaseException):
 
 
 @contextlib.contextmanager
-def limited(limit_s: int) -> collections.abc.Iterator[None]:
+def limited(limit_s: int) -> collections.abc.Generator[None]:
     def end(signum: int, frame: object) -> tp.NoReturn:
         raise Hang
 

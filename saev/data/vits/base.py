@@ -154,7 +154,7 @@ def not_a_vit(cfg: config.Vit) -> errors.UserError:
 
 
 @contextlib.contextmanager
-def quiet() -> collections.abc.Iterator[None]:
+def quiet() -> collections.abc.Generator[None]:
     """Silences warnings: open_clip's about random weights, and both libraries' about their own
     deprecations."""
     level = logging.root.level
@@ -168,7 +168,7 @@ def quiet() -> collections.abc.Iterator[None]:
 
 
 @contextlib.contextmanager
-def building(cfg: config.Vit) -> collections.abc.Iterator[None]:
+def building(cfg: config.Vit) -> collections.abc.Generator[None]:
     """Wraps a library's construction of a model.
 
     Random weights depend only on --vit-seed, and the caller's random state is kept. Any exception becomes a
