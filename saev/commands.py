@@ -12,6 +12,7 @@ COMMANDS = {
     "report": ("saev.training.report", "show the runs of a sweep as a table"),
     "visuals": ("saev.visuals.cli", "show the images that fire each latent most"),
     "protoeval": ("saev.protoeval.cli", "evaluate prototypes on CUB-200-2011"),
+    "convert": ("saev.compat.cli", "convert SAEs of other libraries"),
     "demo": ("saev.demo.__main__", "run the whole experiment, small and real"),
 }
 """Name -> (module with a `main`, what it does)."""

@@ -20,10 +20,10 @@ COMMANDS = [
     "-m saev.training.report",
     "visuals.py",
     "protoeval.py",
-    "-m saev.nn.saelens",
+    "-m saev.compat",
     "-m saev.demo",
 ]
-OTHERS = ["-m saev", "-m saev.nn.sparsify", "-m saev.nn.dictionary_learning"]
+OTHERS = ["-m saev"]
 
 
 def shell(

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from saev import errors, nn
-from saev.nn import architectures, config, saelens
+from saev.compat import saelens
+from saev.nn import architectures, config
 from saev.nn.architectures import base
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -14,11 +15,10 @@ NAMES = re.compile(r"ReLU|Relu(?![a-z])|TopK")
 """Also as a part of a name: AutoEncoderTopK, ReluStep."""
 MAY_NAME_THEM = {
     "saev/nn/config.py": "the configs and their union",
-    "saev/nn/saelens.py": "converts foreign checkpoints",
-    "saev/nn/dictionary_learning.py": "converts foreign checkpoints",
-    "saev/nn/sparsify.py": "converts foreign checkpoints",
-    "saev/nn/field.py": "converts foreign checkpoints",
-    "saev/formats/field.py": "converts foreign checkpoints",
+    "saev/compat/saelens.py": "converts",
+    "saev/compat/dictionary_learning.py": "converts",
+    "saev/compat/sparsify.py": "converts",
+    "saev/compat/upstream.py": "converts",
 }
 
 

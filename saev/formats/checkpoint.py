@@ -8,7 +8,7 @@ Headers carry {"lib": "saev", "schema": SCHEMA, "kind": "sae" | "scorer" | "stat
 "xxh3" (of the bytes only) or nothing. Their headers are refused if they have keys that the schema did not
 define. So a new file with a damaged "schema" or "checksum" key cannot pass as an older one.
 
-Schema numbers start at 100 because upstream saev uses 1 to 5 (and no number) for other formats (`field`).
+Schema numbers start at 100 because upstream saev uses 1 to 5 (and no number) for other formats.
 """
 
 import collections.abc
@@ -19,10 +19,13 @@ import beartype
 import xxhash
 
 from saev import errors, helpers
-from saev.formats import field, jsonfile
+from saev.formats import jsonfile
 
 SCHEMA = 102
 """The schema that this version writes. Increment it whenever the format changes."""
+
+LAST_UPSTREAM = 5
+"""Upstream's schemas are 1 to this, or missing."""
 
 
 def _from_100(header: dict[str, tp.Any]) -> dict[str, tp.Any]:
@@ -64,7 +67,7 @@ def write(
 def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
     """Reads (header, payload) and upgrades the headers of older schemas.
 
-    If an SAE is wanted, the header of an upstream checkpoint (`field.is_field`) is returned unchanged.
+    If an SAE is wanted, the header of an upstream checkpoint (`is_upstream`) is returned unchanged.
 
     Raises:
         UserError: there is no such file, or it is a directory, not a checkpoint, damaged, of another kind, or
@@ -81,7 +84,7 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
     with fpath.open("rb") as fd:
         header = _parse_header(fpath, fd.readline(1 << 20))
         payload = fd.read()
-    if wanted == "sae" and field.is_field(header):
+    if wanted == "sae" and is_upstream(header):
         return header, payload
     _check_header(fpath, header, wanted)
     if not _is_whole(header, payload):
@@ -91,6 +94,15 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
     for schema in range(header["schema"], SCHEMA):
         header = UPGRADES[schema](header)
     return header, payload
+
+
+def is_upstream(header: dict[str, tp.Any]) -> bool:
+    """Is this the header of an upstream checkpoint (`saev.compat.upstream`)?"""
+    if header.get("lib") == "saev" or "kind" in header:
+        return False
+    if "schema" in header:
+        return type(header["schema"]) is int and 1 <= header["schema"] <= LAST_UPSTREAM
+    return "d_vit" in header and "exp_factor" in header
 
 
 def _is_whole(header: dict[str, tp.Any], payload: bytes) -> bool:
@@ -115,7 +127,7 @@ def kind(fpath: pathlib.Path) -> str | None:
     with fpath.open("rb") as fd:
         header = _parse_header(fpath, fd.readline(1 << 20))
     name = header.get("kind")
-    return "sae" if field.is_field(header) else name if isinstance(name, str) else None
+    return "sae" if is_upstream(header) else name if isinstance(name, str) else None
 
 
 def _parse_header(fpath: pathlib.Path, line: bytes) -> dict[str, tp.Any]:

@@ -20,9 +20,9 @@ from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 from saev import errors, fields
-from saev.formats import checkpoint, field, tensors
-from saev.nn import architectures, config, foreign, robust
-from saev.nn import field as nn_field
+from saev.compat import checks, upstream
+from saev.formats import checkpoint, tensors
+from saev.nn import architectures, config, robust
 
 CUT = "The file is cut or edited: train again."
 HEADER = {"lib", "schema", "kind", "cls", "cfg", "activations"}
@@ -222,26 +222,26 @@ def save(
 
 @beartype.beartype
 def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
-    """Loads a checkpoint, ours or the field's (`saev.formats.field`), in evaluation mode.
+    """Loads a checkpoint, of saev or upstream saev (`saev.compat.upstream`), in evaluation mode.
 
     Raises:
         UserError: see `checkpoint.read`; also an unknown architecture, or tensors that do not fit the header.
     """
     fpath = fields.path(fpath)
     header, payload = checkpoint.read(fpath, "sae")
-    if is_field := field.is_field(header):
-        said = field.upgrade(header, fpath)
-        cfg, state = nn_field.convert(said, tensors.load(payload, str(fpath), CUT), fpath)
-    else:
-        foreign.refuse_unknown(header, HEADER, str(fpath))
-        cfg, state = _config(header, fpath), tensors.load(payload, str(fpath), CUT)
+    found = upstream.upgrade(header, fpath) if checkpoint.is_upstream(header) else None
+    header = found.header() if found else header
+    checks.refuse_unknown(header, HEADER, str(fpath))
+    cfg = _config(header, fpath)
+    state = tensors.load(payload, str(fpath), CUT)
+    state = upstream.convert(found, state, fpath) if found else state
     try:
         shape = (cfg.n_latents, cfg.d_vit)
         if state["W_dec"].shape != shape:  # before a model of that size is made
             raise ValueError(f"W_dec has shape {tuple(state['W_dec'].shape)}")
         sae = SparseAutoencoder(cfg)
         sae.load_state_dict(state)
-        sae.activations = {} if is_field else _trained_on(header)
+        sae.activations = _trained_on(header)
     except Exception as err:  # names, types or shapes that do not fit
         raise errors.UserError(
             f"{fpath}: its tensors do not fit its header ({errors.first_line(err)}). {CUT}"

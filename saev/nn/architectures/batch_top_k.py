@@ -1,8 +1,11 @@
 """BatchTopK: the k x B largest pre-activations of a batch; in evaluation mode, those above a learned threshold. B batch, S latents."""
 
+import beartype
 import torch
+from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
+from saev import errors
 from saev.nn import activations, config, sparse
 from saev.nn.architectures import base
 from saev.nn.architectures.base import Coded
@@ -45,3 +48,25 @@ class BatchTopK(base.Architecture, cfg=config.BatchTopK):
         step = torch.where(sae.threshold == 0, 1.0, self.cfg.threshold_momentum)
         moved = torch.lerp(sae.threshold, least, step)
         sae.threshold.copy_(torch.where(least.isfinite(), moved, sae.threshold))
+
+
+@torch.no_grad()
+@jaxtyped(typechecker=beartype.beartype)
+def calibrate(sae: torch.nn.Module, x_BD: Float[Tensor, "B D"], k: int) -> None:
+    """Sets a BatchTopK's threshold so that on average k latents fire on each of these raw activations.
+
+    Raises:
+        UserError: it is not a BatchTopK, or no more than k x B pre-activations are positive.
+    """
+    if not isinstance(getattr(sae, "cfg", None), config.BatchTopK):
+        raise errors.UserError("calibrate: only a BatchTopK has a threshold.")
+    pre_BS = (x_BD * sae.scale - sae.b_dec) @ sae.W_enc + sae.b_enc
+    wanted = k * len(x_BD)
+    values_n = pre_BS[pre_BS > 0]
+    if len(values_n) <= wanted:
+        raise errors.UserError(
+            f"calibrate: only {len(values_n)} values of {len(x_BD)} activations are positive, but {wanted} "
+            "are wanted. Lower k."
+        )
+    # Only values above the threshold fire, so the threshold is the largest value that does not.
+    sae.threshold.copy_(values_n.kthvalue(len(values_n) - wanted).values)

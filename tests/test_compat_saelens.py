@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 
 from saev import errors, nn
-from saev.nn import config, foreign_keys, saelens
+from saev.compat import known_keys, saelens
+from saev.nn import config
 
 ROOT = pathlib.Path(__file__).parent.parent
 D = 6
@@ -141,12 +142,12 @@ def test_codes_that_are_rescaled_by_decoder_norms(tmp_path: pathlib.Path) -> Non
         ),
         (
             {"activation_fn_str": "topk", "activation_fn_kwargs": [3]},
-            "activation_fn_kwargs is no JSON object",
+            "activation_fn_kwargs is not a JSON object",
         ),
-        ({"activation_fn_kwargs": {"k": 3}}, "activation_fn_kwargs of no TopK: unknown key k"),
+        ({"activation_fn_kwargs": {"k": 3}}, r"activation_fn_kwargs \(not a TopK\): unknown key k"),
         (
             {"activation_fn_str": "relu", "activation_fn": "topk"},
-            "activation_fn_str and activation_fn say the same",
+            "activation_fn_str and activation_fn are the same",
         ),
         (
             {"activation_fn": "topk", "activation_fn_kwargs": {"k": 3}, "architecture": "gated"},
@@ -170,7 +171,7 @@ def test_codes_that_are_rescaled_by_decoder_norms(tmp_path: pathlib.Path) -> Non
             "k is 4 and 3",
         ),
         ({"finetuning_scaling_factor": True}, "tensor scaling_factor is missing"),
-        ({"metadata": 3}, "metadata is no JSON object"),
+        ({"metadata": 3}, "metadata is not a JSON object"),
         ({"metadata": {"trained_on": {"layers": "8"}}}, "trained_on is not as saev writes it"),
         ({"metadata": {"trained_on": 3}}, "trained_on is not as saev writes it"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
@@ -192,7 +193,7 @@ def test_what_cannot_be_expressed(
 def test_any_config_is_read_or_refused_in_one_line(tmp_path: pathlib.Path) -> None:
     dpath, random = folder(tmp_path, {}), np.random.default_rng(0)
     values = [None, True, 0, 3, 2 * D, 2**40, 1.5, "topk", "gated", "none", "6.1", [3], {"k": 3}]
-    keys, n_read = sorted(saelens.HONOURED | {"activation_fn_str", "hook_name"}), 0
+    keys, n_read = sorted(saelens.USED | {"activation_fn_str", "hook_name"}), 0
     for _ in range(300):
         chosen = random.choice(keys, 3, replace=False)
         more = {str(key): values[random.integers(len(values))] for key in chosen}
@@ -264,7 +265,7 @@ def test_codes_that_are_scaled_before_decoding(tmp_path: pathlib.Path) -> None:
     torch.testing.assert_close(x_hat_BD, want_BD.float(), rtol=1e-4, atol=1e-3)
     cfg_fpath = dpath / "cfg.json"
     cfg_fpath.write_text(cfg_fpath.read_text().replace("true}", "false}"))
-    with pytest.raises(errors.UserError, match="says finetuning_scaling_factor is false"):
+    with pytest.raises(errors.UserError, match="but finetuning_scaling_factor is false in"):
         saelens.load(dpath)
 
 
@@ -341,7 +342,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
     nn.save(sae, tmp_path / "sae.pt", TRAINED_ON)
 
     def run(*args: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "saev.nn.saelens", *args]
+        command = [sys.executable, "-m", "saev.compat", "saelens", *args]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     assert run("export", str(tmp_path / "sae.pt"), str(tmp_path / "out")).returncode == 0
@@ -429,8 +430,8 @@ def test_every_key_that_saelens_can_write_is_decided() -> None:
         classes += [cls for name, (_, cls) in found.items() if name in read]
     names = {field.name for cls in classes for field in dataclasses.fields(cls)}
     runners = {"sae"}  # the runner's nested config, which has a file of its own
-    assert names - runners - saelens.HONOURED <= foreign_keys.SAELENS
-    assert not saelens.HONOURED & foreign_keys.SAELENS
+    assert names - runners - saelens.USED <= known_keys.SAELENS
+    assert not saelens.USED & known_keys.SAELENS
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from saev import errors, nn
-from saev.formats import checkpoint, field
+from saev.compat import upstream
+from saev.formats import checkpoint
 from saev.nn import config
-from saev.nn import field as nn_field
 
 DATA = pathlib.Path(__file__).parent / "data"
 D, S = 8, 16
 
-THRESHOLD = nn_field.THRESHOLD
+THRESHOLD = upstream.THRESHOLD
 OLD = {"exp_factor": 2, "seed": 0, "n_reinit_samples": 9, "remove_parallel_grads": True}
 V5 = {"d_model": D, "d_sae": S, "reinit_blend": 0.8}
 TOP3 = {"key": "top-k", "top_k": 3, "sparsity": {"cls": "NoSparsity", "params": {}}}
@@ -127,10 +127,10 @@ def test_recorded_outputs(fpath: pathlib.Path) -> None:
 
 
 def test_the_recorded_top_k_has_negative_values_and_any_number_of_latents() -> None:
-    """tests/data/field/schema5_topk: f = mask x pre with the mask of the 6 largest, in float64; many rows have fewer positive ones."""
-    recorded = np.load(DATA / "field" / "schema5_topk.npz")
+    """tests/data/upstream/schema5_topk: f = mask x pre with the mask of the 6 largest, in float64; many rows have fewer positive ones."""
+    recorded = np.load(DATA / "upstream" / "schema5_topk.npz")
     assert (recorded["f"] < 0).any() and ((recorded["f"] != 0).sum(axis=1) == 6).all()
-    sae = nn.load(DATA / "field" / "schema5_topk.pt")
+    sae = nn.load(DATA / "upstream" / "schema5_topk.pt")
     assert sae.cfg == config.TopK(
         d_vit=8, d_sae=13, top_k=6, normalize="none", aux_coeff=0.0, keep_negative=True
     )
@@ -159,12 +159,12 @@ def test_no_threshold_is_said_and_can_be_calibrated(
     assert "has no threshold" in caplog.text and "calibrate" in caplog.text
     x_BD = torch.randn(50, D, generator=torch.Generator().manual_seed(1))
     assert (sae.encode(x_BD) > 0).sum() > 50 * 4
-    nn_field.calibrate(sae, x_BD, 4)
+    nn.calibrate(sae, x_BD, 4)
     assert (sae.encode(x_BD) > 0).sum() == 50 * 4
-    with pytest.raises(errors.UserError, match="are positive, 800 are wanted. Lower k"):
-        nn_field.calibrate(sae, x_BD, S)
+    with pytest.raises(errors.UserError, match="are positive, but 800 are wanted. Lower k"):
+        nn.calibrate(sae, x_BD, S)
     with pytest.raises(errors.UserError, match="only a BatchTopK"):
-        nn_field.calibrate(nn.SparseAutoencoder(config.Relu(d_vit=D)), x_BD, 4)
+        nn.calibrate(nn.SparseAutoencoder(config.Relu(d_vit=D)), x_BD, 4)
 
 
 # ---- refused in words ----
@@ -286,7 +286,7 @@ def test_any_header_is_read_or_refused_in_words(
 ) -> None:
     header = {**header, "cfg": cfg} | ({} if schema is None else {"schema": schema})
     try:
-        said = field.upgrade(header, pathlib.Path("x.pt"))
+        said = upstream.upgrade(header, pathlib.Path("x.pt"))
     except errors.UserError:
         return
     assert said.d_sae > 0 and said.d_vit > 0

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from saev import errors, nn
-from saev.nn import config, dictionary_learning, foreign_keys
+from saev.compat import dictionary_learning, known_keys
+from saev.nn import config
 
 ROOT = pathlib.Path(__file__).parent.parent
 D, S, K = 6, 25, 4
@@ -87,7 +88,15 @@ def test_a_batch_top_k_without_a_threshold_says_so(
 @pytest.mark.slow
 def test_the_command(tmp_path: pathlib.Path) -> None:
     dpath, fpath = folder(tmp_path, "AutoEncoderTopK"), tmp_path / "sae.pt"
-    command = [sys.executable, "-m", "saev.nn.dictionary_learning", "load", str(dpath), str(fpath)]
+    command = [
+        sys.executable,
+        "-m",
+        "saev.compat",
+        "dictionary_learning",
+        "load",
+        str(dpath),
+        str(fpath),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, str(fpath)), done.stderr
     assert_same(nn.load(fpath), *formula("AutoEncoderTopK", dpath))
@@ -180,7 +189,7 @@ def test_we_read_what_the_package_saves(module: str, kind: str, tmp_path: pathli
 def test_every_key_that_the_package_can_write_is_decided() -> None:
     """The keys of every trainer's `config`, read from its source."""
     package = pytest.importorskip("dictionary_learning")
-    known = foreign_keys.DICTIONARY_LEARNING | {"dict_class", "activation_dim", "dict_size", "k"}
+    known = known_keys.DICTIONARY_LEARNING | {"dict_class", "activation_dim", "dict_size", "k"}
     for fpath in (pathlib.Path(package.__file__).parent / "trainers").glob("*.py"):
         for body in re.findall(r"def config\(self\):\s+return \{(.*?)\}", fpath.read_text(), re.S):
             assert set(re.findall(r"""["'](\w+)["']\s*:""", body)) <= known, fpath.name

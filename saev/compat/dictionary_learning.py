@@ -1,15 +1,8 @@
-"""SAEs that the package dictionary_learning trained (a folder with ae.pt and config.json). D d_vit, S latents.
+"""Reads SAEs of the package dictionary_learning: a folder with ae.pt and config.json. D d_vit, S latents.
 
-    python -m saev.nn.dictionary_learning load FOLDER sae.pt
-
-Codes and reconstructions are those of the module that was saved. (Its AutoEncoder.from_pretrained divides decoder vectors by
-their norms and multiplies the codes by them, which leaves reconstructions as they are.)
+Codes and reconstructions are those of the saved module. (AutoEncoder.from_pretrained of that package divides decoder
+vectors by their norms and multiplies the codes by them, which changes no reconstruction.)
 """
-
-if __name__ == "__main__":  # before the imports below, which take time
-    from saev import early
-
-    early.install()
 
 import logging
 import pathlib
@@ -19,9 +12,10 @@ import beartype
 import torch
 from torch import Tensor
 
-from saev import errors, fields, launch
+from saev import errors, fields
+from saev.compat import checks, known_keys, loaders
 from saev.formats import tensors
-from saev.nn import config, foreign, foreign_keys, loaders, sae
+from saev.nn import config, sae
 
 logger = logging.getLogger("saev")
 
@@ -40,9 +34,9 @@ NAMES = {
     "JumpReluAutoEncoder": PLAIN,
     "GatedAutoEncoder": ("encoder.weight", "mag_bias", "decoder.weight", "decoder_bias"),
 }
-"""dict_class -> its names of W_enc, b_enc, W_dec and b_dec. A torch.nn.Linear's weight is the transpose of ours."""
+"""Maps dict_class to its names of W_enc, b_enc, W_dec and b_dec. A torch.nn.Linear's weight is transposed."""
 NOT_SUBTRACTED = ("AutoEncoderNew", "JumpReluAutoEncoder")
-"""Classes whose encoder sees x, not x - b_dec."""
+"""Classes whose encoder does not subtract b_dec."""
 
 
 @torch.no_grad()
@@ -51,7 +45,7 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     """Reads the folder of one trainer, in evaluation mode.
 
     Raises:
-        UserError: not such a folder, or an SAE that ours cannot express exactly.
+        UserError: it is not such a folder, or saev has no SAE that computes exactly the same.
     """
     dpath = fields.path(dpath)
     where, cfg = str(dpath / WEIGHTS), _cfg(dpath / CFG)
@@ -65,30 +59,36 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
         shapes |= {"r_mag": (S,), "gate_bias": (S,)}
     if kind == "JumpReluAutoEncoder":
         shapes["threshold"] = (S,)
-    elif k and "threshold" in state:  # older TopKs have none
+    elif k and "threshold" in state:  # older versions saved none
         shapes["threshold"] = ()
-    if kind == "MatryoshkaBatchTopKSAE":  # all groups are active in a module that is loaded
+    if kind == "MatryoshkaBatchTopKSAE":  # all groups are active in a loaded module
         state.pop("group_sizes", None)
-    t = foreign.take(state, shapes, where, CFG)
+    t = checks.take(state, shapes, where, CFG)
     parts = {
-        ours: t[name].T if name.endswith(".weight") else t[name]
-        for ours, name in zip(PLAIN, NAMES[kind], strict=True)
+        plain: t[name].T if name.endswith(".weight") else t[name]
+        for plain, name in zip(PLAIN, NAMES[kind], strict=True)
     }
     threshold = t.get("threshold")
-    if kind == "GatedAutoEncoder":  # as in saev.nn.saelens
+    if kind == "GatedAutoEncoder":  # as in saev.compat.saelens
         gain_S = t["r_mag"].exp()
         threshold = parts["b_enc"] - gain_S * t["gate_bias"]
         parts["W_enc"] = parts["W_enc"] * gain_S
     if kind.endswith("BatchTopKSAE") and (threshold is None or threshold < 0):
-        logger.warning("%s: its threshold was never set; every positive value fires.", where)
+        logger.warning(
+            "%s: its threshold was never set; every positive value fires. "
+            "saev.nn.calibrate(sae, activations, k) sets one.",
+            where,
+        )
     subtracts = kind not in NOT_SUBTRACTED
-    ours = _ours(kind, D, S, k)
-    is_top_k = isinstance(ours, config.TopK)  # whose threshold the library does not use by default
-    threshold = None if is_top_k else threshold
-    return loaders.build(ours, parts, where, subtracts_b_dec=subtracts, threshold=threshold)
+    sae_cfg = _sae_cfg(kind, D, S, k)
+    if isinstance(
+        sae_cfg, config.TopK
+    ):  # the package stores a threshold but does not use it by default
+        threshold = None
+    return loaders.build(sae_cfg, parts, where, subtracts_b_dec=subtracts, threshold=threshold)
 
 
-def _ours(kind: str, d_vit: int, d_sae: int, k: int) -> config.Sae:
+def _sae_cfg(kind: str, d_vit: int, d_sae: int, k: int) -> config.Sae:
     common = {"d_vit": d_vit, "d_sae": d_sae, "normalize": "none"}
     sparse = {**common, "top_k": min(k, d_sae), "aux_coeff": 0.0}
     match kind:
@@ -103,9 +103,9 @@ def _ours(kind: str, d_vit: int, d_sae: int, k: int) -> config.Sae:
 
 
 def _cfg(fpath: pathlib.Path) -> dict[str, tp.Any]:
-    """ "trainer" of config.json, checked."""
+    """Reads config.json and returns its "trainer", checked."""
     whole = loaders.read_json(fpath, LIBRARY)
-    foreign.refuse_unknown(whole, {"trainer", "buffer"}, str(fpath))
+    checks.refuse_unknown(whole, {"trainer", "buffer"}, str(fpath))
     cfg = whole.get("trainer")
     if not isinstance(cfg, dict):
         raise errors.UserError(f"{fpath}: has no trainer. Pass a folder that {LIBRARY} saved.")
@@ -113,8 +113,8 @@ def _cfg(fpath: pathlib.Path) -> dict[str, tp.Any]:
         raise errors.UserError(
             f"{fpath}: dict_class is {cfg.get('dict_class')!r}; saev can read {', '.join(NAMES)}."
         )
-    known = {"dict_class", "activation_dim", "dict_size", "k"} | foreign_keys.DICTIONARY_LEARNING
-    foreign.refuse_unknown(cfg, known, str(fpath))
+    known = {"dict_class", "activation_dim", "dict_size", "k"} | known_keys.DICTIONARY_LEARNING
+    checks.refuse_unknown(cfg, known, str(fpath))
     return cfg
 
 
@@ -127,7 +127,7 @@ def _state(fpath: pathlib.Path) -> dict[str, tp.Any]:
 
 
 def _k(cfg: dict[str, tp.Any], state: dict[str, tp.Any], dpath: pathlib.Path) -> int:
-    """Latents of a TopK, from tensor and config; 0 where the class has none. Takes the tensor out."""
+    """Returns a TopK's k, or 0 for other classes. Removes the tensor k from `state`."""
     if "TopK" not in cfg["dict_class"]:
         if "k" in cfg:
             raise errors.UserError(
@@ -136,26 +136,25 @@ def _k(cfg: dict[str, tp.Any], state: dict[str, tp.Any], dpath: pathlib.Path) ->
         return 0
     stored = state.pop("k", None)
     if stored is None:
-        return foreign.positive(cfg, "k", str(dpath / CFG))
+        return checks.positive(cfg, "k", str(dpath / CFG))
     if not isinstance(stored, Tensor) or stored.ndim or stored.is_floating_point():
         raise errors.UserError(f"{dpath / WEIGHTS}: its k is not a whole number.")
     if cfg.get("k", stored.item()) != stored.item():
         raise errors.UserError(
-            f"{dpath / WEIGHTS}: its k is {stored.item()}, but {CFG} says {cfg['k']!r}. The file is cut or edited."
+            f"{dpath / WEIGHTS}: its k is {stored.item()}, but {CFG} says {cfg['k']!r}. "
+            "The file is truncated or edited."
         )
-    return foreign.positive({"k": stored.item()}, "k", str(dpath / WEIGHTS))
+    return checks.positive({"k": stored.item()}, "k", str(dpath / WEIGHTS))
 
 
 def _size(cfg: dict[str, tp.Any], state: dict[str, tp.Any], where: str) -> tuple[int, int]:
-    """(D, S) by the config, where it says them, else by the encoder's shape."""
+    """Returns (D, S) as the config gives them, or else the encoder's shape."""
     name = NAMES[cfg["dict_class"]][0]
     encoder = state.get(name)
     if not isinstance(encoder, Tensor) or encoder.ndim != 2:
-        raise errors.UserError(f"{where}: tensor {name} is missing. The file is cut or edited.")
+        raise errors.UserError(
+            f"{where}: tensor {name} is missing. The file is truncated or edited."
+        )
     D, S = encoder.shape[::-1] if name.endswith(".weight") else encoder.shape
-    said = {"activation_dim": D, "dict_size": S, **cfg}
-    return tuple(foreign.positive(said, key, where) for key in ("activation_dim", "dict_size"))
-
-
-if __name__ == "__main__":
-    launch.entry(lambda: loaders.command("saev.nn.dictionary_learning", LIBRARY, load))
+    sizes = {"activation_dim": D, "dict_size": S, **cfg}
+    return tuple(checks.positive(sizes, key, where) for key in ("activation_dim", "dict_size"))

@@ -1,15 +1,7 @@
-"""SAEs in SAELens' on-disk format (a folder with cfg.json and sae_weights.safetensors), both ways. D d_vit, S latents.
+"""SAEs in SAELens' format, read and written: a folder with cfg.json and sae_weights.safetensors. D d_vit, S latents.
 
-    python -m saev.nn.saelens export checkpoints/RUN/sae.pt FOLDER
-    python -m saev.nn.saelens load FOLDER sae.pt
-
-Both ways codes and reconstructions of raw activations stay the same: our input scale is folded into the weights.
+Codes and reconstructions of raw activations stay the same in both directions. The input scale is folded into the weights.
 """
-
-if __name__ == "__main__":  # before the imports below, which take time
-    from saev import early
-
-    early.install()
 
 import pathlib
 import re
@@ -22,31 +14,32 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from saev import errors, fields, helpers, launch
+from saev import errors, fields, helpers
+from saev.compat import checks, known_keys, loaders
 from saev.formats import jsonfile
-from saev.nn import config, foreign, foreign_keys, loaders, sae
+from saev.nn import config, sae
 
 CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 FORMAT = "6.0.0"
-"""The first version of SAELens with the format that is written."""
+"""The SAELens version that introduced the format written here."""
 
 
 @torch.no_grad()
 @beartype.beartype
 def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
-    """Writes the folder; it appears whole or not at all.
+    """Writes the folder atomically.
 
-    A BatchTopK becomes a JumpReLU with one threshold, which is what it is at inference (SAELens does the same).
+    A BatchTopK becomes a JumpReLU with one threshold, which computes the same at inference. SAELens does the same.
 
     Raises:
-        UserError: the folder exists, or SAELens has no such SAE.
+        UserError: the folder exists, or SAELens has no SAE that computes the same.
     """
     dpath = fields.path(dpath)
     _check_new(dpath)
     if getattr(model.cfg, "keep_negative", False):
         raise errors.UserError(
-            "This TopK keeps negative values (keep_negative); SAELens' sets them to 0. It cannot be exported."
+            "This TopK keeps negative values (keep_negative), but SAELens' sets them to 0. It cannot be exported."
         )
     scale = model.scale.double()
     tensors = {
@@ -64,7 +57,7 @@ def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {
-            "sae_lens_version": FORMAT,  # or SAELens drops what it does not know
+            "sae_lens_version": FORMAT,  # without it SAELens drops unknown keys
             "sae_lens_training_version": None,
             "trained_on": model.activations,
         },
@@ -91,7 +84,7 @@ def _write(dpath: pathlib.Path, cfg: dict[str, tp.Any], tensors: dict[str, Tenso
     with helpers.atomic_folder(dpath) as tmp_dpath:
         helpers.write_text(tmp_dpath / CFG, jsonfile.dumps(cfg, indent=4))
         (tmp_dpath / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
-        _check_new(dpath)  # somebody may have made it meanwhile
+        _check_new(dpath)  # another process may have created it since
 
 
 def _check_new(dpath: pathlib.Path) -> None:
@@ -102,10 +95,10 @@ def _check_new(dpath: pathlib.Path) -> None:
 @torch.no_grad()
 @beartype.beartype
 def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
-    """Reads SAELens' standard, topk, jumprelu and gated SAEs, of version 6 and before, in evaluation mode.
+    """Reads a standard, topk, jumprelu or gated SAE of SAELens 6 or older, in evaluation mode.
 
     Raises:
-        UserError: not such a folder, or an SAE that ours cannot express exactly.
+        UserError: it is not such a folder, or saev has no SAE that computes exactly the same.
     """
     dpath = fields.path(dpath)
     cfg, found = _cfg(dpath / CFG), _tensors(dpath / WEIGHTS)
@@ -115,9 +108,10 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     shapes = {"W_enc": (D, S), "W_dec": (S, D), "b_dec": (D,)}
     names = {"jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}
     shapes |= dict.fromkeys(names.get(architecture, ("b_enc",)), (S,))
-    t = foreign.take(found, shapes, str(dpath / WEIGHTS), CFG)
+    t = checks.take(found, shapes, str(dpath / WEIGHTS), CFG)
     if architecture == "gated":
-        # gate: z + b_gate > 0 for z = x W_enc; value: e^r z + b_mag. So it fires where the value is above b_mag - e^r b_gate.
+        # With z = x W_enc the gate opens where z + b_gate > 0, and the value is e^r z + b_mag. So a latent
+        # fires where its value is above b_mag - e^r b_gate.
         gain_S = t["r_mag"].exp()
         t["threshold"] = t["b_mag"] - gain_S * t["b_gate"]
         t |= {"W_enc": t["W_enc"] * gain_S, "b_enc": t["b_mag"]}
@@ -129,13 +123,13 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     common = {"d_vit": D, "d_sae": S, "normalize": "none"}
     match architecture:
         case "standard":
-            ours = config.Relu(**common)
+            sae_cfg = config.Relu(**common)
         case "topk":
-            ours = config.TopK(**common, top_k=min(cfg["k"], S), aux_coeff=0.0)
+            sae_cfg = config.TopK(**common, top_k=min(cfg["k"], S), aux_coeff=0.0)
         case _:
-            ours = config.JumpRelu(**common)
+            sae_cfg = config.JumpRelu(**common)
     model = loaders.build(
-        ours,
+        sae_cfg,
         t,
         str(dpath / WEIGHTS),
         subtracts_b_dec=cfg.get("apply_b_dec_to_input", True),
@@ -146,29 +140,31 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
 
 
 def _trained_on(cfg: dict[str, tp.Any], fpath: pathlib.Path) -> dict[str, tp.Any]:
-    """What our export wrote beside SAELens' own metadata; empty where there is nothing."""
+    """Returns what `export` recorded in metadata.trained_on, or {}."""
     found = (cfg.get("metadata") or {}).get("trained_on") or {}
     try:
         msgspec.convert(found, sae.Activations)
     except ValueError as err:
         raise errors.UserError(
-            f"{fpath}: metadata.trained_on is not as saev writes it ({errors.first_line(err)}). Take it out of a copy."
+            f"{fpath}: metadata.trained_on is not as saev writes it ({errors.first_line(err)}). "
+            "Remove it from a copy of the file."
         ) from err
     return found
 
 
 def _scaling(cfg: dict[str, tp.Any], found: dict[str, Tensor], dpath: pathlib.Path) -> Tensor:
-    """(S,) factors of the codes before decoding, from fine-tuning; 1 where there are none. Takes them out of `found`."""
+    """Removes the fine-tuned factors of the codes from `found` and returns them: (S,), 1 if there are none."""
     scaling_S = found.pop("scaling_factor", None)
-    is_asked = cfg.get("finetuning_scaling_factor", False)
-    if scaling_S is None and not is_asked:
+    is_set = cfg.get("finetuning_scaling_factor", False)
+    if scaling_S is None and not is_set:
         return torch.ones(cfg["d_sae"], dtype=torch.float64)
     shapes = {"scaling_factor": (cfg["d_sae"],)}
     given = {} if scaling_S is None else {"scaling_factor": scaling_S}
-    scaling_S = foreign.take(given, shapes, str(dpath / WEIGHTS), CFG)["scaling_factor"]
-    if not is_asked and not torch.allclose(scaling_S, torch.ones_like(scaling_S)):
+    scaling_S = checks.take(given, shapes, str(dpath / WEIGHTS), CFG)["scaling_factor"]
+    if not is_set and not torch.allclose(scaling_S, torch.ones_like(scaling_S)):
         raise errors.UserError(
-            f"{dpath / WEIGHTS}: holds a scaling_factor, but {CFG} says finetuning_scaling_factor is false. Correct one of them in a copy."
+            f"{dpath / WEIGHTS}: holds a scaling_factor, but finetuning_scaling_factor is false in {CFG}. "
+            "Correct one of them in a copy."
         )
     return scaling_S
 
@@ -179,9 +175,9 @@ RENAMED = {
     "activation_fn_str": "activation_fn",
     "uses_scaling_factor": "finetuning_scaling_factor",
 }
-"""Older names."""
+"""Maps older key names to those of version 6."""
 BOOLEANS = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "finetuning_scaling_factor")
-HONOURED = {
+USED = {
     "architecture",
     "d_in",
     "d_sae",
@@ -212,7 +208,7 @@ ALLOWED = {
 
 
 def _cfg(fpath: pathlib.Path) -> dict[str, tp.Any]:
-    """cfg.json, checked, with the names and values of version 6.
+    """Reads and checks cfg.json; returns it with the names and values of version 6.
 
     Raises:
         UserError: see `load`.
@@ -220,49 +216,50 @@ def _cfg(fpath: pathlib.Path) -> dict[str, tp.Any]:
     cfg = loaders.read_json(fpath, "SAELens")
     if twice := [old for old, new in RENAMED.items() if old in cfg and new in cfg]:
         raise errors.UserError(
-            f"{fpath}: {twice[0]} and {RENAMED[twice[0]]} say the same. Drop one."
+            f"{fpath}: {twice[0]} and {RENAMED[twice[0]]} are the same key. Remove one."
         )
     cfg = {RENAMED.get(key, key): value for key, value in cfg.items()}
     if not isinstance(cfg.get("metadata") or {}, dict):
-        raise errors.UserError(f"{fpath}: metadata is no JSON object. The file is edited.")
+        raise errors.UserError(f"{fpath}: metadata is not a JSON object. The file is edited.")
     cfg.setdefault("architecture", "standard")
     _take_activation(cfg, fpath)
     hook = cfg.get("hook_name", cfg.get("hook_point", ""))
     if _is_before_6(cfg) and "hook_z" in str(hook):
         cfg.setdefault("reshape_activations", "hook_z")
-    foreign.refuse_other(cfg, ALLOWED, str(fpath))
-    foreign.refuse_unknown(cfg, HONOURED | foreign_keys.SAELENS, str(fpath))
+    checks.refuse_other(cfg, ALLOWED, str(fpath))
+    checks.refuse_unknown(cfg, USED | known_keys.SAELENS, str(fpath))
     for name in ("d_in", "d_sae", *(["k"] if cfg["architecture"] == "topk" else [])):
-        foreign.positive(cfg, name, str(fpath))
+        checks.positive(cfg, name, str(fpath))
     for name in ("k", "rescale_acts_by_decoder_norm"):
         if cfg["architecture"] != "topk" and cfg.get(name):
             raise errors.UserError(
-                f"{fpath}: {name} is {cfg[name]!r}, but architecture is {cfg['architecture']!r}; only topk has it. Correct one of them in a copy."
+                f"{fpath}: {name} is {cfg[name]!r}, but architecture is {cfg['architecture']!r}; only topk has "
+                "it. Correct one of them in a copy."
             )
     return cfg
 
 
 def _take_activation(cfg: dict[str, tp.Any], fpath: pathlib.Path) -> None:
-    """Before version 6 the activation function said whether it is a TopK, whatever the architecture."""
+    """Moves a TopK's k to the keys of version 6. Before, the activation function alone decided whether it is a TopK."""
     kwargs = cfg.get("activation_fn_kwargs") or {}
     if not isinstance(kwargs, dict):
-        raise errors.UserError(f"{fpath}: activation_fn_kwargs is no JSON object.")
+        raise errors.UserError(f"{fpath}: activation_fn_kwargs is not a JSON object.")
     allowed = ("relu", None)
     if _is_before_6(cfg) or cfg["architecture"] == "topk":
         allowed = ("relu", "topk", None)
-    foreign.refuse_other(cfg, {"activation_fn": allowed}, str(fpath))
+    checks.refuse_other(cfg, {"activation_fn": allowed}, str(fpath))
     if cfg.get("activation_fn") == "topk":
-        foreign.refuse_unknown(kwargs, {"k"}, f"{fpath}: activation_fn_kwargs")
-        foreign.refuse_other(cfg, {"architecture": ("standard", "topk")}, str(fpath))
+        checks.refuse_unknown(kwargs, {"k"}, f"{fpath}: activation_fn_kwargs")
+        checks.refuse_other(cfg, {"architecture": ("standard", "topk")}, str(fpath))
         cfg["architecture"] = "topk"
         if kwargs.get("k", cfg.get("k")) != cfg.setdefault("k", kwargs.get("k")):
             raise errors.UserError(f"{fpath}: k is {cfg['k']!r} and {kwargs['k']!r}.")
     else:
-        foreign.refuse_unknown(kwargs, (), f"{fpath}: activation_fn_kwargs of no TopK")
+        checks.refuse_unknown(kwargs, (), f"{fpath}: activation_fn_kwargs (not a TopK)")
 
 
 def _is_before_6(cfg: dict[str, tp.Any]) -> bool:
-    """By SAELens' own rule: also where no version is given."""
+    """Was it written before version 6? As in SAELens, a file without a version was."""
     version = cfg.get("sae_lens_version") or (cfg.get("metadata") or {}).get("sae_lens_version")
     major = re.match(r"\d+", version) if isinstance(version, str) else None
     return major is None or int(major[0]) < 6
@@ -273,7 +270,3 @@ def _tensors(fpath: pathlib.Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(fpath)
     except (OSError, safetensors.SafetensorError) as err:
         raise loaders.unreadable(fpath, err, "SAELens") from err
-
-
-if __name__ == "__main__":
-    launch.entry(lambda: loaders.command("saev.nn.saelens", "SAELens", load, export))

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from saev import errors, nn
-from saev.nn import sparsify
+from saev.compat import sparsify
 
 ROOT = pathlib.Path(__file__).parent.parent
 D, S, K = 6, 24, 4
@@ -70,7 +70,7 @@ def test_a_number_of_latents_goes_before_the_factor(tmp_path: pathlib.Path) -> N
 @pytest.mark.slow
 def test_the_command(tmp_path: pathlib.Path) -> None:
     dpath, fpath = folder(tmp_path), tmp_path / "sae.pt"
-    command = [sys.executable, "-m", "saev.nn.sparsify", "load", str(dpath), str(fpath)]
+    command = [sys.executable, "-m", "saev.compat", "sparsify", "load", str(dpath), str(fpath)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, str(fpath)), done.stderr
     check(nn.load(fpath), dpath)

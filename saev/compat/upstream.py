@@ -1,18 +1,25 @@
-"""Headers of upstream saev checkpoints: no schema, and schemas 1 to 5.
+"""Upstream saev checkpoints: no schema, and schemas 1 to 5. D d_vit, S latents.
 
-A table holds one function per schema that upgrades a header to the next one; only the last is interpreted.
-Values are checked before use, because the file may come from anywhere.
+`UPGRADES` holds one function per schema that turns a header into one of the next schema. Only the last schema is
+interpreted. Values are checked before use, because the file may come from anywhere.
 """
 
 import collections.abc
+import logging
 import pathlib
 import typing as tp
 
 import beartype
+import torch
+from torch import Tensor
 
 from saev import errors
+from saev.compat import checks
+from saev.formats import checkpoint
 
-LAST = 5
+logger = logging.getLogger("saev")
+
+THRESHOLD = "activation.threshold"
 Header = dict[str, tp.Any]
 
 ACTIVATIONS = {"Relu": "relu", "TopK": "top-k", "BatchTopK": "batch-top-k"}
@@ -29,7 +36,7 @@ PARAM_KEYS = frozenset(["aux", "key", "kind", "momentum", "sparsity"])
 """Keys of an activation's params that matter only in training or repeat its name."""
 
 
-class FieldSae(tp.NamedTuple):
+class UpstreamSae(tp.NamedTuple):
     """The SAE that a header describes. Its encoder does not subtract b_dec: f = act(x W_enc + b_enc)."""
 
     schema: int
@@ -39,14 +46,14 @@ class FieldSae(tp.NamedTuple):
     d_sae: int
     top_k: int
 
-
-def is_field(header: Header) -> bool:
-    """Is this the header of an upstream checkpoint?"""
-    if header.get("lib") == "saev" or "kind" in header:
-        return False
-    if "schema" in header:
-        return type(header["schema"]) is int and 1 <= header["schema"] <= LAST
-    return "d_vit" in header and "exp_factor" in header
+    def header(self) -> Header:
+        """Returns the same in saev's newest schema. Upstream's TopK keeps negative values among the k largest."""
+        cfg: Header = {"d_vit": self.d_vit, "d_sae": self.d_sae, "normalize": "none"}
+        if self.activation != "Relu":
+            cfg |= {"top_k": min(self.top_k, self.d_sae), "aux_coeff": 0.0}
+        if self.activation == "TopK":
+            cfg["keep_negative"] = True
+        return {"cls": self.activation, "cfg": cfg, "activations": {}}
 
 
 def _from_none(header: Header) -> Header:
@@ -78,8 +85,7 @@ def _from_4(header: Header) -> Header:
 
 
 def _renamed(cfg: Header, old: str, new: str, factor: int) -> Header:
-    """Moves the old key's value, times `factor`, to the new key. If both keys are present, they must
-    agree."""
+    """Moves the old key's value, times `factor`, to the new key. If both are present, they must agree."""
     if old not in cfg:
         return cfg
     value = factor * cfg.pop(old)
@@ -98,7 +104,7 @@ UPGRADES: dict[int, collections.abc.Callable[[Header], Header]] = {
 
 
 @beartype.beartype
-def upgrade(header: Header, fpath: pathlib.Path) -> FieldSae:
+def upgrade(header: Header, fpath: pathlib.Path) -> UpstreamSae:
     """Interprets an upstream header.
 
     Raises:
@@ -108,7 +114,7 @@ def upgrade(header: Header, fpath: pathlib.Path) -> FieldSae:
     try:
         if schema:
             _only(header, KEYS, "its header")
-        for number in range(schema, LAST):
+        for number in range(schema, checkpoint.LAST_UPSTREAM):
             header = UPGRADES[number](header)
         cfg = header["cfg"]
         activation = cfg["activation"]
@@ -121,7 +127,7 @@ def upgrade(header: Header, fpath: pathlib.Path) -> FieldSae:
             name = ACTIVATIONS.get(activation["cls"])
             if params.get(key, name) != name:
                 raise ValueError(f"cls is {activation['cls']!r}, but {key} is {params[key]!r}")
-        out = FieldSae(
+        out = UpstreamSae(
             schema, activation["cls"], cfg["d_model"], cfg["d_sae"], params.get("top_k", 32)
         )
         _check(out)
@@ -134,7 +140,42 @@ def upgrade(header: Header, fpath: pathlib.Path) -> FieldSae:
     return out
 
 
-def _check(sae: FieldSae) -> None:
+@beartype.beartype
+def convert(sae: UpstreamSae, state: dict[str, tp.Any], fpath: pathlib.Path) -> dict[str, Tensor]:
+    """Converts an upstream state dict to saev's.
+
+    Upstream's encoder does not subtract b_dec. b_enc + b_dec W_enc (computed in float64) makes up for it. A BatchTopK
+    of schemas 1 to 4 may have no threshold; then every positive value fires until `saev.nn.calibrate` sets one.
+    (Schemas 1 and 2 kept the top_k values of the whole batch, not of each sample.)
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape, or a BatchTopK's threshold is negative.
+    """
+    D, S = sae.d_vit, sae.d_sae
+    shapes = {"W_enc": (D, S), "b_enc": (S,), "W_dec": (S, D), "b_dec": (D,)}
+    is_batch = sae.activation == "BatchTopK"
+    if is_batch and (sae.schema >= 5 or THRESHOLD in state):
+        shapes[THRESHOLD] = ()
+    elif is_batch:
+        logger.warning(
+            "%s: a BatchTopK of schema %s has no threshold; every positive value fires. "
+            "saev.nn.calibrate(sae, activations, k) sets one.",
+            fpath,
+            sae.schema,
+        )
+    found = checks.take(state, shapes, str(fpath), "its header")
+    threshold = found.pop(THRESHOLD, torch.zeros(()))
+    if threshold < 0:
+        raise errors.UserError(
+            f"{fpath}: its threshold is {threshold.item():g}, so negative values above it fire. "
+            "saev has no SAE that computes the same."
+        )
+    found["b_enc"] = found["b_enc"] + found["b_dec"] @ found["W_enc"]
+    tensors = {**found, "scale": torch.ones(()), "threshold": threshold}
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _check(sae: UpstreamSae) -> None:
     if sae.activation not in ACTIVATIONS:
         raise ValueError(f"activation {sae.activation!r} is unknown")
     for name in ("d_vit", "d_sae", "top_k"):

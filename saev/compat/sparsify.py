@@ -1,12 +1,4 @@
-"""SAEs that the package sparsify (eai-sparsify) trained: a folder with cfg.json and sae.safetensors. D d_vit, S latents.
-
-python -m saev.nn.sparsify load FOLDER sae.pt
-"""
-
-if __name__ == "__main__":  # before the imports below, which take time
-    from saev import early
-
-    early.install()
+"""Reads SAEs of the package sparsify (eai-sparsify): a folder with cfg.json and sae.safetensors. D d_vit, S latents."""
 
 import pathlib
 import typing as tp
@@ -16,8 +8,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from saev import fields, launch
-from saev.nn import config, foreign, foreign_keys, loaders, sae
+from saev import fields
+from saev.compat import checks, known_keys, loaders
+from saev.nn import config, sae
 
 CFG = "cfg.json"
 WEIGHTS = "sae.safetensors"
@@ -27,9 +20,9 @@ ALLOWED = {
     "activation": ("topk",),
     "transcode": (False,),
     "skip_connection": (False,),
-    "signed": (False,),  # of old versions: the k largest by size
+    "signed": (False,),  # older versions: the k largest absolute values
 }
-HONOURED = {*ALLOWED, "d_in", "expansion_factor", "num_latents", "k"}
+USED = {*ALLOWED, "d_in", "expansion_factor", "num_latents", "k"}
 
 
 @torch.no_grad()
@@ -38,7 +31,7 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     """Reads the folder of one hook point, in evaluation mode.
 
     Raises:
-        UserError: not such a folder, or a coder that ours cannot express exactly.
+        UserError: it is not such a folder, or saev has no SAE that computes exactly the same.
     """
     dpath = fields.path(dpath)
     where, cfg = str(dpath / WEIGHTS), _cfg(dpath / CFG)
@@ -49,26 +42,19 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
         found = safetensors.torch.load_file(dpath / WEIGHTS)
     except (OSError, safetensors.SafetensorError) as err:
         raise loaders.unreadable(dpath / WEIGHTS, err, LIBRARY) from err
-    t = foreign.take(found, shapes, where, CFG)
+    t = checks.take(found, shapes, where, CFG)
     parts = {**t, "W_enc": t["encoder.weight"].T, "b_enc": t["encoder.bias"]}
     sizes = {"d_vit": D, "d_sae": S, "top_k": min(cfg["k"], S)}
     return loaders.build(config.TopK(**sizes, normalize="none", aux_coeff=0.0), parts, where)
 
 
 def _cfg(fpath: pathlib.Path) -> dict[str, tp.Any]:
-    """cfg.json, checked, with sparsify's defaults."""
+    """Reads and checks cfg.json, and adds sparsify's defaults."""
     cfg = loaders.read_json(fpath, LIBRARY)
-    foreign.refuse_other(cfg, ALLOWED, str(fpath))
-    foreign.refuse_unknown(cfg, HONOURED | foreign_keys.SPARSIFY, str(fpath))
+    checks.refuse_other(cfg, ALLOWED, str(fpath))
+    checks.refuse_unknown(cfg, USED | known_keys.SPARSIFY, str(fpath))
     cfg = {"expansion_factor": 32, "num_latents": 0, "k": 32} | cfg
-    if cfg["num_latents"] == 0:
-        foreign.positive(cfg, "expansion_factor", str(fpath))
-    else:
-        foreign.positive(cfg, "num_latents", str(fpath))
-    for key in ("d_in", "k"):
-        foreign.positive(cfg, key, str(fpath))
+    size = "expansion_factor" if cfg["num_latents"] == 0 else "num_latents"
+    for key in (size, "d_in", "k"):
+        checks.positive(cfg, key, str(fpath))
     return cfg
-
-
-if __name__ == "__main__":
-    launch.entry(lambda: loaders.command("saev.nn.sparsify", LIBRARY, load))
