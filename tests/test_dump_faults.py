@@ -156,7 +156,7 @@ def test_a_full_disk(
     with pytest.raises(errors.UserError, match=r"acts\d+\.bin: cannot be written .No space left"):
         dump.main(cfg)
     (out,) = small_disk.iterdir()
-    found = shards.ShardDir.look(out)
+    found = shards.ShardDir.open_unchecked(out)
     assert 0 < len(found.shard_is) < N
     assert all(
         found.acts_fpath(i).read_bytes() == undisturbed[found.acts_fpath(i).name]
@@ -164,7 +164,7 @@ def test_a_full_disk(
     )
     remount(small_disk, "size=100m")
     dump.main(cfg)
-    shards.ShardDir.look(out).finish()
+    shards.ShardDir.open_unchecked(out).finish()
     assert contents(out) == undisturbed
 
 

@@ -156,7 +156,7 @@ def test_killed_at_twenty_moments(
             kept = check_listed(dpath, want, kept)
             n_listed.append(len(kept))
         assert run(forker, cfg) == 0
-        out = shards.ShardDir.look(dpath)
+        out = shards.ShardDir.open_unchecked(dpath)
         out.finish()
         assert contents(out.dpath) == want
         check_listed(out.dpath, want, kept)
@@ -209,7 +209,7 @@ def test_two_dumps_at_once_end_with_the_same_bytes(
     forker.stdin.write(f"{photos} {tmp_path} 1;{photos} {tmp_path} {n_jobs}\n")
     forker.stdin.flush()
     assert [int(forker.stdout.readline()) for _ in range(4)][2:] == [0, 0]
-    out = shards.ShardDir.look(tmp_path / undisturbed.name)
+    out = shards.ShardDir.open_unchecked(tmp_path / undisturbed.name)
     out.finish()
     assert contents(out.dpath) == contents(undisturbed)
 

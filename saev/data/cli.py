@@ -14,6 +14,6 @@ def main() -> None:
     dpath, *_ = [outcome.get() for outcome in outcomes]
     from saev.formats import shards  # numpy: not to be waited for by --help
 
-    shards.ShardDir.look(dpath).finish()
+    shards.ShardDir.open_unchecked(dpath).finish()
     shards.ShardDir.open(dpath)  # complete, or an error that says what is missing
     return console.say(dpath)

@@ -99,7 +99,7 @@ def _warn_of_earlier_lists(dump_to: pathlib.Path, metadata: shards.Metadata) -> 
         return
     for fpath in sorted(dump_to.glob("*/metadata.json")):
         with contextlib.suppress(errors.UserError):
-            other = shards.ShardDir.look(fpath.parent).metadata
+            other = shards.ShardDir.open_unchecked(fpath.parent).metadata
             if dataclasses.replace(other, n_imgs=metadata.n_imgs) == metadata:
                 logger.warning(
                     "%s: an earlier dump of this folder listed %d images; now there are %d, so a "

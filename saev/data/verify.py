@@ -32,7 +32,7 @@ def problems(dpath: pathlib.Path | str, n_threads: int = 4) -> collections.abc.I
     Raises:
         UserError: this is not a shard directory, or its metadata or index cannot be read.
     """
-    found = shards.ShardDir.look(dpath)
+    found = shards.ShardDir.open_unchecked(dpath)
     yield from _missing(found)
     _ = found.sidecars
     with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
@@ -83,7 +83,7 @@ def _shard_problems(found: shards.ShardDir, shard_i: int) -> list[str]:
 @beartype.beartype
 def describe(dpath: pathlib.Path | str) -> str:
     """Describes a directory without problems in one line."""
-    found = shards.ShardDir.look(dpath)
+    found = shards.ShardDir.open_unchecked(dpath)
     metadata, n_skipped = found.metadata, sum(len(s.skipped) for s in found.sidecars.values())
     sums = "checksums match" if found.sidecars else "sizes match, no checksums recorded"
     n_bytes = metadata.n_imgs * metadata.img_bytes

@@ -4,14 +4,14 @@ in full.
     <dump_to>/<HASH>/
         metadata.json    what was dumped (`metadata.Metadata`); HASH is the sha256 of its canonical JSON
         shards.json      [{"name": "acts000000.bin", "n_imgs": 937}, ...], the complete shards in order
-        acts000000.bin   C-contiguous little-endian (images, layers, tokens, d_vit); the last one is
-        zero-padded
+        acts000000.bin   C-contiguous little-endian (images, layers, tokens, d_vit); the last is zero-padded
 
     and files that readers of plain protocol 1.0.0 ignore:
-        images.jsonl     per image, in order, {"path": ..., "label": ...}; path is relative to the dataset's
-        root transform.json   how an image became the ViT's input (for heat maps) acts000000.xxh3  checksums
-        of the pieces of the shard (`pieces.Pieces`) acts000000.json  checksums of the shard, of its .xxh3 and
-        of the three files about all images; skipped images complete.json    the same for all shards
+        images.jsonl     per image, in order, {"path": ..., "label": ...}; path is relative to the dataset
+        transform.json   how an image became the ViT's input (for heat maps)
+        acts000000.xxh3  checksums of the pieces of the shard (`pieces.Pieces`)
+        acts000000.json  skipped images; checksums of the shard, its .xxh3 and the three files about all images
+        complete.json    the same for all shards
 
 A shard is complete once its acts000000.json exists, because that is written last. The directory is complete
 when shards.json lists all images of metadata.json. Several processes may write different shards at the same
@@ -75,7 +75,7 @@ class ShardDir(WritableShards):
             UserError: there is no such directory, or it is not a shard directory, is incomplete, or has a
                 missing, truncated or damaged file.
         """
-        shards = cls.look(dpath)
+        shards = cls.open_unchecked(dpath)
         if not partial:
             shards._check_complete()
         if not shards.shard_is:
@@ -86,7 +86,7 @@ class ShardDir(WritableShards):
         return shards
 
     @classmethod
-    def look(cls, dpath: pathlib.Path | str) -> "ShardDir":
+    def open_unchecked(cls, dpath: pathlib.Path | str) -> "ShardDir":
         """Opens a directory without checking that its shards are complete.
 
         Raises:
