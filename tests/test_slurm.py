@@ -309,7 +309,7 @@ def test_training_out_of_time_goes_on_to_the_same_weights(
     assert process.returncode == 0, stderr
     there = pathlib.Path(stdout.strip())
     log = "".join(f.read_text() for f in logs.glob("*.out"))
-    assert "SIGUSR2: saving after this step" in log and "going on after step" in log
+    assert "SIGUSR2: saving after this step" in log and "continuing after step" in log
     assert there.read_bytes() == pathlib.Path(here).read_bytes()
 
 

@@ -184,7 +184,7 @@ def test_a_few_that_hold_most_of_the_variance_are_seen_and_can_be_clipped(
         caplog.clear()
         (fpath,) = loop.main([change(cfg, max_norm_ratio=ratio)])
         warnings = [r.message for r in caplog.records if "--max-norm-ratio" in r.message]
-        want = "1% of the activations are of extreme norm and hold "
+        want = "1% of the activations have an extreme norm and hold "
         assert [want in w for w in warnings] == ([] if ratio else [True])
         figures.append(json.loads((pathlib.Path(fpath).parent / "metrics.json").read_text()))
     taken_over, clipped = figures
@@ -694,7 +694,9 @@ def test_architectures_refuse(cls: type, name: str, value: float) -> None:
 
 def test_more_prefixes_than_there_are(cfg: config.Train) -> None:
     bad = change(cfg, objective=nn_config.Matryoshka(n_prefixes=10, prefixes="fixed"))
-    with pytest.raises(errors.UserError, match="the dictionary's 32 latents have 6 fixed prefixes"):
+    with pytest.raises(
+        errors.UserError, match="a dictionary of 32 latents has at most 6 fixed prefixes"
+    ):
         loop.main([bad])
 
 

@@ -126,8 +126,8 @@ def test_other_held_out_activations_are_evaluated_anew(trained, make_shards) -> 
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        ({"d_vit": 16}, "its d_vit is 16, that of --data 8"),
-        ({"layers": (3,)}, r"its layers is \[3\], that of --data \[0\]"),
+        ({"d_vit": 16}, "d_vit is 16, but 8 in --data"),
+        ({"layers": (3,)}, r"layers is \[3\], but \[0\] in --data"),
     ],
 )
 def test_held_out_activations_of_another_kind_are_refused_before_training(

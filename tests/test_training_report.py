@@ -195,7 +195,7 @@ def test_what_is_refused(tmp_path: pathlib.Path) -> None:
         ("{", "cannot be read"),
         ("[]", "got `array`"),
         ("{}", "missing required field `architecture`"),
-        (r'{"architecture": "\ud800", "sae": "\ud800"}', "not of a run of train.py"),
+        (r'{"architecture": "\ud800", "sae": "\ud800"}', "not from train.py"),
     ]:
         (tmp_path / "a" / "config.json").write_text(text)
         with pytest.raises(errors.UserError, match=match):

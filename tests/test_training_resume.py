@@ -296,9 +296,9 @@ def test_a_damaged_newest_state_falls_back_to_the_older_one(
     with caplog.at_level("INFO", logger="saev"):
         (mine,) = loop.main([cfg])
     assert_same(mine, undisturbed)
-    (said,) = [m for m in caplog.messages if "left out" in m]
+    (said,) = [m for m in caplog.messages if "Ignored" in m]
     assert re.search(match, said) and "state-000000006.pt: " in said and "\n" not in said
-    assert f"going on after step 5: {dpath.name}" in caplog.messages
+    assert f"continuing after step 5: {dpath.name}" in caplog.messages
 
 
 def test_a_run_without_a_good_state_starts_again(
@@ -311,7 +311,7 @@ def test_a_run_without_a_good_state_starts_again(
         bad_bit(fpath)
     (mine,) = loop.main([cfg])
     assert_same(mine, undisturbed)
-    assert len([m for m in caplog.messages if "left out" in m]) == 2
+    assert len([m for m in caplog.messages if "Ignored" in m]) == 2
 
 
 def test_a_damaged_later_state_never_outlives_a_good_one(tmp_path: pathlib.Path) -> None:
@@ -436,7 +436,9 @@ def test_diverged_run_keeps_its_last_good_state(
 
     monkeypatch.setattr(run.Run, "step", stepping)
     bad = change(cfg, lr=1e-3, save_every=1e-9)
-    with pytest.raises(errors.UserError, match=r"not finite at step 17.*last-good.pt holds it"):
+    with pytest.raises(
+        errors.UserError, match=r"not finite at step 17.*last-good.pt is the SAE after step"
+    ):
         loop.main([change(cfg, save_every=1e-9), bad])
     dpaths = {
         json.loads((d / "config.json").read_text())["lr"]: d
@@ -509,7 +511,7 @@ def test_killed_three_times_ends_with_the_same_weights(
         reached.append(newest_state(cfg.ckpt_to))
     assert n_killed == 3
     assert reached == sorted(set(reached)), "each try went on from where the last one had come"
-    assert "going on after step" in err
+    assert "continuing after step" in err
     for mine, undisturbed_fpath in zip(out.split(), want, strict=True):
         assert_same(mine, undisturbed_fpath)
         assert logged(mine) == logged(undisturbed_fpath)
@@ -627,7 +629,7 @@ def test_the_second_of_two_waits_and_finds_the_finished_run(
         go_on.set()
         assert first.result(60) == second.result(60)[::-1]
     assert n_steps == 2 * 40
-    assert caplog.text.count("trained already") == 2
+    assert caplog.text.count("already trained") == 2
     names = {p.name for p in pathlib.Path(cfg.ckpt_to).iterdir()}
     assert names == {pathlib.Path(f).parent.name for f in first.result()}, "no lock is left"
 

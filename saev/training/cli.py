@@ -5,7 +5,7 @@ from saev.training import config
 
 
 def main() -> None:
-    """Trains; prints the checkpoints. A group of runs that fails does not keep the others from being trained."""
+    """Trains and prints the checkpoints' paths. If one group of runs fails, the others are still trained."""
     cfgs = sweeps.parse(config.Train, "Trains sparse autoencoders on activation shards.")
     cfg = cfgs[0]
     if cfg.dry_run:

@@ -22,63 +22,74 @@ class Train:
     objective: nn_config.Vanilla | nn_config.Matryoshka = dataclasses.field(
         default_factory=nn_config.Vanilla
     )
-    """What is minimised."""
+    """The loss."""
     data: data_config.Shards = fields.shared(data_config.Shards)
     """The activations."""
     val_data: data_config.Shards = fields.neither(data_config.Shards)
-    """Held-out activations for the evaluation after training. Left out: some of --data's (and metrics.json says so)."""
+    """Held-out activations for the evaluation after training. Left out: a sample of --data
+    (metrics.json then says so)."""
     n_patches: int = fields.stream(100_000_000)
-    """Activations to train on; the stream repeats when it is shorter."""
+    """Number of activations to train on. If the shards hold fewer, they are read again in a new order."""
     n_val_patches: int = fields.neither(1_000_000)
-    """Activations to evaluate on (all there are, if fewer)."""
+    """Number of activations to evaluate on (at most all of them)."""
     batch_size: int = fields.stream(4096)
-    """Activations per step."""
+    """Activations in each step."""
     lr: float | None = None
-    """Adam's learning rate after warm-up. Left out: 4e-4 for sae:relu; for the others 4e-3, in more than 1,000 steps falling as 1 / sqrt(steps) (logbook 008 and 020)."""
+    """Adam's learning rate after warm-up. Default: 4e-4 for sae:relu; for the others 4e-3 up to 1,000 steps,
+    then 4e-3 x sqrt(1,000 / steps) (measured in logbook 008 and 020)."""
     n_lr_warmup: int = 500
-    """Steps of linear learning-rate warm-up (at most a tenth of all)."""
+    """Steps of linear learning-rate warm-up (at most a tenth of all steps)."""
     lr_decay: tp.Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate falls to 0 in the last --decay-frac of the steps (constant: it does not)."""
+    """How the learning rate falls to 0 in the last --decay-frac of the steps. constant: it does not fall."""
     decay_frac: float = 0.2
-    """Fraction of the steps in which the learning rate falls."""
+    """Fraction of the steps over which the learning rate falls."""
     n_sparsity_warmup: int = 0
-    """Steps in which --sae.sparsity-coeff rises linearly from 0, for the architectures that have it."""
+    """Steps over which --sae.sparsity-coeff rises linearly from 0, for architectures that have one."""
     max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to it. 0: never."""
+    """Scale down gradients whose norm is larger than this. 0: never."""
     max_norm_ratio: float = 0.0
-    """Activations further from the centre than this many times the typical distance are moved to that distance in training (the SAE takes raw ones all the same). Keeps a few of huge norm from taking over the fit: try 5. 0: never."""
+    """In training, move activations further from the centre than this many times the typical distance to that
+    distance, so that a few of huge norm do not dominate the loss. The finished SAE takes raw activations. Try 5.
+    0: never."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the weights (less in the first steps), which is then what is saved and evaluated. 0: off."""
+    """Decay of an exponential moving average of the weights, with a warm-up. If above 0, the average is saved
+    and evaluated instead of the last weights."""
     precision: tp.Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: the encoder multiplies in bfloat16 (weights and sums stay float32)."""
+    """bfloat16: the encoder's matrix product is in bfloat16; weights and sums stay float32."""
     seed: int = fields.stream(0)
-    """Seed of the initial weights and of the stream's order."""
+    """Seed of the initial weights and of the order of the activations."""
     pool_gb: float = fields.stream(2.0)
-    """Bound of the memory that mixes and prefetches the stream, in GB. (Less is taken when the activations fit into less.) In all a training takes about 0.75 GB, and this, and 68 bytes x d_vit x latents (32 for each further run that shares the stream), or more with large batches: it says how much at its start."""
+    """Memory for shuffling and prefetching activations, in GB (less if all of them fit into less). Training
+    needs about 0.75 GB + this + 68 bytes x d_vit x latents (32 bytes for each further SAE on the same
+    stream), more with large batches. The total is logged at the start."""
     n_threads: int = fields.shared(0)
-    """Threads that read activations; 0: one for each core, at most 4. The order of the stream does not depend on it."""
+    """Threads that read activations. 0: one per core, at most 4. Does not change the order of activations."""
     dead_window: int | None = None
-    """A latent is dead (`dead_frac_window`, AuxK, resampling) when it did not fire within this many activations. Left out: 1,000,000, or a tenth of --n-patches if that is less (at least one batch)."""
+    """A latent that has not fired for this many activations is dead (for AuxK, resampling and
+    dead_frac_window). Default: 1,000,000 or a tenth of --n-patches, whichever is less, but at least one
+    batch."""
     log_every: int = fields.shared(50)
     """Steps between log lines."""
     costly_every: int = fields.neither(1000)
-    """Steps between measurements of `mean_abs_corr` and `coherence`, which cost d_sae squared."""
+    """Steps between measurements of mean_abs_corr and coherence, whose cost grows with d_sae squared."""
     save_every: float = fields.neither(10.0)
-    """Minutes between saved states, from which the same command goes on after a crash."""
+    """Minutes between saved states. After a crash, the same command continues from the last one."""
     keep_last: int = fields.neither(2)
-    """Saved states to keep."""
+    """Number of saved states to keep."""
     data_parallel: int = fields.shared(1)
-    """Processes (GPUs) that share each batch of an SAE. With Slurm they are tasks of one job; torchrun starts them itself."""
+    """Processes (GPUs) among which each batch is divided. They are started by train.py, by Slurm as tasks of
+    one job, or by torchrun."""
     ckpt_to: fields.Path = fields.neither("checkpoints")
-    """Where <run id>/sae.pt goes. The run id is a hash of the config: the same command finds its finished runs."""
+    """Folder for checkpoints: <run id>/sae.pt. The run id is a hash of the config, so the same command finds
+    its finished runs."""
     wandb_project: str = fields.neither("saev")
-    """wandb project. Empty: metrics.jsonl only."""
+    """wandb project. Empty: metrics go to metrics.jsonl only."""
     device: str = fields.shared("auto")
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    """auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:1, ..."""
     sweep: fields.Path = fields.neither("")
-    """TOML file of parameters; each list is a grid axis. Typed flags win over it."""
+    """TOML file of parameters, in which each list is a grid axis. Flags on the command line override it."""
     dry_run: bool = fields.neither(False)
-    """Print the configs and stop."""
+    """Print the configs without training."""
     slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = fields.neither(
         launch.SlurmConfig
     )
@@ -109,7 +120,8 @@ class Train:
         )
         if self.n_patches < self.batch_size:
             raise errors.UserError(
-                f"--n-patches {self.n_patches}: is less than one batch (--batch-size {self.batch_size}). Raise it or lower --batch-size."
+                f"--n-patches {self.n_patches}: is less than one batch (--batch-size {self.batch_size}). "
+                "Raise it or lower --batch-size."
             )
         if self.batch_size % self.data_parallel:
             raise errors.UserError(
@@ -117,7 +129,8 @@ class Train:
             )
         if self.n_sparsity_warmup and not hasattr(self.sae, "sparsity_coeff"):
             raise errors.UserError(
-                f"--n-sparsity-warmup {self.n_sparsity_warmup}: {type(self.sae).__name__} has no sparsity coefficient. Leave it out."
+                f"--n-sparsity-warmup {self.n_sparsity_warmup}: {type(self.sae).__name__} has no sparsity "
+                "coefficient. Leave it out."
             )
 
     @property
@@ -125,17 +138,17 @@ class Train:
         return self.n_patches // self.batch_size
 
     def logs_at(self, step: int) -> bool:
-        """Are metrics measured at this step? At the last one always."""
+        """Whether metrics are measured at this step. The last step always is."""
         return step % self.log_every == 0 or step == self.n_steps - 1
 
     def costly_at(self, step: int) -> bool:
-        """Are the costly metrics measured too? Where metrics are: at the first log step of each interval, and at the last."""
+        """Whether costly metrics are measured too: at the first log step of each interval and the last step."""
         return self.logs_at(step) and (
             step % self.costly_every < self.log_every or step == self.n_steps - 1
         )
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up, a plateau, then the decay, which would reach 0 at the step after the last."""
+        """Linear warm-up, a plateau, then a decay that would reach 0 one step after the last."""
         warm = min(1.0, (step + 1) / max(1, min(self.n_lr_warmup, self.n_steps // 10)))
         n_decay = self.decay_frac * self.n_steps
         left = min(1.0, (self.n_steps - step) / max(1.0, n_decay))
@@ -155,18 +168,21 @@ class Train:
 
     @property
     def window(self) -> int:
-        """A latent that did not fire within so many activations is dead."""
+        """--dead-window, or its default."""
         if self.dead_window is not None:
             return self.dead_window
         return min(1_000_000, max(self.batch_size, self.n_patches // 10))
 
     @property
     def window_warning(self) -> str:
-        """What --dead-window takes away when it is longer than the run; else nothing."""
+        """A warning if --dead-window is longer than the run, else ""."""
         n = self.n_steps * self.batch_size
         if self.window <= n:
             return ""
-        return f"--dead-window {self.window}: is longer than the run ({n} activations), so no latent counts as dead: AuxK and resampling never act, and dead_frac_window is null. Leave it out, or lower it."
+        return (
+            f"--dead-window {self.window}: is longer than the run ({n} activations), so no latent counts as "
+            "dead: AuxK and resampling never act, and dead_frac_window is null. Leave it out or lower it."
+        )
 
     def sparsity_at(self, step: int) -> float:
         """Factor of the sparsity coefficient."""

@@ -1,4 +1,4 @@
-"""Evaluation of a trained SAE: metrics.json and latents.npz beside its checkpoint. B batch, D d_vit, S latents."""
+"""Evaluates a trained SAE: metrics.json and latents.npz beside its checkpoint. B batch, D d_vit, S latents."""
 
 import collections
 import contextlib
@@ -24,41 +24,41 @@ from saev.training import config, memory, peek
 logger = logging.getLogger("saev")
 
 ALMOST_DEAD = 1e-5
-"""A latent that fires less often than this (but fires) is almost dead."""
+"""A latent that fires, but at a smaller fraction of activations than this, is almost dead."""
 DENSE = 0.1
-"""A latent that fires more often than this is dense."""
-
+"""A latent that fires at a larger fraction of activations than this is dense."""
 
 NAMES = {
     *("mse", "explained_variance", "l0", "l1", "dead_pct", "mean_abs_corr", "coherence"),
     *("avg_w_col_norm", "grad_norm", "normalized_mse", "explained_variance_per_dim"),
     *("token_nmse_median", "token_nmse_q95", "extreme_frac", "extreme_variance_frac"),
 }
-"""metrics.json has these at least."""
+"""Keys that metrics.json always has."""
 
 
 @beartype.beartype
 def check(val_data: data_config.Shards, train: reader.Reader) -> None:
-    """Before hours of training: are the held-out activations there, and of the same kind?
+    """Checks, before training, that --val-data can be read and has the same kind of activations.
 
     Raises:
-        UserError: bad shards, or another width, ViT, layer or sort of patches.
+        UserError: bad shards, or another width, ViT, layer or kind of patches.
     """
     mine, theirs = reader.Reader(val_data).describe(), train.describe()
     for name in ("d_vit", "vit_family", "vit_ckpt", "layers", "patches"):
-        # rounding of the ViT's arithmetic is no other ViT
-        a, b = (str(said.get(name)).removesuffix("@bf16") for said in (mine, theirs))
+        # a ViT run under bf16 autocast counts as the same ViT
+        a, b = (str(about.get(name)).removesuffix("@bf16") for about in (mine, theirs))
         if a != b:
             raise errors.UserError(
-                f"--val-data.shard-root {val_data.shard_root}: its {name} is {a}, that of --data {b}. Pass held-out shards of the same ViT, and the same --val-data.layer and --val-data.patches as --data's."
+                f"--val-data.shard-root {val_data.shard_root}: {name} is {a}, but {b} in --data. Pass held-out "
+                "shards of the same ViT, and the same --val-data.layer and --val-data.patches as for --data."
             )
 
 
 @beartype.beartype
 def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
-    """Evaluates a finished run on held-out activations (--val-data; else on --data), unless that was done.
+    """Evaluates a finished run on --val-data, else on a sample of --data, unless that was done.
 
-    Figures of other held-out activations are replaced; those of held-out ones never by those of --data.
+    Replaces results on other activations, but never results on held-out activations by results on --data.
     """
     if not (dpath / "sae.pt").exists() or is_done(dpath, cfg):
         return
@@ -91,17 +91,17 @@ def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
 
 @beartype.beartype
 def is_done(dpath: pathlib.Path, cfg: config.Train) -> bool:
-    """Is the run trained, and does metrics.json hold what `ensure` would compute? (One of an older version names other metrics.)"""
+    """Whether the run is trained and metrics.json holds what `ensure` would compute."""
     try:
         fpath = dpath / "metrics.json"
         found = jsonfile.read_sealed(fpath, dict[str, object], "It is made again.", old=True)
-    except (OSError, errors.UserError):  # none, or cut, or edited
+    except (OSError, errors.UserError):  # missing, truncated or edited
         return False
     asked, defaults = (
         json.loads(jsonfile.dumps(fields))
         for fields in (_asked(cfg)[1], dataclasses.asdict(data_config.Shards()))
     )
-    if isinstance(data := found.get("data"), dict):  # a field that it lacks is newer
+    if isinstance(data := found.get("data"), dict):  # older files lack newer fields
         found["data"] = defaults | data
     is_same = found.keys() >= NAMES and all(found.get(k) == v for k, v in asked.items())
     is_better = found.get("held_out") is True and not asked["held_out"]
@@ -109,15 +109,15 @@ def is_done(dpath: pathlib.Path, cfg: config.Train) -> bool:
 
 
 def _asked(cfg: config.Train) -> tuple[data_config.Shards, dict[str, object]]:
-    """(the activations to evaluate on, what metrics.json says of them)."""
+    """(the activations to evaluate on, their description in metrics.json)."""
     held_out = bool(cfg.val_data.shard_root)
     data = cfg.val_data if held_out else cfg.data
-    said = {"held_out": held_out, "data": dataclasses.asdict(data), "asked": cfg.n_val_patches}
-    return data, said
+    asked = {"held_out": held_out, "data": dataclasses.asdict(data), "asked": cfg.n_val_patches}
+    return data, asked
 
 
 def _last_grad_norm(dpath: pathlib.Path) -> float | None:
-    """A trained SAE has no gradient: this is the one that was logged last. None where no log says it."""
+    """The gradient norm that training logged last, or None without a log."""
     with contextlib.suppress(OSError, ValueError):
         with (dpath / "metrics.jsonl").open("rb") as fd:
             (last,) = collections.deque(fd, maxlen=1)
@@ -151,7 +151,7 @@ class Sums:
     @torch.no_grad()
     @jaxtyped(typechecker=beartype.beartype)
     def add(self, x_BD: Float[Tensor, "B D"]) -> None:
-        """One batch of raw activations."""
+        """Adds one batch of raw activations."""
         if self.n == 0:  # squares of numbers near their mean lose no digits
             self.shift_D = x_BD.double().mean(dim=0)
         x_hat_BD, f_BS = self.sae(x_BD)
@@ -171,7 +171,8 @@ class Sums:
         self.error2_D += error_BD.square().sum(dim=0)
 
     def metrics(self) -> dict[str, float | int | None]:
-        """By the names that the log uses, of all activations as one batch; None where they are constant."""
+        """Metrics over all activations as one batch, named as in the log; None where constant activations leave
+        them undefined."""
         n, S = self.n, self.sae.d_sae
         spread, all_spread = _spreads(self.x_D, self.x2_D, self.shift_D, n)
         residual, all_residual = _spreads(self.error_D, self.error2_D, self.shift_D * 0, n)
@@ -201,7 +202,7 @@ class Sums:
         }
 
     def latents(self) -> dict[str, np.ndarray]:
-        """Of each latent: how often it fires, and its mean (where it fires) and largest value."""
+        """Per latent: how often it fires, its mean value when it fires, and its largest value."""
         n_fired_S = self.n_fired_S.cpu().numpy()
         return {
             "n_fired": n_fired_S.astype(np.int64),
@@ -212,9 +213,10 @@ class Sums:
 
 
 def _spreads(sum_D: Tensor, square_D: Tensor, shift_D: Tensor, n: int) -> tuple[float, float]:
-    """Squared distances from each dimension's mean, and from the mean over all elements, summed over all elements.
+    """Sums of squared deviations from each dimension's mean, and from the mean over all elements.
 
-    sum_D, square_D: of n values less shift_D.
+    Args:
+        sum_D, square_D: sums of (x - shift) and (x - shift)^2 over n values x.
     """
     mean_D = shift_D + sum_D / n
     within = (square_D - sum_D**2 / n).clamp(min=0).sum().item()

@@ -1,4 +1,4 @@
-"""Signals that ask a training run to stop: seen between two steps, so that what is saved is whole."""
+"""Signals that ask a training run to stop. They act between two steps, so that saved states are complete."""
 
 import contextlib
 import logging
@@ -15,11 +15,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """Ctrl-C; the end of a Slurm job, `kill`; submitit's warning before time-out or preemption."""
 
 GRACE_S = 20.0
-"""How long after another process's signal this one's is waited for."""
+"""Seconds to wait for this process's signal after another process got one."""
 
 
 class Interrupts(contextlib.AbstractContextManager):
-    """Inside, the signals are noted in `asked` instead of acting at once. A second Ctrl-C acts at once."""
+    """Inside, a signal is noted in `asked` instead of acting at once. A second Ctrl-C acts at once."""
 
     def __init__(self) -> None:
         self.asked: int | None = None
@@ -42,9 +42,9 @@ class Interrupts(contextlib.AbstractContextManager):
         logger.info("%s: saving after this step", signal.Signals(signum).name)
 
     def act(self) -> None:
-        """Does what the noted signal would have done. Returns if that was nothing.
+        """Does what the noted signal would have done; returns if submitit's handler does.
 
-        A process that none reached stops because another one was asked to: it waits for its own signal, then ends.
+        Without a noted signal, another process got one: waits for this process's own, then exits.
         """
         waited_s = 0.0
         while self.asked is None and waited_s < GRACE_S:

@@ -1,4 +1,4 @@
-"""The training loop: every run of a group sees the same batches. B batch, D d_vit."""
+"""The training loop. All runs of a group see the same batches. B batch, D d_vit."""
 
 import collections.abc
 import contextlib
@@ -21,18 +21,18 @@ from saev.training.run import Run, with_d_vit
 logger = logging.getLogger("saev")
 
 REVISION = 4
-"""Raised whenever the same config may give other weights."""
+"""Raise it when the same config may give other weights."""
 
 
 @beartype.beartype
 def main(cfgs: list[config.Train]) -> list[str]:
     """Trains and evaluates the runs of one group and returns the paths of their checkpoints, in order.
 
-    Finished runs are left alone; interrupted ones go on from their newest saved state.
+    Skips finished runs; interrupted ones continue from their newest saved state.
 
     Raises:
-        UserError: bad shards, or a d_vit that does not fit them; or some runs diverged (after the other runs of the
-            group are trained and saved: `done` holds their paths).
+        UserError: bad shards, a d_vit that does not fit them, or some runs diverged. In the last case the
+            other runs are trained and saved first, and `done` holds their paths.
     """
     with parallel.joined(cfgs[0].data_parallel, devices.pick(cfgs[0].device)) as world:
         stream = _stream(cfgs[0])
@@ -56,15 +56,13 @@ def main(cfgs: list[config.Train]) -> list[str]:
 def _train_all(
     stream: shuffled.Shuffled, cfgs: dict[pathlib.Path, config.Train], world: parallel.World
 ) -> list[str]:
-    """Trains and evaluates what is not finished; returns what went wrong, a line for each run that was lost."""
+    """Trains and evaluates unfinished runs. Returns an error line for each run that diverged."""
     for dpath in [*{d.parent for d in cfgs}, *cfgs]:
         helpers.sweep(dpath)
     todo = {dpath: cfg for dpath, cfg in cfgs.items() if not (dpath / "sae.pt").exists()}
     for dpath in (d for d in cfgs if d not in todo):
-        logger.info(
-            "%s: trained already; pass another --seed or --ckpt-to to train it again", dpath
-        )
-    if todo and world.is_first and not stream.pin:  # the formula is for a CPU
+        logger.info("%s: already trained. To train again, pass another --seed or --ckpt-to.", dpath)
+    if todo and world.is_first and not stream.pin:  # the formula holds on a CPU
         acts = stream.reader
         n_bytes = memory.peak(list(todo.values()), len(acts), acts.token_bytes)
         logger.info("memory: about %.1f GB (docs/memory.md)", n_bytes / 1e9)
@@ -77,7 +75,7 @@ def _train_all(
 
 
 def _states(cfg: config.Train, dpath: pathlib.Path, world: parallel.World) -> list[int]:
-    """Steps of the saved states that the run can go on from."""
+    """Step numbers of the saved states that the run can continue from."""
     if not state.saved(dpath):
         return []
     return state.usable(dpath, Run(cfg, dpath, devices.pick(cfg.device), world).restore)
@@ -96,7 +94,7 @@ def _stream(cfg: config.Train) -> shuffled.Shuffled:
 
 @beartype.beartype
 def run_id(cfg: config.Train, activations: str) -> str:
-    """Eight hex digits of the hash of what decides the weights. activations: `reader.Reader.hash`."""
+    """Eight hex digits of a hash of all that determines the weights. activations: `reader.Reader.hash`."""
     if not _uses_window(cfg):
         cfg = dataclasses.replace(cfg, dead_window=None)
     parts = {"cfg": fields.identity(cfg), "revision": REVISION, "activations": activations}
@@ -105,7 +103,7 @@ def run_id(cfg: config.Train, activations: str) -> str:
 
 @beartype.beartype
 def old_run_id(cfg: config.Train, activations: str) -> str:
-    """The id that version 0.1 gave: a hash of every field that decides the weights, those at their default too."""
+    """The id in version 0.1, which also hashed fields at their defaults."""
     parts = {name: dataclasses.asdict(cfg)[name] for name in fields.result_names(config.Train)}
     if not _uses_window(cfg):
         del parts["dead_window"]
@@ -115,12 +113,12 @@ def old_run_id(cfg: config.Train, activations: str) -> str:
 
 
 def _uses_window(cfg: config.Train) -> bool:
-    """Does --dead-window decide the weights? Else only a metric."""
+    """Whether --dead-window changes the weights, not only a metric."""
     return any(getattr(cfg.sae, name, 0) for name in ("aux_coeff", "resample_every"))
 
 
 def _run_dpath(cfg: config.Train, activations: str) -> pathlib.Path:
-    """The run's folder: one that has its old id is kept."""
+    """The run's folder. A folder with the run's old id is used if it exists."""
     new, old = (pathlib.Path(cfg.ckpt_to) / name(cfg, activations) for name in (run_id, old_run_id))
     return old if (old / "config.json").exists() and not new.exists() else new
 
@@ -131,14 +129,14 @@ def _train(
     start: int,
     world: parallel.World,
 ) -> list[str]:
-    """Trains runs that have all done `start` steps; returns what went wrong, a line for each run that was lost."""
+    """Trains runs that have all done `start` steps. Returns an error line for each run that diverged."""
     device = devices.pick(next(iter(cfgs.values())).device)
     runs = [Run(cfg, dpath, device, world) for dpath, cfg in cfgs.items()]
     if start:
-        logger.info("going on after step %d: %s", start, ", ".join(d.name for d in cfgs))
+        logger.info("continuing after step %d: %s", start, ", ".join(d.name for d in cfgs))
     for run in runs if start else []:
         run.restore(state.load(run.dpath, start))
-    with contextlib.ExitStack() as trackers:  # closed also when a run fails
+    with contextlib.ExitStack() as trackers:  # closed even if a run fails
         started = []
         for run in runs:
             tracker = (
@@ -150,7 +148,7 @@ def _train(
 
 
 def _start_tracker(run: Run, start: int, stream: shuffled.Shuffled) -> tracking.Tracker:
-    """Writes the run's config.json and opens its metrics."""
+    """Writes the run's config.json and opens its metrics log."""
     cfg, dpath = run.cfg, run.dpath
     record = {
         **dataclasses.asdict(cfg),
@@ -164,7 +162,7 @@ def _start_tracker(run: Run, start: int, stream: shuffled.Shuffled) -> tracking.
 
 
 class _Loop:
-    """All steps of runs that share a stream, their metrics, saved states and checkpoints."""
+    """Steps of all runs on one stream, with their metrics, saved states and checkpoints."""
 
     def __init__(
         self,
@@ -198,7 +196,7 @@ class _Loop:
                 if not self.runs:
                     return self.lost
                 self.save_if_due(step + 1, signals)
-            self._drop_lost(n_steps - 1, [], looks_at_weights=True)
+            self._drop_lost(n_steps - 1, [], check_weights=True)
             if self.world.is_first:
                 for run, tracker in self.runs:
                     tracker.flush()
@@ -224,7 +222,7 @@ class _Loop:
                 tracker.log(step, {**run.measure(step, x_BD, out), **rates})
 
     def _fit_starts(self) -> None:
-        """Fits what should start from data on many activations, which are trained on afterwards all the same."""
+        """Initialises from data, on many activations. Training then sees these activations too."""
         x_ND = self.batches.peek(peek.n_activations(self.stream.reader)).to(self.device)
         for run, _ in self.runs:
             run.start(x_ND)
@@ -232,7 +230,8 @@ class _Loop:
         found = robust.shares(robust.totals(x_ND, self.runs[0][0].around))
         if found["extreme_variance_frac"] > 0.5 and not is_clipped:
             logger.warning(
-                "%.3g%% of the activations are of extreme norm and hold %.3g%% of the variance: the SAE will fit them rather than the others. Pass --max-norm-ratio 5 (docs/training.md).",
+                "%.3g%% of the activations have an extreme norm and hold %.3g%% of the variance, so they "
+                "will dominate the loss. Pass --max-norm-ratio 5 (docs/training.md).",
                 100 * found["extreme_frac"],
                 100 * found["extreme_variance_frac"],
             )
@@ -244,12 +243,10 @@ class _Loop:
         return self.world.any(torch.tensor(flags, device=self.device)).tolist()
 
     def _drop_lost(
-        self, step: int, outs: list[objectives.Output], looks_at_weights: bool = False
+        self, step: int, outs: list[objectives.Output], check_weights: bool = False
     ) -> list[objectives.Output]:
-        """Takes runs out whose loss, gradient (or weights, which is a look at all) are no numbers any more; the others go on."""
-        is_good = [
-            run.is_sound() if looks_at_weights else bool(run.is_finite) for run, _ in self.runs
-        ]
+        """Drops runs whose loss or gradient is not finite. With `check_weights`, scans all weights too."""
+        is_good = [run.is_sound() if check_weights else bool(run.is_finite) for run, _ in self.runs]
         if all(is_good := [not bad for bad in self._any(*(not good for good in is_good))]):
             return outs
         for (run, _), good in zip(self.runs, is_good, strict=True):
@@ -259,16 +256,17 @@ class _Loop:
         return [out for out, good in zip(outs, is_good, strict=False) if good]
 
     def _lose(self, run: Run, step: int) -> str:
-        """Keeps the last good state of a run as a checkpoint, and says what happened."""
-        reason = f"run {run.dpath.name}: the loss or a weight is not finite at step {step}. Lower --lr (now {run.cfg.lr})"
+        """Saves the last finite state of a diverged run as a checkpoint. Returns an error line."""
+        reason = f"run {run.dpath.name}: the loss or a weight is not finite at step {step}. "
+        reason += f"Lower --lr (now {run.cfg.lr})"
         if self.world.is_first:
             if steps := state.usable(run.dpath, run.restore):
                 run.restore(state.load(run.dpath, steps[-1]))
                 fpath = run.dpath / "last-good.pt"
                 nn.save(run.finished(), fpath, self.stream.reader.describe())
-                reason += f"; {fpath} holds it after step {steps[-1]}"
+                reason += f"; {fpath} is the SAE after step {steps[-1]}"
             else:
-                reason += "; nothing was saved before that (--save-every)"
+                reason += "; no state was saved before that (--save-every)"
             record = {"step": step, "reason": reason}
             helpers.write_text(run.dpath / "failed.json", jsonfile.seal(record))
         logger.warning("%s", reason)
@@ -277,12 +275,12 @@ class _Loop:
     # ---- saved states ----
 
     def save_if_due(self, n_done: int, signals: interrupts.Interrupts) -> None:
-        """Saves states every --save-every minutes and when a signal asks to stop; then lets the signal act."""
+        """Saves states every --save-every minutes, and on a signal to stop, which then acts."""
         due = time.monotonic() - self.saved_s >= 60 * self.cfg.save_every
-        asked, due = self._any(signals.asked is not None, due)  # all or none
+        asked, due = self._any(signals.asked is not None, due)  # the same in all processes
         if not (asked or due) or n_done == self.cfg.n_steps:
             return
-        self._drop_lost(n_done - 1, [], looks_at_weights=True)
+        self._drop_lost(n_done - 1, [], check_weights=True)
         if self.world.is_first and self.runs:
             for run, tracker in self.runs:
                 tracker.flush()
@@ -294,14 +292,14 @@ class _Loop:
 
 
 class _Timed:
-    """The stream's activations, with the time spent waiting for them."""
+    """The stream's batches, and the time spent waiting for them."""
 
     def __init__(self, batches: collections.abc.Iterator[shuffled.Batch]):
         self.batches = batches
         self.wait_s, self.n, self.start_s = 0.0, 0, time.monotonic()
 
     def peek(self, n: int) -> Tensor:
-        """The next n activations or a few more (whole batches), which `next` gives again."""
+        """The next n activations, rounded up to whole batches. `next` gives them again."""
         x_ND, self.batches = peek.peek(self.batches, n)
         self.start_s = time.monotonic()
         return x_ND
@@ -314,7 +312,7 @@ class _Timed:
         return act_BD
 
     def rates(self, batch_size: int) -> dict[str, float]:
-        """Activations per second and the share of time spent waiting, since the last call."""
+        """Activations per second, and the fraction of time spent waiting, since the last call."""
         elapsed_s = max(time.monotonic() - self.start_s, 1e-9)
         out = {
             "tokens_per_s": self.n * batch_size / elapsed_s,

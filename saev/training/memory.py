@@ -1,7 +1,6 @@
-"""How much memory a training takes on a CPU, by its config alone. Imports no torch.
+"""Predicts the peak memory of training on a CPU from its config. Imports no torch.
 
-W is the bytes of one SAE's weights, C those of a batch's codes with all their zeros. A test compares the formula with
-processes.
+A test compares the prediction with the measured memory of processes.
 """
 
 import collections.abc
@@ -12,13 +11,13 @@ from saev.data.memory import PROGRAM
 from saev.training import config
 
 EVALUATED_CODES = 2**26
-"""Bound of the codes that an evaluation holds at a time, in bytes."""
-LOOKED_AT, LOOKED_AT_BYTES = 2**16, 2**28
-"""Bounds of the activations that are looked at before the first step and before an evaluation."""
+"""Most bytes of codes that an evaluation holds at a time."""
+READ_FIRST, READ_FIRST_BYTES = 2**16, 2**28
+"""Most activations, and bytes of them, that initialisation and evaluation read first."""
 CORRELATED = 2048
-"""Latents that an evaluation correlates at most, in a few float64 tables of their squares."""
+"""Most latents that an evaluation correlates, in a few square float64 tables."""
 INDEX_BYTES, N_AHEAD = 40, 4
-"""Of the stream: what it keeps of each activation in its pool, and batches outside it."""
+"""Index bytes per activation in the stream's pool, and batches outside the pool."""
 
 
 @beartype.beartype
@@ -27,30 +26,31 @@ def peak(
     n_acts: int,
     token_bytes: int,
 ) -> int:
-    """Bytes that the training of one group of runs (one stream) takes at most, without AuxK's 12 a batch's activation and dead latent.
+    """Peak bytes of training one group of runs, without AuxK's 12 x batch size x dead latents.
 
     Args:
         cfgs: with sae.d_vit set.
         n_acts: activations in the shards.
-        token_bytes: of a stored activation.
+        token_bytes: bytes of a stored activation.
     """
     d_vit = cfgs[0].sae.d_vit or 0
     stream = _stream(cfgs[0], n_acts, d_vit, token_bytes)
     kept = sum(_kept(cfg) for cfg in cfgs)
     passing = max(_passing(cfg) for cfg in cfgs)
     evaluation = max(_evaluation(cfg) for cfg in cfgs)
-    look = 2 * 4 * d_vit * (n_looked_at(d_vit, n_acts) + cfgs[0].batch_size)  # batches, and joined
-    return PROGRAM + stream + look + max(kept + passing, evaluation)
+    # as batches, and concatenated
+    first = 2 * 4 * d_vit * (n_read_first(d_vit, n_acts) + cfgs[0].batch_size)
+    return PROGRAM + stream + first + max(kept + passing, evaluation)
 
 
 @beartype.beartype
-def n_looked_at(d_vit: int, n_acts: int) -> int:
-    """All there are, within the bounds."""
-    return min(LOOKED_AT, LOOKED_AT_BYTES // (4 * max(1, d_vit)), n_acts)
+def n_read_first(d_vit: int, n_acts: int) -> int:
+    """Number of activations that initialisation and evaluation read first."""
+    return min(READ_FIRST, READ_FIRST_BYTES // (4 * max(1, d_vit)), n_acts)
 
 
 def _stream(cfg: config.Train, n_acts: int, d_vit: int, token_bytes: int) -> int:
-    """The pool, the threads' reads (an eighth) and batches; a pool holds the activations twice at most."""
+    """The pool, reads in progress (an eighth) and batches. A pool holds each activation at most twice."""
     whole = 2 * n_acts * (token_bytes + INDEX_BYTES) * 8 / 7
     return int(min(cfg.pool_gb * 1e9, whole + N_AHEAD * 4 * d_vit * cfg.batch_size))
 
@@ -64,12 +64,12 @@ def _codes(cfg: config.Train) -> int:
 
 
 def _kept(cfg: config.Train) -> int:
-    """Of one run from step to step: weights, their gradients, Adam's two moments, the average; codes that are kept."""
+    """Bytes that one run keeps between steps: weights, gradients, Adam's moments, EMA weights, kept codes."""
     return (5 if cfg.ema else 4) * _weights(cfg) + cfg.sae.KEEPS_CODES * _codes(cfg)
 
 
 def _passing(cfg: config.Train) -> int:
-    """Of one run for a moment: a saved state on its way to the disk (copies of W, twice), or codes in a step and its metrics."""
+    """Bytes that one run needs within a step: for a state being saved, or for codes and metrics."""
     return int(max(4.5 * _weights(cfg), cfg.sae.CODES_IN_STEP * _codes(cfg)))
 
 

@@ -1,7 +1,7 @@
-"""Several processes that share each batch of an SAE (data parallel), through torch.distributed.
+"""Data parallelism: several processes share each batch of an SAE, through torch.distributed.
 
-Every process reads the whole stream and takes its own rows of each batch, so the sum over processes is the joint
-batch's, exactly: the same SAE as one process would train.
+Every process reads the whole stream and takes its own rows of each batch. The sum over processes is the whole
+batch's, so they train the same SAE as one process would.
 """
 
 import collections.abc
@@ -21,14 +21,14 @@ from saev import errors, helpers
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The processes that train together; this one is number `rank`."""
+    """The processes that train together. `rank` is this process's number."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Does this process write files?"""
+        """Whether this process writes files."""
         return self.rank == 0
 
     def share(self, x_BD: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class World:
         return x_BD[self.rank * n : (self.rank + 1) * n]
 
     def all_values(self, value_n: Tensor) -> Tensor:
-        """The values of all processes, one process after the other; (n,) may differ between them."""
+        """The values of all processes, concatenated in rank order. n may differ between processes."""
         if self.size == 1:
             return value_n
         n_W = [torch.zeros(1, dtype=torch.int64, device=value_n.device) for _ in range(self.size)]
@@ -52,13 +52,13 @@ class World:
         """Replaces each tensor by its mean over the processes, in place."""
         if self.size > 1:
             for tensor in tensors:
-                # The layout of the encoder's gradient is its transpose's.
+                # The encoder's gradient is contiguous only when transposed.
                 flat = tensor if tensor.is_contiguous() else tensor.T
                 torch.distributed.all_reduce(flat)
                 flat /= self.size
 
     def any(self, flags: Tensor) -> Tensor:
-        """Element-wise: true in any process."""
+        """Element-wise `or` over processes."""
         if self.size == 1:
             return flags
         counts = flags.to(torch.uint8)
@@ -69,15 +69,14 @@ class World:
     def locked(
         self, fpaths: collections.abc.Iterable[pathlib.Path], what: str
     ) -> collections.abc.Generator[None]:
-        """Holds lock files (`helpers.locked`). The first process takes them for all; the others wait, however long it takes."""
+        """Holds lock files (`helpers.locked`). The first process takes them while the others wait."""
         room = None
         if self.size > 1:
             month = datetime.timedelta(days=30)
             room = torch.distributed.new_group(timeout=month, backend="gloo")
         with contextlib.ExitStack() as locks:
-            for fpath in (
-                sorted(fpaths) if self.is_first else []
-            ):  # sorted: nobody waits in a circle
+            # sorted, so that two commands cannot wait for each other
+            for fpath in sorted(fpaths) if self.is_first else []:
                 locks.enter_context(helpers.locked(fpath, what))
             if room is not None:
                 torch.distributed.barrier(room)
@@ -86,16 +85,16 @@ class World:
 
 @contextlib.contextmanager
 def joined(n_processes: int, device: torch.device):
-    """The world of this process, by torchrun's variables (WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+    """This process's world, from torchrun's WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        UserError: --data-parallel says another number.
+        UserError: the number of processes differs from --data-parallel.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size != n_processes:
         raise errors.UserError(
-            f"--data-parallel {n_processes}: {size} process(es) were started. Start with `torchrun --nproc-per-node {n_processes} train.py ...`, "
-            "or without torchrun, and train.py starts them."
+            f"--data-parallel {n_processes}: {size} process(es) were started. Use `torchrun --nproc-per-node "
+            f"{n_processes} train.py ...`, or leave torchrun out: train.py then starts them."
         )
     if size == 1:
         yield World()

@@ -1,4 +1,4 @@
-"""A look at a stream's first activations that takes nothing from it. N activations, D d_vit."""
+"""Reads a stream's first activations without consuming them. N activations, D d_vit."""
 
 import collections
 import collections.abc
@@ -14,15 +14,15 @@ from saev.training import memory
 
 @beartype.beartype
 def n_activations(acts: reader.Reader) -> int:
-    """How many to look at: enough to tell what is typical to within 1%."""
-    return memory.n_looked_at(acts.d_vit, len(acts))
+    """How many to read: enough to estimate the typical norm within 1%."""
+    return memory.n_read_first(acts.d_vit, len(acts))
 
 
 @beartype.beartype
 def peek(
     batches: collections.abc.Iterator[shuffled.Batch], n: int
 ) -> tuple[Float[Tensor, "N D"], collections.abc.Iterator[shuffled.Batch]]:
-    """(the first n activations, or a few more: whole batches; the stream from where it was)."""
+    """(the first n activations, rounded up to whole batches; the stream, which gives them again)."""
     kept: collections.deque[shuffled.Batch] = collections.deque()
     n_kept = 0
     while n_kept < n:

@@ -1,4 +1,4 @@
-"""`python -m saev.training.report RUNS`: a sweep as a table, and the front of normalised MSE against L0.
+"""`python -m saev.training.report RUNS`: training runs as a table, and a plot of normalised MSE against L0.
 
 RUNS are run directories (checkpoints/<run id>) or folders of them.
 """
@@ -21,14 +21,14 @@ from saev import cli, errors, fields, launch
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Prints trained SAEs as a table and draws normalised MSE against L0."""
+    """Prints training runs as a table and plots normalised MSE against L0."""
 
     runs: tp.Annotated[tuple[fields.Path, ...], tyro.conf.Positional]
     """Run directories (checkpoints/RUN) or folders of them."""
     csv: fields.Path = ""
     """Also write the table to this CSV file."""
     plot: fields.Path = "front.png"
-    """Where to draw. Empty: nowhere."""
+    """File for the plot. Empty: no plot."""
 
     def __post_init__(self) -> None:
         fields.settle(self)

@@ -1,4 +1,4 @@
-"""One SAE in training: its model, optimiser and counters, and what a step does. B batch, D d_vit, S latents."""
+"""One SAE in training: its model, optimiser, counters and training step. B batch, D d_vit, S latents."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ from saev.nn import metrics, objectives, optim, robust
 from saev.training import config, parallel
 
 DEAD_EVERY = 10
-"""Steps between looks at which latents are dead, for AuxK (on a GPU a look waits for the device)."""
+"""Steps between updates of AuxK's list of dead latents, each of which waits for the GPU."""
 
 
 class Run:
@@ -25,7 +25,7 @@ class Run:
 
     Args:
         cfg: with sae.d_vit set.
-        world: the processes that share its batches.
+        world: the processes among which its batches are divided.
     """
 
     @beartype.beartype
@@ -60,7 +60,7 @@ class Run:
 
     @jaxtyped(typechecker=beartype.beartype)
     def start(self, x_ND: Float[Tensor, "N D"]) -> None:
-        """Fits what starts from data, before the first step. N: better many more than a batch."""
+        """Initialises from data, before the first step. N should be much larger than a batch."""
         self.around = self.sae.initialize(x_ND.to(self.device))
         if self.averaged is not None:
             self.averaged = copy.deepcopy(self.sae.state_dict())
@@ -69,8 +69,8 @@ class Run:
     def step(self, step: int, x_BD: Float[Tensor, "B D"]) -> objectives.Output:
         """Forward, backward, update. x_BD: the whole batch, on this run's device.
 
-        With a loss or gradient that is not finite (in any process), nothing is updated on a CPU; a GPU does not look,
-        `is_finite` remembers.
+        `is_finite` becomes False if the loss or gradient is not finite in any process. On a CPU nothing is
+        updated then; on a GPU the update goes on, because a check would wait for the device.
         """
         x_BD = self.clip(x_BD)
         if self._resamples_at(step):
@@ -99,7 +99,7 @@ class Run:
 
     @jaxtyped(typechecker=beartype.beartype)
     def clip(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """What is trained on: activations no further from the centre than --max-norm-ratio allows."""
+        """Moves activations that --max-norm-ratio calls too far from the centre."""
         if not self.cfg.max_norm_ratio:
             return x_BD
         return robust.clip(x_BD, self.around, self.cfg.max_norm_ratio)
@@ -109,7 +109,7 @@ class Run:
         return None if lengths is None else torch.tensor(lengths, device=self.device)
 
     def _dead(self, step: int) -> Tensor | None:
-        """Latents that AuxK is to revive."""
+        """Dead latents for AuxK, or None without AuxK."""
         if not getattr(self.cfg.sae, "aux_coeff", 0):
             return None
         if step % DEAD_EVERY == 0 or self.dead_C is None:
@@ -121,7 +121,7 @@ class Run:
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
-        """Of the first steps it averages fewer, so that the start, which is no result, is soon forgotten."""
+        """Weight EMA with decay warm-up, so that the initialisation is soon forgotten."""
         if self.averaged is None:
             return
         decay = min(self.cfg.ema, (1 + step) / (10 + step))
@@ -129,7 +129,7 @@ class Run:
         for name, tensor in self.sae.state_dict().items():
             if name in parameters:
                 self.averaged[name].lerp_(tensor, 1 - decay)
-            else:  # the scale, and a threshold that is an average already
+            else:  # the scale, and a threshold that is already an average
                 self.averaged[name].copy_(tensor)
 
     # ---- resampling ----
@@ -141,10 +141,10 @@ class Run:
     @torch.no_grad()
     @jaxtyped(typechecker=beartype.beartype)
     def resample(self, step: int, x_BD: Float[Tensor, "B D"]) -> None:
-        """Gives each dead latent the direction of an activation that is badly reconstructed (Bricken et al. 2023, "Neuron Resampling").
+        """Points each dead latent at a badly reconstructed activation ("Neuron Resampling", Bricken et al. 2023).
 
-        Activations are drawn with probability proportional to the square of their loss; the encoder's vector gets a
-        fifth of the living ones' mean norm, its bias 0, and Adam forgets both.
+        Activations are drawn with probability proportional to their squared loss. The encoder vector gets a
+        fifth of the alive latents' mean norm, its bias becomes 0, and Adam's moments are reset.
         """
         dead_C = self._is_dead_S().nonzero().flatten()
         if len(dead_C) == 0:
@@ -170,7 +170,7 @@ class Run:
 
     @torch.no_grad()
     def measure(self, step: int, x_BD: Tensor, out: objectives.Output) -> dict[str, float]:
-        """The metrics of this step's batch as it was trained on (with several processes: of this one's rows), by their fixed names."""
+        """Metrics of this step's (clipped) batch. With several processes, of this process's rows."""
         raw_BD = self.world.share(x_BD)
         mine_BD = self.clip(raw_BD)
         costly = self.cfg.costly_at(step)
@@ -191,7 +191,7 @@ class Run:
     # ---- what is kept ----
 
     def is_sound(self) -> bool:
-        """Is everything finite that a checkpoint would hold? Looks at all weights."""
+        """Whether all weights are finite, including averaged ones."""
         tensors = [*self.sae.state_dict().values(), *(self.averaged or {}).values()]
         return bool(self.is_finite) and all(bool(t.isfinite().all()) for t in tensors)
 
@@ -208,12 +208,12 @@ class Run:
         }
 
     def restore(self, state: dict[str, tp.Any]) -> None:
-        """Takes over what `state` gave.
+        """Restores what `state` returned.
 
         Raises:
-            ValueError: it is not such a run's; nothing is changed.
+            ValueError: it is of another kind of run. Nothing is changed then.
         """
-        state = {"density": 1.0, **state}  # older ones have none
+        state = {"density": 1.0, **state}  # older states lack it
         mine, dead_C = self.state(), state.get("dead_C")
         if isinstance(dead_C, Tensor):  # of any length
             mine["dead_C"] = torch.zeros(dead_C.numel(), dtype=torch.int64)
@@ -231,7 +231,7 @@ class Run:
         self.dead_C = None if dead_C is None else dead_C.to(self.device)
 
     def finished(self) -> nn.SparseAutoencoder:
-        """A copy of the model as it is saved: averaged if asked for, in evaluation mode."""
+        """A copy of the model as it is saved: with averaged weights if --ema is set, in evaluation mode."""
         sae = copy.deepcopy(self.sae)
         if self.averaged is not None:
             sae.load_state_dict(self.averaged)
@@ -247,10 +247,10 @@ def _on_cpu(tree: tp.Any) -> tp.Any:
 
 @beartype.beartype
 def with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
-    """The config with the width of the activations, the learning rate and the window of dead latents filled in.
+    """The config with d_vit and the defaults of --lr and --dead-window filled in.
 
     Raises:
-        UserError: it names another width, or does not fit this one.
+        UserError: --sae.d-vit differs from the activations, or too many prefixes for this dictionary.
     """
     if cfg.sae.d_vit not in (None, d_vit):
         raise errors.UserError(
@@ -262,6 +262,7 @@ def with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
         most = cfg.objective.most(sae.n_latents)
         if cfg.objective.n_prefixes > most:
             raise errors.UserError(
-                f"--objective.n-prefixes {cfg.objective.n_prefixes}: the dictionary's {sae.n_latents} latents have {most} {cfg.objective.prefixes} prefixes. Lower it."
+                f"--objective.n-prefixes {cfg.objective.n_prefixes}: a dictionary of {sae.n_latents} latents "
+                f"has at most {most} {cfg.objective.prefixes} prefixes. Lower it."
             )
     return dataclasses.replace(cfg, sae=sae, lr=cfg.peak_lr, dead_window=cfg.window)

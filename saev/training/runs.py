@@ -20,16 +20,16 @@ NOT_SHOWN = {
     - {*fields.result_names(config.Train)},
     *("activations", "architecture", "objective_name"),
 }
-"""Fields of a run's config that do not tell one SAE from another."""
+"""Config fields that the table leaves out: they do not change the SAE, or have columns of their own."""
 
 
 class Figure(tp.NamedTuple):
-    """A column of numbers."""
+    """A column of metrics."""
 
     header: str
     digits: int
     is_by_token: bool = False
-    """Left out of the table if no run has it: older runs do not."""
+    """Computed per token. Left out of the table if no run has it, as in older runs."""
 
 
 FIGURES = {
@@ -41,9 +41,9 @@ FIGURES = {
     "extreme_variance_pct": Figure("extreme var. %", 1, True),
     "dead_pct": Figure("dead %", 1),
 }
-"""dead_pct: percentage of latents that fired on no held-out activation, or (last log line) not within --dead-window."""
+"""dead_pct: percentage of latents that never fired in the evaluation (in the log: within --dead-window)."""
 SIZES = ("sae.d_sae", "sae.exp_factor")
-"""Fields of the config that the column d_sae shows."""
+"""Config fields that the column d_sae replaces."""
 IS_MEASURED = (pl.col("l0") > 0) & pl.col("l0").is_not_nan() & pl.col("normalized_mse").is_not_nan()
 
 
@@ -71,13 +71,13 @@ class _Config(msgspec.Struct):
 
 @beartype.beartype
 def read(paths: tuple[str, ...]) -> pl.DataFrame:
-    """The runs in these folders as a frame, by architecture and L0.
+    """The runs in these folders as a frame, sorted by architecture and L0.
 
-    A row for each run: run (its name), kind, d_sae, each field of its config (a string, null if it has none), FIGURES, source (what
-    these are of), state, is_best (on the front).
+    Columns: run (name), kind, d_sae, cfg.<field> (a string, null if the config lacks it), FIGURES, source (of
+    FIGURES: held-out, training sample, last log line or -), state, is_best (on the front).
 
     Raises:
-        UserError: no such folder, or none of its folders is a run.
+        UserError: a folder does not exist, or holds no run.
     """
     dpaths: dict[pathlib.Path, None] = {}
     for path in map(pathlib.Path, paths):
@@ -105,7 +105,7 @@ def _row(dpath: pathlib.Path) -> dict[str, str | int | float | None]:
         d_sae = known.sae.d_sae or known.sae.d_vit * (known.sae.exp_factor or 1)
     except ValueError as err:
         raise errors.UserError(
-            f"{dpath / 'config.json'}: not of a run of train.py ({errors.first_line(err)}). Leave it out."
+            f"{dpath / 'config.json'}: not from train.py ({errors.first_line(err)}). Leave that run out."
         ) from err
     kind = helpers.printable(known.architecture)
     if known.objective_name != "Vanilla":
@@ -127,7 +127,7 @@ def _row(dpath: pathlib.Path) -> dict[str, str | int | float | None]:
 
 
 def _figures(dpath: pathlib.Path) -> tuple[str, dict[str, tp.Any]]:
-    """(what they are of, by name): of the evaluation, else of the last whole log line."""
+    """(source, metrics by name), from the evaluation, else from the last complete log line."""
     if (dpath / "metrics.json").exists():
         found = _json(dpath / "metrics.json")
         n_dead, n = _number(found.get("n_dead")), _number(found.get("n_latents"))
@@ -135,17 +135,17 @@ def _figures(dpath: pathlib.Path) -> tuple[str, dict[str, tp.Any]]:
         return of, {**_of_today(found), "dead_frac_window": n_dead / n if n > 0 else math.nan}
     fpath = dpath / "metrics.jsonl"
     whole, _, _ = (fpath.read_bytes() if fpath.exists() else b"").rpartition(b"\n")
-    if not whole:  # of a killed run the last line may be cut
+    if not whole:  # a killed run's last line may be truncated
         return "-", {}
     if (figures := metricslog.parse(whole.rpartition(b"\n")[2])) is None:
         raise errors.UserError(
-            f"{fpath}: its last line is damaged (checksum). Run the training again to its end, or leave that run out."
+            f"{fpath}: its last line is damaged (checksum). Finish the training, or leave that run out."
         )
     return "last log line", _of_today(figures)
 
 
 def _of_today(figures: dict[str, tp.Any]) -> dict[str, tp.Any]:
-    """Without what older versions called explained_variance (now explained_variance_per_dim)."""
+    """Drops explained_variance of older versions, which is explained_variance_per_dim today."""
     if "explained_variance_per_dim" in figures:
         return figures
     return {k: v for k, v in figures.items() if k != "explained_variance"}
@@ -174,7 +174,7 @@ def _number(value: object) -> float:
         return math.nan
     try:
         return float(value) if math.isfinite(value) else math.nan
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer larger than any float
         return math.nan
 
 
@@ -196,7 +196,7 @@ def _flat(
 
 @beartype.beartype
 def front(rows: pl.DataFrame) -> pl.DataFrame:
-    """Adds is_best: no other run has at most this L0 and at most this error, and one of them lower. Failed runs do not count."""
+    """Adds is_best: whether the run is on the Pareto front of L0 and normalised MSE. Failed runs are not."""
     counts = IS_MEASURED & ~pl.col("state").str.starts_with("failed")
     error = pl.when(counts).then("normalized_mse")
     by_l0 = rows.filter(counts).group_by("l0").agg(least=pl.col("normalized_mse").min()).sort("l0")
@@ -208,7 +208,7 @@ def front(rows: pl.DataFrame) -> pl.DataFrame:
 
 @beartype.beartype
 def table(rows: pl.DataFrame) -> pl.DataFrame:
-    """As text. Of the config, the fields that differ among the runs; a run on the front is marked with *."""
+    """A frame of strings, with the config fields that differ among runs. * marks runs on the front."""
     config = {name: name.removeprefix("cfg.") for name in rows.columns if name.startswith("cfg.")}
     vary = [k for k, name in config.items() if name not in SIZES and rows[k].n_unique() > 1]
     by_token = rows["token_nmse_median"].is_not_nan().any()

@@ -1,6 +1,7 @@
-"""Saved states of a run in training: state-<steps done>.pt beside its sae.pt, the newest few of them.
+"""Saved states of a run: the newest few state-<steps done>.pt in its folder.
 
-A state holds all that the rest of the run depends on, so the same command goes on from it to the same weights.
+A state holds everything that the rest of the run depends on, so a run that continues from it ends with the
+same weights.
 """
 
 import collections.abc
@@ -17,7 +18,7 @@ from saev.formats import checkpoint, tensors
 logger = logging.getLogger("saev")
 
 State = dict[str, tp.Any]
-REMEDY = "Delete it; the run goes on from an older state."
+REMEDY = "Delete it; the run continues from an older state."
 
 
 def _fpath(dpath: pathlib.Path, n_steps: int) -> pathlib.Path:
@@ -26,14 +27,14 @@ def _fpath(dpath: pathlib.Path, n_steps: int) -> pathlib.Path:
 
 @beartype.beartype
 def saved(dpath: pathlib.Path) -> list[int]:
-    """Steps done in each saved state of a run, rising."""
+    """Steps done in each saved state of a run, ascending."""
     numbers = [p.stem.removeprefix("state-") for p in dpath.glob("state-*.pt")]
     return sorted(int(n) for n in numbers if re.fullmatch("[0-9]{9,13}", n))
 
 
 @beartype.beartype
 def save(dpath: pathlib.Path, n_steps: int, state: State, keep_last: int) -> None:
-    """Writes a state atomically, then removes all but the newest `keep_last`, and any later one: the run came from an older."""
+    """Writes a state atomically, then removes later states and all but the newest `keep_last` others."""
     header = {"run": dpath.name, "n_steps": n_steps}
     checkpoint.write(_fpath(dpath, n_steps), "state", header, tensors.dump(state))
     mine = [n for n in saved(dpath) if n <= n_steps]
@@ -46,7 +47,7 @@ def load(dpath: pathlib.Path, n_steps: int) -> State:
     """Reads a state.
 
     Raises:
-        UserError: it is cut, edited, or another run's.
+        UserError: it is truncated, edited, or from another run.
     """
     fpath = _fpath(dpath, n_steps)
     header, payload = checkpoint.read(fpath, "state")
@@ -59,7 +60,7 @@ def load(dpath: pathlib.Path, n_steps: int) -> State:
 
 @beartype.beartype
 def usable(dpath: pathlib.Path, restore: collections.abc.Callable[[State], None]) -> list[int]:
-    """As `saved`, without states that are damaged or that `restore` refuses (ValueError). Says which; leaves them there."""
+    """As `saved`, but warns of and skips states that are damaged or for which `restore` raises ValueError."""
     out = []
     for n_steps in saved(dpath):
         try:
@@ -68,7 +69,7 @@ def usable(dpath: pathlib.Path, restore: collections.abc.Callable[[State], None]
         except (errors.UserError, ValueError) as err:
             where = "" if isinstance(err, errors.UserError) else f"{_fpath(dpath, n_steps)}: "
             logger.warning(
-                "%s%s It is left out: the run goes on from an older state, or starts again.",
+                "%s%s Ignored: the run continues from an older state, or starts again.",
                 where,
                 errors.first_line(err),
             )
@@ -77,7 +78,7 @@ def usable(dpath: pathlib.Path, restore: collections.abc.Callable[[State], None]
 
 @beartype.beartype
 def remove(dpath: pathlib.Path) -> None:
-    """Removes all states (the run is finished), and files that a kill left half written."""
+    """Removes all states of a finished run, and temporary files of killed processes."""
     for n_steps in saved(dpath):
         _fpath(dpath, n_steps).unlink(missing_ok=True)
     helpers.sweep(dpath)
@@ -87,11 +88,13 @@ def remove(dpath: pathlib.Path) -> None:
 def starts(
     states: dict[pathlib.Path, list[int]],
 ) -> list[tuple[int, list[pathlib.Path]]]:
-    """Divides runs of one stream, given the steps of their states, into those that can go on together: (steps done, runs), each
-    run in one.
+    """Divides runs of one stream into groups that can continue together: [(steps done, runs)].
 
-    A run goes on from its newest state, or from an older one that another run of the group has no newer than (killed
-    between two saves, some runs have one state more).
+    A group continues from the smallest of its runs' newest states: killed during a save, some runs have one
+    state more than others.
+
+    Args:
+        states: run -> steps of its states.
     """
     left = dict(states)
     out = []
