@@ -22,6 +22,7 @@ FLOORS = {
     "saev.sweeps": 1.0,
     "saev.tracking": 1.0,
     "saev.mirror": 1.0,
+    "saev.compiled": 1.0,
     "saev.devices": 1.0,
     "saev.compat.checks": 1.0,
     "saev.compat.upstream": 1.5,

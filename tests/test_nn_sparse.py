@@ -36,9 +36,9 @@ each_way = pytest.mark.parametrize("way", ["dense", "sparse"])
 @pytest.fixture(params=["screened", "float32", "torch"])
 def screened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """The kernels with and without bfloat16 screening, whatever this processor has; and the operations that a GPU uses."""
-    monkeypatch.setattr(sparse, "_multiplies_bfloat16", lambda: request.param == "screened")
+    monkeypatch.setattr(sparse.search, "_multiplies_bfloat16", lambda: request.param == "screened")
     if request.param == "torch":
-        monkeypatch.setattr(sparse, "uses_kernels", lambda t: False)
+        monkeypatch.setattr(kernels, "available", lambda t: False)
     return request.param == "screened"
 
 
@@ -294,12 +294,12 @@ def test_top_k_is_the_k_largest(
     # of equal values the lowest latents
     order_BS = pre_BS.sort(dim=1, descending=True, stable=True).indices[:, :k]
     want_BS = torch.zeros_like(pre_BS).scatter(1, order_BS, pre_BS.gather(1, order_BS).relu())
-    if not ties or sparse.uses_kernels(x_BD):  # torch keeps any of equal values
+    if not ties or kernels.available(x_BD):  # torch keeps any of equal values
         torch.testing.assert_close(got_BS, want_BS, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
         got_BS.sort(dim=1).values, want_BS.sort(dim=1).values, rtol=1e-4, atol=1e-4
     )
-    if ties and sparse.uses_kernels(x_BD):
+    if ties and kernels.available(x_BD):
         assert torch.equal(got_BS, want_BS)
 
 
@@ -352,7 +352,7 @@ def test_screening_bounds_hold_on_hostile_numbers() -> None:
     exact = (x_BD.double() @ W_SD.double().T)[0]
     assert exact.argmax() == 7
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "_multiplies_bfloat16", lambda: True)
+        patch.setattr(sparse.search, "_multiplies_bfloat16", lambda: True)
         got = sparse.top_k(encoder, x_BD, 1)
     assert got.index.latent_n.tolist() == [7, 7, 7], (rounded[7], rounded[0])
 

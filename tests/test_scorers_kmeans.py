@@ -48,7 +48,7 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_nearest_equals_a_plain_argmin(
     offset: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saev.nn.sparse.uses_kernels", lambda _: compiled)
+    monkeypatch.setattr("saev.nn.kernels.available", lambda _: compiled)
     x_BD, center_KD = rand(500, D) + offset, 2 * rand(37, D, seed=1) - offset
     at_B, distance_B = kmeans.nearest(x_BD, center_KD)
     want_BK = (x_BD[:, None] - center_KD).double().square().sum(dim=2)
@@ -137,7 +137,7 @@ def test_passes_equal_sklearn_from_the_same_start(data: Made) -> None:
 def test_passes_of_a_gpu_are_those_of_a_cpu(data: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its operations, run here; the next test runs them there."""
     want = kmeans.fit(config.KMeans(n_iters=3), data[0], [5, 30], 0)
-    monkeypatch.setattr("saev.nn.sparse.uses_kernels", lambda _: False)
+    monkeypatch.setattr("saev.nn.kernels.available", lambda _: False)
     for scorer, wanted in zip(
         kmeans.fit(config.KMeans(n_iters=3), data[0], [5, 30], 0), want, strict=True
     ):

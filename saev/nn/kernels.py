@@ -1,78 +1,29 @@
-"""Kernels for the CPU, compiled on first use: they find the codes of a batch, order them, and update weights.
+"""CPU kernels, compiled on first use: they find the codes of a batch, sort them, and update weights.
 
 Shape letters: B batch, D d_vit, S latents, G groups, n codes of the batch in row order (within a row by latent).
 
-Codes are found in float32 pre-activations, or in bfloat16 ones ("screened", a quarter of the cost where the
-processor multiplies bfloat16): then every pre-activation lies within known bounds of its screened value, only
-latents whose bounds allow them to fire are computed in float32, and the result is that of float32. With u = 2^-8
+Codes are found from pre-activations in float32 or in bfloat16. The latter are called "screened" and cost a quarter on
+processors that multiply bfloat16. Every pre-activation then lies within known bounds of its screened value. Only
+latents whose bounds allow them to fire are computed again in float32, so the result is that of float32. With u = 2^-8
 (bfloat16's unit roundoff) and exact bias b, |x . w - fl(x . w)| <= (2u + u^2) |x| |w| + u |fl(x . w)|.
 
-Kernels release Python's lock; `in_threads` runs them on ranges of rows, and no result depends on the number of threads.
+`compiled.in_threads` runs kernels on ranges of rows. No result depends on the number of threads.
 """
 
-import collections.abc
-import concurrent.futures
-import functools
-import inspect
-import os
-import threading
-import typing as tp
-
-import numba
 import numpy as np
-import torch
+from torch import Tensor
 
-T = tp.TypeVar("T")
+from saev.compiled import jit, jit_sums
 
 ROUNDOFF = 2.0**-8
 """Unit roundoff of bfloat16."""
 MARGIN = 1.01 * (2 * ROUNDOFF + ROUNDOFF**2)
-"""Bound of |x . w - x~ . w~| / (|x| |w|) for x~, w~ rounded to bfloat16, and 1% for float32's accumulation."""
+"""Bound of |x . w - x~ . w~| / (|x| |w|) for x~, w~ rounded to bfloat16, plus 1% for accumulating in float32."""
 
 
-def jit(function, **options):
-    """Compiles for each dtype that it is called with. (numba cannot compile what a test's import hook wraps around functions.)"""
-    return numba.njit(nogil=True, cache=True, **options)(inspect.unwrap(function))
-
-
-def jit_sums(function):
-    """For sums, whose order the compiler may choose."""
-    return jit(function, fastmath={"reassoc", "contract", "nsz"})
-
-
-# ---- threads ----
-
-
-@functools.cache
-def _pool(n_threads: int, pid: int) -> concurrent.futures.ThreadPoolExecutor:
-    """Threads in which torch's operations use one thread each."""
-    pool = concurrent.futures.ThreadPoolExecutor(n_threads, "saev-kernel")
-    started = threading.Barrier(n_threads + 1)
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        started.wait()
-
-    for _ in range(n_threads):
-        pool.submit(start)
-    started.wait()
-    torch.set_num_threads(n_threads)  # what threads that start later use, this one's as before
-    return pool
-
-
-def each_in_threads(call: collections.abc.Callable[[tp.Any], T], items: list) -> list[T]:
-    """Calls `call` on each item, in as many threads as torch uses, and returns the results in order."""
-    n_threads = torch.get_num_threads()
-    if n_threads == 1 or len(items) < 2:
-        return [call(item) for item in items]
-    return list(_pool(n_threads, os.getpid()).map(call, items))  # a fork has its own
-
-
-def in_threads(kernel: collections.abc.Callable[[int, int], T], n: int) -> list[T]:
-    """Calls `kernel(start, end)` on parts of range(n), one for each thread, and returns the results in order."""
-    n_threads = max(1, min(torch.get_num_threads(), n))
-    ends = [n * i // n_threads for i in range(n_threads + 1)]
-    return each_in_threads(lambda i: kernel(ends[i], ends[i + 1]), list(range(n_threads)))
+def available(tensor: Tensor) -> bool:
+    """Do the kernels run where this tensor is? If not, torch operations (and Triton) do the same."""
+    return not tensor.is_cuda
 
 
 # ---- codes of a row ----

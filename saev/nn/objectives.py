@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
-from saev.nn import activations, config, sparse
+from saev.nn import activations, config, kernels, sparse
 from saev.nn.architectures import base
 from saev.nn.sae import SparseAutoencoder
 
@@ -46,7 +46,7 @@ class Objective:
     Args:
         sae: in training mode.
         cfg: vanilla or Matryoshka.
-        joint: see `sparse.BatchSearch`.
+        gather: see `sparse.BatchSearch`.
         n_processes: among which each batch is divided.
         is_bfloat16: multiply by the encoder in bfloat16 (mixed precision).
     """
@@ -56,14 +56,14 @@ class Objective:
         sae: SparseAutoencoder,
         cfg: config.Objective,
         *,
-        joint: sparse.Joint = lambda value_n: value_n,
+        gather: sparse.Gather = lambda value_n: value_n,
         n_processes: int = 1,
         is_bfloat16: bool = False,
         way: tp.Literal["auto", "dense", "sparse"] = "auto",
     ):
         self.sae = sae
         self.cfg = cfg
-        self.search = sparse.BatchSearch(joint, n_processes)
+        self.search = sparse.BatchSearch(gather, n_processes)
         self.is_bfloat16 = is_bfloat16
         self.way = way
         self.density = 1.0
@@ -125,9 +125,7 @@ class Objective:
     def _takes_dense_step(self, x_BD: Tensor, end_P: Tensor | None) -> bool:
         has_one = self.sae.architecture.dense_step is not None and end_P is None
         return (
-            has_one
-            and sparse.uses_kernels(x_BD)
-            and not (self.is_bfloat16 or self._is_sparse(x_BD))
+            has_one and kernels.available(x_BD) and not (self.is_bfloat16 or self._is_sparse(x_BD))
         )
 
     def _dense_step(self, x_BD: Tensor, sparsity: float) -> Output:
@@ -154,7 +152,7 @@ class Objective:
             return way.encode_sparse(sae, pre_n, found.index), found.index
         pre_BS = sparse.pre_activations(*weights, x_BD, is_bfloat16=self.is_bfloat16)
         coded = way.encode_dense(sae, pre_BS)
-        if not way.is_always_sparse and sparse.uses_kernels(x_BD):
+        if not way.is_always_sparse and kernels.available(x_BD):
             n_matter = (pre_BS > way.least(sae)).count_nonzero().item()
             self.density = n_matter / pre_BS.numel()
         return coded, None
@@ -165,7 +163,7 @@ class Objective:
         if self.sae.architecture.is_always_sparse:
             return True
         # On a GPU nobody waits for a count: dense.
-        return sparse.uses_kernels(x_BD) and self.density < SPARSE_BELOW
+        return kernels.available(x_BD) and self.density < SPARSE_BELOW
 
     def _find(self, x_BD: Tensor) -> sparse.Codes:
         sae, way = self.sae, self.sae.architecture
@@ -174,7 +172,7 @@ class Objective:
         n_all = len(x_BD) * sae.d_sae
         n_likely = int(min(self.density, 1.0) * n_all)
         codes = way.find(sae, encoder, x_BD - sae.b_dec.detach(), n_likely, self.search)
-        if not way.is_always_sparse and sparse.uses_kernels(x_BD):
+        if not way.is_always_sparse and kernels.available(x_BD):
             self.density = len(codes.value_n) / n_all
         return codes
 

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
-from saev.nn import kernels, sparse
+from saev import compiled
+from saev.nn import kernels
 from saev.nn.sae import SparseAutoencoder
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -39,7 +40,7 @@ class Adam:
         """
         self.t += 1
         with_grad = {n: p for n, p in self.sae.named_parameters() if p.grad is not None}
-        if not sparse.uses_kernels(self.sae.W_dec):
+        if not kernels.available(self.sae.W_dec):
             return self._step_torch(with_grad, lr)
         return self._step_kernels(with_grad, lr)
 
@@ -50,7 +51,7 @@ class Adam:
         along, square = {}, 0.0
         for name, (w_SD, g_SD, _, _) in arrays.items():
             dots_S3 = np.empty((len(w_SD), 3), w_SD.dtype)
-            kernels.in_threads(
+            compiled.in_threads(
                 lambda i, j, w=w_SD, g=g_SD, out=dots_S3: kernels.row_dots(w, g, i, j, out),
                 len(w_SD),
             )
@@ -65,7 +66,7 @@ class Adam:
         for name, (w_SD, g_SD, m_SD, v_SD) in arrays.items():
             along_S = along[name].astype(w_SD.dtype)
             factors = tuple(w_SD.dtype.type(f) for f in self._factors(lr, norm))
-            kernels.in_threads(
+            compiled.in_threads(
                 lambda i, j, a=(w_SD, g_SD, m_SD, v_SD), along_S=along_S, f=factors, name=name: (
                     kernels.adam_rows(*a, i, j, along_S, f, name == "W_dec")
                 ),

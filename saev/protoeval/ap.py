@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Shaped, UInt8, jaxtyped
 
-from saev import errors
-from saev.nn import kernels
+from saev import compiled, errors
 
 BLOCK_BYTES = 64 * 2**20
 """Of the scores that are copied at a time."""
@@ -105,7 +104,7 @@ def of_rows(
         def kernel(start: int, end: int, bits_CN=bits_CN, out_CT=out_CT) -> None:
             _matrix(bits_CN, start_N1, trait_n, n_positive_T, start, end, out_CT)
 
-        kernels.in_threads(kernel, len(bits_CN))
+        compiled.in_threads(kernel, len(bits_CN))
     return ap_KT
 
 
@@ -143,7 +142,7 @@ def resampled(
     def kernel(start: int, end: int) -> None:
         _resampled(bits_TN, labels_TN, times_GNL, start, end, ap_TGL)
 
-    kernels.in_threads(kernel, len(labels_TN))
+    compiled.in_threads(kernel, len(labels_TN))
     return ap_TGL.reshape(len(labels_TN), -1)[:, :n_M]
 
 
@@ -181,7 +180,7 @@ def _sortable(scores_CN: np.ndarray, first: int) -> np.ndarray:
     return np.where(bits_CN & sign, bits_CN, ~bits_CN & ~sign)
 
 
-@kernels.jit
+@compiled.jit
 def _sort(bits_N, key_2N, place_2N, count_Q):
     """Images other than those of the last value, smallest bits first, into key_2N[0] and place_2N[0]; returns their number.
 
@@ -217,7 +216,7 @@ def _sort(bits_N, key_2N, place_2N, count_Q):
     return n
 
 
-@kernels.jit
+@compiled.jit
 def _matrix(bits_CN, start_N1, trait_n, n_positive_T, first, last, ap_CT):
     """Rows first to last of the AP matrix."""
     n_N, n_T = bits_CN.shape[1], len(n_positive_T)
@@ -254,7 +253,7 @@ def _matrix(bits_CN, start_N1, trait_n, n_positive_T, first, last, ap_CT):
             ap_CT[c, t] = (sum_T[t] + rest) / p if p else np.nan
 
 
-@kernels.jit
+@compiled.jit
 def _resampled(bits_TN, labels_TN, times_GNL, first, last, ap_TGL):
     """Traits first to last of `resampled`."""
     n_G, n_N, n_L = times_GNL.shape

@@ -14,8 +14,7 @@ import xxhash
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
-from saev import errors
-from saev.nn import kernels
+from saev import compiled, errors
 from saev.scorers import config
 
 CPU = torch.device("cpu")
@@ -196,7 +195,7 @@ def largest(
 
     firsts = list(range(0, B, n_imgs))
     if acts_BPD.device.type == "cpu":
-        kernels.each_in_threads(rows, firsts)
+        compiled.each_in_threads(rows, firsts)
     else:
         for first in firsts:
             rows(first)

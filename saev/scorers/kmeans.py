@@ -21,7 +21,7 @@ from saev import errors, helpers
 from saev.data import config as data_config
 from saev.data import ordered, reader
 from saev.formats import checkpoint, tensors
-from saev.nn import sparse
+from saev.nn import kernels, sparse
 from saev.scorers import base, config, random
 
 logger = logging.getLogger("saev")
@@ -137,7 +137,7 @@ def nearest(
     least = (x_BD @ center_KD[shortest]).min() - 0.5 * square_K[shortest]
     lift = (-1.01 * least).clamp(min=0)
     bias_K = lift - 0.5 * square_K
-    if not sparse.uses_kernels(x_BD):
+    if not kernels.available(x_BD):
         parts = [torch.addmm(bias_K, x_CD, center_KD.T).max(dim=1) for x_CD in x_BD.split(CHUNK)]
         value_B, at_B = (torch.cat(p) for p in zip(*parts, strict=True))
     else:

@@ -10,7 +10,7 @@ from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 from saev import nn
-from saev.nn import sparse
+from saev.nn import kernels, sparse
 from saev.scorers import base
 
 AT_ONCE = 2**28
@@ -47,7 +47,7 @@ class SaeLatents:
     def _by_codes(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
         """Some images at a time: a GPU writes out the pre-activations of all of their patches."""
         _, P, D = acts_BPD.shape
-        n_columns = D if sparse.uses_kernels(acts_BPD) else self.sae.d_sae
+        n_columns = D if kernels.available(acts_BPD) else self.sae.d_sae
         n_imgs = max(1, AT_ONCE // (4 * P * n_columns))
         return torch.cat([self._by_codes_of(part) for part in acts_BPD.split(n_imgs)])
 

@@ -45,7 +45,7 @@ class Run:
         self.objective = objectives.Objective(
             self.sae,
             cfg.objective,
-            joint=world.all_values,
+            gather=world.all_values,
             n_processes=world.size,
             is_bfloat16=cfg.precision == "bfloat16",
         )

@@ -30,7 +30,7 @@ class BatchTopK(base.Architecture, cfg=config.BatchTopK):
         self, sae, encoder: sparse.Encoder, xc_BD: Tensor, n_likely, search: sparse.BatchSearch
     ) -> sparse.Codes:
         codes = search(encoder, xc_BD, self.cfg.top_k)
-        self._update_threshold(sae, search.joint(codes.value_n))
+        self._update_threshold(sae, search.gather(codes.value_n))
         return codes
 
     def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> Coded:

@@ -1,0 +1,240 @@
+"""Finds which latents fire. B batch, D d_vit, S latents, C samples of a part, R rows, K codes of a row, n codes."""
+
+import collections.abc
+import functools
+import typing as tp
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saev import compiled
+from saev.nn import kernels
+from saev.nn.sparse.codes import Codes, Index
+
+PART_BYTES, N_PARTS = 2 * 2**20, 16
+"""A CPU searches a batch in parts. Their number is a multiple of N_PARTS; pre-activations of a part take at most PART_BYTES.
+
+So they stay in a core's cache. The parts, and so all results, do not depend on the number of threads.
+"""
+
+T = tp.TypeVar("T")
+
+Gather = collections.abc.Callable[[Tensor], Tensor]
+"""Values (n,) of this process -> those of all processes, concatenated."""
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Does this processor multiply bfloat16? Cached, because a run's rounding must not depend on the call."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+class Encoder(tp.NamedTuple):
+    """An encoder's weights, W_enc transposed."""
+
+    W_SD: Float[Tensor, "S D"]
+    b_S: Float[Tensor, " S"]
+    is_bfloat16: bool
+    """Pre-activations are products in bfloat16, without exact rescoring."""
+
+
+class _Rows(tp.NamedTuple):
+    """Pre-activations of some rows, and the bounds of their error if they are screened (see `kernels`)."""
+
+    pre_BS: np.ndarray
+    is_screened: bool
+    x_BD: np.ndarray
+    W_SD: np.ndarray
+    b_S: np.ndarray
+    norm_S: np.ndarray
+    margin_B: np.ndarray
+
+
+def _search(
+    encoder: Encoder, xc_BD: Tensor, find: collections.abc.Callable[[int, int, _Rows], T]
+) -> list[T]:
+    """Calls `find(first, last, rows)` on parts of a batch on a CPU, in threads."""
+    W_SD, b_S, is_bfloat16 = encoder
+    is_screened = xc_BD.dtype == torch.float32 and _multiplies_bfloat16() and not is_bfloat16
+    low = is_screened or is_bfloat16
+    w_SD, x_BD = (W_SD.bfloat16(), xc_BD.bfloat16()) if low else (W_SD, xc_BD)
+    norm_S = W_SD.norm(dim=1).numpy()
+    margin_B = (kernels.MARGIN * xc_BD.norm(dim=1)).numpy()
+    B, S = len(xc_BD), len(W_SD)
+    n_parts = N_PARTS * -(-B * S * w_SD.element_size() // (N_PARTS * PART_BYTES))
+    size = max(16, -(-B // n_parts))
+
+    def part(first: int) -> T:
+        last = min(first + size, B)
+        x_CD = x_BD[first:last]
+        if low:
+            pre_CS = torch.mm(x_CD, w_SD.T)
+            pre_CS = pre_CS.view(torch.uint16) if is_screened else pre_CS.float().add_(b_S)
+        else:
+            pre_CS = torch.addmm(b_S, x_CD, w_SD.T)
+        exact = (xc_BD[first:last].numpy(), W_SD.numpy(), b_S.numpy(), norm_S)
+        return find(first, last, _Rows(pre_CS.numpy(), is_screened, *exact, margin_B[first:last]))
+
+    return compiled.each_in_threads(part, list(range(0, B, size)))
+
+
+def _index(latent_n: np.ndarray, n_B: np.ndarray, n_latents: int) -> Index:
+    start_B1 = np.concatenate([[0], np.cumsum(n_B)]).astype(np.int32)
+    return Index(torch.from_numpy(latent_n), torch.from_numpy(start_B1), n_latents)
+
+
+@torch.no_grad()
+def top_k(
+    encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int, keep_negative: bool = False
+) -> Codes:
+    """The k largest pre-activations of each row. Those that are not positive are dropped, unless `keep_negative`.
+
+    Ties: a CPU keeps the lowest latents; a GPU keeps any.
+    """
+    B, S = len(xc_BD), len(encoder.W_SD)
+    k = min(k, S)
+    if not kernels.available(xc_BD):
+        value_BK, latent_BK = _dense_top_k(encoder, xc_BD, k)
+        return _of_places(value_BK if keep_negative else value_BK.relu(), latent_BK, S)
+    n_B = np.empty(B, np.int32)
+    value_BK = np.empty((B, k), xc_BD.numpy().dtype)
+    latent_BK = np.empty((B, k), np.int32)
+
+    def find(first: int, last: int, rows: _Rows) -> None:
+        mine = slice(first, last)
+        kernels.top_k(*rows, k, n_B[mine], value_BK[mine], latent_BK[mine])
+
+    _search(encoder, xc_BD, find)
+    if keep_negative:  # few rows have fewer than k positive values
+        short_R = np.flatnonzero(n_B < k)
+        for part_R in np.array_split(short_R, -(-len(short_R) * S * 4 // PART_BYTES) or 1):
+            value_RK, latent_RK = _dense_top_k(encoder, xc_BD[part_R], k)
+            value_BK[part_R], latent_BK[part_R], n_B[part_R] = (
+                value_RK.numpy(),
+                latent_RK.numpy(),
+                k,
+            )
+    if B == 0 or n_B.min() == k:
+        return Codes(torch.from_numpy(value_BK.ravel()), _index(latent_BK.ravel(), n_B, S))
+    fires_BK = np.arange(k) < n_B[:, None]
+    return Codes(torch.from_numpy(value_BK[fires_BK]), _index(latent_BK[fires_BK], n_B, S))
+
+
+def _dense_top_k(encoder: Encoder, xc_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and latents of the k largest pre-activations of each row, sorted by latent."""
+    value_BK, latent_BK = dense(encoder, xc_BD).topk(k, dim=1, sorted=False)
+    latent_BK, order_BK = latent_BK.int().sort(dim=1)
+    return value_BK.gather(1, order_BK), latent_BK
+
+
+def _of_places(value_BK: Tensor, latent_BK: Tensor, n_latents: int) -> Codes:
+    """Codes on a GPU. Places that do not fire stay as zeros: counting the others would wait for the GPU."""
+    B, K = value_BK.shape
+    start_B1 = torch.arange(0, B * K + 1, K, dtype=torch.int32, device=value_BK.device)
+    return Codes(value_BK.flatten(), Index(latent_BK.flatten(), start_B1, n_latents))
+
+
+@torch.no_grad()
+def above(
+    encoder: Encoder, xc_BD: Float[Tensor, "B D"], least_S: Float[Tensor, " S"], n_likely: int
+) -> Codes:
+    """Pre-activations above `least_S`.
+
+    Args:
+        n_likely: about how many there are in the batch. Buffers start at twice that size and grow if needed.
+    """
+    S = len(encoder.W_SD)
+    if not kernels.available(xc_BD):
+        pre_BS = dense(encoder, xc_BD)
+        return _where(pre_BS, pre_BS > least_S)
+    n_B = np.empty(len(xc_BD), np.int32)
+    least = least_S.to(xc_BD.dtype).numpy()
+
+    def find(first: int, last: int, rows: _Rows) -> tuple[np.ndarray, np.ndarray]:
+        size = 64 + 2 * n_likely * (last - first) // len(xc_BD)
+        while True:
+            value_n, latent_n = np.empty(size, least.dtype), np.empty(size, np.int32)
+            n = kernels.above(*rows, least, n_B[first:last], value_n, latent_n)
+            if n >= 0:
+                return value_n[:n], latent_n[:n]
+            size *= 2
+
+    found = _search(encoder, xc_BD, find)
+    value_n, latent_n = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return Codes(torch.from_numpy(value_n), _index(latent_n, n_B, S))
+
+
+def _where(pre_BS: Tensor, fires_BS: Tensor) -> Codes:
+    row_n, latent_n = fires_BS.nonzero(as_tuple=True)
+    start_B1 = torch.nn.functional.pad(fires_BS.sum(dim=1).cumsum(0), (1, 0)).int()
+    return Codes(pre_BS[row_n, latent_n], Index(latent_n.int(), start_B1, pre_BS.shape[1]))
+
+
+def dense(encoder: Encoder, xc_BD: Tensor) -> Float[Tensor, "B S"]:
+    if encoder.is_bfloat16:
+        return (xc_BD.bfloat16() @ encoder.W_SD.bfloat16().T).float() + encoder.b_S
+    return torch.addmm(encoder.b_S, xc_BD, encoder.W_SD.T)
+
+
+class BatchSearch:
+    """Finds the k x B largest positive pre-activations of a batch; ties with the smallest of them are all kept.
+
+    It remembers about where the smallest one was in the last batch. That saves time and does not change the result.
+
+    Args:
+        gather: with several processes, each of which has a part of the batch, collects the values of all.
+    """
+
+    def __init__(self, gather: Gather = lambda value_n: value_n, n_processes: int = 1):
+        self.guess = -1.0
+        self.slack = 0.03
+        self.gather = gather
+        self.n_processes = n_processes
+
+    @torch.no_grad()
+    def __call__(self, encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int) -> Codes:
+        B, S = len(xc_BD), len(encoder.W_SD)
+        n_wanted = min(k, S) * B * self.n_processes
+        if self.guess < 0:
+            self.guess = self._sampled(encoder, xc_BD, min(k, S))
+        guess = self.guess
+        while True:
+            least_S = torch.full((S,), guess, dtype=xc_BD.dtype, device=xc_BD.device)
+            codes = above(encoder, xc_BD, least_S, n_wanted // self.n_processes)
+            all_n = self.gather(codes.value_n)
+            if len(all_n) >= n_wanted or guess == 0:
+                break
+            self.slack = min(0.5, 2 * self.slack)
+            guess = 0.0 if guess < 1e-3 else guess * (1 - self.slack)
+        least = 0.0
+        if len(all_n) >= n_wanted:
+            least = all_n.kthvalue(len(all_n) - n_wanted + 1).values.item()
+            codes = _from(codes, least)
+        self.slack = max(0.02, 0.9 * self.slack)
+        self.guess = max(0.0, least * (1 - self.slack))
+        return codes
+
+    def _sampled(self, encoder: Encoder, xc_BD: Tensor, k: int) -> float:
+        """A guess from the first 64 rows: the smallest of their 1.5 k largest values per row."""
+        pre_bS = dense(encoder, xc_BD[:64])
+        n_drop = max(0, pre_bS.numel() - 3 * k * len(pre_bS) // 2)
+        guess = pre_bS.flatten().kthvalue(n_drop + 1).values
+        return max(0.0, self.gather(guess[None]).min().item())
+
+
+def _from(codes: Codes, least: float) -> Codes:
+    """Keeps the codes whose value is at least `least`. Reuses their memory on a CPU."""
+    index = codes.index
+    if not kernels.available(codes.value_n):
+        keep_n = codes.value_n >= least
+        n_B = torch.segment_reduce(keep_n.float(), "sum", offsets=index.start_O1.long(), initial=0)
+        start_B1 = torch.nn.functional.pad(n_B.cumsum(0), (1, 0)).int()
+        kept = Index(index.latent_n[keep_n], start_B1, index.n_latents)
+        return Codes(codes.value_n[keep_n], kept)
+    value_n, latent_n = codes.value_n.numpy(), index.latent_n.numpy()
+    n_B = index.start_O1.diff().numpy()
+    n = kernels.keep_from(value_n, latent_n, n_B, value_n.dtype.type(least))
+    return Codes(torch.from_numpy(value_n[:n]), _index(latent_n[:n], n_B, index.n_latents))
