@@ -15,7 +15,10 @@ T = tp.TypeVar("T")
 
 
 def jit(function, **options):
-    """Compiles a function for each dtype that it is called with. (numba cannot compile the wrappers of a test's import hook.)"""
+    """Compiles a function for each dtype that it is called with.
+
+    It is unwrapped first, because numba cannot compile the wrappers of a test's import hook.
+    """
     return numba.njit(nogil=True, cache=True, **options)(inspect.unwrap(function))
 
 

@@ -66,14 +66,14 @@ def refuses(fpath: pathlib.Path, match: str) -> None:
         ({"lib": "other", "schema": 100, "kind": "sae"}, "lib 'other'"),
         ({"lib": "saev", "schema": 100, "kind": "scorer"}, "holds a 'scorer'.* 'sae' is needed"),
         ({"lib": "saev", "schema": 100, "kind": "sae", "cls": "Gated"}, "architecture 'Gated'"),
-        ({"lib": "saev", "schema": 100, "kind": "sae", "cls": "TopK"}, "cfg does not fit TopK"),
+        ({"lib": "saev", "schema": 100, "kind": "sae", "cls": "TopK"}, "cfg does not match TopK"),
         (
             {"lib": "saev", "schema": 100, "kind": "sae", "cls": "TopK", "cfg": {"d_vit": "4"}},
-            "cfg does not fit TopK",
+            "cfg does not match TopK",
         ),
         (
             {"lib": "saev", "schema": 100, "kind": "sae", "cls": "TopK", "cfg": {}},
-            "cfg does not fit TopK",
+            "cfg does not match TopK",
         ),
     ],
 )
@@ -94,7 +94,7 @@ def test_a_number_that_is_a_boolean(sae_fpath: pathlib.Path) -> None:
     header, payload = checkpoint.read(sae_fpath, "sae")
     cfg = {**header["cfg"], "top_k": True}
     checkpoint.write(sae_fpath, "sae", {"cls": "TopK", "cfg": cfg, "activations": {}}, payload)
-    refuses(sae_fpath, "cfg does not fit TopK: top_k is True")
+    refuses(sae_fpath, "cfg does not match TopK: top_k is True")
 
 
 @pytest.mark.parametrize("kind", [[], {}, 1, None, True])
@@ -143,8 +143,8 @@ def rewrite(fpath: pathlib.Path, header: dict[str, tp.Any], payload: bytes) -> N
 def test_tensors_of_another_size(sae_fpath: pathlib.Path) -> None:
     header, payload = split(sae_fpath)
     for d_sae, match in [
-        (16, "its tensors do not fit its header"),
-        (2**30, "its tensors do not fit its header"),  # no model of that size is made
+        (16, "its tensors do not match its header"),
+        (2**30, "its tensors do not match its header"),  # no model of that size is made
         (10**12, "1,000,000,000,000 latents .* take 32,000 GB"),
     ]:
         header["cfg"]["d_sae"] = d_sae
@@ -158,7 +158,7 @@ def test_a_header_that_says_more(sae_fpath: pathlib.Path) -> None:
     refuses(sae_fpath, "unknown key sign. It may change what the SAE computes")
     header["cfg"]["sign"] = -1
     rewrite(sae_fpath, header, payload)
-    refuses(sae_fpath, "header's cfg does not fit TopK")
+    refuses(sae_fpath, "header's cfg does not match TopK")
 
 
 def with_state(fpath: pathlib.Path, change: tp.Callable[[dict[str, tp.Any]], object]) -> None:
@@ -173,9 +173,9 @@ def with_state(fpath: pathlib.Path, change: tp.Callable[[dict[str, tp.Any]], obj
 
 CRAFTED = {
     "a list": (lambda s: [1, 2], "holds a list instead of a dict"),
-    "no tensor": (lambda s: {"b_dec": s["b_dec"]}, "do not fit its header .*W_dec"),
-    "one more": (lambda s: s.update(W_gate=s["b_dec"]), "do not fit its header"),
-    "a number": (lambda s: s.update(W_dec=3), "do not fit its header"),
+    "no tensor": (lambda s: {"b_dec": s["b_dec"]}, "do not match its header .*W_dec"),
+    "one more": (lambda s: s.update(W_gate=s["b_dec"]), "do not match its header"),
+    "a number": (lambda s: s.update(W_dec=3), "do not match its header"),
     "wider": (lambda s: s.update(W_dec=torch.zeros(8, 5)), r"W_dec has shape \(8, 5\)"),
     "no rows": (lambda s: s.update(W_dec=torch.zeros(0, 4)), r"W_dec has shape \(0, 4\)"),
     "fewer bytes": (
@@ -204,7 +204,7 @@ def test_crafted_tensors_with_a_good_checksum_are_refused(
 def test_crafted_provenance_is_refused(sae_fpath: pathlib.Path, activations: object) -> None:
     header, payload = split(sae_fpath)
     rewrite(sae_fpath, header | {"activations": activations}, payload)
-    refuses(sae_fpath, "do not fit its header")
+    refuses(sae_fpath, "do not match its header")
 
 
 def test_a_jumprelu_with_thresholds_of_zero_loads(tmp_path: pathlib.Path) -> None:

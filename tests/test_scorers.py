@@ -243,10 +243,10 @@ CRAFTED = {
     ),
     "one row less": ({"direction_KD": torch.zeros(2, D)}, r"\(2, 6\) instead of \(3, 6\)"),
     "no rows": ({"direction_KD": torch.zeros(0, D)}, r"shape \(0, 6\)"),
-    "another mean": ({"mean_D": torch.zeros(5)}, "are no prototypes"),
+    "another mean": ({"mean_D": torch.zeros(5)}, "are not prototypes"),
     "NaN": ({"mean_D": torch.full((D,), torch.nan)}, "mean_D holds NaN or infinity"),
     "float64": ({"mean_D": torch.zeros(D).double()}, "are torch.float32"),
-    "a number": ({"direction_KD": 7}, "are no prototypes"),
+    "a number": ({"direction_KD": 7}, "are not prototypes"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Checks of other tools' files. Each key and tensor is either used, or known to have no effect, or refused."""
+"""Checks of other tools' files. Each key and tensor is used, known to have no effect, or refused."""
 
 import collections.abc
 import typing as tp
@@ -54,7 +54,7 @@ def refuse_unknown(
 def refuse_other(
     cfg: dict[str, tp.Any], allowed: dict[str, tuple[object, ...]], where: str
 ) -> None:
-    """Raises a UserError if a key has a value that is not allowed. A missing key has the first allowed value."""
+    """Raises a UserError if a value is not allowed. A missing key has the first allowed value."""
     for key, values in allowed.items():
         value = cfg.get(key, values[0])
         if not any(value is v or (type(value) is type(v) and value == v) for v in values):

@@ -1,7 +1,7 @@
 """Reads SAEs of the package dictionary_learning: a folder with ae.pt and config.json. D d_vit, S latents.
 
-Codes and reconstructions are those of the saved module. (AutoEncoder.from_pretrained of that package divides decoder
-vectors by their norms and multiplies the codes by them, which changes no reconstruction.)
+Codes and reconstructions are those of the saved module. (AutoEncoder.from_pretrained of that package divides
+decoder vectors by their norms and multiplies the codes by them, which changes no reconstruction.)
 """
 
 import logging

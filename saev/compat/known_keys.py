@@ -1,4 +1,4 @@
-"""Keys of other libraries' config files that do not change what an SAE computes. The readers use or refuse all others.
+"""Config keys of other libraries that do not change what an SAE computes. All others are used or refused.
 
 `saev.compat.upstream` has those of upstream checkpoints.
 """

@@ -1,6 +1,7 @@
-"""SAEs in SAELens' format, read and written: a folder with cfg.json and sae_weights.safetensors. D d_vit, S latents.
+"""Reads and writes SAELens' format: a folder with cfg.json and sae_weights.safetensors. D d_vit, S latents.
 
-Codes and reconstructions of raw activations stay the same in both directions. The input scale is folded into the weights.
+Codes and reconstructions of raw activations stay the same in both directions. The input scale is folded into
+the weights.
 """
 
 import pathlib
@@ -30,7 +31,7 @@ FORMAT = "6.0.0"
 def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
     """Writes the folder atomically.
 
-    A BatchTopK becomes a JumpReLU with one threshold, which computes the same at inference. SAELens does the same.
+    A BatchTopK becomes a JumpReLU with one threshold, which is equal at inference. SAELens does the same.
 
     Raises:
         UserError: the folder exists, or SAELens has no SAE that computes the same.
@@ -39,7 +40,8 @@ def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
     _check_new(dpath)
     if getattr(model.cfg, "keep_negative", False):
         raise errors.UserError(
-            "This TopK keeps negative values (keep_negative), but SAELens' sets them to 0. It cannot be exported."
+            "This TopK keeps negative values (keep_negative), but SAELens' sets them to 0. "
+            "It cannot be exported."
         )
     scale = model.scale.double()
     tensors = {
@@ -153,7 +155,7 @@ def _trained_on(cfg: dict[str, tp.Any], fpath: pathlib.Path) -> dict[str, tp.Any
 
 
 def _scaling(cfg: dict[str, tp.Any], found: dict[str, Tensor], dpath: pathlib.Path) -> Tensor:
-    """Removes the fine-tuned factors of the codes from `found` and returns them: (S,), 1 if there are none."""
+    """Removes the fine-tuned factors of codes from `found` and returns them (S,); 1 if there are none."""
     scaling_S = found.pop("scaling_factor", None)
     is_set = cfg.get("finetuning_scaling_factor", False)
     if scaling_S is None and not is_set:
@@ -233,14 +235,14 @@ def _cfg(fpath: pathlib.Path) -> dict[str, tp.Any]:
     for name in ("k", "rescale_acts_by_decoder_norm"):
         if cfg["architecture"] != "topk" and cfg.get(name):
             raise errors.UserError(
-                f"{fpath}: {name} is {cfg[name]!r}, but architecture is {cfg['architecture']!r}; only topk has "
-                "it. Correct one of them in a copy."
+                f"{fpath}: {name} is {cfg[name]!r}, but architecture is {cfg['architecture']!r}; only topk "
+                "has it. Correct one of them in a copy."
             )
     return cfg
 
 
 def _take_activation(cfg: dict[str, tp.Any], fpath: pathlib.Path) -> None:
-    """Moves a TopK's k to the keys of version 6. Before, the activation function alone decided whether it is a TopK."""
+    """Translates the activation function, which before version 6 decided whether an SAE is a TopK."""
     kwargs = cfg.get("activation_fn_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise errors.UserError(f"{fpath}: activation_fn_kwargs is not a JSON object.")

@@ -1,4 +1,4 @@
-"""Reads SAEs of the package sparsify (eai-sparsify): a folder with cfg.json and sae.safetensors. D d_vit, S latents."""
+"""Reads SAEs of sparsify (eai-sparsify): a folder with cfg.json and sae.safetensors. D d_vit, S latents."""
 
 import pathlib
 import typing as tp

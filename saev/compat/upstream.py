@@ -1,7 +1,7 @@
 """Upstream saev checkpoints: no schema, and schemas 1 to 5. D d_vit, S latents.
 
-`UPGRADES` holds one function per schema that turns a header into one of the next schema. Only the last schema is
-interpreted. Values are checked before use, because the file may come from anywhere.
+`UPGRADES` holds one function per schema that turns a header into one of the next schema. Only the last schema
+is interpreted. Values are checked before use, because the file may come from anywhere.
 """
 
 import collections.abc
@@ -27,8 +27,8 @@ ACTIVATIONS = {"Relu": "relu", "TopK": "top-k", "BatchTopK": "batch-top-k"}
 KEYS = frozenset(["schema", "cls", "cfg", "commit", "lib"])
 CFG_KEYS = frozenset(
     """
-    ghost_grads l1_coeff n_reinit_samples normalize_w_dec reinit_blend reinit_enc_dec_tranpose remove_parallel_grads
-    seed sparsity_coeff use_ghost_grads
+    ghost_grads l1_coeff n_reinit_samples normalize_w_dec reinit_blend reinit_enc_dec_tranpose
+    remove_parallel_grads seed sparsity_coeff use_ghost_grads
     """.split()  # noqa: SIM905
 )
 """Keys of cfg that matter only in training."""
@@ -47,7 +47,7 @@ class UpstreamSae(tp.NamedTuple):
     top_k: int
 
     def header(self) -> Header:
-        """Returns the same in saev's newest schema. Upstream's TopK keeps negative values among the k largest."""
+        """Returns saev's own header. Upstream's TopK keeps negative values among the k largest."""
         cfg: Header = {"d_vit": self.d_vit, "d_sae": self.d_sae, "normalize": "none"}
         if self.activation != "Relu":
             cfg |= {"top_k": min(self.top_k, self.d_sae), "aux_coeff": 0.0}
@@ -144,9 +144,9 @@ def upgrade(header: Header, fpath: pathlib.Path) -> UpstreamSae:
 def convert(sae: UpstreamSae, state: dict[str, tp.Any], fpath: pathlib.Path) -> dict[str, Tensor]:
     """Converts an upstream state dict to saev's.
 
-    Upstream's encoder does not subtract b_dec. b_enc + b_dec W_enc (computed in float64) makes up for it. A BatchTopK
-    of schemas 1 to 4 may have no threshold; then every positive value fires until `saev.nn.calibrate` sets one.
-    (Schemas 1 and 2 kept the top_k values of the whole batch, not of each sample.)
+    Upstream's encoder does not subtract b_dec. b_enc + b_dec W_enc (computed in float64) makes up for it. A
+    BatchTopK of schemas 1 to 4 may have no threshold; then every positive value fires until
+    `saev.nn.calibrate` sets one. (Schemas 1 and 2 kept top_k values of the whole batch.)
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape, or a BatchTopK's threshold is negative.

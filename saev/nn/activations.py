@@ -12,7 +12,8 @@ from torch import Tensor
 def top_k(
     pre_BS: Float[Tensor, "B S"], k: int, keep_negative: bool = False
 ) -> Float[Tensor, "B S"]:
-    """The k largest values of each row, negatives set to 0 unless they are kept; the rest 0. All are kept when k >= S."""
+    """Keeps the k largest values of each row (all if k >= S) and sets the rest to 0, and by default
+    negative ones too."""
     values_BK, index_BK = pre_BS.topk(min(k, pre_BS.shape[1]), dim=1, sorted=False)
     values_BK = values_BK if keep_negative else values_BK.relu()
     return torch.zeros_like(pre_BS).scatter(1, index_BK, values_BK)
@@ -20,22 +21,22 @@ def top_k(
 
 @jaxtyped(typechecker=beartype.beartype)
 def batch_top_k(pre_BS: Float[Tensor, "B S"], k: int) -> Float[Tensor, "B S"]:
-    """The k x B largest values of the whole batch, negatives set to 0; the rest 0.
+    """Keeps the k x B largest values of the whole batch if they are positive, and sets the rest to 0.
 
-    Values equal to the smallest kept one are all kept.
+    Ties with the smallest of them are all kept.
     """
     if pre_BS.numel() == 0:
         return pre_BS
     n_batch, n_latents = pre_BS.shape
     n_drop = pre_BS.numel() - min(k, n_latents) * n_batch
-    # kthvalue selects without sorting: much cheaper than topk over the flat batch.
+    # kthvalue selects without sorting, which is much cheaper than topk over the flat batch.
     least = pre_BS.detach().flatten().kthvalue(n_drop + 1).values
     return torch.where(pre_BS >= least, pre_BS, 0.0).relu()
 
 
 @jaxtyped(typechecker=beartype.beartype)
 def above(pre_BS: Float[Tensor, "B S"], threshold: Float[Tensor, ""]) -> Float[Tensor, "B S"]:
-    """Values above the threshold; the rest 0."""
+    """Keeps values above the threshold and sets the rest to 0."""
     return torch.where(pre_BS > threshold, pre_BS, 0.0)
 
 
@@ -72,9 +73,10 @@ class _Fires(torch.autograd.Function):
 def jump(
     pre: Float[Tensor, "*B S"], threshold: Float[Tensor, "#S"], width: float
 ) -> Float[Tensor, "*B S"]:
-    """Values above their thresholds; the rest 0. Within half a width of it, a threshold gets a gradient too.
+    """Keeps values above their thresholds and sets the rest to 0.
 
-    The rectangle kernel (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 11).
+    Values within half a width of a threshold give it a gradient (rectangle kernel; Rajamanoharan et al. 2024,
+    arXiv 2407.14435, eq. 11).
     """
     return _Jump.apply(pre, threshold, width)
 
@@ -83,5 +85,5 @@ def jump(
 def fires(
     pre: Float[Tensor, "*B S"], threshold: Float[Tensor, "#S"], width: float
 ) -> Float[Tensor, "*B S"]:
-    """1 above the threshold, else 0; its sum is L0. The gradient reaches the threshold alone (ibid., eq. 12)."""
+    """1 above the threshold, else 0; the sum is L0. Only the threshold gets a gradient (ibid., eq. 12)."""
     return _Fires.apply(pre, threshold, width)

@@ -1,11 +1,12 @@
 """CPU kernels, compiled on first use: they find the codes of a batch, sort them, and update weights.
 
-Shape letters: B batch, D d_vit, S latents, G groups, n codes of the batch in row order (within a row by latent).
+Shape letters: B batch, D d_vit, S latents, G groups, n codes of the batch, sorted by row and latent.
 
-Codes are found from pre-activations in float32 or in bfloat16. The latter are called "screened" and cost a quarter on
-processors that multiply bfloat16. Every pre-activation then lies within known bounds of its screened value. Only
-latents whose bounds allow them to fire are computed again in float32, so the result is that of float32. With u = 2^-8
-(bfloat16's unit roundoff) and exact bias b, |x . w - fl(x . w)| <= (2u + u^2) |x| |w| + u |fl(x . w)|.
+Codes are found from pre-activations in float32 or in bfloat16. The latter are called "screened" and cost a
+quarter on processors that multiply bfloat16. Every pre-activation then lies within known bounds of its
+screened value. Only latents whose bounds allow them to fire are computed again in float32, so the result is
+that of float32. With u = 2^-8 (bfloat16's unit roundoff) and exact bias b, |x . w - fl(x . w)| <= (2u + u^2)
+|x| |w| + u |fl(x . w)|.
 
 `compiled.in_threads` runs kernels on ranges of rows. No result depends on the number of threads.
 """
@@ -18,7 +19,7 @@ from saev.compiled import jit, jit_sums
 ROUNDOFF = 2.0**-8
 """Unit roundoff of bfloat16."""
 MARGIN = 1.01 * (2 * ROUNDOFF + ROUNDOFF**2)
-"""Bound of |x . w - x~ . w~| / (|x| |w|) for x~, w~ rounded to bfloat16, plus 1% for accumulating in float32."""
+"""Bound of |x . w - x~ . w~| / (|x| |w|) for x~, w~ rounded to bfloat16, plus 1% for float32 sums."""
 
 
 def available(tensor: Tensor) -> bool:
@@ -31,7 +32,7 @@ def available(tensor: Tensor) -> bool:
 
 @jit
 def _kth_largest(value_n, n, k):
-    """The k-th largest (from 1) of value_n[:n], which is reordered."""
+    """Returns the k-th largest (from 1) of value_n[:n]. Reorders them."""
     low, high = 0, n - 1
     while low < high:
         pivot = value_n[(low + high) >> 1]
@@ -56,7 +57,7 @@ def _kth_largest(value_n, n, k):
 
 @jit
 def _bounds(pre_S, is_screened, b_S, norm_S, margin, low_S, high_S):
-    """Bounds between which the row's pre-activations lie."""
+    """Fills low_S and high_S with bounds of the row's pre-activations."""
     if is_screened:
         bits_S = low_S.view(np.uint32)  # bfloat16 is the upper half of float32
         for s in range(len(pre_S)):
@@ -74,12 +75,12 @@ def _bounds(pre_S, is_screened, b_S, norm_S, margin, low_S, high_S):
 
 @jit
 def _collect(value_S, least_S, out_n):
-    """Latents whose value is above their least; returns how many."""
+    """Writes the latents whose value is above `least_S` to out_n; returns their number."""
     n = 0
     n_words = len(value_S) // 64
     for word in range(n_words):
         start = word * 64
-        fires = np.uint64(0)  # a bit for each latent: 64 comparisons are a few instructions
+        fires = np.uint64(0)  # one bit per latent: 64 comparisons take a few instructions
         for i in range(64):
             is_above = np.uint64(value_S[start + i] > least_S[start + i])
             fires |= is_above << np.uint64(i)
@@ -100,7 +101,10 @@ def _collect(value_S, least_S, out_n):
 
 @jit
 def _least_of_top(value_S, k, group_G, scratch_G):
-    """At least k values are not below what this returns: the k-th largest of groups' maxima. (-inf where k exceeds the groups.)"""
+    """Returns a bound that at least k values reach: the k-th largest of the maxima of groups of values.
+
+    -inf if there are at most k groups.
+    """
     G = len(group_G)
     if k >= G:
         return -np.inf
@@ -137,9 +141,9 @@ def _rescore(x_D, W_SD, b_S, latent_n, n, value_n):
 
 @jit
 def top_k(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, k, n_B, value_BK, latent_BK):
-    """The k largest pre-activations of each row, if positive; the lowest latents of several equal ones.
+    """Finds the k largest positive pre-activations of each row; of ties, the lowest latents.
 
-    Fills the first n_B[b] places of row b.
+    Fills the first n_B[b] places of row b in value_BK and latent_BK.
     """
     B, S = pre_BS.shape
     G = max(S // 16, min(S, 4 * k))
@@ -154,7 +158,7 @@ def top_k(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, k, n_B, value_
     for b in range(B):
         _bounds(pre_BS[b], is_screened, b_S, norm_S, margin_B[b], low_S, high_S)
         least = _least_of_top(low_S, k, group_G, scratch_G)
-        # the next lower number: values equal to the least are wanted
+        # the next lower number, because values equal to `least` are wanted too
         least_S[:] = max(np.nextafter(np.float32(least), np.float32(-np.inf)), 0)
         n = _collect(high_S, least_S, latent_n)
         if is_screened:
@@ -167,7 +171,7 @@ def top_k(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, k, n_B, value_
 
 @jit
 def _trim(value_n, latent_n, n, k, scratch_n, value_K, latent_K):
-    """Copies the k largest of n values, if positive; returns how many."""
+    """Copies the k largest of n values if they are positive; returns their number."""
     least, n_ties = value_n.dtype.type(0), 0
     if n > k:
         scratch_n[:n] = value_n[:n]
@@ -188,7 +192,8 @@ def _trim(value_n, latent_n, n, k, scratch_n, value_K, latent_K):
 
 @jit
 def above(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, least_S, n_B, value_n, latent_n):
-    """Pre-activations above their latent's least, row after row; returns how many, or -1 where `value_n` is too short."""
+    """Finds pre-activations above `least_S`, row by row; returns their number, or -1 if value_n is too
+    short."""
     B, S = pre_BS.shape
     low_S, high_S = np.empty(S, x_BD.dtype), np.empty(S, x_BD.dtype)
     found_n, score_n = np.empty(S, np.int32), np.empty(S, x_BD.dtype)
@@ -219,7 +224,7 @@ def above(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, least_S, n_B, 
 
 @jit
 def by_latent(start_O1, latent_n, latent_start_S1, order_n, row_n):
-    """Counting sort, stable: `order_n` lists the codes by latent, `row_n` their rows in that order."""
+    """Stable counting sort: fills order_n with the codes sorted by latent, and row_n with their rows."""
     S = len(latent_start_S1) - 1
     latent_start_S1[:] = 0
     for i in range(len(latent_n)):
@@ -240,7 +245,7 @@ def by_latent(start_O1, latent_n, latent_start_S1, order_n, row_n):
 
 @jit_sums
 def row_dots(w_SD, g_SD, first, last, dots_S3):
-    """Of rows first to last: g . w, g . g and w . w."""
+    """Fills dots_S3 with g . w, g . g and w . w of rows first to last."""
     for s in range(first, last):
         gw, gg, ww = w_SD.dtype.type(0), w_SD.dtype.type(0), w_SD.dtype.type(0)
         for d in range(w_SD.shape[1]):
@@ -252,7 +257,8 @@ def row_dots(w_SD, g_SD, first, last, dots_S3):
 
 @jit_sums
 def adam_rows(w_SD, g_SD, m_SD, v_SD, first, last, along_S, factors, is_unit):
-    """Adam (Kingma & Ba 2015) on rows first to last with gradient clip (g - along w); `is_unit` rows are normalised after it.
+    """Adam (Kingma & Ba 2015) on rows first to last, with gradient clip (g - along w); then normalises if
+    is_unit.
 
     factors: clip, step size, beta1, beta2, eps, 1 / sqrt(1 - beta2^t), in the weights' dtype.
     """
@@ -281,10 +287,11 @@ def adam_rows(w_SD, g_SD, m_SD, v_SD, first, last, along_S, factors, is_unit):
 def reconstruct(
     x_BD, value_n, latent_n, start_B1, W_SD, b_D, end_P, first, last, x_hat_BD, error_B, g_BPD, g_n
 ):
-    """Samples first to last, reconstructed by each prefix of the dictionary; x_hat is the last one's.
+    """Reconstructs samples first to last by each prefix of the dictionary. x_hat is the last prefix's.
 
-    error[b] is the squared error summed over prefixes and dimensions; with its half's gradient: g[b, p] with respect to
-    what latents of block p contribute (the errors of prefix p and all longer ones), g[n] with respect to code n.
+    error[b] is the squared error summed over prefixes and dimensions. Gradients are of error / 2: g[b, p]
+    with respect to the contribution of block p's latents (the summed errors of prefix p and all longer ones),
+    g[n] with respect to code n.
     """
     D, P = W_SD.shape[1], len(end_P)
     sum_D = np.empty(D, W_SD.dtype)
@@ -316,7 +323,7 @@ def reconstruct(
 
 @jit
 def bag_dot(a_OD, table_RD, index_n, start_O1, first, last, out_n):
-    """<a[o], table[index[j]]> for the codes j of rows o = first to last."""
+    """out[j] = <a[o], table[index[j]]> for the codes j of rows o = first to last."""
     for o in range(first, last):
         for j in range(start_O1[o], start_O1[o + 1]):
             out_n[j] = _dot(a_OD[o], table_RD[index_n[j]])
@@ -324,7 +331,7 @@ def bag_dot(a_OD, table_RD, index_n, start_O1, first, last, out_n):
 
 @jit
 def n_positive(f_BS, first, last):
-    """Of each latent: the samples first to last in which it is positive."""
+    """Counts, for each latent, the samples first to last in which it is positive."""
     n_S = np.zeros(f_BS.shape[1], np.int32)
     for b in range(first, last):
         for s in range(len(n_S)):
@@ -334,7 +341,7 @@ def n_positive(f_BS, first, last):
 
 @jit
 def keep_from(value_n, latent_n, n_B, least):
-    """Drops values below `least`, in place; returns how many are left."""
+    """Drops values below `least` in place; returns the number that stay."""
     n, at = 0, 0
     for b in range(len(n_B)):
         start = n

@@ -1,4 +1,4 @@
-"""The nine metrics of a training step, and some beside them. Names and formulas are fixed; docs/metrics.md lists them.
+"""The nine metrics of a training step, and some others. docs/metrics.md has their fixed names and formulas.
 
 Shape letters: B batch, D d_vit, S latents, C latents in a sample.
 """
@@ -13,20 +13,20 @@ from torch import Tensor
 EPS_ACTIVE = 1e-8
 """A latent fires when |f| is above this."""
 CHUNK = 1024
-"""Latents per block of an S x S product, which is never held whole."""
+"""Latents per block of an S x S product, which is never in memory as a whole."""
 MAX_CORR_LATENTS = 2048
-"""An evaluation correlates so many latents at most (a seeded sample where there are more), in 2048^2 sums."""
+"""An evaluation correlates at most this many latents: a seeded sample if there are more."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
 def mse(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
-    """Mean over batch and dimensions of the squared error, in raw units."""
+    """Squared error in raw units, averaged over batch and dimensions."""
     return (x_BD - x_hat_BD).square().mean().item()
 
 
 @jaxtyped(typechecker=beartype.beartype)
 def explained_variance(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
-    """1 - Var(x_hat - x) / Var(x); Var is the variance over all elements of the batch. NaN if they are all equal."""
+    """1 - Var(x_hat - x) / Var(x), with Var over all elements of the batch. NaN if they are all equal."""
     if bool((x_BD == x_BD[0, 0]).all()):
         return math.nan
     return (1 - (x_hat_BD - x_BD).var(correction=0) / x_BD.var(correction=0)).item()
@@ -34,9 +34,9 @@ def explained_variance(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"
 
 @jaxtyped(typechecker=beartype.beartype)
 def explained_variance_per_dim(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
-    """As `explained_variance`, but Var is the variance of each dimension over the batch, summed over dimensions.
+    """As `explained_variance`, but Var is taken per dimension over the batch and summed over dimensions.
 
-    Unlike `explained_variance` it gives no credit for the differences between the dimensions' means.
+    So differences between the dimensions' means do not count as variance.
     """
     if _is_constant(x_BD):
         return math.nan
@@ -46,7 +46,7 @@ def explained_variance_per_dim(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tenso
 
 @jaxtyped(typechecker=beartype.beartype)
 def normalized_mse(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -> float:
-    """Squared error as a fraction of that of predicting the batch's mean. NaN if x is constant."""
+    """Squared error divided by the squared error of predicting the batch's mean. NaN if x is constant."""
     if _is_constant(x_BD):
         return math.nan
     baseline = (x_BD - x_BD.mean(dim=0)).square().sum()
@@ -54,7 +54,7 @@ def normalized_mse(x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"]) -
 
 
 def _is_constant(x_BD: Tensor) -> bool:
-    """Compares values: the variance of equal values is rounding noise, not always 0."""
+    """Compares values, because rounding may give equal values a variance above 0."""
     return bool((x_BD == x_BD[:1]).all())
 
 
@@ -78,7 +78,7 @@ def dead_pct(fired_S: Bool[Tensor, " S"]) -> float:
 
 @jaxtyped(typechecker=beartype.beartype)
 def dead_frac_window(tokens_since_fired_S: Int[Tensor, " S"], window: int, n_seen: int) -> float:
-    """Fraction of latents that did not fire within the last `window` activations. NaN before so many were seen."""
+    """Fraction of latents that did not fire in the last `window` activations. NaN before that many."""
     if n_seen < window:
         return math.nan
     return (tokens_since_fired_S >= window).double().mean().item()
@@ -86,18 +86,18 @@ def dead_frac_window(tokens_since_fired_S: Int[Tensor, " S"], window: int, n_see
 
 @jaxtyped(typechecker=beartype.beartype)
 def mean_abs_corr(f_BS: Float[Tensor, "B S"]) -> float:
-    """Mean |Pearson correlation| over pairs of different latents. A constant latent correlates 0 with all (never NaN).
+    """Mean |Pearson correlation| over pairs of different latents. A constant latent counts 0, never NaN.
 
-    Exact, in the memory of one more f_BS and a few of its values' CHUNK x S products. 0 for a single latent.
+    Exact; needs memory for another f_BS and a few CHUNK x S products. 0 for a single latent.
     """
     S = f_BS.shape[1]
     if S < 2:
         return 0.0
     z_BS = f_BS - f_BS.mean(dim=0)
     largest_S = torch.maximum(z_BS.amax(dim=0), -z_BS.amin(dim=0))
-    # Constant latents leave rounding noise after centring; they are set to exact zeros.
+    # Centring a constant latent leaves rounding noise, so these are set to exact zeros.
     constant_S = (f_BS.amax(dim=0) == f_BS.amin(dim=0)) | (largest_S == 0)
-    # Divided by the largest first, so that no square over- or underflows.
+    # Dividing by the largest value first keeps squares from over- or underflowing.
     z_BS /= torch.where(constant_S, 1.0, largest_S)
     z_BS.masked_fill_(constant_S, 0.0)
     z_BS /= torch.linalg.vector_norm(z_BS, dim=0).clamp(min=1e-12)
@@ -109,7 +109,7 @@ def mean_abs_corr(f_BS: Float[Tensor, "B S"]) -> float:
 
 
 class CorrelationSums:
-    """`mean_abs_corr` over batches that come one by one: of all latents, or of MAX_CORR_LATENTS drawn from more."""
+    """Computes `mean_abs_corr` over many batches, for all latents or a seeded sample of MAX_CORR_LATENTS."""
 
     @beartype.beartype
     def __init__(self, n_latents: int, device: torch.device):
@@ -125,7 +125,7 @@ class CorrelationSums:
     @jaxtyped(typechecker=beartype.beartype)
     def add(self, f_BS: Float[Tensor, "B S"]) -> None:
         f_BC = f_BS[:, self.latent_C]
-        if self.n == 0:  # sums of numbers near their mean lose no digits
+        if self.n == 0:  # sums of values near their mean lose fewer digits
             self.shift_C = f_BC.mean(dim=0)
             self.first_C = f_BC[0].clone()
         self.n += len(f_BC)
@@ -135,7 +135,7 @@ class CorrelationSums:
         self.z_C += z_BC.sum(dim=0, dtype=torch.float64)
 
     def mean_abs_corr(self) -> float:
-        """Mean |Pearson correlation| over pairs of these latents; a constant latent correlates 0 with all."""
+        """Mean |Pearson correlation| over pairs of these latents. A constant latent counts 0."""
         n_C = len(self.z_C)
         if n_C < 2:
             return 0.0
@@ -150,7 +150,7 @@ class CorrelationSums:
 
 @jaxtyped(typechecker=beartype.beartype)
 def coherence(W_dec: Float[Tensor, "S D"]) -> float:
-    """Largest |cos| between two different decoder rows. Exact, in O(CHUNK x S) memory. 0 for a single latent."""
+    """Largest |cos| between two decoder rows. Exact, in O(CHUNK x S) memory. 0 for a single latent."""
     unit_SD = torch.nn.functional.normalize(W_dec, dim=1)
     largest = 0.0
     for start in range(0, len(unit_SD), CHUNK):
@@ -162,7 +162,7 @@ def coherence(W_dec: Float[Tensor, "S D"]) -> float:
 
 @jaxtyped(typechecker=beartype.beartype)
 def avg_w_col_norm(W_dec: Float[Tensor, "S D"]) -> float:
-    """Mean L2 norm of the latents' decoder vectors (columns of the decoder in the usual x = W f convention)."""
+    """Mean L2 norm of the decoder rows (columns, in the usual convention x = W f)."""
     return torch.linalg.vector_norm(W_dec, dim=1).mean().item()
 
 
@@ -173,9 +173,13 @@ def measure(
     values: Float[Tensor, "..."],
     n_latents: int,
 ) -> dict[str, float]:
-    """The metrics that cost little beside a step, by name. values: of the batch's codes, of any shape; zeros may be left out."""
+    """The metrics that cost little compared with a step, by name.
+
+    Args:
+        values: values of the batch's codes, of any shape. Zeros may be omitted.
+    """
     n_B = len(x_BD)
-    n_fired = (values.abs() > EPS_ACTIVE).count_nonzero().item()  # a sum would make int64 of them
+    n_fired = (values.abs() > EPS_ACTIVE).count_nonzero().item()  # a sum would convert to int64
     l0_count = n_fired / n_B
     return {
         "mse": mse(x_BD, x_hat_BD),

@@ -1,6 +1,7 @@
-"""What a sparse autoencoder is trained to minimise. B batch, D d_vit, S latents, P prefixes, n codes, C dead latents.
+"""Training losses. B batch, D d_vit, S latents, P prefixes, n codes, C dead latents.
 
-Two ways to the same numbers: through sparse codes (`saev.nn.sparse`) where few latents fire, dense products where many do.
+A loss is computed through sparse codes (`saev.nn.sparse`) if few latents fire, and through dense products
+otherwise. Both give the same values up to rounding.
 """
 
 import typing as tp
@@ -15,40 +16,44 @@ from saev.nn.architectures import base
 from saev.nn.sae import SparseAutoencoder
 
 SPARSE_BELOW = 0.03
-"""A step of an architecture that is not always sparse takes the sparse way when a smaller fraction of pre-activations mattered in the step before."""
+"""A step uses sparse codes if, in the step before, less than this fraction of pre-activations could fire or
+get a gradient. (Architectures that are always sparse always do.)"""
 
 
 class Output(tp.NamedTuple):
-    """One training step's results. Only `loss` carries gradients."""
+    """Results of one training step. Only `loss` has gradients."""
 
     loss: Float[Tensor, ""]
     reconstruction: Float[Tensor, ""]
-    """Its part that is the reconstruction error."""
+    """The reconstruction error, without penalty and AuxK."""
     x_hat_BD: Float[Tensor, "B D"]
-    """Of the whole dictionary, in the units of the activations."""
+    """Reconstruction by the whole dictionary, in the units of the activations."""
     codes: "sparse.Codes | Float[Tensor, 'B S']"
     fired_S: Bool[Tensor, " S"]
     """Latents that fired in this batch."""
 
     def dense(self) -> Float[Tensor, "B S"]:
-        """The codes with all their zeros."""
+        """The codes with their zeros."""
         return self.codes if isinstance(self.codes, Tensor) else self.codes.dense()
 
     @property
     def values(self) -> Tensor:
-        """The codes' values; zeros are left out where the codes are sparse."""
+        """The codes' values, without zeros if the codes are sparse."""
         return self.codes if isinstance(self.codes, Tensor) else self.codes.value_n
 
 
 class Objective:
-    """The loss of one sparse autoencoder, with what it remembers from step to step (`density` decides between two ways to the same value, which round differently).
+    """The loss of one sparse autoencoder.
+
+    The last step's `density` decides between sparse and dense codes, which round differently.
 
     Args:
         sae: in training mode.
         cfg: vanilla or Matryoshka.
         gather: see `sparse.BatchSearch`.
-        n_processes: among which each batch is divided.
-        is_bfloat16: multiply by the encoder in bfloat16 (mixed precision).
+        n_processes: the number of processes that share each batch.
+        is_bfloat16: compute the encoder's product in bfloat16 (mixed precision).
+        way: forces sparse or dense codes.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class Objective:
         self.way = way
         self.density = 1.0
         self.codes_BS: Tensor | None = None
-        """Memory of the codes of `Architecture.dense_step`, which the next step overwrites."""
+        """Buffer for the codes of `Architecture.dense_step`. The next step overwrites it."""
 
     @jaxtyped(typechecker=beartype.beartype)
     def __call__(
@@ -79,12 +84,14 @@ class Objective:
         end_P: Int[Tensor, " P"] | None = None,
         dead_C: Int[Tensor, " C"] | None = None,
     ) -> Output:
-        """Mean squared error in scaled units (so that one learning rate suits every layer), plus the architecture's penalty.
+        """Computes the mean squared error plus the architecture's penalty and AuxK.
+
+        The error is in scaled units, so that one learning rate suits every layer.
 
         Args:
             x_BD: raw activations.
-            sparsity: factor of the sparsity coefficient (its warm-up).
-            end_P: the prefixes' lengths, rising, the last one d_sae. None: the whole dictionary alone.
+            sparsity: warm-up factor of the sparsity coefficient.
+            end_P: the prefixes' lengths, increasing, the last one d_sae. None: only the whole dictionary.
             dead_C: latents for the AuxK loss.
         """
         sae = self.sae
@@ -143,7 +150,7 @@ class Objective:
     # ---- codes ----
 
     def _encode(self, x_BD: Tensor) -> tuple[base.Coded, sparse.Index | None]:
-        """Codes, and their places where they are sparse. x_BD: scaled."""
+        """Computes codes from scaled x; also returns their index if they are sparse."""
         sae, way = self.sae, self.sae.architecture
         weights = (sae.W_enc, sae.b_enc, sae.b_dec)
         if self._is_sparse(x_BD):
@@ -162,7 +169,7 @@ class Objective:
             return self.way == "sparse"
         if self.sae.architecture.is_always_sparse:
             return True
-        # On a GPU nobody waits for a count: dense.
+        # Dense on a GPU, because a count would wait for it.
         return kernels.available(x_BD) and self.density < SPARSE_BELOW
 
     def _find(self, x_BD: Tensor) -> sparse.Codes:
@@ -197,13 +204,14 @@ def aux_k(
     error_BD: Float[Tensor, "B D"],
     dead_C: Int[Tensor, " C"],
 ) -> Float[Tensor, ""]:
-    """AuxK (Gao et al. 2024, section 3.2): how badly dead latents, the aux_k largest of a sample, reconstruct what the others miss.
+    """The AuxK loss (Gao et al. 2024, section 3.2): dead latents' error in reconstructing the residual.
 
-    As a share of what is missed, and times the share of aux_k that is dead where fewer are.
+    It uses the aux_k largest dead latents of each sample. The error is normalised by the residual's energy,
+    and scaled by n_dead / aux_k if fewer than aux_k latents are dead.
 
     Args:
         x_BD: scaled activations.
-        error_BD: scaled error of the reconstruction; no gradient flows into it.
+        error_BD: the residual, scaled. It gets no gradient.
     """
     wanted = sae.cfg.aux_k or max(1, sae.d_vit // 2)
     k = min(wanted, len(dead_C))
@@ -211,16 +219,16 @@ def aux_k(
     pre_BC = sparse.pre_activations(sae.W_enc.T[dead_C].T, sae.b_enc[dead_C], sae.b_dec, x_BD)
     error_hat_BD = activations.top_k(pre_BC, k) @ W_dec_CD
     error_BD = error_BD.detach()
-    missed = error_BD.square().mean().clamp(min=1e-12)
-    return (k / wanted) * (error_hat_BD - error_BD).square().mean() / missed
+    energy = error_BD.square().mean().clamp(min=1e-12)
+    return (k / wanted) * (error_hat_BD - error_BD).square().mean() / energy
 
 
 @beartype.beartype
 def prefixes(cfg: config.Objective, d_sae: int, seed: int, step: int) -> list[int] | None:
-    """The prefixes' lengths of one step, rising, the last one d_sae; None for the vanilla objective.
+    """Returns the increasing lengths of one step's prefixes, the last one d_sae. None if vanilla.
 
-    Sampled ones (Bussmann et al. 2025, arXiv 2503.17547) follow a Pareto distribution with exponent 1/2, cut at d_sae, and depend on
-    seed and step alone, so a resumed run draws the same.
+    Sampled prefixes (Bussmann et al. 2025, arXiv 2503.17547) follow a Pareto distribution with exponent 1/2,
+    truncated at d_sae. They depend only on seed and step, so a resumed run draws the same ones.
     """
     if not isinstance(cfg, config.Matryoshka):
         return None

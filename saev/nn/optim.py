@@ -1,5 +1,7 @@
-"""The update of a sparse autoencoder's parameters: decoder gradients without their part along the rows, one norm to
-clip by, Adam, decoder rows of unit norm. On a CPU two passes over the weights; on a GPU torch's operations.
+"""The optimiser of sparse autoencoders.
+
+A step removes each decoder row's gradient along the row, clips by the norm of all gradients, applies Adam and
+normalises the decoder rows. On a CPU this takes two passes over the weights; on a GPU it uses torch.
 """
 
 import typing as tp
@@ -21,7 +23,7 @@ class Adam:
     """Adam (Kingma & Ba 2015) for one sparse autoencoder.
 
     Args:
-        max_norm: gradients whose norm (all parameters together) is larger are scaled down to it; 0: never.
+        max_norm: gradients are scaled down if their norm over all parameters is larger. 0: never.
     """
 
     @jaxtyped(typechecker=beartype.beartype)
@@ -34,9 +36,9 @@ class Adam:
 
     @torch.no_grad()
     def step(self, lr: float) -> Float[Tensor, ""]:
-        """Updates the parameters from their gradients, which it leaves changed, and returns the norm before clipping.
+        """Updates the parameters and returns the gradients' norm before clipping. Overwrites the gradients.
 
-        On a CPU nothing is updated when that is not finite.
+        On a CPU, nothing is updated if the norm is not finite.
         """
         self.t += 1
         with_grad = {n: p for n, p in self.sae.named_parameters() if p.grad is not None}
@@ -56,9 +58,9 @@ class Adam:
                 len(w_SD),
             )
             gw_S, gg_S, ww_S = dots_S3.T.astype(np.float64)
-            # Normalising would undo a change along the row.
+            # Normalising undoes changes along the row.
             along[name] = gw_S if name == "W_dec" else np.zeros_like(gw_S)
-            with np.errstate(invalid="ignore", over="ignore"):  # answered below
+            with np.errstate(invalid="ignore", over="ignore"):  # handled below
                 square += float((gg_S - 2 * along[name] * gw_S + along[name] ** 2 * ww_S).sum())
         if not np.isfinite(square):
             return torch.tensor(square)
@@ -96,7 +98,7 @@ class Adam:
         return {"t": self.t, "m": self.m, "v": self.v}
 
     def load_state_dict(self, state: dict[str, tp.Any]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.t = state["t"]
         for name in self.m:
             self.m[name].copy_(state["m"][name])
@@ -104,7 +106,7 @@ class Adam:
 
     @torch.no_grad()
     def forget(self, latent_C: Tensor) -> None:
-        """Sets the moments of some latents' parameters to 0 (they were given new values)."""
+        """Sets some latents' moments to 0, after resampling."""
         for moments in (self.m, self.v):
             for name, moment in moments.items():
                 if name == "W_enc":
@@ -114,7 +116,7 @@ class Adam:
 
 
 def _rows(t: Tensor) -> np.ndarray:
-    """A parameter (or what has its layout) by latent: (S, D), or (1, n) for a bias."""
+    """Returns a parameter, its gradient or a moment as rows: (S, D), or (1, n) for a bias."""
     array = t.detach().numpy()
     if array.ndim == 1:
         return array[None]

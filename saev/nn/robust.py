@@ -1,8 +1,11 @@
-"""Figures that a few activations of huge norm (attention sinks, DINOv2's artefacts) do not decide. N activations, D d_vit.
+"""Statistics that are robust to a few extreme activations (attention sinks, DINOv2 artefacts).
 
-An activation is extreme when it is more than EXTREME times as far from the centre as three quarters of all are; the
-others are ordinary. The centre is the mean of the ordinary ones, the radius their root mean squared distance from it.
-Where no activation is extreme these are the plain mean and the plain standard deviation (of the vector).
+An activation is extreme if its distance from the centre is more than EXTREME times the 75% quantile of all
+distances. All others are ordinary. The centre is the mean of the ordinary activations. The radius is their
+root mean squared distance from it. If no activation is extreme, these are the plain mean and the standard
+deviation of the vectors.
+
+Shape letters: N activations, D d_vit.
 """
 
 import math
@@ -14,34 +17,34 @@ from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 EXTREME = 5.0
-"""See above."""
+"""Distance at which an activation is extreme, as a multiple of the 75% quantile."""
 MAX_START = 1024
-"""Activations whose coordinates' medians are the first guess of the centre."""
+"""The first guess of the centre is the per-dimension median of at most this many activations."""
 MAX_ROUNDS = 10
 BINS_PER_OCTAVE, MAX_OCTAVE = 64, 40
-"""The histogram of a token's error goes from 2^-40 to 2^40; a bin's ends are 1.1% apart."""
+"""The histogram of token errors covers 2^-40 to 2^40; a bin is 1.1% wide."""
 
 
 class Typical(tp.NamedTuple):
-    """What ordinary activations are like."""
+    """Centre and spread of the ordinary activations."""
 
     centre_D: Float[Tensor, " D"]
     radius: Float[Tensor, ""]
-    """Root mean squared distance of the ordinary ones from the centre."""
+    """Root mean squared distance of ordinary activations from the centre."""
     limit: Float[Tensor, ""]
-    """Activations further than this from the centre are extreme."""
+    """Activations farther than this from the centre are extreme."""
 
 
 @torch.no_grad()
 @jaxtyped(typechecker=beartype.beartype)
 def typical(x_ND: Float[Tensor, "N D"]) -> Typical:
-    """What most of these activations are like, whatever a few others are."""
+    """Estimates centre, radius and limit by alternating between the ordinary activations and their mean."""
     centre_D = x_ND[:: math.ceil(len(x_ND) / MAX_START)].median(dim=0).values
     last_N = None
     for _ in range(MAX_ROUNDS):
         distance_N = distance(x_ND, centre_D)
         limit = EXTREME * distance_N.quantile(0.75)
-        most = torch.finfo(limit.dtype).max  # most are equal: nothing to measure by
+        most = torch.finfo(limit.dtype).max  # if most activations are equal, none is extreme
         limit = torch.where(limit > 0, limit, most)
         ordinary_N = distance_N <= limit
         if last_N is not None and torch.equal(ordinary_N, last_N):
@@ -54,19 +57,19 @@ def typical(x_ND: Float[Tensor, "N D"]) -> Typical:
 
 @jaxtyped(typechecker=beartype.beartype)
 def distance(x_ND: Float[Tensor, "N D"], centre_D: Float[Tensor, " D"]) -> Float[Tensor, " N"]:
-    """Of each activation, in the memory of N numbers."""
-    mode = "donot_use_mm_for_euclid_dist"  # which would lose digits
+    """Distance of each activation from the centre. Needs no (N, D) temporary."""
+    mode = "donot_use_mm_for_euclid_dist"  # the product would lose digits
     return torch.cdist(x_ND, centre_D[None], compute_mode=mode)[:, 0]
 
 
 @torch.no_grad()
 @jaxtyped(typechecker=beartype.beartype)
 def clip(x_ND: Float[Tensor, "N D"], around: Typical, max_ratio: float) -> Float[Tensor, "N D"]:
-    """Moves activations further than `max_ratio` radii from the centre towards it, to that distance. Others stay as they are."""
+    """Moves activations farther than max_ratio radii from the centre to that distance; keeps all others."""
     distance_N = distance(x_ND, around.centre_D)
     most = max_ratio * around.radius
     far_N = (distance_N > most) & (most > 0)
-    if not x_ND.is_cuda and not far_N.any():  # on a GPU nobody waits for the answer
+    if not x_ND.is_cuda and not far_N.any():  # not on a GPU, where this would wait
         return x_ND
     factor_N = torch.where(far_N, most / distance_N, 1.0)
     clipped_ND = torch.lerp(around.centre_D, x_ND, factor_N[:, None])
@@ -74,7 +77,10 @@ def clip(x_ND: Float[Tensor, "N D"], around: Typical, max_ratio: float) -> Float
 
 
 class Tokens:
-    """Quantiles over activations, to within 1.1%, in fixed memory. An activation's error is its squared error divided by the squared radius."""
+    """Quantiles of the error over activations, accurate to 1.1%, in fixed memory.
+
+    An activation's error is its squared error divided by the squared radius.
+    """
 
     @beartype.beartype
     def __init__(self, around: Typical):
@@ -87,7 +93,7 @@ class Tokens:
     @torch.no_grad()
     @jaxtyped(typechecker=beartype.beartype)
     def add(self, x_ND: Float[Tensor, "N D"], error_ND: Float[Tensor, "N D"]) -> None:
-        """Activations and the errors of their reconstructions."""
+        """Adds activations and the errors of their reconstructions."""
         error_N = error_ND.square().sum(dim=1) / self.around.radius.square()
         bin_N = (error_N.log2() + MAX_OCTAVE) * BINS_PER_OCTAVE
         bin_N = bin_N.nan_to_num(nan=torch.inf).clamp(0, len(self.n_bin) - 1).long()
@@ -96,7 +102,7 @@ class Tokens:
 
     @beartype.beartype
     def quantile(self, q: float) -> float:
-        """Of the errors: the middle of the bin that holds it. 0 below the first bin; NaN where the activations are constant."""
+        """The quantile's bin centre. 0 below the first bin; NaN if the activations are constant."""
         if self.around.radius <= 1e-6 * self.around.centre_D.norm():  # float32's rounding
             return math.nan
         n_below = self.n_bin.cumsum(0)
@@ -104,7 +110,7 @@ class Tokens:
         return 2 ** ((i + 0.5) / BINS_PER_OCTAVE - MAX_OCTAVE) if i else 0.0
 
     def metrics(self) -> dict[str, float]:
-        """By the names of the log and of metrics.json."""
+        """The metrics, by their names in metrics.jsonl and metrics.json."""
         return {
             "token_nmse_median": self.quantile(0.5),
             "token_nmse_q95": self.quantile(0.95),
@@ -115,7 +121,7 @@ class Tokens:
 @torch.no_grad()
 @jaxtyped(typechecker=beartype.beartype)
 def totals(x_ND: Float[Tensor, "N D"], around: Typical) -> Float[Tensor, " 4"]:
-    """Activations, squared distances from the centre, and both of the extreme ones alone."""
+    """Number and summed squared distances from the centre: of all activations, then of the extreme ones."""
     distance_N = distance(x_ND, around.centre_D)
     each_2N = torch.stack([torch.ones_like(distance_N), distance_N]).double().square()
     return torch.cat([each_2N.sum(dim=1), each_2N[:, distance_N > around.limit].sum(dim=1)])
@@ -123,7 +129,7 @@ def totals(x_ND: Float[Tensor, "N D"], around: Typical) -> Float[Tensor, " 4"]:
 
 @beartype.beartype
 def shares(totals_4: Tensor) -> dict[str, float]:
-    """How many activations are extreme, and how much of the squared distances they hold, as fractions."""
+    """Extreme activations as a fraction of all, and their share of the summed squared distances."""
     n, square, n_extreme, square_extreme = totals_4.tolist()
     return {
         "extreme_frac": n_extreme / n if n else 0.0,
@@ -135,7 +141,7 @@ def shares(totals_4: Tensor) -> dict[str, float]:
 def metrics(
     x_ND: Float[Tensor, "N D"], error_ND: Float[Tensor, "N D"], around: Typical | None = None
 ) -> dict[str, float]:
-    """Those of `Tokens`, of one batch. around: None: of the batch itself."""
+    """`Tokens.metrics` of one batch. around: by default that of the batch itself."""
     tokens = Tokens(around or typical(x_ND))
     tokens.add(x_ND, error_ND)
     return tokens.metrics()

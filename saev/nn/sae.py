@@ -2,8 +2,8 @@
 
     x' = scale x,   f = act((x' - b_dec) W_enc + b_enc),   x_hat = (f W_dec + b_dec) / scale
 
-Shape letters: B batch, D d_vit, S latents. W_enc is (D, S), W_dec (S, D) with unit-norm rows. In memory W_enc is
-the transpose of a contiguous (S, D): what belongs to a latent lies together.
+Shape letters: N activations, B batch, D d_vit, S latents. W_enc is (D, S), W_dec is (S, D) with unit-norm
+rows. In memory W_enc is the transpose of a contiguous (S, D), so a latent's weights are contiguous.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from saev.compat import checks, upstream
 from saev.formats import checkpoint, tensors
 from saev.nn import architectures, config, robust
 
-CUT = "The file is cut or edited: train again."
+TRUNCATED = "The file is truncated or edited. Train again."
 HEADER = {"lib", "schema", "kind", "cls", "cfg", "activations"}
-"""What our own checkpoints say."""
+"""Keys of a checkpoint's header."""
 
 
 class Activations(tp.TypedDict, total=False):
-    """What an SAE was trained on, as its header may say."""
+    """What an SAE was trained on, as recorded in its header."""
 
     vit_family: str
     vit_ckpt: str
@@ -39,14 +39,14 @@ class Activations(tp.TypedDict, total=False):
 
 
 class SparseAutoencoder(torch.nn.Module):
-    """One dictionary. Codes never depend on batch mates in evaluation mode.
+    """A sparse autoencoder. In evaluation mode, codes do not depend on the rest of the batch.
 
     Args:
         cfg: the architecture, with d_vit set.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
 
     Raises:
-        UserError: the weights do not fit into this machine's memory.
+        UserError: the weights exceed this machine's memory.
     """
 
     @beartype.beartype
@@ -55,7 +55,7 @@ class SparseAutoencoder(torch.nn.Module):
         _check_memory(cfg)
         self.cfg = cfg = cfg.sized()
         self.activations: dict[str, tp.Any] = {}
-        """What a checkpoint says that it was trained on (`vit_family`, `vit_ckpt`, `layers`, `patches`); empty where it does not."""
+        """What it was trained on, as recorded in its checkpoint (see `Activations`); may be empty."""
         generator = torch.Generator().manual_seed(seed)
         W_dec = _directions(cfg, generator)
         W_enc = W_dec if cfg.tied_init else _directions(cfg, generator)
@@ -81,9 +81,10 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     @jaxtyped(typechecker=beartype.beartype)
     def initialize(self, x_ND: Float[Tensor, "N D"]) -> robust.Typical:
-        """Fits what should start from data: the scale (mean squared distance of ordinary x' from their mean becomes d_vit) and b_dec.
+        """Initialises scale, b_dec and the architecture's parameters from raw activations.
 
-        A few activations of huge norm decide neither (see `robust`).
+        The scale makes the mean squared distance of ordinary x' from their mean d_vit. Extreme activations
+        affect neither scale nor mean (see `robust`).
         """
         found = robust.typical(x_ND)
         if self.cfg.normalize == "scale":
@@ -99,10 +100,10 @@ class SparseAutoencoder(torch.nn.Module):
         return found
 
     def encode(self, x: Tensor | np.ndarray) -> Float[Tensor, "*batch S"]:
-        """Codes f of raw activations (*batch, D) of any float type, in the model's own.
+        """Computes codes of raw activations (*batch, D) of any float type, in the model's float type.
 
         Raises:
-            UserError: they are not floats, or not d_vit wide.
+            UserError: x does not hold floats, or its last dimension is not d_vit.
         """
         x_BD = self._rows(x, self.d_vit, "encode")
         pre_BS = (x_BD * self.scale - self.b_dec) @ self.W_enc + self.b_enc
@@ -110,19 +111,19 @@ class SparseAutoencoder(torch.nn.Module):
         return f_BS.reshape(*x.shape[:-1], self.d_sae)
 
     def decode(self, f: Tensor | np.ndarray) -> Float[Tensor, "*batch D"]:
-        """Reconstructions of raw activations by codes (*batch, S) of any float type. Raises as `encode`."""
+        """Reconstructs raw activations from codes (*batch, S) of any float type. Raises as `encode`."""
         f_BS = self._rows(f, self.d_sae, "decode")
         return ((f_BS @ self.W_dec + self.b_dec) / self.scale).reshape(*f.shape[:-1], self.d_vit)
 
     def forward(
         self, x: Tensor | np.ndarray
     ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch S"]]:
-        """(reconstructions, codes). Raises as `encode`."""
+        """Returns (reconstructions, codes). Raises as `encode`."""
         f = self.encode(x)
         return self.decode(f), f
 
     def _rows(self, values: tp.Any, width: int, caller: str) -> Tensor:
-        """(*batch, width) as (B, width), of the weights' type and on their device."""
+        """Flattens (*batch, width) to (B, width), with the weights' dtype and device."""
         if isinstance(values, np.ndarray) and values.dtype.kind == "f":
             values = torch.from_numpy(values.astype(np.float64))
         is_dense = isinstance(values, Tensor) and values.layout == torch.strided
@@ -131,43 +132,50 @@ class SparseAutoencoder(torch.nn.Module):
             shape = f" of shape {tuple(values.shape)}" if hasattr(values, "shape") else ""
             seen = f"{getattr(values, 'dtype', type(values).__name__)}{shape}"
             raise errors.UserError(
-                f"{caller}: got {seen}; pass a dense tensor or array of floats whose last dimension is {width}."
+                f"{caller}: got {seen}; pass a dense tensor or array of floats whose last dimension is "
+                f"{width}."
             )
         return values.reshape(-1, width).to(self.W_dec)
 
     @beartype.beartype
     def check_fits(self, found: dict[str, tp.Any], ckpt: str, shard_root: str) -> None:
-        """Are these activations (`reader.Reader.describe`) what it was trained on, as far as its checkpoint says?
+        """Checks that activations (`reader.Reader.describe`) match those that it was trained on.
+
+        What the checkpoint does not record is not checked.
 
         Raises:
-            UserError: another width, ViT or layer.
+            UserError: they have another width, ViT or layer.
         """
         if self.d_vit != found["d_vit"]:
             raise errors.UserError(
-                f"{ckpt}: was trained on activations {self.d_vit} wide, but {shard_root} holds {found['d_vit']}. Pass shards of the same ViT."
+                f"{ckpt}: was trained on activations {self.d_vit} wide, but {shard_root} holds "
+                f"{found['d_vit']}. Pass shards of the same ViT."
             )
-        said = self.activations
+        recorded = self.activations
         for name in ("vit_family", "vit_ckpt"):
-            # rounding of the ViT's arithmetic is no other ViT
-            mine, theirs = (str(d.get(name)).removesuffix("@bf16") for d in (said, found))
-            if said.get(name) and mine != theirs:
+            # bf16 autocast counts as the same ViT
+            mine, theirs = (str(d.get(name)).removesuffix("@bf16") for d in (recorded, found))
+            if recorded.get(name) and mine != theirs:
                 raise errors.UserError(
-                    f"{ckpt}: was trained on activations of {mine}, but {shard_root} holds those of {theirs}. Pass shards of the same ViT."
+                    f"{ckpt}: was trained on activations of {mine}, but {shard_root} holds those of "
+                    f"{theirs}. Pass shards of the same ViT."
                 )
-        layers = said.get("layers")
+        layers = recorded.get("layers")
         if isinstance(layers, list) and layers and not set(found["layers"]) <= set(layers):
+            mine, theirs = (", ".join(map(str, numbers)) for numbers in (layers, found["layers"]))
             raise errors.UserError(
-                f"{ckpt}: was trained on layer {', '.join(map(str, layers))}, not on {', '.join(map(str, found['layers']))} of {shard_root}. Pass --data.layer {layers[-1]} (protoeval: --train-data.layer, --test-data.layer)."
+                f"{ckpt}: was trained on layer {mine}, not on {theirs} of {shard_root}. Pass --data.layer "
+                f"{layers[-1]} (protoeval: --train-data.layer, --test-data.layer)."
             )
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Makes decoder rows unit vectors."""
+        """Scales decoder rows to norm 1."""
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8)
 
     @torch.no_grad()
     def remove_parallel_grad(self) -> None:
-        """Removes from each decoder row's gradient the part along the row, which normalising would undo."""
+        """Removes each decoder row's gradient along the row, which normalising would undo."""
         grad_SD = self.W_dec.grad
         along_S = (grad_SD * self.W_dec).sum(dim=1, keepdim=True)
         grad_SD -= along_S * self.W_dec
@@ -177,13 +185,14 @@ def _check_memory(cfg: config.Sae) -> None:
     memory_gb = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if config.weight_gb(cfg) > memory_gb:
         raise errors.UserError(
-            f"{cfg.n_latents:,} latents of {cfg.d_vit:,} dimensions: their weights take {config.weight_gb(cfg):,.0f} GB, "
-            f"this machine has {memory_gb:,.0f} GB. Lower --sae.exp-factor or --sae.d-sae."
+            f"{cfg.n_latents:,} latents of {cfg.d_vit:,} dimensions: their weights take "
+            f"{config.weight_gb(cfg):,.0f} GB, this machine has {memory_gb:,.0f} GB. "
+            "Lower --sae.exp-factor or --sae.d-sae."
         )
 
 
 def _directions(cfg: config.Sae, generator: torch.Generator) -> Float[Tensor, "S D"]:
-    """Unit vectors in all directions alike."""
+    """Draws unit vectors uniformly."""
     return torch.nn.functional.normalize(
         torch.randn(cfg.n_latents, tp.cast(int, cfg.d_vit), generator=generator), dim=1
     )
@@ -191,7 +200,7 @@ def _directions(cfg: config.Sae, generator: torch.Generator) -> Float[Tensor, "S
 
 @jaxtyped(typechecker=beartype.beartype)
 def geometric_median(x_ND: Float[Tensor, "N D"], n_iters: int = 100) -> Float[Tensor, " D"]:
-    """The point with the least mean distance to the samples (at most 8,192 of them), by Weiszfeld's algorithm (Weiszfeld 1937)."""
+    """The point with the smallest mean distance to at most 8,192 of the activations (Weiszfeld 1937)."""
     x_ND = x_ND[:: math.ceil(len(x_ND) / 8192)]
     median_D = x_ND.mean(dim=0)
     for _ in range(n_iters):
@@ -209,7 +218,7 @@ def save(
     """Writes the checkpoint atomically: a JSON header line, then the state dict.
 
     Args:
-        activations: what it was trained on (ViT, layers, ...). None: what `load` found.
+        activations: what it was trained on (see `Activations`). Default: what `load` found.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in sae.state_dict().items()}
     header = {
@@ -222,10 +231,10 @@ def save(
 
 @beartype.beartype
 def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
-    """Loads a checkpoint, of saev or upstream saev (`saev.compat.upstream`), in evaluation mode.
+    """Loads a checkpoint of saev or upstream saev (`saev.compat.upstream`), in evaluation mode.
 
     Raises:
-        UserError: see `checkpoint.read`; also an unknown architecture, or tensors that do not fit the header.
+        UserError: as `checkpoint.read`; or the architecture is unknown, or tensors do not match the header.
     """
     fpath = fields.path(fpath)
     header, payload = checkpoint.read(fpath, "sae")
@@ -233,41 +242,41 @@ def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
     header = found.header() if found else header
     checks.refuse_unknown(header, HEADER, str(fpath))
     cfg = _config(header, fpath)
-    state = tensors.load(payload, str(fpath), CUT)
+    state = tensors.load(payload, str(fpath), TRUNCATED)
     state = upstream.convert(found, state, fpath) if found else state
     try:
         shape = (cfg.n_latents, cfg.d_vit)
-        if state["W_dec"].shape != shape:  # before a model of that size is made
+        if state["W_dec"].shape != shape:  # before allocating a model of that size
             raise ValueError(f"W_dec has shape {tuple(state['W_dec'].shape)}")
         sae = SparseAutoencoder(cfg)
         sae.load_state_dict(state)
         sae.activations = _trained_on(header)
-    except Exception as err:  # names, types or shapes that do not fit
+    except Exception as err:  # names, types or shapes that do not match
         raise errors.UserError(
-            f"{fpath}: its tensors do not fit its header ({errors.first_line(err)}). {CUT}"
+            f"{fpath}: its tensors do not match its header ({errors.first_line(err)}). {TRUNCATED}"
         ) from err
     return ready(sae, str(fpath)).to(device)
 
 
 @beartype.beartype
 def ready(sae: SparseAutoencoder, where: str) -> SparseAutoencoder:
-    """The last step of every loader, whatever the format: evaluation mode, without gradients.
+    """Sets evaluation mode without gradients, and checks the weights. Every loader calls this last.
 
     Raises:
-        UserError: a weight is NaN or infinite; `where` names the file.
+        UserError: a weight is NaN or infinite. `where` names the file.
     """
     state = sae.state_dict()
-    if "log_threshold" in state:  # a threshold of 0 is a good one
+    if "log_threshold" in state:  # a threshold of 0 is valid
         state["log_threshold"] = state["log_threshold"].exp()
     tensors.check_finite(state, where, "Train again, or use an older checkpoint.")
     return sae.eval().requires_grad_(False)
 
 
 def _trained_on(header: dict[str, tp.Any]) -> dict[str, tp.Any]:
-    """What `check_fits` compares.
+    """Returns the header's record for `check_fits`.
 
     Raises:
-        msgspec.ValidationError: it is not of the types that we write.
+        msgspec.ValidationError: it has other types than `Activations`.
     """
     found = header.get("activations")
     msgspec.convert(found, Activations)
@@ -278,7 +287,8 @@ def _config(header: dict[str, object], fpath: pathlib.Path) -> config.Sae:
     cls = config.BY_NAME.get(str(header.get("cls")))
     if cls is None:
         raise errors.UserError(
-            f"{fpath}: architecture {header.get('cls')!r} is unknown (known: {', '.join(config.BY_NAME)}). Use the version that wrote it."
+            f"{fpath}: architecture {header.get('cls')!r} is unknown (known: "
+            f"{', '.join(config.BY_NAME)}). Use the version that wrote it."
         )
     try:
         cfg = cls(**header["cfg"])
@@ -288,7 +298,7 @@ def _config(header: dict[str, object], fpath: pathlib.Path) -> config.Sae:
             if isinstance(value := getattr(cfg, f.name), bool) and f.type is not bool:
                 raise ValueError(f"{f.name} is {value}")
         return cfg
-    except Exception as err:  # wrong keys or types, whatever the header holds
+    except Exception as err:  # wrong keys or types
         raise errors.UserError(
-            f"{fpath}: its header's cfg does not fit {cls.__name__}: {errors.first_line(err)}. Train again."
+            f"{fpath}: its header's cfg does not match {cls.__name__}: {errors.first_line(err)}. Train again."
         ) from err

@@ -1,14 +1,14 @@
-"""Triton kernels for the GPU: the two products with sparse codes that every sparse step is made of.
+"""Triton kernels for the GPU: the two products with sparse codes that a sparse training step needs.
 
-Accumulation is in float32 whatever the tables' dtype, and there are no atomics: each output number belongs to one
-program, which adds in a fixed order, so the same inputs give the same bits. The price: a latent that fires on every
-sample is one long loop of one program for each block of dimensions. It runs beside the programs of all other latents.
-Splitting it would need atomics, whose order varies, or a second pass over partial sums.
+Sums are in float32 for tables of any dtype. There are no atomics: one program computes each output number and
+adds in a fixed order, so equal inputs give equal bits. The cost: for a latent that fires on every sample, one
+program per block of dimensions runs one long loop, beside the programs of all other latents. Splitting that
+loop would need atomics, whose order varies, or a second pass over partial sums.
 
-Rows are read ROWS at a time, in blocks of neighbouring dimensions. Products are kept for each of the ROWS places and
-summed once, after the loop: a sum inside it would make a program's threads wait for each other on every turn.
+A program loads ROWS rows at a time, in blocks of neighbouring dimensions. It keeps ROWS partial sums and adds
+them once after the loop, because a sum inside the loop would make its threads wait for each other.
 
-Indices are trusted: one outside its table reads foreign memory, and to check them would wait for the GPU.
+Indices are not checked, because that would wait for the GPU: an index outside its table reads other memory.
 
 Shape letters: O rows of codes (segments), R table rows, D d_vit, n codes.
 """
@@ -24,9 +24,9 @@ from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
 ROWS = 8
-"""Table rows that a program loads at a time."""
+"""Table rows that a program loads at once."""
 OPTIONS = {"enable_fp_fusion": True}
-"""Multiply and add in one rounding. Triton 3.9 warns where this is left open: its default is about to change."""
+"""Multiply and add with one rounding. Triton 3.9 warns if it is not set: the default will change."""
 
 
 @functools.cache
@@ -35,21 +35,21 @@ def _is_installed() -> bool:
 
 
 def available(table_RD: Tensor) -> bool:
-    """Do the kernels run where this tensor is? (Not for float64, which they would round to float32.)"""
+    """Can the kernels be used for this table? Not for float64, which they would round to float32."""
     return table_RD.is_cuda and table_RD.dtype != torch.float64 and _is_installed()
 
 
 @functools.cache
 def _kernels() -> tuple[tp.Any, tp.Any]:
-    """Compiled on first use: this module can be imported without Triton.
+    """Compiles on first use, so that this module can be imported without Triton.
 
-    Row and output offsets are int64: a table may have more than 2^31 numbers.
+    Row and output offsets are int64, because a table may have more than 2^31 numbers.
     """
     import triton
     import triton.language as tl
 
     def jit(function):
-        """(Triton cannot compile what a test's import hook wraps around functions.)"""
+        """Unwraps first: Triton cannot compile the wrappers of a test's import hook."""
         return triton.jit(inspect.unwrap(function))
 
     @jit
@@ -89,7 +89,7 @@ def _kernels() -> tuple[tp.Any, tp.Any]:
 
 
 def _block(D: int) -> int:
-    """Dimensions that a program handles at a time: a power of two, from 16 to 256."""
+    """Dimensions that a program handles at once: a power of two from 16 to 256."""
     return min(256, 1 << max(4, (D - 1).bit_length()))
 
 
@@ -104,15 +104,17 @@ def bag(
 ) -> Float[Tensor, "O D"]:
     """out[o] = sum over j in start[o] .. start[o + 1] of weight[j] table[index[j]]. An empty sum is 0.
 
-    The sparse decoder (o a sample, the table W_dec) and the sparse gradient of a weight matrix (o a latent, codes
-    ordered by latent, the table a batch). A program computes one o and one block of dimensions.
+    This is the sparse decoder (o is a sample, the table is W_dec), and the sparse gradient of a weight matrix
+    (o is a latent, codes are sorted by latent, the table is a batch). A program computes one o and one block
+    of dimensions.
     """
     O, D = len(start_O1) - 1, table_RD.shape[1]  # noqa: E741
     out_OD = torch.empty(O, D, dtype=out_dtype, device=table_RD.device)
     if out_OD.numel():
         block = _block(D)
         ins = [t.contiguous() for t in (table_RD, index_n, weight_n, start_O1)]
-        with torch.cuda.device_of(table_RD):  # Triton launches on the current GPU
+        # Triton launches on the current GPU, which may be another than the table's.
+        with torch.cuda.device_of(table_RD):
             _kernels()[0][(O, -(-D // block))](*ins, out_OD, D, ROWS=ROWS, BLOCK=block, **OPTIONS)
     return out_OD
 
@@ -128,7 +130,7 @@ def bag_dot(
 ) -> Float[Tensor, " n"]:
     """out[j] = <a[o], table[index[j]]> for j in start[o] .. start[o + 1]: the gradient of the codes.
 
-    Codes of no segment get 0. A program computes all dots of one o.
+    Codes outside all segments get 0. A program computes all products of one o.
     """
     O, D = a_OD.shape  # noqa: E741
     out_n = torch.zeros(len(index_n), dtype=out_dtype, device=table_RD.device)

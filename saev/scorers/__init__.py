@@ -1,4 +1,4 @@
-"""Prototype scorers, all behind `Scorer`: random activations, k-means, PCA, SAE latents."""
+"""Prototype scorers: random activations, k-means, PCA, SAE latents. All implement `Scorer`."""
 
 import typing as tp
 

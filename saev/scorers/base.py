@@ -1,4 +1,4 @@
-"""The `Scorer` interface and its one implementation by vectors.
+"""The `Scorer` interface, and `Prototypes`, which compares activations with vectors.
 
 B activations or images, P patches of an image, D d_vit, K prototypes, R rows and C columns of a tile.
 """
@@ -19,12 +19,12 @@ from saev.scorers import config
 
 CPU = torch.device("cpu")
 TILE = {"cpu": (512, 2**20), "cuda": (2**14, 2**28)}
-"""Patches and bytes of scores that are computed at a time: on a CPU so few that they stay in a core's cache."""
+"""Patches and bytes of scores that are computed at once. On a CPU they fit in a core's cache."""
 
 
 @tp.runtime_checkable
 class Scorer(tp.Protocol):
-    """K prototypes: maps activations (B, D) to scores (B, K). Larger means more like the prototype."""
+    """K prototypes. Maps activations (B, D) to scores (B, K); higher means more similar to the prototype."""
 
     def __call__(self, activations: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]: ...
 
@@ -38,29 +38,29 @@ class Scorer(tp.Protocol):
     def to(self, device: torch.device) -> "Scorer": ...
 
     def of_images(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
-        """Scores of images: the largest of their patches'."""
+        """Scores of images: the maximum over each image's patches."""
         ...
 
     def digest(self) -> str:
-        """Hash of all that decides the scores."""
+        """Hash of everything that affects the scores."""
         ...
 
 
 @jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass(frozen=True)
 class Prototypes:
-    """Vectors compared with activations.
+    """Scores an activation x by its similarity to vectors p, with mean m.
 
-    With mean m and vectors p, similarity "plain" is x . p, "dot" is (x - m) . (p - m), "cosine" that divided by both norms,
-    "distance" -|x - p|^2 (m plays no part in the first and the last).
+    The similarity is "plain" x . p, "dot" (x - m) . (p - m), "cosine" the same divided by both norms, or
+    "distance" -|x - p|^2. "plain" and "distance" do not depend on m.
     """
 
     direction_KD: Float[Tensor, "K D"]
-    """p - m, which float32 holds better than p where the mean is large."""
+    """p - m. float32 holds it more exactly than p if the mean is large."""
     mean_D: Float[Tensor, " D"]
     similarity: config.Similarity
     given_KD: Float[Tensor, "K D"] | None = None
-    """p itself, where it was given: adding m to p - m would round it."""
+    """p itself, if it was given, because adding m to p - m would round."""
 
     @staticmethod
     @jaxtyped(typechecker=beartype.beartype)
@@ -77,11 +77,11 @@ class Prototypes:
     def n_prototypes(self) -> int:
         return self.direction_KD.shape[0]
 
-    @tp.no_type_check  # it answers for itself, in one line
+    @tp.no_type_check  # it raises errors of its own, in one line
     def __call__(self, activations: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
         return self.of_images(ready(activations, self.mean_D, "B D")[:, None])
 
-    @tp.no_type_check  # it answers for itself, in one line
+    @tp.no_type_check  # it raises errors of its own, in one line
     def of_images(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
         acts_BPD = ready(acts_BPD, self.mean_D, "B P D")
         p_KD = self.direction_KD
@@ -97,7 +97,7 @@ class Prototypes:
                 return largest(acts_BPD, p_KD, lambda x_RD: (x_RD - self.mean_D, None))
 
     def _directions(self, x_RD: Tensor) -> tuple[Tensor, None]:
-        """NaN where float32 cannot hold the squared norm: dividing by infinity would score 0."""
+        """Unit vectors. NaN if float32 cannot hold the norm, because dividing by infinity would score 0."""
         x_RD = x_RD - self.mean_D
         norm_R1 = x_RD.norm(dim=1, keepdim=True).clamp_min(1e-12)
         return x_RD / torch.where(norm_R1.isinf(), torch.nan, norm_R1), None
@@ -119,7 +119,7 @@ class Prototypes:
         return Prototypes(change(self.direction_KD), mean_D, self.similarity, given_KD)
 
     def saved(self) -> dict[str, Tensor]:
-        """Tensors to save, on the CPU: what was given, from which the rest follows."""
+        """The tensors to save, on the CPU: p if it was given, else p - m; and m."""
         if self.given_KD is None:
             out = {"direction_KD": self.direction_KD}
         else:
@@ -131,14 +131,14 @@ class Prototypes:
 
 
 def ready(activations: object, like: Tensor, shape: str) -> Tensor:
-    """Activations as a scorer takes them: any float type, converted to the one of its own tensor `like`.
+    """Checks activations and converts them to the float type of `like`.
 
     Args:
-        like: a tensor of the scorer, d_vit wide.
-        shape: the shape wanted, such as "B P D", where D is d_vit.
+        like: one of the scorer's tensors, d_vit wide.
+        shape: the expected shape, such as "B P D", where D is d_vit.
 
     Raises:
-        UserError: no float tensor of that shape, or on another device.
+        UserError: not a float tensor of that shape, or on another device than the scorer.
     """
     is_dense = isinstance(activations, Tensor) and activations.layout == torch.strided
     if not is_dense or not activations.is_floating_point():
@@ -148,18 +148,20 @@ def ready(activations: object, like: Tensor, shape: str) -> Tensor:
         )
     if activations.ndim != len(shape.split()) or activations.shape[-1] != like.shape[-1]:
         raise errors.UserError(
-            f"activations: shape {tuple(activations.shape)}; this scorer takes ({', '.join(shape.split())}) with D = {like.shape[-1]}."
+            f"activations: shape {tuple(activations.shape)}; this scorer takes ({', '.join(shape.split())}) "
+            f"with D = {like.shape[-1]}."
         )
     if activations.device != like.device:
         raise errors.UserError(
-            f"activations: on {activations.device}, but the scorer is on {like.device}. Move one of them with .to(device)."
+            f"activations: on {activations.device}, but the scorer is on {like.device}. "
+            "Move one of them with .to(device)."
         )
     return activations.to(like.dtype)
 
 
 @beartype.beartype
 def digest(what: str, tensors: list[Tensor]) -> str:
-    """Hash of some tensors' values, and of what they are."""
+    """Hash of a description and of tensors' shapes, dtypes and values."""
     out = xxhash.xxh3_128(what.encode())
     for tensor in tensors:
         out.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -168,7 +170,7 @@ def digest(what: str, tensors: list[Tensor]) -> str:
 
 
 Prepare = collections.abc.Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""Raw activations (R, D) -> what is multiplied (R, D), and what is added to each row's products (R,) or None."""
+"""Raw activations (R, D) -> (R, D) to multiply, and (R,) to add to each row's products, or None."""
 
 
 @torch.no_grad()
@@ -176,7 +178,7 @@ Prepare = collections.abc.Callable[[Tensor], tuple[Tensor, Tensor | None]]
 def largest(
     acts_BPD: Float[Tensor, "B P D"], w_KD: Float[Tensor, "K D"], prepare: Prepare
 ) -> Float[Tensor, "B K"]:
-    """max over an image's patches of prepared activations times w; no score of a single patch outlives its tile."""
+    """Maximum over each image's patches of prepared activations times w, computed tile by tile."""
     (B, P, _), K = acts_BPD.shape, len(w_KD)
     n_rows, n_bytes = TILE[acts_BPD.device.type]
     n_imgs = max(1, n_rows // P)

@@ -1,4 +1,4 @@
-"""Configs of the scorers: one class per way to get prototypes. Imports no torch."""
+"""Configs of scorers: one class per kind of prototype. Imports no torch."""
 
 import dataclasses
 import typing as tp
@@ -14,31 +14,32 @@ FORMULAS = {
     "cosine": "cos(x - m, p - m)",
     "distance": "-|x - p|^2",
 }
-"""What a prototype p scores an activation x, with the mean m of the activations that it was fitted on."""
+"""Score of prototype p for activation x. m is the mean of the activations that the scorer was fitted on."""
 
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Random:
-    """Activations drawn uniformly from the stream, without replacement."""
+    """Activations drawn uniformly without replacement."""
 
     similarity: Similarity = "cosine"
-    """What prototype p scores activation x (m: the mean activation). plain: x . p. dot: (x - m) . (p - m). cosine: cos(x - m, p - m). distance: -|x - p|^2."""
+    """Score of prototype p for activation x, with mean activation m. plain: x . p. dot: (x - m) . (p - m).
+    cosine: cos(x - m, p - m). distance: -|x - p|^2."""
 
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class KMeans:
-    """Centroids of Lloyd's algorithm over the whole stream, started by greedy k-means++ on a sample of it."""
+    """Centroids of k-means: greedy k-means++ on a sample, then Lloyd's algorithm over all activations."""
 
     n_iters: int = 20
-    """Passes of Lloyd's algorithm over the stream (fewer when it converges)."""
+    """Maximum number of passes of Lloyd's algorithm."""
     tolerance: float = 1e-4
-    """It has converged when a pass lowers the sum of squared distances by less than this fraction."""
+    """Stop when a pass lowers the sum of squared distances by less than this fraction."""
     n_samples: int = 200_000
-    """Activations to start from, drawn uniformly from the stream and held in memory."""
+    """Activations for k-means++, drawn uniformly and held in memory."""
     normalize: bool = False
-    """Cluster directions (spherical k-means, Dhillon and Modha 2001): activations less the mean, scaled to norm 1."""
+    """Cluster activations minus their mean, scaled to norm 1 (spherical k-means, Dhillon and Modha 2001)."""
     similarity: Similarity = "cosine"
     """See scorer:random."""
 
@@ -50,19 +51,19 @@ class KMeans:
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Pca:
-    """Principal components v, exact, in one pass. At most d_vit of them (twice that with both signs).
+    """Exact principal components v, computed in one pass. At most d_vit prototypes (2 d_vit with both signs).
 
-    Scores are (x - m) . v. The plain product x . v adds m . v to every score of v, which changes no ranking and no AP.
+    Scores are (x - m) . v. The plain product x . v would add the constant m . v, which changes no AP.
     """
 
     both_signs: bool = False
-    """Also use each component's negative, right after it."""
+    """Also use the negative of each component, right after it."""
 
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Sae:
-    """Latents of a trained sparse autoencoder; K prototypes are its first K latents."""
+    """Latents of a trained sparse autoencoder. K prototypes are its first K latents."""
 
     ckpt: fields.Path = fields.neither("")  # its content decides
     """Checkpoint (sae.pt)."""

@@ -1,7 +1,7 @@
-"""K-means centroids as prototypes: greedy k-means++ on a sample, then Lloyd's algorithm over the whole stream.
+"""K-means centroids as prototypes: greedy k-means++ on a sample, then Lloyd's algorithm over all activations.
 
-B activations of a block or sample, D d_vit, K centres, C candidates, T tries for each centre. All distances are taken after subtracting the
-stream's mean, so that float32 loses nothing to it.
+B activations of a block or sample, b those of a tile, D d_vit, K centres, C candidates, T tries per centre.
+The mean is subtracted before distances are computed, so that it costs float32 no digits.
 """
 
 import collections.abc
@@ -27,19 +27,19 @@ from saev.scorers import base, config, random
 logger = logging.getLogger("saev")
 
 CHUNK = 2**15
-"""Activations whose distances a GPU computes at a time; on a CPU they are searched in a core's cache."""
+"""Activations whose distances a GPU computes at once."""
 SUMMED, MIN_SUMMED = 128, 2**16
-"""Activations of the sample for each centre, and at least, by which candidates for the next centres are compared (logbook 012)."""
+"""k-means++ compares candidates on max(MIN_SUMMED, SUMMED x centres) activations (logbook 012)."""
 TRIED = 16
-"""Candidates for each centre."""
+"""Candidates per centre in k-means++."""
 TILE = {"cpu": 2**20, "cuda": 2**28}
-"""Squared distances that are computed at a time: on a CPU so few that they stay in its cache."""
+"""Squared distances that k-means++ computes at once. On a CPU they fit in its cache."""
 WARM_UP, WARM_UP_SAMPLES = 4, 128
-"""Iterations on the sample before the stream is passed over, and activations for each centre in them."""
+"""Lloyd iterations on the sample before the first pass, and their activations per centre."""
 CANCELS = 1e-2
-"""Squared distances below this fraction of an activation's squared norm are computed from the differences themselves."""
+"""Squared distances below this fraction of the squared norm are computed again, from differences."""
 ROUNDING = 1e-6
-"""Squared distances below this fraction of an activation's squared norm are float32's rounding: they count 0."""
+"""k-means++ sets squared distances below this fraction of the squared norm to 0 (rounding error)."""
 
 
 @beartype.beartype
@@ -51,24 +51,25 @@ def fit(
     state_fpaths: list[pathlib.Path] | None = None,
     device: torch.device = base.CPU,
 ) -> list[base.Prototypes]:
-    """Centroids for each K of `ks` (on the CPU, wherever they are computed), all from the same passes over the stream.
+    """Fits centroids for each K in the same passes over the activations; returned on the CPU.
 
     Memory: the sample, and about 30 bytes x K x d_vit for each K.
 
     Args:
-        state_fpaths: where each K's centres are kept after each pass; a fit that was killed goes on from there. They stay.
+        state_fpaths: one file per K for the centres after each pass. A killed fit resumes from them. They are
+            not deleted.
 
     Raises:
         UserError: bad shards, or fewer activations than the largest K.
     """
     fpaths = state_fpaths or [None] * len(ks)
-    found = [
+    saved = [
         None if fpath is None else _read_state(fpath, k, data, device)
         for fpath, k in zip(fpaths, ks, strict=True)
     ]
-    fresh_ks = [k for k, state in zip(ks, found, strict=True) if state is None]
-    fresh = iter(_started(cfg, data, fresh_ks, seed, device) if fresh_ks else [])
-    states = [next(fresh) if state is None else state for state in found]
+    new_ks = [k for k, state in zip(ks, saved, strict=True) if state is None]
+    new_states = iter(_initial(cfg, data, new_ks, seed, device) if new_ks else [])
+    states = [next(new_states) if state is None else state for state in saved]
     while open_states := [s for s in states if s.n_passes < cfg.n_iters and not s.is_done]:
         one_pass(open_states, data, cfg)
         for state, fpath in zip(states, fpaths, strict=True):
@@ -78,43 +79,43 @@ def fit(
     return [scorer.to(base.CPU) for scorer in fitted]
 
 
-def _started(
+def _initial(
     cfg: config.KMeans, data: data_config.Shards, ks: list[int], seed: int, device: torch.device
 ) -> list["State"]:
-    """Centres before the first pass."""
+    """Centres before the first pass, for each K."""
     if cfg.n_samples < max(ks):
         raise errors.UserError(
-            f"--scorer.n-samples {cfg.n_samples}: fewer than {max(ks)} clusters. Pass more."
+            f"--scorer.n-samples {cfg.n_samples}: fewer than {max(ks)} clusters. Raise it."
         )
     random.check_enough(data, max(ks), "clusters")
     sample = random.reservoir(data, cfg.n_samples, seed)
     mean_D = torch.from_numpy(sample.mean_D).to(device)
     x_BD = _space(torch.from_numpy(sample.acts_KD).to(device), mean_D, cfg.normalize)
-    # k-means++ draws one centre after the other: the first K of a longer draw are a draw of K
+    # k-means++ draws centres in order, so the first K of a longer draw are a draw of K
     start_KD = plus_plus(x_BD, max(ks), seed)
     return [State(mean_D, _warmed_up(start_KD[:k].clone(), x_BD, cfg)) for k in ks]
 
 
 Passes = tuple[float, tp.Annotated[int, msgspec.Meta(ge=0)], bool]
-"""`State.inertia`, `n_passes` and `is_done`, as a state's header has them."""
+"""`State.inertia`, `n_passes` and `is_done` in the header of a saved state."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass
 class State:
-    """One K's centres between two passes."""
+    """The centres for one K between two passes."""
 
     mean_D: Float[Tensor, " D"]
     center_KD: Float[Tensor, "K D"]
-    """Less the mean."""
+    """Centres minus the mean."""
     inertia: float = float("inf")
-    """Sum of squared distances to the nearest centre, as the last pass found it."""
+    """Sum of squared distances to the nearest centre in the last pass."""
     n_passes: int = 0
     is_done: bool = False
 
 
 def _space(x_BD: Tensor, mean_D: Tensor, normalize: bool) -> Tensor:
-    """In place."""
+    """Subtracts the mean, and normalises if asked to; in place."""
     x_BD -= mean_D
     return torch.nn.functional.normalize(x_BD, dim=1, out=x_BD) if normalize else x_BD
 
@@ -127,10 +128,11 @@ def _space(x_BD: Tensor, mean_D: Tensor, normalize: bool) -> Tensor:
 def nearest(
     x_BD: Float[Tensor, "B D"], center_KD: Float[Tensor, "K D"]
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """The nearest centre of each activation (among equals the lowest) and the squared distance to it.
+    """Finds each activation's nearest centre (of ties, the lowest) and the squared distance to it.
 
-    It has the largest x . c - |c|^2 / 2. That is the top latent of an encoder with weights c, and is found as such; what the shortest
-    c gives is the least that any activation can have, and lifts all values above 0.
+    The nearest centre maximises x . c - |c|^2 / 2. So it is the top latent of an encoder with weights c and
+    bias -|c|^2 / 2, and the sparse search finds it. That search finds only positive values, so the bias is
+    raised by `lift`: the shortest centre's value is a lower bound of every maximum.
     """
     square_K = center_KD.square().sum(dim=1)
     shortest = square_K.argmin()
@@ -162,25 +164,29 @@ def nearest(
 @torch.no_grad()
 @jaxtyped(typechecker=beartype.beartype)
 def plus_plus(x_BD: Float[Tensor, "B D"], k: int, seed: int) -> Float[Tensor, "K D"]:
-    """Greedy k-means++ (Arthur and Vassilvitskii 2007): each centre is the best of some activations, each drawn by its squared
-    distance to the centres before; the best lowers the sum of squared distances most.
+    """Greedy k-means++ (Arthur and Vassilvitskii 2007): returns k of the activations as centres.
 
-    In batches: candidates are drawn and compared by the distances at the batch's start, and the best ones are taken with the
-    probability by which centres taken earlier in the batch have shrunk their squared distance (rejection sampling). The sums are
-    those of the first activations, SUMMED for each centre. Where all distances are 0 (fewer distinct activations than k) the rest
-    is drawn uniformly. The first centres of a longer draw are a shorter one.
+    Plain k-means++ draws each next centre with probability proportional to the squared distance to the
+    centres so far. The greedy variant draws TRIED candidates and takes the one that lowers the sum of squared
+    distances most. Here the sum is over a part of the activations (SUMMED).
+
+    Centres are drawn in batches. Candidates are drawn and compared by the distances at the start of the
+    batch. Each winner is accepted with probability (squared distance to the centres accepted so far) /
+    (squared distance at the start), which is rejection sampling. If all distances are 0 (fewer than k
+    distinct activations), the rest is drawn uniformly. For equal seeds, the first k centres of a longer draw
+    are a draw of k.
     """
     chosen = list(helpers.progress(_drawn(x_BD, k, seed), "k-means++", k, "centres"))
     return x_BD[chosen[:k]]
 
 
 def _drawn(x_BD: Tensor, k: int, seed: int) -> collections.abc.Iterator[int]:
-    """Rows of at least k centres."""
+    """Yields the row numbers of at least k centres."""
     rng = np.random.default_rng((seed, 0xC3))
     square_B = x_BD.square().sum(dim=1)
     chosen = [int(rng.integers(len(x_BD)))]
     yield from chosen
-    distance_B = _shrunk(torch.full_like(square_B, torch.inf), x_BD, square_B, x_BD[chosen])
+    distance_B = _updated(torch.full_like(square_B, torch.inf), x_BD, square_B, x_BD[chosen])
     while len(chosen) < k:
         cumulative_B = np.cumsum(distance_B.cpu().numpy(), dtype=np.float64)
         if cumulative_B[-1] == 0:
@@ -190,31 +196,31 @@ def _drawn(x_BD: Tensor, k: int, seed: int) -> collections.abc.Iterator[int]:
         uniform_CT = rng.random((n, TRIED)) * cumulative_B[-1]
         drawn_CT = np.searchsorted(cumulative_B, uniform_CT, side="right")
         drawn_CT = np.minimum(drawn_CT, len(x_BD) - 1)
-        some = slice(max(MIN_SUMMED, SUMMED * len(chosen)))
-        gain_CT = _gains(x_BD[some], square_B[some], distance_B[some], x_BD[drawn_CT.ravel()])
+        summed = slice(max(MIN_SUMMED, SUMMED * len(chosen)))
+        gain_CT = _gains(x_BD[summed], square_B[summed], distance_B[summed], x_BD[drawn_CT.ravel()])
         drawn_C = drawn_CT[np.arange(n), gain_CT.view(n, -1).argmax(dim=1).cpu().numpy()]
-        taken = _taken(x_BD[drawn_C], distance_B[drawn_C], rng.random(n))
-        fresh = drawn_C[taken].tolist()
-        chosen += fresh
-        yield from fresh
-        distance_B = _shrunk(distance_B, x_BD, square_B, x_BD[fresh])
+        accepted = _accepted(x_BD[drawn_C], distance_B[drawn_C], rng.random(n))
+        new = drawn_C[accepted].tolist()
+        chosen += new
+        yield from new
+        distance_B = _updated(distance_B, x_BD, square_B, x_BD[new])
 
 
-def _shrunk(distance_B: Tensor, x_BD: Tensor, square_B: Tensor, fresh_CD: Tensor) -> Tensor:
-    """Squared distances to the nearest centre, with some more centres."""
-    square_C = fresh_CD.square().sum(dim=1)
+def _updated(distance_B: Tensor, x_BD: Tensor, square_B: Tensor, new_CD: Tensor) -> Tensor:
+    """Squared distances to the nearest centre, after adding centres."""
+    square_C = new_CD.square().sum(dim=1)
     parts = []
-    for rows in _tiles(x_BD, len(fresh_CD)):
-        to_fresh_bC = torch.addmm(square_C, x_BD[rows], fresh_CD.T, alpha=-2)
-        to_fresh_b = to_fresh_bC.amin(dim=1) + square_B[rows]
-        parts.append(torch.where(to_fresh_b > ROUNDING * square_B[rows], to_fresh_b, 0.0))
+    for rows in _tiles(x_BD, len(new_CD)):
+        to_new_bC = torch.addmm(square_C, x_BD[rows], new_CD.T, alpha=-2)
+        to_new_b = to_new_bC.amin(dim=1) + square_B[rows]
+        parts.append(torch.where(to_new_b > ROUNDING * square_B[rows], to_new_b, 0.0))
     return torch.minimum(distance_B, torch.cat(parts))
 
 
 def _gains(
     x_BD: Tensor, square_B: Tensor, distance_B: Tensor, candidate_CD: Tensor
 ) -> Float[Tensor, " C"]:
-    """By how much each candidate alone, as one more centre, would lower the sum of squared distances."""
+    """How much each candidate alone, as another centre, would lower the sum of squared distances."""
     gain_C = torch.zeros(len(candidate_CD), dtype=torch.float64, device=x_BD.device)
     square_C = candidate_CD.square().sum(dim=1)
     for rows in _tiles(x_BD, len(candidate_CD)):
@@ -230,22 +236,23 @@ def _tiles(x_BD: Tensor, n_columns: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, len(x_BD), size)]
 
 
-def _taken(x_CD: Tensor, before_C: Tensor, uniform_C: np.ndarray) -> list[int]:
-    """Candidates to take, in order: each with the probability (squared distance now) / (squared distance before)."""
+def _accepted(x_CD: Tensor, before_C: Tensor, uniform_C: np.ndarray) -> list[int]:
+    """Accepts candidates in order, each with probability (squared distance now) / (squared distance
+    before)."""
     between_CC = (
         torch.cdist(x_CD, x_CD, compute_mode="donot_use_mm_for_euclid_dist").square().cpu().numpy()
     )
     before_C = before_C.cpu().numpy()
-    now_C, taken = before_C.copy(), []
+    now_C, accepted = before_C.copy(), []
     for c, uniform in enumerate(uniform_C):
         if uniform * before_C[c] < now_C[c]:
-            taken.append(c)
+            accepted.append(c)
             np.minimum(now_C, between_CC[c], out=now_C)
-    return taken
+    return accepted
 
 
 def _warmed_up(start_KD: Tensor, x_BD: Tensor, cfg: config.KMeans) -> Tensor:
-    """The centres after some iterations on a part of the sample: cheap beside a stream that is larger."""
+    """Runs WARM_UP iterations on a part of the sample; they cost little compared with a pass."""
     state = State(x_BD.new_zeros(x_BD.shape[1]), start_KD)
     for _ in range(WARM_UP):
         sums = _Sums(state)
@@ -261,10 +268,10 @@ def _warmed_up(start_KD: Tensor, x_BD: Tensor, cfg: config.KMeans) -> Tensor:
 @torch.no_grad()
 @beartype.beartype
 def one_pass(states: list[State], data: data_config.Shards, cfg: config.KMeans) -> None:
-    """One iteration of Lloyd's algorithm (Lloyd 1982) for each K, in one pass over the stream.
+    """Runs one iteration of Lloyd's algorithm (Lloyd 1982) for each K, in one pass over the activations.
 
-    Centres that no activation is nearest to move to the activations that are farthest from theirs, which then count for those no
-    more (as scikit-learn's do).
+    Empty clusters get the activations that are farthest from their centres; these leave their old clusters
+    (as in scikit-learn).
     """
     sums = [_Sums(state) for state in states]
     stream = ordered.Ordered(data)
@@ -272,7 +279,7 @@ def one_pass(states: list[State], data: data_config.Shards, cfg: config.KMeans) 
     for block in helpers.progress(stream, what, len(stream), "blocks"):
         mean_D = states[0].mean_D
         raw_BD = torch.from_numpy(block.act_NXD).flatten(0, 1).to(mean_D.device)
-        x_BD = _space(raw_BD, mean_D, cfg.normalize)  # the block is ours
+        x_BD = _space(raw_BD, mean_D, cfg.normalize)  # no one else uses the block
         for one in sums:
             one.add(x_BD)
     for one in sums:
@@ -280,7 +287,7 @@ def one_pass(states: list[State], data: data_config.Shards, cfg: config.KMeans) 
 
 
 class _Sums:
-    """What a pass collects for one K: blocks' sums in float32, all blocks' in float64."""
+    """Sums of one pass for one K: in float32 within a block, in float64 over blocks."""
 
     def __init__(self, state: State):
         self.state = state
@@ -289,9 +296,9 @@ class _Sums:
         self.n_K = center_KD.new_zeros(K, dtype=torch.int64)
         self.inertia = 0.0
         self.far_C, self.far_CD = center_KD.new_zeros(0), center_KD.new_zeros(0, D)
-        """Squared distances of the K activations farthest from their centres, these activations, and ..."""
+        """The K activations farthest from their centres: distances squared, activations, centres
+        (far_at_C)."""
         self.far_at_C = center_KD.new_zeros(0, dtype=torch.int64)
-        """... these centres."""
 
     def add(self, x_BD: Tensor) -> None:
         K = len(self.n_K)
@@ -311,7 +318,7 @@ class _Sums:
         self.far_at_C = torch.cat([self.far_at_C, at_B[rows_C]])[order_C]
 
     def finish(self, cfg: config.KMeans) -> None:
-        """Moves the centres."""
+        """Moves the centres and decides whether k-means has converged."""
         state = self.state
         empty_n = (self.n_K == 0).nonzero().flatten()[: len(self.far_C)]
         n = len(empty_n)
@@ -343,18 +350,19 @@ def _write_state(state: State, fpath: pathlib.Path) -> None:
 def _read_state(
     fpath: pathlib.Path, k: int, data: data_config.Shards, device: torch.device
 ) -> State | None:
-    """The centres that a killed fit kept; None, so that the fit starts again, without or with a damaged file."""
+    """Reads the centres of a killed fit. None if the file is missing or damaged: the fit then starts
+    again."""
     if not fpath.exists():
         return None
     try:
         header, payload = checkpoint.read(fpath, "state")
         found = tensors.load(payload, str(fpath), "")
         d_vit = reader.Reader(data).d_vit
-        wanted = {"mean_D": torch.zeros(d_vit), "center_KD": torch.zeros(k, d_vit)}
-        tensors.check_like(found, wanted)
+        expected = {"mean_D": torch.zeros(d_vit), "center_KD": torch.zeros(k, d_vit)}
+        tensors.check_like(found, expected)
         passes = msgspec.convert(header.get("passes"), Passes)
         return State(found["mean_D"].to(device), found["center_KD"].to(device), *passes)
     except (errors.UserError, ValueError) as err:
         what = errors.first_line(err).removesuffix(f" {checkpoint.REMEDY}")
-        logger.warning("%s; %s is not used: k-means starts again", what, fpath.name)
+        logger.warning("%s; %s is ignored: k-means starts again", what, fpath.name)
         return None

@@ -16,9 +16,10 @@ from saev.scorers import base
 
 @beartype.beartype
 def fit(data: data_config.Shards, device: torch.device = base.CPU) -> base.Prototypes:
-    """All principal components, largest variance first, on the CPU: as many as activations span (d_vit, or their number less 1).
+    """Computes all principal components, largest variance first; returned on the CPU.
 
-    A component's sign is arbitrary: it is fixed so that its entry of largest size is positive.
+    There are d_vit of them, or the number of activations minus 1 if that is smaller. Signs are fixed so that
+    each component's largest entry by absolute value is positive.
     """
     mean_D, covariance_DD, n = moments(data, device)
     return base.Prototypes(components(covariance_DD)[: max(1, n - 1)], mean_D.float(), "dot")
@@ -26,7 +27,7 @@ def fit(data: data_config.Shards, device: torch.device = base.CPU) -> base.Proto
 
 @beartype.beartype
 def both_signs(scorer: base.Prototypes) -> base.Prototypes:
-    """Each component, and its negative right after it."""
+    """Adds the negative of each component, right after it."""
     both_KD = torch.stack([scorer.direction_KD, -scorer.direction_KD], dim=1).flatten(0, 1)
     return dataclasses.replace(scorer, direction_KD=both_KD)
 
@@ -35,10 +36,10 @@ def both_signs(scorer: base.Prototypes) -> base.Prototypes:
 def moments(
     data: data_config.Shards, device: torch.device = base.CPU
 ) -> tuple[Float64[Tensor, " D"], Float64[Tensor, "D D"], int]:
-    """Mean, covariance (divided by n) and number n of the stream's activations in one pass on `device`; returned on the CPU.
+    """Computes mean, covariance (divided by n) and number n in one pass on `device`; returned on the CPU.
 
-    Each block is centred on its own mean, so that float32 products lose nothing to it, and blocks are put together in float64 (Chan,
-    Golub and LeVeque 1983).
+    Each block is centred on its own mean, so that the mean costs float32 products no digits. Blocks are
+    combined in float64 (Chan, Golub and LeVeque 1983).
     """
     stream = ordered.Ordered(data)
     d_vit, n = stream.reader.d_vit, 0
@@ -48,7 +49,7 @@ def moments(
         x_BD = torch.from_numpy(acts_NTD).flatten(0, 1).to(device)
         B = len(x_BD)
         own_D = (x_BD.new_ones(B) @ x_BD) / B
-        x_BD -= own_D  # the block is ours
+        x_BD -= own_D  # no one else uses the block
         square_DD += (x_BD.T @ x_BD).double()
         own_D = own_D.double() + (x_BD.new_ones(B) @ x_BD).double() / B
         away_D = own_D - mean_D

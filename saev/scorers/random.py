@@ -1,4 +1,4 @@
-"""Random activations as prototypes: the baseline that every other scorer has to beat."""
+"""Random activations as prototypes: the baseline. B activations, D d_vit, K drawn, R in memory."""
 
 import typing as tp
 
@@ -14,7 +14,7 @@ from saev.scorers import base, config
 
 
 class Sample(tp.NamedTuple):
-    """A uniform sample of a stream, in random order, and the mean of the whole stream."""
+    """A uniform sample of activations in random order, and the mean of all activations."""
 
     acts_KD: Float32[np.ndarray, "K D"]
     mean_D: Float32[np.ndarray, " D"]
@@ -22,10 +22,10 @@ class Sample(tp.NamedTuple):
 
 @beartype.beartype
 def fit(data: data_config.Shards, k: int, seed: int) -> base.Prototypes:
-    """Draws k activations. With one seed, the first k of a larger draw are the draw of k. Similarity: the default one.
+    """Draws k activations. For equal seeds, a draw of k is the first k of a larger draw.
 
     Raises:
-        UserError: bad shards, or fewer activations than k.
+        UserError: bad shards, or fewer than k activations.
     """
     check_enough(data, k, "prototypes")
     sample = reservoir(data, k, seed)
@@ -35,32 +35,33 @@ def fit(data: data_config.Shards, k: int, seed: int) -> base.Prototypes:
 
 @beartype.beartype
 def check_enough(data: data_config.Shards, k: int, what: str) -> None:
-    """Before anything is read.
+    """Checks that there are at least k activations, without reading them.
 
     Raises:
-        UserError: there are fewer activations than k.
+        UserError: there are fewer.
     """
     acts = reader.Reader(data)
     if len(acts) < k:
         some = f" (of {acts.n_imgs:,} images)" if isinstance(data, data_config.Subset) else ""
         raise errors.UserError(
-            f"{data.shard_root}: holds {len(acts)} activations{some}, fewer than {k} {what}. Lower --n-prototypes."
+            f"{data.shard_root}: holds {len(acts)} activations{some}, fewer than {k} {what}. "
+            "Lower --n-prototypes."
         )
 
 
 @jaxtyped(typechecker=beartype.beartype)
 def reservoir(data: data_config.Shards, k: int, seed: int) -> Sample:
-    """Uniform sample without replacement of min(k, stream) activations in one pass; memory for 1.25 k of them.
+    """Draws min(k, all) activations uniformly without replacement, in one pass. Memory: 1.25 k activations.
 
-    Each activation gets a random key and the k smallest keys stay (bottom-k sampling, Cohen and Kaplan 2007),
-    sorted by key: so samples of different size are nested.
+    Each activation gets a random key, and the k smallest keys stay (bottom-k sampling, Cohen and Kaplan
+    2007). The sample is sorted by key, so samples of different sizes are nested.
     """
     stream = ordered.Ordered(data)
     rng = np.random.default_rng((seed, 0xACE))
     d_vit = stream.reader.d_vit
     size = min(k + max(k // 4, 1024), len(stream.reader))
     key_R, acts_RD = np.full(size, np.inf), np.empty((size, d_vit), np.float32)
-    n, bound = 0, np.inf  # rows in use; no key above the bound can stay
+    n, bound = 0, np.inf  # rows in use; keys of at least `bound` cannot stay
     total_D = np.zeros(d_vit, np.float64)
     for _, acts_NTD in helpers.progress(stream, "sample", len(stream), "blocks"):
         acts_BD = acts_NTD.reshape(-1, d_vit)
@@ -82,7 +83,7 @@ def reservoir(data: data_config.Shards, k: int, seed: int) -> Sample:
 
 
 def _compact(key_R: np.ndarray, acts_RD: np.ndarray, k: int) -> float:
-    """Moves the k smallest keys and their activations to the front, in place; returns the largest of these keys."""
+    """Moves the k smallest keys and their activations to the front; returns the largest of these keys."""
     stay = np.argpartition(key_R, k - 1)[:k]
     is_free_K = np.ones(k, bool)
     is_free_K[stay[stay < k]] = False

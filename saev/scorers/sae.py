@@ -1,4 +1,5 @@
-"""Latents of a sparse autoencoder as prototypes. B activations or images, P patches, D d_vit, K prototypes, n codes."""
+"""SAE latents as prototypes. B activations or images, P patches, D d_vit, S latents, K prototypes, n
+codes."""
 
 import copy
 import dataclasses
@@ -14,26 +15,26 @@ from saev.nn import kernels, sparse
 from saev.scorers import base
 
 AT_ONCE = 2**28
-"""Bytes of pre-activations on a GPU, or of prepared activations on a CPU, that `_by_codes` has in memory at a time."""
+"""Bytes of pre-activations (GPU) or of scaled activations (CPU) that `_by_codes` holds at once."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass(frozen=True)
 class SaeLatents:
-    """The first `n_prototypes` latents' codes, in evaluation mode (thresholds respected)."""
+    """Scores by the codes of the first `n_prototypes` latents, in evaluation mode."""
 
     sae: nn.SparseAutoencoder
     n_prototypes: int
 
-    @tp.no_type_check  # it answers for itself, in one line
+    @tp.no_type_check  # it raises errors of its own, in one line
     def __call__(self, activations: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
         x_BD = base.ready(activations, self.sae.b_dec, "B D")
         return self.sae.encode(x_BD)[:, : self.n_prototypes]
 
-    @tp.no_type_check  # it answers for itself, in one line
+    @tp.no_type_check  # it raises errors of its own, in one line
     @torch.no_grad()
     def of_images(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
-        """Largest codes of each image. Where they rise with their own pre-activation alone, its largest is enough."""
+        """Largest code of each latent in an image. If elementwise, the largest pre-activation is enough."""
         acts_BPD = base.ready(acts_BPD, self.sae.b_dec, "B P D")
         sae, K = self.sae, self.n_prototypes
         if not sae.architecture.is_elementwise:
@@ -45,7 +46,7 @@ class SaeLatents:
         return x_RD * self.sae.scale - self.sae.b_dec, None
 
     def _by_codes(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
-        """Some images at a time: a GPU writes out the pre-activations of all of their patches."""
+        """Encodes some images at a time, because a GPU holds the pre-activations of all their patches."""
         _, P, D = acts_BPD.shape
         n_columns = D if kernels.available(acts_BPD) else self.sae.d_sae
         n_imgs = max(1, AT_ONCE // (4 * P * n_columns))
@@ -61,7 +62,7 @@ class SaeLatents:
         f_n = way.encode_sparse(sae, found.value_n, found.index).f
         f_BS = x_BPD.new_full((B, sae.d_sae), -torch.inf if way.is_signed else 0.0)
         f_BS.view(-1).scatter_reduce_(0, at_n, f_n, "amax")
-        if way.is_signed:  # a latent that does not fire in some patch is 0 there
+        if way.is_signed:  # a latent that does not fire in a patch has code 0 there
             n_fired_BS = at_n.bincount(minlength=f_BS.numel()).view_as(f_BS)
             f_BS = torch.where(n_fired_BS < P, f_BS.relu(), f_BS)
         return f_BS[:, : self.n_prototypes]

@@ -1,4 +1,4 @@
-"""Fit, save and load scorers. A fitted scorer is a file named by what decides it, and is never fitted twice."""
+"""Fits, saves and loads scorers. A hash of the inputs names the file, so that nothing is fitted twice."""
 
 import dataclasses
 import logging
@@ -16,10 +16,10 @@ from saev.scorers import base, config, kmeans, pca, random, sae
 
 logger = logging.getLogger("saev")
 
-AGAIN = "Delete the file; the next run fits it again."
+REFIT = "Delete the file; the next run fits it again."
 
 REVISION = 5
-"""Raised whenever a fitter may give other numbers: what was fitted, or evaluated, before is then done again."""
+"""Increment it when a fit gives other numbers: then older fits and evaluations are computed again."""
 
 
 @beartype.beartype
@@ -32,9 +32,9 @@ def fit(
     dpath: pathlib.Path | None = None,
     device: torch.device = base.CPU,
 ) -> base.Scorer:
-    """A scorer with k prototypes (fewer where there are no more: PCA, small SAEs), on the CPU; `device` does the work.
+    """Fits a scorer with k prototypes on `device`; returned on the CPU. PCA and small SAEs may have fewer.
 
-    With `dpath` the fitted scorer is kept there, and found again by the hash of data, config, k and seed.
+    With `dpath`, the scorer is saved there. It is loaded if data, config, k and seed are the same.
 
     Raises:
         UserError: bad shards or checkpoint, or too few activations.
@@ -52,13 +52,13 @@ def fit_each(
     dpath: pathlib.Path | None = None,
     device: torch.device = base.CPU,
 ) -> list[base.Scorer]:
-    """`fit` for each of `ks`, together: k-means in the same passes, the others once for the largest."""
+    """As `fit`, for each of `ks`. k-means fits all in the same passes; the others fit only the largest."""
     if isinstance(cfg, config.Sae):
         scorer = _load_sae(cfg, data)
         return [scorer.prefix(k) for k in ks]
     if dpath is None:
         return [
-            _as(cfg, scorer, k)
+            _configured(cfg, scorer, k)
             for scorer, k in zip(_fit(cfg, data, ks, seed, device), ks, strict=True)
         ]
     helpers.sweep(dpath)
@@ -70,11 +70,11 @@ def fit_each(
     if missing():
         lock_fpath = dpath / f".{_name(cfg)}-{key}.lock"
         with helpers.locked(lock_fpath, f"it fits {_name(cfg)} in {dpath}"):
-            if still := missing():
-                _fit_and_keep(cfg, data, still, seed, dpath, key, device)
+            if missing_ks := missing():
+                _fit_and_save(cfg, data, missing_ks, seed, dpath, key, device)
     d_vit = reader.Reader(data).d_vit
     fitted = [_fitted(_found(cfg, dpath, key, k), d_vit) for k in ks]
-    return [_as(cfg, scorer, k) for scorer, k in zip(fitted, ks, strict=True)]
+    return [_configured(cfg, scorer, k) for scorer, k in zip(fitted, ks, strict=True)]
 
 
 def _fit(
@@ -85,14 +85,14 @@ def _fit(
     device: torch.device,
     state_fpaths: list[pathlib.Path] | None = None,
 ) -> list[base.Prototypes]:
-    """One for each K; they may hold more prototypes."""
+    """Fits one scorer for each K. They may have more prototypes than that."""
     if isinstance(cfg, config.KMeans):
         return kmeans.fit(cfg, data, ks, seed, state_fpaths, device)
     one = pca.fit(data, device) if isinstance(cfg, config.Pca) else random.fit(data, max(ks), seed)
     return [one] * len(ks)
 
 
-def _fit_and_keep(
+def _fit_and_save(
     cfg: config.Random | config.Pca | config.KMeans,
     data: data_config.Shards,
     ks: list[int],
@@ -107,13 +107,14 @@ def _fit_and_keep(
         fpath = dpath / f"{_name(cfg)}-{scorer.n_prototypes}-{key}.bin"
         save(scorer, fpath)
         logger.info("fitted %s", fpath)
-    for state in dpath.glob(f"{_name(cfg)}-*-{key}.state"):  # a fit killed just here left one, too
+    # also the states of a fit that was killed here
+    for state in dpath.glob(f"{_name(cfg)}-*-{key}.state"):
         if state.with_suffix(".bin").exists():
             state.unlink(missing_ok=True)
 
 
 def _found(cfg: config.Scorer, dpath: pathlib.Path, key: str, k: int) -> pathlib.Path | None:
-    """The file that serves K: of random activations any with as many or more, of components the one that holds all."""
+    """Finds the file to use for K. Random activations: any with at least K. PCA: the only one."""
     names = {fpath: fpath.name.split("-") for fpath in dpath.glob(f"{_name(cfg)}-*-{key}.bin")}
     sizes = {int(parts[1]): f for f, parts in names.items() if re.fullmatch("[0-9]{1,9}", parts[1])}
     if isinstance(cfg, config.KMeans):
@@ -122,24 +123,24 @@ def _found(cfg: config.Scorer, dpath: pathlib.Path, key: str, k: int) -> pathlib
 
 
 def _fitted(fpath: pathlib.Path, d_vit: int) -> base.Prototypes:
-    """A scorer that an earlier run fitted.
+    """Loads a fitted scorer.
 
     Raises:
-        UserError: see `load`; also one of another size than its name and the activations say.
+        UserError: as `load`; or its size does not match its name and the activations.
     """
     scorer, k = load(fpath), int(fpath.name.split("-")[1])
     shape = tuple(scorer.direction_KD.shape) if isinstance(scorer, base.Prototypes) else "an SAE"
     if shape != (k, d_vit):
         raise errors.UserError(
-            f"{fpath}: holds {shape} instead of {(k, d_vit)} (prototypes, d_vit). {AGAIN}"
+            f"{fpath}: holds {shape} instead of {(k, d_vit)} (prototypes, d_vit). {REFIT}"
         )
     return scorer
 
 
-def _as(
+def _configured(
     cfg: config.Random | config.Pca | config.KMeans, scorer: base.Prototypes, k: int
 ) -> base.Prototypes:
-    """The first k prototypes, used as the config says."""
+    """The first k prototypes, with the config's similarity and signs."""
     if isinstance(cfg, config.Pca):
         return (pca.both_signs(scorer) if cfg.both_signs else scorer).prefix(k)
     return dataclasses.replace(scorer, similarity=cfg.similarity).prefix(k)
@@ -150,10 +151,10 @@ def _name(cfg: config.Scorer) -> str:
 
 
 def _key(cfg: config.Scorer, data: data_config.Shards, seed: int) -> str:
-    """Of what is fitted, not of how it is then used."""
-    used = ("similarity", "both_signs")
+    """Hash of what affects the fit. Settings that only affect scoring are not included."""
+    scoring = ("similarity", "both_signs")
     parts = {
-        "cfg": {k: v for k, v in fields.identity(cfg).items() if k not in used},
+        "cfg": {k: v for k, v in fields.identity(cfg).items() if k not in scoring},
         "revision": REVISION,
         "activations": reader.Reader(data).hash,
         "seed": None if isinstance(cfg, config.Pca) else seed,
@@ -171,7 +172,7 @@ def _load_sae(cfg: config.Sae, data: data_config.Shards) -> sae.SaeLatents:
 
 @beartype.beartype
 def save(scorer: base.Scorer, fpath: pathlib.Path | str) -> None:
-    """Writes a scorer atomically. An SAE's file is its checkpoint, so all its latents are saved."""
+    """Writes a scorer atomically. For an SAE it writes the checkpoint, so all latents are saved."""
     if isinstance(scorer, sae.SaeLatents):
         return nn.save(scorer.sae, fpath)
     payload = tensors.dump(scorer.saved())
@@ -182,19 +183,19 @@ def save(scorer: base.Scorer, fpath: pathlib.Path | str) -> None:
 
 @beartype.beartype
 def load(fpath: pathlib.Path | str) -> base.Scorer:
-    """Loads a scorer that protoeval.py or `save` wrote, or an SAE checkpoint (all its latents).
+    """Loads a scorer that protoeval.py or `save` wrote, or all latents of an SAE checkpoint.
 
     Raises:
-        UserError: see `checkpoint.read`; also tensors that do not fit the header.
+        UserError: as `checkpoint.read`; or the tensors are not prototypes.
     """
     fpath = fields.path(fpath)
     if checkpoint.kind(fpath) == "sae":
         model = nn.load(fpath)
         return sae.SaeLatents(model, model.d_sae)
     header, payload = checkpoint.read(fpath, "scorer")
-    found = tensors.load(payload, str(fpath), AGAIN)
+    found = tensors.load(payload, str(fpath), REFIT)
     try:
-        if "vectors_KD" in found:  # the prototypes themselves, exactly
+        if "vectors_KD" in found:  # saved exactly, without subtracting the mean
             build, first = base.Prototypes.of, found["vectors_KD"]
         else:
             build, first = base.Prototypes, found["direction_KD"]
@@ -203,9 +204,9 @@ def load(fpath: pathlib.Path | str) -> base.Scorer:
             raise ValueError(f"its prototypes have shape {tuple(scorer.direction_KD.shape)}")
         if {scorer.direction_KD.dtype, scorer.mean_D.dtype} != {torch.float32}:
             raise ValueError(f"its prototypes are {scorer.direction_KD.dtype}")
-    except Exception as err:  # names, types or shapes that do not fit
+    except Exception as err:  # names, types or shapes that do not match
         raise errors.UserError(
-            f"{fpath}: its tensors are no prototypes ({errors.first_line(err)}). {AGAIN}"
+            f"{fpath}: its tensors are not prototypes ({errors.first_line(err)}). {REFIT}"
         ) from err
-    tensors.check_finite(found, str(fpath), AGAIN)
+    tensors.check_finite(found, str(fpath), REFIT)
     return scorer

@@ -35,8 +35,7 @@ class Train:
     batch_size: int = fields.stream(4096)
     """Activations in each step."""
     lr: float | None = None
-    """Adam's learning rate after warm-up. Default: 4e-4 for sae:relu; for the others 4e-3 up to 1,000 steps,
-    then 4e-3 x sqrt(1,000 / steps) (measured in logbook 008 and 020)."""
+    """Adam's learning rate after warm-up. Default: the architecture's (see the help of sae:NAME)."""
     n_lr_warmup: int = 500
     """Steps of linear learning-rate warm-up (at most a tenth of all steps)."""
     lr_decay: tp.Literal["constant", "linear", "cosine"] = "linear"

@@ -1,4 +1,4 @@
-"""What tells one architecture from another: one module each, found by the class of its config (`saev.nn.config`)."""
+"""The architectures, one module each. `of` finds one by the class of its config (`saev.nn.config`)."""
 
 import importlib
 import pkgutil
@@ -11,5 +11,5 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def of(cfg: config.Sae) -> base.Architecture:
-    """The architecture that this config is for."""
+    """Returns the architecture of this config."""
     return base.REGISTRY[type(cfg)](cfg)

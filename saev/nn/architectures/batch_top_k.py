@@ -1,4 +1,7 @@
-"""BatchTopK: the k x B largest pre-activations of a batch; in evaluation mode, those above a learned threshold. B batch, S latents."""
+"""BatchTopK: the k x B largest pre-activations of a batch; at inference, those above a learned threshold.
+
+Shape letters: B batch, D d_vit, S latents, K the first K latents, n sparse codes.
+"""
 
 import beartype
 import torch
@@ -41,7 +44,8 @@ class BatchTopK(base.Architecture, cfg=config.BatchTopK):
 
     @torch.no_grad()
     def _update_threshold(self, sae, f: Tensor) -> None:
-        """Moving average of the smallest value that fired; the first batch sets it. f: codes of any shape."""
+        """Updates the moving average of the smallest firing code of f (any shape); the first batch sets
+        it."""
         if f.numel() == 0:
             return
         least = torch.where(f > 0, f, torch.inf).min()

@@ -1,4 +1,7 @@
-"""JumpReLU: a learned threshold for each latent, and an L0 penalty. B batch, D d_vit, S latents, K of them, n sparse codes."""
+"""JumpReLU: a learned threshold per latent, and an L0 penalty.
+
+Shape letters: N activations, B batch, D d_vit, S latents, K the first K latents, n sparse codes.
+"""
 
 import math
 
@@ -10,19 +13,21 @@ from saev.nn.architectures import base
 from saev.nn.architectures.base import Coded
 
 MIN_THRESHOLD = 0.01
-"""Least threshold at the start."""
+"""Lower limit of initial thresholds."""
 START_CODES = 2**22
-"""Pre-activations to choose it by."""
+"""About how many pre-activations `initialize` looks at."""
 
 
 class JumpRelu(base.Architecture, cfg=config.JumpRelu):
     def start(self, sae) -> None:
-        pays = math.sqrt(self.cfg.sparsity_coeff * sae.d_vit)  # f^2 / d_vit = sparsity_coeff
-        start = self.cfg.init_threshold or max(MIN_THRESHOLD, pays)
+        # A code f lowers the loss by about f^2 / d_vit, and costs sparsity_coeff.
+        break_even = math.sqrt(self.cfg.sparsity_coeff * sae.d_vit)
+        start = self.cfg.init_threshold or max(MIN_THRESHOLD, break_even)
         sae.log_threshold = torch.nn.Parameter(torch.full((sae.d_sae,), math.log(start)))
 
     def initialize(self, sae, x_ND: Tensor) -> None:
-        """Thresholds that no latent reaches would never get a gradient: at the start one latent fires per activation, or more."""
+        """Lowers thresholds so that on average at least one latent fires per activation and gets
+        gradients."""
         if self.cfg.init_threshold:
             return
         n_rows = max(16, START_CODES // sae.d_sae)

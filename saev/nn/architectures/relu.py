@@ -10,13 +10,14 @@ from saev.nn.architectures import base
 from saev.nn.architectures.base import Coded
 
 CHUNK_BYTES = 8 * 2**20
-"""Codes of the samples that `_DenseStep` handles at a time."""
+"""Size of the codes that `_DenseStep` computes at a time."""
 
 
 class _DenseStep(torch.autograd.Function):
-    """The step while many latents fire: five dense products and little else.
+    """Loss and gradients while many latents fire, in little more than five dense products.
 
-    Some samples at a time, so that what lies between the products stays in a CPU's cache; gradients are computed on the way.
+    It handles some samples at a time, so that everything between the products stays in a CPU's cache, and
+    computes the gradients in the forward pass.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""TopK: the k largest pre-activations of each sample. B batch, S latents, n sparse codes."""
+"""TopK: the k largest pre-activations of each sample. B batch, D d_vit, S latents, n sparse codes."""
 
 from torch import Tensor
 
@@ -25,5 +25,5 @@ class TopK(base.Architecture, cfg=config.TopK):
         return sparse.top_k(encoder, xc_BD, self.cfg.top_k, self.cfg.keep_negative)
 
     def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> Coded:
-        # on a GPU places with values that are not positive are among the codes
+        # on a GPU, codes that are not positive are kept as places
         return Coded(pre_n if self.cfg.keep_negative else pre_n.relu())

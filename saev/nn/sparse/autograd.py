@@ -1,8 +1,10 @@
-"""Differentiable encoding and decoding through sparse codes. B batch, D d_vit, S latents, O rows of codes, P prefixes, n codes.
+"""Differentiable encoding and decoding through sparse codes.
 
-A step reads only the rows of W_dec whose latents fire. Its gradient needs <g, W_dec[s]> only where latent s fires, and
-the gradients of both weight matrices are sums over the samples in which a latent fires. So nothing here costs B x S
-except the encoder's product. Results equal those of dense autograd.
+Shape letters: B batch, D d_vit, S latents, O rows of codes, P prefixes, n codes.
+
+A step reads only the rows of W_dec whose latents fire. Its gradient needs <g, W_dec[s]> only where latent s
+fires, and the gradients of both weight matrices are sums over the samples in which a latent fires. So nothing
+here costs B x S except the encoder's product. Results equal those of dense autograd.
 """
 
 import typing as tp
@@ -95,8 +97,8 @@ def reconstruct(
     """Reconstructs x by each prefix of the dictionary; prefix p holds the latents below end[p].
 
     Returns:
-        The mean squared error over samples, prefixes and dimensions, differentiable in the codes, W_dec and b_dec;
-        and the reconstructions by the last prefix, without gradient.
+        The mean squared error over samples, prefixes and dimensions, differentiable in the codes, W_dec and
+        b_dec; and the reconstructions by the last prefix, without gradient.
     """
     if not kernels.available(x_BD):
         B, P = len(x_BD), len(end_P)
@@ -181,5 +183,6 @@ def pre_activations(
     x_BD: Float[Tensor, "B D"],
     is_bfloat16: bool = False,
 ) -> Float[Tensor, "B S"]:
-    """(x - b_dec) W_enc + b_enc. Differentiable in the parameters, not in x. `is_bfloat16` multiplies in bfloat16."""
+    """(x - b_dec) W_enc + b_enc, differentiable in the parameters, not in x. is_bfloat16: multiply in
+    bfloat16."""
     return _Linear.apply(W_enc, b_enc, b_dec, x_BD, is_bfloat16)

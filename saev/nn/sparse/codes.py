@@ -1,4 +1,7 @@
-"""Sparse codes, and sums of table rows that they select. B batch, D d_vit, S latents, O rows of codes, R table rows, n codes."""
+"""Sparse codes, and sums of the table rows that they select.
+
+Shape letters: B batch, D d_vit, S latents, O rows of codes, P parts of a row, R table rows, n codes.
+"""
 
 import dataclasses
 import functools

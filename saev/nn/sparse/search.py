@@ -1,4 +1,4 @@
-"""Finds which latents fire. B batch, D d_vit, S latents, C samples of a part, R rows, K codes of a row, n codes."""
+"""Finds which latents fire. B batch, C part of a batch, R some rows, D d_vit, S latents, K top k, n codes."""
 
 import collections.abc
 import functools
@@ -14,9 +14,9 @@ from saev.nn import kernels
 from saev.nn.sparse.codes import Codes, Index
 
 PART_BYTES, N_PARTS = 2 * 2**20, 16
-"""A CPU searches a batch in parts. Their number is a multiple of N_PARTS; pre-activations of a part take at most PART_BYTES.
-
-So they stay in a core's cache. The parts, and so all results, do not depend on the number of threads.
+"""A CPU searches a batch in parts. Their number is a multiple of N_PARTS, and a part's pre-activations take
+at most PART_BYTES, so they stay in a core's cache. The parts do not depend on the number of threads, so no
+result does.
 """
 
 T = tp.TypeVar("T")
@@ -90,7 +90,7 @@ def _index(latent_n: np.ndarray, n_B: np.ndarray, n_latents: int) -> Index:
 def top_k(
     encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int, keep_negative: bool = False
 ) -> Codes:
-    """The k largest pre-activations of each row. Those that are not positive are dropped, unless `keep_negative`.
+    """Finds the k largest pre-activations of each row; only positive ones unless `keep_negative`.
 
     Ties: a CPU keeps the lowest latents; a GPU keeps any.
     """
@@ -180,9 +180,9 @@ def dense(encoder: Encoder, xc_BD: Tensor) -> Float[Tensor, "B S"]:
 
 
 class BatchSearch:
-    """Finds the k x B largest positive pre-activations of a batch; ties with the smallest of them are all kept.
+    """Finds the k x B largest positive pre-activations of a batch, and all ties with the smallest of them.
 
-    It remembers about where the smallest one was in the last batch. That saves time and does not change the result.
+    It starts from about the smallest one of the last batch, which saves time and does not change the result.
 
     Args:
         gather: with several processes, each of which has a part of the batch, collects the values of all.
