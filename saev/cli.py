@@ -1,13 +1,20 @@
-"""The command line: tyro, with whole numbers such as 1e6, help that fits any terminal, and wrong flags told in one line."""
+"""The command line: tyro, with integers such as 1e6, help that fits any terminal, and errors in one line."""
 
+import ast
 import collections.abc
 import contextlib
+import dataclasses
 import decimal
+import inspect
 import io
+import itertools
 import os
+import pathlib
 import re
 import shutil
 import sys
+import textwrap
+import types
 import typing as tp
 
 import beartype
@@ -17,17 +24,17 @@ from saev import errors
 
 CONFIG = (tyro.conf.CascadeSubcommandArgs,)
 MOST_DIGITS = 30
-"""Of a whole number; the configs' own bounds are far below."""
+"""Most digits of an integer. The bounds of all fields are far below."""
 WIDTHS = (60, 160)
-"""Columns of the help; tyro does not end in narrower terminals."""
+"""Least and most columns of the help. In narrower terminals tyro never returns."""
 
 
 @beartype.beartype
 def whole_number(text: str) -> int:
-    """'1_000', '1e6' or '2.5e5' -> the integer that it is exactly.
+    """Parses an integer such as '1_000', '1e6' or '2.5e5'.
 
     Raises:
-        ValueError: it is none, or has more than 30 digits.
+        ValueError: the text is not an integer, or has more than 30 digits.
     """
     try:
         number = decimal.Decimal(text)
@@ -39,7 +46,7 @@ def whole_number(text: str) -> int:
 
 
 def _integers(info: tyro.constructors.PrimitiveTypeInfo) -> tp.Any:
-    """tyro's rule for fields of type int."""
+    """tyro's rule for int."""
     if info.type is not int:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -51,8 +58,30 @@ def _integers(info: tyro.constructors.PrimitiveTypeInfo) -> tp.Any:
     )
 
 
+def _joined_help(info: tyro.constructors.StructTypeInfo) -> None:
+    """Gives tyro each field's docstring as one line; it would keep the source's line breaks.
+
+    As a rule of tyro's registry, it sees each config class before tyro reads its fields. It constructs nothing.
+    """
+    if not dataclasses.is_dataclass(info.type):
+        return
+    texts = {}
+    for cls in filter(dataclasses.is_dataclass, reversed(info.type.__mro__)):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        for field, doc in itertools.pairwise(tp.cast(ast.ClassDef, definition).body):
+            match field, doc:
+                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    texts[name] = " ".join(text.split())
+    for field in dataclasses.fields(info.type):
+        if field.name in texts:
+            field.metadata = types.MappingProxyType({**field.metadata, "help": texts[field.name]})
+
+
 REGISTRY = tyro.constructors.ConstructorRegistry()
 REGISTRY.primitive_rule(_integers)
+HELP_REGISTRY = tyro.constructors.ConstructorRegistry()
+HELP_REGISTRY.primitive_rule(_integers)
+HELP_REGISTRY.struct_rule(_joined_help)
 
 
 @beartype.beartype
@@ -62,11 +91,11 @@ def parse(
     description: str = "",
     **kwargs: tp.Any,
 ) -> tp.Any:
-    """What tyro makes of the command line (by default sys.argv's).
+    """Parses `args` (by default, the command line) into an instance of `cls`.
 
     Raises:
-        UserError: an unknown flag, or a value that its flag cannot hold.
-        SystemExit: help was asked for and printed.
+        UserError: an unknown flag, or an invalid value.
+        SystemExit: the help was printed.
     """
     args = list(sys.argv[1:] if args is None else args)
     is_help = bool({"-h", "--help"} & set(args))
@@ -74,7 +103,13 @@ def parse(
     try:
         with _columns(is_help), contextlib.redirect_stderr(complaint):
             return tyro.cli(
-                cls, args=args, description=description, config=CONFIG, registry=REGISTRY, **kwargs
+                cls,
+                prog=_prog(),
+                args=args,
+                description=description,
+                config=CONFIG,
+                registry=HELP_REGISTRY if is_help else REGISTRY,
+                **kwargs,
             )
     except SystemExit as err:
         if err.code in (0, None):
@@ -82,9 +117,17 @@ def parse(
     raise errors.UserError(_one_line(complaint.getvalue()))
 
 
+def _prog() -> str:
+    """The command as it was called: train.py, saev train, or python -m saev.data."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or sys.argv[0].startswith("saev "):
+        return pathlib.Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
 @contextlib.contextmanager
 def _columns(is_help: bool) -> collections.abc.Generator[None]:
-    """Sets the width that tyro sees. An error is set in one wide line, so that no word of it is cut."""
+    """Sets the width that tyro sees. Errors get one wide line, so that no word is hyphenated."""
     before = os.environ.get("COLUMNS")
     width = min(max(shutil.get_terminal_size().columns, WIDTHS[0]), WIDTHS[1])
     os.environ["COLUMNS"] = str(width if is_help else 10_000)
@@ -97,7 +140,7 @@ def _columns(is_help: bool) -> collections.abc.Generator[None]:
 
 
 def _one_line(box: str) -> str:
-    """The first section of the box that tyro draws, and what it thinks was meant."""
+    """The error in the box that tyro draws, with its suggestion."""
     lines = [" ".join(line.strip("│╭╮╰╯|+ ").split()) for line in box.splitlines()[1:]]
     rulers = (line and not line.strip("─-") for line in lines)
     joined = " ".join(

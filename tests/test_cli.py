@@ -1,10 +1,12 @@
 """The command line: numbers, the width of help, and errors of one line."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
@@ -75,6 +77,43 @@ def test_help_in_any_terminal(columns: str) -> None:
         command, cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=60
     )
     assert "--ckpt-to" in done.stdout and max(map(len, done.stdout.splitlines())) <= 160
+
+
+def test_help_joins_the_lines_of_a_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    """tyro by itself would break the line where the source does. A base class's fields are joined too."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Base:
+        length: int = 3
+        """A help text that the source breaks
+        here (and that goes on)."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Derived(Base):
+        width: int = 4
+        """Another one, broken before
+        --a-flag."""
+
+    with mock.patch.dict(os.environ, COLUMNS="160"), pytest.raises(SystemExit):
+        cli.parse(Derived, ["--help"])
+    out = capsys.readouterr().out
+    assert "that the source breaks here (and that goes on). (default: 3)" in out
+    assert "Another one, broken before --a-flag. (default: 4)" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        (["-m", "saev", "verify"], "saev verify [-h] DIR [DIR ...]"),
+        (["-m", "saev.data.verify"], "python -m saev.data.verify [-h] DIR [DIR ...]"),
+        (["-m", "saev.data"], "python -m saev.data [-h] [OPTIONS]"),
+        (["train.py"], "train.py [-h] [OPTIONS]"),
+    ],
+)
+def test_usage_names_the_command_as_it_was_called(command: list[str], usage: str) -> None:
+    command = [sys.executable, *command, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.startswith(f"usage: {usage}")
 
 
 def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

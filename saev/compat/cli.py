@@ -27,7 +27,6 @@ def main() -> None:
             ),
             tyro.conf.Positional,
         ],
-        prog="saev convert",
         description="Converts SAEs from and to the formats of other libraries.",
     )
     if verb == "export" and library != "saelens":

@@ -1,4 +1,4 @@
-"""Check shard directories against their checksums: `python -m saev.data.verify DIR [DIR ...]`."""
+"""Checks shard directories against their checksums: `python -m saev.data.verify DIR [DIR ...]`."""
 
 if __name__ == "__main__":  # before the imports below, which take time
     from saev import early
@@ -98,12 +98,14 @@ def main() -> None:
         tp.Annotated[
             tuple[str, ...],
             tyro.conf.arg(
-                name="dirs", help="Shard directories, as `python -m saev.data` printed them."
+                name="dirs",
+                metavar="DIR [DIR ...]",
+                help="Shard directories, as printed by `python -m saev.data`.",
+                help_behavior_hint="",
             ),
             tyro.conf.Positional,
         ],
         description="Checks shard directories against their checksums.",
-        prog="python -m saev.data.verify",
     )
     if not dpaths:
         raise errors.UserError("name at least one shard directory.")

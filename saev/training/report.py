@@ -23,7 +23,11 @@ from saev import cli, errors, fields, launch
 class Report:
     """Prints training runs as a table and plots normalised MSE against L0."""
 
-    runs: tp.Annotated[tuple[fields.Path, ...], tyro.conf.Positional]
+    runs: tp.Annotated[
+        tuple[fields.Path, ...],
+        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint=""),
+        tyro.conf.Positional,
+    ]
     """Run directories (checkpoints/RUN) or folders of them."""
     csv: fields.Path = ""
     """Also write the table to this CSV file."""
@@ -35,8 +39,7 @@ class Report:
 
 
 def main() -> None:
-    prog = "python -m saev.training.report"
-    cfg = cli.parse(Report, description=tp.cast(str, Report.__doc__), prog=prog)
+    cfg = cli.parse(Report, description=tp.cast(str, Report.__doc__))
     if not cfg.runs:
         raise errors.UserError("name at least one run directory, or a folder of them.")
     from saev.report import charts, frame, tables  # after --help, which need not wait for them
