@@ -1,6 +1,6 @@
-"""Sparse autoencoders for vision transformers: dump activations, train, look, evaluate.
+"""Sparse autoencoders for vision transformers: dump activations, train, show images, evaluate.
 
-The parts are imported when first used: `saev.nn`, `saev.data`, `saev.scorers`, `saev.protoeval`.
+`saev.nn`, `saev.data`, `saev.scorers` and `saev.protoeval` are imported when first used.
 """
 
 import typing as tp

@@ -7,7 +7,7 @@ from saev import commands, early
 
 
 def main() -> tp.NoReturn:
-    """Runs the command that the first word names; without one, or for --help, lists the commands."""
+    """Runs the command named by the first argument. Without one, or for --help, lists the commands."""
     early.install()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in commands.COMMANDS:

@@ -61,7 +61,8 @@ def _integers(info: tyro.constructors.PrimitiveTypeInfo) -> tp.Any:
 def _joined_help(info: tyro.constructors.StructTypeInfo) -> None:
     """Gives tyro each field's docstring as one line; it would keep the source's line breaks.
 
-    As a rule of tyro's registry, it sees each config class before tyro reads its fields. It constructs nothing.
+    As a rule of tyro's registry, it sees each config class before tyro reads its fields. It constructs
+    nothing.
     """
     if not dataclasses.is_dataclass(info.type):
         return

@@ -1,4 +1,4 @@
-"""The commands, as the root scripts and the installed `saev` call them. Imports nothing that takes time."""
+"""The commands that the root scripts and the installed `saev` call. Imports quickly."""
 
 import importlib
 import typing as tp
@@ -9,17 +9,17 @@ COMMANDS = {
     "data": ("saev.data.cli", "dump the activations of a pretrained ViT"),
     "verify": ("saev.data.verify", "compare shard directories with their checksums"),
     "train": ("saev.training.cli", "train sparse autoencoders"),
-    "report": ("saev.training.report", "show the runs of a sweep as a table"),
+    "report": ("saev.training.report", "show training runs as a table"),
     "visuals": ("saev.visuals.cli", "show the images that fire each latent most"),
     "protoeval": ("saev.protoeval.cli", "evaluate prototypes on CUB-200-2011"),
     "convert": ("saev.compat.cli", "convert SAEs of other libraries"),
-    "demo": ("saev.demo.__main__", "run the whole experiment, small and real"),
+    "demo": ("saev.demo.__main__", "run the whole experiment on a small data set"),
 }
 """Name -> (module with a `main`, what it does)."""
 
 
 def run(name: str) -> tp.NoReturn:
-    """Runs a command by its name. Ctrl-C is answered while its modules are imported."""
+    """Runs a command by name. Ctrl-C works while its modules are imported."""
     early.install()
     from saev import launch
 

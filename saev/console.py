@@ -1,4 +1,4 @@
-"""What commands print. A reader that stops early (`| head`) is no error; a full disk behind the output is."""
+"""Prints results. A reader that stops early (`| head`) is not an error, a full disk is."""
 
 import collections.abc
 import contextlib
@@ -18,7 +18,7 @@ def say(text: str) -> None:
     """Prints a result.
 
     Raises:
-        UserError: it cannot be written (a full disk).
+        UserError: the disk is full.
     """
     try:
         print(text, flush=True)
@@ -30,7 +30,7 @@ def say(text: str) -> None:
 
 @beartype.beartype
 def tell(line: str) -> None:
-    """Prints to stderr, if anybody listens there."""
+    """Prints to stderr, and ignores errors: it may be closed."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
@@ -58,11 +58,11 @@ def _lines(cfg: object, prefix: str) -> collections.abc.Iterator[str]:
 
 @contextlib.contextmanager
 def flushed() -> collections.abc.Generator[None]:
-    """What is printed inside has left this process at the end. Raises as `say`."""
+    """Flushes stdout at the end. Raises as `say`."""
     try:
         yield
     except BrokenPipeError:
-        if not _is_reader_gone():  # then it was another pipe's
+        if not _is_reader_gone():  # another pipe broke
             raise
     finally:
         try:
@@ -87,5 +87,5 @@ def _not_written(err: OSError) -> errors.UserError:
 
 
 def _discard() -> None:
-    """Python would try to write the rest again as it ends, and complain."""
+    """Redirects stdout to nowhere. Python would otherwise retry at exit, and print an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

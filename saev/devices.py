@@ -1,4 +1,4 @@
-"""Chooses the device that a stage runs on."""
+"""Chooses a stage's device."""
 
 import beartype
 import torch

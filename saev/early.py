@@ -1,6 +1,6 @@
-"""What a command does before it imports anything that takes time: it answers Ctrl-C, and opens streams that are closed.
+"""Prepares a process before slow imports: handles Ctrl-C, and opens closed standard streams.
 
-Python itself needs some 20 ms to reach the first line of a program; a Ctrl-C in these is Python's to answer.
+Python needs about 20 ms to reach a program's first line. A Ctrl-C in that time is left to Python.
 """
 
 import codecs
@@ -11,12 +11,12 @@ import signal
 import sys
 import threading
 
-INTERRUPTED = "interrupted; run the same command again to go on."
+INTERRUPTED = "interrupted; run the same command again to continue."
 _is_installed = False
 
 
 def install() -> None:
-    """To be called by a command's first lines, not on import: a notebook's Ctrl-C is its own."""
+    """Call this in a command's first lines. It does not run on import, so notebooks keep their own Ctrl-C."""
     global _is_installed
     _is_installed = True
     limit_spinning()
@@ -24,13 +24,15 @@ def install() -> None:
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
-        except OSError:  # else the next file that is opened, such as a shard, gets this number and what is printed to it
+        except (
+            OSError
+        ):  # else the next opened file, such as a shard, would get this number and the output
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(fd, "w" if fd else "r", closefd=False))
     try:
         os.getcwd()  # noqa: PTH109 (pathlib takes time)
-    except OSError:  # torch's libraries end the process without a word
+    except OSError:  # torch's libraries would end the process silently
         print("error: the working folder has been removed. Change to another one.", file=sys.stderr)
         sys.exit(2)
     codecs.register_error("saev", _bytes)
@@ -40,32 +42,32 @@ def install() -> None:
 
 
 def limit_spinning() -> None:
-    """To be called before torch is imported, which is when OpenMP reads it.
+    """Makes OpenMP's threads sleep after about 0.1 ms without work. Call it before torch is imported.
 
-    OpenMP's threads look for their next work for so many rounds (a tenth of a millisecond or so) before they sleep. By
-    default they spin ten milliseconds and more, on cores that our own threads then lack.
+    By default they spin for 10 ms and more, on cores that saev's own threads need.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def ctrl_c_ends() -> None:
-    """Ctrl-C ends the process at once, in one line: while modules are imported, KeyboardInterrupt would be lost in C code.
+    """Lets Ctrl-C end the process at once, with one line. During imports, C code could swallow
+    KeyboardInterrupt.
 
-    A handler that somebody else has set (nohup's, a notebook's) stays.
+    Keeps a handler that something else has set (nohup, a notebook).
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 def ctrl_c_raises() -> None:
-    """Ctrl-C raises KeyboardInterrupt again."""
+    """Lets Ctrl-C raise KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
 def importing() -> collections.abc.Generator[None]:
-    """While a command imports what takes seconds (torch), Ctrl-C ends it at once; else KeyboardInterrupt."""
+    """Inside, while slow modules such as torch are imported, Ctrl-C ends a command at once."""
     is_ours = _is_installed and threading.current_thread() is threading.main_thread()
     if is_ours:
         ctrl_c_ends()
@@ -84,7 +86,7 @@ def _end(signum: int, frame: object) -> None:
 
 
 def _bytes(err: UnicodeError) -> tuple[bytes, int]:
-    """What the terminal's encoding lacks is printed as UTF-8, and a file's name that is not UTF-8 as it is: a script can use it."""
+    """Prints characters that the terminal's encoding lacks as UTF-8, and bytes of file names unchanged."""
     if not isinstance(err, UnicodeEncodeError):
         raise err
     return b"".join(map(_utf8, err.object[err.start : err.end])), err.end

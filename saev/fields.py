@@ -1,8 +1,8 @@
-"""The fields of configs: what each decides, and what it may hold.
+"""The roles and checks of config fields.
 
-A field without a role decides the result (an SAE's weights, a table), so it is part of the run's id. Other roles are
-declared where the field is defined, instead of its default: `log_every: int = fields.shared(50)`.
-Paths are expanded and numbers checked by one call in each `__post_init__`.
+By default a field determines the result (an SAE's weights, a table), so it is part of the run's id. Other
+roles are declared with the default: `log_every: int = fields.shared(50)`. Each `__post_init__` calls
+`settle`, which expands paths and checks numbers.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ import beartype
 from saev import errors
 
 Path = tp.Annotated[str, "path"]
-"""The type of a config's field that holds a path; `tuple[Path, ...]` holds several."""
+"""The type of a field that holds a path; `tuple[Path, ...]` holds several."""
 
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
 WIDEST = "(-9.2e18, 9.2e18)"
-"""What fits into 64 bits: for fields without an interval of their own."""
+"""Interval of fields without their own: what fits into 64 bits."""
 
 T = tp.TypeVar("T")
 
 
 class Role(enum.Enum):
-    """What a field decides: (the result?, which runs share a stream of activations?)."""
+    """What a field determines: (the result?, which runs share a stream of activations?)."""
 
     RESULT = (True, False)
     STREAM = (True, True)
@@ -37,22 +37,22 @@ class Role(enum.Enum):
 
 
 def stream(default: T | type[T]) -> T:
-    """A field that decides the stream, and so the result."""
+    """Declares a field that determines the stream, and so the result."""
     return _field(default, Role.STREAM)
 
 
 def shared(default: T | type[T]) -> T:
-    """A field that runs on one stream share, and that changes no result."""
+    """Declares a field that is equal for all runs on one stream, and does not change the result."""
     return _field(default, Role.SHARED)
 
 
 def neither(default: T | type[T]) -> T:
-    """A field that decides neither the result nor the stream."""
+    """Declares a field that determines neither the result nor the stream."""
     return _field(default, Role.NEITHER)
 
 
 def _field(default: tp.Any, role: Role) -> tp.Any:
-    """default: a value, or a class that is called for one."""
+    """default: a value, or a class that is called to make one."""
     name = "default_factory" if isinstance(default, type) else "default"
     return dataclasses.field(**{name: default}, metadata={"role": role})
 
@@ -63,22 +63,23 @@ def _roles(cls: tp.Any) -> dict[str, Role]:
 
 @beartype.beartype
 def result_names(cls: type) -> list[str]:
-    """Names of the fields that decide the result."""
+    """Names of the fields that determine the result."""
     return [name for name, role in _roles(cls).items() if role.value[0]]
 
 
 @beartype.beartype
 def stream_of(cfg: tp.Any) -> tuple[object, ...]:
-    """Values of the fields that runs on one stream share."""
+    """Values of the fields that are equal for all runs on one stream."""
     return tuple(getattr(cfg, name) for name, role in _roles(type(cfg)).items() if role.value[1])
 
 
 @beartype.beartype
 def identity(cfg: tp.Any) -> dict[str, object]:
-    """What decides the result, for a hash: the class, and the values that differ from their defaults.
+    """What determines the result, for a hash: the class, and the values that differ from their defaults.
 
-    A field that is added later changes no identity while it has its default. A default that is changed gives other
-    results for the same identity: raise the REVISION of what it decides.
+    So a new field does not change the identity of older runs. A new default does not either, although it
+    changes the
+    result: raise the REVISION of the code that uses it.
     """
     out: dict[str, object] = {"type": type(cfg).__name__}
     for field in dataclasses.fields(cfg):
@@ -90,20 +91,20 @@ def identity(cfg: tp.Any) -> dict[str, object]:
     return out
 
 
-# ---- what they may hold ----
+# ---- checks ----
 
 
 @beartype.beartype
 def settle(cfg: tp.Any, prefix: str = "", **intervals: str) -> None:
-    """Expands the paths of a config and checks its numbers; infinities and NaN are in no interval.
+    """Expands the paths of a config and checks its numbers. Infinities and NaN are refused.
 
     Args:
         cfg: an instance of a frozen dataclass, in its `__post_init__`.
-        prefix: what stands before the fields' names in flags: "sae." for --sae.top-k.
-        intervals: field -> what it may hold, as mathematics writes it: "[0, 1)" holds 0 and not 1.
+        prefix: of the fields' flags: "sae." for --sae.top-k.
+        intervals: allowed values of a field: "[0, 1)" includes 0 and excludes 1.
 
     Raises:
-        UserError: a number lies outside its interval, or a path cannot be expanded.
+        UserError: a number is outside its interval, or a path cannot be expanded.
     """
     for name in path_fields(type(cfg)):
         value, what = getattr(cfg, name), flag(prefix + name)
@@ -125,7 +126,7 @@ def flag(name: str) -> str:
 
 @functools.cache
 def path_fields(cls: type) -> tuple[str, ...]:
-    """Names of a config's fields whose type is `Path`, or a tuple of it."""
+    """Names of the fields whose type is `Path` or a tuple of it."""
     hints = tp.get_type_hints(cls, include_extras=True)
     return tuple(name for name, hint in hints.items() if _holds_path(hint))
 
@@ -154,16 +155,16 @@ def _plain(bound: float) -> str:
 
 @beartype.beartype
 def expand(typed: str, what: str = "") -> str:
-    """`~`, `~user`, `$VAR` and `${VAR}` become what a shell makes of them. A path that exists as typed keeps its `$`.
+    """Expands `~`, `~user`, `$VAR` and `${VAR}` as a shell does. A path that exists as typed keeps its `$`.
 
-    `./~` is a folder named ~; it is made absolute, because pathlib drops the `./`.
+    `./~`, a folder named ~, is made absolute, because pathlib drops the `./`.
 
     Args:
         typed: a path.
-        what: begins the error message: the flag.
+        what: the flag, which begins error messages.
 
     Raises:
-        UserError: no such variable (or an empty one), or no such user.
+        UserError: a variable is not set or empty, or there is no such user.
     """
     what = f"{what} {typed}:".lstrip()
     if "\0" in typed:
@@ -173,7 +174,8 @@ def expand(typed: str, what: str = "") -> str:
         expanded = os.path.expanduser(home)  # noqa: PTH111 (for which pathlib raises RuntimeError)
         if expanded == home or not os.environ.get("HOME", "~"):
             raise errors.UserError(
-                f"{what} no home folder of this name is known. Write the whole path, or ./{home} for a folder of that name."
+                f"{what} there is no such home folder. Write the whole path, or ./{home} for a folder of "
+                "that name."
             )
         home = expanded
 
@@ -181,7 +183,8 @@ def expand(typed: str, what: str = "") -> str:
         found = os.environ.get(match[1] or match[2])
         if not found:
             raise errors.UserError(
-                f"{what} the environment variable {match[0]} is not set. Set it, or write the whole path."
+                f"{what} the environment variable {match[0]} is not set. Set it, or write the "
+                "whole path."
             )
         return found
 
@@ -194,5 +197,5 @@ def expand(typed: str, what: str = "") -> str:
 
 @beartype.beartype
 def path(typed: str | os.PathLike[str]) -> pathlib.Path:
-    """`expand` for functions that notebooks call."""
+    """`expand`, for functions that notebooks call."""
     return pathlib.Path(expand(os.fspath(typed)))

@@ -1,24 +1,24 @@
-"""Command line + sweep file -> list of configs.
+"""Turns a command line and a sweep file into a list of configs.
 
-A sweep is a TOML file whose keys are the command's flags (nested tables follow the config's nesting):
+A sweep is a TOML file whose keys are the command's flags. Tables nest as the configs do:
 
     lr = [1e-4, 3e-4]               # a list is a grid axis
     [sae]
     exp_factor = [8, 16]            # crossed with lr: 4 configs
 
-    [[sae]]                         # a list of tables is one axis too: its entries vary together (paired)
+    [[sae]]                         # a list of tables is one axis: the keys of a table vary together
     type = "top-k"                  # the subcommand's name
     top_k = 32
     [[sae]]
     type = "relu"
     sparsity_coeff = 1e-3
 
-    [[paired]]                      # the same for parameters of the top level
+    [[paired]]                      # the same for top-level parameters
     lr = 1e-4
     n_lr_warmup = 500
 
-For a parameter that is itself a list (`n_train`), a list of lists is an axis. A flag that was typed wins over
-the sweep.
+For a parameter that is itself a list (`n_train`), a list of lists is an axis. Flags on the command line
+override the sweep.
 """
 
 import collections.abc
@@ -40,11 +40,11 @@ from saev import cli, errors, fields
 from saev.formats import textfile
 
 MAX_CONFIGS = 1000
-"""Of one sweep: as many as Slurm's job arrays hold by default, and parsed within half a minute."""
+"""Most configs in a sweep: Slurm's default limit for a job array. They are parsed within half a minute."""
 EXACT = 2**53
-"""Below it a float says exactly which integer was meant."""
+"""Floats below this represent integers exactly."""
 MAX_BYTES = 2**20
-"""Of a sweep file."""
+"""Largest sweep file."""
 
 Cfg = tp.TypeVar("Cfg")
 Override = dict[str, object]
@@ -58,7 +58,8 @@ def parse(
     """Parses the command line; with `--sweep`, once per configuration of the sweep.
 
     Raises:
-        UserError: the sweep file is missing, is not TOML, or has an unknown key, a wrong type or an invalid combination.
+        UserError: the sweep file is missing or is not TOML, or has an unknown key, a wrong type or an invalid
+            combination.
     """
     args = list(sys.argv[1:] if args is None else args)
     cfg = cli.parse(cls, args, description)
@@ -98,7 +99,7 @@ def _read(fpath: pathlib.Path) -> dict[str, object]:
 
 @beartype.beartype
 def expand(table: dict[str, object], cls: type, fpath: pathlib.Path) -> list[Override]:
-    """The cross product of all axes, in file order (the last axis varies fastest)."""
+    """The cross product of all axes in file order. The last axis varies fastest."""
     return _crossed([_axis(key, value, cls, fpath) for key, value in table.items()], fpath)
 
 
@@ -106,26 +107,26 @@ def _crossed(axes: list[list[Override]], fpath: pathlib.Path) -> list[Override]:
     n_configs = math.prod(map(len, axes))
     if n_configs > MAX_CONFIGS:
         raise errors.UserError(
-            f"{fpath}: is a sweep of {n_configs:,} configurations; at most {MAX_CONFIGS:,} can be run. "
-            "Shorten its lists, or vary parameters together by [[paired]]."
+            f"{fpath}: is a sweep of {n_configs:,} configurations; the limit is {MAX_CONFIGS:,}. "
+            "Shorten its lists, or use [[paired]] to vary parameters together."
         )
     return [_merged(combination, fpath) for combination in itertools.product(*axes)]
 
 
 def _merged(combination: collections.abc.Iterable[Override], fpath: pathlib.Path) -> Override:
-    """One override of several; only [[paired]] can hold a key that is also given beside it."""
+    """Merges overrides. A key can be in two of them only through [[paired]], which is an error."""
     merged: Override = {}
     for alternative in combination:
         if twice := sorted(merged.keys() & alternative.keys()):
             raise errors.UserError(
-                f"{fpath}: {twice[0]} is given twice: in [[paired]] and beside it. Drop one of them."
+                f"{fpath}: {twice[0]} is given twice: inside and outside [[paired]]. Drop one of them."
             )
         merged |= alternative
     return merged
 
 
 def _axis(key: str, value: object, cls: type, fpath: pathlib.Path) -> list[Override]:
-    """The alternatives that one key of a table gives."""
+    """The overrides of one axis: one key of a table."""
     if key != "paired":
         _owner(cls, key, fpath)  # an unknown key is reported before its value
     if _is_tuple_field(cls, key) and not _has_list(value):
@@ -148,7 +149,7 @@ def _has_list(value: object) -> bool:
 def _expand_nested(
     cls: type, key: str, table: dict[str, object], fpath: pathlib.Path
 ) -> list[Override]:
-    """Each list is an axis, except the value of a parameter that is itself a list."""
+    """As `expand`, for the table of a nested config."""
     field = next(f for f in dataclasses.fields(tp.cast(tp.Any, cls)) if f.name == key)
     members = _members(field).values()
     axes = []
@@ -161,12 +162,12 @@ def _expand_nested(
 
 def _alternatives(key: str, value: object, fpath: pathlib.Path) -> list[object]:
     if value == []:
-        raise errors.UserError(f"{fpath}: {key} is an empty list: an axis needs a value.")
+        raise errors.UserError(f"{fpath}: {key} is an empty list. Give it at least one value.")
     return value if isinstance(value, list) else [value]
 
 
 def _nested_fields(cls: type) -> set[str]:
-    """Fields that are configs of their own and not flattened: tables in the file."""
+    """Fields that are tables in the file: nested configs, unless flattened."""
     fields = dataclasses.fields(tp.cast(tp.Any, cls))
     return {f.name for f in fields if _members(f) and not _flat_members(f)}
 
@@ -185,7 +186,7 @@ def _table(value: object, key: str, fpath: pathlib.Path) -> dict[str, object]:
 def _apply(
     cls: type[Cfg], cfg: Cfg, override: Override, fpath: pathlib.Path, args: list[str]
 ) -> Cfg:
-    """The class's defaults with the override's values; unions take the member that `type` or the command line names."""
+    """The defaults with the override's values. `type` or the command line picks the member of a union."""
     values: dict[str, dict[str, object]] = {}
     for key, value in override.items():
         head, _, rest = key.partition(".")
@@ -204,18 +205,19 @@ def _apply(
 
 
 def _check_shared(configs: list[Cfg], fpath: pathlib.Path) -> None:
-    """A sweep is one job array, so flattened configs (Slurm's) cannot vary."""
+    """Refuses sweeps over flattened configs (Slurm's), because a sweep is one job array."""
     fields = dataclasses.fields(tp.cast(tp.Any, configs[0]))
     for name in [f.name for f in fields if _flat_members(f)]:
         seen = [dataclasses.asdict(getattr(cfg, name)) for cfg in configs]
         if vary := [key for key in seen[0] if len({s[key] for s in seen}) > 1]:
             raise errors.UserError(
-                f"{fpath}: {vary[0]} varies: a sweep is one job array. Give one value, or one file for each."
+                f"{fpath}: {vary[0]} varies, but a sweep is one job array. Give it one value, or use one "
+                "file per value."
             )
 
 
 def _owner(cls: type, key: str, fpath: pathlib.Path) -> str:
-    """Name of the flattened sub-config (`slurm`) that owns a top-level key; empty for the class's own fields."""
+    """The flattened config (`slurm`) that a top-level key belongs to, or "" for the class itself."""
     fields = dataclasses.fields(tp.cast(tp.Any, cls))
     if key in {f.name for f in fields if not _flat_members(f)}:
         return ""
@@ -232,7 +234,7 @@ def _owner(cls: type, key: str, fpath: pathlib.Path) -> str:
 
 
 def _flat_members(field: dataclasses.Field) -> list[tp.Any]:
-    """[dataclass] if the field is flattened into its parent's flags (tyro.conf.arg(name=""))."""
+    """[dataclass] if the field is flattened into its parent's flags (tyro.conf.arg(name="")), else []."""
     if tp.get_origin(field.type) is tp.Annotated and dataclasses.is_dataclass(
         tp.get_args(field.type)[0]
     ):
@@ -241,7 +243,7 @@ def _flat_members(field: dataclasses.Field) -> list[tp.Any]:
 
 
 def _members(field: dataclasses.Field) -> dict[str, tp.Any]:
-    """Subcommand name -> class of a union field (or the one class)."""
+    """Maps subcommand names to the classes of a union field (or its one class)."""
     typ = tp.get_args(field.type)[0] if tp.get_origin(field.type) is tp.Annotated else field.type
     union = tp.get_origin(typ) in (tp.Union, types.UnionType)
     classes = [c for c in (tp.get_args(typ) if union else (typ,)) if dataclasses.is_dataclass(c)]
@@ -250,32 +252,33 @@ def _members(field: dataclasses.Field) -> dict[str, tp.Any]:
 
 @beartype.beartype
 def subcommand_name(cls: type) -> str:
-    """tyro's name of a class: ImageFolder -> image-folder."""
+    """tyro's name for a class: ImageFolder -> image-folder."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
 
 
 def _member(
     field: dataclasses.Field, current: object, given: Override, fpath: pathlib.Path, args: list[str]
 ) -> type:
-    """The class that this configuration uses for a (union) field."""
+    """The class that this override uses for a (union) field."""
     name = given.pop("type", None)
     if name is None:
         return type(current)
     members = _members(field)
     if not isinstance(name, str) or name not in members:
         raise errors.UserError(
-            f"{fpath}: {field.name}.type = {name!r}: valid types are {', '.join(members)}."
+            f"{fpath}: {field.name}.type = {name!r}: must be one of {', '.join(members)}."
         )
     typed = [n for n in members if f"{field.name}:{n}" in args]
     if typed and typed != [name]:
         raise errors.UserError(
-            f"{fpath}: {field.name}.type is {name!r} but the command line has {field.name}:{typed[0]}. Drop one of them."
+            f"{fpath}: {field.name}.type is {name!r}, but the command line has {field.name}:{typed[0]}. "
+            "Drop one of them."
         )
     return members[name]
 
 
 def _drop_replaced(prefix: str, member: type, given: Override, args: list[str]) -> None:
-    """Of fields that say the same in different ways (`EITHER`), one that was typed replaces the sweep's."""
+    """Drops the sweep's values of alternative fields (`EITHER`) if one of these was typed."""
     either = getattr(member, "EITHER", ())
     typed = {arg.partition("=")[0].replace("_", "-") for arg in args}
     if any(f"--{prefix}.{name}".replace("_", "-") in typed for name in either):
@@ -291,7 +294,7 @@ def _build(field: dataclasses.Field, member: type, given: Override, fpath: pathl
             types_ = ["type"] if len(members) > 1 else []
             valid = [f"{prefix}{n}" for n in [*_field_names(member), *types_]]
             others = [n for n, c in members.items() if key in _field_names(c)]
-            hint = f" It is for type {' or '.join(others)}." if others else ""
+            hint = f" It belongs to type {' or '.join(others)}." if others else ""
             raise _unknown_key(f"{prefix}{key}", valid, fpath, hint)
     return _construct(member, given, prefix, fpath)
 
@@ -301,7 +304,11 @@ def _field_names(cls: type) -> list[str]:
 
 
 def _construct(cls: type[Cfg], kwargs: dict[str, object], prefix: str, fpath: pathlib.Path) -> Cfg:
-    """Calls the class with TOML's values widened to its types; one line says which key is wrong."""
+    """Calls the class with TOML's values converted to its types.
+
+    Raises:
+        UserError: a value has the wrong type or is out of range (names the key).
+    """
     hints = tp.get_type_hints(cls)
     for key, value in kwargs.items():
         kwargs[key] = widened = _widen(value, hints[key])
@@ -317,7 +324,7 @@ def _construct(cls: type[Cfg], kwargs: dict[str, object], prefix: str, fpath: pa
 
 
 def _fits(value: object, hint: tp.Any) -> bool:
-    """beartype's answer, except that each item of a list is looked at (beartype picks one) and true is no integer."""
+    """As beartype's is_bearable, but checks all items of a list, and a bool is not an int."""
     if tp.get_origin(hint) is tuple and isinstance(value, tuple):
         items = tp.get_args(hint)
         items = items[:1] * len(value) if items[-1] is ... else items
@@ -326,7 +333,7 @@ def _fits(value: object, hint: tp.Any) -> bool:
 
 
 def _wanted(hint: tp.Any) -> str:
-    """A type in the words of a TOML file."""
+    """Describes a type in TOML's terms."""
     args = [a for a in tp.get_args(hint) if a not in (types.NoneType, ...)]
     if tp.get_origin(hint) is tp.Literal:
         return f"one of {', '.join(map(repr, args))}"
@@ -336,7 +343,7 @@ def _wanted(hint: tp.Any) -> str:
 
 
 def _widen(value: object, hint: object) -> object:
-    """TOML writes 1 for 1.0, 1e6 for 1_000_000 (a float), and lists for tuples."""
+    """Converts what TOML writes: 1 to a float field, 1e6 (a float) to an int field, lists to tuples."""
     hints = (hint, *tp.get_args(hint))
     if isinstance(value, list):
         inner = next((tp.get_args(h)[0] for h in hints if tp.get_origin(h) is tuple), None)

@@ -106,7 +106,7 @@ def test_jobs_end_with_their_parent_and_the_dump_goes_on(
     assert "Traceback" not in stderr
     assert process.returncode == (-signal.SIGKILL if how == "kill" else 130)
     if how == "interrupt":
-        assert stderr.splitlines()[-1] == "interrupted; run the same command again to go on."
+        assert stderr.splitlines()[-1] == "interrupted; run the same command again to continue."
     (out,) = tmp_path.iterdir()
     assert 10 <= len(list(out.glob("acts*.json"))) < N
     done = inprocess.run(*command(cfg)[1:])  # any number of jobs goes on from any other's shards

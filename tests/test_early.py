@@ -50,7 +50,7 @@ def test_ctrl_c_while_a_command_starts(command: str, delay_s: float) -> None:
         process.send_signal(signal.SIGINT)
         rest = [line for line in process.stderr if not line.startswith("import time:")]
     if process.returncode == 130:
-        assert rest == ["interrupted; run the same command again to go on.\n"]
+        assert rest == ["interrupted; run the same command again to continue.\n"]
     else:  # it was faster
         assert process.returncode in (2, -signal.SIGINT)
         assert len(rest) == 1 and rest[0].startswith("error: ")

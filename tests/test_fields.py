@@ -129,5 +129,5 @@ def test_expand(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None
         with pytest.raises(errors.UserError, match=r"^--y \$x/a: the environment variable \$x is"):
             fields.expand("$x/a", "--y")
     monkeypatch.setenv("HOME", "")
-    with pytest.raises(errors.UserError, match="^~/a: no home folder"):
+    with pytest.raises(errors.UserError, match="^~/a: there is no such home folder"):
         fields.expand("~/a")

@@ -34,7 +34,7 @@ def test_entry() -> None:
     )
     assert ends("raise KeyboardInterrupt") == (
         130,
-        "interrupted; run the same command again to go on.\n",
+        "interrupted; run the same command again to continue.\n",
     )
     code, stderr = ends("raise RuntimeError('a bug')")
     assert code == 1 and "Traceback" in stderr  # our own bugs stay loud
@@ -147,7 +147,7 @@ def test_ctrl_c_in_the_middle_of_training(make_shards, tmp_path: pathlib.Path) -
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert stderr.strip().splitlines()[-1] == "interrupted; run the same command again to go on."
+    assert stderr.strip().splitlines()[-1] == "interrupted; run the same command again to continue."
     assert "Traceback" not in stderr
     config, metrics, state = sorted(p.name for p in logs[0].parent.iterdir())
     assert (config, metrics) == ("config.json", "metrics.jsonl") and state.startswith("state-")

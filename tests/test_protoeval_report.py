@@ -376,9 +376,9 @@ def test_broken_and_unfinished_results_are_named_and_left_out(
     for line, match in zip(
         said,
         (
-            r"edited/summary\.csv: is not as it was written .* evaluate again",
+            r"edited/summary\.csv: was changed after it was written .* evaluate again",
             r"gone/kinds\.csv: is missing",
-            r"unfinished: has no manifest\.json: it is not finished, or an older version",
+            r"unfinished: has no manifest\.json; it is unfinished, or from an older version",
         ),
         strict=True,
     ):

@@ -102,7 +102,10 @@ def test_ctrl_c_leaves_the_jobs_running_and_says_so(
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in stderr
-    assert "stopped waiting; jobs go on: " in stderr and "Cancel them with: scancel " in stderr
+    assert (
+        "stopped waiting. These jobs keep running: " in stderr
+        and "Cancel them with: scancel " in stderr
+    )
     assert not fpath.exists()
     wait_for(fpath.exists)
 

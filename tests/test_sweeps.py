@@ -125,7 +125,7 @@ BAD = {
     "lr = nan": "--lr nan: must be more than 0",
     "lr = []": "lr is an empty list",
     "[sae]\ntop_k = []": "sae.top_k is an empty list",
-    "[[sae]]\ntype = 'topk'": "sae.type = 'topk': valid types are relu, top-k, batch-top-k",
+    "[[sae]]\ntype = 'topk'": "sae.type = 'topk': must be one of relu, top-k, batch-top-k",
     "lr = ": "not valid TOML",
     "lr = " + "[" * 100_000: "not valid TOML: too deeply nested",
     "seed = " + "9" * 5000: "not valid TOML",
@@ -138,15 +138,15 @@ BAD = {
     "paired = [1]": "paired must be a table",
     "paired = []": "paired is an empty list",
     "sae = []": "sae is an empty list",
-    "[sae]\ntype = {a = 1}": "sae.type = {'a': 1}: valid types are relu, ",
-    "lr = [1.0, 2.0]\n[[paired]]\nlr = 3.0": r"lr is given twice: in \[\[paired\]\] and beside it",
+    "[sae]\ntype = {a = 1}": "sae.type = {'a': 1}: must be one of relu, ",
+    "lr = [1.0, 2.0]\n[[paired]]\nlr = 3.0": r"lr is given twice: inside and outside \[\[paired\]\]",
     "lr = {a = 1}": "lr = {'a': 1}: must be float",
     "[n_hours]\na = 1": "n_hours = {'a': 1}: must be float, not dict",
     "seed = true": "seed = True: must be int, not bool",
     "[sae]\nd_vit = 'x'": "sae.d_vit = 'x': must be int",
     "[data]\npatches = 'img'": "data.patches = 'img': must be one of 'image', 'cls', 'all'",
-    "[sae]\nsparsity_coeff = 1e-3": "unknown key 'sae.sparsity_coeff'. It is for type relu or jump-relu. Valid keys: .*sae.type",
-    "n_gpus = [0, 1]": "n_gpus varies: a sweep is one job array",
+    "[sae]\nsparsity_coeff = 1e-3": "unknown key 'sae.sparsity_coeff'. It belongs to type relu or jump-relu. Valid keys: .*sae.type",
+    "n_gpus = [0, 1]": "n_gpus varies, but a sweep is one job array",
 }
 
 
@@ -196,7 +196,7 @@ def test_a_hundred_configurations_parse_quickly(parse) -> None:
 
 def test_a_type_against_the_typed_subcommand(parse) -> None:
     with pytest.raises(
-        errors.UserError, match="sae.type is 'top-k' but the command line has sae:relu. Drop one"
+        errors.UserError, match="sae.type is 'top-k', but the command line has sae:relu. Drop one"
     ):
         parse("[[sae]]\ntype = 'top-k'", "sae:relu")
 

@@ -1,4 +1,4 @@
-"""manifest.json: the checksums of a finished folder's files, for those that a later command reads and believes."""
+"""manifest.json: checksums of the files in a finished folder, which later commands check."""
 
 import collections.abc
 import pathlib
@@ -16,12 +16,12 @@ MAX_BYTES = 2**34
 
 class Manifest(msgspec.Struct):
     files: dict[str, str]
-    """Name -> XXH3-128 of its bytes."""
+    """Name -> XXH3-128 of the bytes."""
 
 
 @beartype.beartype
 def write(dpath: pathlib.Path, names: collections.abc.Iterable[str]) -> None:
-    """Writes a folder's manifest, atomically. Last: a folder without one is not finished."""
+    """Writes a folder's manifest atomically. Call it last: a folder without one is unfinished."""
     sums = {name: _checksum((dpath / name).read_bytes()) for name in names}
     helpers.write_text(dpath / NAME, jsonfile.seal({"files": sums}))
 
@@ -30,16 +30,16 @@ def write(dpath: pathlib.Path, names: collections.abc.Iterable[str]) -> None:
 def read(
     dpath: pathlib.Path, names: collections.abc.Iterable[str], remedy: str
 ) -> dict[str, bytes]:
-    """Name -> bytes of some of the files that a folder's manifest lists.
+    """Reads files that a folder's manifest lists: name -> bytes.
 
     Raises:
-        UserError: no manifest, or one of the files is missing or not as it was written.
+        UserError: there is no manifest, or a file is missing or was changed.
     """
     try:
         sums = jsonfile.read_sealed(dpath / NAME, Manifest, remedy).files
     except FileNotFoundError as err:
         raise errors.UserError(
-            f"{dpath}: has no {NAME}: it is not finished, or an older version wrote it. {remedy}"
+            f"{dpath}: has no {NAME}; it is unfinished, or from an older version. {remedy}"
         ) from err
     out = {}
     for name in names:
@@ -48,7 +48,9 @@ def read(
         except FileNotFoundError as err:
             raise errors.UserError(f"{dpath / name}: is missing. {remedy}") from err
         if sums.get(name) != _checksum(out[name]):
-            raise errors.UserError(f"{dpath / name}: is not as it was written (checksum). {remedy}")
+            raise errors.UserError(
+                f"{dpath / name}: was changed after it was written (checksum). {remedy}"
+            )
     return out
 
 

@@ -1,6 +1,6 @@
-"""Results of protoeval: what is measured, what it is of, and the columns of its files.
+"""Results of protoeval: a cell's measurements, how they were made, and the columns of the files.
 
-T traits, R draws of the train images, M bootstrap resamples of the test images.
+T traits, R draws of train images, M bootstrap resamples of the test images.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from jaxtyping import Float64, Int64
 from saev import helpers
 
 CONSTANT, PROBE, BASELINE = "constant", "Linear probe", "Random"
-"""Classes of the scorers that others are compared with: the constant scorer, the supervised reference, random activations."""
+"""Scorers that others are compared with: one constant score, a supervised probe, random activations."""
 REFERENCES = (CONSTANT, PROBE)
 
 FILES = ("about.json", "summary.csv", "kinds.csv", "resamples.npz", "traits.parquet", "table.md")
-"""The files of a results directory that later commands read. Its manifest lists them all."""
+"""Files of a results directory that later commands read. Its manifest lists them."""
 
 CELL = {"scorer": pl.String, "n_prototypes": pl.Int64, "n_train": pl.Int64}
-"""Columns that name a cell of the grid."""
+"""Columns that identify a cell of the grid."""
 SUMMARY = CELL | {
     **dict.fromkeys(("map", "low", "high", "spread", "q05", "q95"), pl.Float64),
     **dict.fromkeys(("n_traits", "n_traits_without_train_positives"), pl.Int64),
@@ -51,10 +51,10 @@ TRAITS = (
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class ScorerId:
-    """A scorer by what decides it."""
+    """A scorer's name and everything that determines it."""
 
     name: str
-    """In tables. It tells a reader which scorer it is; no code reads it."""
+    """Shown in tables; not parsed by code."""
     settings: dict[str, tp.Any]
     """Class, settings, seed, and the hashes of its checkpoint and of the activations."""
 
@@ -68,21 +68,21 @@ class ScorerId:
 
     @property
     def seedless(self) -> "ScorerId":
-        """The same for every seed."""
+        """The scorer without its seed."""
         return ScorerId(self.name, {k: v for k, v in self.settings.items() if k != "seed"})
 
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a table is of."""
+    """How a table was made."""
 
     vit: str
     layer: int
     tokens: str
     shards: list[str]
     labels: str
-    """Hash of paths, split, traits and labels, and of whatever else than usual is measured."""
+    """Hash of paths, split, traits, labels, and non-default settings of the measurement."""
     min_certainty: int
     seed: int
     n_seeds: int
@@ -90,23 +90,23 @@ class About:
     created: str
     """ISO 8601, UTC."""
     scorers: dict[str, dict[str, tp.Any]]
-    """By name in the table, all that decides a scorer: class, settings, the hashes of its checkpoint and of what it was fitted on."""
+    """Name in the table -> class, settings, and hashes of its checkpoint and of the data it was fitted on."""
     activations: list[str] = dataclasses.field(default_factory=list)
-    """Hashes of the train and of the test activations."""
+    """Hashes of the train and test activations."""
     problems: list[str] = dataclasses.field(default_factory=list)
-    """What is implausible about the labels, or was left out, where --force went on all the same."""
+    """Implausible labels and ignored images that --force accepted."""
     chosen_on: str = ""
-    """Number of images that prototypes are chosen on, and of which split: "5,994 train images"."""
+    """Number and split of the images that prototypes are chosen on: "5,994 train images"."""
     measured_on: str = ""
     n_classes: int = 0
     left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """By split, paths of the images that the dump recorded as corrupt."""
+    """Split -> paths of images that the dump recorded as corrupt."""
     annotations: str = "any"
     n_zero: int = 0
     """Traits without a positive test image that count as AP 0."""
 
     def scorer(self, name: str) -> ScorerId:
-        """The scorer that this table gives a name. The constant one is the same in every table."""
+        """The scorer with this name in the table. The constant scorer is the same in every table."""
         if name == CONSTANT:
             return ScorerId(name, {"cls": CONSTANT})
         splits = dict(zip(("activations", "test"), dict.fromkeys(self.activations), strict=False))
@@ -121,17 +121,17 @@ class Row(tp.NamedTuple):
     n_prototypes: int
     n_train: int
     best_RT: Int64[np.ndarray, "R T"]
-    """Chosen prototype of each trait."""
+    """Prototype chosen for each trait."""
     train_ap_RT: Float64[np.ndarray, "R T"]
-    """Its AP on the train images it was chosen on; NaN where these hold no positive."""
+    """Its AP on the train images it was chosen on; NaN without a positive among them."""
     test_ap_RT: Float64[np.ndarray, "R T"]
-    """Its AP on all test images; NaN where these hold no positive."""
+    """Its AP on all test images; NaN without a positive among them."""
     boot_RM: Float64[np.ndarray, "R M"]
-    """mAP of each draw on resamples of the test images, the same resamples for all rows."""
+    """mAP of each draw on resamples of the test images. All rows share the resamples."""
 
     @property
     def measured_T(self) -> Float64[np.ndarray, " T"]:
-        """Test APs, means over draws, of the traits that have one."""
+        """Test APs, averaged over draws, of the traits that have one."""
         ap_T = self.test_ap_RT.mean(axis=0)
         return ap_T[~np.isnan(ap_T)]
 
@@ -142,25 +142,28 @@ class Row(tp.NamedTuple):
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the mAP over draws; NaN of one draw."""
+        """Standard deviation of the mAP over draws; NaN with one draw."""
         if len(self.test_ap_RT) < 2 or not len(self.measured_T):
             return float("nan")
         return float(np.nanmean(self.test_ap_RT, axis=1).std(ddof=1))
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of the mAP (mean over draws) over test images, by the bootstrap; NaN without resamples."""
+        """95% bootstrap interval over test images of the mAP (averaged over draws); NaN without resamples."""
         return interval(self.boot_RM.mean(axis=0), self.mean_ap)
 
     @property
     def quantiles(self) -> tuple[float, float]:
-        """5% and 95% quantiles over the same traits."""
+        """5% and 95% quantiles of AP over traits."""
         return _quantiles(self.measured_T, 0.05, 0.95)
 
 
 @beartype.beartype
 def interval(boot_M: np.ndarray, value: float) -> tuple[float, float]:
-    """95% interval: quantiles of the bootstrap distribution, centred on the value: images drawn twice rank together, which raises every AP a little."""
+    """95% interval: quantiles of the bootstrap distribution, shifted so that its mean is `value`.
+
+    The shift removes a small bias: images that are drawn twice rank together, which raises every AP.
+    """
     low, high = _quantiles(boot_M, 0.025, 0.975)
     shift = value - float(boot_M.mean()) if len(boot_M) else 0.0
     return low + shift, high + shift
@@ -184,7 +187,7 @@ def group(trait: str) -> str:
 
 @beartype.beartype
 def kind(trait: str) -> str:
-    """What a trait is about, by the last word of its group."""
+    """A trait's kind, from the last word of its group: has_wing_color::blue -> colour."""
     last = group(trait).rpartition("_")[2]
     return {"color": "colour"}.get(last, last if last in KINDS else "other")
 
@@ -194,7 +197,8 @@ def kind(trait: str) -> str:
 
 @beartype.beartype
 def write_resamples(fpath: pathlib.Path, rows: list[Row]) -> None:
-    """Writes each row's `boot_RM`, in the order of summary.csv, atomically: other results are held against these rows."""
+    """Writes each row's `boot_RM` atomically, in the order of summary.csv, for comparisons with other
+    results."""
     with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
         arrays = {str(i): row.boot_RM for i, row in enumerate(rows)}
         np.savez_compressed(fd, allow_pickle=False, **arrays)
@@ -202,10 +206,10 @@ def write_resamples(fpath: pathlib.Path, rows: list[Row]) -> None:
 
 @beartype.beartype
 def read_resamples(data: bytes, n_rows: int) -> list[np.ndarray]:
-    """What `write_resamples` wrote.
+    """Reads what `write_resamples` wrote.
 
     Raises:
-        OSError, ValueError, KeyError: not such a file.
+        OSError, ValueError, KeyError: it is not such a file.
     """
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         out = [arrays[str(i)] for i in range(n_rows)]

@@ -10,7 +10,7 @@ in full.
         images.jsonl     per image, in order, {"path": ..., "label": ...}; path is relative to the dataset
         transform.json   how an image became the ViT's input (for heat maps)
         acts000000.xxh3  checksums of the pieces of the shard (`pieces.Pieces`)
-        acts000000.json  skipped images; checksums of the shard, its .xxh3 and the three files about all images
+        acts000000.json  skipped images; checksums of the shard, its .xxh3 and the files about all images
         complete.json    the same for all shards
 
 A shard is complete once its acts000000.json exists, because that is written last. The directory is complete

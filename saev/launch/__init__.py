@@ -1,7 +1,7 @@
 """Run a stage in this process, in several, or as a Slurm job array.
 
 A stage is named by a string ("saev.data.dump:main") and imported only where it runs, so that `--help`,
-`--dry-run` and submission wait for no torch.
+`--dry-run` and submission do not import torch.
 """
 
 import collections.abc
@@ -27,13 +27,16 @@ def run(
     n_processes: int = 1,
     n_tasks: int = 1,
 ) -> collections.abc.Iterator[Outcome]:
-    """Calls stage `target` ("module:function") on each argument and gives the outcomes in order.
+    """Calls `target` ("module:function") on each argument and yields the outcomes in order.
 
-    With a Slurm account the calls are a job array, and this process waits for it. Without, they run here, each when
-    its outcome is asked for; or, with `n_processes` more than one, all at once, each in a process of its own, where the
-    first that fails ends the others.
-    With `n_tasks` more than one, so many processes work on each argument together (on one node), and the outcome
-    is that of the first; started by torchrun, this process is one of them.
+    With a Slurm account the calls are a job array, and this process waits for it. Otherwise they run in this
+    process, each when its outcome is asked for.
+
+    Args:
+        n_processes: without Slurm, if above 1: all calls run at once, each in its own process. The first that
+            fails ends the others.
+        n_tasks: processes that work on each argument together, on one node. The outcome is the first one's.
+            Under torchrun, this process is one of them.
 
     Raises:
         UserError: no Slurm on this machine, or it refuses the jobs.

@@ -1,4 +1,4 @@
-"""What surrounds a command or a job: errors become one line, signals end it, and the exit code tells the truth."""
+"""Runs a command or job: errors become one line, signals end it, and the exit code says what happened."""
 
 import collections.abc
 import contextlib
@@ -14,14 +14,15 @@ import beartype
 from saev import console, early, errors
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""Errors of the operating system that are the user's to mend, although they name no file."""
+"""Errors without a file name that the user can fix."""
 
 
 @beartype.beartype
 def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
-    """Runs a command's main function: a UserError becomes one line and exit code 2, Ctrl-C exit code 130.
+    """Runs a command's main function.
 
-    So does an error of the operating system (a folder that may not be written, a full disk).
+    A UserError, or an OSError that the user can fix (no permission, a full disk), becomes one line and exit
+    code 2. Ctrl-C becomes exit code 130.
     """
     early.install()
     configure_logging()
@@ -37,7 +38,7 @@ def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
         code = 130
         console.tell(early.INTERRUPTED)
     finally:
-        early.ctrl_c_ends()  # what is left is Python's own end
+        early.ctrl_c_ends()  # from here on, Python only cleans up
     sys.exit(code)
 
 
@@ -51,12 +52,13 @@ def os_errors() -> collections.abc.Generator[None]:
             raise
         where = f"{err.filename}: " if err.filename is not None else ""
         raise errors.UserError(
-            f"{where}{err.strerror}. Check the path, its permissions and the free space, then run the same command again."
+            f"{where}{err.strerror}. Check the path, its permissions and the free space, then run the same "
+            "command again."
         ) from err
 
 
 def configure_logging() -> None:
-    """saev's own messages from INFO on, those of others from WARNING on."""
+    """Shows saev's messages from INFO, other libraries' from WARNING."""
     logging.basicConfig(
         level=logging.WARNING, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S"
     )
@@ -65,7 +67,8 @@ def configure_logging() -> None:
 
 @contextlib.contextmanager
 def ended_by_signals() -> collections.abc.Generator[None]:
-    """Inside, SIGTERM and SIGUSR2 raise SystemExit: the process ends its children and removes its temporary files."""
+    """Inside, SIGTERM and SIGUSR2 raise SystemExit, so that child processes and temporary files are
+    removed."""
 
     def end(signum: int, frame: object) -> tp.NoReturn:
         raise SystemExit(128 + signum)

@@ -1,4 +1,4 @@
-"""Stages in processes of their own on this machine."""
+"""Runs stages in separate processes on this machine."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -13,7 +13,7 @@ from saev.launch.stage import Outcome, Stage
 
 
 def share(target: str, arg: object, n_tasks: int) -> Outcome:
-    """The outcome of one stage that several processes work on together: the first one's."""
+    """Runs one stage in `n_tasks` processes together and returns the first one's outcome."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -21,9 +21,10 @@ def share(target: str, arg: object, n_tasks: int) -> Outcome:
 
 
 def in_processes(stages: list[Stage]) -> list[Outcome]:
-    """Runs each stage in a process of its own. The first that fails ends the others, and its outcome is all that is returned.
+    """Runs each stage in its own process. If one fails, the others are ended and only its outcome is
+    returned.
 
-    A signal to this process ends them too: they are asked to stop (SIGTERM) and waited for, so that they can save.
+    A signal to this process ends them too: they get SIGTERM, and are waited for so that they can save.
     """
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe(duplex=False) for _ in stages]
@@ -35,7 +36,7 @@ def in_processes(stages: list[Stage]) -> list[Outcome]:
         try:
             for process, (_, sender) in zip(processes, pipes, strict=True):
                 process.start()
-                sender.close()  # so that a process that dies is seen as the end of its pipe
+                sender.close()  # so that the pipe ends if the process dies
             outcomes: dict[int, Outcome] = {}
             receivers = {receiver: i for i, (receiver, _) in enumerate(pipes)}
             while waited := [r for r, i in receivers.items() if i not in outcomes]:
@@ -64,7 +65,7 @@ def _received(receiver: tp.Any, process: tp.Any) -> Outcome:
 
 
 def _child(stage: Stage, sender: tp.Any) -> None:
-    """A local job. Ctrl-C is its parent's business; when the parent is gone, it ends."""
+    """A local job. It leaves Ctrl-C to its parent, and ends if the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = tp.cast(tp.Any, multiprocessing.parent_process())
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Stages as a Slurm job array, through submitit."""
+"""Runs stages as a Slurm job array, through submitit."""
 
 import collections.abc
 import contextlib
@@ -18,11 +18,11 @@ logger = logging.getLogger("saev")
 
 
 def run(stages: list[Stage], slurm: SlurmConfig, name: str) -> collections.abc.Iterator[Outcome]:
-    """Submits the stages, waits for all of them, and gives their outcomes in order.
+    """Submits the stages, waits for all, and returns their outcomes in order.
 
     Raises:
         UserError: no Slurm on this machine, or it refuses the jobs.
-        SystemExit: Ctrl-C; the jobs go on.
+        SystemExit: Ctrl-C. The jobs keep running.
     """
     jobs = _submit(stages, slurm, name)
     ids = ", ".join(job.job_id for job in jobs)
@@ -31,7 +31,9 @@ def run(stages: list[Stage], slurm: SlurmConfig, name: str) -> collections.abc.I
         _wait(jobs)
     except KeyboardInterrupt:
         array_id = jobs[0].job_id.split("_")[0]
-        console.tell(f"\nstopped waiting; jobs go on: {ids}. Cancel them with: scancel {array_id}")
+        console.tell(
+            f"\nstopped waiting. These jobs keep running: {ids}. Cancel them with: scancel {array_id}"
+        )
         sys.exit(130)
     return map(_outcome, jobs)
 
@@ -39,24 +41,26 @@ def run(stages: list[Stage], slurm: SlurmConfig, name: str) -> collections.abc.I
 def _submit(stages: list[Stage], slurm: SlurmConfig, name: str) -> list[tp.Any]:
     if shutil.which("sbatch") is None:
         raise errors.UserError(
-            f"--slurm-acct {slurm.slurm_acct}: no sbatch on this machine. Run on the cluster's login node, or leave --slurm-acct out."
+            f"--slurm-acct {slurm.slurm_acct}: no sbatch on this machine. Run on the cluster's login node, "
+            "or leave --slurm-acct out."
         )
     import submitit.core.utils
 
     pathlib.Path(slurm.log_to).mkdir(parents=True, exist_ok=True)
-    # Each time-out is one more turn of a long run, not a failure.
+    # A long run may reach the time limit many times; each job then continues the last.
     executor = submitit.SlurmExecutor(
         folder=str(pathlib.Path(slurm.log_to).resolve()), max_num_timeout=1000
     )
     executor.update_parameters(**_parameters(slurm, name, stages[0].n_tasks))
     try:
-        # submitit prints sbatch's complaint too; ours is one line
+        # submitit also prints sbatch's message
         with contextlib.redirect_stderr(io.StringIO()), executor.batch():
             return [executor.submit(stage) for stage in stages]
     except submitit.core.utils.FailedJobError as err:
         complaint = str(err).strip().splitlines()[-1].removeprefix("sbatch: error: ")
         raise errors.UserError(
-            f"sbatch refused the job: {complaint}. Check --slurm-acct, --slurm-partition, --n-gpus, --n-cpus, --mem-gb and --n-hours."
+            f"sbatch refused the job: {complaint}. Check --slurm-acct, --slurm-partition, --n-gpus, "
+            "--n-cpus, --mem-gb and --n-hours."
         ) from err
 
 
@@ -78,7 +82,7 @@ def _parameters(slurm: SlurmConfig, name: str, n_tasks: int) -> dict[str, object
 
 
 def _wait(jobs: list[tp.Any]) -> None:
-    """Returns when each job has ended. A result file is seen within seconds; Slurm itself is asked at growing intervals."""
+    """Waits until all jobs have ended, asking at growing intervals of up to 10 s."""
     delay_s, n_done = 0.5, -1
     while (n_now := sum(job.done() for job in jobs)) < len(jobs):
         if n_now != n_done:
@@ -93,7 +97,7 @@ def _outcome(job: tp.Any) -> Outcome:
 
     name, log = f"job {job.job_id}", f"Its log: {job.paths.stdout}"
     try:
-        return job.results()[0].of(name)  # of several tasks that work together, the first
+        return job.results()[0].of(name)  # the first task's
     except submitit.core.utils.FailedJobError as err:
         why = exception_line(str(err)).rstrip(".")
         return Outcome(error=f"{name} failed: {why}. {log}")
@@ -102,7 +106,7 @@ def _outcome(job: tp.Any) -> Outcome:
 
 
 def exception_line(message: str) -> str:
-    """The exception's type and first line, from submitit's message around a traceback: what follows the last frame."""
+    """Finds the exception's type and first line, which follow the last frame of submitit's traceback."""
     _, _, after = message.rpartition('\n  File "')
     lines = [line for line in after.splitlines()[1:] if line and line[0] not in " -"]
     return next(iter(lines), "it raised an exception")

@@ -1,4 +1,4 @@
-"""A stage on one argument, and what comes of it."""
+"""A stage with its argument, and its outcome."""
 
 import dataclasses
 import importlib
@@ -14,49 +14,49 @@ from saev.launch.entry import configure_logging, os_errors
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a stage returned, or why it failed; both if a part of its work failed."""
+    """What a stage returned, or its error; both if only part of its work failed."""
 
     value: tp.Any = None
     error: str = ""
-    """Message for the user. Empty: nothing failed."""
+    """Message for the user. Empty: success."""
 
     @property
     def failed(self) -> bool:
-        """Is there no result at all?"""
+        """Whether there is no result at all."""
         return bool(self.error) and self.value is None
 
     def get(self) -> tp.Any:
-        """The value.
+        """Returns the value.
 
         Raises:
-            UserError: the stage, or a part of it, failed.
+            UserError: all or part of the stage failed.
         """
         if self.error:
             raise errors.UserError(self.error, done=self.value)
         return self.value
 
     def of(self, job: str) -> "Outcome":
-        """The same, where a failure says which job failed."""
+        """The same outcome, whose error names the job."""
         return dataclasses.replace(self, error=f"{job}: {self.error}") if self.failed else self
 
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage on one argument. Pickled by submitit and by multiprocessing."""
+    """A stage with its argument. submitit and multiprocessing pickle it."""
 
     target: str
     """module:function"""
     arg: tp.Any
     n_tasks: int = 1
-    """Processes that work on it together; more than one find each other by torchrun's variables."""
+    """Processes that work on it together. They find each other through torchrun's variables."""
     rank: int = 0
-    """This one's number among them, where Slurm does not say it."""
+    """This process's number, unless Slurm sets it."""
     port: int = 0
-    """On which they meet. 0: Slurm decides it."""
+    """Port on which they connect. 0: Slurm sets it."""
 
     def __call__(self) -> Outcome:
-        """As `outcome`, in a process of its own: its log holds the error too."""
+        """As `outcome`, for a separate process: also writes the error to its log."""
         configure_logging()
         outcome = self.outcome()
         if outcome.error:
@@ -64,7 +64,7 @@ class Stage:
         return outcome
 
     def outcome(self) -> Outcome:
-        """Runs the stage; a UserError, or an OSError about a file, becomes the outcome's error."""
+        """Runs the stage. A UserError, or an OSError that the user can fix, becomes the outcome's error."""
         try:
             with os_errors():
                 return Outcome(self.run())
@@ -72,7 +72,7 @@ class Stage:
             return Outcome(err.done, str(err))
 
     def run(self) -> tp.Any:
-        """Runs the stage and returns what it returns."""
+        """Runs the stage and returns its value."""
         early.limit_spinning()
         if self.port:
             os.environ |= {
@@ -93,7 +93,7 @@ class Stage:
         return getattr(module, function_name)(self.arg)
 
     def checkpoint(self) -> tp.Any:
-        """What submitit submits again after a time-out or preemption; stages go on where they stopped."""
+        """What submitit resubmits after a time-out or preemption. Stages continue where they stopped."""
         import submitit.helpers
 
         return submitit.helpers.DelayedSubmission(self)

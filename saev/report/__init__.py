@@ -1,1 +1,1 @@
-"""What training and protoeval share in reporting: frames as files, tables and charts."""
+"""Reporting shared by training and protoeval: frames as files, tables and charts."""

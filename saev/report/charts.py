@@ -12,10 +12,12 @@ import polars as pl
 from saev import helpers
 from saev.formats import results
 
-MOST_PANELS, TOO_NEAR = 5, 1.4
-"""Panels in a row of the grid; ratio of neighbouring numbers of train images below which one tick label would cover the other."""
+MOST_PANELS = 5
+"""Most panels in a row of the grid."""
+TOO_NEAR = 1.4
+"""Tick labels would overlap if neighbouring numbers of train images have a smaller ratio."""
 PLACES = [(5, 4, "left"), (-5, -9, "right"), (5, -9, "left"), (-5, 4, "right")]
-"""Where the name of a point stands (dx, dy, alignment); neighbours take turns."""
+"""Positions of a point's name (dx, dy, alignment), in turn."""
 
 
 @beartype.beartype
@@ -26,7 +28,10 @@ def save(figure: matplotlib.figure.Figure, fpath: pathlib.Path) -> None:
 
 @beartype.beartype
 def grid(cells: pl.DataFrame) -> matplotlib.figure.Figure:
-    """mAP against the number of train images: rows of panels for each ViT, layer and kind of tokens, one panel per scorer, one line per K."""
+    """mAP against the number of train images: a panel per scorer, a line per K.
+
+    Each ViT, layer and kind of tokens starts a new row of panels.
+    """
     place = ["vit", "layer", "tokens"]
     tables = cells.partition_by(place, maintain_order=True)
     is_reference = pl.col("cls").is_in(list(results.REFERENCES))
@@ -77,10 +82,11 @@ def _panel(axes: matplotlib.axes.Axes, name: str, table: pl.DataFrame) -> None:
 
 @beartype.beartype
 def front(runs: pl.DataFrame) -> matplotlib.figure.Figure:
-    """Normalised MSE against L0, a colour for each kind of SAE, the front as a line, each run with its name.
+    """Normalised MSE against L0: a colour per kind of SAE, the front as a line, each point with its run's
+    name.
 
     Args:
-        runs: measured ones, with columns run, kind, l0, normalized_mse and is_best.
+        runs: frame with columns run, kind, l0, normalized_mse and is_best, without missing values.
     """
     runs = runs.sort("l0", "normalized_mse", maintain_order=True)
     figure = matplotlib.figure.Figure(figsize=(8.5, 5.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""Frames as files."""
+"""Reads and writes frames as files."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from saev import helpers
 
 @beartype.beartype
 def write_csv(fpath: pathlib.Path, frame: pl.DataFrame) -> None:
-    """Writes a CSV file atomically. Floats keep all their digits."""
+    """Writes a CSV file atomically. Floats keep all digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(frame.columns)
@@ -25,7 +25,8 @@ def read_csv(data: bytes, schema: dict) -> pl.DataFrame:
     """Reads what `write_csv` wrote.
 
     Raises:
-        ValueError, polars.exceptions.PolarsError: other columns, or a value of another type.
+        ValueError, polars.exceptions.PolarsError: columns or types differ from `schema`, or a value is
+        missing.
     """
     frame = pl.read_csv(data, schema=schema)
     if frame.null_count().sum_horizontal().sum():

@@ -15,7 +15,7 @@ LATEX = {
 
 @beartype.beartype
 def texts(form: str, *columns: collections.abc.Iterable, missing: str = "") -> list[str]:
-    """Each line's values in a format string; `missing` where the first value is NaN or null."""
+    """Formats each row's values with `form`, or as `missing` if the first value is NaN or null."""
     return [
         missing if row[0] is None or row[0] != row[0] else form.format(*row)
         for row in zip(*columns, strict=True)
@@ -24,7 +24,7 @@ def texts(form: str, *columns: collections.abc.Iterable, missing: str = "") -> l
 
 @beartype.beartype
 def markdown(table: pl.DataFrame, *, padded: bool = False) -> str:
-    """padded: for a terminal, with columns of equal width."""
+    """A Markdown table. padded: align the columns, for a terminal."""
     if not padded:
         lines = ["| " + " | ".join(row) + " |\n" for row in (table.columns, *table.iter_rows())]
         return "".join([lines[0], "|---" * table.width + "|\n", *lines[1:]])
@@ -38,14 +38,15 @@ def markdown(table: pl.DataFrame, *, padded: bool = False) -> str:
 
 @beartype.beartype
 def latex(table: pl.DataFrame) -> str:
-    """A booktabs table; text columns left, numbers right."""
+    """A booktabs table. Numbers are aligned right, text left."""
     columns = "".join("r" if all(map(_is_number, column)) else "l" for column in table)
     header, *rows = (
         " & ".join("".join(LATEX.get(c, c) for c in cell) for cell in row) + r" \\" + "\n"
         for row in (table.columns, *table.iter_rows())
     )
     body = "".join(rows)
-    return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{header}\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
+    lines = f"\\toprule\n{header}\\midrule\n{body}\\bottomrule\n"
+    return f"\\begin{{tabular}}{{{columns}}}\n{lines}\\end{{tabular}}\n"
 
 
 def _is_number(text: str) -> bool:

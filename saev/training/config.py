@@ -48,8 +48,8 @@ class Train:
     """Scale down gradients whose norm is larger than this. 0: never."""
     max_norm_ratio: float = 0.0
     """In training, move activations further from the centre than this many times the typical distance to that
-    distance, so that a few of huge norm do not dominate the loss. The finished SAE takes raw activations. Try 5.
-    0: never."""
+    distance, so that a few of huge norm do not dominate the loss. Try 5. 0: never. The finished SAE takes
+    raw activations."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, with a warm-up. If above 0, the average is saved
     and evaluated instead of the last weights."""
@@ -141,7 +141,7 @@ class Train:
         return step % self.log_every == 0 or step == self.n_steps - 1
 
     def costly_at(self, step: int) -> bool:
-        """Whether costly metrics are measured too: at the first log step of each interval and the last step."""
+        """Whether costly metrics are measured too: at the first log step of each interval, and the last."""
         return self.logs_at(step) and (
             step % self.costly_every < self.log_every or step == self.n_steps - 1
         )

@@ -1,4 +1,4 @@
-"""Evaluates a trained SAE: metrics.json and latents.npz beside its checkpoint. B batch, D d_vit, S latents."""
+"""Evaluates an SAE: metrics.json and latents.npz beside its checkpoint. B batch, D d_vit, S latents."""
 
 import collections
 import contextlib
@@ -49,8 +49,9 @@ def check(val_data: data_config.Shards, train: reader.Reader) -> None:
         a, b = (str(about.get(name)).removesuffix("@bf16") for about in (mine, theirs))
         if a != b:
             raise errors.UserError(
-                f"--val-data.shard-root {val_data.shard_root}: {name} is {a}, but {b} in --data. Pass held-out "
-                "shards of the same ViT, and the same --val-data.layer and --val-data.patches as for --data."
+                f"--val-data.shard-root {val_data.shard_root}: {name} is {a}, but {b} in --data. Pass "
+                "held-out shards of the same ViT, and the same --val-data.layer and --val-data.patches "
+                "as for --data."
             )
 
 
@@ -171,8 +172,8 @@ class Sums:
         self.error2_D += error_BD.square().sum(dim=0)
 
     def metrics(self) -> dict[str, float | int | None]:
-        """Metrics over all activations as one batch, named as in the log; None where constant activations leave
-        them undefined."""
+        """Metrics over all activations as one batch, named as in the log; None where constant activations
+        leave them undefined."""
         n, S = self.n, self.sae.d_sae
         spread, all_spread = _spreads(self.x_D, self.x2_D, self.shift_D, n)
         residual, all_residual = _spreads(self.error_D, self.error2_D, self.shift_D * 0, n)

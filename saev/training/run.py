@@ -141,7 +141,7 @@ class Run:
     @torch.no_grad()
     @jaxtyped(typechecker=beartype.beartype)
     def resample(self, step: int, x_BD: Float[Tensor, "B D"]) -> None:
-        """Points each dead latent at a badly reconstructed activation ("Neuron Resampling", Bricken et al. 2023).
+        """Points dead latents at badly reconstructed activations ("Neuron Resampling", Bricken et al. 2023).
 
         Activations are drawn with probability proportional to their squared loss. The encoder vector gets a
         fifth of the alive latents' mean norm, its bias becomes 0, and Adam's moments are reset.
