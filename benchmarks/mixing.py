@@ -65,7 +65,7 @@ def simulate(dump: Dump, pool_gb: float) -> common.Case:
     images, classes = [], []
     start_s = time.perf_counter()
     for step in range(n_warm + 100):
-        index_B = np.concatenate([part_n2[:, 0] for part_n2 in plan.draw(plan.without_places)])
+        index_B = np.concatenate([part_n2[:, 0] for part_n2 in plan.draw(plan.without_slots)])
         if step >= n_warm:
             images.append(len(np.unique(index_B // dump.n_tokens)))
             classes.append(len(np.unique(index_B // dump.n_tokens // dump.imgs_per_class)))

@@ -259,7 +259,7 @@ def test_the_default_pool_mixes_a_large_dump() -> None:
     plan = mixing.Plan(layout, 0, start=3 * layout.n_pool // batch_size)
     n_images = []
     for _ in range(50):
-        (index_B2,) = plan.draw(plan.without_places)
+        (index_B2,) = plan.draw(plan.without_slots)
         n_images.append(len(np.unique(index_B2[:, 0] // 256)))
     uniform = n_imgs * (1 - (1 - 1 / n_imgs) ** batch_size)
     assert np.mean(n_images) > 0.9 * uniform

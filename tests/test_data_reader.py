@@ -223,7 +223,7 @@ def test_a_plan_delivers_each_activation_once_and_starts_anywhere(
     def batches(start: int) -> list[list[int]]:
         plan = mixing.Plan(layout, 5, start)
         return [
-            np.concatenate([part_n2[:, 0] for part_n2 in plan.draw(plan.without_places)]).tolist()
+            np.concatenate([part_n2[:, 0] for part_n2 in plan.draw(plan.without_slots)]).tolist()
             for _ in range(start, n_batches)
         ]
 

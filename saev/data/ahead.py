@@ -11,8 +11,7 @@ import typing as tp
 T = tp.TypeVar("T")
 
 PATIENCE_S = 5.0
-"""Seconds to wait for a thread stuck in a read before abandoning it. It is a daemon, so the process can still
-exit."""
+"""Seconds to wait for a thread stuck in a read before abandoning it. As a daemon it does not block exit."""
 
 
 def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Iterator[T]:

@@ -1,11 +1,11 @@
-"""CUB-200-2011's labels (Wah et al. 2011), as the dataset is distributed.
+"""Labels of CUB-200-2011 (Wah et al. 2011), from the files in CUB_200_2011/:
 
-    CUB_200_2011/images.txt                             image id, path CUB_200_2011/train_test_split.txt
-    image id, 1 for train CUB_200_2011/image_class_labels.txt                 image id, class id
-    CUB_200_2011/attributes/attributes.txt              attribute id, name (or in CUB_200_2011, or beside it)
-    CUB_200_2011/attributes/image_attribute_labels.txt  image id, attribute id, present, certainty, [more,]
-    time CUB_200_2011/attributes/class_attribute_labels_continuous.txt  one line per class: how often, in
-    percent (optional)
+    images.txt                                        image id, path
+    train_test_split.txt                              image id, 1 for train
+    image_class_labels.txt                            image id, class id
+    attributes/attributes.txt                         attribute id, name (or in CUB_200_2011, or beside it)
+    attributes/image_attribute_labels.txt             image id, attribute id, present, certainty, [more,] time
+    attributes/class_attribute_labels_continuous.txt  per class: how often, in percent (optional)
 
 Copies arranged for image-folder loaders are read too. They keep these files in a folder `metadata/` (with or
 without an attributes/ inside), and the photos in train/CLASS/ and test/CLASS/ instead of images/CLASS/.
@@ -51,7 +51,7 @@ class Cub:
     attribute_names_T: list[str]
     """In the order of attribute ids, e.g. has_wing_color::blue."""
     labels_NT: Bool[np.ndarray, "N T"]
-    """True if the trait is present with enough certainty."""
+    """Whether the trait is present, with enough certainty."""
     class_N: Int64[np.ndarray, " N"]
     """Class ids, from 1, as in classes.txt."""
     shares_CT: Float64[np.ndarray, "C T"] | None = None
@@ -71,8 +71,7 @@ class Cub:
 def load(
     root: str | pathlib.Path, *, min_certainty: int = 3, annotations: config.Annotations = "any"
 ) -> Cub:
-    """Loads the labels. A trait is present if it was annotated so with a certainty of at least
-    `min_certainty`.
+    """Loads the labels. A trait is present if an annotation says so with at least `min_certainty`.
 
     Args:
         root: the CUB_200_2011 folder.
@@ -172,8 +171,7 @@ def _need(fpath: pathlib.Path) -> pathlib.Path:
 
 
 def _attributes_fpath(root: pathlib.Path) -> pathlib.Path:
-    """Finds attributes.txt: in attributes/, one level up, or beside CUB_200_2011 as in the original
-    archive."""
+    """Finds attributes.txt: in attributes/, in CUB_200_2011, or beside it as in the original archive."""
     above = [root.parent, root.resolve().parent]  # beside a link, or beside its target
     if root.name == "metadata":
         above += [root.parent / "attributes", *(dpath.parent for dpath in above)]
@@ -339,8 +337,7 @@ def _check_n_fields(fpath: pathlib.Path, text: str) -> None:
 
 
 def _text(fpath: pathlib.Path) -> str:
-    """Reads a file. Bytes that are not UTF-8 become surrogates, as in Python's paths, so such paths match the
-    dump's."""
+    """Reads a file. Bytes that are not UTF-8 become surrogates, as in the paths of the dump."""
     remedy = "Pass the CUB_200_2011 folder of the full archive (with attributes)."
     return textfile.read(fpath, remedy, MAX_BYTES, "surrogateescape")
 

@@ -91,9 +91,9 @@ def job(part: config.DumpJob) -> str:
 
 
 def _warn_of_earlier_lists(dump_to: pathlib.Path, metadata: shards.Metadata) -> None:
-    """Warns when an otherwise equal dump listed another number of images, so that this one starts anew.
+    """Warns if an equal dump exists with another number of images, because then this one starts anew.
 
-    Either files were added or removed, or an older saev knew fewer suffixes.
+    Files were added or removed, or an older saev knew fewer suffixes.
     """
     if (dump_to / metadata.hash).exists():
         return

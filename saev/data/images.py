@@ -36,8 +36,7 @@ MAX_WHOLE = 2**22
 """Pixels of a resized image above which only its cropped part is computed (long photos), unless the ViT's
 input itself is that large."""
 MAX_BETWEEN = 2**26
-"""Pixels of the intermediate image of Pillow's two passes (rows, then columns) above which columns are
-resized first."""
+"""Most pixels between Pillow's two passes (rows, then columns). Above it, columns are resized first."""
 
 
 # ---- datasets ----
@@ -51,8 +50,7 @@ def list_images(cfg: config.ImageFolder | config.Cub200) -> list[Record]:
     keeps the order of images.txt.
 
     Raises:
-        UserError: the root is missing or holds no images, or a CUB file has a bad line (file and line are
-            named).
+        UserError: the root is missing or holds no images, or a CUB file has a bad line (which is named).
     """
     if not cfg.root:
         raise errors.UserError("--data.root is missing: pass the folder that holds the images.")
@@ -71,14 +69,14 @@ def list_images(cfg: config.ImageFolder | config.Cub200) -> list[Record]:
 
 @beartype.beartype
 def image_root(cfg: config.ImageFolder | config.Cub200) -> pathlib.Path:
-    """Returns the folder to which the records' paths are relative."""
+    """Returns the folder that records' paths are relative to."""
     root = pathlib.Path(cfg.root)
     has_images = isinstance(cfg, config.Cub200) and not _is_split(root)
     return root / "images" if has_images else root
 
 
 def _is_split(root: pathlib.Path) -> bool:
-    """Are CUB's photos in train/ and test/ instead of images/?"""
+    """Whether CUB's photos are in train/ and test/ instead of images/."""
     return not (root / "images").is_dir() and (root / "train").is_dir()
 
 
@@ -160,8 +158,7 @@ class Transform:
         return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Returns (width, height) of the resized image. For an int `resize`, the longer side is rounded
-        down."""
+        """Returns (width, height) of the resized image. An int `resize` rounds the longer side down."""
         if self.squash:
             return self._cover()[::-1]
         if isinstance(self.resize, tuple):

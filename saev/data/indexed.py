@@ -13,13 +13,15 @@ from saev.formats import shards
 
 
 class Indexed:
-    """`acts[i]` -> `{"act": (D,) float32 tensor, "image_i", "patch_i", "layer": int}`; `acts.images[j]` -> (path, label).
+    """Activations by number: `acts[i]` is {"act": (D,) float32 tensor, "image_i", "patch_i", "layer": int}.
 
-    patch_i counts the patches in raster order; [CLS] (patches "cls" or "all") has patch_i -1. Images that could not
-    be read are left out of acts, but acts.images counts them, so that `acts.images[acts[i]["image_i"]]` is right.
+    patch_i counts patches in raster order, and is -1 for [CLS] (patches "cls" or "all").
+    `acts.images[image_i]` is the image's path and label; it includes images that could not be read, whose
+    activations are left out.
 
     Raises:
-        UserError: see `reader.Reader`. IndexError past the end.
+        UserError: see `reader.Reader`.
+        IndexError: i is past the end.
     """
 
     @beartype.beartype
@@ -37,12 +39,12 @@ class Indexed:
 
     @property
     def images(self) -> list[shards.Record]:
-        """Path (relative to the dataset's root) and label of each image."""
+        """Path, relative to the dataset's root, and label of each image."""
         return self.reader.records
 
     @beartype.beartype
     def __getitem__(self, i: tp.SupportsIndex) -> dict[str, tp.Any]:
-        i = operator.index(i)  # numpy's integers and zero-dimensional tensors too
+        i = operator.index(i)  # also accepts numpy integers and 0-d tensors
         if not -len(self) <= i < len(self):
             raise IndexError(f"activation {i} of {len(self)}")
         acts, i = self.reader, i % len(self)

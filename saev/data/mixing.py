@@ -1,5 +1,4 @@
-"""Plans which activation goes into which batch of a shuffled stream. Works on index numbers only and reads
-nothing.
+"""Plans which activation goes into which batch of a shuffled stream. Works on indices only.
 
 An epoch visits the shards in random order, GROUP_SHARDS at a time. It visits the blocks of each group in
 random order; a block is a few dozen neighbouring tokens of one image and layer. Blocks enter a bounded pool
@@ -132,8 +131,7 @@ class Layout(tp.NamedTuple):
                 yield block_G[start : start + 2**16].astype(np.int64)
 
     def _first_token(self, part_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
-        """Returns the first token of each block of an image. For the block after the last, it is the number
-        of tokens."""
+        """Returns the first token of each block of an image (for the block after the last: n_tokens)."""
         first_G = np.where(part_G > 0, self.n_lead + part_G * self.n_block, 0)
         return np.minimum(first_G, self.n_tokens)
 
@@ -185,8 +183,8 @@ class Cursor:
                 return np.concatenate(parts)
 
 
-Source = collections.abc.Callable[[int], Int64[np.ndarray, "n 2"]]
-"""Maps n_max to (stream index, pool slot) of at most n_max activations of the next blocks."""
+NextBlocks = collections.abc.Callable[[int], Int64[np.ndarray, "n 2"]]
+"""Maps n_max to (stream index, pool slot) of the activations in the next blocks, at most n_max."""
 
 
 class _Epoch:
@@ -205,10 +203,10 @@ class _Epoch:
     def n_left(self) -> int:
         return self.layout.n_acts - self.n_drawn
 
-    def fill(self, source: Source) -> None:
+    def fill(self, next_blocks: NextBlocks) -> None:
         """Adds the next blocks, as far as there is room."""
         bound = min(self.layout.n_ready + self.n_drawn, self.layout.n_acts)
-        added_n2 = source(bound - self.n_filled)
+        added_n2 = next_blocks(bound - self.n_filled)
         self.ready_R2[self.n_ready : self.n_ready + len(added_n2)] = added_n2
         self.n_ready += len(added_n2)
         self.n_filled += len(added_n2)
@@ -228,8 +226,7 @@ class _Epoch:
 
 
 def _sample(rng: np.random.Generator, n_all: int, n: int) -> Int64[np.ndarray, " n"]:
-    """Samples `n` of range(n_all) without replacement, in random order. NumPy's `choice` would take
-    O(n_all)."""
+    """Samples `n` of range(n_all) without replacement, in random order. NumPy's `choice` takes O(n_all)."""
     if 4 * n > n_all:
         return rng.permutation(n_all)[:n]
     drawn_n = np.empty(0, np.int64)
@@ -250,23 +247,23 @@ class Plan:
         self.epoch = _Epoch(layout, seed, self.epoch_i)
         self.cursor = Cursor(layout, seed, self.epoch_i)
         while self.epoch.n_drawn < n_drawn:
-            self.epoch.fill(self.without_places)
+            self.epoch.fill(self.without_slots)
             drawn = self.epoch_i * layout.n_acts + self.epoch.n_drawn
             self.epoch.draw(min(layout.batch_size - drawn % layout.batch_size, self.epoch.n_left))
 
-    def without_places(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
-        """A source that assigns no pool slots."""
+    def without_slots(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
+        """The next blocks, without assigning pool slots."""
         index_n = self.layout.all_in(self.cursor.take(n_max))
         return np.stack([index_n, np.full_like(index_n, -1)], axis=1)
 
-    def draw(self, source: Source) -> collections.abc.Iterator[Int64[np.ndarray, "n 2"]]:
-        """Yields the next batch's (stream index, pool slot), in one part for each epoch that it touches."""
+    def draw(self, next_blocks: NextBlocks) -> collections.abc.Iterator[Int64[np.ndarray, "n 2"]]:
+        """Yields the next batch's (stream index, pool slot), one part per epoch in the batch."""
         n_left = self.layout.batch_size
         while n_left:
             if not self.epoch.n_left:
                 self.epoch_i += 1
                 self.epoch = _Epoch(self.layout, self.seed, self.epoch_i)
-            self.epoch.fill(source)
+            self.epoch.fill(next_blocks)
             n = min(n_left, self.epoch.n_left)
             n_left -= n
             yield self.epoch.draw(n)

@@ -81,8 +81,7 @@ def open_rgb(fpath: pathlib.Path) -> PIL.Image.Image:
 
 
 def _reason(err: Exception) -> str:
-    """Returns the error's first line. Pillow's message for an unknown format contains a memory address:
-    replace it."""
+    """Returns the error's first line. Replaces Pillow's for unknown formats, which holds a memory address."""
     if isinstance(err, PIL.UnidentifiedImageError):
         return "not an image format that Pillow decodes"
     return errors.first_line(err)

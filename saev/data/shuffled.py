@@ -1,10 +1,10 @@
 """Well-mixed batches of single activations, for training.
 
-`mixing` says which activation is in which batch; here threads read blocks of neighbouring tokens into a pool of bounded
-size, and batches are copied out of it. The threads have no say in the order. A stream starts at any batch at the cost
-of reading a few pools: the blocks that the pool then holds parts of.
+`mixing` plans which activation is in which batch. Threads read blocks of neighbouring tokens into a pool of
+bounded size, from which batches are copied. The order does not depend on the threads. To start at any batch,
+a stream first reads the blocks that are then partly in the pool, a few times the pool's size.
 
-Shape letters: B batch, P places in the pool, G blocks, R activations that may be drawn, D d_vit.
+Shape letters: B batch, P pool slots, G blocks, R activations ready to be drawn, D d_vit.
 """
 
 import collections
@@ -25,7 +25,7 @@ from saev.data.ahead import ahead
 from saev.formats import shards
 
 SHARE_BYTES = 4 * 2**20
-"""A thread reads about so much at a time."""
+"""Bytes that a thread reads at a time, about."""
 
 
 class Batch(tp.NamedTuple):
@@ -44,13 +44,13 @@ class Shuffled:
         cfg: which activations.
         batch_size: activations per batch.
         seed: of the order.
-        pool_bytes: bound of the memory: the pool, and the batches made ahead. (The pool holds two batches in any
-            case; the order of the blocks takes 4 bytes a block of the shards that are read at the same time.)
-        n_threads: threads that read; 0: one for each core, at most 4 (on few cores more get in each other's way).
-        pin: make the batches in page-locked memory, so that `.to("cuda", non_blocking=True)` copies in the background.
+        pool_bytes: memory for the pool and the batches made ahead. The pool holds at least two batches. The
+            order of blocks takes 4 more bytes per block of the shards that are read at the same time.
+        n_threads: threads that read. 0: one per core, at most 4.
+        pin: page-locked batches, so that `.to("cuda", non_blocking=True)` copies in the background.
 
     Raises:
-        UserError: see `reader.Reader`; while iterating, NaN or infinite activations (names the image).
+        UserError: see `reader.Reader`; while iterating, NaN or infinite activations (the image is named).
     """
 
     @beartype.beartype
@@ -86,7 +86,7 @@ class Shuffled:
 
     @beartype.beartype
     def batches(self, start: int = 0) -> collections.abc.Iterator[Batch]:
-        """The stream from its batch number `start` on."""
+        """The stream from batch `start` on."""
         return ahead(self._batches(start), mixing.AHEAD)
 
     def _batches(self, start: int) -> collections.abc.Iterator[Batch]:
@@ -105,7 +105,7 @@ class Shuffled:
 
 
 class _Reading:
-    """Blocks on their way into the pool."""
+    """Blocks being read into the pool."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class _Reading:
         self.at = 0
 
     def take(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
-        """Rows of whole blocks, at most `n_max`; waits until they are read."""
+        """Rows of whole blocks, at most `n_max`. Waits until they are read."""
         start = self.n_before_G[self.at]
         self.at = int(np.searchsorted(self.n_before_G, start + n_max, "right")) - 1
         row_n2 = self.row_n2[start : self.n_before_G[self.at]]
@@ -134,7 +134,7 @@ class _Reading:
 
 
 class _Pool:
-    """Activations in memory, each at a place that it keeps until it is drawn."""
+    """Activations in memory. Each keeps its slot until it is drawn."""
 
     def __init__(self, stream: Shuffled, start: int):
         acts, layout = stream.reader, stream.layout
@@ -153,7 +153,7 @@ class _Pool:
         self._read_ahead()
 
     def draw(self, out_BD: Float32[np.ndarray, "B D"]) -> Int64[np.ndarray, " B"]:
-        """Fills `out_BD` with the next batch and returns each activation's number in the stream."""
+        """Fills `out_BD` with the next batch and returns each activation's stream index."""
         index_parts, at = [], 0
         for part_n2 in self.plan.draw(self._ready):
             self._move(part_n2[:, 1], out_BD[at : at + len(part_n2)])
@@ -165,19 +165,20 @@ class _Pool:
     def close(self) -> None:
         self.threads.shutdown(wait=True, cancel_futures=True)
 
-    def _move(self, place_n: Int64[np.ndarray, " n"], out_nD: Float32[np.ndarray, "n D"]) -> None:
-        """Copies activations out of the pool and frees their places."""
+    def _move(self, slot_n: Int64[np.ndarray, " n"], out_nD: Float32[np.ndarray, "n D"]) -> None:
+        """Copies activations out of the pool and frees their slots."""
         if self.act_PD.dtype == out_nD.dtype:
-            self.act_PD.take(place_n, axis=0, out=out_nD, mode="clip")  # clip: no buffer for `out`
+            # clip avoids a buffer for `out`
+            self.act_PD.take(slot_n, axis=0, out=out_nD, mode="clip")
         else:
-            stored_nD = self._staging(len(place_n))
-            self.act_PD.take(place_n, axis=0, out=stored_nD, mode="clip")
+            stored_nD = self._staging(len(slot_n))
+            self.act_PD.take(slot_n, axis=0, out=stored_nD, mode="clip")
             self.reader.decode_to(stored_nD, out_nD)
-        self.free_P[self.n_free : self.n_free + len(place_n)] = place_n
-        self.n_free += len(place_n)
+        self.free_P[self.n_free : self.n_free + len(slot_n)] = slot_n
+        self.n_free += len(slot_n)
 
     def _ready(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
-        """The plan's source."""
+        """The plan's `mixing.NextBlocks`."""
         parts = [np.empty((0, 2), np.int64)]
         while self.readings:
             parts.append(self.readings[0].take(n_max))
@@ -188,35 +189,35 @@ class _Pool:
         return np.concatenate(parts)
 
     def _read_ahead(self) -> None:
-        """Starts to read the next blocks, as many as there are free places for."""
+        """Starts to read the next blocks, as many as have free slots."""
         block_G = self.plan.cursor.take(self.n_free)
         if len(block_G):
             index_n = self.layout.all_in(block_G)
-            place_n = self._places(len(index_n))
-            row_n2 = np.stack([index_n, place_n], axis=1)
-            dones = self._read(block_G, place_n)
+            slot_n = self._take_slots(len(index_n))
+            row_n2 = np.stack([index_n, slot_n], axis=1)
+            dones = self._read(block_G, slot_n)
             self.readings.append(_Reading(self.layout.n_in(block_G), row_n2, dones))
 
-    def _places(self, n: int) -> Int64[np.ndarray, " n"]:
+    def _take_slots(self, n: int) -> Int64[np.ndarray, " n"]:
         self.n_free -= n
         return self.free_P[self.n_free : self.n_free + n].copy()
 
     def _reload(self) -> None:
-        """Reads what a plan that starts in the middle of an epoch finds in its pool."""
+        """Fills the pool of a plan that starts in the middle of an epoch."""
         ready_R2 = self.plan.epoch.ready_R2[: self.plan.epoch.n_ready]
-        ready_R2[:, 1] = self._places(len(ready_R2))
+        ready_R2[:, 1] = self._take_slots(len(ready_R2))
         order_R = np.argsort(ready_R2[:, 0])
         block_G = self.layout.blocks_of(ready_R2[:, 0])
-        index_n = self.layout.all_in(block_G)  # rising, as order_R's
-        place_n = np.full(len(index_n), -1)  # drawn already
-        place_n[np.searchsorted(index_n, ready_R2[order_R, 0])] = ready_R2[order_R, 1]
-        for done in self._read(block_G, place_n):
+        index_n = self.layout.all_in(block_G)  # ascending, as with order_R
+        slot_n = np.full(len(index_n), -1)  # already drawn
+        slot_n[np.searchsorted(index_n, ready_R2[order_R, 0])] = ready_R2[order_R, 1]
+        for done in self._read(block_G, slot_n):
             done.result()
 
     def _read(
-        self, block_G: Int64[np.ndarray, " G"], place_n: Int64[np.ndarray, " n"]
+        self, block_G: Int64[np.ndarray, " G"], slot_n: Int64[np.ndarray, " n"]
     ) -> list[concurrent.futures.Future[None]]:
-        """Starts to read blocks to their activations' places (-1: to none), in the order of the files."""
+        """Starts to read blocks into their activations' slots (-1: discarded), in file order."""
         order_G = np.argsort(block_G)
         n_G = self.layout.n_in(block_G)
         start_G = np.cumsum(n_G) - n_G
@@ -227,25 +228,25 @@ class _Pool:
             self.threads.submit(
                 self._read_share,
                 block_G[share],
-                [place_n[start_G[g] : start_G[g] + n_G[g]] for g in share],
+                [slot_n[start_G[g] : start_G[g] + n_G[g]] for g in share],
             )
             for share in shares
         ]
 
     def _read_share(
-        self, block_G: Int64[np.ndarray, " G"], places: list[Int64[np.ndarray, " n"]]
+        self, block_G: Int64[np.ndarray, " G"], slots: list[Int64[np.ndarray, " n"]]
     ) -> None:
-        """Reads blocks one after the other, then moves all their activations at once: Python's lock is taken rarely."""
-        place_n = np.concatenate(places)
-        staged_nD = self._staging(len(place_n))
+        """Reads blocks one by one, then moves all their activations at once, to take Python's lock rarely."""
+        slot_n = np.concatenate(slots)
+        staged_nD = self._staging(len(slot_n))
         extents = self.reader.extents(self.layout.first_in(block_G), self.layout.n_in(block_G))
         self.reader.read_extents(extents, memoryview(staged_nD).cast("B"))
-        if place_n.min() < 0:
-            place_n, staged_nD = place_n[place_n >= 0], staged_nD[place_n >= 0]
-        self.act_PD[place_n] = staged_nD
+        if slot_n.min() < 0:
+            slot_n, staged_nD = slot_n[slot_n >= 0], staged_nD[slot_n >= 0]
+        self.act_PD[slot_n] = staged_nD
 
     def _staging(self, n: int) -> Shaped[np.ndarray, "n D"]:
-        """Memory of this thread, used again and again."""
+        """This thread's reused memory."""
         if len(getattr(self.local, "staging", ())) < n:
             self.local.staging = np.empty((n, self.reader.d_vit), self.act_PD.dtype)
         return self.local.staging[:n]

@@ -24,7 +24,7 @@ SYSTEM_FOLDERS = {
     "lost+found",
     "system volume information",
 }
-"""Folders of thumbnails, snapshots and deleted files on NAS boxes and operating systems, in lower case."""
+"""Folders with thumbnails, snapshots or deleted files of NAS boxes and operating systems, in lower case."""
 HIDDEN = "hidden or system entries"
 SPECIAL = "FIFOs, sockets or devices"
 LOOPS = "circular links"
@@ -32,8 +32,7 @@ LOOPS = "circular links"
 
 @beartype.beartype
 def walk(root: str) -> tuple[list[str], collections.Counter[str]]:
-    """Returns the sorted relative paths of the photos below `root`, and counts of ignored entries by suffix
-    or kind.
+    """Returns the sorted relative paths of photos below `root`, and counts of ignored entries by kind.
 
     Links are followed, except back into a folder that is already on the path.
 
