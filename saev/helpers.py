@@ -59,8 +59,7 @@ def atomic(fpath: pathlib.Path) -> collections.abc.Generator[pathlib.Path]:
 
 @contextlib.contextmanager
 def naming(fpath: pathlib.Path) -> collections.abc.Generator[None]:
-    """Adds the path to disk errors (no space, quota, file size, IO) raised inside, which the system leaves
-    out."""
+    """Adds the path to disk errors raised inside (no space, quota, file size, IO), which lack it."""
     try:
         yield
     except OSError as err:
@@ -151,8 +150,7 @@ def _remove_if_free(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(path: pathlib.Path, is_folder: bool) -> collections.abc.Generator[pathlib.Path]:
-    """Yields a new, locked, empty file or folder beside `path`. At the end it is removed unless it was
-    renamed."""
+    """Yields a new, locked, empty file or folder beside `path`, and removes it unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, path.name)
     tmp_path = path.with_name(f".{path.name}.{_host()}-{uuid.uuid4().hex}.tmp")
@@ -171,8 +169,7 @@ def _temporary(path: pathlib.Path, is_folder: bool) -> collections.abc.Generator
 
 
 def _created(tmp_path: pathlib.Path, is_folder: bool) -> int | None:
-    """Creates a file or folder and returns it open and locked, or None if a sweep removed it before it was
-    locked."""
+    """Creates a file or folder and returns it open and locked, or None if a sweep was faster."""
     if is_folder:
         tmp_path.mkdir()
     try:
@@ -260,14 +257,12 @@ def write_text(fpath: pathlib.Path, text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Returns the text with surrogates, Python's form of file-name bytes that are not UTF-8, spelt out as
-    \\udcXX."""
+    """Escapes surrogates (Python's form of file-name bytes that are not UTF-8) as \\udcXX."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def canonical_json(obj: object) -> str:
-    """Returns JSON with sorted keys and no spaces. Equal objects give equal text, so its hash identifies the
-    object."""
+    """Returns JSON with sorted keys and no spaces, so that equal objects give equal text, and hashes."""
     return json.dumps(obj, sort_keys=True, separators=(",", ":"))
 
 

@@ -32,8 +32,8 @@ WANDB_HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}
 """The two names of wandb's own server."""
 POLL_S = 1.0
 """Seconds between checks for new lines."""
-LEFT_ALONE_S = 60
-"""Seconds that the process may outlive its trainer."""
+MAX_ORPHAN_S = 60
+"""Most seconds that the process may outlive its trainer."""
 
 
 class Start(msgspec.Struct):
@@ -97,8 +97,7 @@ class Copy:
 
 
 def _begin(dpath: pathlib.Path, project: str, from_step: int) -> tp.Any:
-    """Starts the wandb run. A resumed run keeps its wandb id (wandb-id.txt), so that wandb shows a single
-    run."""
+    """Starts the wandb run. A resumed run keeps its id (wandb-id.txt), so that wandb shows one run."""
     import wandb
 
     id_fpath = dpath / "wandb-id.txt"
@@ -213,7 +212,7 @@ def main() -> None:
                 break
         for copy in copies.values():
             copy.push()
-    signal.alarm(LEFT_ALONE_S)
+    signal.alarm(MAX_ORPHAN_S)
     for copy in copies.values():
         copy.finish()
     with contextlib.suppress(BaseException):

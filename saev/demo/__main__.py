@@ -40,8 +40,7 @@ ckpt = {ckpt}
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A saev command: how a user types it, and the stage that it runs. The demo runs exactly what it
-    prints."""
+    """A saev command as a user types it, and the stage that it runs. The demo runs what it prints."""
 
     program: str
     cls: type

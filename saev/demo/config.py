@@ -24,7 +24,7 @@ class Demo:
     n_patches: int = 1_000_000
     """Activations to train the SAE on."""
     device: str = "auto"
-    """auto (cuda if available), cpu, cuda, cuda:1, ..."""
+    """auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:1, ..."""
 
     def __post_init__(self) -> None:
         if not self.dump_to.isprintable():

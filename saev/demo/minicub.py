@@ -208,8 +208,7 @@ def _present(bird: Bird, attribute: str) -> int:
 
 
 def _certainty(bird: Bird, attribute: str, rng: np.random.Generator) -> int:
-    """Draws an annotator's certainty. Parts behind the leaf are guessed at best. The crest is on the
-    crown."""
+    """Draws an annotator's certainty. Parts behind the leaf (a crest is on the crown) are guessed at best."""
     part = "crown" if attribute.startswith("has_crest") else attribute.split("_")[1]
     if part == bird.hidden:
         return int(rng.integers(1, 3))
@@ -217,8 +216,7 @@ def _certainty(bird: Bird, attribute: str, rng: np.random.Generator) -> int:
 
 
 def _label_lines(birds: list[Bird], rng: np.random.Generator) -> collections.abc.Iterator[str]:
-    """Yields lines of 5 fields. As in the real file, a few have 6 or 7, and only the first four have a
-    meaning."""
+    """Yields lines of 5 fields, a few of 6 or 7, as in the real file. Only the first four have a meaning."""
     for i, bird in enumerate(birds, 1):
         for t, attribute in enumerate(ATTRIBUTES, 1):
             extra = " 0" * int(rng.integers(1, 3)) if rng.random() < 0.003 else ""

@@ -97,7 +97,7 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
 
 
 def is_upstream(header: dict[str, tp.Any]) -> bool:
-    """Is this the header of an upstream checkpoint (`saev.compat.upstream`)?"""
+    """Whether this is the header of an upstream checkpoint (`saev.compat.upstream`)."""
     if header.get("lib") == "saev" or "kind" in header:
         return False
     if "schema" in header:

@@ -10,8 +10,7 @@ STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 @jaxtyped(typechecker=beartype.beartype)
 def encode(acts: Float32[np.ndarray, "*shape"], dtype: str) -> Shaped[np.ndarray, "*shape"]:
-    """Converts values to their stored form, rounding to nearest, ties to even. Overflow of float16 gives
-    infinity."""
+    """Converts values to their stored form: round to nearest, ties to even, float16 overflow to infinity."""
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(acts).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")

@@ -62,7 +62,7 @@ def _one_by_one(data: bytes, fpath: pathlib.Path) -> collections.abc.Iterator[Re
 
 
 def leaves(path: str) -> bool:
-    """Does a relative path leave its folder? Empty paths and NUL count too."""
+    """Whether a relative path leaves its folder, is empty, or holds NUL."""
     return not path or path.startswith("/") or ".." in path.split("/") or "\0" in path
 
 

@@ -197,8 +197,7 @@ def kind(trait: str) -> str:
 
 @beartype.beartype
 def write_resamples(fpath: pathlib.Path, rows: list[Row]) -> None:
-    """Writes each row's `boot_RM` atomically, in the order of summary.csv, for comparisons with other
-    results."""
+    """Writes each row's `boot_RM` in the order of summary.csv, for comparisons with other results."""
     with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
         arrays = {str(i): row.boot_RM for i, row in enumerate(rows)}
         np.savez_compressed(fd, allow_pickle=False, **arrays)

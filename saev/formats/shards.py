@@ -1,5 +1,4 @@
-"""Activation shards: all access to shard directories goes through here. docs/formats.md describes the files
-in full.
+"""Activation shards. All access to shard directories goes through this module (see docs/formats.md).
 
     <dump_to>/<HASH>/
         metadata.json    what was dumped (`metadata.Metadata`); HASH is the sha256 of its canonical JSON
@@ -116,7 +115,7 @@ class ShardDir(WritableShards):
 
     @functools.cached_property
     def is_ours(self) -> bool:
-        """Did saev write this directory? Other tools do not write these files."""
+        """Whether saev wrote this directory. Other tools do not write these files."""
         fpaths = (self.images_fpath, self.transform_fpath, self.complete_fpath)
         return any(fpath.exists() for fpath in fpaths)
 
@@ -126,8 +125,7 @@ class ShardDir(WritableShards):
         return DUMP_ANEW if self.is_ours else "Restore it, or dump it again."
 
     def _check_metadata(self, data: bytes) -> None:
-        """Compares metadata.json (`data`) with its recorded checksum or, without one, with the directory's
-        name.
+        """Compares metadata.json (`data`) with its recorded checksum, or with the directory's name.
 
         Other tools also name directories by this hash, but users rename them.
         """
@@ -145,8 +143,7 @@ class ShardDir(WritableShards):
             )
 
     def _any_files(self) -> dict[str, str]:
-        """Reads the checksums of the files about all images from complete.json or a sidecar. Older dumps have
-        none."""
+        """Reads the checksums of the files about all images, if any, from complete.json or a sidecar."""
         if self.complete_fpath.exists():
             return Complete.loads(self.complete_fpath).files
         fpath = next(iter(sorted(self.dpath.glob("acts*.json"))), None)
@@ -171,7 +168,7 @@ class ShardDir(WritableShards):
 
     @functools.cached_property
     def shard_is(self) -> list[int]:
-        """Numbers of the complete shards, in rising order.
+        """Numbers of the complete shards, in ascending order.
 
         Raises:
             UserError: shards.json cannot be read, or does not fit metadata.json.
@@ -294,8 +291,7 @@ class ShardDir(WritableShards):
         return xxhash.xxh3_128_hexdigest(self.sums(shard_i))
 
     def differs(self, shard_i: int, piece: Piece) -> errors.UserError:
-        """Returns the error for bytes that changed since the dump (without recorded checksums: since the
-        first use)."""
+        """Returns the error for bytes that changed since the dump, or since first use without checksums."""
         fpath, remedy = self.acts_fpath(shard_i), self.remedy
         if not self.is_ours:
             remedy += " If they are right now and were wrong on first use, `touch` the file."
@@ -303,8 +299,7 @@ class ShardDir(WritableShards):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the directory's contents. Results cached under it are reused only for the same
-        activations.
+        """A hash of the directory's contents, under which results are cached.
 
         It combines the checksums that readers compare. Raises the same errors as `sums`.
         """

@@ -114,7 +114,7 @@ class WritableShards(ShardFiles):
             )
 
     def has(self, shard_i: int) -> bool:
-        """Is this shard complete?"""
+        """Whether this shard is complete."""
         return self.sidecar_fpath(shard_i).exists() and self.acts_fpath(shard_i).exists()
 
     @contextlib.contextmanager

@@ -67,8 +67,7 @@ def configure_logging() -> None:
 
 @contextlib.contextmanager
 def ended_by_signals() -> collections.abc.Generator[None]:
-    """Inside, SIGTERM and SIGUSR2 raise SystemExit, so that child processes and temporary files are
-    removed."""
+    """Turns SIGTERM and SIGUSR2 into SystemExit, so that children end and temporary files are removed."""
 
     def end(signum: int, frame: object) -> tp.NoReturn:
         raise SystemExit(128 + signum)

@@ -172,8 +172,7 @@ class Sums:
         self.error2_D += error_BD.square().sum(dim=0)
 
     def metrics(self) -> dict[str, float | int | None]:
-        """Metrics over all activations as one batch, named as in the log; None where constant activations
-        leave them undefined."""
+        """Metrics over all activations as one batch, named as in the log. None if undefined (no variance)."""
         n, S = self.n, self.sae.d_sae
         spread, all_spread = _spreads(self.x_D, self.x2_D, self.shift_D, n)
         residual, all_residual = _spreads(self.error_D, self.error2_D, self.shift_D * 0, n)

@@ -5,7 +5,7 @@ from saev.visuals import config
 
 
 def main() -> None:
-    """Makes a gallery; prints its page."""
+    """Makes a gallery and prints the path of its page."""
     (cfg,) = sweeps.parse(config.Visuals, "Shows the images that fire each latent most.")
     if cfg.dry_run:
         return console.show([cfg])

@@ -1,4 +1,4 @@
-"""Stage 3 itself: one pass for the statistics and top images of every latent, then the gallery of the chosen ones.
+"""Stage 3: one pass for every latent's statistics and top images, then a gallery of the chosen latents.
 
 B images of a block, P patches, D d_vit, S latents, K images per latent, C chosen latents.
 """
@@ -21,24 +21,24 @@ from saev.visuals import config, memory, render
 logger = logging.getLogger("saev")
 
 MAX_CODES = 2**26
-"""Codes held at a time (256 MB in float32): bounds the images of a block."""
+"""Most codes held at a time (256 MB in float32). Bounds the images in a block."""
 MAX_CHECKED = 10_000
-"""About so many image paths are looked up before the pass."""
+"""Number of image paths that are checked before the pass, about."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """What one pass over the stream says of every latent."""
+    """Statistics of every latent, from one pass over the stream."""
 
     freq_S: Float64[np.ndarray, " S"]
-    """Share of patches that it fires on."""
+    """Fraction of patches that it fires on."""
     mean_S: Float64[np.ndarray, " S"]
     """Mean size |f| when firing; NaN for a latent that never fires."""
     top_value_SK: Float32[np.ndarray, "S K"]
-    """Largest values over an image's patches, in falling order; 0 where fewer than K images fire it."""
+    """Largest values (maxima over an image's patches), descending; 0 where fewer than K images fire it."""
     top_image_SK: Int64[np.ndarray, "S K"]
-    """The images of these values; among equals the lower number first."""
+    """The images of these values. Among equal values the lower number is first."""
 
 
 @beartype.beartype
@@ -46,7 +46,7 @@ def main(cfg: config.Visuals) -> str:
     """Makes the gallery and returns its folder.
 
     Raises:
-        UserError: bad checkpoint, shards or images, or no latent in the ranges (says what the ranges hold).
+        UserError: bad checkpoint, shards or images, or no latent in the ranges.
     """
     if not cfg.ckpt:
         raise errors.UserError("--ckpt is missing: pass the sae.pt that train.py printed.")
@@ -56,10 +56,10 @@ def main(cfg: config.Visuals) -> str:
     dpath = pathlib.Path(cfg.dump_to).resolve()
     helpers.sweep(dpath.parent, dpath.name)
     render.check_target(dpath)
-    # What can be wrong is looked for before the long pass: every path of a small data set, a sample of a large one.
+    # Before the long pass, check that images exist: all of a small data set, a sample of a large one.
     image_is = stream.reader.image_is_N
     render.check_images(gallery, image_is[:: max(1, len(image_is) // MAX_CHECKED)].tolist())
-    if sae.W_enc.device.type == "cpu":  # the formula is for a CPU
+    if sae.W_enc.device.type == "cpu":  # the formula holds on a CPU
         shape = (stream.reader.n_tokens, sae.d_vit, sae.d_sae)
         n_bytes = memory.peak(cfg.n_images, stream.block, *shape)
         logger.info("memory: about %.2f GB (docs/memory.md)", n_bytes / 1e9)
@@ -79,7 +79,7 @@ def _stream(cfg: config.Visuals, sae: nn.SparseAutoencoder) -> ordered.Ordered:
 
 
 def _gallery(cfg: config.Visuals, source: reader.Reader) -> render.Gallery:
-    """Where the images come from, and how the patches lie on them."""
+    """The images' source, and the grid of patches on them."""
     if not cfg.images.root:
         raise errors.UserError("--images.root is missing: pass the folder that was dumped.")
     fields = source.transform()
@@ -132,10 +132,10 @@ def _codes(sae: nn.SparseAutoencoder, acts_BPD: np.ndarray) -> Tensor:
 
 @beartype.beartype
 def choose(cfg: config.Visuals, stats: Stats) -> Int64[np.ndarray, " C"]:
-    """The latents to show, in rising order.
+    """The latents to show, in ascending order.
 
     Raises:
-        UserError: a latent that does not exist, or none in the ranges.
+        UserError: a chosen latent does not exist, or no latent is in the ranges.
     """
     if cfg.latents:
         if bad := [i for i in cfg.latents if not 0 <= i < len(stats.freq_S)]:

@@ -26,23 +26,22 @@ class Visuals:
     dump_to: fields.Path = "visuals"
     """Folder of the gallery (index.html). An existing gallery is replaced once the new one is complete."""
     log_freq_range: tuple[float, float] = (-6.0, -1.0)
-    """Range for log10 of the fraction of patches on which a latent fires. Latents outside it are not
-    shown."""
+    """Show latents with log10(fraction of patches on which they fire) in this range."""
     log_value_range: tuple[float, float] = (-6.0, 6.0)
-    """Range for log10 of a latent's mean |f| where it fires. Latents outside it are not shown."""
+    """Show latents with log10(mean |f| where they fire) in this range."""
     n_latents: int = 64
-    """Number of latents to draw at random from those in both ranges."""
+    """Number of latents to show, drawn at random from those in both ranges."""
     latents: tuple[int, ...] = ()
-    """Show exactly these latents instead."""
+    """Show these latents instead of drawn ones."""
     n_images: int = 20
-    """Images per latent. A gallery takes about 0.75 GB of memory plus the larger of 32 bytes x d_vit x
-    latents and 1.1 GB (less for small dictionaries). The estimate is logged at the start."""
+    """Images per latent. A gallery needs about 0.75 GB of memory + the larger of 32 bytes x d_vit x latents
+    and 1.1 GB (less for small dictionaries). The estimate is logged at the start."""
     seed: int = 0
     """Seed for drawing the latents."""
     device: str = "auto"
-    """auto (cuda if available), cpu, cuda, cuda:1, ..."""
+    """auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:1, ..."""
     dry_run: bool = False
-    """Print the config and stop."""
+    """Print the config without making a gallery."""
     slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=launch.SlurmConfig
     )

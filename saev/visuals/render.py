@@ -150,7 +150,7 @@ def _write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
 
 
 def _places(pages: list[Page]) -> dict[int, list[tuple[Page, int]]]:
-    """Maps image numbers, in rising order, to where they are shown, so that each image is opened once."""
+    """Maps image numbers, in ascending order, to where they are shown, so that each image is opened once."""
     places: dict[int, list[tuple[Page, int]]] = {}
     for page in pages:
         for rank, shown in enumerate(page.shown):
@@ -159,8 +159,7 @@ def _places(pages: list[Page]) -> dict[int, list[tuple[Page, int]]]:
 
 
 def _save(img: PIL.Image.Image, fpath: pathlib.Path) -> None:
-    """Saves a PNG with an octree palette: a third of true colour's size. Unlike median cut, it keeps small
-    hot spots."""
+    """Saves a PNG with an octree palette: a third of the size. (Median cut would lose small hot spots.)"""
     img.quantize(256, method=PIL.Image.Quantize.FASTOCTREE).save(fpath)
 
 

@@ -92,8 +92,7 @@ class Vit(torch.nn.Module):
     def forward(
         self, imgs_BCHW: Float[Tensor, "B 3 H W"], layers: tuple[int, ...]
     ) -> Float32[Tensor, "B L T D"]:
-        """Returns the activations of `layers`, in this order. [CLS], if any, comes first; registers are
-        dropped."""
+        """Returns the activations of `layers`, in this order. [CLS], if any, comes first; no registers."""
         ordered = sorted(layers)
         with torch.autocast(imgs_BCHW.device.type, torch.bfloat16, enabled=self.autocast):
             acts = dict(zip(ordered, self.intermediates(imgs_BCHW, ordered), strict=True))
@@ -135,8 +134,7 @@ def _variant(cfg: config.Vit) -> str:
 
 
 def check_size(patch: tuple[int, int], cfg: config.Vit) -> None:
-    """Checks a size that the user asked for. Default sizes may leave a margin (SigLIP So400m: 384 pixels,
-    patches of 14)."""
+    """Checks the user's size. Default sizes may leave a margin (SigLIP So400m: 384 pixels, patches of 14)."""
     size = asked_size(cfg)
     if size and (size[0] % patch[0] or size[1] % patch[1]):
         near = " ".join(str(max(1, round(n / p)) * p) for n, p in zip(size, patch, strict=True))
@@ -155,8 +153,7 @@ def not_a_vit(cfg: config.Vit) -> errors.UserError:
 
 @contextlib.contextmanager
 def quiet() -> collections.abc.Generator[None]:
-    """Silences warnings: open_clip's about random weights, and both libraries' about their own
-    deprecations."""
+    """Silences open_clip's warning of random weights, and both libraries' deprecation warnings."""
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)
     try:

@@ -132,8 +132,7 @@ def _check_grid(grid: tuple[int, int], cfg: config.Vit) -> None:
 
 
 def transform_of(prep: dict[str, tp.Any], cfg: config.Vit) -> images.Transform:
-    """Returns open_clip's evaluation transform. For non-square inputs, open_clip always resizes with
-    bicubic."""
+    """Returns open_clip's evaluation transform, which resizes to non-square inputs with bicubic."""
     size = prep["size"]
     height, width = (size, size) if isinstance(size, int) else size
     if prep["resize_mode"] not in ("shortest", "squash"):

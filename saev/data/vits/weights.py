@@ -110,7 +110,7 @@ def _named(what: str, keys: list[str]) -> list[str]:
 
 
 def _alike(value: Tensor, wanted: Tensor) -> bool:
-    """Can `value` be copied to `wanted` without changing its meaning? Half precision is exact in float32."""
+    """Whether copying `value` to `wanted` keeps its meaning. Half precision is exact in float32."""
     same_kind = value.is_floating_point() == wanted.is_floating_point() and not value.is_complex()
     has_data = value.layout == torch.strided and not value.is_meta
     return value.shape == wanted.shape and same_kind and has_data
@@ -129,8 +129,7 @@ def _is_transformers(names: list[str]) -> bool:
 def _unwrapped(
     state: dict[str, Tensor], wanted: dict[str, Tensor], misfit: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Returns the image tower's tensors without their common prefix, and the names of others not known to be
-    harmless."""
+    """Returns the image tower's tensors without their common prefix, and names of other, unknown tensors."""
     state = {WRAPPERS.sub("", key): value for key, value in state.items()}
     anchors = ("trunk.patch_embed.proj.weight", "patch_embed.proj.weight", "conv1.weight")
     anchor = next((a for a in anchors if a in wanted), "")
@@ -206,8 +205,7 @@ def _timm(state: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]
 
 
 def _open_clip(state: dict[str, Tensor], visual: torch.nn.Module) -> dict[str, Tensor]:
-    """Resamples the positions of open_clip's own ViT. open_clip's function wants a whole CLIP and compares
-    only counts."""
+    """Resamples positions of open_clip's own ViT. Its own function wants a whole CLIP, compares counts."""
     import open_clip.model
 
     rows, columns = visual.grid_size
