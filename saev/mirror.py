@@ -70,7 +70,7 @@ class Copy:
         except BaseException as err:  # wandb raises SystemExit and KeyboardInterrupt too
             self.run = None
             logger.warning(
-                "wandb: %s. Run %s goes on without wandb; %s has all its metrics. "
+                "wandb: %s. Run %s continues without wandb; %s has all its metrics. "
                 "(To avoid this, set WANDB_MODE=offline, or pass --wandb-project '' to disable wandb.)",
                 errors.first_line(err).rstrip("."),
                 self.dpath.name,

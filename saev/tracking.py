@@ -197,7 +197,7 @@ class _Copier:
         except OSError:  # it died
             is_sent = False
         if not (is_sent or self.is_lost):
-            logger.warning("wandb: its process does not answer; training goes on without it")
+            logger.warning("wandb: its process does not answer; training continues without it")
             self.is_lost = True
 
 
@@ -217,7 +217,7 @@ def _spawned() -> subprocess.Popen[bytes] | None:
             start_new_session=True,  # Ctrl-C must not reach it
         )
     except OSError as err:
-        logger.warning("wandb: cannot start its process (%s); training goes on", err.strerror)
+        logger.warning("wandb: cannot start its process (%s); training continues", err.strerror)
         return None
     os.set_blocking(tp.cast(tp.IO[bytes], process.stdin).fileno(), False)
     return process
