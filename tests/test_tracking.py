@@ -204,7 +204,7 @@ def test_whatever_wandb_does_wrong_decides_nothing(tmp_path: pathlib.Path, wrong
     at, how = wrong.split()
     if how in ("raises", "exits") and at not in ("teardown", "atexit"):
         (line,) = stderr
-        assert "wandb: closed. Run run goes on" in line or "wandb: 1. Run run goes on" in line
+        assert "wandb: closed. Run run continues" in line or "wandb: 1. Run run continues" in line
         assert line.count("ck/run/metrics.jsonl has all its metrics") == 1
     elif how != "dies":
         assert stderr == [] and calls[-1] == "finish"
