@@ -225,7 +225,7 @@ def test_a_bad_key_is_one_line_and_says_what_to_do(tmp_path: pathlib.Path) -> No
     done = run(TRAIN.replace("FROM", "0"), tmp_path, {"WANDB_API_KEY": "too-short"})
     assert done.returncode == 7
     (line,) = done.stderr.splitlines()
-    assert "wandb: " in line and "WANDB_MODE=offline" in line and "goes on" in line
+    assert "wandb: " in line and "WANDB_MODE=offline" in line and "continues" in line
 
 
 def descendants(pid: int) -> list[int]:
