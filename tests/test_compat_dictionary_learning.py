@@ -1,4 +1,4 @@
-"""Folders of the package dictionary_learning: by formula, and with the package itself (group `peers`). B, D d_vit, S latents."""
+"""Folders of dictionary_learning, by formula and with the package itself (group `peers`). D d_vit, S latents."""
 
 import json
 import logging

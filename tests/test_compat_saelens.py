@@ -1,4 +1,4 @@
-"""SAELens' on-disk format, both ways; with SAELens itself where it is installed (group `peers`). B, D d_vit, S latents."""
+"""SAELens' format, read and written; with SAELens itself if it is installed (group `peers`). B batch, D d_vit, S latents."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def batch() -> torch.Tensor:
 
 
 def make(cfg: config.Sae) -> nn.SparseAutoencoder:
-    """Scaled, with biases off zero, with a threshold."""
+    """An SAE with a scale, nonzero biases and a threshold."""
     sae = nn.SparseAutoencoder(cfg, 1)
     sae.initialize(batch())
     generator = torch.Generator().manual_seed(3)
@@ -65,7 +65,7 @@ def test_there_and_back(cfg: config.Sae, tmp_path: pathlib.Path) -> None:
 
 
 def test_weights_are_folded_for_raw_activations(tmp_path: pathlib.Path) -> None:
-    """Written out: f = relu((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec, on what was written."""
+    """By the formula f = relu((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec, on what was written."""
     sae = make(CFGS[0])
     saelens.export(sae, tmp_path / "out")
     t = safetensors.torch.load_file(tmp_path / "out" / "sae_weights.safetensors")
@@ -222,7 +222,7 @@ def test_broken_folders(tmp_path: pathlib.Path) -> None:
         saelens.load(dpath)
 
 
-# ---- folders that say more ----
+# ---- other settings ----
 
 
 def plain(dpath: pathlib.Path) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -270,7 +270,7 @@ def test_codes_that_are_scaled_before_decoding(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_scaling_of_ones_is_none(tmp_path: pathlib.Path) -> None:
-    """Older versions wrote it always."""
+    """Older versions always wrote it."""
     dpath = folder(tmp_path, {}, scaling_factor=torch.ones(2 * D))
     t, z_BS = plain(dpath)
     want_BS = (z_BS + t["b_enc"]).relu().float()
@@ -421,7 +421,7 @@ def test_before_version_6_as_saelens_reads_it(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_key_that_saelens_can_write_is_decided() -> None:
-    """Honoured, known to mean nothing, or of architectures that are refused."""
+    """Used, known to have no effect, or part of a refused architecture."""
     sae_lens = pytest.importorskip("sae_lens")
     registry = pytest.importorskip("sae_lens.registry")
     read = ("standard", "gated", "topk", "jumprelu")
@@ -429,7 +429,7 @@ def test_every_key_that_saelens_can_write_is_decided() -> None:
     for found in (registry.SAE_CLASS_REGISTRY, registry.SAE_TRAINING_CLASS_REGISTRY):
         classes += [cls for name, (_, cls) in found.items() if name in read]
     names = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    runners = {"sae"}  # the runner's nested config, which has a file of its own
+    runners = {"sae"}  # the runner's nested config, which has its own file
     assert names - runners - saelens.USED <= known_keys.SAELENS
     assert not saelens.USED & known_keys.SAELENS
 
@@ -439,7 +439,7 @@ def test_every_key_that_saelens_can_write_is_decided() -> None:
 def test_every_architecture_is_read_as_saelens_does_or_refused(
     form: str, tmp_path: pathlib.Path
 ) -> None:
-    """As the library saves SAEs, SAEs in training, and these for inference."""
+    """As the library saves SAEs, training SAEs, and training SAEs for inference."""
     sae_lens = pytest.importorskip("sae_lens")
     registry = pytest.importorskip("sae_lens.registry")
     classes = registry.SAE_CLASS_REGISTRY if form == "SAE" else registry.SAE_TRAINING_CLASS_REGISTRY

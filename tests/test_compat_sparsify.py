@@ -1,4 +1,4 @@
-"""Folders of the package sparsify, by its formula: f = the k largest of relu((x - b_dec) W' + b). B, D d_vit, S latents."""
+"""Folders of sparsify, by its formula: f = the k largest of relu((x - b_dec) W' + b). B batch, D d_vit, S latents."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Checkpoints that exist: the field's schemas and our own older ones reproduce their recorded outputs. B, D d_vit, S latents."""
+"""Checkpoints of upstream saev and of all our schemas reproduce recorded outputs. B batch, D d_vit, S latents."""
 
 import io
 import json
@@ -117,7 +117,7 @@ def test_every_schema_reproduces_the_formula(name: str, tmp_path: pathlib.Path) 
     "fpath", sorted(DATA.glob("*/*.npz")), ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
 def test_recorded_outputs(fpath: pathlib.Path) -> None:
-    """Files as they exist: the field's, and one for each architecture of each schema that we ever wrote."""
+    """Upstream's files, and one of ours for each architecture and schema."""
     recorded = np.load(fpath)
     sae = nn.load(fpath.with_suffix(".pt"))
     x_hat_BD, f_BS = sae(torch.tensor(recorded["x"]))
@@ -127,7 +127,7 @@ def test_recorded_outputs(fpath: pathlib.Path) -> None:
 
 
 def test_the_recorded_top_k_has_negative_values_and_any_number_of_latents() -> None:
-    """tests/data/upstream/schema5_topk: f = mask x pre with the mask of the 6 largest, in float64; many rows have fewer positive ones."""
+    """schema5_topk: f keeps the 6 largest of pre, in float64. Many rows have fewer than 6 positive values."""
     recorded = np.load(DATA / "upstream" / "schema5_topk.npz")
     assert (recorded["f"] < 0).any() and ((recorded["f"] != 0).sum(axis=1) == 6).all()
     sae = nn.load(DATA / "upstream" / "schema5_topk.pt")
@@ -137,7 +137,7 @@ def test_the_recorded_top_k_has_negative_values_and_any_number_of_latents() -> N
 
 
 def test_there_is_a_golden_file_of_every_schema_of_ours() -> None:
-    """A change of the format without a new number fails above; a new number without a file fails here."""
+    """A format change without a new schema number fails above; a new number without a file fails here."""
     for schema in [*checkpoint.UPGRADES, checkpoint.SCHEMA]:
         for fpath in DATA.glob(f"schema{schema}/*.pt"):
             assert json.loads(fpath.read_bytes().partition(b"\n")[0])["schema"] == schema
@@ -167,11 +167,11 @@ def test_no_threshold_is_said_and_can_be_calibrated(
         nn.calibrate(nn.SparseAutoencoder(config.Relu(d_vit=D)), x_BD, 4)
 
 
-# ---- refused in words ----
+# ---- what is refused ----
 
 
 def test_a_negative_threshold(tmp_path: pathlib.Path) -> None:
-    """Its formula keeps what is above the threshold, also negative values."""
+    """Upstream keeps every value above the threshold, including negative ones."""
     state = {**weights(), THRESHOLD: torch.tensor(-0.5)}
     fpath = write(tmp_path / "sae.pt", HEADERS["5-batch"][0], state)
     with pytest.raises(errors.UserError, match="threshold is -0.5, so negative values above it"):
@@ -252,7 +252,7 @@ def test_headers_that_cannot_be_read(header: object, match: str, tmp_path: pathl
         nn.load(fpath)
 
 
-def test_a_field_checkpoint_is_no_scorer(tmp_path: pathlib.Path) -> None:
+def test_an_upstream_checkpoint_is_no_scorer(tmp_path: pathlib.Path) -> None:
     fpath = write(tmp_path / "sae.pt", HEADERS["2"][0], tensors())
     with pytest.raises(errors.UserError, match="schema 2"):
         checkpoint.read(fpath, "scorer")
@@ -286,7 +286,7 @@ def test_any_header_is_read_or_refused_in_words(
 ) -> None:
     header = {**header, "cfg": cfg} | ({} if schema is None else {"schema": schema})
     try:
-        said = upstream.upgrade(header, pathlib.Path("x.pt"))
+        found = upstream.upgrade(header, pathlib.Path("x.pt"))
     except errors.UserError:
         return
-    assert said.d_sae > 0 and said.d_vit > 0
+    assert found.d_sae > 0 and found.d_vit > 0

@@ -11,7 +11,7 @@ from saev.nn import activations
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=7)
 TIED = st.integers(-3, 3).map(float)
-"""Few different values: ties are the rule."""
+"""Only a few distinct values, so most are tied."""
 PRE_BS = hnp.arrays(np.float64, SHAPES, elements=TIED)
 settings = hypothesis.settings(max_examples=80, deadline=None)
 

@@ -12,7 +12,7 @@ from saev.nn.architectures import base
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = re.compile(r"ReLU|Relu(?![a-z])|TopK")
-"""Also as a part of a name: AutoEncoderTopK, ReluStep."""
+"""Also as part of a longer name: AutoEncoderTopK, ReluStep."""
 MAY_NAME_THEM = {
     "saev/nn/config.py": "the configs and their union",
     "saev/compat/saelens.py": "converts",
@@ -53,7 +53,7 @@ def test_each_config_has_an_architecture_in_a_file_of_its_own(
 
 
 def test_default_learning_rates() -> None:
-    """4e-4 for ReLU; for the others 4e-3, falling as 1 / sqrt(steps) above 1,000."""
+    """4e-4 for ReLU; for the others 4e-3, times sqrt(1,000 / steps) above 1,000 steps."""
     for cls in config.BY_NAME.values():
         want = [4e-4] * 3 if cls is config.Relu else [4e-3, 4e-3, 2e-3]
         assert [cls().default_lr(n) for n in (10, 1000, 4000)] == pytest.approx(want)

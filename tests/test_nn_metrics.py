@@ -17,7 +17,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 
 def codes(seed: int = 0) -> Tensor:
-    """Sparse; latent 2 is dead, latent 5 fires always with one value, latents 0 and 1 are the same up to a factor."""
+    """Sparse codes. Latent 2 is dead, latent 5 is constant, and latents 0 and 1 are proportional."""
     f_BS = (rand(B, S, seed=seed) - 0.3).relu()
     f_BS[:, 1] = 2 * f_BS[:, 0]
     f_BS[:, 2] = 0
@@ -52,7 +52,7 @@ def test_mse() -> None:
 
 
 def test_explained_variance_is_over_all_elements() -> None:
-    """Dimensions of different means: the owner's formula counts what they differ by, the other one does not."""
+    """Differences between the dimensions' means count in explained_variance and not in the other."""
     x_BD = 3 * rand(B, D) + torch.tensor([100.0, 90, 80, 100, 95])
     x_hat_BD = x_BD + rand(B, D, seed=1)
     r_BD = (x_hat_BD - x_BD).double()
@@ -83,7 +83,7 @@ def test_perfect_and_mean_predictions() -> None:
     assert metrics.normalized_mse(x_BD, x_BD) == 0
     assert metrics.explained_variance_per_dim(x_BD, mean_BD) == pytest.approx(0, abs=1e-6)
     assert metrics.normalized_mse(x_BD, mean_BD) == pytest.approx(1, rel=1e-6)
-    # A constant offset costs normalised MSE, and by its definition not the explained variance.
+    # A constant offset raises normalised MSE but, by definition, does not change the explained variance.
     assert metrics.explained_variance(x_BD, x_BD + 3) == pytest.approx(1, abs=1e-6)
     assert metrics.normalized_mse(x_BD, x_BD + 3) > 1
 
@@ -131,7 +131,7 @@ def test_mean_abs_corr_against_a_plain_loop_and_numpy() -> None:
 @pytest.mark.parametrize("size", [1, 4, B])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_correlation_sums_are_those_of_one_batch(size: int, offset: float) -> None:
-    """With codes far from zero too, where plain sums of squares lose digits."""
+    """Also with codes far from zero, where plain sums of squares lose digits."""
     f_BS = codes() + offset
     sums = metrics.CorrelationSums(S, torch.device("cpu"))
     for part_BS in f_BS.split(size):

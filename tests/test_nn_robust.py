@@ -1,4 +1,4 @@
-"""Figures that a few activations of huge norm do not decide, against plain formulas over the others. N activations, D d_vit."""
+"""Robust statistics against plain formulas over the ordinary activations. N activations, D d_vit."""
 
 import math
 
@@ -20,7 +20,7 @@ def ordinary(n: int = 4000, offset: float = 5.0) -> Tensor:
 
 
 def with_sinks(share: float, norm: float) -> tuple[Tensor, Tensor]:
-    """(activations of which a share is moved far along one direction, which are)."""
+    """Returns activations, a fraction of them moved far along one direction, and which those are."""
     x_ND = ordinary()
     is_sink_N = torch.rand(len(x_ND), generator=torch.Generator().manual_seed(0)) < share
     x_ND[is_sink_N, 3] += norm

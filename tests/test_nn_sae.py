@@ -25,13 +25,13 @@ each_cfg = pytest.mark.parametrize("cfg", CFGS, ids=lambda c: type(c).__name__)
 
 
 def batch(seed: int = 0, n: int = B) -> Tensor:
-    """Far from centred and far from unit variance, as activations are."""
+    """Like real activations: not centred, and not of unit variance."""
     generator = torch.Generator().manual_seed(seed)
     return 5 * torch.randn(n, D, generator=generator) + torch.arange(D) * 3.0
 
 
 def make(cfg: config.Sae, seed: int = 1) -> nn.SparseAutoencoder:
-    """Initialised from data, with biases and encoder moved off their starting points, trained for no step."""
+    """Initialised from data, with perturbed biases and encoder; not trained."""
     sae = nn.SparseAutoencoder(cfg, seed)
     sae.initialize(batch())
     generator = torch.Generator().manual_seed(seed + 100)
@@ -53,7 +53,7 @@ def pre_activations(sae: nn.SparseAutoencoder, x_BD: Tensor) -> np.ndarray:
 
 
 def evaluated_code(sae: nn.SparseAutoencoder, pre_S: np.ndarray) -> np.ndarray:
-    """What one sample's code is in evaluation mode."""
+    """One sample's code in evaluation mode."""
     match sae.cfg:
         case config.Relu():
             keep_S = np.ones(len(pre_S), bool)
@@ -161,7 +161,7 @@ def test_save_and_load_give_identical_outputs(cfg: config.Sae, tmp_path: pathlib
 
 
 def plain_loss(cfg: config.Sae, p: dict[str, Tensor], scale: float, x_BD: Tensor) -> Tensor:
-    """The objective from its definition: sorted values decide what is kept, one sample after another."""
+    """The objective from its definition, with sorted values, one sample at a time."""
     z_BD = x_BD * scale
     pre_BS = (z_BD - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
     match cfg:
@@ -195,7 +195,7 @@ def test_loss_and_gradients_equal_the_plain_formula(cfg: config.Sae) -> None:
 
 @each_cfg
 def test_gradient_equals_finite_differences(cfg: config.Sae) -> None:
-    """Of the loss along a random direction, in float64."""
+    """Derivative of the loss along a random direction, in float64."""
     sae, x_BD = make(cfg).double(), batch(2).double()
     objectives.Objective(sae, config.Vanilla())(x_BD).loss.backward()
     generator = torch.Generator().manual_seed(0)
@@ -234,7 +234,7 @@ def test_initialize_survives_constant_activations() -> None:
 
 @pytest.mark.parametrize("coeff", [0.0, 1e-3, 0.02, 1e6])
 def test_jump_relus_thresholds_start_where_firing_pays(coeff: float) -> None:
-    """At sqrt(coeff D): there f^2 / D, what a latent may take off the error, is the coefficient; but one latent fires per sample."""
+    """Thresholds start at sqrt(coeff D), where f^2 / D equals the coefficient, or where one latent fires per sample."""
     sae = nn.SparseAutoencoder(config.JumpRelu(d_vit=D, exp_factor=FACTOR, sparsity_coeff=coeff))
     x_BD = batch()
     sae.initialize(x_BD)
@@ -252,7 +252,7 @@ def test_jump_relus_thresholds_start_where_firing_pays(coeff: float) -> None:
 
 
 def test_jump_relus_gradients_are_the_papers() -> None:
-    """Rajamanoharan et al. 2024, eq. 11 and 12, by loops: a threshold gets -theta / width, L0's -1 / width, within half a width of it."""
+    """Rajamanoharan et al. 2024, eq. 11 and 12, by loops. Within half a width, the gradient is -theta / width; L0's is -1 / width."""
     rng = np.random.default_rng(0)
     pre_BS = torch.from_numpy(rng.normal(0.5, 0.4, (50, 6))).requires_grad_()
     threshold_S = torch.from_numpy(rng.uniform(0.3, 0.7, 6)).requires_grad_()
@@ -301,7 +301,7 @@ def test_remove_parallel_grad_leaves_the_orthogonal_part() -> None:
 
 
 def test_shapes_are_checked_at_run_time() -> None:
-    """The net itself: a transposed array is refused by name, not computed with."""
+    """The shape checks work: a transposed array is refused by name."""
     sae = make(CFGS[1])
     with pytest.raises(jaxtyping.TypeCheckError):
         nn.metrics.mse(batch(), batch().T)
@@ -376,9 +376,9 @@ FLOATS = [torch.float64, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("cfg", [*CFGS, config.JumpRelu(d_vit=D, exp_factor=FACTOR)])
 def test_any_leading_shape_and_float_type(cfg: config.Sae, training: bool) -> None:
     sae = make(cfg).train(training)
-    sae(batch())  # BatchTopK's threshold is set from here on
+    sae(batch())  # sets BatchTopK's threshold
     x = batch()
-    rows = copy.deepcopy(sae)(x)  # in training BatchTopK's threshold moves
+    rows = copy.deepcopy(sae)(x)  # a copy, because training mode moves BatchTopK's threshold
     for lead in [(4, 5), (2, 5, 2), (1, B), (B, 1)]:
         out = copy.deepcopy(sae)(x.reshape(*lead, D))
         for got, want in zip(out, rows, strict=True):

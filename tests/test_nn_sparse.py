@@ -1,4 +1,4 @@
-"""The sparse way against the dense one, and the kernels against torch and plain loops. B batch, D d_vit, S latents, n codes."""
+"""Sparse codes against dense ones, and kernels against torch and plain loops. B batch, D d_vit, S latents, n codes."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ ARCHITECTURES = {
     "jump-relu": config.JumpRelu(d_vit=D, exp_factor=4, sparsity_coeff=0.02, bandwidth=0.3),
 }
 SIGNED = config.TopK(d_vit=D, d_sae=S, top_k=30, keep_negative=True)
-"""So large a k that most rows have fewer positive pre-activations."""
+"""k is so large that most rows have fewer than k positive pre-activations."""
 OBJECTIVES = {
     "vanilla": config.Vanilla(),
     "fixed": config.Matryoshka(n_prefixes=4, prefixes="fixed"),
@@ -35,7 +35,7 @@ each_way = pytest.mark.parametrize("way", ["dense", "sparse"])
 
 @pytest.fixture(params=["screened", "float32", "torch"])
 def screened(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """The kernels with and without bfloat16 screening, whatever this processor has; and the operations that a GPU uses."""
+    """Kernels with and without bfloat16 screening, on any processor; and the torch operations that a GPU uses."""
     monkeypatch.setattr(sparse.search, "_multiplies_bfloat16", lambda: request.param == "screened")
     if request.param == "torch":
         monkeypatch.setattr(kernels, "available", lambda t: False)
@@ -57,7 +57,7 @@ def make(cfg: config.Sae, dtype: torch.dtype = torch.float32) -> nn.SparseAutoen
     return sae.to(dtype)
 
 
-# ---- training: the same as plain dense autograd ----
+# ---- training equals plain dense autograd ----
 
 
 def plain_loss(
@@ -90,7 +90,7 @@ def plain_loss(
 
 
 def clip(sae: nn.SparseAutoencoder, max_norm: float) -> float:
-    """The norm before. (torch's own adds 1e-6 to it.)"""
+    """Returns the norm before clipping. (torch's function adds 1e-6 to it.)"""
     grads = [p.grad for p in sae.parameters() if p.grad is not None]
     norm = sum((g**2).sum() for g in grads) ** 0.5
     for g in grads:
@@ -122,7 +122,7 @@ def train_plainly(
 def test_50_steps_equal_dense_autograd(
     architecture: str, objective: str, way: str, dtype: torch.dtype, atol: float, screened: bool
 ) -> None:
-    """With clipping, AuxK and Adam; in float64 so closely that no different latent can have been chosen."""
+    """With clipping, AuxK and Adam. In float64 the match is so close that the same latents were chosen."""
     check_50_steps(ARCHITECTURES[architecture], OBJECTIVES[objective], way, dtype, atol)
 
 
@@ -165,14 +165,14 @@ def test_negative_values_equal_the_models_own(way: str, screened: bool) -> None:
     f_BS = check_outputs(sae, way)
     assert (f_BS < 0).any() and ((f_BS != 0).sum(dim=1) == 30).all()
     with torch.no_grad():
-        sae.b_enc[7] = -0.1  # fires, with negative values alone
+        sae.b_enc[7] = -0.1  # fires only with negative values
         sae.W_enc[:, 7] = 0
     f_BS = check_outputs(sae, way)
     assert (f_BS[:, 7] < 0).any() and (f_BS[:, 7] <= 0).all()
 
 
 def check_outputs(sae: nn.SparseAutoencoder, way: str) -> Tensor:
-    """Of a training step; returns the codes."""
+    """Compares the outputs of a training step; returns the codes."""
     x_BD = batch(3)
     out = objectives.Objective(sae, config.Vanilla(), way=way)(x_BD)
     x_hat_BD, f_BS = sae(x_BD)
@@ -234,7 +234,7 @@ def test_gradcheck_encode() -> None:
 @each_objective
 @each_way
 def test_gradcheck_of_the_whole_loss(architecture: str, objective: str, way: str) -> None:
-    """In float64, with respect to every parameter. (JumpReLU's straight-through gradient is no derivative: its threshold is left out.)"""
+    """In float64, for every parameter except JumpReLU's threshold, whose straight-through gradient is not a derivative."""
     sae = make(ARCHITECTURES[architecture], torch.float64)
     lengths = objectives.prefixes(OBJECTIVES[objective], S, 0, 0)
     end_P = None if lengths is None else torch.tensor(lengths)
@@ -268,7 +268,7 @@ SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 200), st.integers(1, 40), s
 
 
 def encoder_of(n_latents: int, d: int, seed: int, ties: bool) -> tuple[sparse.Encoder, Tensor]:
-    """Random, or small integers: many equal pre-activations, and exact ones in any arithmetic."""
+    """Random values, or small integers, which give many ties and exact products."""
     generator = torch.Generator().manual_seed(seed)
     draw = (
         (lambda *shape: torch.randint(-2, 3, shape, generator=generator).float())
@@ -291,10 +291,10 @@ def test_top_k_is_the_k_largest(
     encoder, x_BD = encoder_of(n_latents, d, seed, ties)
     got_BS = sparse.top_k(encoder, x_BD, k).dense()
     pre_BS = (x_BD.double() @ encoder.W_SD.double().T + encoder.b_S).float()
-    # of equal values the lowest latents
+    # of ties, the lowest latents
     order_BS = pre_BS.sort(dim=1, descending=True, stable=True).indices[:, :k]
     want_BS = torch.zeros_like(pre_BS).scatter(1, order_BS, pre_BS.gather(1, order_BS).relu())
-    if not ties or kernels.available(x_BD):  # torch keeps any of equal values
+    if not ties or kernels.available(x_BD):  # torch keeps any of tied values
         torch.testing.assert_close(got_BS, want_BS, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
         got_BS.sort(dim=1).values, want_BS.sort(dim=1).values, rtol=1e-4, atol=1e-4
@@ -319,7 +319,7 @@ def test_batch_search_is_exact_whatever_it_guesses(
     search.guess = guess
     pre_BS = (x_BD.double() @ encoder.W_SD.double().T + encoder.b_S).float()
     want_BS = activations.batch_top_k(pre_BS, k)
-    for _ in range(3):  # from its own guess too
+    for _ in range(3):  # also from its own guess
         got_BS = search(encoder, x_BD, k).dense()
         torch.testing.assert_close(got_BS, want_BS, rtol=1e-4, atol=1e-4)
 
@@ -338,12 +338,12 @@ def test_above_a_latents_own_least(screened: bool, n_likely: int) -> None:
 
 
 def test_screening_bounds_hold_on_hostile_numbers() -> None:
-    """bfloat16's worst case: every product rounds the same way, and the order is decided by less than its error."""
+    """bfloat16's worst case: every product rounds the same way, and values differ by less than the error."""
     d = 64
     just_above = 1 + 2.0**-8 + 2.0**-20  # rounds up, by nearly half a unit
     just_below = 1 + 2.0**-8 - 2.0**-20  # rounds down
     W_SD = torch.full((40, d), just_above)
-    W_SD[7] = just_below + 2.0**-7 / d  # larger than all when exact, smaller in bfloat16
+    W_SD[7] = just_below + 2.0**-7 / d  # the largest when exact, smaller in bfloat16
     x_BD = torch.full((3, d), just_below)
     encoder = sparse.Encoder(W_SD, torch.zeros(40), False)
     exact = (x_BD.double() @ W_SD.double().T)[0]
@@ -407,7 +407,7 @@ def test_kth_largest(n: int) -> None:
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.05])
 def test_adam_equals_torchs(max_norm: float) -> None:
-    """With projection, clipping and unit rows written out; gradients of very different sizes."""
+    """Against a plain version with projection, clipping and unit rows. Gradients have very different sizes."""
     mine, theirs = (make(ARCHITECTURES["jump-relu"], torch.float64) for _ in range(2))
     adam, reference = optim.Adam(mine, max_norm), torch.optim.Adam(theirs.parameters(), lr=0.01)
     for step in range(20):
@@ -470,7 +470,7 @@ def test_codes_do_not_depend_on_batch_mates(architecture: str) -> None:
 
 def test_geometric_median_is_where_unit_vectors_to_the_points_cancel() -> None:
     x_BD = batch(0, 101)
-    x_BD[:20] += 100  # a fifth far away moves the mean, hardly the median
+    x_BD[:20] += 100  # outliers move the mean, but hardly the median
     median_D = geometric_median(x_BD, n_iters=1000)
     pull_D = torch.nn.functional.normalize(x_BD - median_D, dim=1).mean(dim=0)
     assert pull_D.norm() < 1e-3

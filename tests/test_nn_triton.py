@@ -1,4 +1,4 @@
-"""The Triton kernels against plain loops, in Triton's interpreter; compiled for a GPU, with or without one; run on one."""
+"""The Triton kernels against plain loops: in Triton's interpreter, compiled for a GPU, and run on one if there is one."""
 
 import collections.abc
 import os
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 I32, I64 = torch.int32, torch.int64
 ROUNDOFF = {F32: 2.0**-24, BF16: 2.0**-7, F16: 2.0**-11}
-"""Relative error of a stored result. (To bfloat16 the interpreter truncates; a GPU rounds, with half that error.)"""
+"""Relative error of a stored result. (The interpreter truncates to bfloat16; a GPU rounds, with half that error.)"""
 
 CASES = [
     # rows R, width D, codes of each segment, dtype of indices, of starts, of tables, of results
@@ -112,7 +112,7 @@ def check_codes_of_no_segment(device: str) -> None:
 
 
 def check_rows_not_asked_for(device: str) -> None:
-    """Not even a NaN in row 0, where masked places point, gets into a result."""
+    """Row 0, which masked places point to, never affects a result, even if it holds NaN."""
     table, _, weight, start, a = (t.to(device) for t in make(2, 4, 6, (3, 0, 9), I32, I32))
     index = 1 + torch.arange(12, device=device, dtype=I32) % 3
     table[0] = torch.nan
@@ -129,7 +129,7 @@ def check(device: str) -> None:
 
 
 def test_in_the_interpreter() -> None:
-    """In a process of its own: Triton decides at import whether it interprets."""
+    """In a separate process, because Triton chooses its interpreter at import."""
     pytest.importorskip("triton")
     code = "import sys; sys.path.insert(0, 'tests'); import test_nn_triton as t; t.check('cpu'); print('checked')"
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -57,11 +57,11 @@ def test_similarities_equal_their_formula(similarity: str) -> None:
 
 
 def test_plain_scores_are_products_with_the_very_activations(data, tmp_path: pathlib.Path) -> None:
-    """Drawn, kept in a file, loaded again and cut: no rounding by a mean that is taken off and added."""
+    """Scores stay exact after saving, loading and taking a prefix: the mean is not subtracted and added back."""
     cfg, acts_BD = data
     want_KD = random.reservoir(cfg, 40, seed=0).acts_KD
     x_BD = torch.from_numpy(acts_BD)
-    for _ in range(2):  # fitted, then found
+    for _ in range(2):  # fits, then loads
         scorer = scorers.fit(config.Random("plain"), cfg, 40, dpath=tmp_path)
         np.testing.assert_array_equal(scorer.vectors_KD.numpy(), want_KD)
         want_BK = x_BD @ torch.from_numpy(want_KD).T
@@ -285,11 +285,11 @@ def test_a_file_with_a_strange_name_among_the_scorers_is_passed_over(data, tmp_p
     assert scorers.fit(config.Random(), data[0], 3, dpath=tmp_path).n_prototypes == 3
 
 
-# ---- what a review found ----
+# ---- reuse of fits ----
 
 
 def test_a_fit_serves_every_use_of_it(data, tmp_path: pathlib.Path, monkeypatch) -> None:
-    """Similarities, signs and fewer components need no pass of their own; a changed seed does."""
+    """Other similarities, signs and fewer components need no new pass; another seed does."""
     shards, acts_BD = data
     for cfg in (config.Random(), config.KMeans(n_iters=2), config.Pca()):
         scorers.fit(cfg, shards, 5, dpath=tmp_path)
@@ -304,7 +304,9 @@ def test_a_fit_serves_every_use_of_it(data, tmp_path: pathlib.Path, monkeypatch)
         want_BK = -torch.cdist(x_BD, distance.vectors_KD).square()
         torch.testing.assert_close(distance(x_BD), want_BK, rtol=1e-3, atol=1e-2)
     both = scorers.fit(config.Pca(both_signs=True), shards, 100, dpath=tmp_path)
-    one = scorers.fit(config.Pca(), shards, 100, dpath=tmp_path, seed=3)  # no seed plays a part
+    one = scorers.fit(
+        config.Pca(), shards, 100, dpath=tmp_path, seed=3
+    )  # PCA does not use the seed
     assert (both.n_prototypes, one.n_prototypes) == (2 * D, D)
     with pytest.raises(NameError):
         scorers.fit(config.Random(), shards, 5, dpath=tmp_path, seed=3)
@@ -346,7 +348,7 @@ def test_two_processes_fit_once(data, tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_pca_of_a_large_mean_and_of_blocks_far_apart(make_shards, offset: float) -> None:
-    """The first images lie elsewhere: no block's mean is the stream's."""
+    """The first images are far from the rest, so block means differ from the overall mean."""
     rng = np.random.default_rng(0)
     acts = rng.standard_normal((300, 1, 5, D)) * np.arange(1, D + 1) + offset
     acts[:64] += 300
@@ -376,7 +378,7 @@ def test_a_scorer_moved_elsewhere_leaves_the_one_it_came_from(data, tmp_path: pa
 
 
 def test_the_sample_is_that_of_sorting_all_keys(data) -> None:
-    """However often the reservoir is compacted."""
+    """Regardless of how often the reservoir is compacted."""
     shards, acts_BD = data
     key_B = np.random.default_rng((5, 0xACE)).random(len(acts_BD))
     for k in (1, 7, 290, 300):

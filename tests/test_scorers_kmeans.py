@@ -44,7 +44,7 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("compiled", [True, False])  # False: as on a GPU
 @pytest.mark.parametrize(
     "offset", [0.0, 5.0]
-)  # far from the origin none, or all, have a positive value
+)  # far from the origin, no value or every value is positive
 def test_nearest_equals_a_plain_argmin(
     offset: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +59,7 @@ def test_nearest_equals_a_plain_argmin(
 def test_plus_plus_takes_the_best_of_draws_by_squared_distance(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of five points on a line the third centre's probabilities, given the first two, are known: the better of two draws."""
+    """For five points on a line, the third centre (the better of two draws) has known probabilities given the first two."""
     monkeypatch.setattr(kmeans, "TRIED", 2)
     x_BD = torch.tensor([[0.0], [1.1], [3.0], [4.4], [9.7]])
     counts: dict[tuple[int, ...], collections.Counter[int]] = {}
@@ -89,7 +89,7 @@ def test_plus_plus_takes_the_best_of_draws_by_squared_distance(
 
 
 def test_plus_plus_starts_as_low_as_sklearns() -> None:
-    """The sum of squared distances to 60 centres, means over seeds. Plain k-means++ is some 10% above."""
+    """Compares the sum of squared distances to 60 centres, averaged over seeds. Plain k-means++ is about 10% worse."""
     x_BD = rand(800, D)
 
     def theirs(seed: int) -> np.ndarray:
@@ -135,7 +135,7 @@ def test_passes_equal_sklearn_from_the_same_start(data: Made) -> None:
 
 
 def test_passes_of_a_gpu_are_those_of_a_cpu(data: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its operations, run here; the next test runs them there."""
+    """Runs the GPU's operations on the CPU; the next test runs them on a GPU."""
     want = kmeans.fit(config.KMeans(n_iters=3), data[0], [5, 30], 0)
     monkeypatch.setattr("saev.nn.kernels.available", lambda _: False)
     for scorer, wanted in zip(
@@ -200,7 +200,7 @@ def test_normalized_centres_are_directions(data: Made) -> None:
     torch.testing.assert_close(direction_KD.norm(dim=1), torch.ones(8), rtol=1e-4, atol=1e-4)
     x_BD = torch.nn.functional.normalize(torch.from_numpy(acts_BD) - scorer.mean_D, dim=1)
     at_B = (x_BD @ direction_KD.T).argmax(dim=1)
-    for k in range(8):  # each is the direction of the mean of those it is nearest to
+    for k in range(8):  # each centre is the direction of its cluster's mean
         mean_D = torch.nn.functional.normalize(x_BD[at_B == k].mean(dim=0), dim=0)
         assert mean_D @ direction_KD[k] > 0.999
 
@@ -227,10 +227,10 @@ KILLED = """
 
 
 def crafted(fpath: pathlib.Path, header: dict[str, object], **changes: object) -> None:
-    """Changes a state, and its checksum with it."""
-    said, payload = checkpoint.read(fpath, "state")
+    """Changes a state and updates its checksum."""
+    saved, payload = checkpoint.read(fpath, "state")
     tree = tensors.load(payload, "", "") | changes
-    checkpoint.write(fpath, "state", {"passes": said["passes"]} | header, tensors.dump(tree))
+    checkpoint.write(fpath, "state", {"passes": saved["passes"]} | header, tensors.dump(tree))
 
 
 DAMAGE = {
@@ -304,11 +304,11 @@ def test_a_nested_scorer_is_never_fitted_for_a_smaller_k(
         scorers.fit(config.Random(), data[0], 20, seed=1, dpath=tmp_path)
 
 
-# ---- what a review found ----
+# ---- empty clusters and rounding ----
 
 
 def test_many_empty_centres_are_moved_as_sklearns_are(data: Made) -> None:
-    """The activations that they move to count for their old centres no more."""
+    """Activations that become centres of empty clusters leave their old clusters."""
     cfg, acts_BD = data
     mean_D = torch.from_numpy(acts_BD.mean(axis=0))
     far_KD = 1e3 + torch.arange(400.0)[:, None] * torch.ones(D)
@@ -328,7 +328,7 @@ def test_many_empty_centres_are_moved_as_sklearns_are(data: Made) -> None:
 
 
 def test_distances_within_tight_clusters_far_from_the_mean() -> None:
-    """x.x - 2 x.c + c.c would lose them in float32's rounding."""
+    """x.x - 2 x.c + c.c would lose them to float32 rounding."""
     x_BD = rand(400, D) + torch.tensor([3e3, -3e3])[torch.arange(400) % 2, None]
     center_KD = torch.tensor([[3e3], [-3e3]]) * torch.ones(D)
     _, distance_B = kmeans.nearest(x_BD, center_KD)
@@ -354,7 +354,7 @@ def test_a_fit_killed_between_two_files_goes_on(
     with pytest.raises(KeyboardInterrupt):
         store.fit_each(cfg, data[0], [5, 9], dpath=tmp_path / "cut")
     monkeypatch.setattr(store, "save", first)
-    monkeypatch.delattr(kmeans, "one_pass")  # no pass is done again
+    monkeypatch.delattr(kmeans, "one_pass")  # no pass is repeated
     cut = store.fit_each(cfg, data[0], [5, 9], dpath=tmp_path / "cut")
     for a, b in zip(whole, cut, strict=True):
         assert a.digest() == b.digest()

@@ -4,6 +4,8 @@ import pathlib
 import typing as tp
 
 import beartype
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -54,6 +56,19 @@ def read_json(fpath: pathlib.Path, library: str) -> dict[str, tp.Any]:
     try:
         return jsonfile.read(fpath, dict[str, tp.Any], remedy)
     except OSError as err:
+        raise unreadable(fpath, err, library) from err
+
+
+@beartype.beartype
+def read_tensors(fpath: pathlib.Path, library: str) -> dict[str, Tensor]:
+    """Reads a library's safetensors file.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    try:
+        return safetensors.torch.load_file(fpath)
+    except (OSError, safetensors.SafetensorError) as err:
         raise unreadable(fpath, err, library) from err
 
 

@@ -10,7 +10,6 @@ import typing as tp
 
 import beartype
 import msgspec
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -103,7 +102,7 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
         UserError: it is not such a folder, or saev has no SAE that computes exactly the same.
     """
     dpath = fields.path(dpath)
-    cfg, found = _cfg(dpath / CFG), _tensors(dpath / WEIGHTS)
+    cfg, found = _cfg(dpath / CFG), loaders.read_tensors(dpath / WEIGHTS, "SAELens")
     scaling_S = _scaling(cfg, found, dpath)
     D, S = cfg["d_in"], cfg["d_sae"]
     architecture = cfg["architecture"]
@@ -265,10 +264,3 @@ def _is_before_6(cfg: dict[str, tp.Any]) -> bool:
     version = cfg.get("sae_lens_version") or (cfg.get("metadata") or {}).get("sae_lens_version")
     major = re.match(r"\d+", version) if isinstance(version, str) else None
     return major is None or int(major[0]) < 6
-
-
-def _tensors(fpath: pathlib.Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(fpath)
-    except (OSError, safetensors.SafetensorError) as err:
-        raise loaders.unreadable(fpath, err, "SAELens") from err

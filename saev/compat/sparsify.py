@@ -4,8 +4,6 @@ import pathlib
 import typing as tp
 
 import beartype
-import safetensors
-import safetensors.torch
 import torch
 
 from saev import fields
@@ -38,10 +36,7 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     D = cfg["d_in"]
     S = cfg["num_latents"] or D * cfg["expansion_factor"]
     shapes = {"encoder.weight": (S, D), "encoder.bias": (S,), "W_dec": (S, D), "b_dec": (D,)}
-    try:
-        found = safetensors.torch.load_file(dpath / WEIGHTS)
-    except (OSError, safetensors.SafetensorError) as err:
-        raise loaders.unreadable(dpath / WEIGHTS, err, LIBRARY) from err
+    found = loaders.read_tensors(dpath / WEIGHTS, LIBRARY)
     t = checks.take(found, shapes, where, CFG)
     parts = {**t, "W_enc": t["encoder.weight"].T, "b_enc": t["encoder.bias"]}
     sizes = {"d_vit": D, "d_sae": S, "top_k": min(cfg["k"], S)}

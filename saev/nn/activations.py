@@ -30,8 +30,8 @@ def batch_top_k(pre_BS: Float[Tensor, "B S"], k: int) -> Float[Tensor, "B S"]:
     n_batch, n_latents = pre_BS.shape
     n_drop = pre_BS.numel() - min(k, n_latents) * n_batch
     # kthvalue selects without sorting, which is much cheaper than topk over the flat batch.
-    least = pre_BS.detach().flatten().kthvalue(n_drop + 1).values
-    return torch.where(pre_BS >= least, pre_BS, 0.0).relu()
+    smallest = pre_BS.detach().flatten().kthvalue(n_drop + 1).values
+    return torch.where(pre_BS >= smallest, pre_BS, 0.0).relu()
 
 
 @jaxtyped(typechecker=beartype.beartype)

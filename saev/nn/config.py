@@ -104,8 +104,8 @@ class Relu(Architecture):
     """Weight of the L1 penalty relative to the mean squared error per dimension. The penalty is the L1 norm
     of a sample's code, each latent times its decoder row's norm."""
     resample_every: int = 0
-    """Steps between resamplings of dead latents (Bricken et al. 2023). They end after 80% of training. 0:
-    never."""
+    """Steps between resamplings of dead latents (Bricken et al. 2023), in the first 80% of training.
+    0: never."""
 
     KEEPS_CODES: tp.ClassVar[bool] = True
     CODES_IN_STEP: tp.ClassVar[float] = 1.3
@@ -127,7 +127,7 @@ class TopK(Architecture):
     top_k: int = 32
     """Latents allowed to fire per activation."""
     aux_coeff: float = 1 / 32
-    """Weight of the AuxK loss (Gao et al. 2024), which trains dead latents to reconstruct the residual."""
+    """Weight of the AuxK loss (Gao et al. 2024): dead latents learn to reconstruct the residual. 0: off."""
     aux_k: int = 0
     """Dead latents allowed to fire per activation in the AuxK loss. 0: half of d_vit."""
     keep_negative: bool = False
@@ -215,7 +215,7 @@ class Matryoshka:
     def __post_init__(self) -> None:
         fields.settle(self, "objective.", n_prefixes=AT_LEAST_1)
 
-    def most(self, d_sae: int) -> int:
+    def n_possible(self, d_sae: int) -> int:
         """The number of possible prefixes."""
         return d_sae.bit_length() if self.prefixes == "fixed" else d_sae
 

@@ -74,15 +74,15 @@ def _bounds(pre_S, is_screened, b_S, norm_S, margin, low_S, high_S):
 
 
 @jit
-def _collect(value_S, least_S, out_n):
-    """Writes the latents whose value is above `least_S` to out_n; returns their number."""
+def _collect(value_S, cutoff_S, out_n):
+    """Writes the latents whose value is above `cutoff_S` to out_n; returns their number."""
     n = 0
     n_words = len(value_S) // 64
     for word in range(n_words):
         start = word * 64
         fires = np.uint64(0)  # one bit per latent: 64 comparisons take a few instructions
         for i in range(64):
-            is_above = np.uint64(value_S[start + i] > least_S[start + i])
+            is_above = np.uint64(value_S[start + i] > cutoff_S[start + i])
             fires |= is_above << np.uint64(i)
         while fires:
             lowest = fires & (~fires + np.uint64(1))
@@ -95,12 +95,12 @@ def _collect(value_S, least_S, out_n):
             n += 1
     for s in range(n_words * 64, len(value_S)):
         out_n[n] = s
-        n += value_S[s] > least_S[s]
+        n += value_S[s] > cutoff_S[s]
     return n
 
 
 @jit
-def _least_of_top(value_S, k, group_G, scratch_G):
+def _top_k_bound(value_S, k, group_G, scratch_G):
     """Returns a bound that at least k values reach: the k-th largest of the maxima of groups of values.
 
     -inf if there are at most k groups.
@@ -148,7 +148,7 @@ def top_k(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, k, n_B, value_
     B, S = pre_BS.shape
     G = max(S // 16, min(S, 4 * k))
     low_S, high_S = np.empty(S, x_BD.dtype), np.empty(S, x_BD.dtype)
-    least_S = np.empty(S, x_BD.dtype)
+    cutoff_S = np.empty(S, x_BD.dtype)
     group_G, scratch_G = np.empty(G, x_BD.dtype), np.empty(G, x_BD.dtype)
     latent_n, value_n, scratch_n = (
         np.empty(S, np.int32),
@@ -157,10 +157,10 @@ def top_k(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, k, n_B, value_
     )
     for b in range(B):
         _bounds(pre_BS[b], is_screened, b_S, norm_S, margin_B[b], low_S, high_S)
-        least = _least_of_top(low_S, k, group_G, scratch_G)
-        # the next lower number, because values equal to `least` are wanted too
-        least_S[:] = max(np.nextafter(np.float32(least), np.float32(-np.inf)), 0)
-        n = _collect(high_S, least_S, latent_n)
+        bound = _top_k_bound(low_S, k, group_G, scratch_G)
+        # the next lower number, because values equal to `bound` are wanted too
+        cutoff_S[:] = max(np.nextafter(np.float32(bound), np.float32(-np.inf)), 0)
+        n = _collect(high_S, cutoff_S, latent_n)
         if is_screened:
             _rescore(x_BD[b], W_SD, b_S, latent_n, n, value_n)
         else:
@@ -172,17 +172,17 @@ def top_k(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, k, n_B, value_
 @jit
 def _trim(value_n, latent_n, n, k, scratch_n, value_K, latent_K):
     """Copies the k largest of n values if they are positive; returns their number."""
-    least, n_ties = value_n.dtype.type(0), 0
+    smallest, n_ties = value_n.dtype.type(0), 0
     if n > k:
         scratch_n[:n] = value_n[:n]
-        least = _kth_largest(scratch_n, n, k)
+        smallest = _kth_largest(scratch_n, n, k)
         n_ties = k
         for i in range(n):
-            n_ties -= value_n[i] > least
+            n_ties -= value_n[i] > smallest
     n_kept = 0
     for i in range(n):
-        is_tie = n > k and value_n[i] == least and n_ties > 0
-        if value_n[i] > 0 and (value_n[i] > least or is_tie):
+        is_tie = n > k and value_n[i] == smallest and n_ties > 0
+        if value_n[i] > 0 and (value_n[i] > smallest or is_tie):
             n_ties -= is_tie
             value_K[n_kept] = value_n[i]
             latent_K[n_kept] = latent_n[i]
@@ -191,8 +191,8 @@ def _trim(value_n, latent_n, n, k, scratch_n, value_K, latent_K):
 
 
 @jit
-def above(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, least_S, n_B, value_n, latent_n):
-    """Finds pre-activations above `least_S`, row by row; returns their number, or -1 if value_n is too
+def above(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, cutoff_S, n_B, value_n, latent_n):
+    """Finds pre-activations above `cutoff_S`, row by row; returns their number, or -1 if value_n is too
     short."""
     B, S = pre_BS.shape
     low_S, high_S = np.empty(S, x_BD.dtype), np.empty(S, x_BD.dtype)
@@ -201,17 +201,17 @@ def above(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, least_S, n_B, 
     for b in range(B):
         if is_screened:
             _bounds(pre_BS[b], is_screened, b_S, norm_S, margin_B[b], low_S, high_S)
-            n_found = _collect(high_S, least_S, found_n)
+            n_found = _collect(high_S, cutoff_S, found_n)
             _rescore(x_BD[b], W_SD, b_S, found_n, n_found, score_n)
         else:
-            n_found = _collect(pre_BS[b], least_S, found_n)
+            n_found = _collect(pre_BS[b], cutoff_S, found_n)
             for i in range(n_found):
                 score_n[i] = pre_BS[b, found_n[i]]
         if n + n_found > len(value_n):
             return -1
         start = n
         for i in range(n_found):
-            if score_n[i] > least_S[found_n[i]]:
+            if score_n[i] > cutoff_S[found_n[i]]:
                 value_n[n] = score_n[i]
                 latent_n[n] = found_n[i]
                 n += 1
@@ -263,7 +263,7 @@ def adam_rows(w_SD, g_SD, m_SD, v_SD, first, last, along_S, factors, is_unit):
     factors: clip, step size, beta1, beta2, eps, 1 / sqrt(1 - beta2^t), in the weights' dtype.
     """
     clip, step, beta1, beta2, eps, correction = factors
-    one, least = w_SD.dtype.type(1), w_SD.dtype.type(1e-8)
+    one, min_norm = w_SD.dtype.type(1), w_SD.dtype.type(1e-8)
     for s in range(first, last):
         along = along_S[s]
         norm2 = w_SD.dtype.type(0)
@@ -275,7 +275,7 @@ def adam_rows(w_SD, g_SD, m_SD, v_SD, first, last, along_S, factors, is_unit):
             m_SD[s, d], v_SD[s, d], w_SD[s, d] = m, v, w
             norm2 += w * w
         if is_unit:
-            scale = one / max(np.sqrt(norm2), least)
+            scale = one / max(np.sqrt(norm2), min_norm)
             for d in range(w_SD.shape[1]):
                 w_SD[s, d] *= scale
 
@@ -340,13 +340,13 @@ def n_positive(f_BS, first, last):
 
 
 @jit
-def keep_from(value_n, latent_n, n_B, least):
-    """Drops values below `least` in place; returns the number that stay."""
+def keep_from(value_n, latent_n, n_B, smallest):
+    """Drops values below `smallest` in place; returns the number that stay."""
     n, at = 0, 0
     for b in range(len(n_B)):
         start = n
         for i in range(at, at + n_B[b]):
-            if value_n[i] >= least:
+            if value_n[i] >= smallest:
                 value_n[n] = value_n[i]
                 latent_n[n] = latent_n[i]
                 n += 1

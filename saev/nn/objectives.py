@@ -151,17 +151,17 @@ class Objective:
 
     def _encode(self, x_BD: Tensor) -> tuple[base.Coded, sparse.Index | None]:
         """Computes codes from scaled x; also returns their index if they are sparse."""
-        sae, way = self.sae, self.sae.architecture
+        sae, architecture = self.sae, self.sae.architecture
         weights = (sae.W_enc, sae.b_enc, sae.b_dec)
         if self._is_sparse(x_BD):
             found = self._find(x_BD)
             pre_n = sparse.encode_at(*weights, x_BD, found.index, found.value_n)
-            return way.encode_sparse(sae, pre_n, found.index), found.index
+            return architecture.encode_sparse(sae, pre_n, found.index), found.index
         pre_BS = sparse.pre_activations(*weights, x_BD, is_bfloat16=self.is_bfloat16)
-        coded = way.encode_dense(sae, pre_BS)
-        if not way.is_always_sparse and kernels.available(x_BD):
-            n_matter = (pre_BS > way.least(sae)).count_nonzero().item()
-            self.density = n_matter / pre_BS.numel()
+        coded = architecture.encode_dense(sae, pre_BS)
+        if not architecture.is_always_sparse and kernels.available(x_BD):
+            n_above = (pre_BS > architecture.cutoff(sae)).count_nonzero().item()
+            self.density = n_above / pre_BS.numel()
         return coded, None
 
     def _is_sparse(self, x_BD: Tensor) -> bool:
@@ -173,13 +173,13 @@ class Objective:
         return kernels.available(x_BD) and self.density < SPARSE_BELOW
 
     def _find(self, x_BD: Tensor) -> sparse.Codes:
-        sae, way = self.sae, self.sae.architecture
+        sae, architecture = self.sae, self.sae.architecture
         W_SD = sae.W_enc.detach().T.contiguous()
         encoder = sparse.Encoder(W_SD, sae.b_enc.detach(), self.is_bfloat16)
         n_all = len(x_BD) * sae.d_sae
         n_likely = int(min(self.density, 1.0) * n_all)
-        codes = way.find(sae, encoder, x_BD - sae.b_dec.detach(), n_likely, self.search)
-        if not way.is_always_sparse and kernels.available(x_BD):
+        codes = architecture.find(sae, encoder, x_BD - sae.b_dec.detach(), n_likely, self.search)
+        if not architecture.is_always_sparse and kernels.available(x_BD):
             self.density = len(codes.value_n) / n_all
         return codes
 
@@ -232,7 +232,7 @@ def prefixes(cfg: config.Objective, d_sae: int, seed: int, step: int) -> list[in
     """
     if not isinstance(cfg, config.Matryoshka):
         return None
-    n = min(cfg.n_prefixes, cfg.most(d_sae))
+    n = min(cfg.n_prefixes, cfg.n_possible(d_sae))
     if cfg.prefixes == "fixed":
         return [d_sae >> i for i in reversed(range(n))]
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)

@@ -44,8 +44,8 @@ def typical(x_ND: Float[Tensor, "N D"]) -> Typical:
     for _ in range(MAX_ROUNDS):
         distance_N = distance(x_ND, centre_D)
         limit = EXTREME * distance_N.quantile(0.75)
-        most = torch.finfo(limit.dtype).max  # if most activations are equal, none is extreme
-        limit = torch.where(limit > 0, limit, most)
+        # If most activations are equal, none is extreme.
+        limit = torch.where(limit > 0, limit, torch.finfo(limit.dtype).max)
         ordinary_N = distance_N <= limit
         if last_N is not None and torch.equal(ordinary_N, last_N):
             break
@@ -67,11 +67,11 @@ def distance(x_ND: Float[Tensor, "N D"], centre_D: Float[Tensor, " D"]) -> Float
 def clip(x_ND: Float[Tensor, "N D"], around: Typical, max_ratio: float) -> Float[Tensor, "N D"]:
     """Moves activations farther than max_ratio radii from the centre to that distance; keeps all others."""
     distance_N = distance(x_ND, around.centre_D)
-    most = max_ratio * around.radius
-    far_N = (distance_N > most) & (most > 0)
+    max_distance = max_ratio * around.radius
+    far_N = (distance_N > max_distance) & (max_distance > 0)
     if not x_ND.is_cuda and not far_N.any():  # not on a GPU, where this would wait
         return x_ND
-    factor_N = torch.where(far_N, most / distance_N, 1.0)
+    factor_N = torch.where(far_N, max_distance / distance_N, 1.0)
     clipped_ND = torch.lerp(around.centre_D, x_ND, factor_N[:, None])
     return torch.where(far_N[:, None], clipped_ND, x_ND)
 

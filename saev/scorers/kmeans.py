@@ -136,8 +136,8 @@ def nearest(
     """
     square_K = center_KD.square().sum(dim=1)
     shortest = square_K.argmin()
-    least = (x_BD @ center_KD[shortest]).min() - 0.5 * square_K[shortest]
-    lift = (-1.01 * least).clamp(min=0)
+    lowest = (x_BD @ center_KD[shortest]).min() - 0.5 * square_K[shortest]
+    lift = (-1.01 * lowest).clamp(min=0)
     bias_K = lift - 0.5 * square_K
     if not kernels.available(x_BD):
         parts = [torch.addmm(bias_K, x_CD, center_KD.T).max(dim=1) for x_CD in x_BD.split(CHUNK)]
@@ -308,9 +308,9 @@ class _Sums:
         self.sum_KD += sparse.bag(x_BD, by.row_n, x_BD.new_ones(len(x_BD)), by.start_S1)
         self.n_K += by.start_S1.diff()
         self.inertia += distance_B.sum(dtype=torch.float64).item()
-        least = self.far_C[-1] if len(self.far_C) == K else 0.0
+        smallest = self.far_C[-1] if len(self.far_C) == K else 0.0
         far = distance_B.topk(min(K, len(distance_B)))
-        rows_C = far.indices[far.values > least]
+        rows_C = far.indices[far.values > smallest]
         far_C = torch.cat([self.far_C, distance_B[rows_C]])
         order_C = far_C.argsort(descending=True, stable=True)[:K]
         self.far_C = far_C[order_C]

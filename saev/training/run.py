@@ -259,7 +259,7 @@ def with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
         )
     sae = cfg.sae.sized(d_vit)
     if isinstance(cfg.objective, nn_config.Matryoshka):
-        most = cfg.objective.most(sae.n_latents)
+        most = cfg.objective.n_possible(sae.n_latents)
         if cfg.objective.n_prefixes > most:
             raise errors.UserError(
                 f"--objective.n-prefixes {cfg.objective.n_prefixes}: a dictionary of {sae.n_latents} latents "

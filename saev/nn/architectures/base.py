@@ -41,7 +41,7 @@ class Architecture(abc.ABC):
     Which methods to implement:
     - always `encode`, `encode_dense` and `encode_sparse`;
     - `largest` if `is_elementwise`, else `find`;
-    - `find` if `is_always_sparse`, else `least`.
+    - `find` if `is_always_sparse`, else `cutoff`.
 
     The config class has what must not wait for torch (default learning rate, memory), and switches features
     on: AuxK needs the fields `aux_coeff` and `aux_k`, resampling needs `resample_every`, and a penalty with
@@ -86,7 +86,7 @@ class Architecture(abc.ABC):
     def encode_sparse(self, sae: "SparseAutoencoder", pre_n: Tensor, index: sparse.Index) -> Coded:
         """Computes the same from the pre-activations that `find` found."""
 
-    def least(self, sae: "SparseAutoencoder") -> Tensor:
+    def cutoff(self, sae: "SparseAutoencoder") -> Tensor:
         """(S,): in a training step, only pre-activations above it can fire or get a gradient."""
         raise NotImplementedError
 
@@ -107,7 +107,7 @@ class Architecture(abc.ABC):
             n_likely: about how many there are.
             search: for architectures that select over the whole batch; it lasts for the whole run.
         """
-        return sparse.above(encoder, xc_BD, self.least(sae), n_likely)
+        return sparse.above(encoder, xc_BD, self.cutoff(sae), n_likely)
 
     def largest(self, sae: "SparseAutoencoder", pre_BK: Tensor) -> Tensor:
         """Codes of the first K latents in evaluation mode, from their largest pre-activations in an image."""

@@ -48,10 +48,10 @@ class BatchTopK(base.Architecture, cfg=config.BatchTopK):
         it."""
         if f.numel() == 0:
             return
-        least = torch.where(f > 0, f, torch.inf).min()
+        smallest = torch.where(f > 0, f, torch.inf).min()
         step = torch.where(sae.threshold == 0, 1.0, self.cfg.threshold_momentum)
-        moved = torch.lerp(sae.threshold, least, step)
-        sae.threshold.copy_(torch.where(least.isfinite(), moved, sae.threshold))
+        moved = torch.lerp(sae.threshold, smallest, step)
+        sae.threshold.copy_(torch.where(smallest.isfinite(), moved, sae.threshold))
 
 
 @torch.no_grad()

@@ -53,9 +53,9 @@ class JumpRelu(base.Architecture, cfg=config.JumpRelu):
         l0 = activations.fires(pre_n, threshold_n, width).sum() / index.n_rows
         return Coded(f_n, l0)
 
-    def least(self, sae) -> Tensor:
+    def cutoff(self, sae) -> Tensor:
         return sae.log_threshold.detach().exp() - self.cfg.bandwidth / 2
 
     def largest(self, sae, pre_BK: Tensor) -> Tensor:
-        least_K = sae.log_threshold.exp()[: pre_BK.shape[1]]
-        return torch.where(pre_BK > least_K, pre_BK, 0.0).relu()
+        threshold_K = sae.log_threshold.exp()[: pre_BK.shape[1]]
+        return torch.where(pre_BK > threshold_K, pre_BK, 0.0).relu()

@@ -84,7 +84,7 @@ class Relu(base.Architecture, cfg=config.Relu):
         norm_S = torch.linalg.vector_norm(sae.W_dec, dim=1)
         return Coded(pre_n, (pre_n * norm_S[index.latent_n]).sum() / index.n_rows)
 
-    def least(self, sae) -> Tensor:
+    def cutoff(self, sae) -> Tensor:
         return torch.zeros_like(sae.b_enc)
 
     def largest(self, sae, pre_BK: Tensor) -> Tensor:

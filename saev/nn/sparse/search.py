@@ -98,7 +98,7 @@ def top_k(
     k = min(k, S)
     if not kernels.available(xc_BD):
         value_BK, latent_BK = _dense_top_k(encoder, xc_BD, k)
-        return _of_places(value_BK if keep_negative else value_BK.relu(), latent_BK, S)
+        return _at_top_k(value_BK if keep_negative else value_BK.relu(), latent_BK, S)
     n_B = np.empty(B, np.int32)
     value_BK = np.empty((B, k), xc_BD.numpy().dtype)
     latent_BK = np.empty((B, k), np.int32)
@@ -108,7 +108,7 @@ def top_k(
         kernels.top_k(*rows, k, n_B[mine], value_BK[mine], latent_BK[mine])
 
     _search(encoder, xc_BD, find)
-    if keep_negative:  # few rows have fewer than k positive values
+    if keep_negative:  # recompute the few rows with fewer than k positive values
         short_R = np.flatnonzero(n_B < k)
         for part_R in np.array_split(short_R, -(-len(short_R) * S * 4 // PART_BYTES) or 1):
             value_RK, latent_RK = _dense_top_k(encoder, xc_BD[part_R], k)
@@ -130,7 +130,7 @@ def _dense_top_k(encoder: Encoder, xc_BD: Tensor, k: int) -> tuple[Tensor, Tenso
     return value_BK.gather(1, order_BK), latent_BK
 
 
-def _of_places(value_BK: Tensor, latent_BK: Tensor, n_latents: int) -> Codes:
+def _at_top_k(value_BK: Tensor, latent_BK: Tensor, n_latents: int) -> Codes:
     """Codes on a GPU. Places that do not fire stay as zeros: counting the others would wait for the GPU."""
     B, K = value_BK.shape
     start_B1 = torch.arange(0, B * K + 1, K, dtype=torch.int32, device=value_BK.device)
@@ -139,9 +139,9 @@ def _of_places(value_BK: Tensor, latent_BK: Tensor, n_latents: int) -> Codes:
 
 @torch.no_grad()
 def above(
-    encoder: Encoder, xc_BD: Float[Tensor, "B D"], least_S: Float[Tensor, " S"], n_likely: int
+    encoder: Encoder, xc_BD: Float[Tensor, "B D"], cutoff_S: Float[Tensor, " S"], n_likely: int
 ) -> Codes:
-    """Pre-activations above `least_S`.
+    """Finds the pre-activations above `cutoff_S`.
 
     Args:
         n_likely: about how many there are in the batch. Buffers start at twice that size and grow if needed.
@@ -149,15 +149,15 @@ def above(
     S = len(encoder.W_SD)
     if not kernels.available(xc_BD):
         pre_BS = dense(encoder, xc_BD)
-        return _where(pre_BS, pre_BS > least_S)
+        return _selected(pre_BS, pre_BS > cutoff_S)
     n_B = np.empty(len(xc_BD), np.int32)
-    least = least_S.to(xc_BD.dtype).numpy()
+    cutoff = cutoff_S.to(xc_BD.dtype).numpy()
 
     def find(first: int, last: int, rows: _Rows) -> tuple[np.ndarray, np.ndarray]:
         size = 64 + 2 * n_likely * (last - first) // len(xc_BD)
         while True:
-            value_n, latent_n = np.empty(size, least.dtype), np.empty(size, np.int32)
-            n = kernels.above(*rows, least, n_B[first:last], value_n, latent_n)
+            value_n, latent_n = np.empty(size, cutoff.dtype), np.empty(size, np.int32)
+            n = kernels.above(*rows, cutoff, n_B[first:last], value_n, latent_n)
             if n >= 0:
                 return value_n[:n], latent_n[:n]
             size *= 2
@@ -167,13 +167,14 @@ def above(
     return Codes(torch.from_numpy(value_n), _index(latent_n, n_B, S))
 
 
-def _where(pre_BS: Tensor, fires_BS: Tensor) -> Codes:
+def _selected(pre_BS: Tensor, fires_BS: Tensor) -> Codes:
     row_n, latent_n = fires_BS.nonzero(as_tuple=True)
     start_B1 = torch.nn.functional.pad(fires_BS.sum(dim=1).cumsum(0), (1, 0)).int()
     return Codes(pre_BS[row_n, latent_n], Index(latent_n.int(), start_B1, pre_BS.shape[1]))
 
 
 def dense(encoder: Encoder, xc_BD: Tensor) -> Float[Tensor, "B S"]:
+    """Computes the pre-activations of all latents."""
     if encoder.is_bfloat16:
         return (xc_BD.bfloat16() @ encoder.W_SD.bfloat16().T).float() + encoder.b_S
     return torch.addmm(encoder.b_S, xc_BD, encoder.W_SD.T)
@@ -202,19 +203,19 @@ class BatchSearch:
             self.guess = self._sampled(encoder, xc_BD, min(k, S))
         guess = self.guess
         while True:
-            least_S = torch.full((S,), guess, dtype=xc_BD.dtype, device=xc_BD.device)
-            codes = above(encoder, xc_BD, least_S, n_wanted // self.n_processes)
+            cutoff_S = torch.full((S,), guess, dtype=xc_BD.dtype, device=xc_BD.device)
+            codes = above(encoder, xc_BD, cutoff_S, n_wanted // self.n_processes)
             all_n = self.gather(codes.value_n)
             if len(all_n) >= n_wanted or guess == 0:
                 break
             self.slack = min(0.5, 2 * self.slack)
             guess = 0.0 if guess < 1e-3 else guess * (1 - self.slack)
-        least = 0.0
+        smallest = 0.0
         if len(all_n) >= n_wanted:
-            least = all_n.kthvalue(len(all_n) - n_wanted + 1).values.item()
-            codes = _from(codes, least)
+            smallest = all_n.kthvalue(len(all_n) - n_wanted + 1).values.item()
+            codes = _at_least(codes, smallest)
         self.slack = max(0.02, 0.9 * self.slack)
-        self.guess = max(0.0, least * (1 - self.slack))
+        self.guess = max(0.0, smallest * (1 - self.slack))
         return codes
 
     def _sampled(self, encoder: Encoder, xc_BD: Tensor, k: int) -> float:
@@ -225,16 +226,16 @@ class BatchSearch:
         return max(0.0, self.gather(guess[None]).min().item())
 
 
-def _from(codes: Codes, least: float) -> Codes:
-    """Keeps the codes whose value is at least `least`. Reuses their memory on a CPU."""
+def _at_least(codes: Codes, smallest: float) -> Codes:
+    """Keeps the codes whose value is at least `smallest`. Reuses their memory on a CPU."""
     index = codes.index
     if not kernels.available(codes.value_n):
-        keep_n = codes.value_n >= least
+        keep_n = codes.value_n >= smallest
         n_B = torch.segment_reduce(keep_n.float(), "sum", offsets=index.start_O1.long(), initial=0)
         start_B1 = torch.nn.functional.pad(n_B.cumsum(0), (1, 0)).int()
         kept = Index(index.latent_n[keep_n], start_B1, index.n_latents)
         return Codes(codes.value_n[keep_n], kept)
     value_n, latent_n = codes.value_n.numpy(), index.latent_n.numpy()
     n_B = index.start_O1.diff().numpy()
-    n = kernels.keep_from(value_n, latent_n, n_B, value_n.dtype.type(least))
+    n = kernels.keep_from(value_n, latent_n, n_B, value_n.dtype.type(smallest))
     return Codes(torch.from_numpy(value_n[:n]), _index(latent_n[:n], n_B, index.n_latents))
