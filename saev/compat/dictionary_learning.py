@@ -81,10 +81,8 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
         )
     subtracts = kind not in NOT_SUBTRACTED
     sae_cfg = _sae_cfg(kind, D, S, k)
-    if isinstance(
-        sae_cfg, config.TopK
-    ):  # the package stores a threshold but does not use it by default
-        threshold = None
+    if isinstance(sae_cfg, config.TopK):
+        threshold = None  # the package stores one but does not use it by default
     return loaders.build(sae_cfg, parts, where, subtracts_b_dec=subtracts, threshold=threshold)
 
 

@@ -146,7 +146,8 @@ def convert(sae: UpstreamSae, state: dict[str, tp.Any], fpath: pathlib.Path) -> 
 
     Upstream's encoder does not subtract b_dec. b_enc + b_dec W_enc (computed in float64) makes up for it. A
     BatchTopK of schemas 1 to 4 may have no threshold; then every positive value fires until
-    `saev.nn.calibrate` sets one. (Schemas 1 and 2 kept top_k values of the whole batch.)
+    `saev.nn.calibrate` sets one. (In schemas 1 and 2, top_k counted values of the whole
+    batch, not of each sample.)
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape, or a BatchTopK's threshold is negative.

@@ -115,7 +115,7 @@ class State:
 
 
 def _space(x_BD: Tensor, mean_D: Tensor, normalize: bool) -> Tensor:
-    """Subtracts the mean, and normalises if asked to; in place."""
+    """Subtracts the mean and, if asked to, normalises; in place."""
     x_BD -= mean_D
     return torch.nn.functional.normalize(x_BD, dim=1, out=x_BD) if normalize else x_BD
 
@@ -158,7 +158,7 @@ def nearest(
     return at_B, distance_B
 
 
-# ---- the start ----
+# ---- k-means++ ----
 
 
 @torch.no_grad()

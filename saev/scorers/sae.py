@@ -1,5 +1,7 @@
-"""SAE latents as prototypes. B activations or images, P patches, D d_vit, S latents, K prototypes, n
-codes."""
+"""SAE latents as prototypes.
+
+B activations or images, P patches, D d_vit, S latents, K prototypes, n codes.
+"""
 
 import copy
 import dataclasses
