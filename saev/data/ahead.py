@@ -48,11 +48,14 @@ def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Iterato
     thread.start()
     atexit.register(close)  # for an iterator that is never dropped
     try:
-        while (got := done.get())[0] == "item":
-            yield got[1]
+        while True:
+            kind, got = done.get()
+            if kind == "error":
+                raise got
+            if kind == "end":
+                return
+            yield got
             del got  # free the memory for the consumer
-        if got[0] == "error":
-            raise got[1]
     finally:
         close()
         atexit.unregister(close)

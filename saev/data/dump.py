@@ -269,9 +269,8 @@ class _Dumper:
         writer.skipped += batch.skipped
 
     def _check_finite(self, acts_BLTD: np.ndarray, image_is: range) -> None:
-        dtype = self.out.metadata.dtype
-        if dtype == "float16":
-            limit = np.finfo(np.float16).max
+        limit = np.finfo(np.float16).max
+        if self.out.metadata.dtype == "float16":
             bad_B = ~(np.abs(acts_BLTD) <= limit).reshape(len(acts_BLTD), -1).all(axis=1)
         elif np.isfinite(acts_BLTD.sum(dtype=np.float64)):
             return

@@ -190,7 +190,8 @@ class Transform:
         """
         try:
             assert isinstance(obj, dict), "not a JSON object"
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in obj.items()})
+            plain = {k: tuple(v) if isinstance(v, list) else v for k, v in obj.items()}
+            return cls(**tp.cast(dict[str, tp.Any], plain))
         except Exception as err:  # TypeError for keys, beartype's own for types
             if isinstance(err, errors.UserError):
                 raise
@@ -220,14 +221,16 @@ def _resize_part(
     The result equals resizing everything and cropping, up to rounding by one level. Where a filter
     overshoots, the order of Pillow's two passes, which depends on the sizes, may also show.
     """
-    scales = img.width / whole[0], img.height / whole[1]
-    region, box = [0.0] * 4, [0.0] * 4
-    for axis, (scale, side) in enumerate(zip(scales, img.size, strict=True)):
+
+    def along(axis: int) -> tuple[int, int, float, float]:
+        """What to crop, and the part's place within it."""
+        side = img.size[axis]
+        scale = side / whole[axis]
         start, end = part[axis] * scale, part[axis + 2] * scale
         margin = math.ceil(3 * max(scale, 1)) + 1  # Lanczos, the widest filter, reaches 3 pixels
-        region[axis] = max(0, math.floor(start) - margin)
-        region[axis + 2] = min(side, math.ceil(end) + margin)
-        box[axis] = start - region[axis]
-        box[axis + 2] = min(end, side) - region[axis]
+        first, last = max(0, math.floor(start) - margin), min(side, math.ceil(end) + margin)
+        return first, last, start - first, float(min(end, side) - first)
+
+    (left, right, x0, x1), (top, bottom, y0, y1) = along(0), along(1)
     size = part[2] - part[0], part[3] - part[1]
-    return img.crop(tuple(region)).resize(size, resample, tuple(box))
+    return img.crop((left, top, right, bottom)).resize(size, resample, (x0, y0, x1, y1))

@@ -4,11 +4,13 @@ Reading and decoding are separate steps. A read error is the disk's fault and st
 is the photo's fault (`BadImage`), and `--skip-corrupt` leaves that photo out.
 """
 
+import collections.abc
 import functools
 import io
 import os
 import pathlib
 import stat
+import typing as tp
 import warnings
 
 import beartype
@@ -125,13 +127,13 @@ def to_rgb(img: PIL.Image.Image) -> PIL.Image.Image:
     Raises:
         ValueError: the mode does not define which value is white.
     """
-    if img.format == "TIFF" and set(img.tag_v2.get(339, ())) & {2, 3}:  # SampleFormat
+    if set(_tiff_tags(img).get(339, ())) & {2, 3}:  # SampleFormat
         raise ValueError(f"mode {img.mode} of signed or float samples has no defined white")
     if img.mode.startswith("I;16") or img.mode == "I":
         return _from_16_bits(img)
     if img.mode == "LAB":
         lab, srgb = (PIL.ImageCms.createProfile(name) for name in ("LAB", "sRGB"))
-        return PIL.ImageCms.profileToProfile(img, lab, srgb, outputMode="RGB")
+        return PIL.ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(img)
     if img.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         return _without_alpha(img)
     if img.mode == "P" and "transparency" in img.info:
@@ -141,9 +143,13 @@ def to_rgb(img: PIL.Image.Image) -> PIL.Image.Image:
     raise ValueError(f"mode {img.mode} has no defined white")
 
 
+def _tiff_tags(img: PIL.Image.Image) -> collections.abc.Mapping[int, tp.Any]:
+    return getattr(img, "tag_v2", {}) if img.format == "TIFF" else {}
+
+
 def _from_16_bits(img: PIL.Image.Image) -> PIL.Image.Image:
     """Scales grey values from 0 to 65535 (for a TIFF: to the maximum of its bit depth) to 0 to 255."""
-    tags = img.tag_v2 if img.format == "TIFF" else {}
+    tags = _tiff_tags(img)
     unsigned = ("PPM", "PNG") if img.mode == "I" else ("PPM", "PNG", "TIFF", "JPEG2000")
     if img.format not in unsigned:
         raise ValueError(f"mode {img.mode} of {img.format} has no defined white")
@@ -162,7 +168,8 @@ def _without_alpha(img: PIL.Image.Image) -> PIL.Image.Image:
     straight = {"La": "LA", "RGBa": "RGBA"}.get(img.mode)
     rgba = (img.convert(straight) if straight else img).convert("RGBA")
     rgb = rgba.convert("RGB")
-    colours, (low, high) = rgb.getextrema(), rgba.getextrema()[3]
+    extrema: tp.Any = rgba.getextrema()  # a pair for each band
+    *colours, (low, high) = extrema
     if any(top - bottom >= FLAT for bottom, top in colours) or high - low < FLAT:
         return rgb
     is_dark = sum(top for _, top in colours) < 3 * 128

@@ -20,6 +20,8 @@ from saev.formats.pieces import Pieces
 from saev.formats.shardfiles import MAX_BYTES, REMEDY, ShardFiles
 from saev.formats.sidecar import Complete, Sidecar, Skipped
 
+W = tp.TypeVar("W", bound="WritableShards")
+
 SYNC_BYTES = 64 * 2**20
 """A shard is flushed to disk each time this many bytes were written, so that the final flush is short."""
 
@@ -77,12 +79,12 @@ class WritableShards(ShardFiles):
 
     @classmethod
     def create(
-        cls,
+        cls: type[W],
         dump_to: pathlib.Path,
         metadata: Metadata,
         images: list[records.Record],
         transform: dict[str, object],
-    ) -> "WritableShards":
+    ) -> W:
         """Creates the directory, or resumes an interrupted dump of the same images.
 
         Raises:

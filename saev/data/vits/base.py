@@ -100,7 +100,10 @@ class Vit(torch.nn.Module):
 
     def _tokens(self, patches_BPD: Tensor, prefix_BXD: Tensor | None) -> Tensor:
         """Keeps the first prefix token if it is [CLS]. The others are registers or a distillation token."""
-        return torch.cat([prefix_BXD[:, :1], patches_BPD], dim=1) if self.cls_token else patches_BPD
+        if not self.cls_token:
+            return patches_BPD
+        assert prefix_BXD is not None, "a model with [CLS] gives prefix tokens"
+        return torch.cat([prefix_BXD[:, :1], patches_BPD], dim=1)
 
 
 @beartype.beartype

@@ -8,6 +8,7 @@ import pathlib
 import pickle
 import re
 import stat
+import typing as tp
 
 import beartype
 import numpy as np
@@ -26,7 +27,7 @@ CONTAINERS = (
 )
 """Keys under which training code stores a model's state dict. The first one that is present is used."""
 _scalar = np.float64(0).__reduce__()[0]
-PLAIN_DATA = [
+PLAIN_DATA: list[tp.Any] = [
     *(argparse.Namespace, pathlib.PosixPath, np.dtype, type(np.dtype("f4")), type(np.dtype("f8"))),
     *(type(np.dtype("i8")), _scalar, (_scalar, "numpy.core.multiarray.scalar")),
 ]

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import typing as tp
 
-import torch
 from torch import Tensor
 
 from saev import errors, fields
@@ -37,7 +36,7 @@ def build(cfg: config.Vit) -> base.Tower:
             require_pretrained=hub,
             **kwargs,
         )
-    visual = model.visual
+    visual: tp.Any = model.visual
     shape = _shape_of(visual, cfg)
     if hub:
         _check_grid(shape["grid"], cfg)
@@ -101,7 +100,7 @@ def _split_ckpt(cfg: config.Vit) -> tuple[str, str | None]:
     return name, tag
 
 
-def _shape_of(visual: torch.nn.Module, cfg: config.Vit) -> dict[str, tp.Any]:
+def _shape_of(visual: tp.Any, cfg: config.Vit) -> dict[str, tp.Any]:
     """Returns the fields of `Tower` that describe the model."""
     if not hasattr(visual, "trunk") and not hasattr(visual, "transformer"):
         raise base.not_a_vit(cfg)

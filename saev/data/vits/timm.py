@@ -75,9 +75,10 @@ def build(cfg: config.Vit) -> base.Tower:
         raise errors.UserError(f"--vit-ckpt {cfg.vit_ckpt}: timm knows no such model ({close}).")
     if cfg.img_size:
         _check_size_of(name, cfg)
-    hub, kwargs = cfg.vit_weights == "hub", {"img_size": size} if size else {}
+    hub = cfg.vit_weights == "hub"
+    kwargs: dict[str, tp.Any] = {"img_size": size} if size else {}
     with base.building(cfg):
-        model = timm.create_model(name, pretrained=hub, num_classes=0, **kwargs)
+        model: tp.Any = timm.create_model(name, pretrained=hub, num_classes=0, **kwargs)
     if cfg.vit_family == "dinov3":
         # The authors' weights store the rotary periods in bfloat16; timm recomputes them in float32.
         model.rope.periods.copy_(model.rope.periods.bfloat16())
@@ -107,13 +108,11 @@ def _name(cfg: config.Vit) -> tuple[str, tuple[int, int] | None, float | None]:
         raise errors.UserError(
             f"--vit-ckpt {cfg.vit_ckpt}: family {cfg.vit_family} has {', '.join(family.timm_names)}."
         )
-    size = base.asked_size(cfg) or (family.side and (family.side, family.side))
+    size = base.asked_size(cfg) or ((family.side, family.side) if family.side else None)
     return family.timm_names[cfg.vit_ckpt], size, family.crop_pct
 
 
-def shape_of(
-    model: torch.nn.Module, transform: images.Transform, cfg: config.Vit
-) -> dict[str, tp.Any]:
+def shape_of(model: tp.Any, transform: images.Transform, cfg: config.Vit) -> dict[str, tp.Any]:
     """Returns the fields of `Tower` that describe the model."""
     embed = getattr(model, "patch_embed", None)
     if not (
@@ -151,7 +150,7 @@ def transform_of(
     """Returns timm's evaluation transform: resize (or squash) to size / crop_pct, then crop the centre."""
     import timm.data
 
-    data = timm.data.resolve_data_config({"crop_pct": crop_pct}, model=model)
+    data: dict[str, tp.Any] = timm.data.resolve_data_config({"crop_pct": crop_pct}, model=model)
     if data["crop_mode"] not in ("center", "squash"):
         raise errors.UserError(
             f"--vit-ckpt {cfg.vit_ckpt}: crop mode {data['crop_mode']!r} is not supported. "

@@ -88,8 +88,10 @@ _DTYPES = {
 }
 
 
-def _tensor(storage: Tensor, offset: int, size: object, stride: object, *_: object) -> Tensor:
-    return torch.as_strided(storage, tuple(size), tuple(stride), offset).clone()
+def _tensor(
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+) -> Tensor:
+    return torch.as_strided(storage, size, stride, offset).clone()
 
 
 def _collect(module: object, prefix: str, state: dict[str, Tensor]) -> None:

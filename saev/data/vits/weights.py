@@ -10,6 +10,7 @@ import pathlib
 import re
 import sys
 import types
+import typing as tp
 
 import beartype
 import torch
@@ -186,7 +187,7 @@ def _converted(state: dict[str, Tensor], module: torch.nn.Module) -> dict[str, T
         return _timm(state, module) if hasattr(module, "patch_embed") else _open_clip(state, module)
     trunk = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
     rest = {k: v for k, v in state.items() if not k.startswith("trunk.")}
-    return rest | {f"trunk.{k}": v for k, v in _timm(trunk, module.trunk).items()}
+    return rest | {f"trunk.{k}": v for k, v in _timm(trunk, module.get_submodule("trunk")).items()}
 
 
 def _timm(state: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:
@@ -204,7 +205,7 @@ def _timm(state: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]
     return convert(state, model) if convert else state
 
 
-def _open_clip(state: dict[str, Tensor], visual: torch.nn.Module) -> dict[str, Tensor]:
+def _open_clip(state: dict[str, Tensor], visual: tp.Any) -> dict[str, Tensor]:
     """Resamples positions of open_clip's own ViT. Its own function wants a whole CLIP, compares counts."""
     import open_clip.model
 
