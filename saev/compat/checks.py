@@ -14,7 +14,10 @@ WHY = "It may change what the SAE computes. If it does not, remove it from a cop
 
 @beartype.beartype
 def take(
-    found: dict[str, tp.Any], shapes: dict[str, tuple[int, ...]], where: str, source: str
+    found: dict[str, tp.Any],
+    shapes: collections.abc.Mapping[str, tuple[int, ...]],
+    where: str,
+    source: str,
 ) -> dict[str, Tensor]:
     """Returns the tensors of these names and shapes, in float64.
 
@@ -40,8 +43,8 @@ def take(
 
 @beartype.beartype
 def refuse_unknown(
-    found: collections.abc.Iterable[str],
-    known: collections.abc.Container[str],
+    found: collections.abc.Iterable[object],
+    known: collections.abc.Container[object],
     where: str,
     what: str = "key",
 ) -> None:
@@ -52,7 +55,7 @@ def refuse_unknown(
 
 @beartype.beartype
 def refuse_other(
-    cfg: dict[str, tp.Any], allowed: dict[str, tuple[object, ...]], where: str
+    cfg: dict[str, tp.Any], allowed: collections.abc.Mapping[str, tuple[object, ...]], where: str
 ) -> None:
     """Raises a UserError if a value is not allowed. A missing key has the first allowed value."""
     for key, values in allowed.items():

@@ -53,7 +53,9 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     state = _state(dpath / WEIGHTS)
     k = _k(cfg, state, dpath)
     D, S = _size(cfg, state, where)
-    shapes = dict(zip(NAMES[kind], [(D, S), (S,), (S, D), (D,)], strict=True))
+    shapes: dict[str, tuple[int, ...]] = dict(
+        zip(NAMES[kind], [(D, S), (S,), (S, D), (D,)], strict=True)
+    )
     shapes |= {name: shapes[name][::-1] for name in shapes if name.endswith(".weight")}
     if kind == "GatedAutoEncoder":
         shapes |= {"r_mag": (S,), "gate_bias": (S,)}
@@ -87,8 +89,8 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
 
 
 def _sae_cfg(kind: str, d_vit: int, d_sae: int, k: int) -> config.Sae:
-    common = {"d_vit": d_vit, "d_sae": d_sae, "normalize": "none"}
-    sparse = {**common, "top_k": min(k, d_sae), "aux_coeff": 0.0}
+    common: dict[str, tp.Any] = {"d_vit": d_vit, "d_sae": d_sae, "normalize": "none"}
+    sparse: dict[str, tp.Any] = {**common, "top_k": min(k, d_sae), "aux_coeff": 0.0}
     match kind:
         case "AutoEncoder" | "AutoEncoderNew":
             return config.Relu(**common)
@@ -155,4 +157,6 @@ def _size(cfg: dict[str, tp.Any], state: dict[str, tp.Any], where: str) -> tuple
         )
     D, S = encoder.shape[::-1] if name.endswith(".weight") else encoder.shape
     sizes = {"activation_dim": D, "dict_size": S, **cfg}
-    return tuple(checks.positive(sizes, key, where) for key in ("activation_dim", "dict_size"))
+    return checks.positive(sizes, "activation_dim", where), checks.positive(
+        sizes, "dict_size", where
+    )

@@ -73,7 +73,7 @@ def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
             tensors["threshold"] = model.threshold.double().expand(model.d_sae)
         case config.JumpRelu():
             cfg["architecture"] = "jumprelu"
-            tensors["threshold"] = model.log_threshold.double().exp()
+            tensors["threshold"] = model.get_parameter("log_threshold").double().exp()
         case _:
             raise errors.UserError(
                 f"SAELens has no {type(model.cfg).__name__}. It cannot be exported."
@@ -121,7 +121,7 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
         t |= {"W_enc": t["W_enc"] * norm_S, "b_enc": t["b_enc"] * norm_S}
         t["W_dec"] = t["W_dec"] / norm_S.clamp(min=1e-30)[:, None]
     t["W_dec"] = t["W_dec"] * scaling_S[:, None]
-    common = {"d_vit": D, "d_sae": S, "normalize": "none"}
+    common: dict[str, tp.Any] = {"d_vit": D, "d_sae": S, "normalize": "none"}
     match architecture:
         case "standard":
             sae_cfg = config.Relu(**common)

@@ -153,7 +153,12 @@ def convert(sae: UpstreamSae, state: dict[str, tp.Any], fpath: pathlib.Path) -> 
         UserError: a tensor is missing, unknown or of another shape, or a BatchTopK's threshold is negative.
     """
     D, S = sae.d_vit, sae.d_sae
-    shapes = {"W_enc": (D, S), "b_enc": (S,), "W_dec": (S, D), "b_dec": (D,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (D, S),
+        "b_enc": (S,),
+        "W_dec": (S, D),
+        "b_dec": (D,),
+    }
     is_batch = sae.activation == "BatchTopK"
     if is_batch and (sae.schema >= 5 or THRESHOLD in state):
         shapes[THRESHOLD] = ()

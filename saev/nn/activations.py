@@ -48,6 +48,7 @@ class _Jump(torch.autograd.Function):
         return torch.where(pre > threshold, pre, 0.0)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]  # torch passes one gradient per output
     def backward(ctx: tp.Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
         pre, threshold = ctx.saved_tensors
         near = (pre - threshold).abs() < ctx.width / 2
@@ -63,6 +64,7 @@ class _Fires(torch.autograd.Function):
         return (pre > threshold).to(pre.dtype)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]  # torch passes one gradient per output
     def backward(ctx: tp.Any, g: Tensor) -> tuple[None, Tensor, None]:
         pre, threshold = ctx.saved_tensors
         near = (pre - threshold).abs() < ctx.width / 2

@@ -109,7 +109,7 @@ class Objective:
             )
         loss = reconstruction
         if penalty is not None:
-            loss = loss + sparsity * sae.cfg.sparsity_coeff * penalty
+            loss = loss + sparsity * sae.architecture.cfg.sparsity_coeff * penalty
         if dead_C is not None and len(dead_C) and getattr(sae.cfg, "aux_coeff", 0):
             loss = loss + sae.cfg.aux_coeff * aux_k(sae, scaled_BD, scaled_BD - x_hat_BD, dead_C)
         return self._output(loss, reconstruction, x_hat_BD, f.detach(), index)
@@ -140,7 +140,7 @@ class Objective:
         if self.codes_BS is None or len(self.codes_BS) != len(x_BD):
             self.codes_BS = x_BD.new_empty(len(x_BD), sae.d_sae)
         weights = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
-        coeff = sparsity * sae.cfg.sparsity_coeff
+        coeff = sparsity * sae.architecture.cfg.sparsity_coeff
         step = tp.cast(base.DenseStep, sae.architecture.dense_step)
         loss, error, x_hat_BD = step(*weights, x_BD, coeff, self.codes_BS)
         n_S = sparse.n_positive(self.codes_BS)
@@ -213,7 +213,7 @@ def aux_k(
         x_BD: scaled activations.
         error_BD: the residual, scaled. It gets no gradient.
     """
-    wanted = sae.cfg.aux_k or max(1, sae.d_vit // 2)
+    wanted = sae.architecture.cfg.aux_k or max(1, sae.d_vit // 2)
     k = min(wanted, len(dead_C))
     W_dec_CD = sae.W_dec[dead_C]
     pre_BC = sparse.pre_activations(sae.W_enc.T[dead_C].T, sae.b_enc[dead_C], sae.b_dec, x_BD)

@@ -4,6 +4,7 @@ A step removes each decoder row's gradient along the row, clips by the norm of a
 normalises the decoder rows. On a CPU this takes two passes over the weights; on a GPU it uses torch.
 """
 
+import collections.abc
 import typing as tp
 
 import beartype
@@ -17,6 +18,8 @@ from saev.nn import kernels
 from saev.nn.sae import SparseAutoencoder
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+WithGrad = collections.abc.Mapping[str, tuple[Tensor, Tensor]]
+"""Name -> parameter and gradient."""
 
 
 class Adam:
@@ -41,14 +44,15 @@ class Adam:
         On a CPU, nothing is updated if the norm is not finite.
         """
         self.t += 1
-        with_grad = {n: p for n, p in self.sae.named_parameters() if p.grad is not None}
+        parameters = self.sae.named_parameters()
+        with_grad = {n: (p, p.grad) for n, p in parameters if p.grad is not None}
         if not kernels.available(self.sae.W_dec):
             return self._step_torch(with_grad, lr)
         return self._step_kernels(with_grad, lr)
 
-    def _step_kernels(self, with_grad: dict[str, Tensor], lr: float) -> Tensor:
+    def _step_kernels(self, with_grad: WithGrad, lr: float) -> Tensor:
         arrays = {
-            n: [_rows(t) for t in (p, p.grad, self.m[n], self.v[n])] for n, p in with_grad.items()
+            n: [_rows(t) for t in (p, g, self.m[n], self.v[n])] for n, (p, g) in with_grad.items()
         }
         along, square = {}, 0.0
         for name, (w_SD, g_SD, _, _) in arrays.items():
@@ -80,14 +84,15 @@ class Adam:
         clip = self.max_norm / norm if 0 < self.max_norm < norm else 1.0
         return clip, lr / (1 - BETA1**self.t), BETA1, BETA2, EPS, (1 - BETA2**self.t) ** -0.5
 
-    def _step_torch(self, with_grad: dict[str, Tensor], lr: float) -> Tensor:
+    def _step_torch(self, with_grad: WithGrad, lr: float) -> Tensor:
         self.sae.remove_parallel_grad()
-        norms = [torch.linalg.vector_norm(p.grad) for p in with_grad.values()]
+        norms = [torch.linalg.vector_norm(g) for _, g in with_grad.values()]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         _, step, beta1, beta2, eps, correction = self._factors(lr, 0.0)
         clip = (self.max_norm / norm).clamp(max=1.0) if self.max_norm else None
-        for name, p in with_grad.items():
-            g = p.grad if clip is None else p.grad.mul_(clip)
+        for name, (p, g) in with_grad.items():
+            if clip is not None:
+                g.mul_(clip)
             self.m[name].lerp_(g, 1 - beta1)
             self.v[name].mul_(beta2).addcmul_(g, g, value=1 - beta2)
             p.addcdiv_(self.m[name], self.v[name].sqrt().mul_(correction).add_(eps), value=-step)

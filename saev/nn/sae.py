@@ -62,7 +62,7 @@ class SparseAutoencoder(torch.nn.Module):
         self.W_dec = torch.nn.Parameter(W_dec)
         self.W_enc = torch.nn.Parameter(W_enc.clone().T)
         self.b_enc = torch.nn.Parameter(torch.zeros(cfg.n_latents))
-        self.b_dec = torch.nn.Parameter(torch.zeros(cfg.d_vit))
+        self.b_dec = torch.nn.Parameter(torch.zeros(self.d_vit))
         self.architecture = architectures.of(cfg)
         self.architecture.start(self)
         self.scale: Tensor
@@ -171,12 +171,13 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scales decoder rows to norm 1."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8))
 
     @torch.no_grad()
     def remove_parallel_grad(self) -> None:
         """Removes each decoder row's gradient along the row, which normalising would undo."""
         grad_SD = self.W_dec.grad
+        assert grad_SD is not None, "call backward first"
         along_S = (grad_SD * self.W_dec).sum(dim=1, keepdim=True)
         grad_SD -= along_S * self.W_dec
 
@@ -278,7 +279,7 @@ def _trained_on(header: dict[str, tp.Any]) -> dict[str, tp.Any]:
     Raises:
         msgspec.ValidationError: it has other types than `Activations`.
     """
-    found = header.get("activations")
+    found: tp.Any = header.get("activations")
     msgspec.convert(found, Activations)
     return found
 

@@ -130,7 +130,7 @@ class Prototypes:
         return digest(self.similarity, [self.vectors_KD, self.direction_KD, self.mean_D])
 
 
-def ready(activations: object, like: Tensor, shape: str) -> Tensor:
+def ready(activations: tp.Any, like: Tensor, shape: str) -> Tensor:
     """Checks activations and converts them to the float type of `like`.
 
     Args:

@@ -242,10 +242,10 @@ def _accepted(x_CD: Tensor, before_C: Tensor, uniform_C: np.ndarray) -> list[int
     between_CC = (
         torch.cdist(x_CD, x_CD, compute_mode="donot_use_mm_for_euclid_dist").square().cpu().numpy()
     )
-    before_C = before_C.cpu().numpy()
-    now_C, accepted = before_C.copy(), []
+    start_C = before_C.cpu().numpy()
+    now_C, accepted = start_C.copy(), []
     for c, uniform in enumerate(uniform_C):
-        if uniform * before_C[c] < now_C[c]:
+        if uniform * start_C[c] < now_C[c]:
             accepted.append(c)
             np.minimum(now_C, between_CC[c], out=now_C)
     return accepted

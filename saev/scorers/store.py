@@ -1,6 +1,7 @@
 """Fits, saves and loads scorers. A hash of the inputs names the file, so that nothing is fitted twice."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
 import re
@@ -63,9 +64,10 @@ def fit_each(
         ]
     helpers.sweep(dpath)
     key = _key(cfg, data, seed)
+    found = functools.partial(_found, cfg, dpath, key)
 
     def missing() -> list[int]:
-        return [k for k in sorted(set(ks)) if _found(cfg, dpath, key, k) is None]
+        return [k for k in sorted(set(ks)) if found(k) is None]
 
     if missing():
         lock_fpath = dpath / f".{_name(cfg)}-{key}.lock"
@@ -73,7 +75,7 @@ def fit_each(
             if missing_ks := missing():
                 _fit_and_save(cfg, data, missing_ks, seed, dpath, key, device)
     d_vit = reader.Reader(data).d_vit
-    fitted = [_fitted(_found(cfg, dpath, key, k), d_vit) for k in ks]
+    fitted = [_fitted(fpath, d_vit) for fpath in map(found, ks) if fpath]
     return [_configured(cfg, scorer, k) for scorer, k in zip(fitted, ks, strict=True)]
 
 
@@ -130,7 +132,7 @@ def _fitted(fpath: pathlib.Path, d_vit: int) -> base.Prototypes:
     """
     scorer, k = load(fpath), int(fpath.name.split("-")[1])
     shape = tuple(scorer.direction_KD.shape) if isinstance(scorer, base.Prototypes) else "an SAE"
-    if shape != (k, d_vit):
+    if not isinstance(scorer, base.Prototypes) or shape != (k, d_vit):
         raise errors.UserError(
             f"{fpath}: holds {shape} instead of {(k, d_vit)} (prototypes, d_vit). {REFIT}"
         )
@@ -175,6 +177,7 @@ def save(scorer: base.Scorer, fpath: pathlib.Path | str) -> None:
     """Writes a scorer atomically. For an SAE it writes the checkpoint, so all latents are saved."""
     if isinstance(scorer, sae.SaeLatents):
         return nn.save(scorer.sae, fpath)
+    assert isinstance(scorer, base.Prototypes), "no other scorer has a file format"
     payload = tensors.dump(scorer.saved())
     header = {"cls": "Prototypes", "similarity": scorer.similarity}
     checkpoint.write(fields.path(fpath), "scorer", header, payload)

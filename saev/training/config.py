@@ -151,11 +151,10 @@ class Train:
         warm = min(1.0, (step + 1) / max(1, min(self.n_lr_warmup, self.n_steps // 10)))
         n_decay = self.decay_frac * self.n_steps
         left = min(1.0, (self.n_steps - step) / max(1.0, n_decay))
-        match self.lr_decay:
-            case "constant":
-                left = 1.0
-            case "cosine":
-                left = 0.5 * (1 - math.cos(math.pi * left))
+        if self.lr_decay == "constant":
+            left = 1.0
+        elif self.lr_decay == "cosine":
+            left = 0.5 * (1 - math.cos(math.pi * left))
         return self.peak_lr * warm * left
 
     @property

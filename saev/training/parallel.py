@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import os
 import pathlib
+import typing as tp
 
 import beartype
 import torch
@@ -70,7 +71,7 @@ class World:
         self, fpaths: collections.abc.Iterable[pathlib.Path], what: str
     ) -> collections.abc.Generator[None]:
         """Holds lock files (`helpers.locked`). The first process takes them while the others wait."""
-        room = None
+        room: tp.Any = None
         if self.size > 1:
             month = datetime.timedelta(days=30)
             room = torch.distributed.new_group(timeout=month, backend="gloo")

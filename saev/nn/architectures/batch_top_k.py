@@ -3,6 +3,8 @@
 Shape letters: B batch, D d_vit, S latents, K the first K latents, n sparse codes.
 """
 
+import typing as tp
+
 import beartype
 import torch
 from jaxtyping import Float, jaxtyped
@@ -56,7 +58,7 @@ class BatchTopK(base.Architecture, cfg=config.BatchTopK):
 
 @torch.no_grad()
 @jaxtyped(typechecker=beartype.beartype)
-def calibrate(sae: torch.nn.Module, x_BD: Float[Tensor, "B D"], k: int) -> None:
+def calibrate(sae: tp.Any, x_BD: Float[Tensor, "B D"], k: int) -> None:
     """Sets a BatchTopK's threshold so that on average k latents fire on each of these raw activations.
 
     Raises:

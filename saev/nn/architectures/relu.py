@@ -63,6 +63,7 @@ class _DenseStep(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    # pyrefly: ignore[bad-override]  # torch passes one gradient per output
     def backward(ctx: tp.Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.saved_tensors
         if g != 1:

@@ -29,6 +29,7 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    # pyrefly: ignore[bad-override]  # torch passes one gradient per output
     def backward(ctx: tp.Any, g_OD: Tensor) -> tuple[Tensor, Tensor, None]:
         value_n, W_dec = ctx.saved_tensors
         g_OD = g_OD.contiguous()
@@ -73,6 +74,7 @@ class _Reconstruct(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    # pyrefly: ignore[bad-override]  # torch passes one gradient per output
     def backward(ctx: tp.Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         value_n, g_BPD, g_n, end_P = ctx.saved_tensors
         factor = g * 2 / g_BPD.numel()
@@ -127,6 +129,7 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    # pyrefly: ignore[bad-override]  # torch passes one gradient per output
     def backward(ctx: tp.Any, g_n: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         W_enc, xc_BD = ctx.saved_tensors
         grad_SD = latent_bags(xc_BD, g_n, ctx.index)
@@ -169,6 +172,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    # pyrefly: ignore[bad-override]  # torch passes one gradient per output
     def backward(ctx: tp.Any, g_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         W_enc, xc_BD = ctx.saved_tensors
         grad_S = g_BS.sum(dim=0)
