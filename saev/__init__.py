@@ -7,13 +7,14 @@ import typing as tp
 
 from saev import lazy
 
+__version__ = "0.1.0"
+
 if tp.TYPE_CHECKING:
     from saev import data as data
     from saev import nn as nn
     from saev import protoeval as protoeval
     from saev import scorers as scorers
-
-__version__ = "0.1.0"
-__getattr__, __dir__ = lazy.attributes(
-    __name__, {"data": "", "nn": "", "protoeval": "", "scorers": ""}
-)
+else:
+    __getattr__, __dir__ = lazy.attributes(
+        __name__, {"data": "", "nn": "", "protoeval": "", "scorers": ""}
+    )

@@ -1,5 +1,10 @@
 """The one exception that users see as one line."""
 
+import collections.abc
+import typing as tp
+
+F = tp.TypeVar("F", bound=collections.abc.Callable[..., object])
+
 
 class UserError(Exception):
     """Something the user gave (a path, a flag, a file) is wrong.
@@ -19,3 +24,11 @@ class UserError(Exception):
 def first_line(err: BaseException) -> str:
     """Returns the first line of an exception's message, or the name of its type if it has no message."""
     return next(iter(str(err).splitlines()), type(err).__name__)
+
+
+def no_type_check(function: F) -> F:
+    """Keeps beartype and jaxtyping from a function that says itself, in one line, what is wrong with its arguments.
+
+    `typing.no_type_check` would also hide its types from type checkers.
+    """
+    return tp.no_type_check(function)

@@ -13,7 +13,8 @@ def attributes(
 
     `table` maps each public name to the submodule that defines it. An empty string means that the name is
     itself a submodule. Importing the package then imports no torch until a name is used. Editors and type
-    checkers read the same names under `if TYPE_CHECKING`.
+    checkers read the same names under `if TYPE_CHECKING`, and not the `else` after it: a module with a
+    `__getattr__` would have every name.
     """
 
     def __getattr__(name: str) -> object:  # noqa: N807

@@ -46,6 +46,42 @@ def test_it_is_the_installed_package_and_typed(run: Run) -> None:
     assert "installed" in str(found) and ROOT not in found.parents
 
 
+USER = """
+import typing as tp
+import numpy as np
+import saev
+import saev.nn
+from saev.scorers import laod
+
+tp.assert_type(saev.nn.load("sae.pt"), saev.nn.SparseAutoencoder)
+tp.assert_type(saev.protoeval.average_precision(np.eye(2), np.eye(2)), np.ndarray)
+saev.nn.load(3)
+saev.data.Indexd("shards", layer=11)
+saev.scorers.load("scorer.bin").prefix("5")
+"""
+MISTAKES = [
+    (6, "Could not import `laod` from `saev.scorers` [missing-module-attribute]"),
+    (10, "Argument `Literal[3]` is not assignable to parameter `fpath`"),
+    (11, "No attribute `Indexd` in module `saev.data` [missing-attribute]"),
+    (12, "Argument `Literal['5']` is not assignable to parameter `k` with type `int`"),
+]
+
+
+def test_a_type_checker_knows_the_public_names(run: Run, tmp_path: pathlib.Path) -> None:
+    """And says what is wrong with a notebook, from the installed package alone."""
+    (tmp_path / "user.py").write_text(USER)
+    python = run("python", "-c", "import sys; print(sys.executable)").stdout.strip()
+    checker = pathlib.Path(sysconfig.get_path("scripts")) / "pyrefly"
+    options = ["--preset=default", "--output-format=min-text", "--python-interpreter-path", python]
+    done = subprocess.run(
+        [checker, "check", *options, "user.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    said = [line for line in done.stdout.splitlines() if line.startswith("ERROR user.py:")]
+    assert done.returncode == 1 and len(said) == len(MISTAKES), done.stdout
+    for line, (number, what) in zip(said, MISTAKES, strict=True):
+        assert line.startswith(f"ERROR user.py:{number}:") and what in line, done.stdout
+
+
 @pytest.mark.parametrize("command", commands.COMMANDS)
 def test_help(run: Run, command: str) -> None:
     done = run("saev", command, "--help")

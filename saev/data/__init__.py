@@ -13,7 +13,7 @@ if tp.TYPE_CHECKING:
     from saev.data.indexed import Indexed as Indexed
     from saev.data.ordered import Ordered as Ordered
     from saev.data.shuffled import Shuffled as Shuffled
-
-__getattr__, __dir__ = lazy.attributes(
-    __name__, {"Indexed": "indexed", "Ordered": "ordered", "Shuffled": "shuffled", "cub": ""}
-)
+else:
+    __getattr__, __dir__ = lazy.attributes(
+        __name__, {"Indexed": "indexed", "Ordered": "ordered", "Shuffled": "shuffled", "cub": ""}
+    )

@@ -10,9 +10,9 @@ if tp.TYPE_CHECKING:
     from saev.nn.sae import SparseAutoencoder as SparseAutoencoder
     from saev.nn.sae import load as load
     from saev.nn.sae import save as save
-
-__getattr__, __dir__ = lazy.attributes(
-    __name__,
-    {"calibrate": "architectures.batch_top_k", "metrics": ""}
-    | dict.fromkeys(("SparseAutoencoder", "load", "save"), "sae"),
-)
+else:
+    __getattr__, __dir__ = lazy.attributes(
+        __name__,
+        {"calibrate": "architectures.batch_top_k", "metrics": ""}
+        | dict.fromkeys(("SparseAutoencoder", "load", "save"), "sae"),
+    )

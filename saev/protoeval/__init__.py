@@ -6,5 +6,5 @@ from saev import lazy
 
 if tp.TYPE_CHECKING:
     from saev.protoeval.ap import average_precision as average_precision
-
-__getattr__, __dir__ = lazy.attributes(__name__, {"average_precision": "ap"})
+else:
+    __getattr__, __dir__ = lazy.attributes(__name__, {"average_precision": "ap"})

@@ -10,8 +10,6 @@ A prototype's images are walked once, best first, and each adds to the traits th
 what came before them. SAE latents score most images 0, and all of those are skipped.
 """
 
-import typing as tp
-
 import beartype
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ LANES = 256
 """Resamples that are walked together."""
 
 
-@tp.no_type_check  # it answers for itself, in one line
+@errors.no_type_check
 def average_precision(
     scores_NK: Float[np.ndarray, "N K"] | Float[torch.Tensor, "N K"],
     labels_NT: Shaped[np.ndarray, "N T"] | Shaped[torch.Tensor, "N T"],

@@ -22,9 +22,9 @@ if tp.TYPE_CHECKING:
     from saev.scorers.store import (
         save as save,
     )
-
-__getattr__, __dir__ = lazy.attributes(
-    __name__,
-    {"Scorer": "base", "Prototypes": "base"}
-    | dict.fromkeys(("fit", "fit_each", "load", "save", "REVISION"), "store"),
-)
+else:
+    __getattr__, __dir__ = lazy.attributes(
+        __name__,
+        {"Scorer": "base", "Prototypes": "base"}
+        | dict.fromkeys(("fit", "fit_each", "load", "save", "REVISION"), "store"),
+    )

@@ -77,11 +77,11 @@ class Prototypes:
     def n_prototypes(self) -> int:
         return self.direction_KD.shape[0]
 
-    @tp.no_type_check  # it raises errors of its own, in one line
+    @errors.no_type_check
     def __call__(self, activations: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
         return self.of_images(ready(activations, self.mean_D, "B D")[:, None])
 
-    @tp.no_type_check  # it raises errors of its own, in one line
+    @errors.no_type_check
     def of_images(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
         acts_BPD = ready(acts_BPD, self.mean_D, "B P D")
         p_KD = self.direction_KD

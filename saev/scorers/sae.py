@@ -5,14 +5,13 @@ B activations or images, P patches, D d_vit, S latents, K prototypes, n codes.
 
 import copy
 import dataclasses
-import typing as tp
 
 import beartype
 import torch
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
-from saev import nn
+from saev import errors, nn
 from saev.nn import kernels, sparse
 from saev.scorers import base
 
@@ -28,12 +27,12 @@ class SaeLatents:
     sae: nn.SparseAutoencoder
     n_prototypes: int
 
-    @tp.no_type_check  # it raises errors of its own, in one line
+    @errors.no_type_check
     def __call__(self, activations: Float[Tensor, "B D"]) -> Float[Tensor, "B K"]:
         x_BD = base.ready(activations, self.sae.b_dec, "B D")
         return self.sae.encode(x_BD)[:, : self.n_prototypes]
 
-    @tp.no_type_check  # it raises errors of its own, in one line
+    @errors.no_type_check
     @torch.no_grad()
     def of_images(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
         """Largest code of each latent in an image. If elementwise, the largest pre-activation is enough."""
