@@ -1,4 +1,4 @@
-"""Links from a page to files outside docs/ (code, the logbook): they must exist, and are shown as the file's path."""
+"""Checks that linked files outside docs/ (code, the logbook) exist, and shows such links as paths."""
 
 import logging
 import pathlib

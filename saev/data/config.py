@@ -61,12 +61,12 @@ class Vit:
     vit_seed: int = 0
     """Seed for --vit-weights random."""
     img_size: int | tuple[int, int] | None = None
-    """Side of the input image in pixels, or its height and width: multiples of the patch size. Left out: 224
+    """Side of the input image in pixels, or its height and width: multiples of the patch size. Default: 224
     for dinov2, 256 for dinov3, else the default of the model's library."""
     d_vit: int | None = None
-    """Width of the residual stream. Left out: inferred from the model. Given: checked against it."""
+    """Width of the residual stream. Default: inferred from the model. If given, it is checked against it."""
     n_patches_per_img: int | None = None
-    """Patches per image. Left out: inferred from the model. Given: checked against it."""
+    """Patches per image. Default: inferred from the model. If given, it is checked against it."""
     autocast: tp.Literal["off", "bfloat16"] = "off"
     """bfloat16: run the ViT under bfloat16 autocast: faster on GPUs, less precise. Its activations are
     float32 in both cases."""

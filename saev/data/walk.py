@@ -45,8 +45,9 @@ def walk(root: str) -> tuple[list[str], collections.Counter[str]]:
     todo: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while todo:
         prefix, above = todo.pop()
-        with _listed(root, prefix), os.scandir(os.path.join(root, prefix)) as entries:  # noqa: PTH118  (pathlib is slow)
-            info = os.stat(os.path.join(root, prefix))  # noqa: PTH116, PTH118
+        dpath = os.path.join(root, prefix)  # noqa: PTH118  (pathlib is slow)
+        with _listed(dpath), os.scandir(dpath) as entries:
+            info = os.stat(dpath)  # noqa: PTH116
             here = above | {(info.st_dev, info.st_ino)}
             if here == above:
                 ignored[LOOPS] += 1
@@ -85,12 +86,12 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 @contextlib.contextmanager
-def _listed(root: str, prefix: str) -> collections.abc.Generator[None]:
+def _listed(dpath: str) -> collections.abc.Generator[None]:
     try:
         yield
     except OSError as err:
         raise errors.UserError(
-            f"{os.path.join(root, prefix)}: cannot be listed ({err.strerror}). "  # noqa: PTH118
+            f"{dpath}: cannot be listed ({err.strerror}). "
             "Check that the disk is mounted and that you may read the folder."
         ) from err
 

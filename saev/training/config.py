@@ -26,7 +26,7 @@ class Train:
     data: data_config.Shards = fields.shared(data_config.Shards)
     """The activations."""
     val_data: data_config.Shards = fields.neither(data_config.Shards)
-    """Held-out activations for the evaluation after training. Left out: a sample of --data
+    """Held-out activations for the evaluation after training. Default: a sample of --data
     (metrics.json then says so)."""
     n_patches: int = fields.stream(100_000_000)
     """Number of activations to train on. If the shards hold fewer, they are read again in a new order."""
@@ -35,7 +35,7 @@ class Train:
     batch_size: int = fields.stream(4096)
     """Activations in each step."""
     lr: float | None = None
-    """Adam's learning rate after warm-up. Left out: the architecture's default (see the help of sae:NAME)."""
+    """Adam's learning rate after warm-up. Default: the architecture's (see the help of sae:NAME)."""
     n_lr_warmup: int = 500
     """Steps of linear learning-rate warm-up (at most a tenth of all steps)."""
     lr_decay: tp.Literal["constant", "linear", "cosine"] = "linear"
@@ -65,7 +65,7 @@ class Train:
     """Threads that read activations. 0: one per core, at most 4. Does not change the order of activations."""
     dead_window: int | None = None
     """A latent that has not fired for this many activations is dead (for AuxK, resampling and
-    dead_frac_window). Left out: 1,000,000 or a tenth of --n-patches, whichever is less, but at least one
+    dead_frac_window). Default: 1,000,000 or a tenth of --n-patches, whichever is less, but at least one
     batch."""
     log_every: int = fields.shared(50)
     """Steps between log lines."""
