@@ -116,7 +116,7 @@ def test_numpy_and_torch_of_any_type_give_the_same() -> None:
         ([[1.0]], np.zeros((1, 1), bool), "scores_NK is list"),
         (torch.ones(1, 1).to_sparse(), np.zeros((1, 1), bool), "scores_NK is torch.float32. Pass"),
         (torch.ones(1, 1, device="meta"), np.zeros((1, 1), bool), "scores_NK is torch.float32"),
-        (np.full((4, 1), 2**62 + 1), np.zeros((4, 1), bool), "float64 cannot hold exactly"),
+        (np.full((4, 1), 2**62 + 1), np.zeros((4, 1), bool), "float64 cannot represent"),
     ],
 )
 def test_what_has_no_average_precision_is_one_line(scores, labels, text: str) -> None:

@@ -1,13 +1,14 @@
 """Exact average precision. N images, K prototypes, T traits, P positives of a trait, M resamples.
 
-AP = sum over thresholds n of (R_n - R_{n-1}) P_n, with recall R and precision P; tied scores are one threshold,
-as in scikit-learn's `average_precision_score`. Per image that is the mean, over the positive images i, of
+AP = sum over thresholds n of (R_n - R_{n-1}) P_n, with recall R and precision P. Tied scores share one
+threshold, as in scikit-learn's `average_precision_score`. Equivalently, AP is the mean over positive images i
+of
 
     (positives scored >= i) / (images scored >= i).
 
-A prototype's images are walked once, best first, and each adds to the traits that it has: the cost is that of sorting
-(by radix) plus the number of labels, not T passes. Images of the lowest score need no walk: what they add follows from
-what came before them. SAE latents score most images 0, and all of those are skipped.
+The images of a prototype are visited once, best first. Each adds to the traits that it has, so the cost is a
+radix sort plus the number of labels, not T passes. Images with the lowest score are skipped, because their
+share follows from the others. SAE latents score most images 0, so most are skipped.
 """
 
 import beartype
@@ -18,9 +19,9 @@ from jaxtyping import Bool, Float, Float64, Shaped, UInt8, jaxtyped
 from saev import compiled, errors
 
 BLOCK_BYTES = 64 * 2**20
-"""Of the scores that are copied at a time."""
+"""Bytes of scores that are copied at a time."""
 LANES = 256
-"""Resamples that are walked together."""
+"""Resamples that are processed together."""
 
 
 @errors.no_type_check
@@ -28,22 +29,23 @@ def average_precision(
     scores_NK: Float[np.ndarray, "N K"] | Float[torch.Tensor, "N K"],
     labels_NT: Shaped[np.ndarray, "N T"] | Shaped[torch.Tensor, "N T"],
 ) -> Float64[np.ndarray, "K T"]:
-    """AP of every prototype for every trait. NaN where a trait has no positive (it has no AP).
+    """AP of every prototype for every trait. NaN for traits without a positive.
 
-    Takes numpy arrays and torch tensors on any device. Without prototypes or traits the result is empty.
+    Takes NumPy arrays, and torch tensors on any device. Without prototypes or traits the result is empty.
 
     Args:
-        scores_NK: numbers that float64 can hold; no NaN.
+        scores_NK: numbers that float64 represents exactly, without NaN.
         labels_NT: booleans, or numbers that are 0 or 1.
 
     Raises:
-        UserError: anything else, no image at all, or not as many scores as labels.
+        UserError: other values, no images, or different numbers of images.
     """
     scores_NK = _numbers(scores_NK, "scores_NK", "(images, prototypes)")
     labels_NT = _numbers(labels_NT, "labels_NT", "(images, traits)")
     if len(scores_NK) != len(labels_NT):
         raise errors.UserError(
-            f"average_precision: scores of {len(scores_NK):,} images, but labels of {len(labels_NT):,}. Pass the same images."
+            f"average_precision: scores of {len(scores_NK):,} images, but labels of {len(labels_NT):,}. Pass "
+            "the same images."
         )
     if not len(scores_NK):
         raise errors.UserError("average_precision: there are no images. Pass at least one.")
@@ -55,7 +57,7 @@ def average_precision(
 
 
 def _numbers(values: object, name: str, shape: str) -> np.ndarray:
-    """A matrix of float32 or float64 that holds the very same numbers."""
+    """Converts to a float32 or float64 matrix of exactly the same numbers."""
     if isinstance(values, torch.Tensor) and values.layout == torch.strided and not values.is_meta:
         values = values.detach().cpu().resolve_neg()
         is_half = values.is_floating_point() and values.dtype != torch.float64
@@ -63,7 +65,7 @@ def _numbers(values: object, name: str, shape: str) -> np.ndarray:
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
         what = getattr(values, "dtype", type(values).__name__)
         raise errors.UserError(
-            f"average_precision: {name} is {what}. Pass a numpy array or a dense torch tensor of numbers."
+            f"average_precision: {name} is {what}. Pass a NumPy array or a dense torch tensor of numbers."
         )
     if values.ndim != 2:
         raise errors.UserError(
@@ -73,13 +75,13 @@ def _numbers(values: object, name: str, shape: str) -> np.ndarray:
     wide = values.astype(np.float32 if is_half else np.float64, copy=False)
     if values.dtype.itemsize >= 8 and not _is_same(wide, values):
         raise errors.UserError(
-            f"average_precision: {name} holds numbers that float64 cannot hold exactly. Pass float64."
+            f"average_precision: {name} holds numbers that float64 cannot represent. Pass float64."
         )
     return wide
 
 
 def _is_same(wide: np.ndarray, values: np.ndarray) -> bool:
-    with np.errstate(invalid="ignore"):  # 2^63 as a float is beyond the largest integer
+    with np.errstate(invalid="ignore"):  # 2^63 as a float exceeds the largest integer
         return wide.dtype == values.dtype or np.array_equal(
             wide.astype(values.dtype), values, equal_nan=values.dtype.kind == "f"
         )
@@ -89,7 +91,7 @@ def _is_same(wide: np.ndarray, values: np.ndarray) -> bool:
 def of_rows(
     scores_KN: Float[np.ndarray, "K N"], labels_NT: Bool[np.ndarray, "N T"]
 ) -> Float64[np.ndarray, "K T"]:
-    """`average_precision` of scores that lie prototype by prototype."""
+    """`average_precision` for scores stored prototype by prototype."""
     n_K, n_N = scores_KN.shape
     start_N1, trait_n = _labels_of_images(labels_NT)
     n_positive_T = labels_NT.sum(axis=0)
@@ -110,7 +112,7 @@ def of_rows(
 def paired(
     scores_TN: Float[np.ndarray, "T N"], labels_NT: Bool[np.ndarray, "N T"]
 ) -> Float64[np.ndarray, " T"]:
-    """AP of row t of the scores for trait t. NaN where a trait has no positive.
+    """AP of row t of the scores for trait t. NaN for traits without a positive.
 
     Raises:
         UserError: NaN among the scores.
@@ -124,7 +126,7 @@ def resampled(
     labels_NT: Bool[np.ndarray, "N T"],
     times_MN: UInt8[np.ndarray, "M N"],
 ) -> Float64[np.ndarray, "T M"]:
-    """`paired` on M resamples of the images, each image counted `times_MN` times. NaN where no positive was drawn.
+    """`paired` on M resamples, in which each image counts `times_MN` times. NaN if no positive was drawn.
 
     Raises:
         UserError: NaN among the scores.
@@ -146,31 +148,32 @@ def resampled(
 
 @beartype.beartype
 def resamples(n_images: int, n: int, seed: int) -> UInt8[np.ndarray, "M N"]:
-    """n bootstrap resamples (Efron 1979): how often each of the images is drawn, with replacement."""
+    """n bootstrap resamples (Efron 1979): how often each image is drawn, with replacement."""
     rng = np.random.default_rng((seed, 0xB007))
     times_MN = np.empty((n, n_images), np.uint8)
     for times_N in times_MN:
         drawn_N = rng.integers(0, n_images, n_images)
-        # 255 of one image would be a wonder: with N images the number drawn of one is Poisson with mean 1
+        # Counts are about Poisson(1), so the uint8 cap is never reached in practice.
         times_N[:] = np.minimum(np.bincount(drawn_N, minlength=n_images), 255)
     return times_MN
 
 
 def _labels_of_images(labels_NT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Traits of each image, one image after the other, and where each image's begin."""
+    """(start of each image's traits in the list, list of all images' traits)."""
     image_n, trait_n = np.nonzero(labels_NT)
     counts_N = np.bincount(image_n, minlength=len(labels_NT))
     return np.concatenate([[0], np.cumsum(counts_N)]), trait_n.astype(np.int32)
 
 
 def _sortable(scores_CN: np.ndarray, first: int) -> np.ndarray:
-    """Unsigned integers in the reverse order of the scores, equal where those are equal: larger scores come first."""
+    """Maps scores to unsigned integers in reverse order, so that larger scores come first. Ties stay ties."""
     wide = np.float32 if scores_CN.dtype.itemsize <= 4 else np.float64
     scores_CN = np.ascontiguousarray(scores_CN, wide) + wide(0)  # -0.0 becomes 0.0
     if np.isnan(scores_CN).any():
         row = first + int(np.isnan(scores_CN).any(axis=1).argmax())
         raise errors.UserError(
-            f"row {row} of the scores (prototypes or traits) holds NaN. Fit the scorer again or check its checkpoint."
+            f"row {row} of the scores (prototypes or traits) holds NaN. Fit the scorer again, or check its "
+            "checkpoint."
         )
     kind = np.uint32 if wide is np.float32 else np.uint64
     bits_CN = scores_CN.view(kind)
@@ -180,9 +183,9 @@ def _sortable(scores_CN: np.ndarray, first: int) -> np.ndarray:
 
 @compiled.jit
 def _sort(bits_N, key_2N, place_2N, count_Q):
-    """Images other than those of the last value, smallest bits first, into key_2N[0] and place_2N[0]; returns their number.
+    """Sorts images by bits, ascending, into key_2N[0] and place_2N[0], without those with the largest bits.
 
-    Radix sort with digits of 11 bits; a digit that all keys share costs no pass over the places.
+    Returns their number. It is a radix sort with 11-bit digits, which skips digits that all keys share.
     """
     last = bits_N.max()
     n, common, any_bits = 0, ~bits_N.dtype.type(0), bits_N.dtype.type(0)

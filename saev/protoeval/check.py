@@ -1,12 +1,14 @@
-"""Are CUB's labels what they should be? Counts, prevalences, and bounds that a wrong file breaks.
+"""Checks CUB's labels before anything is scored: counts, prevalences, classes.
 
-This project's first table read 0.86 mAP for random vectors, since nearly every label had been loaded as positive; a
-constant scorer got 0.83. So labels are looked at before anything is scored.
+This project's first table had an mAP of 0.86 for random vectors, because nearly every label had been loaded
+as positive. A constant scorer got 0.83.
 
-The archive's own witness is class_attribute_labels_continuous.txt, how often each trait was seen on each class: where it
-is there, labels of other images, classes or traits do not agree with it. What cannot be seen: labels that are shifted by few
-images, where neighbours in images.txt are of one class and alike. They are tied to images by id and path, so only the archive
-itself could be shifted; its class numbers are compared with the folders' names. N images, T traits, C classes.
+The archive's class_attribute_labels_continuous.txt says how often each trait was seen on each class. If it
+exists, the labels are compared with it, which detects labels of other images, classes or traits. A shift by a
+few images cannot be detected, because neighbours in images.txt have the same class. Labels are joined by id
+and path, so only the archive itself could be shifted; its class ids are compared with the folders' names.
+
+N images, T traits, C classes.
 """
 
 import dataclasses
@@ -25,22 +27,23 @@ from saev.report import tables
 REAL, REAL_TRAIN, REAL_CLASSES = (11_788, 312), 5_994, 200
 """Images and attributes, train images, and classes of the real CUB-200-2011."""
 SOME = 1000
-"""Images with CUB's number of attributes from which they count as (a part of) CUB."""
+"""At least this many images with CUB's number of attributes are taken for (a part of) CUB."""
 REAL_MEAN, REAL_RANGE = 0.10, (0.05, 0.20)
-"""Its traits' mean prevalence, to about a hundredth, and how far off it may be."""
+"""Mean prevalence of CUB's traits, within about 0.01, and the accepted range."""
 MOST = 0.6
-"""Mean prevalence that no set of binary traits has that is worth a table."""
+"""Above this mean prevalence the labels are assumed wrong."""
 AGREES = 0.5
-"""Least correlation of class means with what the archive says they are."""
+"""Least correlation of the labels' class means with the archive's."""
 CLEARLY, MISFITS = 0.1, 0.05
-"""How much better the means of another class may fit what the archive says of a class, and of what share of classes not."""
+"""A class is a misfit if another class of the archive fits better by the first number. The second is the
+largest accepted fraction of misfits."""
 ENOUGH = 200
-"""Images of a split from which its statistics say something."""
+"""Least images of a split for its statistics to be checked."""
 
 
 @beartype.beartype
 def problems(labels: cub.Cub) -> list[str]:
-    """What is implausible, a sentence each."""
+    """What is implausible: one clause per problem."""
     train_NT, test_NT = (
         labels.labels_NT[labels.is_train_N == is_train] for is_train in (True, False)
     )
@@ -67,19 +70,22 @@ def problems(labels: cub.Cub) -> list[str]:
     if (empty := int((~labels.labels_NT.any(axis=0)).sum())) * 2 > n_T:
         out.append(f"{empty} of {n_T} traits have no positive image")
     out += _split_problems(labels)
-    return out + _class_problems(labels) + _witness_problems(labels)
+    return out + _class_problems(labels) + _archive_problems(labels)
 
 
 @beartype.beartype
 def constant_ap(labels_NT: Bool[np.ndarray, "N T"]) -> float:
-    """Mean AP of a scorer that says the same of every image: the mean prevalence of the traits that have a positive."""
+    """mAP of a constant scorer: the mean prevalence of traits with a positive."""
     prevalence_T = labels_NT.mean(axis=0) if len(labels_NT) else np.zeros(labels_NT.shape[1])
     return float(prevalence_T[prevalence_T > 0].mean()) if prevalence_T.any() else 0.0
 
 
 def _split_problems(labels: cub.Cub) -> list[str]:
-    """Prevalences on train images against those on test images, less what follows from their classes: nearer than different
-    traits' are, or no farther than by chance."""
+    """Compares train and test prevalences, after removing the effect of different class frequencies.
+
+    They must differ by no more than chance, or by less than half as much as the prevalences of different
+    traits.
+    """
     is_train_N = labels.is_train_N
     if min(is_train_N.sum(), (~is_train_N).sum()) < ENOUGH:
         return []
@@ -96,19 +102,20 @@ def _split_problems(labels: cub.Cub) -> list[str]:
         2 / np.pi * p_T * (1 - p_T) * (1 / is_train_N.sum() + 1 / (~is_train_N).sum())
     ).mean()
     of_others = float(np.abs(train_T[:, None] - test_T).mean())
-    # a mean of T absolute values of a normal variable varies by 0.76 / sqrt(T) of itself
+    # the mean of |x| over T normal variables has a relative standard deviation of 0.76 / sqrt(T)
     if (
         gap_T.mean() <= by_chance * (1 + 4 * 0.76 / np.sqrt(len(p_T)))
         or gap_T.mean() <= 0.5 * of_others
     ):
         return []
     return [
-        f"the traits' prevalences on train and test images hardly agree (they differ by {gap_T.mean():.3f} on average, those of different traits by {of_others:.3f})"
+        f"the traits' prevalences on train and test images hardly agree (they differ by {gap_T.mean():.3f} "
+        f"on average, those of different traits by {of_others:.3f})"
     ]
 
 
 def _means(labels: cub.Cub) -> tuple[np.ndarray, np.ndarray]:
-    """Each image's class, numbered from 0 without gaps, and the labels' means of each class."""
+    """(each image's class, renumbered from 0 without gaps; the labels' mean in each class)."""
     _, class_N, n_C = np.unique(labels.class_N, return_inverse=True, return_counts=True)
     mean_CT = np.zeros((len(n_C), labels.labels_NT.shape[1]))
     np.add.at(mean_CT, class_N, labels.labels_NT)
@@ -116,51 +123,56 @@ def _means(labels: cub.Cub) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _class_problems(labels: cub.Cub) -> list[str]:
-    """Class numbers against folders' names, and traits against classes."""
+    """Compares class ids with the folders' names, and checks that images of a class share traits."""
     folders = [re.match(r"(\d+)\.", path) for path in labels.paths_N]
     if all(folders):
-        said_N = np.array([int(found[1]) for found in folders if found])
-        if (wrong := said_N != labels.class_N).any():
+        folder_N = np.array([int(found[1]) for found in folders if found])
+        if (wrong := folder_N != labels.class_N).any():
             first = int(wrong.argmax())
             return [
-                f"{int(wrong.sum())} images have another class than their folder says (first: {labels.paths_N[first]} has class {labels.class_N[first]})"
+                f"{int(wrong.sum())} images have another class than their folder says (first: "
+                f"{labels.paths_N[first]} has class {labels.class_N[first]})"
             ]
     explained, chance = between_classes(labels)
     if len(labels.class_N) >= ENOUGH and explained < 1.3 * chance and explained - chance < 0.02:
         return [
-            f"images of one class share their traits no more than any images do (classes explain {explained:.1%} of the labels' variance, by chance {chance:.1%})"
+            "images of one class share their traits no more than any images do (classes explain "
+            f"{explained:.1%} of the labels' variance, by chance {chance:.1%})"
         ]
     return []
 
 
-def _witness_problems(labels: cub.Cub) -> list[str]:
-    """Class means against what the archive says they are, and against that shifted by one class or one trait."""
+def _archive_problems(labels: cub.Cub) -> list[str]:
+    """Compares class means with the archive's, and with these shifted by one class or one trait."""
     if labels.shares_CT is None:
         return []
     own = agreement(labels)
     if not own >= AGREES:
         return [
-            f"the labels' class means hardly agree with class_attribute_labels_continuous.txt (correlation {own:.2f})"
+            "the labels' class means hardly agree with class_attribute_labels_continuous.txt "
+            f"(correlation {own:.2f})"
         ]
     for axis, what in enumerate(("class", "trait")):
         for by in (-1, 1):
             shares_CT = np.roll(labels.shares_CT, by, axis)
             if (other := agreement(dataclasses.replace(labels, shares_CT=shares_CT))) >= own:
                 return [
-                    f"the labels agree better with class_attribute_labels_continuous.txt when that is shifted by one {what} (correlation {other:.2f} instead of {own:.2f})"
+                    "the labels agree better with class_attribute_labels_continuous.txt when that is shifted "
+                    f"by one {what} (correlation {other:.2f} instead of {own:.2f})"
                 ]
     wrong = misfits(labels)
     if len(wrong) > max(1, MISFITS * len(np.unique(labels.class_N))):
         first = ", ".join(map(str, wrong[:3]))
         return [
-            f"the images of {len(wrong)} classes have traits that class_attribute_labels_continuous.txt gives to other classes (first: classes {first})"
+            f"the images of {len(wrong)} classes have traits that class_attribute_labels_continuous.txt gives "
+            f"to other classes (first: classes {first})"
         ]
     return []
 
 
 @beartype.beartype
 def agreement(labels: cub.Cub) -> float:
-    """Correlation of the labels' class means with `shares_CT`, both less each trait's mean over classes."""
+    """Correlation of the labels' class means with `shares_CT`, both minus each trait's mean over classes."""
     _, mean_CT, shares_CT = _class_means(labels)
     scale = float(np.linalg.norm(mean_CT) * np.linalg.norm(shares_CT))
     return float((mean_CT * shares_CT).sum()) / scale if scale else 0.0
@@ -168,7 +180,7 @@ def agreement(labels: cub.Cub) -> float:
 
 @beartype.beartype
 def misfits(labels: cub.Cub) -> list[int]:
-    """Classes whose images' labels correlate clearly better with what the archive says of another class."""
+    """Classes whose labels correlate clearly better with another class of the archive."""
     class_C, mean_CT, shares_CT = _class_means(labels)
     mean_CT, shares_CT = (
         x_CT / np.maximum(np.linalg.norm(x_CT, axis=1, keepdims=True), 1e-12)
@@ -179,7 +191,7 @@ def misfits(labels: cub.Cub) -> list[int]:
 
 
 def _class_means(labels: cub.Cub) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Classes that have images; their labels' means and their shares, both less each trait's mean over classes."""
+    """(classes with images; their labels' means; their shares), both minus each trait's mean over classes."""
     assert labels.shares_CT is not None
     class_C, (_, mean_CT) = np.unique(labels.class_N), _means(labels)
     shares_CT = labels.shares_CT[class_C - 1]
@@ -188,7 +200,7 @@ def _class_means(labels: cub.Cub) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @beartype.beartype
 def between_classes(labels: cub.Cub) -> tuple[float, float]:
-    """Share of the labels' variance that lies between classes, and the share expected of labels without any relation to them."""
+    """(share of the labels' variance that lies between classes, share expected for unrelated labels)."""
     class_N, mean_CT = _means(labels)
     n_C, p_T = np.bincount(class_N), labels.labels_NT.mean(axis=0)
     total = len(class_N) * float((p_T * (1 - p_T)).sum())
@@ -200,16 +212,19 @@ def between_classes(labels: cub.Cub) -> tuple[float, float]:
 
 @beartype.beartype
 def describe(labels: cub.Cub) -> str:
-    """Counts, prevalences by group of traits, and the constant scorer's mean AP, as markdown."""
+    """Counts, prevalences by group of traits, and the constant scorer's mAP, as Markdown."""
     n_N, n_T = labels.labels_NT.shape
     train_NT, test_NT = (
         labels.labels_NT[labels.is_train_N == is_train] for is_train in (True, False)
     )
     explained, chance = between_classes(labels)
     lines = [
-        f"{n_N:,} images of {len(set(labels.class_N.tolist())):,} classes, {n_T} traits: {len(train_NT):,} train images (1 in train_test_split.txt), {len(test_NT):,} test images (0)",
-        f"{labels.n_lines:,} annotations; {labels.n_repeated:,} image x trait pairs were annotated more than once ({labels.n_disputed:,} with both answers); {labels.n_uncertain:,} positives are not certain enough",
-        f"classes explain {explained:.1%} of the labels' variance (by chance {chance:.1%}); {_witness(labels)}",
+        f"{n_N:,} images of {len(set(labels.class_N.tolist())):,} classes, {n_T} traits: {len(train_NT):,} "
+        f"train images (1 in train_test_split.txt), {len(test_NT):,} test images (0)",
+        f"{labels.n_lines:,} annotations; {labels.n_repeated:,} image x trait pairs were annotated more than "
+        f"once ({labels.n_disputed:,} with both answers); {labels.n_uncertain:,} positives are not certain enough",
+        f"classes explain {explained:.1%} of the labels' variance (by chance {chance:.1%}); "
+        f"{_archive(labels)}",
         "",
     ]
     groups = [results.group(name) for name in labels.attribute_names_T]
@@ -226,25 +241,30 @@ def describe(labels: cub.Cub) -> str:
         gap_T = np.abs(train_NT.mean(axis=0) - test_NT.mean(axis=0))
         widest = int(gap_T.argmax())
         lines.append(
-            f"Train and test prevalences differ by {gap_T.mean():.3f} on average, most for {labels.attribute_names_T[widest]} ({gap_T[widest]:.3f})."
+            f"Train and test prevalences differ by {gap_T.mean():.3f} on average, most for "
+            f"{labels.attribute_names_T[widest]} ({gap_T[widest]:.3f})."
         )
     n_seen = int(test_NT.any(axis=0).sum())
     lines.append(
-        f"A constant scorer's mean AP: {constant_ap(train_NT):.3f} on the train images, {constant_ap(test_NT):.3f} on the test images (over {n_seen} traits; the real CUB's is about {REAL_MEAN:.2f})."
+        f"A constant scorer's mean AP: {constant_ap(train_NT):.3f} on the train images, "
+        f"{constant_ap(test_NT):.3f} on the test images (over {n_seen} traits; the real CUB's is about "
+        f"{REAL_MEAN:.2f})."
     )
     return "\n".join(lines)
 
 
-def _witness(labels: cub.Cub) -> str:
+def _archive(labels: cub.Cub) -> str:
+    name = "class_attribute_labels_continuous.txt"
     if labels.shares_CT is None:
-        return "no class_attribute_labels_continuous.txt to compare class means with"
-    return f"their class means correlate {agreement(labels):.2f} with class_attribute_labels_continuous.txt"
+        return f"no {name} to compare class means with"
+    return f"their class means correlate {agreement(labels):.2f} with {name}"
 
 
 @beartype.beartype
 def refuse_implausible(labels: cub.Cub, root: str) -> None:
-    """Raises UserError naming what is implausible."""
+    """Raises a UserError that names what is implausible."""
     if found := problems(labels):
         raise errors.UserError(
-            f"--cub-root {root}: these labels are implausible: {'; '.join(found)}. Look at --check; --force goes on all the same."
+            f"--cub-root {root}: these labels are implausible: {'; '.join(found)}. Inspect them with "
+            "--check, or pass --force to use them."
         )

@@ -1,4 +1,7 @@
-"""How much memory `protoeval.py` takes on a CPU (docs/memory.md). Imports no torch. A test compares the formula with processes."""
+"""Predicts the peak memory of `protoeval.py` on a CPU (docs/memory.md). Imports no torch.
+
+A test compares the prediction with the measured memory of processes.
+"""
 
 import collections.abc
 import typing as tp
@@ -10,21 +13,21 @@ from saev.protoeval import config
 from saev.scorers import config as scorers_config
 
 LIBRARIES = 150 * 10**6
-"""Kernels compiled, and libraries used, after the fit."""
+"""Bytes of kernels that are compiled, and libraries that are imported, after the fit."""
 FIT_BLOCK, SCORE_BLOCK = 64, 256
-"""Images that are read at a time, at most."""
+"""Most images that are read at a time."""
 
 
 class Sizes(tp.NamedTuple):
-    """Of the activations and labels of a group of scorers."""
+    """Sizes of the activations and labels of a group of scorers."""
 
     n_train: int
-    """Images that prototypes are chosen on, ..."""
+    """Images that prototypes are chosen on."""
     n_test: int
-    """... and those that they are measured on."""
+    """Images that they are measured on."""
     n_traits: int
     n_tokens: int
-    """Of one image."""
+    """Per image."""
     d_vit: int
     n_fit: int
     """Activations that scorers are fitted on."""
@@ -38,7 +41,7 @@ class Sizes(tp.NamedTuple):
 
 @beartype.beartype
 def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
-    """Bytes that one group of scorers takes at the most, the files of scores (which the system may write out) among them."""
+    """Peak bytes for one group of scorers, including the memory-mapped files of scores."""
     ks = [_n_prototypes(cfg, sizes.d_vit) for cfg in cfgs]
     held = sum(
         2 * sizes.ckpt if isinstance(cfg.scorer, scorers_config.Sae) else 8 * k * sizes.d_vit
@@ -52,7 +55,7 @@ def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
 
 
 def _n_prototypes(cfg: config.ProtoEval, d_vit: int) -> int:
-    """All that the scorer has: k-means is fitted for each number anew."""
+    """All prototypes of a scorer. k-means is fitted separately for each number."""
     match cfg.scorer:
         case scorers_config.KMeans():
             return sum(set(cfg.n_prototypes))
@@ -63,7 +66,7 @@ def _n_prototypes(cfg: config.ProtoEval, d_vit: int) -> int:
 
 
 def _fit(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
-    """A sample with what it is drawn from, k-means' centres and sums, PCA's matrices; blocks read ahead."""
+    """A fit's sample and its candidates, k-means' centres and sums, PCA's matrices, blocks read ahead."""
     d_vit, blocks = sizes.d_vit, 4 * 4 * FIT_BLOCK * sizes.n_tokens * sizes.d_vit
     match cfg.scorer:
         case scorers_config.Random():
@@ -78,19 +81,19 @@ def _fit(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
 
 
 def _sample(n: int, sizes: Sizes, blocks: int) -> int:
-    """What is drawn from, a quarter more than the sample, beside blocks; then the sample too."""
+    """The larger of the candidates (5/4 of the sample) + blocks, and the candidates + the sample."""
     drawn = min(n + n // 4, sizes.n_fit)
     return max(4 * sizes.d_vit * drawn + blocks, 4 * sizes.d_vit * (drawn + min(n, drawn)))
 
 
 def _block(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
-    """Activations and scores of the images that are read at a time."""
+    """Activations and scores of the images in a block."""
     one = 4 * (5 * sizes.n_tokens * sizes.d_vit + 2 * k)
     return max(one, int(min(cfg.memory_gb * 1e9, one * min(SCORE_BLOCK, sizes.n_imgs))))
 
 
 def _choice(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
-    """Scores of some prototypes, twice, and their APs (three float64 matrices); the resamples of the test images, thrice."""
+    """Two copies of a block's scores, three float64 matrices of its APs, and three copies of the resamples."""
     some = min(k, max(1, int(cfg.memory_gb * 1e9 / (16 * sizes.n_imgs))))
     return some * (8 * sizes.n_train + 24 * sizes.n_traits) + 3 * cfg.n_boot * sizes.n_test
 

@@ -1,4 +1,4 @@
-"""The supervised reference: a linear probe for each trait. N images, D d_vit, T traits."""
+"""The supervised reference: a linear probe per trait. N images, D d_vit, T traits."""
 
 import warnings
 
@@ -11,7 +11,7 @@ import sklearn.preprocessing
 from jaxtyping import Bool, Float32, Float64, jaxtyped
 
 ALPHAS = np.logspace(-1, 6, 15)
-"""Strengths of the penalty to choose from, for each trait its own."""
+"""Candidate penalties. Each trait gets its own."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -20,19 +20,20 @@ def scores(
     labels_NT: Bool[np.ndarray, "N T"],
     *others: Float32[np.ndarray, "_ D"],
 ) -> list[Float64[np.ndarray, "_ T"]]:
-    """Ridge regression (Hoerl and Kennard 1970) from the images' mean activations to each trait; its scores of `others`.
+    """Scores `others` by ridge regression (Hoerl and Kennard 1970) from images' mean activations to each
+    trait.
 
-    Dimensions are scaled to variance 1 on the train images; the penalty has the least leave-one-out error on them. A
-    trait without a positive (or without a negative) train image gets a constant score.
+    Dimensions are scaled to variance 1 on the train images. The penalty minimises the leave-one-out error on
+    them. A trait without a positive (or negative) train image gets a constant score.
     """
     probe = sklearn.pipeline.make_pipeline(
         sklearn.preprocessing.StandardScaler(),
         sklearn.linear_model.RidgeCV(ALPHAS, alpha_per_target=True),
     )
     with warnings.catch_warnings():
-        # few images leave the least penalty's system nearly singular; leave-one-out then takes a larger one
+        # With few images the smallest penalty is nearly singular; leave-one-out then chooses a larger one.
         warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)
-        warnings.simplefilter("ignore", RuntimeWarning)  # one image leaves nothing out
+        warnings.simplefilter("ignore", RuntimeWarning)  # leave-one-out of a single image
         probe.fit(train_ND.astype(np.float64), labels_NT.astype(np.float64))
     return [_two_dim(probe.predict(x_ND.astype(np.float64))) for x_ND in others]
 

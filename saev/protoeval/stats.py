@@ -1,8 +1,9 @@
 """Statistics of results, as group-bys and joins of one frame.
 
-The frame of *cells* has a row for each scorer, number of prototypes and number of train images: the columns of summary.csv, and those
-that `cells` adds. The frame of *traits* has a row for each cell, draw and trait. T traits, R draws of the train images, M resamples of the test
-images.
+The frame of *cells* has a row per scorer, number of prototypes and number of train images, with the columns
+of summary.csv and those that `cells` adds. The frame of *traits* has a row per cell, draw and trait.
+
+T traits, R draws of train images, M resamples of the test images.
 """
 
 import collections.abc
@@ -14,7 +15,7 @@ import polars as pl
 from saev.formats import results
 
 PLACE = ("labels", "min_certainty", "vit", "layer", "tokens")
-"""Fields of `results.About` that decide which results are comparable; the order is that of the reports."""
+"""Fields of `results.About` that comparable results share, in the order of the reports."""
 CELL = ("scorer_id", "n_prototypes", "n_train")
 IS_REFERENCE = pl.col("cls").is_in(list(results.REFERENCES))
 IS_BASELINE = pl.col("cls") == results.BASELINE
@@ -22,9 +23,9 @@ IS_BASELINE = pl.col("cls") == results.BASELINE
 
 @beartype.beartype
 def cells(summary: pl.DataFrame, about: results.About) -> pl.DataFrame:
-    """Adds to the columns of summary.csv what the cells are of: PLACE, seed, n_boot, scorer_id, cls, family, row.
+    """Adds columns to those of summary.csv: PLACE, seed, n_boot, scorer_id, cls, family, row.
 
-    family: the scorer's id without the seed; row: the cell's place among the resamples.
+    family is the scorer's id without the seed; row is the cell's index in the resamples.
     """
     scorers = [about.scorer(name) for name in summary["scorer"].unique(maintain_order=True)]
     ids = [(s.name, s.id, s.cls, s.seedless.id) for s in scorers]
@@ -39,14 +40,14 @@ def cells(summary: pl.DataFrame, about: results.About) -> pl.DataFrame:
 
 @beartype.beartype
 def in_order(frame: pl.DataFrame) -> pl.DataFrame:
-    """Rows as reports show them: by place, the constant scorer and the linear probe first."""
+    """Sorts rows as in reports: by PLACE, with the constant scorer and the linear probe first."""
     rank = [pl.col("cls") != name for name in results.REFERENCES]
     return frame.sort(*PLACE, *rank, "scorer", "n_prototypes", "n_train", maintain_order=True)
 
 
 @beartype.beartype
 def summary(rows: list[results.Row]) -> pl.DataFrame:
-    """summary.csv."""
+    """The frame of summary.csv."""
     lines = [
         (
             *(row.scorer, row.n_prototypes, row.n_train, row.mean_ap, *row.interval, row.spread),
@@ -60,7 +61,7 @@ def summary(rows: list[results.Row]) -> pl.DataFrame:
 
 @beartype.beartype
 def traits(rows: list[results.Row], cells: pl.DataFrame, names: list[str]) -> pl.DataFrame:
-    """A row for each cell, draw and trait. names: of the traits. row, trait_i: places of the cell and of the trait."""
+    """The frame of traits. `row` and `trait_i` are the indices of the cell and of the trait in `names`."""
     of_trait = pl.DataFrame(
         {
             "trait": names,
@@ -86,7 +87,7 @@ def traits(rows: list[results.Row], cells: pl.DataFrame, names: list[str]) -> pl
 
 @beartype.beartype
 def largest(*within: str) -> pl.Expr:
-    """Is this a row with most train images, and of these most prototypes?"""
+    """Whether a row has the most train images, and among these rows the most prototypes."""
     most = pl.col("n_train") == pl.col("n_train").max().over(within)
     k = pl.when(most).then("n_prototypes")
     return most & (pl.col("n_prototypes") == k.max().over(within))
@@ -94,10 +95,10 @@ def largest(*within: str) -> pl.Expr:
 
 @beartype.beartype
 def kinds(traits: pl.DataFrame) -> pl.DataFrame:
-    """kinds.csv: mAP of the traits of each kind, for each scorer's largest cell. Traits without an AP are left out."""
-    last = pl.col("row") == pl.col("row").max().over("scorer")  # of a cell that is there twice
+    """The frame of kinds.csv: mAP by kind of trait in each scorer's largest cell, over traits with an AP."""
+    last = pl.col("row") == pl.col("row").max().over("scorer")  # of a cell that occurs twice
     best = traits.filter(largest("scorer")).filter(last)
-    mean = pl.col("test_ap").map_batches(  # numpy's sums: the same digits as in summary.csv
+    mean = pl.col("test_ap").map_batches(  # NumPy's mean, for the same digits as in summary.csv
         lambda ap: float(np.mean(ap.to_numpy())), returns_scalar=True, return_dtype=pl.Float64
     )
     cell = [*results.CELL, "kind"]
@@ -116,11 +117,12 @@ def kinds(traits: pl.DataFrame) -> pl.DataFrame:
 
 @beartype.beartype
 def differences(cells: pl.DataFrame, boots: list[np.ndarray]) -> pl.DataFrame:
-    """Paired differences of mAP between each two scorers chosen on as many train images, with 95% bootstrap intervals.
+    """Paired differences of mAP between scorers, on the same number of train images, with 95% bootstrap
+    intervals.
 
-    Two cells are paired where their resamples of the test images and their draws of the train images are the same, so what they have
-    in common cancels (Efron and Tibshirani 1993). With several draws the interval is over these too. They are compared at equal K,
-    else at the baseline's largest smaller K.
+    Two cells are paired if they share the resamples of the test images and the draws of the train images, so
+    that common variation cancels (Efron and Tibshirani 1993). With several draws the interval includes their
+    variation. Cells are compared at equal K, else at the baseline's largest smaller K.
 
     Args:
         boots: (R, M) for each value of the column `row`.
@@ -160,16 +162,16 @@ def differences(cells: pl.DataFrame, boots: list[np.ndarray]) -> pl.DataFrame:
 def _interval(
     boot_RM: np.ndarray, other_RM: np.ndarray, difference: float
 ) -> tuple[float | None, float | None]:
-    """(None, None) where the two cannot be paired."""
+    """(low, high), or (None, None) if the cells cannot be paired."""
     if not boot_RM.size or boot_RM.shape != other_RM.shape:
         return None, None
     return results.interval(_over_draws(boot_RM - other_RM), difference)
 
 
 def _over_draws(boot_RM: np.ndarray) -> np.ndarray:
-    """Means over R draws, resampled with each resample of the images; M values.
+    """Means over R draws, which are resampled along with the images; M values.
 
-    The bootstrap's spread over R draws is too narrow by sqrt((R - 1) / R); this is corrected.
+    Corrects the bootstrap's spread over R draws, which is too narrow by sqrt((R - 1) / R).
     """
     (R, M), mean_M = boot_RM.shape, boot_RM.mean(axis=0)
     if R == 1:
@@ -181,10 +183,12 @@ def _over_draws(boot_RM: np.ndarray) -> np.ndarray:
 
 @beartype.beartype
 def over_seeds(cells: pl.DataFrame) -> pl.DataFrame:
-    """Mean and standard deviation over seeds: of each mAP, and of its difference from random activations of the same seed.
+    """Mean and standard deviation over seeds of each mAP, and of its difference from random activations.
+
+    Differences are between equal seeds. Cells with only one seed are left out.
 
     Args:
-        cells: `scorer` is the name without the seed. Cells with one seed only are left out.
+        cells: `scorer` is the name without the seed.
     """
     size = [*PLACE, "n_prototypes", "n_train"]
     found = (
