@@ -164,8 +164,8 @@ def _archive_problems(labels: cub.Cub) -> list[str]:
     if len(wrong) > max(1, MISFITS * len(np.unique(labels.class_N))):
         first = ", ".join(map(str, wrong[:3]))
         return [
-            f"the images of {len(wrong)} classes have traits that class_attribute_labels_continuous.txt gives "
-            f"to other classes (first: classes {first})"
+            f"the images of {len(wrong)} classes have traits that class_attribute_labels_continuous.txt "
+            f"gives to other classes (first: classes {first})"
         ]
     return []
 
@@ -221,8 +221,8 @@ def describe(labels: cub.Cub) -> str:
     lines = [
         f"{n_N:,} images of {len(set(labels.class_N.tolist())):,} classes, {n_T} traits: {len(train_NT):,} "
         f"train images (1 in train_test_split.txt), {len(test_NT):,} test images (0)",
-        f"{labels.n_lines:,} annotations; {labels.n_repeated:,} image x trait pairs were annotated more than "
-        f"once ({labels.n_disputed:,} with both answers); {labels.n_uncertain:,} positives are not certain enough",
+        f"{labels.n_lines:,} annotations; {labels.n_repeated:,} image x trait pairs were annotated "
+        f"more than once ({labels.n_disputed:,} with both answers); {labels.n_uncertain:,} positives are not certain enough",
         f"classes explain {explained:.1%} of the labels' variance (by chance {chance:.1%}); "
         f"{_archive(labels)}",
         "",

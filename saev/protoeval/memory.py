@@ -93,7 +93,7 @@ def _block(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
 
 
 def _choice(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
-    """Two copies of a block's scores, three float64 matrices of its APs, and three copies of the resamples."""
+    """Two copies of a block's scores, three float64 matrices of its APs, three copies of the resamples."""
     some = min(k, max(1, int(cfg.memory_gb * 1e9 / (16 * sizes.n_imgs))))
     return some * (8 * sizes.n_train + 24 * sizes.n_traits) + 3 * cfg.n_boot * sizes.n_test
 
