@@ -221,8 +221,9 @@ def describe(labels: cub.Cub) -> str:
     lines = [
         f"{n_N:,} images of {len(set(labels.class_N.tolist())):,} classes, {n_T} traits: {len(train_NT):,} "
         f"train images (1 in train_test_split.txt), {len(test_NT):,} test images (0)",
-        f"{labels.n_lines:,} annotations; {labels.n_repeated:,} image x trait pairs were annotated "
-        f"more than once ({labels.n_disputed:,} with both answers); {labels.n_uncertain:,} positives are not certain enough",
+        f"{labels.n_lines:,} annotations; {labels.n_repeated:,} image x trait pairs were annotated more than "
+        f"once ({labels.n_disputed:,} with both answers); {labels.n_uncertain:,} positives are not certain "
+        "enough",
         f"classes explain {explained:.1%} of the labels' variance (by chance {chance:.1%}); "
         f"{_archive(labels)}",
         "",
