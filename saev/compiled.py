@@ -49,9 +49,8 @@ def each_in_threads(call: collections.abc.Callable[[tp.Any], T], items: list) ->
     n_threads = torch.get_num_threads()
     if n_threads == 1 or len(items) < 2:
         return [call(item) for item in items]
-    return list(
-        _pool(n_threads, os.getpid()).map(call, items)
-    )  # a forked process needs its own pool
+    pool = _pool(n_threads, os.getpid())  # a forked process needs its own
+    return list(pool.map(call, items))
 
 
 def in_threads(kernel: collections.abc.Callable[[int, int], T], n: int) -> list[T]:

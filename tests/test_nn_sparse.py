@@ -324,11 +324,11 @@ def test_batch_search_is_exact_whatever_it_guesses(
         torch.testing.assert_close(got_BS, want_BS, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("n_likely", [1, 10**4])
-def test_above_a_latents_own_least(screened: bool, n_likely: int) -> None:
+@pytest.mark.parametrize("n_expected", [1, 10**4])
+def test_above_a_latents_own_least(screened: bool, n_expected: int) -> None:
     encoder, x_BD = encoder_of(150, 20, 0, ties=False)
     least_S = torch.linspace(0, 6, 150)
-    got = sparse.above(encoder, x_BD, least_S, n_likely)
+    got = sparse.above(encoder, x_BD, least_S, n_expected)
     pre_BS = x_BD @ encoder.W_SD.T + encoder.b_S
     want_BS = torch.where(pre_BS > least_S, pre_BS, 0.0)
     assert len(got.value_n) == (want_BS > 0).sum()

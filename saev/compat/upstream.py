@@ -144,10 +144,9 @@ def upgrade(header: Header, fpath: pathlib.Path) -> UpstreamSae:
 def convert(sae: UpstreamSae, state: dict[str, tp.Any], fpath: pathlib.Path) -> dict[str, Tensor]:
     """Converts an upstream state dict to saev's.
 
-    Upstream's encoder does not subtract b_dec. b_enc + b_dec W_enc (computed in float64) makes up for it. A
-    BatchTopK of schemas 1 to 4 may have no threshold; then every positive value fires until
-    `saev.nn.calibrate` sets one. (In schemas 1 and 2, top_k counted values of the whole
-    batch, not of each sample.)
+    Upstream's encoder does not subtract b_dec, so b_enc becomes b_enc + b_dec W_enc (in float64). A BatchTopK
+    of schemas 1 to 4 may have no threshold; then every positive value fires until `saev.nn.calibrate` sets
+    one. (In schemas 1 and 2, top_k counted values of the whole batch, not of each sample.)
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape, or a BatchTopK's threshold is negative.

@@ -41,9 +41,7 @@ class Architecture:
     """Is memory for a batch's dense codes kept between steps?"""
     CODES_IN_STEP: tp.ClassVar[float] = 2
     """Peak memory of a training step, as a multiple of a batch's dense codes."""
-    INTERVALS: tp.ClassVar[dict[str, str]] = dict.fromkeys(
-        ("d_vit", "exp_factor", "d_sae"), AT_LEAST_1
-    )
+    INTERVALS: tp.ClassVar = dict.fromkeys(("d_vit", "exp_factor", "d_sae"), AT_LEAST_1)
 
     def __post_init__(self) -> None:
         fields.settle(self, "sae.", **self.INTERVALS)

@@ -177,8 +177,8 @@ class Objective:
         W_SD = sae.W_enc.detach().T.contiguous()
         encoder = sparse.Encoder(W_SD, sae.b_enc.detach(), self.is_bfloat16)
         n_all = len(x_BD) * sae.d_sae
-        n_likely = int(min(self.density, 1.0) * n_all)
-        codes = architecture.find(sae, encoder, x_BD - sae.b_dec.detach(), n_likely, self.search)
+        n_expected = int(min(self.density, 1.0) * n_all)
+        codes = architecture.find(sae, encoder, x_BD - sae.b_dec.detach(), n_expected, self.search)
         if not architecture.is_always_sparse and kernels.available(x_BD):
             self.density = len(codes.value_n) / n_all
         return codes

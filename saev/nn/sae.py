@@ -154,17 +154,17 @@ class SparseAutoencoder(torch.nn.Module):
         recorded = self.activations
         for name in ("vit_family", "vit_ckpt"):
             # bf16 autocast counts as the same ViT
-            mine, theirs = (str(d.get(name)).removesuffix("@bf16") for d in (recorded, found))
-            if recorded.get(name) and mine != theirs:
+            trained, given = (str(d.get(name)).removesuffix("@bf16") for d in (recorded, found))
+            if recorded.get(name) and trained != given:
                 raise errors.UserError(
-                    f"{ckpt}: was trained on activations of {mine}, but {shard_root} holds those of "
-                    f"{theirs}. Pass shards of the same ViT."
+                    f"{ckpt}: was trained on activations of {trained}, but {shard_root} holds those of "
+                    f"{given}. Pass shards of the same ViT."
                 )
         layers = recorded.get("layers")
         if isinstance(layers, list) and layers and not set(found["layers"]) <= set(layers):
-            mine, theirs = (", ".join(map(str, numbers)) for numbers in (layers, found["layers"]))
+            trained, given = (", ".join(map(str, numbers)) for numbers in (layers, found["layers"]))
             raise errors.UserError(
-                f"{ckpt}: was trained on layer {mine}, not on {theirs} of {shard_root}. Pass --data.layer "
+                f"{ckpt}: was trained on layer {trained}, not on {given} of {shard_root}. Pass --data.layer "
                 f"{layers[-1]} (protoeval: --train-data.layer, --test-data.layer)."
             )
 

@@ -95,7 +95,7 @@ class Architecture(abc.ABC):
         sae: "SparseAutoencoder",
         encoder: sparse.Encoder,
         xc_BD: Tensor,
-        n_likely: int,
+        n_expected: int,
         search: sparse.BatchSearch,
     ) -> sparse.Codes:
         """Finds the pre-activations that can fire or get a gradient in a training step.
@@ -104,10 +104,10 @@ class Architecture(abc.ABC):
 
         Args:
             xc_BD: x - b_dec.
-            n_likely: about how many there are.
+            n_expected: about how many there are.
             search: for architectures that select over the whole batch; it lasts for the whole run.
         """
-        return sparse.above(encoder, xc_BD, self.cutoff(sae), n_likely)
+        return sparse.above(encoder, xc_BD, self.cutoff(sae), n_expected)
 
     def largest(self, sae: "SparseAutoencoder", pre_BK: Tensor) -> Tensor:
         """Codes of the first K latents in evaluation mode, from their largest pre-activations in an image."""

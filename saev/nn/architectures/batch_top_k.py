@@ -32,7 +32,7 @@ class BatchTopK(base.Architecture, cfg=config.BatchTopK):
         return Coded(f_BS)
 
     def find(
-        self, sae, encoder: sparse.Encoder, xc_BD: Tensor, n_likely, search: sparse.BatchSearch
+        self, sae, encoder: sparse.Encoder, xc_BD: Tensor, n_expected, search: sparse.BatchSearch
     ) -> sparse.Codes:
         codes = search(encoder, xc_BD, self.cfg.top_k)
         self._update_threshold(sae, search.gather(codes.value_n))

@@ -39,12 +39,12 @@ class _DenseStep(torch.autograd.Function):
         size = max(16, CHUNK_BYTES // (4 * len(W_dec)))
         df_buffer_CS = x_BD.new_empty(min(size, B), len(W_dec))
         for start in range(0, B, size):
-            mine = slice(start, min(start + size, B))
-            xc_CD, f_CS = x_BD[mine] - b_dec, f_BS[mine]
+            part = slice(start, min(start + size, B))
+            xc_CD, f_CS = x_BD[part] - b_dec, f_BS[part]
             df_CS = df_buffer_CS[: len(xc_CD)]
             torch.addmm(b_enc, xc_CD, W_SD.T, out=f_CS).relu_()
-            torch.addmm(b_dec, f_CS, W_dec, out=x_hat_BD[mine])
-            error_CD = x_hat_BD[mine] - x_BD[mine]
+            torch.addmm(b_dec, f_CS, W_dec, out=x_hat_BD[part])
+            error_CD = x_hat_BD[part] - x_BD[part]
             error += error_CD.square().sum()
             g_CD = error_CD.mul_(2 / (B * D))
             torch.addmm(norm_S * (l1_coeff / B), g_CD, W_dec.T, out=df_CS)

@@ -21,7 +21,7 @@ class TopK(base.Architecture, cfg=config.TopK):
     def encode_dense(self, sae, pre_BS: Tensor) -> Coded:
         return Coded(self.encode(sae, pre_BS))
 
-    def find(self, sae, encoder: sparse.Encoder, xc_BD: Tensor, n_likely, search) -> sparse.Codes:
+    def find(self, sae, encoder: sparse.Encoder, xc_BD: Tensor, n_expected, search) -> sparse.Codes:
         return sparse.top_k(encoder, xc_BD, self.cfg.top_k, self.cfg.keep_negative)
 
     def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> Coded:

@@ -104,8 +104,8 @@ def top_k(
     latent_BK = np.empty((B, k), np.int32)
 
     def find(first: int, last: int, rows: _Rows) -> None:
-        mine = slice(first, last)
-        kernels.top_k(*rows, k, n_B[mine], value_BK[mine], latent_BK[mine])
+        at = slice(first, last)
+        kernels.top_k(*rows, k, n_B[at], value_BK[at], latent_BK[at])
 
     _search(encoder, xc_BD, find)
     if keep_negative:  # recompute the few rows with fewer than k positive values
@@ -139,12 +139,12 @@ def _at_top_k(value_BK: Tensor, latent_BK: Tensor, n_latents: int) -> Codes:
 
 @torch.no_grad()
 def above(
-    encoder: Encoder, xc_BD: Float[Tensor, "B D"], cutoff_S: Float[Tensor, " S"], n_likely: int
+    encoder: Encoder, xc_BD: Float[Tensor, "B D"], cutoff_S: Float[Tensor, " S"], n_expected: int
 ) -> Codes:
     """Finds the pre-activations above `cutoff_S`.
 
     Args:
-        n_likely: about how many there are in the batch. Buffers start at twice that size and grow if needed.
+        n_expected: about how many there are in the batch. Buffers start at twice that size and grow if needed.
     """
     S = len(encoder.W_SD)
     if not kernels.available(xc_BD):
@@ -154,7 +154,7 @@ def above(
     cutoff = cutoff_S.to(xc_BD.dtype).numpy()
 
     def find(first: int, last: int, rows: _Rows) -> tuple[np.ndarray, np.ndarray]:
-        size = 64 + 2 * n_likely * (last - first) // len(xc_BD)
+        size = 64 + 2 * n_expected * (last - first) // len(xc_BD)
         while True:
             value_n, latent_n = np.empty(size, cutoff.dtype), np.empty(size, np.int32)
             n = kernels.above(*rows, cutoff, n_B[first:last], value_n, latent_n)
