@@ -18,7 +18,7 @@ from benchmarks import common
 from saev import errors, nn, scorers
 from saev.formats import checkpoint, jsonfile, manifest, results, tensors
 from saev.nn import config
-from saev.protoeval import joint, report, scoring
+from saev.protoeval import merge, report, score
 from saev.scorers import base, kmeans
 from saev.training import state
 
@@ -97,7 +97,7 @@ def tables(root: pathlib.Path) -> dict[str, tuple[pathlib.Path, Read]]:
     report.write(dpath, rows, ["a::b", "c::d"], [], about)
     names = (*results.FILES, manifest.NAME)
     return {"config.json": (run_fpath, lambda: run_json(run_fpath))} | {
-        name: (dpath / name, lambda: joint._read(dpath)) for name in names
+        name: (dpath / name, lambda: merge._read(dpath)) for name in names
     }
 
 
@@ -131,7 +131,7 @@ def scoring_blocks(n_repeats: int) -> common.Case:
         return scorer.of_images(acts_BPD).T.contiguous().numpy()
 
     def checked() -> None:
-        scoring._checksums(plain(), acts_BPD[:, 0].numpy(), [slice(None)])
+        score._checksums(plain(), acts_BPD[:, 0].numpy(), [slice(None)])
 
     return case("scores of a block", "the same without checksums", checked, plain, n_repeats)
 

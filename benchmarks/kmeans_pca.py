@@ -90,7 +90,7 @@ def measure_kmeans(
     def ours() -> np.ndarray:
         state = kmeans.State(mean_D, start_KD.clone())
         for _ in range(n_passes):
-            kmeans.one_pass([state], data, cfg)
+            kmeans.one_pass([state], activations.Activations(data), cfg)
         return (state.center_KD + mean_D).numpy()
 
     def floor() -> None:
@@ -125,7 +125,9 @@ def measure_starts(
     """Inertia after the same passes from each library's own start."""
     cfg = config.KMeans(n_iters=n_passes, tolerance=0.0)
     calls = {
-        "saev": lambda seed: kmeans.fit(cfg, data, [k], seed)[0].vectors_KD.numpy(),
+        "saev": lambda seed: kmeans.fit(cfg, activations.Activations(data), [k], seed)[
+            0
+        ].vectors_KD.numpy(),
         "scikit-learn": lambda seed: _sklearn(x_BD, n_passes, seed, k),
     }
     if importlib.util.find_spec("faiss"):
@@ -192,7 +194,7 @@ def measure_pca(data: data_config.Shards, x_BD: np.ndarray, n_repeats: int) -> l
         fitted = sklearn.decomposition.IncrementalPCA(128, batch_size=16384).fit(x_BD)
         return fitted.explained_variance_
 
-    calls = {"floor": floor, "saev": lambda: pca.fit(data)}
+    calls = {"floor": floor, "saev": lambda: pca.fit(activations.Activations(data))}
     for call in calls.values():
         call()
     timed = common.interleaved(
@@ -202,7 +204,7 @@ def measure_pca(data: data_config.Shards, x_BD: np.ndarray, n_repeats: int) -> l
     wide_BD = x_BD.astype(np.float64)
     wide_BD -= wide_BD.mean(axis=0)
     want_K = np.linalg.eigvalsh(wide_BD.T @ wide_BD / len(wide_BD))[::-1][:128]
-    scorer = pca.fit(data).prefix(128)
+    scorer = pca.fit(activations.Activations(data)).prefix(128)
     direction_KD = scorer.direction_KD.double().numpy()
     got_K = (wide_BD @ direction_KD.T).var(axis=0)
     error = float(np.abs(got_K / want_K - 1).max())

@@ -20,7 +20,7 @@ import unittest.mock
 import numpy as np
 
 from benchmarks import common
-from saev.data import config, ordered, reader, shuffled
+from saev.data import activations, config, ordered, shuffled
 from saev.formats import shards
 
 N_PATCHES, D, BATCH = 256, 384, 4096
@@ -136,7 +136,7 @@ def measure(
 
     def believing(call: collections.abc.Callable[[], float]) -> float:
         """The same loader, without comparing."""
-        with unittest.mock.patch.object(reader._File, "compare", lambda *_: None):
+        with unittest.mock.patch.object(activations._File, "compare", lambda *_: None):
             return call()
 
     pool_gb = round(gb / 3, 2)
@@ -190,7 +190,7 @@ def measure(
 
 def layout_bytes(stream: shuffled.Shuffled) -> float:
     """Bytes in the files for each activation handed out: [CLS] is in between."""
-    return stream.reader.token_bytes * (N_PATCHES + 1) / N_PATCHES
+    return stream.acts.token_bytes * (N_PATCHES + 1) / N_PATCHES
 
 
 def read_all(fpaths: list[pathlib.Path]) -> None:

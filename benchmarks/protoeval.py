@@ -23,11 +23,11 @@ import torch
 
 from benchmarks import common
 from saev import nn, scorers
+from saev.data import activations, ordered
 from saev.data import config as data_config
-from saev.data import ordered, reader
 from saev.formats import shards
 from saev.nn import config as nn_config
-from saev.protoeval import config, report, scoring, select
+from saev.protoeval import config, report, run, score
 from saev.scorers import config as scorers_config
 from saev.scorers import sae as sae_scorer
 
@@ -93,10 +93,16 @@ def measure_pass(
         for block in ordered.Ordered(data):
             common.products(torch.from_numpy(block.act_NXD).flatten(0, 1), W_KD)
 
-    def ours() -> scoring.Scores:
+    def ours() -> score.Scores:
         with tempfile.TemporaryDirectory() as dpath:
             images = list(range(n_imgs))
-            return scoring.score([scorer], data, images, pathlib.Path(dpath), torch.device("cpu"))
+            return score.score_images(
+                [scorer],
+                activations.Activations(data),
+                images,
+                pathlib.Path(dpath),
+                torch.device("cpu"),
+            )
 
     floor(), ours()
     calls: dict[str, collections.abc.Callable[[], float]] = {
@@ -144,7 +150,7 @@ def measure_grid(
 
     def ours() -> None:
         out = dpath / f"results-{len(made_in)}"
-        made_in.append(select.main([dataclasses.replace(cfg, dump_to=str(out)) for cfg in cfgs]))
+        made_in.append(run.main([dataclasses.replace(cfg, dump_to=str(out)) for cfg in cfgs]))
 
     def floor() -> None:
         for block in ordered.Ordered(data):
@@ -191,7 +197,7 @@ def grid_scorers(
     sae = nn.SparseAutoencoder(nn_config.BatchTopK(d_vit=d_vit, d_sae=k)).eval()
     sae.requires_grad_(False)
     sae.threshold.fill_(2.0)
-    nn.save(sae, dpath / "sae.pt", reader.Reader(data).describe())
+    nn.save(sae, dpath / "sae.pt", activations.Activations(data).space.describe())
     return [
         scorers_config.Random(),
         scorers_config.KMeans(n_iters=1, n_samples=2 * k),

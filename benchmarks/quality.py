@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, peers
+from saev.data import activations
 from saev.data import config as data_config
-from saev.data import reader
 from saev.nn import config as nn_config
 from saev.nn import metrics
 from saev.training import config as training_config
@@ -136,7 +136,7 @@ def planted(args: argparse.Namespace) -> Data:
 
 def from_shards(args: argparse.Namespace) -> Data:
     """Patch activations of a dump's images, in raw units."""
-    acts = reader.Reader(data_config.Shards(str(args.shards), args.layer, "image"))
+    acts = activations.Activations(data_config.Shards(str(args.shards), args.layer, "image"))
     stride = -(-len(acts) // MAX_ACTS)
     train, held_out = [], []
     for i, position in enumerate(range(0, acts.n_imgs, stride)):

@@ -14,7 +14,7 @@ import torch
 
 import saev
 from saev import errors
-from saev.data import config, mixing, ordered, reader, shuffled
+from saev.data import activations, config, mixing, ordered, shuffled
 
 settings = hypothesis.settings(
     deadline=None,
@@ -89,7 +89,9 @@ def test_every_loader_of_any_shape(make_shards, data: st.DataObject) -> None:
         np.testing.assert_array_equal(acts_NTD, want_NTD[start : start + blocks.block])
 
     start, stop = sorted(data.draw(st.integers(0, n_imgs)) for _ in range(2))
-    np.testing.assert_array_equal(reader.Reader(cfg).read(start, stop), want_NTD[start:stop])
+    np.testing.assert_array_equal(
+        activations.Activations(cfg).read(start, stop), want_NTD[start:stop]
+    )
 
     batch_size = data.draw(st.integers(1, 2 * len(want)))
     batches = take(cfg, 3 * len(want) // batch_size + 1, batch_size=batch_size, pool_bytes=50)
@@ -111,7 +113,7 @@ def test_ordered_gives_the_array_in_blocks(small, block: int) -> None:
 
 def test_what_is_read_is_a_copy(small) -> None:
     cfg, acts_NLTD = small
-    acts = reader.Reader(cfg)
+    acts = activations.Activations(cfg)
     acts.read(0, 9)[:] = 0
     np.testing.assert_array_equal(acts.read(0, 9), acts_NLTD[:, 1, 1:])
 
@@ -161,7 +163,7 @@ def test_cls_of_a_model_without(make_shards) -> None:
 
 def test_shard_root_left_out() -> None:
     with pytest.raises(errors.UserError, match=r"--data\.shard-root is missing"):
-        reader.Reader(config.Shards())
+        activations.Activations(config.Shards())
 
 
 # ---- shuffled ----
@@ -317,7 +319,7 @@ def test_activations_whose_squares_overflow_are_refused(make_shards, size: float
 
 def test_large_activations_are_read(make_shards) -> None:
     """Of many just below the bound the sum of squares is far above the square of the bound."""
-    acts_NLTD = np.full((7, 1, 5, 6), reader.LARGEST, np.float32)
+    acts_NLTD = np.full((7, 1, 5, 6), activations.LARGEST, np.float32)
     dpath, _ = make_shards(n_imgs=7, n_patches=4, d_vit=6, layers=(8,), acts=acts_NLTD)
     list(ordered.Ordered(config.Shards(str(dpath)), n_imgs=3))
 

@@ -21,7 +21,7 @@ import torch
 
 import saev
 from saev import errors
-from saev.data import config, mixing, ordered, reader, shuffled
+from saev.data import activations, config, mixing, ordered, shuffled
 from saev.data.ahead import ahead
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "shards_1_0_0"
@@ -51,17 +51,17 @@ def our_threads() -> list[str]:
 def test_a_subset_is_a_stream_of_its_own(many) -> None:
     cfg, acts_NLTD = many
     image_is = (3, 4, 30, 31, 59)
-    some = config.Subset(cfg.shard_root, cfg.layer, image_is=image_is)
+    whole = activations.Activations(cfg)
+    some = whole.only(image_is)
     read = list(ordered.Ordered(some, n_imgs=2))
     assert np.concatenate([b.image_i_N for b in read]).tolist() == list(image_is)
     got_NPD = np.concatenate([b.act_NXD for b in read])
     np.testing.assert_array_equal(got_NPD, acts_NLTD[list(image_is), 1, 1:])
-    acts = reader.Reader(some)
-    assert len(acts) == 5 * 4
-    positions = [list(r) for r in acts.shard_positions() if r]
+    assert len(some) == 5 * 4
+    positions = [list(r) for r in some.shard_positions() if r]
     assert positions == [[0], [1], [2, 3], [4]]  # images 3; 4; 30 and 31; 59
-    others = [cfg, config.Subset(cfg.shard_root, cfg.layer, image_is=image_is[1:])]
-    assert acts.hash not in [reader.Reader(other).hash for other in others]
+    others = [whole, whole.only(image_is[1:]), some.only(image_is[1:])]
+    assert some.fingerprint not in [other.fingerprint for other in others]
 
 
 # ---- faults ----
@@ -263,7 +263,7 @@ def test_a_late_start_reads_a_few_pools(make_shards, monkeypatch: pytest.MonkeyP
     batches = stream.batches(1250)  # of 1600 in an epoch
     next(batches)
     batches.close()
-    pool_bytes = n_pool * stream.reader.token_bytes
+    pool_bytes = n_pool * stream.acts.token_bytes
     assert pool_bytes < read[0] < 5 * pool_bytes < 0.2 * 1250 * 64 * 256
 
 
@@ -288,7 +288,7 @@ def test_reads_in_pieces_give_the_same(
     monkeypatch.setattr(reader, "IOV_MAX", iov_max)
     layer_is = [0, 1, 2] if layer == "all" else [(3, 5, 7).index(layer)]
     for patches, tokens in (("image", slice(1, 5)), ("cls", slice(0, 1)), ("all", slice(0, 5))):
-        acts = reader.Reader(config.Shards(str(dpath), layer, patches))
+        acts = activations.Activations(config.Shards(str(dpath), layer, patches))
         want_NXD = acts_NLTD[2:9, layer_is, tokens].reshape(7, -1, 6)
         np.testing.assert_array_equal(acts.read(2, 9), want_NXD)
 
@@ -326,14 +326,14 @@ def test_several_directories_are_one_stream(make_shards) -> None:
     for batch in itertools.islice(shuffled.Shuffled(cfg, batch_size=40), 3):
         np.testing.assert_array_equal(batch.act_BD, acts_ND[batch.image_i_B, batch.patch_i_B])
         assert len(set(index(batch))) == 40
-    assert len(reader.Reader(cfg).records) == 12
+    assert len(activations.Activations(cfg).records) == 12
 
 
 @pytest.mark.parametrize(
     ("other", "match"),
     [
-        ({"d_vit": 16}, "differ in d_vit"),
-        ({"name": "another"}, "differ in vit_ckpt"),
+        ({"d_vit": 16}, "d_vit 16 instead of 8"),
+        ({"name": "another"}, "ViT [^ ]* another instead of"),
         ({"dtype": "bfloat16"}, "differ in dtype"),
         ({"layers": (3, 8)}, "layer 7 was not recorded"),
         ({"n_imgs": 5}, "named twice"),
@@ -342,7 +342,7 @@ def test_several_directories_are_one_stream(make_shards) -> None:
 def test_directories_that_do_not_fit(make_shards, other: dict, match: str) -> None:
     (a, _), (b, _) = make_shards(n_imgs=5), make_shards(**{"n_imgs": 6} | other)
     with pytest.raises(errors.UserError, match=match):
-        reader.Reader(config.Shards(str(a), 7, more_roots=(str(b),)))
+        activations.Activations(config.Shards(str(a), 7, more_roots=(str(b),)))
 
 
 def test_partial_reads_what_is_complete_under_its_own_numbers(many) -> None:
@@ -353,7 +353,7 @@ def test_partial_reads_what_is_complete_under_its_own_numbers(many) -> None:
     for i in (1, 2, 3):
         (dpath / f"acts{i:06}.bin").unlink()
     with pytest.raises(errors.UserError, match="incomplete dump: 6 of 60 images. Run the same"):
-        reader.Reader(cfg)
+        activations.Activations(cfg)
     cfg = config.Shards(cfg.shard_root, 7, partial=True)
     (block,) = ordered.Ordered(cfg)
     assert block.image_i_N.tolist() == [0, 1, 8, 9, 10, 11]
@@ -371,9 +371,12 @@ def test_results_are_named_by_what_the_stream_holds(make_shards) -> None:
         config.Shards(str(a), 7, "all"),
         config.Shards(str(a), "all"),
     ]
-    assert len({reader.Reader(cfg).hash for cfg in cfgs}) == len(cfgs)
+    assert len({activations.Activations(cfg).fingerprint for cfg in cfgs}) == len(cfgs)
     (again, _) = make_shards(seed=0)
-    assert reader.Reader(config.Shards(str(again), 7)).hash == reader.Reader(cfgs[0]).hash
+    assert (
+        activations.Activations(config.Shards(str(again), 7)).fingerprint
+        == activations.Activations(cfgs[0]).fingerprint
+    )
 
 
 # ---- the field's other protocols ----
@@ -428,7 +431,7 @@ def test_an_interrupted_foreign_dump(foreign: pathlib.Path, index: list[int] | N
     else:
         (foreign / "shards.json").write_text(json.dumps([shards[i] for i in index]))
     with pytest.raises(errors.UserError, match="incomplete dump: 4 of 5 images. Finish it with"):
-        reader.Reader(config.Shards(str(foreign)))
+        activations.Activations(config.Shards(str(foreign)))
     (block,) = ordered.Ordered(config.Shards(str(foreign), 3, partial=True))
     np.testing.assert_array_equal(block.act_NXD, GOLDEN_NLTD[:4, 0, 1:])
 
@@ -442,7 +445,7 @@ def test_a_script_that_ends_with_an_open_reader_says_nothing(
     script.write_text(
         "from saev import nn\n"
         "from saev.data import config, reader\n"
-        f"acts = reader.Reader(config.Shards({str(foreign)!r}))\n"
+        f"acts = activations.Activations(config.Shards({str(foreign)!r}))\n"
         "print(acts.read(0, 2).shape)\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)

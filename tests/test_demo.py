@@ -17,7 +17,7 @@ from saev import errors
 from saev.data import config as data_config
 from saev.data import cub
 from saev.demo import config as demo_config
-from saev.protoeval import config, select
+from saev.protoeval import config, run
 from saev.scorers import config as scorers_config
 
 pytestmark = pytest.mark.slow
@@ -106,7 +106,7 @@ def test_a_second_run_skips_what_is_done(
 
 
 def test_random_vectors_gain_from_train_images_and_from_prototypes(cfg: config.ProtoEval) -> None:
-    seeds = [read_summary(select.main([dataclasses.replace(cfg, seed=s)])) for s in range(3)]
+    seeds = [read_summary(run.main([dataclasses.replace(cfg, seed=s)])) for s in range(3)]
     cells = [
         {(int(r["n_prototypes"]), int(r["n_train"])): float(r["map"]) for r in rows[1:]}
         for rows in seeds
@@ -130,17 +130,17 @@ def test_labels_shifted_by_one_image_drop_every_scorer_to_the_constant_row(
     ]
     members.append(scorers_config.Sae(str(ckpt)))
     cfgs = [dataclasses.replace(cfg, scorer=s, n_prototypes=(256,), n_train=(-1,)) for s in members]
-    right = read_summary(select.main(cfgs))
+    right = read_summary(run.main(cfgs))
     load = cub.load
 
     def shifted(root: str, **kwargs: object) -> cub.Cub:
         labels = load(root, **kwargs)
         return dataclasses.replace(labels, labels_NT=np.roll(labels.labels_NT, 1, axis=0))
 
-    monkeypatch.setattr(select.cub, "load", shifted)
+    monkeypatch.setattr(cub, "load", shifted)
     with pytest.raises(errors.UserError, match="share their traits no more than any images do"):
-        select.main(cfgs)
-    wrong = read_summary(select.main([dataclasses.replace(c, force=True) for c in cfgs]))
+        run.main(cfgs)
+    wrong = read_summary(run.main([dataclasses.replace(c, force=True) for c in cfgs]))
     assert [r["scorer"] for r in wrong] == [r["scorer"] for r in right] and len(
         wrong
     ) == 6  # with both bounds

@@ -303,10 +303,12 @@ def test_half_precision_is_torchs_rounding(
 ) -> None:
     import torch
 
-    from saev.data import reader
+    from saev.data import activations
 
     out = dump.main(dataclasses.replace(config_of(str(photos), str(tmp_path)), dtype=dtype))
-    (want, got) = (reader.Reader(config.Shards(str(d), 2)).read(0, 48) for d in (undisturbed, out))
+    (want, got) = (
+        activations.Activations(config.Shards(str(d), 2)).read(0, 48) for d in (undisturbed, out)
+    )
     rounded = torch.from_numpy(want).to(getattr(torch, dtype)).float().numpy()
     np.testing.assert_array_equal(got, rounded)
     assert (got != want).any()

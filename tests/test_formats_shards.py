@@ -11,7 +11,7 @@ import pytest
 from conftest import as_older
 
 from saev import errors
-from saev.data import config, reader
+from saev.data import activations, config
 from saev.formats import shards
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "shards_1_0_0"
@@ -39,7 +39,7 @@ def edit(fpath: pathlib.Path, **changes: object) -> None:
 
 
 def read(dpath: pathlib.Path, layer: int = 7, patches: config.Patches = "image") -> np.ndarray:
-    acts = reader.Reader(config.Shards(str(dpath), layer, patches))
+    acts = activations.Activations(config.Shards(str(dpath), layer, patches))
     return acts.read(0, acts.n_imgs)
 
 

@@ -26,7 +26,7 @@ from saev.formats import shards
 from saev.nn import config as nn_config
 from saev.nn import optim
 from saev.protoeval import config as protoeval_config
-from saev.protoeval import select
+from saev.protoeval import experiment, run
 from saev.scorers import config as scorers_config
 from saev.training import config, loop
 
@@ -154,7 +154,7 @@ def tabulate(dpath: pathlib.Path, seed: int = 0) -> list[list[str | float]]:
         )
         for scorer in (scorers_config.Random(), scorers_config.KMeans(), scorers_config.Pca())
     ]
-    with (pathlib.Path(select.main(cfgs)) / "summary.csv").open() as fd:
+    with (pathlib.Path(run.main(cfgs)) / "summary.csv").open() as fd:
         return [
             [line["scorer"], line["n_prototypes"], line["n_train"]]
             + [round(float(line[key]), 4) for key in ("map", "q05", "q95")]
@@ -191,7 +191,7 @@ def test_weights(n_threads: int, tmp_path: pathlib.Path) -> None:
 
 def test_table(n_threads: int, tmp_path: pathlib.Path) -> None:
     got = tabulate(tmp_path)
-    want = golden("protoeval", [select.REVISION, scorers.REVISION], got)
+    want = golden("protoeval", [experiment.REVISION, scorers.REVISION], got)
     assert is_same(got, want), "raise protoeval's or the scorers' REVISION, or mend the fault"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saev import errors, nn
+from saev.formats import space
 from saev.nn import activations, config, objectives
 
 D, FACTOR, B = 6, 4, 20
@@ -455,13 +456,10 @@ TRAINED_ON = {
 @pytest.mark.parametrize(
     ("other", "match"),
     [
-        ({"d_vit": D + 1}, f"{D} wide, but shards/x holds {D + 1}"),
-        (
-            {"vit_ckpt": "ViT-L-14/laion"},
-            "of ViT-L-14/openai, but shards/x holds those of ViT-L-14/laion",
-        ),
-        ({"vit_family": "siglip"}, "of clip, but shards/x holds those of siglip"),
-        ({"layers": [23]}, "on layer 13, not on 23 of shards/x. Pass --data.layer 13"),
+        ({"d_vit": D + 1}, f"d_vit {D + 1} instead of {D}"),
+        ({"vit_ckpt": "ViT-L-14/laion"}, "ViT clip ViT-L-14/laion instead of clip ViT-L-14/openai"),
+        ({"vit_family": "siglip"}, "ViT siglip ViT-L-14/openai instead of clip ViT-L-14/openai"),
+        ({"layers": [23]}, "shards/x: not in the space of sae.pt: layer 23 instead of 13. Pass"),
     ],
 )
 def test_activations_of_another_vit_or_layer_are_refused(
@@ -469,14 +467,18 @@ def test_activations_of_another_vit_or_layer_are_refused(
 ) -> None:
     nn.save(make(CFGS[1]), tmp_path / "sae.pt", TRAINED_ON)
     sae = nn.load(tmp_path / "sae.pt")
-    sae.check_fits(TRAINED_ON, "sae.pt", "shards/x")
-    sae.check_fits(TRAINED_ON | {"vit_ckpt": "ViT-L-14/openai@bf16"}, "sae.pt", "shards/x")
+    for same in ({}, {"vit_ckpt": "ViT-L-14/openai@bf16"}, {"patches": "cls"}):
+        sae.check_fits(of(TRAINED_ON | same), "sae.pt", "shards/x")
     with pytest.raises(errors.UserError, match=match):
-        sae.check_fits(TRAINED_ON | other, "sae.pt", "shards/x")
+        sae.check_fits(of(TRAINED_ON | other), "sae.pt", "shards/x")
+
+
+def of(described: dict[str, tp.Any]) -> space.Space:
+    return space.Space.of(described, described["d_vit"])
 
 
 def test_a_checkpoint_that_does_not_say_is_taken_at_the_users_word() -> None:
-    make(CFGS[1]).check_fits(TRAINED_ON | {"layers": [23]}, "sae.pt", "shards/x")
+    make(CFGS[1]).check_fits(of(TRAINED_ON | {"layers": [23]}), "sae.pt", "shards/x")
 
 
 def test_a_copy_keeps_what_it_was_trained_on(tmp_path: pathlib.Path) -> None:

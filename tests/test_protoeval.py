@@ -22,7 +22,18 @@ from saev.data import config as data_config
 from saev.data import cub
 from saev.demo import minicub
 from saev.formats import results, shards
-from saev.protoeval import choice, config, join, scoring, select
+from saev.protoeval import (
+    choose,
+    config,
+    experiment,
+    fit,
+    join,
+    measure,
+    opening,
+    report,
+    run,
+    score,
+)
 from saev.scorers import base
 from saev.scorers import config as scorers_config
 
@@ -105,14 +116,15 @@ def oracle(labels: cub.Cub) -> base.Prototypes:
 
 
 def evaluate(
-    cfg: config.ProtoEval, labels: cub.Cub, run: collections.abc.Mapping[str, scorers.Scorer]
+    cfg: config.ProtoEval, labels: cub.Cub, fitted: collections.abc.Mapping[str, scorers.Scorer]
 ) -> list[results.Row]:
     """The grid for ready-made scorers, through the same joins and scores as the command."""
-    banks = [choice.Bank(name, scorer, (scorer.n_prototypes,)) for name, scorer in run.items()]
-    joins = join.both(cfg, labels)
+    banks = [fit.Bank(name, scorer, (scorer.n_prototypes,)) for name, scorer in fitted.items()]
+    sides = join.join(cfg, opening.open_all([cfg]), labels)
     with tempfile.TemporaryDirectory() as dpath:
-        splits = select._score(cfg, banks, labels, joins, pathlib.Path(dpath))
-        return choice.evaluate(*splits, banks, cfg)
+        made = experiment.Experiment([cfg], labels, sides, [])
+        chosen, measured = score.score(made, banks, pathlib.Path(dpath))
+        return measure.measure(choose.choose(chosen, banks, cfg), chosen, measured, cfg)
 
 
 def test_a_scorer_that_knows_the_traits_gets_one(cfg: config.ProtoEval, labels: cub.Cub) -> None:
@@ -142,7 +154,7 @@ def test_scores_are_the_max_over_patches_of_a_plain_loop(
 ) -> None:
     scorer = oracle(labels)
     image_is = [3, 0, 159, 70]
-    got = scoring.score(
+    got = score.score_images(
         [scorer, scorer.prefix(2)], planted, image_is, tmp_path / "s", torch.device("cpu")
     )
     order = np.random.default_rng(5).permutation(len(labels.paths_N))
@@ -155,7 +167,7 @@ def test_scores_are_the_max_over_patches_of_a_plain_loop(
 
 def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub) -> None:
     more_than_there_are = (16, 16, 5000, 6000, -1)
-    dpath = pathlib.Path(select.main([dataclasses.replace(cfg, n_train=more_than_there_are)]))
+    dpath = pathlib.Path(run.main([dataclasses.replace(cfg, n_train=more_than_there_are)]))
     lines = read_csv(dpath / "summary.csv")
     n_train = str(labels.is_train_N.sum())
     grid = [(r["scorer"], r["n_prototypes"], r["n_train"]) for r in lines]
@@ -182,9 +194,9 @@ def test_all_scorers_of_a_group_give_what_each_gives_alone(cfg: config.ProtoEval
     members = [scorers_config.Random(), scorers_config.KMeans(n_samples=500), scorers_config.Pca()]
     cfgs = [dataclasses.replace(cfg, scorer=s) for s in members]
     assert len(sweeps.group(cfgs)) == 1
-    together = (pathlib.Path(select.main(cfgs)) / "summary.csv").read_text().splitlines()
+    together = (pathlib.Path(run.main(cfgs)) / "summary.csv").read_text().splitlines()
     alone = [
-        (pathlib.Path(select.main([c])) / "summary.csv").read_text().splitlines()[4:] for c in cfgs
+        (pathlib.Path(run.main([c])) / "summary.csv").read_text().splitlines()[4:] for c in cfgs
     ]
     assert together[4:] == [line for lines in alone for line in lines]
 
@@ -192,9 +204,9 @@ def test_all_scorers_of_a_group_give_what_each_gives_alone(cfg: config.ProtoEval
 def test_scorers_of_one_table_have_different_names(cfg: config.ProtoEval) -> None:
     members = [scorers_config.Random(), scorers_config.Random("dot"), scorers_config.Pca()]
     members += [scorers_config.Sae("a/x/sae.pt"), scorers_config.Sae("a/y/sae.pt")]
-    names = select.labels_of([dataclasses.replace(cfg, scorer=s) for s in members])
+    names = experiment.names([dataclasses.replace(cfg, scorer=s) for s in members])
     assert names == ["Random similarity=cosine", "Random similarity=dot", "Pca", "Sae x", "Sae y"]
-    assert select.labels_of([cfg]) == ["Pca"]
+    assert experiment.names([cfg]) == ["Pca"]
 
 
 def test_train_and_test_in_separate_shards_equal_one_directory(
@@ -206,25 +218,25 @@ def test_train_and_test_in_separate_shards_equal_one_directory(
         for name, mask_N in (("train", labels.is_train_N), ("test", ~labels.is_train_N))
     ]
     apart = dataclasses.replace(cfg, train_data=parts[0], test_data=parts[1])
-    want, got = ((pathlib.Path(select.main([c])) / "summary.csv").read_text() for c in (cfg, apart))
+    want, got = ((pathlib.Path(run.main([c])) / "summary.csv").read_text() for c in (cfg, apart))
     assert got == want
 
 
 def test_too_many_prototypes_are_refused_before_anything_is_read(
     cfg: config.ProtoEval, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("saev.data.reader.Reader.read")
+    monkeypatch.delattr("saev.data.acts.Reader.read")
     for scorer in (scorers_config.Random(), scorers_config.KMeans(n_samples=10**7)):
         with pytest.raises(errors.UserError, match=r"activations.*, fewer than 9999999 "):
-            select.main([dataclasses.replace(cfg, scorer=scorer, n_prototypes=(4, 9999999, 4))])
+            run.main([dataclasses.replace(cfg, scorer=scorer, n_prototypes=(4, 9999999, 4))])
 
 
 def test_a_finished_evaluation_is_found_again(
     cfg: config.ProtoEval, tmp_path: pathlib.Path
 ) -> None:
-    table = pathlib.Path(select.main([cfg])) / "table.md"
+    table = pathlib.Path(run.main([cfg])) / "table.md"
     before = table.stat().st_mtime_ns
-    assert select.main([cfg]) == str(table.parent)
+    assert run.main([cfg]) == str(table.parent)
     assert table.stat().st_mtime_ns == before
     others = [
         dataclasses.replace(cfg, **{k: v})
@@ -234,31 +246,31 @@ def test_a_finished_evaluation_is_found_again(
         dataclasses.replace(cfg, **{k: v})
         for k, v in (("annotations", "last"), ("no_positives", "zero"), ("swap_splits", True))
     ]
-    assert len({str(table.parent), *(select.main([c]) for c in others)}) == 8
+    assert len({str(table.parent), *(run.main([c]) for c in others)}) == 8
 
 
 def test_a_changed_evaluation_is_refused_and_an_unfinished_one_done_again(
     cfg: config.ProtoEval,
 ) -> None:
-    dpath = pathlib.Path(select.main([cfg]))
+    dpath = pathlib.Path(run.main([cfg]))
     for name in results.FILES:
         content = (dpath / name).read_bytes()
         (dpath / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(errors.UserError, match=f"{name}: is not as it was .* Move that folder"):
-            select.main([cfg])
+            run.main([cfg])
         (dpath / name).write_bytes(content)
     (dpath / "manifest.json").unlink()
     (dpath / "table.md").write_text("half a table")
-    assert select.main([cfg]) == str(dpath)
+    assert run.main([cfg]) == str(dpath)
     assert "| Scorer |" in (dpath / "table.md").read_text()
 
 
 def test_results_of_another_fitter_are_not_found_again(
     cfg: config.ProtoEval, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = select.main([cfg])
+    before = run.main([cfg])
     monkeypatch.setattr("saev.scorers.store.REVISION", -1)
-    assert select.main([cfg]) != before
+    assert run.main([cfg]) != before
 
 
 def test_two_processes_of_one_command_evaluate_once(
@@ -266,30 +278,30 @@ def test_two_processes_of_one_command_evaluate_once(
 ) -> None:
     """The second waits for the first, here in a thread, and takes its table."""
     cfg = dataclasses.replace(cfg, dump_to=str(tmp_path / "shared"))
-    slow, calls = choice.evaluate, []
+    slow, calls = choose.choose, []
 
-    def evaluate(*args: object) -> list[results.Row]:
+    def evaluate(*args: object) -> list[choose.Cell]:
         calls.append(args)
         time.sleep(0.5)
         return slow(*args)
 
-    monkeypatch.setattr(choice, "evaluate", evaluate)
+    monkeypatch.setattr(choose, "choose", evaluate)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(select.main, [[cfg], [cfg]])
+        first, second = pool.map(run.main, [[cfg], [cfg]])
     assert first == second and len(calls) == 1
     assert {f.name for f in (tmp_path / "shared").iterdir()} == {pathlib.Path(first).name}
 
 
 def test_n_train_subsets_are_nested_and_seeded() -> None:
-    small, large = choice.train_subset(100, 10, 0), choice.train_subset(100, 50, 0)
+    small, large = choose.train_subset(100, 10, 0), choose.train_subset(100, 50, 0)
     assert set(small) < set(large) and len(small) == 10
-    np.testing.assert_array_equal(choice.train_subset(100, -1, 0), np.arange(100))
-    assert set(small) != set(choice.train_subset(100, 10, 1))
+    np.testing.assert_array_equal(choose.train_subset(100, -1, 0), np.arange(100))
+    assert set(small) != set(choose.train_subset(100, 10, 1))
 
 
 def test_draws_differ_and_the_first_is_that_of_one_draw(cfg: config.ProtoEval) -> None:
     one, three = (
-        read_csv(pathlib.Path(select.main([dataclasses.replace(cfg, n_seeds=n)])) / "summary.csv")
+        read_csv(pathlib.Path(run.main([dataclasses.replace(cfg, n_seeds=n)])) / "summary.csv")
         for n in (1, 3)
     )
     assert {line["spread"] for line in one} == {"nan"}
@@ -297,9 +309,9 @@ def test_draws_differ_and_the_first_is_that_of_one_draw(cfg: config.ProtoEval) -
     assert all(float(line["spread"]) > 0 for line in of_16)
     assert {line["spread"] for line in of_all} == {"nan"}  # all images can be drawn in one way
     assert [x["map"] for x in of_all] == [x["map"] for x in one if x["n_train"] != "16"]
-    draws = [choice.train_subset(100, 10, 0, r) for r in range(3)]
+    draws = [choose.train_subset(100, 10, 0, r) for r in range(3)]
     assert len({tuple(draw) for draw in draws}) == 3
-    np.testing.assert_array_equal(draws[0], choice.train_subset(100, 10, 0))
+    np.testing.assert_array_equal(draws[0], choose.train_subset(100, 10, 0))
 
 
 def test_intervals_hold_the_map_and_grow_with_fewer_test_images(
@@ -312,7 +324,7 @@ def test_intervals_hold_the_map_and_grow_with_fewer_test_images(
     widths = []
     for name, left_out in (("all", set()), ("few", skip)):
         data = write_shards(tmp_path / name, list(labels.paths_N), acts_NPD, left_out)
-        out = pathlib.Path(select.main([dataclasses.replace(cfg, train_data=data)]))
+        out = pathlib.Path(run.main([dataclasses.replace(cfg, train_data=data)]))
         rows = read_csv(out / "summary.csv")
         bounds = [[float(row[key]) for key in ("low", "map", "high")] for row in rows]
         assert all(low < value < high < low + 0.5 for low, value, high in bounds)
@@ -323,37 +335,37 @@ def test_intervals_hold_the_map_and_grow_with_fewer_test_images(
 def test_a_killed_evaluation_leaves_no_table_and_ends_the_same(
     cfg: config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = pathlib.Path(select.main([cfg]))
+    whole = pathlib.Path(run.main([cfg]))
     again = dataclasses.replace(cfg, dump_to=str(tmp_path / "again"))
 
     def full_disk(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(select.report, "write", full_disk)
-        select.main([again])
+        patch.setattr(report, "write", full_disk)
+        run.main([again])
     (partial,) = pathlib.Path(again.dump_to).iterdir()
     assert partial.name == f".{whole.name}.partial"
     monkeypatch.setattr(scorers.Prototypes, "of_images", full_disk)  # a second pass would end
-    done = pathlib.Path(select.main([again]))
+    done = pathlib.Path(run.main([again]))
     assert (done / "summary.csv").read_text() == (whole / "summary.csv").read_text()
     assert [p.name for p in pathlib.Path(again.dump_to).iterdir()] == [whole.name]
 
 
 def test_ties_take_the_lowest_prototype() -> None:
     ap_KT = np.array([[0.5, np.nan, 0.1], [0.5, np.nan, 0.2], [0.4, np.nan, 0.2]])
-    none = choice.Choice(np.zeros(3, np.int64), np.full(3, np.nan))
-    whole = choice.better(none, ap_KT, 0)
+    none = choose.Choice(np.zeros(3, np.int64), np.full(3, np.nan))
+    whole = choose.better(none, ap_KT, 0)
     np.testing.assert_array_equal(whole.best_T, [0, 0, 1])
     np.testing.assert_array_equal(whole.train_ap_T, [0.5, np.nan, 0.2])
     in_parts = none
     for k in range(3):
-        in_parts = choice.better(in_parts, ap_KT[k : k + 1], k)
+        in_parts = choose.better(in_parts, ap_KT[k : k + 1], k)
     np.testing.assert_array_equal(in_parts.best_T, whole.best_T)
 
 
 def test_the_best_of_k_is_chosen_among_the_first_k(cfg: config.ProtoEval) -> None:
-    fpath = pathlib.Path(select.main([cfg])) / "traits.parquet"
+    fpath = pathlib.Path(run.main([cfg])) / "traits.parquet"
     lines = pl.read_parquet(fpath).to_dicts()
     assert max(t["prototype"] for t in lines if t["n_prototypes"] == 4) < 4
     assert max(t["prototype"] for t in lines if t["n_prototypes"] == 16) >= 4
@@ -367,7 +379,7 @@ def test_a_missing_image_is_named(
     keep = [i for i in range(len(paths)) if i != gone]
     part = write_shards(tmp_path / "part", [paths[i] for i in keep], acts_NPD[keep])
     with pytest.raises(errors.UserError, match=f"1 of CUB's train images .*{paths[gone]}"):
-        select.main([dataclasses.replace(cfg, train_data=part)])
+        run.main([dataclasses.replace(cfg, train_data=part)])
 
 
 def test_an_image_that_is_there_twice(
@@ -377,7 +389,7 @@ def test_an_image_that_is_there_twice(
     acts_NPD = plant(np.vstack([labels.labels_NT, labels.labels_NT[:1]]))
     twice = write_shards(tmp_path / "twice", paths, acts_NPD)
     with pytest.raises(errors.UserError, match="image of CUB twice"):
-        select.main([dataclasses.replace(cfg, train_data=twice)])
+        run.main([dataclasses.replace(cfg, train_data=twice)])
 
 
 def test_cub_without_attributes(
@@ -386,11 +398,11 @@ def test_cub_without_attributes(
     bare = tmp_path / "bare" / "CUB_200_2011"
     shutil.copytree(cub_root, bare, ignore=shutil.ignore_patterns("images", "attributes"))
     with pytest.raises(errors.UserError, match=r"attributes\.txt: missing"):
-        select.main([dataclasses.replace(cfg, cub_root=str(bare))])
+        run.main([dataclasses.replace(cfg, cub_root=str(bare))])
 
 
 def test_missing_flags(cfg: config.ProtoEval) -> None:
     with pytest.raises(errors.UserError, match="--cub-root is missing"):
-        select.main([dataclasses.replace(cfg, cub_root="")])
+        run.main([dataclasses.replace(cfg, cub_root="")])
     with pytest.raises(errors.UserError, match=r"--scorer\.ckpt is missing"):
-        select.main([dataclasses.replace(cfg, scorer=scorers_config.Sae())])
+        run.main([dataclasses.replace(cfg, scorer=scorers_config.Sae())])

@@ -10,7 +10,7 @@ from saev import errors
 from saev.data import config as data_config
 from saev.data import cub, images
 from saev.demo import minicub
-from saev.protoeval import check, config, select
+from saev.protoeval import check, config, labels
 
 
 def planted(n_images: int = 600, n_traits: int = 40, n_classes: int = 20, seed: int = 0) -> cub.Cub:
@@ -224,7 +224,7 @@ def test_minicub_is_plausible_and_the_wrong_column_is_not(
     cub_root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = config.ProtoEval(cub_root=str(cub_root))
-    select.look([good, dataclasses.replace(good, min_certainty=4)])
+    labels.describe([good, dataclasses.replace(good, min_certainty=4)])
     text = capsys.readouterr().out
     assert text.count("constant scorer's mean AP") == 2 and "certainty from 4" in text
     copy = tmp_path / "CUB_200_2011"
@@ -243,10 +243,10 @@ def test_minicub_is_plausible_and_the_wrong_column_is_not(
     with pytest.raises(
         errors.UserError, match="implausible: a constant scorer gets a mean AP of 0"
     ):
-        select.look([cfg])
+        labels.describe([cfg])
     text = capsys.readouterr().out  # what is wrong can be looked at
     assert "| has_wing_color |" in text and "Implausible: a constant scorer" in text
-    select.look([dataclasses.replace(cfg, force=True)])
+    labels.describe([dataclasses.replace(cfg, force=True)])
     assert "Implausible: a constant scorer" in capsys.readouterr().out
 
 

@@ -10,7 +10,7 @@ import sklearn.metrics
 from saev import scorers, sweeps
 from saev.data import config as data_config
 from saev.formats import shards
-from saev.protoeval import config, select
+from saev.protoeval import config, labels, run
 
 OWNER = pathlib.Path(__file__).parent.parent / "configs" / "protoeval" / "owner.toml"
 N, P, D, T, K = 60, 4, 5, 6, 32
@@ -102,7 +102,7 @@ def test_the_sweep_file_equals_the_owners_loops(
     tmp_path: pathlib.Path, files: pathlib.Path, data: data_config.Shards, acts_NPD: np.ndarray
 ) -> None:
     (cfg,) = parsed(tmp_path, data)
-    dpath = pathlib.Path(select.main([cfg]))
+    dpath = pathlib.Path(run.main([cfg]))
     (fpath,) = (tmp_path / "scorers").glob("random-*.bin")
     prototype_KD = scorers.load(fpath).vectors_KD.numpy()
     trained_on = {patch.tobytes() for patch in acts_NPD[0::2].reshape(-1, D)}  # ids 1, 3, ...
@@ -134,11 +134,11 @@ def test_the_sweep_file_equals_the_owners_loops(
 def test_swapped_splits_equal_an_exchanged_split_file(
     tmp_path: pathlib.Path, files: pathlib.Path, data: data_config.Shards
 ) -> None:
-    swapped = pathlib.Path(select.main(parsed(tmp_path, data, "--swap-splits")))
-    usual = pathlib.Path(select.main(parsed(tmp_path, data)))
+    swapped = pathlib.Path(run.main(parsed(tmp_path, data, "--swap-splits")))
+    usual = pathlib.Path(run.main(parsed(tmp_path, data)))
     split = "".join(f"{i} {1 - i % 2}\n" for i in range(1, N + 1))
     (files / "train_test_split.txt").write_text(split)
-    exchanged = pathlib.Path(select.main(parsed(tmp_path, data)))
+    exchanged = pathlib.Path(run.main(parsed(tmp_path, data)))
     assert len({swapped, usual, exchanged}) == 3
     want, got = ((d / "summary.csv").read_text() for d in (exchanged, swapped))
     assert got == want != (usual / "summary.csv").read_text()
@@ -149,7 +149,7 @@ def test_swapped_splits_equal_an_exchanged_split_file(
     )
     assert "fitted on 30 test images" in table
     said: list[str] = []
-    select.look(parsed(tmp_path, data, "--swap-splits"), said.append)
+    labels.describe(parsed(tmp_path, data, "--swap-splits"), said.append)
     assert "chosen on the test images and measured on the train images" in "\n".join(said)
     assert "30 train images (1 in train_test_split.txt), 30 test images (0)" in said[0]
 
@@ -159,7 +159,7 @@ def test_fit_data_that_holds_test_images_is_named(
 ) -> None:
     fit = ("--fit-data.shard-root", data.shard_root)
     alone, beside = parsed(tmp_path, data), parsed(tmp_path, data, *fit)
-    table = (pathlib.Path(select.main([*alone, *beside])) / "table.md").read_text()
+    table = (pathlib.Path(run.main([*alone, *beside])) / "table.md").read_text()
     place = f"of {pathlib.Path(data.shard_root).name[:8]} layer"
     assert f"| Random fit on train images {place}" in table
     assert f"| Random fit on all images {place}" in table

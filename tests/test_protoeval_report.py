@@ -14,7 +14,7 @@ import pytest
 
 from saev import errors
 from saev.formats import jsonfile, manifest, results
-from saev.protoeval import config, joint, report, select, stats
+from saev.protoeval import config, gallery, merge, report, stats
 from saev.report import charts, frame
 from saev.scorers import config as scorers_config
 
@@ -273,7 +273,7 @@ def test_differences_are_those_of_the_rows_that_are_left(
     newer = dataclasses.replace(about, created="2026-02-01T00:00:00+00:00")
     low = sae._replace(test_ap_RT=sae.test_ap_RT - 0.3, boot_RM=sae.boot_RM - 0.3)
     report.write(tmp_path / "b", [low], NAMES, [], newer)
-    out = joint.write(tmp_path)
+    out = merge.write(tmp_path)
     line = "| clip x | 23 | Sae_1 | 512 | 1,000 | Random | 512 | -0.300 | -0.300 to -0.300 | excludes 0 |"
     assert line in (out / "table.md").read_text()
     with (out / "differences.csv").open() as fd:
@@ -284,7 +284,7 @@ def test_differences_are_those_of_the_rows_that_are_left(
     ]
     other_seed = dataclasses.replace(about, seed=1, created="2026-03-01T00:00:00+00:00")
     report.write(tmp_path / "c", [low._replace(scorer="Pca")], NAMES, [], other_seed)
-    joint.write(tmp_path)
+    merge.write(tmp_path)
     with (out / "differences.csv").open() as fd:  # other resamples cannot be paired
         assert not any("Pca" in (x["scorer"], x["baseline"]) for x in csv.DictReader(fd))
 
@@ -298,7 +298,7 @@ def test_the_newest_of_a_cell_wins_and_nothing_else_changes(
     report.write(tmp_path / "aaa", [row("Random", 512, 1000, [[0.9, 0.9, 0.9]])], NAMES, [], newer)
     report.write(tmp_path / "mmm", rows[:2], NAMES, [], other)
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    out = joint.write(tmp_path)
+    out = merge.write(tmp_path)
     assert {f: f.read_bytes() for f in before} == before
     text = (out / "table.md").read_text()
     assert "| clip x | 23 | Random | 512 | 1,000 | 0.900 |" in text
@@ -314,7 +314,7 @@ def test_the_newest_of_a_cell_wins_and_nothing_else_changes(
             ("23", "Sae_1"),
         ]
     assert (out / "chart.png").exists() and (out / "table.tex").exists()
-    assert joint.write(tmp_path) == out  # and the report is no result of its own
+    assert merge.write(tmp_path) == out  # and the report is no result of its own
 
 
 def test_scorers_of_one_name_are_told_apart(
@@ -329,12 +329,12 @@ def test_scorers_of_one_name_are_told_apart(
 
     result("a", 1, "a")
     result("b", 2, "b")
-    text = (joint.write(tmp_path) / "table.md").read_text()
+    text = (merge.write(tmp_path) / "table.md").read_text()
     for name in ("Sae_1 ckpt=aaaaaaaa", "Sae_1 ckpt=bbbbbbbb"):
         assert text.count(f"| clip x | 23 | {name} |") == 2, "in both tables"
     assert "gave way" in text and "(of a)" in text  # the rows of Random and the constant
     result("c", 3, "b", seed=1)
-    text = (joint.write(tmp_path) / "table.md").read_text()
+    text = (merge.write(tmp_path) / "table.md").read_text()
     assert "| Sae_1 ckpt=bbbbbbbb seed=0 | 512 |" in text
     assert "| Sae_1 ckpt=bbbbbbbb seed=1 | 512 |" in text
     assert "| Random seed=1 | 512 |" in text and "| constant | 1 |" in text
@@ -345,18 +345,18 @@ def test_results_on_other_labels_get_a_table_of_their_own(
 ) -> None:
     report.write(tmp_path / "a", rows, NAMES, [], about)
     report.write(tmp_path / "b", rows, NAMES, [], dataclasses.replace(about, labels="0" * 64))
-    text = (joint.write(tmp_path) / "table.md").read_text()
+    text = (merge.write(tmp_path) / "table.md").read_text()
     assert text.count("| ViT | Layer | Scorer | Prototypes | Train | mAP |") == 2
     assert "Labels 00000000" in text and "Labels ffffffff" in text
 
 
 def read_one(
     root: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> tuple[list[joint.Result], list[str]]:
+) -> tuple[list[merge.Result], list[str]]:
     """(what was read, what was said)."""
     caplog.clear()
     with caplog.at_level(logging.WARNING, "saev"):
-        return joint.read_all(root), list(caplog.messages)
+        return merge.read_all(root), list(caplog.messages)
 
 
 def test_broken_and_unfinished_results_are_named_and_left_out(
@@ -384,7 +384,7 @@ def test_broken_and_unfinished_results_are_named_and_left_out(
     ):
         assert re.search(match, line) and "\n" not in line
     with pytest.raises(errors.UserError, match="holds no results"):
-        joint.write(tmp_path / "good")
+        merge.write(tmp_path / "good")
 
 
 def test_flipped_bits_of_results_are_refused(
@@ -456,15 +456,15 @@ def test_names_that_are_not_utf8_are_spelt_out(
     odd = os.fsdecode(b"caf\xe9")
     about = dataclasses.replace(about, scorers={"Random": {"cls": "Random", "fit": odd}})
     report.write(tmp_path / odd / "x", rows, [odd, *NAMES[1:]], [], about)
-    assert joint.read_all(tmp_path)[0].about == about
-    joint.write(tmp_path)
+    assert merge.read_all(tmp_path)[0].about == about
+    merge.write(tmp_path)
     assert r"fit caf\udce9" in (tmp_path / "report" / "table.md").read_text("utf-8")
     traits = pl.read_parquet((tmp_path / odd / "x" / "traits.parquet").read_bytes())
     assert r"caf\udce9" in traits["trait"].to_list()
-    gallery = tmp_path / odd / "gallery"
-    write_gallery(gallery, latents=[1])
-    report.link(tmp_path / odd / "x", "Sae_1", gallery)
-    report.link(tmp_path / odd / "x", "Sae_1", write_gallery(tmp_path / f"{odd}2", latents=[1]))
+    shown = tmp_path / odd / "gallery"
+    write_gallery(shown, latents=[1])
+    gallery.link(tmp_path / odd / "x", "Sae_1", shown)
+    gallery.link(tmp_path / odd / "x", "Sae_1", write_gallery(tmp_path / f"{odd}2", latents=[1]))
     assert "../../caf%E92/index.html" in (tmp_path / odd / "x" / "traits.md").read_text("utf-8")
 
 
@@ -478,7 +478,7 @@ def test_sorts_of_tokens_and_activations_are_told_apart(
             about, tokens=tokens, activations=[acts * 64] * 2, created=f"2026-01-0{day + 1}"
         )
         report.write(tmp_path / "nested" / f"{day}", rows, NAMES, [], said)
-    text = (joint.write(tmp_path) / "table.md").read_text()
+    text = (merge.write(tmp_path) / "table.md").read_text()
     assert "| ViT | Layer | Tokens | Scorer |" in text
     assert "| clip x | 23 | 196 (image) | Random | 512 |" in text
     for name in ("Random", "Sae_1"):
@@ -496,7 +496,7 @@ def test_what_was_forced_stands_above_the_table(
     report.write(tmp_path / "a", rows, NAMES, [], said)
     line = "**Forced: 3 images have no labels.**\n"
     assert (tmp_path / "a" / "table.md").read_text().startswith(line)
-    assert line in (joint.write(tmp_path) / "table.md").read_text()
+    assert line in (merge.write(tmp_path) / "table.md").read_text()
 
 
 def test_tables_say_what_the_scorers_are(
@@ -505,7 +505,7 @@ def test_tables_say_what_the_scorers_are(
     fields = {"cls": "KMeans", "normalize": True, "fit": "ab" * 32}
     said = dataclasses.replace(about, scorers={"KMeans": fields})
     report.write(tmp_path / "a", rows, NAMES, [], said)
-    for text in ((tmp_path / "a" / "table.md"), joint.write(tmp_path) / "table.md"):
+    for text in ((tmp_path / "a" / "table.md"), merge.write(tmp_path) / "table.md"):
         assert "- KMeans: KMeans, normalize True, fit abababab\n" in text.read_text()
 
 
@@ -513,10 +513,10 @@ def test_charts_of_an_older_report_go(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
     report.write(tmp_path / "a", rows, NAMES, [], about)
-    out = joint.write(tmp_path)
+    out = merge.write(tmp_path)
     assert [f.name for f in out.glob("*.png")] == ["chart.png"]
     report.write(tmp_path / "b", rows, NAMES, [], dataclasses.replace(about, min_certainty=4))
-    joint.write(tmp_path)
+    merge.write(tmp_path)
     assert sorted(f.name for f in out.glob("*.png")) == [
         "chart-ffffffff-3.png",
         "chart-ffffffff-4.png",
@@ -528,7 +528,7 @@ def test_kinds_are_those_of_most_prototypes(about: results.About, tmp_path: path
         rows = [row("constant", 1, 9, [[0.1, 0.2, 0.3]]), row("Pca", k, 9, [[k / 100] * 3])]
         said = dataclasses.replace(about, created=f"2026-01-0{day + 1}")
         report.write(tmp_path / f"{k}", rows, NAMES, [], said)
-    text = (joint.write(tmp_path) / "table.md").read_text()
+    text = (merge.write(tmp_path) / "table.md").read_text()
     _, _, text = text.partition("By kind of trait")
     assert "| clip x | 23 | Pca | 32 | 9 | 0.320 | 0.320 |" in text
     assert "| clip x | 23 | Pca | 16 |" not in text
@@ -541,7 +541,7 @@ def test_spread_over_seeds(
         few = [row("Random", 8, 9, [[a]]), row("Pca", 8, 9, [[b]]), row("Pca", 8, 5, [[b]])]
         said = dataclasses.replace(about, seed=seed)
         report.write(tmp_path / f"{seed}", few[: 3 if seed else 2], NAMES[:1], [], said)
-    text = (joint.write(tmp_path) / "table.md").read_text()
+    text = (merge.write(tmp_path) / "table.md").read_text()
     spread, gap = np.std([0.2, 0.3, 0.4], ddof=1), np.std([0.3, 0.2, 0.4], ddof=1)
     assert f"| clip x | 23 | Random | 8 | 9 | 3 | 0.300 ± {spread:.3f} |  |  |" in text
     assert (
@@ -579,19 +579,19 @@ def write_gallery(
 )
 def test_a_gallery_that_does_not_say_what_it_shows(tmp_path: pathlib.Path, content: bytes) -> None:
     with pytest.raises(errors.UserError, match=r"no gallery\.json that names its SAE"):
-        report.read_gallery(tmp_path)
+        gallery.read(tmp_path)
     (tmp_path / "gallery.json").write_bytes(content)
     with pytest.raises(errors.UserError, match=r"gallery\.json: [^\n]*Run visuals\.py again\.$"):
-        report.read_gallery(tmp_path)
+        gallery.read(tmp_path)
 
 
 def test_latents_link_to_their_place_in_the_gallery(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
-    dpath, gallery = tmp_path / "results" / "x", tmp_path / "gallery"
-    write_gallery(gallery, latents=[1, 7])
+    dpath, shown = tmp_path / "results" / "x", tmp_path / "gallery"
+    write_gallery(shown, latents=[1, 7])
     report.write(dpath, rows, NAMES, [], about)
-    report.link(dpath, "Sae_1", gallery)
+    gallery.link(dpath, "Sae_1", shown)
     text = (dpath / "traits.md").read_text()
     assert (
         "| has_bill_length::long | [1](../../gallery/index.html#latent_000001) | 0.600 | 0.500 |"
@@ -607,16 +607,16 @@ def test_a_gallery_of_another_sae_is_refused(tmp_path: pathlib.Path) -> None:
     ckpt.write_bytes(b"weights")
     cfg = config.ProtoEval(scorer=scorers_config.Sae(str(ckpt)), gallery=str(tmp_path))
     with pytest.raises(errors.UserError, match=r"no gallery\.json"):
-        select._in_gallery([cfg])
+        gallery.scorer(cfg.gallery, [cfg], ["Sae run"])
     write_gallery(tmp_path)
     with pytest.raises(errors.UserError, match="shows another SAE"):
-        select._in_gallery([cfg])
+        gallery.scorer(cfg.gallery, [cfg], ["Sae run"])
     gone = dataclasses.replace(cfg, scorer=scorers_config.Sae(str(tmp_path / "gone.pt")))
     with pytest.raises(errors.UserError, match=r"gone\.pt: no such checkpoint"):
-        select._in_gallery([gone])
+        gallery.scorer(gone.gallery, [gone], ["Sae run"])
     write_gallery(tmp_path, "9bd9dc4ceadf75ca5a79d70174a8a1e5a7b0fbc3c97ea7ceb5aa3ab2a5a16a2d")
     with pytest.raises(errors.UserError, match="shows another SAE"):
-        select._in_gallery([cfg])
+        gallery.scorer(cfg.gallery, [cfg], ["Sae run"])
 
 
 # ---- what docs/results.md promises ----
@@ -641,8 +641,8 @@ def test_every_file_and_column_is_documented(
     ):
         assert all(f"`{column}`" in sections[name] for column in columns), name
     _, _, joined = text.partition("## The joint report")
-    assert all(f"`{name}`" in joined for name in (*joint.PLACE, *results.SEEDS))
-    for fpath in joint.write(tmp_path).iterdir():
+    assert all(f"`{name}`" in joined for name in (*merge.PLACE, *results.SEEDS))
+    for fpath in merge.write(tmp_path).iterdir():
         assert f"`{fpath.name}`" in text or fpath.suffix == ".png", fpath.name
 
 
@@ -671,7 +671,7 @@ def test_the_joint_frame_has_every_row_that_is_left(
     newer = dataclasses.replace(about, created="2026-02-01T00:00:00+00:00")
     report.write(tmp_path / "b", [row("Random", 512, 1000, [[0.9] * 3])], NAMES, [], newer)
     report.write(tmp_path / "c", rows[1:2], NAMES, [], dataclasses.replace(newer, seed=1))
-    traits = pl.read_parquet(joint.write(tmp_path) / "traits.parquet")
+    traits = pl.read_parquet(merge.write(tmp_path) / "traits.parquet")
     found = traits.group_by("scorer", "seed").agg(pl.len(), pl.col("test_ap").mean())
     assert sorted(found.rows()) == [
         ("Random seed=0", 0, 3, pytest.approx(0.9)),
@@ -692,7 +692,7 @@ def test_a_cell_that_is_there_twice(about: results.About, tmp_path: pathlib.Path
         ("colour", 2, pytest.approx(0.4)),
         ("length", 1, pytest.approx(0.4)),
     ]
-    out = joint.write(tmp_path)
+    out = merge.write(tmp_path)
     assert pl.read_parquet(out / "traits.parquet")["test_ap"].to_list() == [0.4] * 3
     text = (out / "table.md").read_text()
     assert "| KMeans | 5 | 9 | 0.400 |" in text and "| KMeans | 5 | 9 | 0.300 |" not in text

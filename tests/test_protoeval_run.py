@@ -17,7 +17,7 @@ from saev import errors, nn, scorers
 from saev.data import config as data_config
 from saev.formats import shards
 from saev.nn import config as nn_config
-from saev.protoeval import choice, config, scoring, select
+from saev.protoeval import choose, config, experiment, fit, measure, run, score
 from saev.scorers import config as scorers_config
 
 N, D = 40, 4
@@ -78,7 +78,7 @@ def cfg(tmp_path: pathlib.Path) -> config.ProtoEval:
 
 
 def summary(cfg: config.ProtoEval) -> str:
-    return (pathlib.Path(select.main([cfg])) / "summary.csv").read_text()
+    return (pathlib.Path(run.main([cfg])) / "summary.csv").read_text()
 
 
 def save_sae(fpath: pathlib.Path, *, seed: int | None = None) -> scorers_config.Sae:
@@ -99,8 +99,8 @@ def test_an_image_without_labels_is_refused(
     with pytest.raises(
         errors.UserError, match=r"1 of 41 images have no row .*stranger\.jpg.*--force"
     ):
-        select.main([dataclasses.replace(cfg, force=False)])
-    select.main([cfg])
+        run.main([dataclasses.replace(cfg, force=False)])
+    run.main([cfg])
     assert "stranger.jpg); they are left out" in caplog.text
 
 
@@ -137,13 +137,13 @@ def test_what_decides_the_result_is_in_its_name(
         {"n_prototypes": (8,)},
         {"seed": 1},
     ]
-    names = [select.main([dataclasses.replace(cfg, **change)]) for change in changes]
+    names = [run.main([dataclasses.replace(cfg, **change)]) for change in changes]
     # 16 random activations hold the 8 that another run wants, and serve another similarity; components serve both signs
     assert len(list((tmp_path / "scorers").iterdir())) == len(changes) - 3
-    names.append(select.main([dataclasses.replace(cfg, n_train=(8,))]))
+    names.append(run.main([dataclasses.replace(cfg, n_train=(8,))]))
     for seed in (None, 1):  # another file under the same path
         sae = save_sae(tmp_path / "run" / "sae.pt", seed=seed)
-        names.append(select.main([dataclasses.replace(cfg, scorer=sae)]))
+        names.append(run.main([dataclasses.replace(cfg, scorer=sae)]))
     lines = {"train_test_split.txt": ("1 1", "1 0"), LABELS_TXT: ("\n9 1 0 4", "\n9 1 1 4")}
     for name, (old, new) in lines.items():
         root = tmp_path / pathlib.Path(name).stem
@@ -151,7 +151,7 @@ def test_what_decides_the_result_is_in_its_name(
         text = (root / name).read_text()
         (root / name).write_text(text.replace(old, new, 1))
         assert (root / name).read_text() != text
-        names.append(select.main([dataclasses.replace(cfg, cub_root=str(root))]))
+        names.append(run.main([dataclasses.replace(cfg, cub_root=str(root))]))
     assert len(set(names)) == len(names)
 
 
@@ -169,7 +169,7 @@ def test_each_patch_meets_its_own_label(
     data = write_shards(tmp_path / "with_skipped", skip=skip)
     sae = save_sae(tmp_path / "run" / "sae.pt")
     cfg = dataclasses.replace(cfg, train_data=data, scorer=sae, n_prototypes=(D,))
-    dpath = pathlib.Path(select.main([cfg]))
+    dpath = pathlib.Path(run.main([cfg]))
     table, about = ((dpath / name).read_text() for name in ("table.md", "about.json"))
     if skip:
         split = "train" if skip % 2 else "test"
@@ -195,7 +195,7 @@ def test_images_that_were_never_dumped_are_refused(
     fpath = pathlib.Path(cfg.cub_root) / "images.txt"
     fpath.write_text(fpath.read_text().replace(PATHS[7], "001.Bird/new.jpg"))
     with pytest.raises(errors.UserError, match=r"1 of CUB's test images are not.*001.Bird/new"):
-        select.main([dataclasses.replace(cfg, train_data=data)])
+        run.main([dataclasses.replace(cfg, train_data=data)])
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_activations_of_another_space_are_refused(
     """Equally wide, so nothing crashes: prototypes of one layer or ViT score patches of another."""
     data = dataclasses.replace(write_shards(tmp_path / "other", vit_ckpt=vit_ckpt), **change)
     with pytest.raises(errors.UserError):
-        select.main([dataclasses.replace(cfg, **{name: data})])
+        run.main([dataclasses.replace(cfg, **{name: data})])
 
 
 @pytest.mark.parametrize("name", ["test", "fit"])
@@ -238,23 +238,24 @@ def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
         labels_NT = rng.random((n, n_traits)) < 0.3
         scores_NK = rng.integers(-4, 4, (n, 9)).astype(np.float32)
         means_ND = rng.standard_normal((n, D)).astype(np.float32)
-        scores = scoring.Scores(scores_NK.T, means_ND, np.arange(n))
-        splits.append(choice.Split(scores, np.arange(n), labels_NT))
+        scores = score.Scores(scores_NK.T, means_ND, np.arange(n))
+        splits.append(score.Split(scores, np.arange(n), labels_NT))
     train, test = splits
     train.labels_NT[:, 3], test.labels_NT[:, 4] = False, False
     zeros_D = torch.zeros(D)
     banks = [
-        choice.Bank(name, scorers.Prototypes.of(torch.zeros(k, D), zeros_D, "dot"), ks)
+        fit.Bank(name, scorers.Prototypes.of(torch.zeros(k, D), zeros_D, "dot"), ks)
         for name, k, ks in (("a", 3, (3,)), ("b", 6, (2, 6)))
     ]
     cfg = config.ProtoEval(n_train=(7, -1), n_boot=0, memory_gb=1e-6)
-    constant, _, _, *rows = choice.evaluate(train, test, banks, cfg)
+    cells = choose.choose(train, banks, cfg)
+    constant, _, _, *rows = measure.measure(cells, train, test, cfg)
     np.testing.assert_allclose(constant.test_ap_RT[0][:4], test.labels_NT[:, :4].mean(axis=0))
     cells = [("a", 0, 3), ("b", 3, 2), ("b", 3, 6)]
     wanted = [(*cell, n_train) for cell in cells for n_train in (7, 50)]
     assert [(r.scorer, r.n_prototypes, r.n_train) for r in rows] == [(c[0], *c[2:]) for c in wanted]
     for row, (_, first, k, n_train) in zip(rows, wanted, strict=True):
-        drawn = choice.train_subset(50, n_train, 0)
+        drawn = choose.train_subset(50, n_train, 0)
         for t in range(n_traits):
             seen, y = train.labels_NT[drawn, t], test.labels_NT[:, t]
             aps = [
@@ -268,8 +269,8 @@ def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
             if not y.any():
                 assert np.isnan(row.test_ap_RT[0][t])
                 continue
-            score = sklearn.metrics.average_precision_score(y, test.scores.scores_KN[first + best])
-            assert row.test_ap_RT[0][t] == pytest.approx(score, abs=1e-12)
+            want = sklearn.metrics.average_precision_score(y, test.scores.scores_KN[first + best])
+            assert row.test_ap_RT[0][t] == pytest.approx(want, abs=1e-12)
 
 
 # ---- what the table says ----
@@ -283,12 +284,12 @@ def test_rows_of_different_scorers_have_different_names(cfg: config.ProtoEval) -
         [dataclasses.replace(cfg, scorer=sae) for sae in saes],
     ]
     for cfgs in groups:
-        names = select.labels_of(cfgs)
+        names = experiment.names(cfgs)
         assert len(set(names)) == 2, names
 
 
 def test_results_say_what_they_are_of(cfg: config.ProtoEval) -> None:
-    dpath = pathlib.Path(select.main([cfg]))
+    dpath = pathlib.Path(run.main([cfg]))
     text = "".join(
         fpath.read_text() for fpath in dpath.iterdir() if fpath.suffix in (".md", ".json")
     )

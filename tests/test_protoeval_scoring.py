@@ -14,7 +14,7 @@ import torch
 from saev import errors, nn, scorers
 from saev.data import config as data_config
 from saev.nn import config as nn_config
-from saev.protoeval import probe, scoring
+from saev.protoeval import probe, score
 from saev.scorers import base
 from saev.scorers import sae as sae_scorer
 
@@ -83,7 +83,7 @@ def test_only_the_images_asked_for_in_their_order(
     shards, acts_NPD = data
     image_is = [599, 3, 250]
     run = [prototypes(4), prototypes(2, "distance", seed=1)]
-    got = scoring.score(run, shards, image_is, tmp_path, torch.device("cpu"), memory_gb=1e-6)
+    got = score.score_images(run, shards, image_is, tmp_path, torch.device("cpu"), memory_gb=1e-6)
     acts_BPD = torch.from_numpy(acts_NPD[image_is])
     want_BK = torch.cat([scorer.of_images(acts_BPD) for scorer in run], dim=1)
     np.testing.assert_allclose(got.scores_KN.T, want_BK, rtol=1e-5, atol=1e-5)
@@ -94,9 +94,9 @@ KILLED = """
     import pathlib, sys, time
     import torch
     from saev.data import config as data_config
-    from saev.protoeval import scoring
+    from saev.protoeval import score
     from saev.scorers import base
-    scoring.SAVE_S, scoring.MAX_BLOCK = 0.0, 50
+    score.SAVE_S, score.MAX_BLOCK = 0.0, 50
     whole = base.Prototypes.of_images
     def of_images(*args):
         print("block", flush=True)
@@ -105,7 +105,7 @@ KILLED = """
     base.Prototypes.of_images = of_images
     scorer = base.Prototypes.of(torch.eye(8)[:5], torch.ones(8) / 3, "cosine")
     data = data_config.Shards(sys.argv[1], 4)
-    scoring.score([scorer], data, list(range(600)), pathlib.Path(sys.argv[2]), torch.device("cpu"))
+    score.score_images([scorer], data, list(range(600)), pathlib.Path(sys.argv[2]), torch.device("cpu"))
 """
 
 
@@ -142,7 +142,7 @@ def test_a_pass_whose_files_are_not_whole_starts_again(
     data: tuple[data_config.Shards, np.ndarray], tmp_path: pathlib.Path, name: str, how: str
 ) -> None:
     def score(scorer: scorers.Scorer) -> np.ndarray:
-        return scoring.score(
+        return score.score_images(
             [scorer], data[0], [4, 599, 7], tmp_path, torch.device("cpu")
         ).scores_KN.copy()
 
@@ -167,7 +167,7 @@ def test_a_flipped_bit_is_scored_again(
     image_is = [4, 90, 7, 91, 300, 5]
 
     def score() -> list[bytes]:
-        got = scoring.score([prototypes(3)], data[0], image_is, tmp_path, torch.device("cpu"))
+        got = score.score_images([prototypes(3)], data[0], image_is, tmp_path, torch.device("cpu"))
         return [got.scores_KN.tobytes(), got.mean_ND.tobytes()]
 
     want, fpath = score(), tmp_path / name
@@ -200,12 +200,12 @@ def test_only_what_follows_a_flipped_bit_is_scored_again(
     monkeypatch.setattr(base.Prototypes, "of_images", of_images)
     for want in (12, 0):
         n = 0
-        got = scoring.score(run, data[0], list(range(600)), tmp_path, torch.device("cpu"))
+        got = score.score_images(run, data[0], list(range(600)), tmp_path, torch.device("cpu"))
         assert n == want
     want_KN = np.array(got.scores_KN)
     got.scores_KN[8, 425] += 1
     n = 0
-    got = scoring.score(run, data[0], list(range(600)), tmp_path, torch.device("cpu"))
+    got = score.score_images(run, data[0], list(range(600)), tmp_path, torch.device("cpu"))
     np.testing.assert_array_equal(got.scores_KN, want_KN)
     assert n == 4 and "all but the first 400 images are scored again" in caplog.text
 
@@ -216,7 +216,7 @@ def test_scores_of_other_scorers_are_not_taken_for_these(
     for seed in (0, 1):
         run, where = [prototypes(4, seed=seed)], (tmp_path / "same", tmp_path / f"own{seed}")
         both = [
-            scoring.score(run, data[0], [4, 599], dpath, torch.device("cpu")).scores_KN
+            score.score_images(run, data[0], [4, 599], dpath, torch.device("cpu")).scores_KN
             for dpath in where
         ]
         np.testing.assert_array_equal(*both)
@@ -228,7 +228,7 @@ def test_scores_that_are_no_numbers_name_the_image(
     broken = scorers.Prototypes(torch.full((2, 8), torch.nan), torch.zeros(8), "dot")
     with pytest.raises(errors.UserError, match=r"score of .*0007\.jpg for prototype 3 .* is nan"):
         run = [prototypes(3), broken]
-        scoring.score(run, data[0], [7], tmp_path, torch.device("cpu"))
+        score.score_images(run, data[0], [7], tmp_path, torch.device("cpu"))
 
 
 def test_a_top_k_sae_is_scored_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

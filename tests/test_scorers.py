@@ -14,6 +14,7 @@ import sklearn.decomposition
 import torch
 
 from saev import errors, nn, scorers
+from saev.data import activations
 from saev.data import config as data_config
 from saev.formats import checkpoint, tensors
 from saev.nn import config as nn_config
@@ -59,7 +60,7 @@ def test_similarities_equal_their_formula(similarity: str) -> None:
 def test_plain_scores_are_products_with_the_very_activations(data, tmp_path: pathlib.Path) -> None:
     """Scores stay exact after saving, loading and taking a prefix: the mean is not subtracted and added back."""
     cfg, acts_BD = data
-    want_KD = random.reservoir(cfg, 40, seed=0).acts_KD
+    want_KD = random.reservoir(activations.Activations(cfg), 40, seed=0).acts_KD
     x_BD = torch.from_numpy(acts_BD)
     for _ in range(2):  # fits, then loads
         scorer = scorers.fit(config.Random("plain"), cfg, 40, dpath=tmp_path)
@@ -103,7 +104,7 @@ def test_products_beyond_float32_are_not_scored_as_0(similarity: str) -> None:
 
 def test_reservoir_draws_distinct_activations_of_the_stream(data) -> None:
     cfg, acts_BD = data
-    sample = random.reservoir(cfg, 100, seed=3)
+    sample = random.reservoir(activations.Activations(cfg), 100, seed=3)
     rows = {row.tobytes(): i for i, row in enumerate(acts_BD)}
     drawn = [rows[row.tobytes()] for row in sample.acts_KD]
     assert len(set(drawn)) == 100
@@ -112,9 +113,13 @@ def test_reservoir_draws_distinct_activations_of_the_stream(data) -> None:
 
 def test_reservoir_is_nested_and_seeded(data) -> None:
     cfg, _ = data
-    large_KD = random.reservoir(cfg, 200, seed=3).acts_KD
-    np.testing.assert_array_equal(random.reservoir(cfg, 50, seed=3).acts_KD, large_KD[:50])
-    assert not np.array_equal(random.reservoir(cfg, 50, seed=4).acts_KD, large_KD[:50])
+    large_KD = random.reservoir(activations.Activations(cfg), 200, seed=3).acts_KD
+    np.testing.assert_array_equal(
+        random.reservoir(activations.Activations(cfg), 50, seed=3).acts_KD, large_KD[:50]
+    )
+    assert not np.array_equal(
+        random.reservoir(activations.Activations(cfg), 50, seed=4).acts_KD, large_KD[:50]
+    )
 
 
 def test_reservoir_is_uniform_over_the_stream(data) -> None:
@@ -123,7 +128,7 @@ def test_reservoir_is_uniform_over_the_stream(data) -> None:
     rows = {row.tobytes(): i for i, row in enumerate(acts_BD)}
     counts_B = np.zeros(len(acts_BD))
     for seed in range(200):
-        for row in random.reservoir(cfg, 30, seed=seed).acts_KD:
+        for row in random.reservoir(activations.Activations(cfg), 30, seed=seed).acts_KD:
             counts_B[rows[row.tobytes()]] += 1
     expected, p = 200 * 0.1, 0.1
     assert np.abs(counts_B - expected).max() < 5 * np.sqrt(200 * p * (1 - p))
@@ -168,7 +173,9 @@ def test_kmeans_finds_planted_clusters(make_shards) -> None:
     dpath, _ = make_shards(
         acts=acts.astype(np.float32), n_imgs=50, n_patches=5, d_vit=D, layers=(0,), per_shard=9
     )
-    (scorer,) = kmeans.fit(config.KMeans(), data_config.Shards(str(dpath), 0), [4], seed=0)
+    (scorer,) = kmeans.fit(
+        config.KMeans(), activations.Activations(data_config.Shards(str(dpath), 0)), [4], seed=0
+    )
     distance_KK = np.linalg.norm(scorer.vectors_KD.numpy()[:, None] - center_KD[None], axis=2)
     assert distance_KK.min(axis=0).max() < 0.2
 
@@ -383,7 +390,9 @@ def test_the_sample_is_that_of_sorting_all_keys(data) -> None:
     key_B = np.random.default_rng((5, 0xACE)).random(len(acts_BD))
     for k in (1, 7, 290, 300):
         want_KD = acts_BD[np.argsort(key_B)[:k]]
-        np.testing.assert_array_equal(random.reservoir(shards, k, 5).acts_KD, want_KD)
+        np.testing.assert_array_equal(
+            random.reservoir(activations.Activations(shards), k, 5).acts_KD, want_KD
+        )
     monkey = np.random.default_rng(0).random(500)
     key_R, acts_RD = monkey.copy(), monkey[:, None].astype(np.float32)
     bound = random._compact(key_R, acts_RD, 60)

@@ -17,6 +17,7 @@ import sklearn.cluster
 import torch
 
 from saev import errors, scorers
+from saev.data import activations
 from saev.data import config as data_config
 from saev.formats import checkpoint, tensors
 from saev.scorers import config, kmeans, store
@@ -124,7 +125,7 @@ def test_passes_equal_sklearn_from_the_same_start(data: Made) -> None:
     start_KD = torch.from_numpy(acts_BD[::125].copy()) - mean_D
     state = kmeans.State(mean_D, start_KD)
     for n_passes in (1, 2, 3, 4):
-        kmeans.one_pass([state], cfg, config.KMeans())
+        kmeans.one_pass([state], activations.Activations(cfg), config.KMeans())
         theirs = sklearn.cluster.KMeans(
             16, init=(start_KD + mean_D).numpy(), n_init=1, max_iter=n_passes, tol=0
         )
@@ -136,10 +137,12 @@ def test_passes_equal_sklearn_from_the_same_start(data: Made) -> None:
 
 def test_passes_of_a_gpu_are_those_of_a_cpu(data: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the GPU's operations on the CPU; the next test runs them on a GPU."""
-    want = kmeans.fit(config.KMeans(n_iters=3), data[0], [5, 30], 0)
+    want = kmeans.fit(config.KMeans(n_iters=3), activations.Activations(data[0]), [5, 30], 0)
     monkeypatch.setattr("saev.nn.kernels.available", lambda _: False)
     for scorer, wanted in zip(
-        kmeans.fit(config.KMeans(n_iters=3), data[0], [5, 30], 0), want, strict=True
+        kmeans.fit(config.KMeans(n_iters=3), activations.Activations(data[0]), [5, 30], 0),
+        want,
+        strict=True,
     ):
         torch.testing.assert_close(scorer.vectors_KD, wanted.vectors_KD, rtol=1e-4, atol=1e-4)
 
@@ -162,7 +165,7 @@ def test_inertia_is_not_worse_than_sklearns(data: Made) -> None:
 
     mine, theirs = [], []
     for seed in range(5):
-        (scorer,) = kmeans.fit(config.KMeans(n_iters=10), cfg, [24], seed)
+        (scorer,) = kmeans.fit(config.KMeans(n_iters=10), activations.Activations(cfg), [24], seed)
         mine.append(inertia(scorer.vectors_KD.numpy()))
         km = sklearn.cluster.KMeans(24, n_init=1, max_iter=10, random_state=seed).fit(acts_BD)
         theirs.append(inertia(km.cluster_centers_))
@@ -184,18 +187,18 @@ def test_a_centre_without_activations_moves_to_the_farthest(data: Made) -> None:
     mean_D = torch.from_numpy(acts_BD.mean(axis=0))
     far_KD = torch.cat([torch.zeros(1, D), torch.full((2, D), 1e3)])
     state = kmeans.State(mean_D, far_KD.clone())
-    kmeans.one_pass([state], cfg, config.KMeans())
+    kmeans.one_pass([state], activations.Activations(cfg), config.KMeans())
     order_B = ((acts_BD - mean_D.numpy()) ** 2).sum(axis=1).argsort()[::-1]
     np.testing.assert_allclose(
         (state.center_KD[1:] + mean_D).numpy(), acts_BD[order_B[:2]], atol=1e-4
     )
-    kmeans.one_pass([state], cfg, config.KMeans())
+    kmeans.one_pass([state], activations.Activations(cfg), config.KMeans())
     assert (state.center_KD.abs().sum(dim=1) < 500).all() and not state.is_done
 
 
 def test_normalized_centres_are_directions(data: Made) -> None:
     cfg, acts_BD = data
-    (scorer,) = kmeans.fit(config.KMeans(normalize=True), cfg, [8], 0)
+    (scorer,) = kmeans.fit(config.KMeans(normalize=True), activations.Activations(cfg), [8], 0)
     direction_KD = scorer.vectors_KD - scorer.mean_D
     torch.testing.assert_close(direction_KD.norm(dim=1), torch.ones(8), rtol=1e-4, atol=1e-4)
     x_BD = torch.nn.functional.normalize(torch.from_numpy(acts_BD) - scorer.mean_D, dim=1)
@@ -207,7 +210,7 @@ def test_normalized_centres_are_directions(data: Made) -> None:
 
 def test_too_few_samples(data: Made) -> None:
     with pytest.raises(errors.UserError, match="n-samples 10: fewer than 11 clusters"):
-        kmeans.fit(config.KMeans(n_samples=10), data[0], [4, 11], 0)
+        kmeans.fit(config.KMeans(n_samples=10), activations.Activations(data[0]), [4, 11], 0)
 
 
 KILLED = """
@@ -248,13 +251,13 @@ def test_k_means_starts_again_from_a_damaged_state_and_says_so(
     data: Made, name: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg, fpath = config.KMeans(n_iters=3), tmp_path / "kmeans-4-x.state"
-    (want,) = kmeans.fit(cfg, data[0], [4], 0, [fpath])
-    (again,) = kmeans.fit(cfg, data[0], [4], 0, [fpath])
+    (want,) = kmeans.fit(cfg, activations.Activations(data[0]), [4], 0, [fpath])
+    (again,) = kmeans.fit(cfg, activations.Activations(data[0]), [4], 0, [fpath])
     torch.testing.assert_close(again.vectors_KD, want.vectors_KD, rtol=0, atol=0)
     assert "starts again" not in caplog.text
     damage, match = DAMAGE[name]
     damage(fpath)
-    (got,) = kmeans.fit(cfg, data[0], [4], 0, [fpath])
+    (got,) = kmeans.fit(cfg, activations.Activations(data[0]), [4], 0, [fpath])
     torch.testing.assert_close(got.vectors_KD, want.vectors_KD, rtol=0, atol=0)
     (said,) = [m for m in caplog.messages if "starts again" in m]
     assert re.search(match, said) and fpath.name in said and "\n" not in said
@@ -314,7 +317,7 @@ def test_many_empty_centres_are_moved_as_sklearns_are(data: Made) -> None:
     far_KD = 1e3 + torch.arange(400.0)[:, None] * torch.ones(D)
     start_KD = torch.cat([torch.from_numpy(acts_BD[:40].copy()) - mean_D, far_KD])
     state = kmeans.State(mean_D, start_KD.clone())
-    kmeans.one_pass([state], cfg, config.KMeans())
+    kmeans.one_pass([state], activations.Activations(cfg), config.KMeans())
     theirs = sklearn.cluster.KMeans(
         440, init=(start_KD + mean_D).numpy(), n_init=1, max_iter=1, tol=0
     ).fit(acts_BD)
@@ -340,7 +343,7 @@ def test_a_fit_killed_between_two_files_goes_on(
     data: Made, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = config.KMeans(n_iters=3)
-    whole = store.fit_each(cfg, data[0], [5, 9], dpath=tmp_path / "whole")
+    whole = store.fit_each(cfg, activations.Activations(data[0]), [5, 9], dpath=tmp_path / "whole")
     first = store.save
     saved = []
 
@@ -352,7 +355,7 @@ def test_a_fit_killed_between_two_files_goes_on(
 
     monkeypatch.setattr(store, "save", save)
     with pytest.raises(KeyboardInterrupt):
-        store.fit_each(cfg, data[0], [5, 9], dpath=tmp_path / "cut")
+        store.fit_each(cfg, activations.Activations(data[0]), [5, 9], dpath=tmp_path / "cut")
     monkeypatch.setattr(store, "save", first)
     monkeypatch.delattr(kmeans, "one_pass")  # no pass is repeated
     cut = store.fit_each(cfg, data[0], [5, 9], dpath=tmp_path / "cut")

@@ -16,7 +16,7 @@ from conftest import as_older
 
 import saev
 from saev import errors
-from saev.data import config, ordered, reader, shuffled, verify
+from saev.data import activations, config, ordered, shuffled, verify
 from saev.formats import shards
 
 N_BITS = 100
@@ -27,10 +27,10 @@ GOLDEN = pathlib.Path(__file__).parent / "data" / "shards_1_0_0"
 def all_that_it_says(dpath: pathlib.Path) -> object:
     """Activations by every loader, images, transform and fingerprint."""
     cfg = config.Shards(str(dpath), "all", "all")
-    acts = reader.Reader(cfg)
+    acts = activations.Activations(cfg)
     digest = hashlib.sha256(acts.read(0, acts.n_imgs).tobytes())
     digest.update(acts.image_is_N.tobytes())
-    said = [acts.hash, acts.records, acts.transform(), acts.describe(), acts.layers]
+    said = [acts.fingerprint, acts.records, acts.transform(), acts.space.describe(), acts.layers]
     return digest.hexdigest(), said
 
 
@@ -81,7 +81,7 @@ def test_every_bit_of_the_activations(tiny: pathlib.Path) -> None:
     (fpath, padded) = sorted(tiny.glob("acts*.bin"))
     cfg = config.Shards(str(tiny), "all", "all")
     calls: dict[str, collections.abc.Callable[[], object]] = {
-        "read": lambda: reader.Reader(cfg).read(0, 2),
+        "read": lambda: activations.Activations(cfg).read(0, 2),
         "ordered": lambda: list(ordered.Ordered(cfg)),
         "shuffled": lambda: next(iter(shuffled.Shuffled(cfg, batch_size=12))),
         "indexed": lambda: [
@@ -117,7 +117,9 @@ def test_a_reader_compares_what_it_reads_and_no_more(
         fpath.write_bytes(flipped(data, 8 * byte))
         layer_i, token_i = divmod(byte // 8, 3)
         is_read = (1, 3)[layer_i] == layer and patches in ("all", "image" if token_i else "cls")
-        got = result(lambda: reader.Reader(config.Shards(str(tiny), layer, patches)).read(0, 1))
+        got = result(
+            lambda: activations.Activations(config.Shards(str(tiny), layer, patches)).read(0, 1)
+        )
         assert (isinstance(got, str) and got == "refused") == is_read
 
 
@@ -133,17 +135,17 @@ def test_verify_finds_every_bit_of_what_it_checks(tiny: pathlib.Path) -> None:
 
 def test_what_was_made_under_a_damaged_shard_is_not_found_again(tiny: pathlib.Path) -> None:
     """No id is made of a checksum that no reader compares: there is none for other bytes."""
-    want = reader.Reader(config.Shards(str(tiny))).hash
+    want = activations.Activations(config.Shards(str(tiny))).fingerprint
     old = as_older(pathlib.Path(shutil.copytree(tiny, tiny.parent / "copy" / tiny.name)))
-    assert reader.Reader(config.Shards(str(old))).hash == want
+    assert activations.Activations(config.Shards(str(old))).fingerprint == want
     fpath = old / "acts000000.bin"
     data = fpath.read_bytes()
     fpath.write_bytes(flipped(data, 77))
     for _ in range(2):
         with pytest.raises(errors.UserError, match=r"acts000000\.bin: differs from its checksum"):
-            _ = reader.Reader(config.Shards(str(old))).hash
+            _ = activations.Activations(config.Shards(str(old))).fingerprint
     fpath.write_bytes(data)
-    assert reader.Reader(config.Shards(str(old))).hash == want
+    assert activations.Activations(config.Shards(str(old))).fingerprint == want
 
 
 # ---- first use ----
@@ -162,14 +164,14 @@ def test_first_use_reads_a_shard_once_and_later_reads_compare(
         return checksums(self, shard_i)
 
     monkeypatch.setattr(shards.ShardDir, "checksums", counted)
-    want = [reader.Reader(cfg).hash for _ in range(3)]
+    want = [activations.Activations(cfg).fingerprint for _ in range(3)]
     assert n_reads == [4] and len(set(want)) == 1
     fpath = dpath / "acts000001.bin"
     before, data = fpath.stat(), fpath.read_bytes()
     with fpath.open("rb+") as fd:  # the disk changes a bit: same inode, size and times
         fd.write(flipped(data, 5))
     os.utime(fpath, ns=(before.st_atime_ns, before.st_mtime_ns))
-    acts = reader.Reader(config.Shards(str(dpath), "all", "all"))
+    acts = activations.Activations(config.Shards(str(dpath), "all", "all"))
     with pytest.raises(errors.UserError, match=r"acts000001\.bin: bytes 0 to 31 differ"):
         acts.read(0, 10)
     assert n_reads == [4]
@@ -178,11 +180,11 @@ def test_first_use_reads_a_shard_once_and_later_reads_compare(
 def test_another_tools_dump_has_an_id_of_all_its_bytes(tmp_path: pathlib.Path) -> None:
     dpath = pathlib.Path(shutil.copytree(GOLDEN, tmp_path / "golden"))
     cfg, fpath = config.Shards(str(dpath)), dpath / "acts000001.bin"
-    want, data = reader.Reader(cfg).hash, fpath.read_bytes()
+    want, data = activations.Activations(cfg).fingerprint, fpath.read_bytes()
     fpath.write_bytes(flipped(data, 8 * 600))
-    assert reader.Reader(cfg).hash != want
+    assert activations.Activations(cfg).fingerprint != want
     fpath.write_bytes(data)
-    assert reader.Reader(cfg).hash == want
+    assert activations.Activations(cfg).fingerprint == want
     assert {p.name for p in dpath.iterdir()} == {p.name for p in GOLDEN.iterdir()}
 
 
@@ -190,17 +192,17 @@ def test_another_tools_dump_that_was_wrong_on_first_use(tmp_path: pathlib.Path) 
     """A disk that heals itself leaves the times as they were."""
     dpath = pathlib.Path(shutil.copytree(GOLDEN, tmp_path / "golden"))
     cfg, fpath = config.Shards(str(dpath), 7), dpath / "acts000001.bin"
-    want, data = reader.Reader(cfg).hash, fpath.read_bytes()
+    want, data = activations.Activations(cfg).fingerprint, fpath.read_bytes()
     fpath.write_bytes(flipped(data, 8 * 600))
-    assert reader.Reader(cfg).hash != want
+    assert activations.Activations(cfg).fingerprint != want
     before = fpath.stat()
     fpath.write_bytes(data)
     os.utime(fpath, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(errors.UserError, match="If they are right now .*, `touch` the file"):
-        reader.Reader(cfg).read(0, 5)
+        activations.Activations(cfg).read(0, 5)
     fpath.touch()
-    acts = reader.Reader(cfg)
-    assert acts.read(0, 5).shape == (5, 4, 8) and acts.hash == want
+    acts = activations.Activations(cfg)
+    assert acts.read(0, 5).shape == (5, 4, 8) and acts.fingerprint == want
 
 
 def test_a_cache_that_cannot_be_written_costs_a_read_each_time(
@@ -208,7 +210,7 @@ def test_a_cache_that_cannot_be_written_costs_a_read_each_time(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert reader.Reader(config.Shards(str(GOLDEN), 7)).read(0, 5).shape == (5, 4, 8)
+    assert activations.Activations(config.Shards(str(GOLDEN), 7)).read(0, 5).shape == (5, 4, 8)
     assert "checksums cannot be cached" in caplog.text
 
 
@@ -231,13 +233,13 @@ def test_a_renamed_directory(make_shards) -> None:
     assert all_that_it_says(nice) == want
     as_older(nice)
     with pytest.raises(errors.UserError, match=f"name it {dpath.name} again"):
-        reader.Reader(config.Shards(str(nice)))
+        activations.Activations(config.Shards(str(nice)))
     nice.rename(dpath)
     nice.symlink_to(dpath)
     assert all_that_it_says(nice) == want
     edit(dpath / "metadata.json", d_vit=7)
     with pytest.raises(errors.UserError, match="its name is not the hash of its metadata"):
-        reader.Reader(config.Shards(str(dpath)))
+        activations.Activations(config.Shards(str(dpath)))
 
 
 def test_another_tools_directory_that_is_named_by_its_hash(tmp_path: pathlib.Path) -> None:
@@ -245,10 +247,10 @@ def test_another_tools_directory_that_is_named_by_its_hash(tmp_path: pathlib.Pat
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     name = hashlib.sha256(text.encode()).hexdigest()
     dpath = pathlib.Path(shutil.copytree(GOLDEN, tmp_path / name))
-    assert reader.Reader(config.Shards(str(dpath))).n_imgs == 5
+    assert activations.Activations(config.Shards(str(dpath))).n_imgs == 5
     edit(dpath / "metadata.json", d_vit=9)
     with pytest.raises(errors.UserError, match="its name is not the hash of its metadata"):
-        reader.Reader(config.Shards(str(dpath)))
+        activations.Activations(config.Shards(str(dpath)))
 
 
 @pytest.mark.parametrize("index", [True, False])
@@ -262,12 +264,12 @@ def test_directories_of_june_2025(tmp_path: pathlib.Path, index: bool) -> None:
     if not index:
         (dpath / "shards.json").unlink()
     want_NLTD = np.arange(5 * 2 * 5 * 8, dtype=np.float32).reshape(5, 2, 5, 8) / 8
-    acts = reader.Reader(config.Shards(str(dpath), 7))
+    acts = activations.Activations(config.Shards(str(dpath), 7))
     np.testing.assert_array_equal(acts.read(0, 5), want_NLTD[:, 1, 1:])
     if not index:  # a file made in full size, and not filled
         (dpath / "acts000002.bin").write_bytes(bytes(640))
         with pytest.raises(errors.UserError, match="incomplete dump: 4 of 5 images"):
-            reader.Reader(config.Shards(str(dpath), 7))
+            activations.Activations(config.Shards(str(dpath), 7))
 
 
 # ---- crafted files ----
@@ -334,7 +336,7 @@ def test_metadata_of_other_types_and_sizes(tmp_path: pathlib.Path, changes: dict
     dpath = pathlib.Path(shutil.copytree(GOLDEN, tmp_path / "golden"))
     edit(dpath / "metadata.json", **changes)
     for call in (
-        lambda: reader.Reader(config.Shards(str(dpath))),
+        lambda: activations.Activations(config.Shards(str(dpath))),
         lambda: list(verify.problems(dpath)),
     ):
         with pytest.raises(errors.UserError, match="metadata.json"):
@@ -347,7 +349,7 @@ def test_a_key_that_comes_twice(tmp_path: pathlib.Path) -> None:
     for twin, match in (('"d_vit": 4, ', "'d_vit' is repeated"), ('"d_model": 4, ', "two names")):
         (dpath / "metadata.json").write_text(text.replace("{", "{" + twin, 1))
         with pytest.raises(errors.UserError, match=match):
-            reader.Reader(config.Shards(str(dpath)))
+            activations.Activations(config.Shards(str(dpath)))
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "loop"])
@@ -358,7 +360,7 @@ def test_a_shard_that_is_no_file(tmp_path: pathlib.Path, kind: str) -> None:
     make = {"fifo": os.mkfifo, "folder": os.mkdir, "loop": lambda path: path.symlink_to(path)}
     make[kind](fpath)
     with pytest.raises(errors.UserError, match=r"acts000001\.bin"):
-        reader.Reader(config.Shards(str(dpath)))
+        activations.Activations(config.Shards(str(dpath)))
     assert any("acts000001.bin" in problem for problem in verify.problems(dpath))
 
 
@@ -369,4 +371,4 @@ def test_a_shard_that_is_listed_in_another_place(make_shards) -> None:
         (dpath / "shards.json").write_text(json.dumps([index[i] for i in order]))
         if list(order) != sorted(order):
             with pytest.raises(errors.UserError, match="is out of order"):
-                reader.Reader(config.Shards(str(dpath)))
+                activations.Activations(config.Shards(str(dpath)))

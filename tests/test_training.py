@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from saev import errors, fields, nn, sweeps
+from saev.data import activations, shuffled
 from saev.data import config as data_config
-from saev.data import reader, shuffled
 from saev.formats import metricslog
 from saev.nn import config as nn_config
 from saev.nn import metrics
@@ -413,8 +413,8 @@ def test_config_is_written_beside_the_checkpoint(cfg: config.Train) -> None:
 
 
 def trained_id(cfg: config.Train) -> str:
-    acts = reader.Reader(cfg.data)
-    return loop.run_id(run.with_d_vit(cfg, acts.d_vit), acts.hash)
+    acts = activations.Activations(cfg.data)
+    return loop.run_id(run.with_d_vit(cfg, acts.d_vit), acts.fingerprint)
 
 
 def test_run_id_depends_on_what_decides_the_weights_and_on_nothing_else(
@@ -487,8 +487,8 @@ def test_a_new_field_orphans_no_finished_run(cfg: config.Train) -> None:
 
 def test_a_run_under_its_old_id_is_found(cfg: config.Train) -> None:
     (fpath,) = loop.main([cfg])
-    acts = reader.Reader(cfg.data)
-    old = loop.old_run_id(run.with_d_vit(cfg, acts.d_vit), acts.hash)
+    acts = activations.Activations(cfg.data)
+    old = loop.old_run_id(run.with_d_vit(cfg, acts.d_vit), acts.fingerprint)
     old_dpath = pathlib.Path(fpath).parent.rename(pathlib.Path(cfg.ckpt_to) / old)
     assert loop.main([cfg]) == [str(old_dpath / "sae.pt")]
 
@@ -624,7 +624,7 @@ def test_any_number_of_latents_and_either_sign_train(
     trained = nn.load(fpath)
     assert trained.d_sae == 37 and trained.cfg == sae.sized(8)
     found = json.loads((pathlib.Path(fpath).parent / "metrics.json").read_text())
-    acts = reader.Reader(cfg.data).read(0, 50)
+    acts = activations.Activations(cfg.data).read(0, 50)
     f_NPS = trained.encode(acts)
     assert found["n_latents"] == 37
     assert found["l0_count"] == pytest.approx((f_NPS.abs() > 1e-8).sum().item() / 200)

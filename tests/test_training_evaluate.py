@@ -9,10 +9,15 @@ import pytest
 import torch
 
 from saev import errors, nn
+from saev.data import activations
 from saev.data import config as data_config
 from saev.nn import config as nn_config
 from saev.nn import metrics
 from saev.training import config, evaluate, loop, runs
+
+
+def held_out(cfg: config.Train) -> activations.Activations:
+    return activations.Activations(cfg.val_data, "--val-data")
 
 
 @pytest.fixture
@@ -20,10 +25,10 @@ def trained(make_shards, tmp_path: pathlib.Path) -> tuple[config.Train, pathlib.
     """(config, run directory, held-out activations): 100 training activations, 60 held out, far from zero."""
     rng = np.random.default_rng(0)
     acts = 50 + rng.standard_normal((25, 1, 4, 8), np.float32)
-    held_out = 50 + rng.standard_normal((15, 1, 4, 8), np.float32)
+    held_out_acts = 50 + rng.standard_normal((15, 1, 4, 8), np.float32)
     more = {"n_patches": 4, "d_vit": 8, "layers": (0,), "cls_token": False, "per_shard": 4}
     shards, _ = make_shards(n_imgs=25, acts=acts, **more)
-    val_shards, _ = make_shards(n_imgs=15, acts=held_out, **more)
+    val_shards, _ = make_shards(n_imgs=15, acts=held_out_acts, **more)
     cfg = config.Train(
         sae=nn_config.BatchTopK(exp_factor=4, top_k=3),
         data=data_config.Shards(str(shards)),
@@ -35,7 +40,7 @@ def trained(make_shards, tmp_path: pathlib.Path) -> tuple[config.Train, pathlib.
         device="cpu",
     )
     (fpath,) = loop.main([cfg])
-    return cfg, pathlib.Path(fpath).parent, held_out.reshape(-1, 8)
+    return cfg, pathlib.Path(fpath).parent, held_out_acts.reshape(-1, 8)
 
 
 def test_metrics_are_those_of_all_held_out_activations(trained) -> None:
@@ -96,7 +101,8 @@ def test_without_held_out_activations_it_says_so(trained) -> None:
 def test_fewer_activations_on_request(trained) -> None:
     cfg, dpath, _ = trained
     (dpath / "metrics.json").unlink()
-    evaluate.ensure(dpath, config.Train(**{**vars(cfg), "n_val_patches": 50}))
+    fewer = config.Train(**{**vars(cfg), "n_val_patches": 50})
+    evaluate.ensure(dpath, fewer, held_out(cfg))
     assert json.loads((dpath / "metrics.json").read_text())["n"] == 50
 
 
@@ -126,8 +132,8 @@ def test_other_held_out_activations_are_evaluated_anew(trained, make_shards) -> 
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        ({"d_vit": 16}, "d_vit is 16, but 8 in --data"),
-        ({"layers": (3,)}, r"layers is \[3\], but \[0\] in --data"),
+        ({"d_vit": 16}, "--val-data.shard-root .*: d_vit 16 instead of 8"),
+        ({"layers": (3,)}, "layer 3 instead of 0"),
     ],
 )
 def test_held_out_activations_of_another_kind_are_refused_before_training(
@@ -182,11 +188,11 @@ def test_figures_of_an_older_version_are_computed_anew(trained) -> None:
     before = json.loads((dpath / "metrics.json").read_text())
     old = {k: v for k, v in before.items() if k != "explained_variance_per_dim"}
     (dpath / "metrics.json").write_text(json.dumps({**old, "explained_variance": 0.5}))
-    evaluate.ensure(dpath, cfg)
+    evaluate.ensure(dpath, cfg, held_out(cfg))
     assert json.loads((dpath / "metrics.json").read_text()) == before
     (dpath / "metrics.jsonl").unlink()
     (dpath / "metrics.json").unlink()
-    evaluate.ensure(dpath, cfg)
+    evaluate.ensure(dpath, cfg, held_out(cfg))
     after = json.loads((dpath / "metrics.json").read_text())
     assert after.pop("xxh3_128") != before.pop("xxh3_128")
     assert after == {**before, "grad_norm": None}
@@ -204,6 +210,6 @@ def test_changed_figures_are_computed_anew_and_not_reported(trained) -> None:
                 errors.UserError, match=rf"^{dpath / name}: [^\n]*Leave that run out"
             ):
                 runs.read((str(dpath),))
-            evaluate.ensure(dpath, cfg)
+            evaluate.ensure(dpath, cfg, held_out(cfg))
             assert name == "config.json" or (dpath / name).read_bytes() == content, i
         (dpath / name).write_bytes(content)

@@ -1,6 +1,6 @@
 """Images -> ViT -> activation shards -> batches.
 
-`Indexed`, `Ordered` and `Shuffled` read the shards that `python -m saev.data` writes; `cub` reads
+`Activations`, and the loaders `Indexed`, `Ordered` and `Shuffled`, read the shards that `python -m saev.data` writes; `cub` reads
 CUB-200-2011.
 """
 
@@ -10,10 +10,18 @@ from saev import lazy
 
 if tp.TYPE_CHECKING:
     from saev.data import cub as cub
+    from saev.data.activations import Activations as Activations
     from saev.data.indexed import Indexed as Indexed
     from saev.data.ordered import Ordered as Ordered
     from saev.data.shuffled import Shuffled as Shuffled
 else:
     __getattr__, __dir__ = lazy.attributes(
-        __name__, {"Indexed": "indexed", "Ordered": "ordered", "Shuffled": "shuffled", "cub": ""}
+        __name__,
+        {
+            "Activations": "activations",
+            "Indexed": "indexed",
+            "Ordered": "ordered",
+            "Shuffled": "shuffled",
+            "cub": "",
+        },
     )

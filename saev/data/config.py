@@ -165,15 +165,3 @@ class Shards:
 
     def __post_init__(self) -> None:
         fields.settle(self, "data.", layer="[-1e4, 1e4]")
-
-
-@beartype.beartype
-@dataclasses.dataclass(frozen=True)
-class Subset(Shards):
-    """Some images of shard directories, as their own stream. Has no flags; code makes it."""
-
-    image_is: tuple[int, ...] = ()
-    """Their numbers, counted over all directories."""
-
-    def __post_init__(self) -> None:
-        pass  # made from a checked config; there may be millions of numbers

@@ -8,7 +8,7 @@ import beartype
 import numpy as np
 import torch
 
-from saev.data import config, reader
+from saev.data import activations, config
 from saev.formats import shards
 
 
@@ -20,7 +20,7 @@ class Indexed:
     activations are left out.
 
     Raises:
-        UserError: see `reader.Reader`.
+        UserError: see `Activations`.
         IndexError: i is past the end.
     """
 
@@ -32,22 +32,22 @@ class Indexed:
         patches: config.Patches = "image",
     ):
         cfg = config.Shards(str(shard_root), layer, patches)
-        self.reader = reader.Reader(cfg, reader.RANDOM)
+        self.acts = activations.Activations(cfg).advised(activations.RANDOM)
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.acts)
 
     @property
     def images(self) -> list[shards.Record]:
         """Path, relative to the dataset's root, and label of each image."""
-        return self.reader.records
+        return self.acts.records
 
     @beartype.beartype
     def __getitem__(self, i: tp.SupportsIndex) -> dict[str, tp.Any]:
         i = operator.index(i)  # also accepts numpy integers and 0-d tensors
         if not -len(self) <= i < len(self):
             raise IndexError(f"activation {i} of {len(self)}")
-        acts, i = self.reader, i % len(self)
+        acts, i = self.acts, i % len(self)
         stored_D = np.empty(acts.d_vit, shards.STORED[acts.dtype])
         acts.read_extents(
             acts.extents(np.array([i]), np.array([1])), memoryview(stored_D).cast("B")

@@ -8,7 +8,7 @@ import beartype
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from saev.data import config, reader
+from saev.data import activations, config
 from saev.data.ahead import ahead
 
 AHEAD = 2
@@ -28,25 +28,27 @@ class Ordered:
     """Iterates over blocks of at most `n_imgs` images, in image order, from the `first` readable image on.
 
     Raises:
-        UserError: see `reader.Reader`; while iterating, NaN or infinite activations (names the image).
+        UserError: see `Activations`; while iterating, NaN or infinite activations (names the image).
     """
 
     @beartype.beartype
-    def __init__(self, cfg: config.Shards, n_imgs: int = 64, first: int = 0):
-        self.reader = reader.Reader(cfg)
+    def __init__(
+        self, data: config.Shards | activations.Activations, n_imgs: int = 64, first: int = 0
+    ):
+        self.acts = activations.Activations.open(data)
         self.block = n_imgs
         self.first = first
 
     def __len__(self) -> int:
         """Number of blocks."""
-        return math.ceil((self.reader.n_imgs - self.first) / self.block)
+        return math.ceil((self.acts.n_imgs - self.first) / self.block)
 
     def __iter__(self) -> collections.abc.Iterator[Block]:
         return ahead(self._blocks(), AHEAD)
 
     def _blocks(self) -> collections.abc.Iterator[Block]:
-        for start in range(self.first, self.reader.n_imgs, self.block):
-            stop = min(start + self.block, self.reader.n_imgs)
-            block = Block(self.reader.image_is_N[start:stop], self.reader.read(start, stop))
-            reader.check_finite(block.act_NXD, block.image_i_N, self.reader)
+        for start in range(self.first, self.acts.n_imgs, self.block):
+            stop = min(start + self.block, self.acts.n_imgs)
+            block = Block(self.acts.image_is_N[start:stop], self.acts.read(start, stop))
+            activations.check_finite(block.act_NXD, block.image_i_N, self.acts)
             yield block

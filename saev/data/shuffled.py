@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, Shaped
 
-from saev.data import config, mixing, reader
+from saev.data import activations, config, mixing
 from saev.data.ahead import ahead
 from saev.formats import shards
 
@@ -41,7 +41,7 @@ class Shuffled:
     """Endless iterator over full batches.
 
     Args:
-        cfg: which activations.
+        data: which activations.
         batch_size: activations per batch.
         seed: of the order.
         pool_bytes: memory for the pool and the batches made ahead. The pool holds at least two batches. The
@@ -50,13 +50,13 @@ class Shuffled:
         pin: page-locked batches, so that `.to("cuda", non_blocking=True)` copies in the background.
 
     Raises:
-        UserError: see `reader.Reader`; while iterating, NaN or infinite activations (the image is named).
+        UserError: see `Activations`; while iterating, NaN or infinite activations (the image is named).
     """
 
     @beartype.beartype
     def __init__(
         self,
-        cfg: config.Shards,
+        data: config.Shards | activations.Activations,
         *,
         batch_size: int,
         seed: int = 0,
@@ -64,21 +64,21 @@ class Shuffled:
         n_threads: int = 0,
         pin: bool = False,
     ):
-        self.reader = reader.Reader(cfg, reader.RANDOM)
+        self.acts = activations.Activations.open(data).advised(activations.RANDOM)
         self.batch_size = batch_size
         self.seed = seed
         self.n_threads = n_threads or min(4, os.cpu_count() or 1)
         self.pin = pin
         self.share_bytes = min(SHARE_BYTES, pool_bytes // 8 // self.n_threads)
         self.layout = mixing.Layout.of(
-            self.reader.shard_positions(),
-            n_layers=len(self.reader.layers),
-            n_tokens=self.reader.n_tokens,
-            n_lead=self.reader.n_lead,
-            n_piece=self.reader.pieces.n_patches,
-            token_bytes=self.reader.token_bytes,
+            self.acts.shard_positions(),
+            n_layers=len(self.acts.layers),
+            n_tokens=self.acts.n_tokens,
+            n_lead=self.acts.n_lead,
+            n_piece=self.acts.pieces.n_patches,
+            token_bytes=self.acts.token_bytes,
             batch_size=batch_size,
-            n_fit=mixing.n_fit(pool_bytes, batch_size, self.reader.d_vit, self.reader.token_bytes),
+            n_fit=mixing.n_fit(pool_bytes, batch_size, self.acts.d_vit, self.acts.token_bytes),
         )
 
     def __iter__(self) -> collections.abc.Iterator[Batch]:
@@ -90,14 +90,14 @@ class Shuffled:
         return ahead(self._batches(start), mixing.AHEAD)
 
     def _batches(self, start: int) -> collections.abc.Iterator[Batch]:
-        pool, acts = _Pool(self, start), self.reader
+        pool, acts = _Pool(self, start), self.acts
         try:
             while True:
                 act_BD = torch.empty(self.batch_size, acts.d_vit, pin_memory=self.pin)
                 position_B, x_B = np.divmod(pool.draw(act_BD.numpy()), acts.n_per_img)
                 layer_i_B, token_i_B = np.divmod(x_B, acts.n_tokens)
                 image_i_B = acts.image_is_N[position_B]
-                reader.check_finite(act_BD.numpy(), image_i_B, acts)
+                activations.check_finite(act_BD.numpy(), image_i_B, acts)
                 layer_B = np.array(acts.layers)[layer_i_B]
                 yield Batch(act_BD, image_i_B, token_i_B + acts.first_patch, layer_B)
         finally:
@@ -137,8 +137,8 @@ class _Pool:
     """Activations in memory. Each keeps its slot until it is drawn."""
 
     def __init__(self, stream: Shuffled, start: int):
-        acts, layout = stream.reader, stream.layout
-        self.reader = acts
+        acts, layout = stream.acts, stream.layout
+        self.acts = acts
         self.layout = layout
         self.plan = mixing.Plan(layout, stream.seed, start)
         self.threads = concurrent.futures.ThreadPoolExecutor(stream.n_threads, "saev-read")
@@ -173,7 +173,7 @@ class _Pool:
         else:
             stored_nD = self._staging(len(slot_n))
             self.act_PD.take(slot_n, axis=0, out=stored_nD, mode="clip")
-            self.reader.decode_to(stored_nD, out_nD)
+            self.acts.decode_to(stored_nD, out_nD)
         self.free_P[self.n_free : self.n_free + len(slot_n)] = slot_n
         self.n_free += len(slot_n)
 
@@ -221,7 +221,7 @@ class _Pool:
         order_G = np.argsort(block_G)
         n_G = self.layout.n_in(block_G)
         start_G = np.cumsum(n_G) - n_G
-        n_share = max(1, self.share_bytes // (self.layout.max_block * self.reader.token_bytes))
+        n_share = max(1, self.share_bytes // (self.layout.max_block * self.acts.token_bytes))
         n_share = max(1, min(n_share, math.ceil(len(block_G) / self.n_threads)))
         shares = [order_G[at : at + n_share] for at in range(0, len(order_G), n_share)]
         return [
@@ -239,8 +239,8 @@ class _Pool:
         """Reads blocks one by one, then moves all their activations at once, to take Python's lock rarely."""
         slot_n = np.concatenate(slots)
         staged_nD = self._staging(len(slot_n))
-        extents = self.reader.extents(self.layout.first_in(block_G), self.layout.n_in(block_G))
-        self.reader.read_extents(extents, memoryview(staged_nD).cast("B"))
+        extents = self.acts.extents(self.layout.first_in(block_G), self.layout.n_in(block_G))
+        self.acts.read_extents(extents, memoryview(staged_nD).cast("B"))
         if slot_n.min() < 0:
             slot_n, staged_nD = slot_n[slot_n >= 0], staged_nD[slot_n >= 0]
         self.act_PD[slot_n] = staged_nD
@@ -248,5 +248,5 @@ class _Pool:
     def _staging(self, n: int) -> Shaped[np.ndarray, "n D"]:
         """This thread's reused memory."""
         if len(getattr(self.local, "staging", ())) < n:
-            self.local.staging = np.empty((n, self.reader.d_vit), self.act_PD.dtype)
+            self.local.staging = np.empty((n, self.acts.d_vit), self.act_PD.dtype)
         return self.local.staging[:n]

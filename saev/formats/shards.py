@@ -311,7 +311,7 @@ class ShardDir(WritableShards):
         sums = [[i, roots.get(i) or self._root(i)] for i in self.shard_is]
         skipped = [s for _, x in sorted(self.sidecars.items()) for s in x.skipped]
         tables = [
-            xxhash.xxh3_128_hexdigest(self._table(fpath))
+            self._digest(fpath)
             for fpath in (self.images_fpath, self.transform_fpath)
             if self.is_ours
         ]
@@ -334,7 +334,18 @@ class ShardDir(WritableShards):
         data = jsonfile.read_bytes(fpath, REMEDY, MAX_BYTES)
         if recorded := next((s.files for s in self.sidecars.values() if s.files), None):
             self._compare(fpath.name, data, recorded)
+        self._digests[fpath.name] = xxhash.xxh3_128_hexdigest(data)
         return data
+
+    def _digest(self, fpath: pathlib.Path) -> str:
+        """The checksum of a file about all images as it was read; reads the file if nobody did yet."""
+        if fpath.name not in self._digests:
+            self._table(fpath)
+        return self._digests[fpath.name]
+
+    @functools.cached_property
+    def _digests(self) -> dict[str, str]:
+        return {}
 
     @functools.cached_property
     def records(self) -> list[Record]:

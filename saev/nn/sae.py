@@ -21,7 +21,7 @@ from torch import Tensor
 
 from saev import errors, fields
 from saev.compat import checks, upstream
-from saev.formats import checkpoint, tensors
+from saev.formats import checkpoint, space, tensors
 from saev.nn import architectures, config, robust
 
 TRUNCATED = "The file is truncated or edited. Train again."
@@ -138,35 +138,21 @@ class SparseAutoencoder(torch.nn.Module):
         return values.reshape(-1, width).to(self.W_dec)
 
     @beartype.beartype
-    def check_fits(self, found: dict[str, tp.Any], ckpt: str, shard_root: str) -> None:
-        """Checks that activations (`reader.Reader.describe`) match those that it was trained on.
+    def check_fits(self, acts: space.Space, ckpt: str, flag: str) -> None:
+        """Refuses activations of another space than it was trained on, as far as its checkpoint says.
 
-        What the checkpoint does not record is not checked.
+        The tokens may be others. Of several layers that it was trained on, any will do.
+
+        Args:
+            flag: names the activations, such as "--data.shard-root shards/x".
 
         Raises:
             UserError: they have another width, ViT or layer.
         """
-        if self.d_vit != found["d_vit"]:
-            raise errors.UserError(
-                f"{ckpt}: was trained on activations {self.d_vit} wide, but {shard_root} holds "
-                f"{found['d_vit']}. Pass shards of the same ViT."
-            )
-        recorded = self.activations
-        for name in ("vit_family", "vit_ckpt"):
-            # bf16 autocast counts as the same ViT
-            trained, given = (str(d.get(name)).removesuffix("@bf16") for d in (recorded, found))
-            if recorded.get(name) and trained != given:
-                raise errors.UserError(
-                    f"{ckpt}: was trained on activations of {trained}, but {shard_root} holds those of "
-                    f"{given}. Pass shards of the same ViT."
-                )
-        layers = recorded.get("layers")
-        if isinstance(layers, list) and layers and not set(found["layers"]) <= set(layers):
-            trained, given = (", ".join(map(str, numbers)) for numbers in (layers, found["layers"]))
-            raise errors.UserError(
-                f"{ckpt}: was trained on layer {trained}, not on {given} of {shard_root}. Pass --data.layer "
-                f"{layers[-1]} (protoeval: --train-data.layer, --test-data.layer)."
-            )
+        mine = space.Space.of(self.activations, self.d_vit)
+        if acts.layers and set(acts.layers) <= set(mine.layers or ()):
+            mine = dataclasses.replace(mine, layers=acts.layers)
+        mine.check_same(acts, whose=ckpt, flag=flag, patches=False)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

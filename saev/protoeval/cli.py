@@ -15,15 +15,15 @@ def main() -> None:
     if cfg.dry_run:
         return console.show(cfgs)
     if cfg.report:
-        from saev.protoeval import joint  # draws charts, which --help need not wait for
+        from saev.protoeval import merge  # draws charts, which --help need not wait for
 
-        return _show(str(joint.write(pathlib.Path(cfg.report))))
+        return _show(str(merge.write(pathlib.Path(cfg.report))))
     if cfg.check:
-        from saev.protoeval import select
+        from saev.protoeval import labels
 
-        return select.look(cfgs, console.say)
+        return labels.describe(cfgs, console.say)
     groups = sweeps.group(cfgs)
-    stage = "saev.protoeval.select:main"
+    stage = "saev.protoeval.run:main"
     for outcome in launch.run(stage, groups, cfg.slurm, "saev-protoeval"):
         _show(outcome.get())
     return None

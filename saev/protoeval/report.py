@@ -1,19 +1,21 @@
 """The files of a results directory. docs/results.md lists them."""
 
+import collections.abc
+import contextlib
 import dataclasses
-import os
+import logging
 import pathlib
-import urllib.parse
 
 import beartype
-import msgspec
 import polars as pl
 
-from saev import errors, helpers
+from saev import helpers
 from saev.formats import jsonfile, manifest, results
 from saev.protoeval import config, stats
 from saev.report import charts, frame, tables
 from saev.scorers import config as scorers_config
+
+logger = logging.getLogger("saev")
 
 AGAINST = """Difference from random activations (paired bootstrap over the test images, prototypes chosen on the same train images). With \
 several draws of the train images the interval is over these too. It is not over the prototypes: activations or an SAE of another seed \
@@ -21,6 +23,25 @@ give other figures, so compare several seeds before you call a difference real."
 AGAIN = "Move that folder away and evaluate again with protoeval.py."
 PROBE_NOTE = """Linear probe: ridge regression on the mean activation, trained on the labels of as many images. It is a supervised \
 reference; with few images it is no upper bound."""
+
+
+@contextlib.contextmanager
+@beartype.beartype
+def once(out: pathlib.Path) -> collections.abc.Iterator[bool]:
+    """Yields whether a results directory must still be written, and meanwhile keeps other processes from writing it.
+
+    Raises:
+        UserError: it was written, and a file of it is damaged.
+    """
+    helpers.sweep(out.parent)
+    helpers.sweep(out)
+    if not (out / manifest.NAME).exists():
+        with helpers.locked(out.with_name(f".{out.name}.lock"), f"it evaluates {out}"):
+            yield not (out / manifest.NAME).exists()
+    else:
+        manifest.read(out, results.FILES, AGAIN)
+        logger.info("%s: evaluated already", out)
+        yield False
 
 
 @beartype.beartype
@@ -32,8 +53,8 @@ def write(
     about: results.About,
 ) -> None:
     """Writes a results directory, each file atomically, the manifest last. names: of the traits."""
-    fields = [dataclasses.asdict(cfg) | {"scorer_type": type(cfg.scorer).__name__} for cfg in cfgs]
-    helpers.write_text(dpath / "config.json", jsonfile.dumps(fields, indent=4))
+    configs = [dataclasses.asdict(cfg) | {"scorer_type": type(cfg.scorer).__name__} for cfg in cfgs]
+    helpers.write_text(dpath / "config.json", jsonfile.dumps(configs, indent=4))
     helpers.write_text(dpath / "about.json", jsonfile.dumps(dataclasses.asdict(about), indent=4))
     cells = stats.cells(stats.summary(rows), about)
     traits = stats.traits(rows, cells, [helpers.printable(name) for name in names])
@@ -181,60 +202,3 @@ def describe(about: results.About) -> str:
     text += f"; certainty from {about.min_certainty}"
     text += ", the last annotation counts" * (about.annotations == "last")
     return f"{text}; seed {about.seed}."
-
-
-class Gallery(msgspec.Struct):
-    """What a gallery says that it shows."""
-
-    sha256: str
-    """Of the SAE's checkpoint."""
-    latents: list[int]
-
-
-@beartype.beartype
-def read_gallery(gallery: pathlib.Path) -> Gallery:
-    """What visuals.py wrote to gallery.json.
-
-    Raises:
-        UserError: there is none, or it is not as it was written.
-    """
-    fpath = gallery / "gallery.json"
-    try:
-        return jsonfile.read_sealed(fpath, Gallery, "Run visuals.py again.")
-    except (FileNotFoundError, NotADirectoryError) as err:
-        raise errors.UserError(
-            f"--gallery {gallery}: no gallery.json that names its SAE. Pass a folder that visuals.py wrote."
-        ) from err
-
-
-@beartype.beartype
-def link(dpath: pathlib.Path, scorer: str, gallery: pathlib.Path) -> None:
-    """Writes traits.md into a results directory: each trait's latent, linked to its place in a gallery that shows it.
-
-    Args:
-        scorer: the SAE's name in the table; its largest cell counts.
-    """
-    data = manifest.read(dpath, ["traits.parquet"], AGAIN)["traits.parquet"]
-    best, shown = best_traits(data, scorer), set(read_gallery(gallery).latents)
-    index = urllib.parse.quote(os.fsencode(os.path.relpath(gallery / "index.html", dpath)))
-    latents = best["prototype"].to_list()
-    table = {
-        "Trait": best["trait"],
-        "Latent": [f"[{i}]({index}#latent_{i:06})" if i in shown else str(i) for i in latents],
-        "AP on train images": [f"{ap:.3f}" for ap in best["train_ap"]],
-        "AP on test images": [f"{ap:.3f}" for ap in best["test_ap"]],
-    }
-    n_train = best["n_train"][0]
-    text = f"Best latents of {scorer} with {n_train} train images.\n\n{tables.markdown(pl.DataFrame(table))}"
-    if missing := set(latents) - shown:
-        flags = " ".join(map(str, sorted(set(latents))))
-        text += f"\n{len(missing)} of them are not in the gallery; visuals.py shows all with --latents {flags}\n"
-    helpers.write_text(dpath / "traits.md", text)
-
-
-@beartype.beartype
-def best_traits(data: bytes, scorer: str) -> pl.DataFrame:
-    """The rows of traits.parquet of a scorer's largest cell (first draw), best test AP first."""
-    mine = pl.read_parquet(data).filter(pl.col("scorer") == scorer, pl.col("draw") == 0)
-    order = pl.col("test_ap").fill_nan(-1.0)
-    return mine.filter(stats.largest("scorer")).sort(order, descending=True, maintain_order=True)

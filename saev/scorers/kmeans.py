@@ -18,8 +18,7 @@ from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
 from saev import errors, helpers
-from saev.data import config as data_config
-from saev.data import ordered, reader
+from saev.data import activations, ordered
 from saev.formats import checkpoint, tensors
 from saev.nn import kernels, sparse
 from saev.scorers import base, config, random
@@ -45,7 +44,7 @@ ROUNDING = 1e-6
 @beartype.beartype
 def fit(
     cfg: config.KMeans,
-    data: data_config.Shards,
+    acts: activations.Activations,
     ks: list[int],
     seed: int,
     state_fpaths: list[pathlib.Path] | None = None,
@@ -64,14 +63,14 @@ def fit(
     """
     fpaths = state_fpaths or [None] * len(ks)
     saved = [
-        None if fpath is None else _read_state(fpath, k, data, device)
+        None if fpath is None else _read_state(fpath, k, acts.d_vit, device)
         for fpath, k in zip(fpaths, ks, strict=True)
     ]
     new_ks = [k for k, state in zip(ks, saved, strict=True) if state is None]
-    new_states = iter(_initial(cfg, data, new_ks, seed, device) if new_ks else [])
+    new_states = iter(_initial(cfg, acts, new_ks, seed, device) if new_ks else [])
     states = [next(new_states) if state is None else state for state in saved]
     while open_states := [s for s in states if s.n_passes < cfg.n_iters and not s.is_done]:
-        one_pass(open_states, data, cfg)
+        one_pass(open_states, acts, cfg)
         for state, fpath in zip(states, fpaths, strict=True):
             if fpath is not None and any(state is s for s in open_states):
                 _write_state(state, fpath)
@@ -80,15 +79,19 @@ def fit(
 
 
 def _initial(
-    cfg: config.KMeans, data: data_config.Shards, ks: list[int], seed: int, device: torch.device
+    cfg: config.KMeans,
+    acts: activations.Activations,
+    ks: list[int],
+    seed: int,
+    device: torch.device,
 ) -> list["State"]:
     """Centres before the first pass, for each K."""
     if cfg.n_samples < max(ks):
         raise errors.UserError(
             f"--scorer.n-samples {cfg.n_samples}: fewer than {max(ks)} clusters. Raise it."
         )
-    random.check_enough(data, max(ks), "clusters")
-    sample = random.reservoir(data, cfg.n_samples, seed)
+    random.check_enough(acts, max(ks), "clusters")
+    sample = random.reservoir(acts, cfg.n_samples, seed)
     mean_D = torch.from_numpy(sample.mean_D).to(device)
     x_BD = _space(torch.from_numpy(sample.acts_KD).to(device), mean_D, cfg.normalize)
     # k-means++ draws centres in order, so the first K of a longer draw are a draw of K
@@ -267,14 +270,14 @@ def _warmed_up(start_KD: Tensor, x_BD: Tensor, cfg: config.KMeans) -> Tensor:
 
 @torch.no_grad()
 @beartype.beartype
-def one_pass(states: list[State], data: data_config.Shards, cfg: config.KMeans) -> None:
+def one_pass(states: list[State], acts: activations.Activations, cfg: config.KMeans) -> None:
     """Runs one iteration of Lloyd's algorithm (Lloyd 1982) for each K, in one pass over the activations.
 
     Empty clusters get the activations that are farthest from their centres; these leave their old clusters
     (as in scikit-learn).
     """
     sums = [_Sums(state) for state in states]
-    stream = ordered.Ordered(data)
+    stream = ordered.Ordered(acts)
     what = f"k-means, pass {max(s.n_passes for s in states) + 1}"
     for block in helpers.progress(stream, what, len(stream), "blocks"):
         mean_D = states[0].mean_D
@@ -347,9 +350,7 @@ def _write_state(state: State, fpath: pathlib.Path) -> None:
     checkpoint.write(fpath, "state", header, payload)
 
 
-def _read_state(
-    fpath: pathlib.Path, k: int, data: data_config.Shards, device: torch.device
-) -> State | None:
+def _read_state(fpath: pathlib.Path, k: int, d_vit: int, device: torch.device) -> State | None:
     """Reads the centres of a killed fit. None if the file is missing or damaged: the fit then starts
     again."""
     if not fpath.exists():
@@ -357,7 +358,6 @@ def _read_state(
     try:
         header, payload = checkpoint.read(fpath, "state")
         found = tensors.load(payload, str(fpath), "")
-        d_vit = reader.Reader(data).d_vit
         expected = {"mean_D": torch.zeros(d_vit), "center_KD": torch.zeros(k, d_vit)}
         tensors.check_like(found, expected)
         passes = msgspec.convert(header.get("passes"), Passes)

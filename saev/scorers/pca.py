@@ -9,19 +9,18 @@ from jaxtyping import Float, Float64, jaxtyped
 from torch import Tensor
 
 from saev import helpers
-from saev.data import config as data_config
-from saev.data import ordered
+from saev.data import activations, ordered
 from saev.scorers import base
 
 
 @beartype.beartype
-def fit(data: data_config.Shards, device: torch.device = base.CPU) -> base.Prototypes:
+def fit(acts: activations.Activations, device: torch.device = base.CPU) -> base.Prototypes:
     """Computes all principal components, largest variance first; returned on the CPU.
 
     There are d_vit of them, or the number of activations minus 1 if that is smaller. Signs are fixed so that
     each component's largest entry by absolute value is positive.
     """
-    mean_D, covariance_DD, n = moments(data, device)
+    mean_D, covariance_DD, n = moments(acts, device)
     return base.Prototypes(components(covariance_DD)[: max(1, n - 1)], mean_D.float(), "dot")
 
 
@@ -34,15 +33,15 @@ def both_signs(scorer: base.Prototypes) -> base.Prototypes:
 
 @jaxtyped(typechecker=beartype.beartype)
 def moments(
-    data: data_config.Shards, device: torch.device = base.CPU
+    acts: activations.Activations, device: torch.device = base.CPU
 ) -> tuple[Float64[Tensor, " D"], Float64[Tensor, "D D"], int]:
     """Computes mean, covariance (divided by n) and number n in one pass on `device`; returned on the CPU.
 
     Each block is centred on its own mean, so that the mean costs float32 products no digits. Blocks are
     combined in float64 (Chan, Golub and LeVeque 1983).
     """
-    stream = ordered.Ordered(data)
-    d_vit, n = stream.reader.d_vit, 0
+    stream = ordered.Ordered(acts)
+    d_vit, n = acts.d_vit, 0
     mean_D = torch.zeros(d_vit, dtype=torch.float64, device=device)
     square_DD = torch.zeros(d_vit, d_vit, dtype=torch.float64, device=device)
     for _, acts_NTD in helpers.progress(stream, "PCA", len(stream), "blocks"):

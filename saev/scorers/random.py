@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float32, jaxtyped
 
 from saev import errors, helpers
-from saev.data import config as data_config
-from saev.data import ordered, reader
+from saev.data import activations, ordered
 from saev.scorers import base, config
 
 
@@ -21,45 +20,44 @@ class Sample(tp.NamedTuple):
 
 
 @beartype.beartype
-def fit(data: data_config.Shards, k: int, seed: int) -> base.Prototypes:
+def fit(acts: activations.Activations, k: int, seed: int) -> base.Prototypes:
     """Draws k activations. For equal seeds, a draw of k is the first k of a larger draw.
 
     Raises:
         UserError: bad shards, or fewer than k activations.
     """
-    check_enough(data, k, "prototypes")
-    sample = reservoir(data, k, seed)
+    check_enough(acts, k, "prototypes")
+    sample = reservoir(acts, k, seed)
     vectors_KD, mean_D = torch.from_numpy(sample.acts_KD), torch.from_numpy(sample.mean_D)
     return base.Prototypes.of(vectors_KD, mean_D, config.Random().similarity)
 
 
 @beartype.beartype
-def check_enough(data: data_config.Shards, k: int, what: str) -> None:
+def check_enough(acts: activations.Activations, k: int, what: str) -> None:
     """Checks that there are at least k activations, without reading them.
 
     Raises:
         UserError: there are fewer.
     """
-    acts = reader.Reader(data)
     if len(acts) < k:
-        some = f" (of {acts.n_imgs:,} images)" if isinstance(data, data_config.Subset) else ""
+        some = f" (of {acts.n_imgs:,} images)" if acts.chosen else ""
         raise errors.UserError(
-            f"{data.shard_root}: holds {len(acts)} activations{some}, fewer than {k} {what}. "
+            f"{acts.root}: holds {len(acts)} activations{some}, fewer than {k} {what}. "
             "Lower --n-prototypes."
         )
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def reservoir(data: data_config.Shards, k: int, seed: int) -> Sample:
+def reservoir(acts: activations.Activations, k: int, seed: int) -> Sample:
     """Draws min(k, all) activations uniformly without replacement, in one pass. Memory: 1.25 k activations.
 
     Each activation gets a random key, and the k smallest keys stay (bottom-k sampling, Cohen and Kaplan
     2007). The sample is sorted by key, so samples of different sizes are nested.
     """
-    stream = ordered.Ordered(data)
+    stream = ordered.Ordered(acts)
     rng = np.random.default_rng((seed, 0xACE))
-    d_vit = stream.reader.d_vit
-    size = min(k + max(k // 4, 1024), len(stream.reader))
+    d_vit = acts.d_vit
+    size = min(k + max(k // 4, 1024), len(acts))
     key_R, acts_RD = np.full(size, np.inf), np.empty((size, d_vit), np.float32)
     n, bound = 0, np.inf  # rows in use; keys of at least `bound` cannot stay
     total_D = np.zeros(d_vit, np.float64)
@@ -79,7 +77,7 @@ def reservoir(data: data_config.Shards, k: int, seed: int) -> Sample:
         n = k
         _compact(key_R, acts_RD, k)
     order_K = np.argsort(key_R[:n], kind="stable")
-    return Sample(acts_RD[order_K], (total_D / len(stream.reader)).astype(np.float32))
+    return Sample(acts_RD[order_K], (total_D / len(acts)).astype(np.float32))
 
 
 def _compact(key_R: np.ndarray, acts_RD: np.ndarray, k: int) -> float:

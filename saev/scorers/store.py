@@ -10,8 +10,8 @@ import beartype
 import torch
 
 from saev import errors, fields, helpers, nn
+from saev.data import activations
 from saev.data import config as data_config
-from saev.data import reader
 from saev.formats import checkpoint, tensors
 from saev.scorers import base, config, kmeans, pca, random, sae
 
@@ -26,7 +26,7 @@ REVISION = 5
 @beartype.beartype
 def fit(
     cfg: config.Scorer,
-    data: data_config.Shards,
+    data: data_config.Shards | activations.Activations,
     k: int,
     *,
     seed: int = 0,
@@ -46,7 +46,7 @@ def fit(
 @beartype.beartype
 def fit_each(
     cfg: config.Scorer,
-    data: data_config.Shards,
+    data: data_config.Shards | activations.Activations,
     ks: list[int],
     *,
     seed: int = 0,
@@ -54,16 +54,17 @@ def fit_each(
     device: torch.device = base.CPU,
 ) -> list[base.Scorer]:
     """As `fit`, for each of `ks`. k-means fits all in the same passes; the others fit only the largest."""
+    acts = activations.Activations.open(data)
     if isinstance(cfg, config.Sae):
-        scorer = _load_sae(cfg, data)
+        scorer = _load_sae(cfg, acts)
         return [scorer.prefix(k) for k in ks]
     if dpath is None:
         return [
             _configured(cfg, scorer, k)
-            for scorer, k in zip(_fit(cfg, data, ks, seed, device), ks, strict=True)
+            for scorer, k in zip(_fit(cfg, acts, ks, seed, device), ks, strict=True)
         ]
     helpers.sweep(dpath)
-    key = _key(cfg, data, seed)
+    key = _key(cfg, acts, seed)
     found = functools.partial(_found, cfg, dpath, key)
 
     def missing() -> list[int]:
@@ -73,15 +74,14 @@ def fit_each(
         lock_fpath = dpath / f".{_name(cfg)}-{key}.lock"
         with helpers.locked(lock_fpath, f"it fits {_name(cfg)} in {dpath}"):
             if missing_ks := missing():
-                _fit_and_save(cfg, data, missing_ks, seed, dpath, key, device)
-    d_vit = reader.Reader(data).d_vit
-    fitted = [_fitted(fpath, d_vit) for fpath in map(found, ks) if fpath]
+                _fit_and_save(cfg, acts, missing_ks, seed, dpath, key, device)
+    fitted = [_fitted(fpath, acts.d_vit) for fpath in map(found, ks) if fpath]
     return [_configured(cfg, scorer, k) for scorer, k in zip(fitted, ks, strict=True)]
 
 
 def _fit(
     cfg: config.Random | config.Pca | config.KMeans,
-    data: data_config.Shards,
+    acts: activations.Activations,
     ks: list[int],
     seed: int,
     device: torch.device,
@@ -89,14 +89,14 @@ def _fit(
 ) -> list[base.Prototypes]:
     """Fits one scorer for each K. They may have more prototypes than that."""
     if isinstance(cfg, config.KMeans):
-        return kmeans.fit(cfg, data, ks, seed, state_fpaths, device)
-    one = pca.fit(data, device) if isinstance(cfg, config.Pca) else random.fit(data, max(ks), seed)
+        return kmeans.fit(cfg, acts, ks, seed, state_fpaths, device)
+    one = pca.fit(acts, device) if isinstance(cfg, config.Pca) else random.fit(acts, max(ks), seed)
     return [one] * len(ks)
 
 
 def _fit_and_save(
     cfg: config.Random | config.Pca | config.KMeans,
-    data: data_config.Shards,
+    acts: activations.Activations,
     ks: list[int],
     seed: int,
     dpath: pathlib.Path,
@@ -104,7 +104,7 @@ def _fit_and_save(
     device: torch.device,
 ) -> None:
     states = [dpath / f"{_name(cfg)}-{k}-{key}.state" for k in ks]
-    fitted = _fit(cfg, data, ks, seed, device, states)
+    fitted = _fit(cfg, acts, ks, seed, device, states)
     for scorer in {id(scorer): scorer for scorer in fitted}.values():
         fpath = dpath / f"{_name(cfg)}-{scorer.n_prototypes}-{key}.bin"
         save(scorer, fpath)
@@ -152,23 +152,23 @@ def _name(cfg: config.Scorer) -> str:
     return type(cfg).__name__.lower()
 
 
-def _key(cfg: config.Scorer, data: data_config.Shards, seed: int) -> str:
+def _key(cfg: config.Scorer, acts: activations.Activations, seed: int) -> str:
     """Hash of what affects the fit. Settings that only affect scoring are not included."""
     scoring = ("similarity", "both_signs")
     parts = {
         "cfg": {k: v for k, v in fields.identity(cfg).items() if k not in scoring},
         "revision": REVISION,
-        "activations": reader.Reader(data).hash,
+        "activations": acts.fingerprint,
         "seed": None if isinstance(cfg, config.Pca) else seed,
     }
     return helpers.hash_of(parts)[:12]
 
 
-def _load_sae(cfg: config.Sae, data: data_config.Shards) -> sae.SaeLatents:
+def _load_sae(cfg: config.Sae, acts: activations.Activations) -> sae.SaeLatents:
     if not cfg.ckpt:
         raise errors.UserError("--scorer.ckpt is missing: pass the sae.pt that train.py printed.")
     model = nn.load(cfg.ckpt)
-    model.check_fits(reader.Reader(data).describe(), cfg.ckpt, data.shard_root)
+    model.check_fits(acts.space, cfg.ckpt, acts.given)
     return sae.SaeLatents(model, model.d_sae)
 
 

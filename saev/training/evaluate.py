@@ -15,8 +15,8 @@ from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 from saev import devices, errors, helpers, nn
+from saev.data import activations, shuffled
 from saev.data import config as data_config
-from saev.data import reader, shuffled
 from saev.formats import jsonfile, metricslog
 from saev.nn import metrics, robust
 from saev.training import config, memory, peek
@@ -37,41 +37,23 @@ NAMES = {
 
 
 @beartype.beartype
-def check(val_data: data_config.Shards, train: reader.Reader) -> None:
-    """Checks, before training, that --val-data can be read and has the same kind of activations.
-
-    Raises:
-        UserError: bad shards, or another width, ViT, layer or kind of patches.
-    """
-    mine, theirs = reader.Reader(val_data).describe(), train.describe()
-    for name in ("d_vit", "vit_family", "vit_ckpt", "layers", "patches"):
-        # a ViT run under bf16 autocast counts as the same ViT
-        a, b = (str(about.get(name)).removesuffix("@bf16") for about in (mine, theirs))
-        if a != b:
-            raise errors.UserError(
-                f"--val-data.shard-root {val_data.shard_root}: {name} is {a}, but {b} in --data. Pass "
-                "held-out shards of the same ViT, and the same --val-data.layer and --val-data.patches "
-                "as for --data."
-            )
-
-
-@beartype.beartype
-def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
-    """Evaluates a finished run on --val-data, else on a sample of --data, unless that was done.
+def ensure(dpath: pathlib.Path, cfg: config.Train, acts: activations.Activations) -> None:
+    """Evaluates a finished run, unless that was done.
 
     Replaces results on other activations, but never results on held-out activations by results on --data.
+
+    Args:
+        acts: those of --val-data; without that flag, those of --data.
     """
     if not (dpath / "sae.pt").exists() or is_done(dpath, cfg):
         return
-    data, asked = _asked(cfg)
-    acts = reader.Reader(data)
     n = min(cfg.n_val_patches, len(acts))
     device = devices.pick(cfg.device)
     sae = nn.load(dpath / "sae.pt").to(device)
-    sae.check_fits(acts.describe(), str(dpath / "sae.pt"), data.shard_root)
+    sae.check_fits(acts.space, str(dpath / "sae.pt"), acts.given)
     batch_size = max(1, min(cfg.batch_size, n, memory.EVALUATED_CODES // (4 * sae.d_sae)))
     stream = shuffled.Shuffled(
-        data,
+        acts,
         batch_size=batch_size,
         seed=cfg.seed + 1,
         pool_bytes=int(cfg.pool_gb * 1e9),
@@ -86,7 +68,7 @@ def ensure(dpath: pathlib.Path, cfg: config.Train) -> None:
     arrays = sums.latents()
     with helpers.atomic(dpath / "latents.npz") as tmp_fpath, tmp_fpath.open("wb") as fd:
         np.savez(fd, **arrays)
-    found = {**asked, **sums.metrics(), "grad_norm": _last_grad_norm(dpath)}
+    found = {**_asked(cfg), **sums.metrics(), "grad_norm": _last_grad_norm(dpath)}
     helpers.write_text(dpath / "metrics.json", jsonfile.seal(found))
 
 
@@ -100,7 +82,7 @@ def is_done(dpath: pathlib.Path, cfg: config.Train) -> bool:
         return False
     asked, defaults = (
         json.loads(jsonfile.dumps(fields))
-        for fields in (_asked(cfg)[1], dataclasses.asdict(data_config.Shards()))
+        for fields in (_asked(cfg), dataclasses.asdict(data_config.Shards()))
     )
     if isinstance(data := found.get("data"), dict):  # older files lack newer fields
         found["data"] = defaults | data
@@ -109,12 +91,11 @@ def is_done(dpath: pathlib.Path, cfg: config.Train) -> bool:
     return (dpath / "sae.pt").exists() and (is_same or is_better)
 
 
-def _asked(cfg: config.Train) -> tuple[data_config.Shards, dict[str, object]]:
-    """(the activations to evaluate on, their description in metrics.json)."""
+def _asked(cfg: config.Train) -> dict[str, object]:
+    """What metrics.json says of the activations that it was evaluated on."""
     held_out = bool(cfg.val_data.shard_root)
     data = cfg.val_data if held_out else cfg.data
-    asked = {"held_out": held_out, "data": dataclasses.asdict(data), "asked": cfg.n_val_patches}
-    return data, asked
+    return {"held_out": held_out, "data": dataclasses.asdict(data), "asked": cfg.n_val_patches}
 
 
 def _last_grad_norm(dpath: pathlib.Path) -> float | None:

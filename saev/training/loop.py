@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saev import devices, errors, fields, helpers, nn, tracking
-from saev.data import shuffled
+from saev.data import activations, shuffled
 from saev.formats import jsonfile
 from saev.nn import objectives, robust
 from saev.training import config, evaluate, interrupts, memory, parallel, peek, state
@@ -35,18 +35,24 @@ def main(cfgs: list[config.Train]) -> list[str]:
             other runs are trained and saved first, and `done` holds their paths.
     """
     with parallel.joined(cfgs[0].data_parallel, devices.pick(cfgs[0].device)) as world:
-        stream = _stream(cfgs[0])
-        cfgs = [with_d_vit(cfg, stream.reader.d_vit) for cfg in cfgs]
-        for val_data in {cfg.val_data for cfg in cfgs if cfg.val_data.shard_root}:
-            evaluate.check(val_data, stream.reader)
+        acts = activations.Activations.open(cfgs[0].data)
+        held_out = {
+            data: activations.Activations.open(data, "--val-data", among=[acts])
+            for data in {cfg.val_data for cfg in cfgs if cfg.val_data.shard_root}
+        }
+        for others in held_out.values():
+            acts.space.check_same(others.space, whose=acts.given, flag=others.given)
+        cfgs = [with_d_vit(cfg, acts.d_vit) for cfg in cfgs]
         for text in {cfg.window_warning for cfg in cfgs} - {""}:
             logger.warning("%s", text)
-        dpaths = [_run_dpath(cfg, stream.reader.hash) for cfg in cfgs]
+        dpaths = [_run_dpath(cfg, acts.fingerprint) for cfg in cfgs]
         named = dict(zip(dpaths, cfgs, strict=True))  # equal runs are trained once
         unfinished = [d for d, cfg in named.items() if not evaluate.is_done(d, cfg)]
         locks = [d.with_name(f".{d.name}.lock") for d in unfinished]
         with world.locked(locks, f"it trains {', '.join(d.name for d in unfinished)}"):
-            lost = _train_all(stream, named, world)
+            lost = _train_all(_stream(cfgs[0], acts), named, world)
+            for dpath, cfg in named.items() if world.is_first else []:
+                evaluate.ensure(dpath, cfg, held_out.get(cfg.val_data, acts))
         fpaths = [str(dpath / "sae.pt") for dpath in dpaths if (dpath / "sae.pt").exists()]
     if lost:
         raise errors.UserError(" ".join(lost), done=fpaths)
@@ -56,21 +62,19 @@ def main(cfgs: list[config.Train]) -> list[str]:
 def _train_all(
     stream: shuffled.Shuffled, cfgs: dict[pathlib.Path, config.Train], world: parallel.World
 ) -> list[str]:
-    """Trains and evaluates unfinished runs. Returns an error line for each run that diverged."""
+    """Trains unfinished runs. Returns an error line for each run that diverged."""
     for dpath in [*{d.parent for d in cfgs}, *cfgs]:
         helpers.sweep(dpath)
     todo = {dpath: cfg for dpath, cfg in cfgs.items() if not (dpath / "sae.pt").exists()}
     for dpath in (d for d in cfgs if d not in todo):
         logger.info("%s: already trained. To train again, pass another --seed or --ckpt-to.", dpath)
     if todo and world.is_first and not stream.pin:  # the formula holds on a CPU
-        acts = stream.reader
+        acts = stream.acts
         n_bytes = memory.peak(list(todo.values()), len(acts), acts.token_bytes)
         logger.info("memory: about %.1f GB (docs/memory.md)", n_bytes / 1e9)
     lost: list[str] = []
     for start, together in state.starts({d: _states(c, d, world) for d, c in todo.items()}):
         lost += _train(stream, {d: todo[d] for d in together}, start, world)
-    for dpath, cfg in cfgs.items() if world.is_first else []:
-        evaluate.ensure(dpath, cfg)
     return lost
 
 
@@ -81,9 +85,9 @@ def _states(cfg: config.Train, dpath: pathlib.Path, world: parallel.World) -> li
     return state.usable(dpath, Run(cfg, dpath, devices.pick(cfg.device), world).restore)
 
 
-def _stream(cfg: config.Train) -> shuffled.Shuffled:
+def _stream(cfg: config.Train, acts: activations.Activations) -> shuffled.Shuffled:
     return shuffled.Shuffled(
-        cfg.data,
+        acts,
         batch_size=cfg.batch_size,
         seed=cfg.seed,
         pool_bytes=int(cfg.pool_gb * 1e9),
@@ -93,21 +97,21 @@ def _stream(cfg: config.Train) -> shuffled.Shuffled:
 
 
 @beartype.beartype
-def run_id(cfg: config.Train, activations: str) -> str:
-    """Eight hex digits of a hash of all that determines the weights. activations: `reader.Reader.hash`."""
+def run_id(cfg: config.Train, fingerprint: str) -> str:
+    """Eight hex digits of a hash of all that determines the weights. fingerprint: `Activations.fingerprint`."""
     if not _uses_window(cfg):
         cfg = dataclasses.replace(cfg, dead_window=None)
-    parts = {"cfg": fields.identity(cfg), "revision": REVISION, "activations": activations}
+    parts = {"cfg": fields.identity(cfg), "revision": REVISION, "activations": fingerprint}
     return helpers.hash_of(parts)[:8]
 
 
 @beartype.beartype
-def old_run_id(cfg: config.Train, activations: str) -> str:
+def old_run_id(cfg: config.Train, fingerprint: str) -> str:
     """The id in version 0.1, which also hashed fields at their defaults."""
     parts = {name: dataclasses.asdict(cfg)[name] for name in fields.result_names(config.Train)}
     if not _uses_window(cfg):
         del parts["dead_window"]
-    parts |= {"revision": REVISION, "activations": activations}
+    parts |= {"revision": REVISION, "activations": fingerprint}
     parts |= {"cls": type(cfg.sae).__name__, "objective_cls": type(cfg.objective).__name__}
     return helpers.hash_of(parts)[:8]
 
@@ -117,9 +121,9 @@ def _uses_window(cfg: config.Train) -> bool:
     return any(getattr(cfg.sae, name, 0) for name in ("aux_coeff", "resample_every"))
 
 
-def _run_dpath(cfg: config.Train, activations: str) -> pathlib.Path:
+def _run_dpath(cfg: config.Train, fingerprint: str) -> pathlib.Path:
     """The run's folder. A folder with the run's old id is used if it exists."""
-    new, old = (pathlib.Path(cfg.ckpt_to) / name(cfg, activations) for name in (run_id, old_run_id))
+    new, old = (pathlib.Path(cfg.ckpt_to) / name(cfg, fingerprint) for name in (run_id, old_run_id))
     return old if (old / "config.json").exists() and not new.exists() else new
 
 
@@ -154,7 +158,7 @@ def _start_tracker(run: Run, start: int, stream: shuffled.Shuffled) -> tracking.
         **dataclasses.asdict(cfg),
         "architecture": type(cfg.sae).__name__,
         "objective_name": type(cfg.objective).__name__,
-        "activations": stream.reader.describe(),
+        "activations": stream.acts.space.describe(),
     }
     helpers.write_text(dpath / "config.json", jsonfile.seal(record))
     (dpath / "failed.json").unlink(missing_ok=True)
@@ -200,7 +204,7 @@ class _Loop:
             if self.world.is_first:
                 for run, tracker in self.runs:
                     tracker.flush()
-                    nn.save(run.finished(), run.dpath / "sae.pt", self.stream.reader.describe())
+                    nn.save(run.finished(), run.dpath / "sae.pt", self.stream.acts.space.describe())
                     state.remove(run.dpath)
             (asked,) = self._any(signals.asked is not None)
             if asked:
@@ -223,7 +227,7 @@ class _Loop:
 
     def _fit_starts(self) -> None:
         """Initialises from data, on many activations. Training then sees these activations too."""
-        x_ND = self.batches.peek(peek.n_activations(self.stream.reader)).to(self.device)
+        x_ND = self.batches.peek(peek.n_activations(self.stream.acts)).to(self.device)
         for run, _ in self.runs:
             run.start(x_ND)
         is_clipped = all(run.cfg.max_norm_ratio for run, _ in self.runs)
@@ -263,7 +267,7 @@ class _Loop:
             if steps := state.usable(run.dpath, run.restore):
                 run.restore(state.load(run.dpath, steps[-1]))
                 fpath = run.dpath / "last-good.pt"
-                nn.save(run.finished(), fpath, self.stream.reader.describe())
+                nn.save(run.finished(), fpath, self.stream.acts.space.describe())
                 reason += f"; {fpath} is the SAE after step {steps[-1]}"
             else:
                 reason += "; no state was saved before that (--save-every)"

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float32, Float64, Int64, jaxtyped
 from torch import Tensor
 
 from saev import devices, errors, helpers, nn
-from saev.data import images, ordered, reader
+from saev.data import activations, images, ordered
 from saev.nn import metrics
 from saev.visuals import config, memory, render
 
@@ -52,15 +52,15 @@ def main(cfg: config.Visuals) -> str:
         raise errors.UserError("--ckpt is missing: pass the sae.pt that train.py printed.")
     sae = nn.load(cfg.ckpt, str(devices.pick(cfg.device)))
     stream = _stream(cfg, sae)
-    gallery = _gallery(cfg, stream.reader)
+    gallery = _gallery(cfg, stream.acts)
     dpath = pathlib.Path(cfg.dump_to).resolve()
     helpers.sweep(dpath.parent, dpath.name)
     render.check_target(dpath)
     # Before the long pass, check that images exist: all of a small data set, a sample of a large one.
-    image_is = stream.reader.image_is_N
+    image_is = stream.acts.image_is_N
     render.check_images(gallery, image_is[:: max(1, len(image_is) // MAX_CHECKED)].tolist())
     if sae.W_enc.device.type == "cpu":  # the formula holds on a CPU
-        shape = (stream.reader.n_tokens, sae.d_vit, sae.d_sae)
+        shape = (stream.acts.n_tokens, sae.d_vit, sae.d_sae)
         n_bytes = memory.peak(cfg.n_images, stream.block, *shape)
         logger.info("memory: about %.2f GB (docs/memory.md)", n_bytes / 1e9)
     stats = collect(sae, stream, cfg.n_images)
@@ -71,31 +71,30 @@ def main(cfg: config.Visuals) -> str:
 
 def _stream(cfg: config.Visuals, sae: nn.SparseAutoencoder) -> ordered.Ordered:
     """The image patches in order, in blocks whose codes fit in MAX_CODES."""
-    data = dataclasses.replace(cfg.data, patches="image")
-    source = reader.Reader(data)
-    sae.check_fits(source.describe(), cfg.ckpt, cfg.data.shard_root)
-    n_imgs = max(1, min(64, MAX_CODES // (source.n_tokens * sae.d_sae)))
-    return ordered.Ordered(data, n_imgs=n_imgs)
+    acts = activations.Activations.open(dataclasses.replace(cfg.data, patches="image"))
+    sae.check_fits(acts.space, cfg.ckpt, acts.given)
+    n_imgs = max(1, min(64, MAX_CODES // (acts.n_tokens * sae.d_sae)))
+    return ordered.Ordered(acts, n_imgs=n_imgs)
 
 
-def _gallery(cfg: config.Visuals, source: reader.Reader) -> render.Gallery:
+def _gallery(cfg: config.Visuals, acts: activations.Activations) -> render.Gallery:
     """The images' source, and the grid of patches on them."""
     if not cfg.images.root:
         raise errors.UserError("--images.root is missing: pass the folder that was dumped.")
-    fields = source.transform()
+    fields = acts.transform()
     if not fields:
         logger.info(
             "%s: has no transform.json; heat maps assume a square centre crop", cfg.data.shard_root
         )
     transform = images.Transform.from_dict(fields) if fields else None
-    layer = source.only_layer("heat maps show")
+    layer = acts.only_layer("heat maps show")
     return render.Gallery(
         ckpt=cfg.ckpt,
-        source=f"layer {layer} of {source.metadata.vit_ckpt} on {source.n_imgs:,} images",
+        source=f"layer {layer} of {acts.metadata.vit_ckpt} on {acts.n_imgs:,} images",
         root=images.image_root(cfg.images),
-        records=source.records,
+        records=acts.records,
         transform=transform,
-        grid=render.grid(source.n_tokens, transform.size if transform else None),
+        grid=render.grid(acts.n_tokens, transform.size if transform else None),
         sha256=helpers.hash_file(pathlib.Path(cfg.ckpt)),
     )
 
@@ -120,7 +119,7 @@ def collect(sae: nn.SparseAutoencoder, stream: ordered.Ordered, k: int) -> Stats
         value_SX, order_SX = value_SX.sort(dim=1, descending=True, stable=True)
         value_SK, image_SK = value_SX[:, :k], image_SX.gather(1, order_SX[:, :k])
     mean_S = torch.where(n_fired_S > 0, total_S / n_fired_S, torch.nan)
-    freq_S = n_fired_S.double() / len(stream.reader)
+    freq_S = n_fired_S.double() / len(stream.acts)
     return Stats(*(t.cpu().contiguous().numpy() for t in (freq_S, mean_S, value_SK, image_SK)))
 
 
@@ -189,14 +188,14 @@ def _pages(
                 wanted.setdefault(int(image_i), []).append((latent, rank))
     heat_P: dict[tuple[int, int], np.ndarray] = {}
     for image_i in helpers.progress(sorted(wanted), "heat maps", len(wanted), "images"):
-        f_PS = _codes(sae, _read_image(stream.reader, image_i))[0].cpu().numpy()
+        f_PS = _codes(sae, _read_image(stream.acts, image_i))[0].cpu().numpy()
         heat_P |= {key: f_PS[:, key[0]].copy() for key in wanted[image_i]}
     return [_page(stats, latent, heat_P) for latent in latents_C.tolist()]
 
 
-def _read_image(source: reader.Reader, image_i: int) -> np.ndarray:
-    position = int(np.searchsorted(source.image_is_N, image_i))
-    return source.read(position, position + 1)
+def _read_image(acts: activations.Activations, image_i: int) -> np.ndarray:
+    position = int(np.searchsorted(acts.image_is_N, image_i))
+    return acts.read(position, position + 1)
 
 
 def _page(stats: Stats, latent: int, heat_P: dict[tuple[int, int], np.ndarray]) -> render.Page:

@@ -22,6 +22,7 @@ from saev.data import config as data_config
 from saev.data import indexed, ordered, shuffled
 from saev.demo import minicub
 from saev.protoeval import config as protoeval_config
+from saev.protoeval import merge
 from saev.training import config as training_config
 from saev.visuals import config as visuals_config
 
@@ -31,7 +32,7 @@ STAGES = {
     "dump": ("python -m saev.data", data_config.Dump, "saev.data.dump:main"),
     "train": ("train.py", training_config.Train, "saev.training.loop:main"),
     "look": ("visuals.py", visuals_config.Visuals, "saev.visuals.collect:main"),
-    "evaluate": ("protoeval.py", protoeval_config.ProtoEval, "saev.protoeval.select:main"),
+    "evaluate": ("protoeval.py", protoeval_config.ProtoEval, "saev.protoeval.run:main"),
 }
 TAKES_ONE = ("dump", "look")
 """Stages that take one config; the others take a list."""
@@ -169,7 +170,7 @@ class Chain:
         in_order = ordered.Ordered(data)
         parts += [[block.image_i_N, block.act_NXD] for block in in_order]
         reader = in_order.reader
-        parts += [reader.describe(), [list(r) for r in reader.records], reader.transform()]
+        parts += [reader.space.describe(), [list(r) for r in reader.records], reader.transform()]
         mixed = shuffled.Shuffled(data, batch_size=512, seed=0, pool_bytes=2**24, n_threads=1)
         n_batches = len(reader) // 512
         parts += [b.act_BD.numpy() for _, b in zip(range(n_batches), mixed, strict=False)]
@@ -194,9 +195,8 @@ class Chain:
 
     def report(self, to: str = "results") -> str:
         """What `protoeval.py --report` writes about the results below a folder."""
-        from saev.protoeval import joint
 
-        out = joint.write(self.root / to)
+        out = merge.write(self.root / to)
         texts = [(out / name).read_text() for name in ("table.csv", "differences.csv")]
         shutil.rmtree(out)
         return digest(texts)

@@ -42,7 +42,7 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class Joint:
+class Merged:
     """All results as one."""
 
     abouts: list[results.About]
@@ -57,7 +57,7 @@ class Joint:
     older: list[str]
     """For each cell that gave way to a newer one, the name of its directory."""
 
-    def section(self, labels: str, certainty: int) -> "Joint":
+    def section(self, labels: str, certainty: int) -> "Merged":
         """What was measured on the same labels. The rest is not comparable with it."""
         here = pl.col("labels") == labels, pl.col("min_certainty") == certainty
         abouts = [a for a in self.abouts if (a.labels, a.min_certainty) == (labels, certainty)]
@@ -71,7 +71,7 @@ class Joint:
 
 @beartype.beartype
 def write(root: pathlib.Path) -> pathlib.Path:
-    """Writes `root`/report: the joint tables (docs/results.md). If a cell was evaluated twice, the newest wins.
+    """Writes `root`/report: the tables (docs/results.md). If a cell was evaluated twice, the newest wins.
 
     Two cells are the same if ViT, layer, tokens, activations, labels, certainty, scorer (with all its settings, its checkpoint and what
     it was fitted on), numbers of prototypes and train images, and seed are the same. Results on other labels get tables of their own.
@@ -89,12 +89,12 @@ def write(root: pathlib.Path) -> pathlib.Path:
         raise errors.UserError(
             f"--report {root}: holds no results. Pass the folder that protoeval.py wrote to (--dump-to).{single}"
         )
-    out, joint = root / "report", join(found)
-    sections = joint.cells.select("labels", "min_certainty").unique(maintain_order=True).rows()
+    out, merged = root / "report", merge(found)
+    sections = merged.cells.select("labels", "min_certainty").unique(maintain_order=True).rows()
     text, tex, chart_fpaths = [], [], []
     for labels, certainty in sections:
         part, where = (
-            joint.section(labels, certainty),
+            merged.section(labels, certainty),
             f"abels {labels[:8]}, certainty from {certainty}",
         )
         text += [f"L{where}:\n", *_text(part)]
@@ -103,22 +103,24 @@ def write(root: pathlib.Path) -> pathlib.Path:
         name = "chart.png" if len(sections) == 1 else f"chart-{labels[:8]}-{certainty}.png"
         chart_fpaths.append(out / name)
         charts.save(charts.grid(part.drawn), chart_fpaths[-1])
-    if joint.older:
-        names = ", ".join(sorted(set(joint.older)))
-        text.append(f"{len(joint.older)} older cells gave way to newer ones (of {names}).\n")
+    if merged.older:
+        names = ", ".join(sorted(set(merged.older)))
+        text.append(f"{len(merged.older)} older cells gave way to newer ones (of {names}).\n")
     for fpath in out.glob("chart*.png"):  # of an older report
         if fpath not in chart_fpaths:
             fpath.unlink()
-    frame.write_csv(out / "table.csv", joint.cells.select(*PLACE, *results.SUMMARY))
-    frame.write_csv(out / "differences.csv", joint.differences.select(*PLACE, *results.DIFFERENCES))
-    frame.write_csv(out / "seeds.csv", joint.seeds.select(*PLACE, *results.SEEDS))
-    frame.write_parquet(out / "traits.parquet", joint.traits)
+    frame.write_csv(out / "table.csv", merged.cells.select(*PLACE, *results.SUMMARY))
+    frame.write_csv(
+        out / "differences.csv", merged.differences.select(*PLACE, *results.DIFFERENCES)
+    )
+    frame.write_csv(out / "seeds.csv", merged.seeds.select(*PLACE, *results.SEEDS))
+    frame.write_parquet(out / "traits.parquet", merged.traits)
     helpers.write_text(out / "table.tex", "\n".join(tex))
     helpers.write_text(out / "table.md", "\n".join(text))
     return out
 
 
-def _text(part: Joint) -> list[str]:
+def _text(part: Merged) -> list[str]:
     """A section of table.md."""
     place = _place(part.cells)
     text = [w for w in dict.fromkeys(map(report.warning, part.abouts)) if w]
@@ -189,7 +191,7 @@ def _read(dpath: pathlib.Path) -> Result:
 
 
 @beartype.beartype
-def join(found: list[Result]) -> Joint:
+def merge(found: list[Result]) -> Merged:
     """found: oldest first."""
     cells, replaced = _newest(_concat(found, [result.cells for result in found]), CELL)
     cells = _named(cells, _names(cells, found))
@@ -203,7 +205,7 @@ def join(found: list[Result]) -> Joint:
         *stats.PLACE, "cls", "family", *results.CELL, maintain_order=True
     ).agg(means)
     by_place = cells.sort(stats.PLACE, maintain_order=True)
-    return Joint(
+    return Merged(
         abouts=[found[i].about for i in by_place["result"].unique(maintain_order=True)],
         cells=stats.in_order(cells),
         kinds=kinds.filter(stats.largest(*SCORER)).sort(stats.PLACE, maintain_order=True),
@@ -242,8 +244,8 @@ def _names(cells: pl.DataFrame, found: list[Result]) -> pl.DataFrame:
             scorer = found[i].about.scorer(name)
             scorers[scorer.id] = scorer
         families = {key: scorer.seedless for key, scorer in scorers.items()}
-        names = _told_apart(list(scorers.values()))
-        family_names = _told_apart(list({f.id: f for f in families.values()}.values()))
+        names = _distinct_names(list(scorers.values()))
+        family_names = _distinct_names(list({f.id: f for f in families.values()}.values()))
         lines += [(*place, key, names[key], family_names[families[key].id]) for key in scorers]
     columns = {key: cells.schema[key] for key in SCORER}
     return pl.DataFrame(
@@ -251,7 +253,7 @@ def _names(cells: pl.DataFrame, found: list[Result]) -> pl.DataFrame:
     )
 
 
-def _told_apart(scorers: list[results.ScorerId]) -> dict[str, str]:
+def _distinct_names(scorers: list[results.ScorerId]) -> dict[str, str]:
     """Id -> name, with the settings that differ where several have one name (of hashes the first 8 digits)."""
     out = {}
     for scorer in scorers:

@@ -1,7 +1,7 @@
-"""One pass over a shard directory: scores of CUB's images for every prototype of every scorer, and their mean activations.
+"""Scores CUB's images for every prototype of every scorer, and takes their mean activations, in one pass over the shards.
 
 Both go to files that the pass fills image by image, so memory is bounded and a killed pass goes on. N images, K
-prototypes of all scorers side by side, D d_vit, B images of a block, P patches.
+prototypes of all scorers side by side, C of them, T traits, D d_vit, B images of a block, P patches.
 """
 
 import dataclasses
@@ -17,12 +17,13 @@ import msgspec
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Float32, Int64, jaxtyped
+from jaxtyping import Bool, Float32, Int64, jaxtyped
 
-from saev import errors, helpers, scorers
-from saev.data import config as data_config
-from saev.data import ordered, reader
+from saev import devices, errors, helpers, scorers
+from saev.data import activations, cub, ordered
 from saev.formats import jsonfile
+from saev.protoeval import fit
+from saev.protoeval.experiment import Experiment
 
 logger = logging.getLogger("saev")
 
@@ -55,11 +56,71 @@ class Scores:
     image_i_N: Int64[np.ndarray, " N"]
 
 
-@torch.inference_mode()
+@jaxtyped(typechecker=beartype.beartype)
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split's images, in the order of CUB's images.txt."""
+
+    scores: Scores
+    column_N: Int64[np.ndarray, " N"]
+    """Their places among the scores."""
+    labels_NT: Bool[np.ndarray, "N T"]
+
+    def of(self, prototypes: slice | np.ndarray) -> Float32[np.ndarray, "C N"]:
+        """Scores of some prototypes, in memory."""
+        return self.scores.scores_KN[prototypes][:, self.column_N]
+
+    @property
+    def mean_ND(self) -> Float32[np.ndarray, "N D"]:
+        return self.scores.mean_ND[self.column_N]
+
+
 @beartype.beartype
 def score(
+    experiment: Experiment, banks: list[fit.Bank], dpath: pathlib.Path
+) -> tuple[Split, Split]:
+    """Scores the images that are chosen on and those that are measured on.
+
+    One pass does for both where they lie in the same shards. dpath: where a killed pass goes on from.
+
+    Raises:
+        UserError: see `score_images`.
+    """
+    cfg, sides = experiment.cfgs[0], experiment.sides
+    device = devices.pick(cfg.device)
+    run = [bank.scorer.to(device) for bank in banks]
+
+    def scored(acts: activations.Activations, row_of: dict[int, int], name: str) -> Scores:
+        """In the order of images.txt, so that no result depends on the order of the shards."""
+        image_is = sorted(row_of, key=row_of.__getitem__)
+        return score_images(run, acts, image_is, dpath / name, device, cfg.memory_gb)
+
+    if sides.chosen.acts is sides.measured.acts:
+        of_both = scored(sides.chosen.acts, sides.chosen.row_of | sides.measured.row_of, "all")
+        found = [of_both, of_both]
+    else:
+        found = [scored(side.acts, side.row_of, side.split) for side in sides]
+    chosen, measured = (
+        _split(scores, side.row_of, experiment.labels)
+        for scores, side in zip(found, sides, strict=True)
+    )
+    return chosen, measured
+
+
+def _split(scores: Scores, row_of: dict[int, int], labels: cub.Cub) -> Split:
+    columns = [n for n, i in enumerate(scores.image_i_N.tolist()) if i in row_of]
+    rows = [row_of[i] for i in scores.image_i_N[columns].tolist()]
+    return Split(scores, np.array(columns, np.int64), labels.labels_NT[rows])
+
+
+# ---- one pass ----
+
+
+@torch.inference_mode()
+@beartype.beartype
+def score_images(
     run: list[scorers.Scorer],
-    data: data_config.Shards,
+    acts: activations.Activations,
     image_is: list[int],
     dpath: pathlib.Path,
     device: torch.device,
@@ -74,7 +135,6 @@ def score(
     Raises:
         UserError: bad shards or activations, or a score that is no number.
     """
-    acts = reader.Reader(data)
     image_i_N = np.array(image_is, np.int64)
     n_prototypes = sum(s.n_prototypes for s in run)
     dpath.mkdir(parents=True, exist_ok=True)
@@ -85,7 +145,9 @@ def score(
     image_bytes = 4 * (5 * acts.n_per_img * acts.d_vit + 2 * n_prototypes)
     n_imgs = int(np.clip(memory_gb * 1e9 / image_bytes, 1, MAX_BLOCK))
     # of what the scores are; block sizes may change their last bits
-    said = helpers.hash_of([[s.digest() for s in run], acts.hash, image_is, n_imgs, device.type])
+    said = helpers.hash_of(
+        [[s.digest() for s in run], acts.fingerprint, image_is, n_imgs, device.type]
+    )
     shapes = {
         "scores.bin": (n_prototypes, len(image_i_N)),
         "means.bin": (len(image_i_N), acts.d_vit),
@@ -94,7 +156,7 @@ def score(
     blocks = _done(done_fpath, said, shapes, columns_N)
     first = sum(n for n, _ in blocks)
     scores_KN, mean_ND = (_mapped(dpath / name, shape) for name, shape in shapes.items())
-    stream = ordered.Ordered(data, n_imgs, first)
+    stream = ordered.Ordered(acts, n_imgs, first)
     saved_s = time.monotonic()
     for block in helpers.progress(stream, "score", len(stream), "blocks"):
         column_B = column_of[block.image_i_N]

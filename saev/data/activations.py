@@ -1,13 +1,15 @@
 """The only code that reads acts*.bin: tokens of chosen layers from one or more shard directories.
 
 Images are addressed by their position among the images that can be read (skipped ones are left out);
-`Reader.image_is_N` gives their numbers, which count every image of every directory.
+`Activations.image_is_N` gives their numbers, which count every image of every directory.
 
 Shape letters: N images, X tokens of an image that were asked for (layer after layer), D d_vit.
 """
 
 import collections.abc
+import copy
 import functools
+import itertools
 import os
 import typing as tp
 
@@ -16,9 +18,9 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, Shaped, jaxtyped
 
-from saev import errors, helpers
+from saev import errors, fields, helpers
 from saev.data import config
-from saev.formats import shards
+from saev.formats import shards, space
 from saev.formats.pieces import SUM_BYTES
 
 RUN_BYTES = 2**20
@@ -106,12 +108,13 @@ class _Part(tp.NamedTuple):
     """Its images of the stream, by their numbers in the directory."""
 
 
-class Reader:
-    """Chosen layers and tokens of shard directories, as one stream.
+class Activations:
+    """Chosen layers and tokens of shard directories, as one stream. A stage opens them once and passes them on.
 
     Args:
         cfg: which.
-        advice: to the kernel, of the order in which files will be read.
+        flag: that names them on the command line, for messages.
+        among: other activations; a directory that they have open is not opened again.
 
     Raises:
         UserError: see `shards.ShardDir.open`; also a layer that was not recorded, [CLS] asked of a model without, or
@@ -119,14 +122,26 @@ class Reader:
     """
 
     @beartype.beartype
-    def __init__(self, cfg: config.Shards, advice: int = SEQUENTIAL):
+    def __init__(
+        self,
+        cfg: config.Shards,
+        flag: str = "--data",
+        among: collections.abc.Iterable["Activations"] = (),
+    ):
         if not cfg.shard_root:
             raise errors.UserError(
-                "--data.shard-root is missing: pass the directory that `python -m saev.data` printed."
+                f"{flag}.shard-root is missing: pass the directory that `python -m saev.data` printed."
             )
-        self.advice = advice
+        self.cfg = cfg
+        self.flag = flag
+        self.root = cfg.shard_root
         roots = (cfg.shard_root, *cfg.more_roots)
-        self.dirs = [shards.ShardDir.open(root, partial=cfg.partial) for root in roots]
+        is_open = {(part.dpath, acts.cfg.partial): part for acts in among for part in acts.dirs}
+        self.dirs = [
+            is_open.get((fields.path(root), cfg.partial))
+            or shards.ShardDir.open(root, partial=cfg.partial)
+            for root in roots
+        ]
         self.metadata = self.dirs[0].metadata
         self.layers = _layers(self.dirs, cfg.layer)
         self.tokens = _token_slice(self.dirs[0], cfg.patches)
@@ -135,25 +150,72 @@ class Reader:
         self.dtype = self.metadata.dtype
         self.token_bytes = self.metadata.token_bytes
         self.pieces = self.dirs[0].pieces
-        _check_alike(self.dirs)
+        self.space, *others = (self._space_of(part.metadata) for part in self.dirs)
+        for part, other in zip(self.dirs[1:], others, strict=True):
+            self.space.check_same(
+                other, whose=self.given, flag=f"{flag}.more-roots {part.dpath}", patches=False
+            )
+        _check_stored_alike(self.dirs, flag)
+        self.n_all = sum(part.metadata.n_imgs for part in self.dirs)
+        self.chosen: tuple[int, ...] | None = None
+        self.advice = SEQUENTIAL
         self._files = _Files()
+        self._choose(None)
+
+    @staticmethod
+    @beartype.beartype
+    def open(
+        data: "config.Shards | Activations",
+        flag: str = "--data",
+        among: collections.abc.Iterable["Activations"] = (),
+    ) -> "Activations":
+        """Opens the activations that a config names. Those that are open already are returned as they are."""
+        return data if isinstance(data, Activations) else Activations(data, flag, among)
+
+    @beartype.beartype
+    def only(self, image_is: collections.abc.Collection[int]) -> "Activations":
+        """The stream of some images, by their numbers. It shares this one's directories."""
+        out = copy.copy(self)
+        out.__dict__.pop("fingerprint", None)
+        out._choose(tuple(sorted(image_is)))
+        return out
+
+    @beartype.beartype
+    def advised(self, advice: int) -> "Activations":
+        """The same stream, which tells the kernel in what order its files will be read (POSIX_FADV_*)."""
+        out = copy.copy(self)
+        out.advice, out._files = advice, _Files()
+        return out
+
+    def _space_of(self, m: shards.Metadata) -> space.Space:
+        is_cls = self.n_tokens == 1 and m.cls_token and self.first_patch < 0
+        patches = "cls" if is_cls else "all" if self.first_patch < 0 else "image"
+        described = {"vit_family": m.vit_family, "vit_ckpt": m.vit_ckpt}
+        return space.Space.of(described | {"layers": self.layers, "patches": patches}, m.d_vit)
+
+    def _choose(self, image_is: tuple[int, ...] | None) -> None:
+        """Makes the stream one of these images; of all images if None."""
+        self.chosen = image_is
         self._parts: list[_Part] = []
         images, first_image, first = [], 0, 0
         for part in self.dirs:
             layer_is = tuple(part.metadata.layers.index(layer) for layer in self.layers)
             image_is_N = part.image_is_N
-            if isinstance(cfg, config.Subset):
-                image_is_N = image_is_N[np.isin(image_is_N + first_image, cfg.image_is)]
+            if image_is is not None:
+                image_is_N = image_is_N[np.isin(image_is_N + first_image, image_is)]
             self._parts.append(_Part(part, layer_is, first_image, first, image_is_N))
             images.append(image_is_N + first_image)
             first_image += part.metadata.n_imgs
             first += len(image_is_N)
         self._firsts = [part.first for part in self._parts]
         self.image_is_N: Int64[np.ndarray, " N"] = np.concatenate(images)
-        self.n_all = first_image
-        self.chosen = cfg.image_is if isinstance(cfg, config.Subset) else None
         if not len(self.image_is_N):
-            raise errors.UserError(f"{cfg.shard_root}: holds no image that could be read.")
+            raise errors.UserError(f"{self.root}: holds no image that could be read.")
+
+    @property
+    def given(self) -> str:
+        """The flag and the directory, for messages."""
+        return f"{self.flag}.shard-root {self.root}"
 
     @property
     def n_imgs(self) -> int:
@@ -168,7 +230,7 @@ class Reader:
         """
         if len(self.layers) > 1:
             raise errors.UserError(
-                f"--data.layer all: {what} one layer at a time. Pass one of {self.layers}."
+                f"{self.flag}.layer all: {what} one layer at a time. Pass one of {self.layers}."
             )
         return self.layers[0]
 
@@ -191,9 +253,9 @@ class Reader:
         """patch_i of token 0 of the choice: -1 stands for [CLS]."""
         return self.tokens.start - int(self.metadata.cls_token)
 
-    @property
-    def hash(self) -> str:
-        """Names what the stream holds: activations, images and their order, layers and tokens."""
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of what the stream holds: activations, images and their order, layers and tokens."""
         parts = [part.fingerprint for part in self.dirs]
         chosen = [] if self.chosen is None else [self.chosen]
         return helpers.hash_of([parts, self.layers, self.tokens.start, self.tokens.stop, *chosen])
@@ -208,20 +270,6 @@ class Reader:
             for skipped in sidecar.skipped
         ]
 
-    def describe(self) -> dict[str, object]:
-        """What the activations are of, for those who keep something made from them: the ViT, its layers, which tokens."""
-        m = self.metadata
-        kinds = {(False, True): "all", (True, False): "cls"}
-        is_cls = self.tokens.stop - self.tokens.start == 1 and m.cls_token and self.first_patch < 0
-        patches = kinds.get((is_cls, self.first_patch < 0 and not is_cls), "image")
-        return {
-            "vit_family": m.vit_family,
-            "vit_ckpt": m.vit_ckpt,
-            "layers": list(self.layers),
-            "patches": patches,
-            "d_vit": m.d_vit,
-        }
-
     @functools.cached_property
     def records(self) -> list[shards.Record]:
         """Path and label by image number, of the images that cannot be read too.
@@ -229,7 +277,8 @@ class Reader:
         Raises:
             UserError: see `shards.ShardDir.records`.
         """
-        return [record for part in self.dirs for record in part.records]
+        first, *others = (part.records for part in self.dirs)
+        return [*first, *itertools.chain(*others)] if others else first
 
     def transform(self) -> dict[str, object]:
         """The image transform's description; empty when another tool made the dump.
@@ -430,16 +479,16 @@ def _layers(dirs: list[shards.ShardDir], layer: int | str) -> tuple[int, ...]:
     return chosen
 
 
-def _check_alike(dirs: list[shards.ShardDir]) -> None:
-    """Directories of one stream come from the same model and store the same type; none is there twice."""
-    for name in ("vit_ckpt", "d_vit", "n_patches_per_img", "cls_token", "dtype"):
+def _check_stored_alike(dirs: list[shards.ShardDir], flag: str) -> None:
+    """Directories of one stream store the same tokens in the same type, and none is named twice."""
+    for name in ("n_patches_per_img", "cls_token", "dtype"):
         values = {getattr(part.metadata, name) for part in dirs}
         if len(values) > 1:
             raise errors.UserError(
-                f"--data.more-roots: the directories differ in {name} ({', '.join(map(repr, sorted(values)))}). Pass dumps of one ViT."
+                f"{flag}.more-roots: the directories differ in {name} ({', '.join(map(repr, sorted(values)))}). Pass dumps of one ViT."
             )
     if len({part.metadata.hash for part in dirs}) < len(dirs):
-        raise errors.UserError("--data.more-roots: a shard directory is named twice.")
+        raise errors.UserError(f"{flag}.more-roots: a shard directory is named twice.")
 
 
 def _token_slice(part: shards.ShardDir, patches: config.Patches) -> slice:
@@ -461,7 +510,7 @@ LARGEST = 1e15
 
 @jaxtyped(typechecker=beartype.beartype)
 def check_finite(
-    acts_BXD: Float32[np.ndarray, "B *X D"], image_i_B: Int64[np.ndarray, " B"], acts: Reader
+    acts_BXD: Float32[np.ndarray, "B *X D"], image_i_B: Int64[np.ndarray, " B"], acts: Activations
 ) -> None:
     """Refuses activations that nothing can be computed from. Every loader asks here, of every batch.
 

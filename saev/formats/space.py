@@ -1,0 +1,85 @@
+"""`Space`: what activations are of. Prototypes and SAEs of one space say nothing about another, even at equal width."""
+
+import collections.abc
+import dataclasses
+import typing as tp
+
+import beartype
+
+from saev import errors
+
+AUTOCAST = "@bf16"
+"""Suffix of vit_ckpt where the ViT ran in bfloat16 autocast."""
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """The ViT, layers and tokens of some activations. None: unknown, as a checkpoint of another tool leaves it."""
+
+    d_vit: int
+    vit_family: str | None = None
+    vit_ckpt: str | None = None
+    """Without the suffix of autocast: bfloat16 autocast counts as the same ViT."""
+    layers: tuple[int, ...] | None = None
+    patches: str | None = None
+    autocast: bool = False
+
+    @staticmethod
+    def of(found: collections.abc.Mapping[str, tp.Any], d_vit: int) -> "Space":
+        """The space that `describe` described, or any part of it."""
+        ckpt = found.get("vit_ckpt")
+        return Space(
+            d_vit,
+            found.get("vit_family") or None,
+            ckpt.removesuffix(AUTOCAST) if ckpt else None,
+            tuple(found.get("layers") or ()) or None,
+            found.get("patches") or None,
+            bool(ckpt) and ckpt.endswith(AUTOCAST),
+        )
+
+    def describe(self) -> dict[str, object]:
+        """For files: what is known of the space."""
+        return {
+            "vit_family": self.vit_family,
+            "vit_ckpt": f"{self.vit_ckpt}{AUTOCAST * self.autocast}",
+            "layers": list(self.layers or ()),
+            "patches": self.patches,
+            "d_vit": self.d_vit,
+        }
+
+    def check_same(self, other: "Space", *, whose: str, flag: str, patches: bool = True) -> None:
+        """Refuses activations of another space. Compares what is known of both.
+
+        Args:
+            whose: what this space is of.
+            flag: where the other activations come from, such as "--fit-data.shard-root shards/x".
+            patches: compare [CLS] and patch tokens too.
+
+        Raises:
+            UserError: another width, ViT or layer, or (with `patches`) other tokens.
+        """
+        pairs = {
+            "ViT": (self._vit, other._vit),
+            "d_vit": (self.d_vit, other.d_vit),
+            "layer": (self._layer, other._layer),
+            "patches": (self.patches, other.patches) if patches else ("", ""),
+        }
+        differ = [
+            f"{name} {theirs} instead of {mine}"
+            for name, (mine, theirs) in pairs.items()
+            if mine and theirs and mine != theirs
+        ]
+        if differ:
+            raise errors.UserError(
+                f"{flag}: not in the space of {whose}: {', '.join(differ)}. "
+                f"Pass activations of the same ViT and layer{' and the same patches' * patches}."
+            )
+
+    @property
+    def _vit(self) -> str:
+        return " ".join(filter(None, (self.vit_family, self.vit_ckpt)))
+
+    @property
+    def _layer(self) -> str:
+        return ", ".join(map(str, self.layers or ()))

@@ -1,0 +1,189 @@
+"""What is evaluated: the scorers of a group, the labels, and the images. Names the results and says what they are of."""
+
+import dataclasses
+import datetime
+import functools
+import logging
+import pathlib
+import typing as tp
+
+import beartype
+import numpy as np
+
+from saev import devices, errors, fields, helpers, scorers
+from saev.data import activations, cub
+from saev.formats import results
+from saev.protoeval import check, config, join, labels, memory
+from saev.scorers import config as scorers_config
+
+logger = logging.getLogger("saev")
+
+REVISION = 5
+"""Raised whenever the same activations, labels and config may give other numbers."""
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    cfgs: list[config.ProtoEval]
+    """One for each scorer. They share everything but the scorer and what it is fitted on."""
+    labels: cub.Cub
+    sides: join.Sides
+    fits: list[activations.Activations]
+    """What each scorer is fitted on."""
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        return names(self.cfgs)
+
+    @functools.cached_property
+    def id(self) -> str:
+        """A hash of what decides the table: activations, labels, protocol, scorers, grid and seed; not of where they lie."""
+        parts: list[object] = [REVISION, scorers.REVISION, self._measured_on]
+        for cfg, fit in zip(self.cfgs, self.fits, strict=True):
+            parts += [fields.identity(cfg), *_content(cfg, fit).values(), _run_name(cfg)]
+            parts += self._activations
+        return helpers.hash_of(parts)[:12]
+
+    @property
+    def _activations(self) -> list[str]:
+        """Fingerprints of the train and of the test activations."""
+        return [acts.fingerprint for acts in self._train_and_test]
+
+    @property
+    def _train_and_test(self) -> list[activations.Activations]:
+        acts = {side.split: side.acts for side in self.sides}
+        return [acts["train"], acts["test"]]
+
+    @property
+    def _measured_on(self) -> str:
+        """A hash of what is measured on which images: figures under another one are not comparable."""
+        cfg, left_out = self.cfgs[0], [side.left_out for side in self.sides]
+        usual = (cfg.no_positives, cfg.swap_splits) == ("leave-out", False)
+        hashed = labels.fingerprint(self.labels)
+        if usual and not any(left_out):
+            return hashed
+        return helpers.hash_of([hashed, cfg.no_positives, cfg.swap_splits, left_out])
+
+    @beartype.beartype
+    def about(self) -> results.About:
+        cfg, (chosen, measured) = self.cfgs[0], self.sides
+        seen_T = self.labels.labels_NT[list(measured.row_of.values())].any(axis=0)
+        train, _ = self._train_and_test
+        metadata = train.metadata
+        roots = [r for d in (cfg.train_data, cfg.test) for r in (d.shard_root, *d.more_roots)]
+        shards = dict.fromkeys(helpers.printable(pathlib.Path(root).name[:8]) for root in roots)
+        return results.About(
+            vit=helpers.printable(f"{metadata.vit_family} {metadata.vit_ckpt}"),
+            layer=train.layers[0],
+            tokens=f"{train.n_tokens} tokens an image ({cfg.train_data.patches})",
+            shards=list(shards),
+            labels=self._measured_on,
+            min_certainty=cfg.min_certainty,
+            seed=cfg.seed,
+            n_seeds=cfg.n_seeds,
+            n_boot=cfg.n_boot,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            scorers={
+                name: self._settings(cfg, fit)
+                for cfg, fit, name in zip(self.cfgs, self.fits, self.names, strict=True)
+            },
+            activations=self._activations,
+            problems=self._forced() if cfg.force else [],
+            chosen_on=chosen.size,
+            measured_on=measured.size,
+            n_classes=len(np.unique(self.labels.class_N)),
+            left_out={side.split: side.left_out for side in self.sides if side.left_out},
+            annotations=cfg.annotations,
+            n_zero=int((~seen_T).sum()) if cfg.no_positives == "zero" else 0,
+        )
+
+    def _settings(self, cfg: config.ProtoEval, fit: activations.Activations) -> dict[str, tp.Any]:
+        """What decides a scorer except the seed; not where its files lie."""
+        found = {"cls": type(cfg.scorer).__name__, **dataclasses.asdict(cfg.scorer)}
+        found |= _content(cfg, fit)
+        if isinstance(cfg.scorer, scorers_config.Sae):
+            return found
+        return found | {"fitted_on": join.fitted_on(cfg, fit, self.sides, self.labels)}
+
+    def _forced(self) -> list[str]:
+        """What --force went on in spite of."""
+        known, out = set(self.labels.paths_N), check.problems(self.labels)
+        for acts in dict.fromkeys(self._train_and_test):
+            n = sum(cub.key(acts.records[int(i)].path) not in known for i in acts.image_is_N)
+            if n:
+                out.append(f"{n:,} images of {acts.root} have no labels and were left out")
+        return out
+
+    @beartype.beartype
+    def log_memory(self) -> None:
+        """Says how much memory the evaluation takes. The formula is for a CPU."""
+        if devices.pick(self.cfgs[0].device).type != "cpu":
+            return
+        chosen, measured = self.sides
+        ckpts = [pathlib.Path(getattr(cfg.scorer, "ckpt", "")) for cfg in self.cfgs]
+        sizes = memory.Sizes(
+            n_train=len(chosen.row_of),
+            n_test=len(measured.row_of),
+            n_traits=self.labels.labels_NT.shape[1],
+            n_tokens=chosen.acts.n_tokens,
+            d_vit=chosen.acts.d_vit,
+            n_fit=max(map(len, self.fits)),
+            ckpt=max(ckpt.stat().st_size if ckpt.is_file() else 0 for ckpt in ckpts),
+        )
+        logger.info("memory: about %.2f GB (docs/memory.md)", memory.peak(self.cfgs, sizes) / 1e9)
+
+
+def _content(cfg: config.ProtoEval, fit: activations.Activations) -> dict[str, str]:
+    """A hash of the SAE's checkpoint, or of the activations that the scorer is fitted on."""
+    ckpt = getattr(cfg.scorer, "ckpt", None)
+    if ckpt is None:
+        return {"fit": fit.fingerprint}
+    return {"ckpt": helpers.hash_file(pathlib.Path(ckpt)) if pathlib.Path(ckpt).is_file() else ckpt}
+
+
+def _run_name(cfg: config.ProtoEval) -> str:
+    """An SAE's run id, which the table names it by; else empty."""
+    return pathlib.Path(getattr(cfg.scorer, "ckpt", "")).parent.name
+
+
+# ---- names ----
+
+
+@beartype.beartype
+def names(cfgs: list[config.ProtoEval]) -> list[str]:
+    """The scorers' names in the table: the class, an SAE's run id, and whatever else tells two of them apart.
+
+    Raises:
+        UserError: the same scorer, fitted on the same activations, is there twice.
+    """
+    short = [_name(cfg, cfgs) for cfg in cfgs]
+    full = [
+        f"{name} ({getattr(cfg.scorer, 'ckpt', '')} fit on {cfg.fit.shard_root} layer {cfg.fit.layer} {cfg.fit.patches}, {_fit_images(cfg)})"
+        for name, cfg in zip(short, cfgs, strict=True)
+    ]
+    found = [s if short.count(s) == 1 else f for s, f in zip(short, full, strict=True)]
+    if len(set(found)) < len(found):
+        twice = next(name for name in found if found.count(name) > 1)
+        raise errors.UserError(f"the scorer {twice} is given twice. Name it once in the sweep.")
+    return [helpers.printable(name) for name in found]
+
+
+def _name(cfg: config.ProtoEval, cfgs: list[config.ProtoEval]) -> str:
+    alike = [c for c in cfgs if type(c.scorer) is type(cfg.scorer)]
+    parts = [type(cfg.scorer).__name__]
+    for field in dataclasses.fields(cfg.scorer):
+        value = getattr(cfg.scorer, field.name)
+        if field.name == "ckpt":
+            parts.append(pathlib.Path(value).parent.name or value)
+        elif any(getattr(c.scorer, field.name) != value for c in alike):
+            parts.append(f"{field.name}={value}")
+    if any((c.fit, _fit_images(c)) != (cfg.fit, _fit_images(cfg)) for c in alike):
+        place = f"{pathlib.Path(cfg.fit.shard_root).name[:8]} layer {cfg.fit.layer}"
+        parts.append(f"fit on {_fit_images(cfg)} of {place}")
+    return " ".join(parts)
+
+
+def _fit_images(cfg: config.ProtoEval) -> str:
+    """Which of the fit data's images a scorer is fitted on."""
+    return "all images" if cfg.fit_data.shard_root else f"{cfg.sides[0][0]} images"

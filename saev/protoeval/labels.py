@@ -1,0 +1,74 @@
+"""Loads CUB's labels, refuses implausible ones, and prints what --check shows of them."""
+
+import collections.abc
+import hashlib
+
+import beartype
+
+from saev import errors, helpers
+from saev.data import activations, cub
+from saev.protoeval import check, config, join
+
+
+@beartype.beartype
+def load(cfg: config.ProtoEval) -> cub.Cub:
+    """The labels that a config names.
+
+    Raises:
+        UserError: bad labels or, without --force, implausible ones.
+    """
+    labels = _read(cfg)
+    if not cfg.force:
+        check.refuse_implausible(labels, cfg.cub_root)
+    return labels
+
+
+@beartype.beartype
+def fingerprint(labels: cub.Cub) -> str:
+    """A hash of paths, split, traits and labels."""
+    parts = [labels.paths_N, labels.is_train_N.tolist(), labels.attribute_names_T]
+    digest = hashlib.sha256(labels.labels_NT.tobytes())
+    digest.update(helpers.canonical_json(parts).encode())
+    return digest.hexdigest()
+
+
+@beartype.beartype
+def describe(
+    cfgs: list[config.ProtoEval], say: collections.abc.Callable[[str], None] = print
+) -> None:
+    """Prints what --check shows: each label folder, and how it joins the activations that are given.
+
+    Raises:
+        UserError: bad or (without --force) implausible labels, or shards that lack an image.
+    """
+    for cfg in {(c.cub_root, c.train_data, c.test, c.protocol): c for c in cfgs}.values():
+        _describe(cfg, say)
+
+
+def _read(cfg: config.ProtoEval) -> cub.Cub:
+    if not cfg.cub_root:
+        raise errors.UserError("--cub-root is missing: pass the CUB_200_2011 folder.")
+    return cub.load(cfg.cub_root, min_certainty=cfg.min_certainty, annotations=cfg.annotations)
+
+
+def _describe(cfg: config.ProtoEval, say: collections.abc.Callable[[str], None]) -> None:
+    labels = _read(cfg)
+    say(
+        f"{cfg.cub_root}, certainty from {cfg.min_certainty}, annotations: {cfg.annotations}: "
+        f"{check.describe(labels)}"
+    )
+    chosen, measured = (split for split, _ in cfg.sides)
+    say(f"Prototypes are chosen on the {chosen} images and measured on the {measured} images.")
+    for split, data in cfg.sides:
+        if not data.shard_root:
+            continue
+        side = join.find(activations.Activations(data, f"--{split}-data"), labels, split, cfg.force)
+        if side.left_out:
+            text = join.describe_left_out(side.left_out, split)
+            say(f"{data.shard_root}: holds {side.size}; {text}.")
+        else:
+            say(f"{data.shard_root}: holds all {side.size}.")
+    for problem in check.problems(labels):
+        say(f"Implausible: {problem}.")
+    if not cfg.force:
+        check.refuse_implausible(labels, cfg.cub_root)

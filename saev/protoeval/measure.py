@@ -1,0 +1,90 @@
+"""Measures the chosen prototypes by average precision on test images, beside a constant scorer and a linear probe.
+
+N images, T traits, M resamples of the test images.
+"""
+
+import beartype
+import numpy as np
+from jaxtyping import Float, Float64, jaxtyped
+
+from saev import helpers
+from saev.formats import results
+from saev.protoeval import ap, choose, config, probe, score
+
+
+@beartype.beartype
+def measure(
+    cells: list[choose.Cell], train: score.Split, test: score.Split, cfg: config.ProtoEval
+) -> list[results.Row]:
+    """The rows of the constant scorer and of the linear probe, and then one for each cell."""
+    meter = Meter(test, cfg)
+    rows = [_constant_row(train, meter)]
+    rows += [_probe_row(same_n, train, meter) for same_n in choose.draws(len(train.labels_NT), cfg)]
+    for cell in helpers.progress(cells, "measure", len(cells), "cells"):
+        found = [meter(test.of(cell.first + choice.best_T)) for choice in cell.choices]
+        n_train = len(cell.draws[0].rows)
+        rows.append(_row(cell.scorer, cell.n_prototypes, n_train, cell.choices, found))
+    return rows
+
+
+class Meter:
+    """Test APs, and mAPs on resamples of the test images."""
+
+    def __init__(self, test: score.Split, cfg: config.ProtoEval):
+        self.test = test
+        self.is_zero = cfg.no_positives == "zero"
+        n_images = len(test.labels_NT)
+        times_MN = ap.resamples(n_images, cfg.n_boot, cfg.seed)
+        self.times_MN = np.concatenate([np.ones((1, n_images), np.uint8), times_MN])
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def __call__(
+        self, scores_TN: Float[np.ndarray, "T N"]
+    ) -> tuple[Float64[np.ndarray, " T"], Float64[np.ndarray, " M"]]:
+        """AP of row t for trait t, and mAPs over the traits that each resample has a positive of (or over all traits)."""
+        ap_TM = ap.resampled(scores_TN, self.test.labels_NT, self.times_MN)
+        if self.is_zero:
+            ap_TM = np.nan_to_num(ap_TM, nan=0.0)
+        boot_TM = ap_TM[:, 1:]
+        n_M = np.maximum((~np.isnan(boot_TM)).sum(axis=0), 1)
+        return ap_TM[:, 0], np.nansum(boot_TM, axis=0) / n_M
+
+
+def _row(
+    name: str,
+    k: int,
+    n: int,
+    choices: list[choose.Choice],
+    measured: list[tuple[np.ndarray, np.ndarray]],
+) -> results.Row:
+    test_ap, boot = zip(*measured, strict=True)
+    return results.Row(
+        name,
+        k,
+        n,
+        np.stack([choice.best_T for choice in choices]),
+        np.stack([choice.train_ap_T for choice in choices]),
+        np.stack(test_ap),
+        np.stack(boot),
+    )
+
+
+def _constant_row(train: score.Split, meter: Meter) -> results.Row:
+    """A scorer that says the same of every image: its AP is the trait's prevalence. Nothing real may fall to this row."""
+    zeros_NT = np.zeros(train.labels_NT.shape, np.float32)
+    train_ap_T = ap.paired(zeros_NT.T, train.labels_NT)
+    choice = choose.Choice(np.zeros(len(train_ap_T), np.int64), train_ap_T)
+    measured = meter(np.zeros(meter.test.labels_NT.T.shape, np.float32))
+    return _row(results.CONSTANT, 1, len(zeros_NT), [choice], [measured])
+
+
+def _probe_row(same_n: list[choose.Draw], train: score.Split, meter: Meter) -> results.Row:
+    """A linear probe, trained on the images that the others choose on: what labels buy that may form their own direction."""
+    choices, measured = [], []
+    for draw in same_n:
+        train_ND, labels_NT = train.mean_ND[draw.rows], train.labels_NT[draw.rows]
+        own_NT, test_NT = probe.scores(train_ND, labels_NT, train_ND, meter.test.mean_ND)
+        train_ap_T = ap.paired(own_NT.T, labels_NT)
+        choices.append(choose.Choice(np.zeros(len(train_ap_T), np.int64), train_ap_T))
+        measured.append(meter(test_NT.T))
+    return _row(results.PROBE, 1, len(same_n[0].rows), choices, measured)

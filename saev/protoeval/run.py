@@ -1,0 +1,60 @@
+"""Stage 4, as the experiment goes. Each step is a module of that name; docs/experiment.md explains them."""
+
+import logging
+import pathlib
+import shutil
+
+import beartype
+
+from saev.protoeval import (
+    choose,
+    config,
+    fit,
+    gallery,
+    join,
+    labels,
+    measure,
+    opening,
+    report,
+    score,
+)
+from saev.protoeval.experiment import Experiment
+
+logger = logging.getLogger("saev")
+
+
+@beartype.beartype
+def main(cfgs: list[config.ProtoEval]) -> str:
+    """Evaluates the scorers of one group and returns the results directory.
+
+    The directory is named by what decides the results, so finished ones are found again and never overwritten.
+
+    Raises:
+        UserError: bad labels, shards that lack a train or test image (names the first), or bad scorers.
+    """
+    cfg = cfgs[0]
+    acts = opening.open_all(cfgs)
+    cub = labels.load(cfg)
+    sides = join.join(cfg, acts, cub)
+    experiment = Experiment(cfgs, cub, sides, join.fit_data(cfgs, acts, sides.chosen))
+    shown = gallery.scorer(cfg.gallery, cfgs, experiment.names)
+    out = pathlib.Path(cfg.dump_to) / experiment.id
+    with report.once(out) as is_new:
+        if is_new:
+            _evaluate(experiment, out)
+    if shown:
+        gallery.link(out, shown, pathlib.Path(cfg.gallery))
+    return str(out)
+
+
+def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
+    cfg = experiment.cfgs[0]
+    experiment.log_memory()
+    partial = out.with_name(f".{out.name}.partial")  # a killed pass goes on from here
+    banks = fit.fit(experiment)
+    chosen, measured = score.score(experiment, banks, partial)
+    cells = choose.choose(chosen, banks, cfg)
+    rows = measure.measure(cells, chosen, measured, cfg)
+    names = experiment.labels.attribute_names_T
+    report.write(out, rows, names, experiment.cfgs, experiment.about())
+    shutil.rmtree(partial, ignore_errors=True)
