@@ -25,8 +25,8 @@ import sklearn.exceptions
 import torch
 
 from benchmarks import common
+from saev.data import activations, ordered
 from saev.data import config as data_config
-from saev.data import ordered
 from saev.formats import shards
 from saev.scorers import config, kmeans, pca
 

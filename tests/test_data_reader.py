@@ -284,8 +284,8 @@ def test_reads_in_pieces_give_the_same(
         return preadv(fd, [buffers[0][:37]], offset)
 
     monkeypatch.setattr(os, "preadv", early)
-    monkeypatch.setattr(reader, "GAP_BYTES", gap_bytes)
-    monkeypatch.setattr(reader, "IOV_MAX", iov_max)
+    monkeypatch.setattr(activations, "GAP_BYTES", gap_bytes)
+    monkeypatch.setattr(activations, "IOV_MAX", iov_max)
     layer_is = [0, 1, 2] if layer == "all" else [(3, 5, 7).index(layer)]
     for patches, tokens in (("image", slice(1, 5)), ("cls", slice(0, 1)), ("all", slice(0, 5))):
         acts = activations.Activations(config.Shards(str(dpath), layer, patches))
@@ -444,7 +444,7 @@ def test_a_script_that_ends_with_an_open_reader_says_nothing(
     script = tmp_path / "script.py"
     script.write_text(
         "from saev import nn\n"
-        "from saev.data import config, reader\n"
+        "from saev.data import config, activations\n"
         f"acts = activations.Activations(config.Shards({str(foreign)!r}))\n"
         "print(acts.read(0, 2).shape)\n"
     )

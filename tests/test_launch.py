@@ -51,7 +51,7 @@ def test_local_results_are_in_order() -> None:
 
 def test_local_errors_pass_through() -> None:
     with pytest.raises(errors.UserError, match="no such shard directory"):
-        values("saev.data.reader:Reader", [data_config.Shards("gone")])
+        values("saev.data.activations:Activations", [data_config.Shards("gone")])
 
 
 def test_one_that_fails_does_not_keep_the_others_from_running(tmp_path: pathlib.Path) -> None:

@@ -157,7 +157,7 @@ def evaluations(make_shards, tmp_path: pathlib.Path) -> dict[str, list[protoeval
     [
         ("saev.data.dump", dumps),
         ("saev.visuals.collect", galleries),
-        ("saev.protoeval.select", evaluations),
+        ("saev.protoeval.run", evaluations),
     ],
 )
 def test_what_a_stage_says_is_right_within_30_percent(

@@ -3,6 +3,7 @@
 N images, K prototypes, T traits, P patches, D d_vit.
 """
 
+import collections
 import collections.abc
 import concurrent.futures
 import csv
@@ -17,11 +18,12 @@ import polars as pl
 import pytest
 import torch
 
-from saev import errors, scorers, sweeps
+from saev import errors, nn, scorers, sweeps
+from saev.data import activations, cub
 from saev.data import config as data_config
-from saev.data import cub
 from saev.demo import minicub
-from saev.formats import results, shards
+from saev.formats import jsonfile, results, shards
+from saev.nn import config as nn_config
 from saev.protoeval import (
     choose,
     config,
@@ -155,7 +157,11 @@ def test_scores_are_the_max_over_patches_of_a_plain_loop(
     scorer = oracle(labels)
     image_is = [3, 0, 159, 70]
     got = score.score_images(
-        [scorer, scorer.prefix(2)], planted, image_is, tmp_path / "s", torch.device("cpu")
+        [scorer, scorer.prefix(2)],
+        activations.Activations(planted),
+        image_is,
+        tmp_path / "s",
+        torch.device("cpu"),
     )
     order = np.random.default_rng(5).permutation(len(labels.paths_N))
     acts_NPD = plant(labels.labels_NT)[order]
@@ -406,3 +412,53 @@ def test_missing_flags(cfg: config.ProtoEval) -> None:
         run.main([dataclasses.replace(cfg, cub_root="")])
     with pytest.raises(errors.UserError, match=r"--scorer\.ckpt is missing"):
         run.main([dataclasses.replace(cfg, scorer=scorers_config.Sae())])
+
+
+# ---- what is opened ----
+
+
+def test_each_directory_is_opened_once_and_its_images_are_read_once(
+    cfg: config.ProtoEval,
+    labels: cub.Cub,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One command with four scorers, one of them fitted on activations of its own."""
+    paths = [f"photos/{i}.jpg" for i in range(60)]
+    D = labels.labels_NT.shape[1] + 4
+    others = write_shards(tmp_path / "others", paths, np.ones((60, 9, D), np.float32) * 3)
+    ckpt = tmp_path / "run" / "sae.pt"
+    ckpt.parent.mkdir()
+    sae = nn.SparseAutoencoder(nn_config.Relu(d_vit=D, d_sae=8))
+    nn.save(sae, ckpt, activations.Activations(cfg.train_data).space.describe())
+    members = (
+        {"scorer": scorers_config.Random()},
+        {"scorer": scorers_config.KMeans(n_iters=2)},
+        {"scorer": scorers_config.Pca(), "fit_data": others},
+        {"scorer": scorers_config.Sae(str(ckpt))},
+    )
+    cfgs = [dataclasses.replace(cfg, n_prototypes=(8,), n_boot=20, **more) for more in members]
+    opened: collections.Counter[str] = collections.Counter()
+    init, read = activations.Activations.__init__, jsonfile.read_bytes
+
+    def counting(self: activations.Activations, *args: object) -> None:
+        opened["streams"] += 1
+        init(self, *args)
+
+    def looked(dpath: pathlib.Path | str) -> shards.ShardDir:
+        opened[str(dpath)] += 1
+        return whole(dpath)
+
+    def counted(fpath: pathlib.Path, *args: object) -> bytes:
+        opened[fpath.name] += 1
+        return read(fpath, *args)
+
+    whole = shards.ShardDir.open_unchecked
+    monkeypatch.setattr(activations.Activations, "__init__", counting)
+    monkeypatch.setattr(shards.ShardDir, "open_unchecked", looked)
+    monkeypatch.setattr(jsonfile, "read_bytes", counted)
+    run.main(cfgs)
+    roots = {cfg.train_data.shard_root: 1, others.shard_root: 1}
+    assert {key: opened[key] for key in roots} == roots
+    assert opened["streams"] == 2  # train and test are the same; --fit-data
+    assert opened["images.jsonl"] == 2  # one of each directory

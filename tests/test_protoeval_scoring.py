@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from saev import errors, nn, scorers
+from saev.data import activations
 from saev.data import config as data_config
 from saev.nn import config as nn_config
 from saev.protoeval import probe, score
@@ -83,7 +84,14 @@ def test_only_the_images_asked_for_in_their_order(
     shards, acts_NPD = data
     image_is = [599, 3, 250]
     run = [prototypes(4), prototypes(2, "distance", seed=1)]
-    got = score.score_images(run, shards, image_is, tmp_path, torch.device("cpu"), memory_gb=1e-6)
+    got = score.score_images(
+        run,
+        activations.Activations(shards),
+        image_is,
+        tmp_path,
+        torch.device("cpu"),
+        memory_gb=1e-6,
+    )
     acts_BPD = torch.from_numpy(acts_NPD[image_is])
     want_BK = torch.cat([scorer.of_images(acts_BPD) for scorer in run], dim=1)
     np.testing.assert_allclose(got.scores_KN.T, want_BK, rtol=1e-5, atol=1e-5)
@@ -93,6 +101,7 @@ def test_only_the_images_asked_for_in_their_order(
 KILLED = """
     import pathlib, sys, time
     import torch
+    from saev.data import activations
     from saev.data import config as data_config
     from saev.protoeval import score
     from saev.scorers import base
@@ -105,7 +114,7 @@ KILLED = """
     base.Prototypes.of_images = of_images
     scorer = base.Prototypes.of(torch.eye(8)[:5], torch.ones(8) / 3, "cosine")
     data = data_config.Shards(sys.argv[1], 4)
-    score.score_images([scorer], data, list(range(600)), pathlib.Path(sys.argv[2]), torch.device("cpu"))
+    score.score_images([scorer], activations.Activations(data), list(range(600)), pathlib.Path(sys.argv[2]), torch.device("cpu"))
 """
 
 
@@ -143,7 +152,7 @@ def test_a_pass_whose_files_are_not_whole_starts_again(
 ) -> None:
     def score(scorer: scorers.Scorer) -> np.ndarray:
         return score.score_images(
-            [scorer], data[0], [4, 599, 7], tmp_path, torch.device("cpu")
+            [scorer], activations.Activations(data[0]), [4, 599, 7], tmp_path, torch.device("cpu")
         ).scores_KN.copy()
 
     want = score(prototypes(4))
@@ -163,21 +172,27 @@ def test_a_flipped_bit_is_scored_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(scoring, "MAX_BLOCK", 2)
+    monkeypatch.setattr(score, "MAX_BLOCK", 2)
     image_is = [4, 90, 7, 91, 300, 5]
 
-    def score() -> list[bytes]:
-        got = score.score_images([prototypes(3)], data[0], image_is, tmp_path, torch.device("cpu"))
+    def scored() -> list[bytes]:
+        got = score.score_images(
+            [prototypes(3)],
+            activations.Activations(data[0]),
+            image_is,
+            tmp_path,
+            torch.device("cpu"),
+        )
         return [got.scores_KN.tobytes(), got.mean_ND.tobytes()]
 
-    want, fpath = score(), tmp_path / name
+    want, fpath = scored(), tmp_path / name
     content = fpath.read_bytes()
     places = range(8 * len(content)) if name != "done.json" else range(5, 8 * len(content), 4999)
     for i in list(places)[:: 1 + len(places) // 12]:
         bad = bytearray(content)
         bad[i // 8] ^= 1 << i % 8
         fpath.write_bytes(bad)
-        assert score() == want, i
+        assert scored() == want, i
         assert fpath.read_bytes() == content, i
     assert "scored again" in caplog.text or name == "done.json"
 
@@ -188,8 +203,8 @@ def test_only_what_follows_a_flipped_bit_is_scored_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(scoring, "MAX_BLOCK", 50)
-    monkeypatch.setattr(scoring, "CHECKED", 1000)
+    monkeypatch.setattr(score, "MAX_BLOCK", 50)
+    monkeypatch.setattr(score, "CHECKED", 1000)
     run, whole, n = [prototypes(9)], base.Prototypes.of_images, 0
 
     def of_images(*args: object) -> torch.Tensor:
@@ -200,12 +215,16 @@ def test_only_what_follows_a_flipped_bit_is_scored_again(
     monkeypatch.setattr(base.Prototypes, "of_images", of_images)
     for want in (12, 0):
         n = 0
-        got = score.score_images(run, data[0], list(range(600)), tmp_path, torch.device("cpu"))
+        got = score.score_images(
+            run, activations.Activations(data[0]), list(range(600)), tmp_path, torch.device("cpu")
+        )
         assert n == want
     want_KN = np.array(got.scores_KN)
     got.scores_KN[8, 425] += 1
     n = 0
-    got = score.score_images(run, data[0], list(range(600)), tmp_path, torch.device("cpu"))
+    got = score.score_images(
+        run, activations.Activations(data[0]), list(range(600)), tmp_path, torch.device("cpu")
+    )
     np.testing.assert_array_equal(got.scores_KN, want_KN)
     assert n == 4 and "all but the first 400 images are scored again" in caplog.text
 
@@ -216,7 +235,9 @@ def test_scores_of_other_scorers_are_not_taken_for_these(
     for seed in (0, 1):
         run, where = [prototypes(4, seed=seed)], (tmp_path / "same", tmp_path / f"own{seed}")
         both = [
-            score.score_images(run, data[0], [4, 599], dpath, torch.device("cpu")).scores_KN
+            score.score_images(
+                run, activations.Activations(data[0]), [4, 599], dpath, torch.device("cpu")
+            ).scores_KN
             for dpath in where
         ]
         np.testing.assert_array_equal(*both)
@@ -228,7 +249,9 @@ def test_scores_that_are_no_numbers_name_the_image(
     broken = scorers.Prototypes(torch.full((2, 8), torch.nan), torch.zeros(8), "dot")
     with pytest.raises(errors.UserError, match=r"score of .*0007\.jpg for prototype 3 .* is nan"):
         run = [prototypes(3), broken]
-        score.score_images(run, data[0], [7], tmp_path, torch.device("cpu"))
+        score.score_images(
+            run, activations.Activations(data[0]), [7], tmp_path, torch.device("cpu")
+        )
 
 
 def test_a_top_k_sae_is_scored_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
