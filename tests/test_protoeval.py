@@ -231,7 +231,7 @@ def test_train_and_test_in_separate_shards_equal_one_directory(
 def test_too_many_prototypes_are_refused_before_anything_is_read(
     cfg: config.ProtoEval, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("saev.data.acts.Reader.read")
+    monkeypatch.delattr("saev.data.activations.Activations.read")
     for scorer in (scorers_config.Random(), scorers_config.KMeans(n_samples=10**7)):
         with pytest.raises(errors.UserError, match=r"activations.*, fewer than 9999999 "):
             run.main([dataclasses.replace(cfg, scorer=scorer, n_prototypes=(4, 9999999, 4))])

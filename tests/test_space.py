@@ -81,7 +81,7 @@ def test_bfloat16_autocast_counts_as_the_same_vit(
     pair(rounded, exact, tmp_path)
 
 
-@pytest.mark.parametrize(("pair", "flag"), zip(PAIRS, FLAGS, strict=True))
+@pytest.mark.parametrize(("pair", "flag"), [*zip(PAIRS, FLAGS, strict=True)])
 @pytest.mark.parametrize(
     ("other", "what"),
     [

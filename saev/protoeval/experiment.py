@@ -29,7 +29,7 @@ class Experiment:
     """One for each scorer. They share everything but the scorer and what it is fitted on."""
     labels: cub.Cub
     sides: join.Sides
-    fits: list[activations.Activations]
+    fits: list[join.Fit]
     """What each scorer is fitted on."""
 
     @functools.cached_property
@@ -98,13 +98,13 @@ class Experiment:
             n_zero=int((~seen_T).sum()) if cfg.no_positives == "zero" else 0,
         )
 
-    def _settings(self, cfg: config.ProtoEval, fit: activations.Activations) -> dict[str, tp.Any]:
+    def _settings(self, cfg: config.ProtoEval, fit: join.Fit) -> dict[str, tp.Any]:
         """What decides a scorer except the seed; not where its files lie."""
         found = {"cls": type(cfg.scorer).__name__, **dataclasses.asdict(cfg.scorer)}
         found |= _content(cfg, fit)
         if isinstance(cfg.scorer, scorers_config.Sae):
             return found
-        return found | {"fitted_on": join.fitted_on(cfg, fit, self.sides, self.labels)}
+        return found | {"fitted_on": fit.description}
 
     def _forced(self) -> list[str]:
         """What --force went on in spite of."""
@@ -128,17 +128,17 @@ class Experiment:
             n_traits=self.labels.labels_NT.shape[1],
             n_tokens=chosen.acts.n_tokens,
             d_vit=chosen.acts.d_vit,
-            n_fit=max(map(len, self.fits)),
+            n_fit=max(len(fit.acts) for fit in self.fits),
             ckpt=max(ckpt.stat().st_size if ckpt.is_file() else 0 for ckpt in ckpts),
         )
         logger.info("memory: about %.2f GB (docs/memory.md)", memory.peak(self.cfgs, sizes) / 1e9)
 
 
-def _content(cfg: config.ProtoEval, fit: activations.Activations) -> dict[str, str]:
+def _content(cfg: config.ProtoEval, fit: join.Fit) -> dict[str, str]:
     """A hash of the SAE's checkpoint, or of the activations that the scorer is fitted on."""
     ckpt = getattr(cfg.scorer, "ckpt", None)
     if ckpt is None:
-        return {"fit": fit.fingerprint}
+        return {"fit": fit.acts.fingerprint}
     return {"ckpt": helpers.hash_file(pathlib.Path(ckpt)) if pathlib.Path(ckpt).is_file() else ckpt}
 
 

@@ -27,7 +27,7 @@ class Bank(tp.NamedTuple):
 def fit(experiment: Experiment) -> list[Bank]:
     """Fits k-means once per K, and the others once: the first K of their prototypes serve a smaller K."""
     found = zip(experiment.cfgs, experiment.fits, experiment.names, strict=True)
-    return [bank for cfg, acts, name in found for bank in _banks(cfg, acts, name)]
+    return [bank for cfg, fit, name in found for bank in _banks(cfg, fit.acts, name)]
 
 
 def _banks(cfg: config.ProtoEval, acts: activations.Activations, name: str) -> list[Bank]:

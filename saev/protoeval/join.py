@@ -97,23 +97,30 @@ def describe_left_out(left_out: list[str], split: str) -> str:
 # ---- what scorers are fitted on ----
 
 
+class Fit(tp.NamedTuple):
+    """What a scorer is fitted on."""
+
+    acts: activations.Activations
+    description: str
+    """For the table: which images, and how many of them are measured on."""
+
+
 @beartype.beartype
 def fit_data(
-    cfgs: collections.abc.Sequence[config.ProtoEval], acts: opening.Opened, chosen: Side
-) -> list[activations.Activations]:
+    cfgs: collections.abc.Sequence[config.ProtoEval],
+    acts: opening.Opened,
+    sides: Sides,
+    labels: cub.Cub,
+) -> list[Fit]:
     """For each config --fit-data if it was given; else the images that prototypes are chosen on, and no others."""
+    chosen = sides.chosen
     is_all = len(chosen.row_of) == chosen.acts.n_imgs
-    default = chosen.acts if is_all else chosen.acts.only(chosen.row_of)
-    return [acts.fit.get(cfg.fit_data, default) for cfg in cfgs]
+    default = Fit(chosen.acts if is_all else chosen.acts.only(chosen.row_of), chosen.size)
+    given = {data: Fit(fit, _describe(fit, sides, labels)) for data, fit in acts.fit.items()}
+    return [given.get(cfg.fit_data, default) for cfg in cfgs]
 
 
-@beartype.beartype
-def fitted_on(
-    cfg: config.ProtoEval, fit: activations.Activations, sides: Sides, labels: cub.Cub
-) -> str:
-    """For the table: which images a scorer was fitted on, and how many of them it is measured on."""
-    if not cfg.fit_data.shard_root:
-        return sides.chosen.size
+def _describe(fit: activations.Activations, sides: Sides, labels: cub.Cub) -> str:
     text = f"all {fit.n_imgs:,} images of --fit-data"
     try:
         keys = {cub.key(fit.records[int(i)].path) for i in fit.image_is_N}

@@ -36,7 +36,8 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     acts = opening.open_all(cfgs)
     cub = labels.load(cfg)
     sides = join.join(cfg, acts, cub)
-    experiment = Experiment(cfgs, cub, sides, join.fit_data(cfgs, acts, sides.chosen))
+    fits = join.fit_data(cfgs, acts, sides, cub)
+    experiment = Experiment(cfgs, cub, sides, fits)
     shown = gallery.scorer(cfg.gallery, cfgs, experiment.names)
     out = pathlib.Path(cfg.dump_to) / experiment.id
     with report.once(out) as is_new:
