@@ -150,18 +150,18 @@ def test_a_killed_pass_goes_on_to_the_same_scores(
 def test_a_pass_whose_files_are_not_whole_starts_again(
     data: tuple[data_config.Shards, np.ndarray], tmp_path: pathlib.Path, name: str, how: str
 ) -> None:
-    def score(scorer: scorers.Scorer) -> np.ndarray:
+    def scored(scorer: scorers.Scorer) -> np.ndarray:
         return score.score_images(
             [scorer], activations.Activations(data[0]), [4, 599, 7], tmp_path, torch.device("cpu")
         ).scores_KN.copy()
 
-    want = score(prototypes(4))
+    want = scored(prototypes(4))
     fpath = tmp_path / name
     content = fpath.read_bytes()
     fpath.unlink()
     if how != "gone":
         fpath.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
-    np.testing.assert_array_equal(score(prototypes(4)), want)
+    np.testing.assert_array_equal(scored(prototypes(4)), want)
 
 
 @pytest.mark.parametrize("name", ["scores.bin", "means.bin", "done.json"])
