@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -132,6 +133,14 @@ def test_configs_and_commands_import_nothing_heavy(module: str) -> None:
                 if ".".join(parts[:i]) in modules()
             ]
             todo += [m for m in known if m not in seen]
+
+
+def test_an_ignored_type_error_has_its_kind_and_a_reason() -> None:
+    """Nothing is ignored for a whole file or in all of its kinds; pyrefly reports ignores that are not needed."""
+    lines = [line for fpath in modules().values() for line in fpath.read_text().splitlines()]
+    found = [line for line in lines if re.search(r"pyrefly:|type: *ignore|@tp.no_type_check", line)]
+    allowed = r".*# pyrefly: ignore\[[a-z-]+\]  # \w.*"
+    assert found and [line for line in found if not re.fullmatch(allowed, line)] == []
 
 
 def test_results_travel_as_frames() -> None:

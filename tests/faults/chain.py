@@ -54,7 +54,7 @@ def interrupted(desc: str, n: int) -> collections.abc.Generator[None]:
     """Inside, the first pass whose progress is called `desc...` ends at its item n, and so does the block."""
     before = helpers.progress
 
-    def progress(iterable, what, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def progress(iterable, what, *args, **kwargs):
         for i, item in enumerate(before(iterable, what, *args, **kwargs)):
             if what.startswith(desc) and i == n:
                 raise Interrupted
