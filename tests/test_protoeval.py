@@ -262,7 +262,9 @@ def test_a_changed_evaluation_is_refused_and_an_unfinished_one_done_again(
     for name in results.FILES:
         content = (dpath / name).read_bytes()
         (dpath / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(errors.UserError, match=f"{name}: was changed after .* Move that folder"):
+        with pytest.raises(
+            errors.UserError, match=f"{name}: was changed after .* Move that folder"
+        ):
             run.main([cfg])
         (dpath / name).write_bytes(content)
     (dpath / "manifest.json").unlink()

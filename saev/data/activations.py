@@ -315,7 +315,7 @@ class Activations:
         """
         shape = (stop - start, self.n_per_img, self.d_vit)
         out_NXD = np.empty(shape, shards.STORED[self.dtype])
-        rows = memoryview(out_NXD).cast("B") if out_NXD.size else memoryview(b"")
+        rows = out_NXD.data.cast("B") if out_NXD.size else memoryview(b"")
         runs_G = np.arange(start * self.n_per_img, stop * self.n_per_img, self.n_tokens)
         runs: list[list[tuple[Extent, memoryview]]] = []
         filled = 0
@@ -462,18 +462,20 @@ class _ReadErrors:
     def __exit__(self, kind: type | None, err: BaseException | None, _: object) -> None:
         if isinstance(err, OSError):
             raise errors.UserError(
-                f"{self.part.acts_fpath(self.shard_i)}: cannot be read ({err.strerror}). Check the file system, or run the same `python -m saev.data` command again."
+                f"{self.part.acts_fpath(self.shard_i)}: cannot be read ({err.strerror}). "
+                "Check the file system, or run the same `python -m saev.data` command again."
             ) from err
 
 
-def _layers(dirs: list[shards.ShardDir], layer: int | str) -> tuple[int, ...]:
+def _layers(dirs: list[shards.ShardDir], layer: int | tp.Literal["all"]) -> tuple[int, ...]:
     """The chosen layers, by their numbers."""
     first = dirs[0].metadata.layers
     chosen = first if layer == "all" else (first[dirs[0].layer_i(layer)],)
     for part in dirs[1:]:
         if layer == "all" and set(part.metadata.layers) != set(first):
             raise errors.UserError(
-                f"{part.dpath}: recorded layers {part.metadata.layers}, but {dirs[0].dpath} {first}. Pass one --data.layer that both have."
+                f"{part.dpath}: recorded layers {part.metadata.layers}, but {dirs[0].dpath} {first}. "
+                "Pass one --data.layer that both have."
             )
         part.layer_i(chosen[0])
     return chosen

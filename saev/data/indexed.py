@@ -49,9 +49,7 @@ class Indexed:
             raise IndexError(f"activation {i} of {len(self)}")
         acts, i = self.acts, i % len(self)
         stored_D = np.empty(acts.d_vit, shards.STORED[acts.dtype])
-        acts.read_extents(
-            acts.extents(np.array([i]), np.array([1])), memoryview(stored_D).cast("B")
-        )
+        acts.read_extents(acts.extents(np.array([i]), np.array([1])), stored_D.data.cast("B"))
         position, x = divmod(i, acts.n_per_img)
         layer_i, token_i = divmod(x, acts.n_tokens)
         return {

@@ -240,7 +240,7 @@ class _Pool:
         slot_n = np.concatenate(slots)
         staged_nD = self._staging(len(slot_n))
         extents = self.acts.extents(self.layout.first_in(block_G), self.layout.n_in(block_G))
-        self.acts.read_extents(extents, memoryview(staged_nD).cast("B"))
+        self.acts.read_extents(extents, staged_nD.data.cast("B"))
         if slot_n.min() < 0:
             slot_n, staged_nD = slot_n[slot_n >= 0], staged_nD[slot_n >= 0]
         self.act_PD[slot_n] = staged_nD

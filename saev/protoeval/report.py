@@ -27,7 +27,7 @@ reference; with few images it is no upper bound."""
 
 @contextlib.contextmanager
 @beartype.beartype
-def once(out: pathlib.Path) -> collections.abc.Iterator[bool]:
+def once(out: pathlib.Path) -> collections.abc.Generator[bool]:
     """Yields whether a results directory must still be written, and meanwhile keeps other processes from writing it.
 
     Raises:

@@ -145,7 +145,7 @@ def score_images(
     image_bytes = 4 * (5 * acts.n_per_img * acts.d_vit + 2 * n_prototypes)
     n_imgs = int(np.clip(memory_gb * 1e9 / image_bytes, 1, MAX_BLOCK))
     # of what the scores are; block sizes may change their last bits
-    said = helpers.hash_of(
+    key = helpers.hash_of(
         [[s.digest() for s in run], acts.fingerprint, image_is, n_imgs, device.type]
     )
     shapes = {
@@ -153,7 +153,7 @@ def score_images(
         "means.bin": (len(image_i_N), acts.d_vit),
     }
     columns_N = column_of[acts.image_is_N]
-    blocks = _done(done_fpath, said, shapes, columns_N)
+    blocks = _done(done_fpath, key, shapes, columns_N)
     first = sum(n for n, _ in blocks)
     scores_KN, mean_ND = (_mapped(dpath / name, shape) for name, shape in shapes.items())
     stream = ordered.Ordered(acts, n_imgs, first)
@@ -175,39 +175,40 @@ def score_images(
         if time.monotonic() - saved_s >= SAVE_S or first == acts.n_imgs:
             scores_KN.flush()
             mean_ND.flush()
-            helpers.write_text(done_fpath, jsonfile.dumps(Note(said, blocks)))
+            helpers.write_text(done_fpath, jsonfile.dumps(Note(key, blocks)))
             saved_s = time.monotonic()
     return Scores(scores_KN, mean_ND, image_i_N)
 
 
 def _done(
     done_fpath: pathlib.Path,
-    said: str,
+    key: str,
     shapes: dict[str, tuple[int, int]],
     columns_N: np.ndarray,
 ) -> list[Block]:
-    """What a killed pass has scored already, up to the first block that is not as it was written.
+    """The blocks that a killed pass has scored, up to the first that is not as it was written.
 
-    Nothing, where its files are not of these scorers and images, or not whole.
+    Empty if the files are not whole, or of other scorers or images.
     """
     fpaths = [done_fpath.parent / name for name in shapes]
     try:
         note = jsonfile.read(done_fpath, Note, "It is scored again.")
         sizes = [fpath.stat().st_size for fpath in fpaths]
-        is_same = note.of == said and sizes == [4 * a * b for a, b in shapes.values()]
+        if note.of != key or sizes != [4 * a * b for a, b in shapes.values()]:
+            note = None
     except FileNotFoundError:
-        is_same = False
+        note = None
     except (OSError, errors.UserError) as err:
         logger.warning("%s", errors.first_line(err))
-        is_same = False
-    if not is_same:
+        note = None
+    if note is None:
         for fpath in (done_fpath, *fpaths):  # the note first
             fpath.unlink(missing_ok=True)
         return []
     starts = np.cumsum([0, *(n for n, _ in note.blocks)])
     parts = [columns_N[a:b] for a, b in itertools.pairwise(starts.tolist())]
-    maps = [_mapped(fpath, shape) for fpath, shape in zip(fpaths, shapes.values(), strict=True)]
-    found = _checksums(*maps, [part[part >= 0] for part in parts])
+    scores_KN, mean_ND = map(_mapped, fpaths, shapes.values())
+    found = _checksums(scores_KN, mean_ND, [part[part >= 0] for part in parts])
     is_good = [
         len(part) == n and one == checksum
         for part, (n, checksum), one in zip(parts, note.blocks, found, strict=True)
@@ -215,7 +216,8 @@ def _done(
     n_good = (*is_good, False).index(False)
     if n_good < len(is_good):
         logger.warning(
-            "%s: its scores are not those that were written (checksum); all but the first %d images are scored again",
+            "%s: its scores are not those that were written (checksum); "
+            "all but the first %d images are scored again",
             done_fpath.parent,
             starts[n_good],
         )
@@ -225,7 +227,7 @@ def _done(
 def _checksums(
     scores_KN: np.ndarray, mean_ND: np.ndarray, columns: list[np.ndarray] | list[slice]
 ) -> list[str]:
-    """Of each block of columns: XXH3-128 of its scores, prototype by prototype, and then of its means. Reads the scores once."""
+    """XXH3-128 of each block of columns: its scores, prototype by prototype, then its means. Reads scores once."""
     sums = [xxhash.xxh3_128() for _ in columns]
     n_rows = max(1, CHECKED // max(1, scores_KN.shape[1]))
     for start in range(0, len(scores_KN), n_rows):

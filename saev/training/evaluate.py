@@ -67,7 +67,7 @@ def ensure(dpath: pathlib.Path, cfg: config.Train, acts: activations.Activations
         sums.add(batch.act_BD[: n - i * batch_size].to(device))
     arrays = sums.latents()
     with helpers.atomic(dpath / "latents.npz") as tmp_fpath, tmp_fpath.open("wb") as fd:
-        np.savez(fd, **arrays)
+        np.savez(fd, allow_pickle=False, **arrays)
     found = {**_asked(cfg), **sums.metrics(), "grad_norm": _last_grad_norm(dpath)}
     helpers.write_text(dpath / "metrics.json", jsonfile.seal(found))
 
@@ -118,7 +118,7 @@ class Sums:
     def __init__(self, sae: nn.SparseAutoencoder, around: robust.Typical | None = None):
         self.sae = sae
         self.n = 0
-        self.tokens = around and robust.Tokens(around)
+        self.tokens = None if around is None else robust.Tokens(around)
         device = sae.W_dec.device
         zeros_S = torch.zeros(sae.d_sae, dtype=torch.float64, device=device)
         zeros_D = torch.zeros(sae.d_vit, dtype=torch.float64, device=device)
@@ -203,4 +203,5 @@ def _spreads(sum_D: Tensor, square_D: Tensor, shift_D: Tensor, n: int) -> tuple[
     within = (square_D - sum_D**2 / n).clamp(min=0).sum().item()
     between = n * (mean_D - mean_D.mean()).square().sum().item()
     rounding = 1e-28 * n * mean_D.square().sum().item()
-    return tuple(s if s > rounding else 0.0 for s in (within, within + between))
+    a, b = (s if s > rounding else 0.0 for s in (within, within + between))
+    return a, b
