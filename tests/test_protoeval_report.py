@@ -242,7 +242,7 @@ def test_traits_without_a_positive_are_reported_not_averaged(about: results.Abou
     note = report._notes(cells(rows, about), 2, about)
     assert note.startswith("\nclip x, layer 23")
     assert "1 trait(s) without a positive test image are left out" in note
-    assert "With 9 train images 1 trait(s) have no positive one" in note
+    assert "With 9 train images, 1 trait(s) have no positive train image" in note
 
 
 def test_the_chart_shows_every_line_whole(about: results.About) -> None:
@@ -304,7 +304,7 @@ def test_the_newest_of_a_cell_wins_and_nothing_else_changes(
     assert "| clip x | 23 | Random | 512 | 1,000 | 0.900 |" in text
     assert "| clip x | 11 | Random | 512 | 1,000 | 0.500 |" in text
     assert "| clip x | 23 | Sae_1 | 512 |" in text
-    assert "1 older cells gave way to newer ones (of zzz)." in text
+    assert "1 older cells were replaced by newer ones (of zzz)." in text
     with (out / "table.csv").open() as fd:
         assert [(x["layer"], x["scorer"]) for x in csv.DictReader(fd)] == [
             ("11", "constant"),
@@ -332,7 +332,7 @@ def test_scorers_of_one_name_are_told_apart(
     text = (merge.write(tmp_path) / "table.md").read_text()
     for name in ("Sae_1 ckpt=aaaaaaaa", "Sae_1 ckpt=bbbbbbbb"):
         assert text.count(f"| clip x | 23 | {name} |") == 2, "in both tables"
-    assert "gave way" in text and "(of a)" in text  # the rows of Random and the constant
+    assert "were replaced" in text and "(of a)" in text  # the rows of Random and the constant
     result("c", 3, "b", seed=1)
     text = (merge.write(tmp_path) / "table.md").read_text()
     assert "| Sae_1 ckpt=bbbbbbbb seed=0 | 512 |" in text
@@ -578,7 +578,7 @@ def write_gallery(
     ],
 )
 def test_a_gallery_that_does_not_say_what_it_shows(tmp_path: pathlib.Path, content: bytes) -> None:
-    with pytest.raises(errors.UserError, match=r"no gallery\.json that names its SAE"):
+    with pytest.raises(errors.UserError, match=r"has no gallery\.json"):
         gallery.read(tmp_path)
     (tmp_path / "gallery.json").write_bytes(content)
     with pytest.raises(errors.UserError, match=r"gallery\.json: [^\n]*Run visuals\.py again\.$"):

@@ -1,9 +1,9 @@
 """The only code that reads acts*.bin: tokens of chosen layers from one or more shard directories.
 
-Images are addressed by their position among the images that can be read (skipped ones are left out);
-`Activations.image_is_N` gives their numbers, which count every image of every directory.
+Images are addressed by their position among the readable images, without skipped ones.
+`Activations.image_is_N` maps positions to image numbers, which count all images of all directories.
 
-Shape letters: N images, X tokens of an image that were asked for (layer after layer), D d_vit.
+Shape letters: N images, X chosen tokens of an image (layer after layer), D d_vit.
 """
 
 import collections.abc
@@ -24,9 +24,9 @@ from saev.formats import shards, space
 from saev.formats.pieces import SUM_BYTES
 
 RUN_BYTES = 2**20
-"""About so much is read with one call, so that it is still in the core's cache when its checksums are compared."""
+"""Bytes read with one call, about: few enough to be in the core's cache when checksums are compared."""
 GAP_BYTES = 128 * 2**10
-"""Unwanted bytes between wanted ones are read along (and dropped) up to this length; longer gaps are jumped over."""
+"""Gaps up to this length are read and dropped; longer ones are skipped."""
 IOV_MAX = 1024
 """Buffers of one system call (Linux)."""
 SERIAL = 2**14
@@ -40,13 +40,13 @@ WILLNEED = getattr(os, "POSIX_FADV_WILLNEED", 0)
 
 
 def _advise(fd: int, start: int, length: int, advice: int) -> None:
-    """A hint to the kernel, where it takes hints."""
+    """Gives the kernel a hint, if it takes hints."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, start, length, advice)
 
 
 class _File:
-    """A shard open for reading, closed when nobody holds it any more: a thread may still read what a cache let go."""
+    """An open shard. It closes with its last reference, because a thread may outlive the cache entry."""
 
     def __init__(self, part: shards.ShardDir, shard_i: int, advice: int):
         self.fd = -1
@@ -61,7 +61,7 @@ class _File:
         """Compares whole pieces with their checksums.
 
         Raises:
-            UserError: they differ; names the bytes.
+            UserError: they differ (the bytes are named).
         """
         have = self.part.pieces.sums(data, pieces)
         want = self.sums[SUM_BYTES * pieces.start : SUM_BYTES * pieces.stop]
@@ -70,13 +70,13 @@ class _File:
             raise self.part.differs(self.shard_i, first)
 
     def __del__(self, close: collections.abc.Callable[[int], None] = os.close) -> None:
-        # At the interpreter's end `os` may be gone already.
+        # At exit `os` may already be gone.
         if self.fd >= 0:
             close(self.fd)
 
 
 class _Files:
-    """The last shards that were read. A copy for another process starts with none open."""
+    """Cache of the last shards that were read. A pickled copy starts empty."""
 
     def __init__(self) -> None:
         self.open = functools.lru_cache(N_OPEN)(_File)
@@ -100,25 +100,26 @@ class _Part(tp.NamedTuple):
 
     dir: shards.ShardDir
     layer_is: tuple[int, ...]
-    """Positions of the chosen layers among the recorded ones."""
+    """Positions of the chosen layers among the recorded layers."""
     first_image: int
     first: int
     """Position of its first image of the stream."""
     image_is_N: Int64[np.ndarray, " N"]
-    """Its images of the stream, by their numbers in the directory."""
+    """Numbers, within the directory, of its images in the stream."""
 
 
 class Activations:
-    """Chosen layers and tokens of shard directories, as one stream. A stage opens them once and passes them on.
+    """Chosen layers and tokens of shard directories, as one stream. A stage opens them once and passes them
+    on.
 
     Args:
-        cfg: which.
-        flag: that names them on the command line, for messages.
-        among: other activations; a directory that they have open is not opened again.
+        cfg: the directories, layers and tokens.
+        flag: their flag on the command line, for messages.
+        among: other activations, whose open directories are reused.
 
     Raises:
-        UserError: see `shards.ShardDir.open`; also a layer that was not recorded, [CLS] asked of a model without, or
-            directories that do not fit each other.
+        UserError: see `shards.ShardDir.open`; also a layer that was not recorded, [CLS] of a model without
+            it, or directories that do not fit together.
     """
 
     @beartype.beartype
@@ -169,12 +170,12 @@ class Activations:
         flag: str = "--data",
         among: collections.abc.Iterable["Activations"] = (),
     ) -> "Activations":
-        """Opens the activations that a config names. Those that are open already are returned as they are."""
+        """Opens a config's activations. Returns open activations unchanged."""
         return data if isinstance(data, Activations) else Activations(data, flag, among)
 
     @beartype.beartype
     def only(self, image_is: collections.abc.Collection[int]) -> "Activations":
-        """The stream of some images, by their numbers. It shares this one's directories."""
+        """A stream of only these images, by number. It shares this stream's directories."""
         out = copy.copy(self)
         out.__dict__.pop("fingerprint", None)
         out._choose(tuple(sorted(image_is)))
@@ -182,7 +183,7 @@ class Activations:
 
     @beartype.beartype
     def advised(self, advice: int) -> "Activations":
-        """The same stream, which tells the kernel in what order its files will be read (POSIX_FADV_*)."""
+        """The same stream, with a hint to the kernel on the order of reads (POSIX_FADV_*)."""
         out = copy.copy(self)
         out.advice, out._files = advice, _Files()
         return out
@@ -194,7 +195,7 @@ class Activations:
         return space.Space.of(described | {"layers": self.layers, "patches": patches}, m.d_vit)
 
     def _choose(self, image_is: tuple[int, ...] | None) -> None:
-        """Makes the stream one of these images; of all images if None."""
+        """Restricts the stream to these images; None means all."""
         self.chosen = image_is
         self._parts: list[_Part] = []
         images, first_image, first = [], 0, 0
@@ -214,19 +215,19 @@ class Activations:
 
     @property
     def given(self) -> str:
-        """The flag and the directory, for messages."""
+        """Flag and directory, for messages."""
         return f"{self.flag}.shard-root {self.root}"
 
     @property
     def n_imgs(self) -> int:
-        """Images that can be read."""
+        """Number of readable images."""
         return len(self.image_is_N)
 
     def only_layer(self, what: str) -> int:
-        """The chosen layer.
+        """Returns the only chosen layer.
 
         Raises:
-            UserError: --data.layer all.
+            UserError: several layers are chosen (--data.layer all).
         """
         if len(self.layers) > 1:
             raise errors.UserError(
@@ -236,26 +237,26 @@ class Activations:
 
     @property
     def n_per_img(self) -> int:
-        """X: tokens of an image, over all chosen layers."""
+        """X: tokens of an image over all chosen layers."""
         return len(self.layers) * self.n_tokens
 
     def __len__(self) -> int:
-        """Activations in the stream."""
+        """Number of activations in the stream."""
         return self.n_imgs * self.n_per_img
 
     @property
     def n_lead(self) -> int:
-        """Tokens of the choice before its first whole piece of patches: [CLS], where it is read along with them."""
+        """Chosen tokens before the patches: 1 if [CLS] is read together with them, else 0."""
         return int(self.first_patch < 0 and self.n_tokens > 1)
 
     @property
     def first_patch(self) -> int:
-        """patch_i of token 0 of the choice: -1 stands for [CLS]."""
+        """patch_i of the first chosen token; -1 means [CLS]."""
         return self.tokens.start - int(self.metadata.cls_token)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of what the stream holds: activations, images and their order, layers and tokens."""
+        """A hash of the stream's content: activations, images and their order, layers and tokens."""
         parts = [part.fingerprint for part in self.dirs]
         chosen = [] if self.chosen is None else [self.chosen]
         return helpers.hash_of([parts, self.layers, self.tokens.start, self.tokens.stop, *chosen])
@@ -272,7 +273,7 @@ class Activations:
 
     @functools.cached_property
     def records(self) -> list[shards.Record]:
-        """Path and label by image number, of the images that cannot be read too.
+        """Path and label by image number, including images that could not be read.
 
         Raises:
             UserError: see `shards.ShardDir.records`.
@@ -281,15 +282,16 @@ class Activations:
         return [*first, *itertools.chain(*others)] if others else first
 
     def transform(self) -> dict[str, object]:
-        """The image transform's description; empty when another tool made the dump.
+        """The description of the image transform. Empty for dumps of other tools.
 
         Raises:
-            UserError: the directories differ in it.
+            UserError: the directories have different transforms.
         """
         first, *others = [part.transform() for part in self.dirs]
         if any(other != first for other in others):
             raise errors.UserError(
-                f"{self.dirs[0].dpath} and the other shard directories were made with different image transforms. Read them one by one."
+                f"{self.dirs[0].dpath} and the other shard directories were made with different image "
+                "transforms. Read them one by one."
             )
         return first
 
@@ -308,10 +310,10 @@ class Activations:
 
     @jaxtyped(typechecker=beartype.beartype)
     def read(self, start: int, stop: int) -> Float32[np.ndarray, "N X D"]:
-        """Activations of the images at positions start ... stop - 1, as a copy in memory.
+        """Activations of the images at positions start ... stop - 1.
 
         Raises:
-            UserError: a shard file vanished or was cut while reading, or differs from its checksums.
+            UserError: a shard file disappeared or was truncated, or differs from its checksums.
         """
         shape = (stop - start, self.n_per_img, self.d_vit)
         out_NXD = np.empty(shape, shards.STORED[self.dtype])
@@ -329,7 +331,7 @@ class Activations:
         return self.decoded(out_NXD)
 
     def _read_run(self, run: list[tuple[Extent, memoryview]]) -> None:
-        """Reads neighbouring extents with one call. Each consists of whole pieces: all tokens of the choice."""
+        """Reads neighbouring extents with one call. Each has all chosen tokens, which are whole pieces."""
         buffers, end = [], run[0][0].offset
         for extent, target in run:
             if gap := extent.offset - end:
@@ -349,7 +351,7 @@ class Activations:
         return _ReadErrors(self.dirs[extent.part_i], extent.shard_i)
 
     def decoded(self, stored: Shaped[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
-        """Stored values as float32; those that are float32 are not copied."""
+        """Stored values as float32. float32 is not copied."""
         if self.dtype == "float32":
             return stored
         out = np.empty(stored.shape, np.float32)
@@ -359,9 +361,10 @@ class Activations:
     def decode_to(
         self, stored: Shaped[np.ndarray, "*shape"], out: Float32[np.ndarray, "*shape"]
     ) -> None:
-        """`shards.decode` without temporaries; torch reads float16 thirty times as fast as numpy.
+        """`shards.decode` without temporaries. torch converts float16 thirty times as fast as NumPy.
 
-        Piece by piece: on larger ones torch would start OpenMP, which does not survive a fork.
+        It works in small steps, because for larger ones torch would start OpenMP, which does not survive a
+        fork.
         """
         if self.dtype == "bfloat16":
             np.left_shift(stored, np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
@@ -376,9 +379,9 @@ class Activations:
     def extents(
         self, index_G: Int64[np.ndarray, " G"], n_G: Int64[np.ndarray, " G"]
     ) -> list[Extent]:
-        """Where runs of consecutive tokens lie: the one that begins with activation index_G of the stream, n_G long.
+        """Locates runs of n_G consecutive tokens that begin with the stream's activation index_G.
 
-        A run does not go beyond its image and layer.
+        A run must not leave its image and layer.
         """
         position_G, x_G = np.divmod(index_G, self.n_per_img)
         layer_G, token_G = np.divmod(x_G, self.n_tokens)
@@ -400,10 +403,11 @@ class Activations:
         return out
 
     def read_extents(self, extents: list[Extent], into: memoryview) -> None:
-        """Reads extents one after the other into memory, as they are stored; asks the kernel for all of them first.
+        """Reads extents one by one into memory, in their stored form. First announces all of them to the
+        kernel.
 
         Raises:
-            UserError: a shard file vanished or was cut while reading, or differs from its checksums.
+            UserError: a shard file disappeared or was truncated, or differs from its checksums.
         """
         reads: list[tuple[_File, range, int, int]] = []
         for extent in extents:
@@ -427,7 +431,7 @@ class Activations:
 
 
 def _goes_on(first: Extent, last: Extent, extent: Extent) -> bool:
-    """May it be read with the same call as a run's first and last extents?"""
+    """Whether it can be read with the same call as a run with these first and last extents."""
     gap = extent.offset - last.offset - last.length
     is_same = (extent.part_i, extent.shard_i) == (last.part_i, last.shard_i)
     return is_same and 0 <= gap <= GAP_BYTES and last.offset - first.offset < RUN_BYTES
@@ -440,7 +444,8 @@ def _preadv(file: _File, buffers: list[memoryview], offset: int) -> None:
         n = os.preadv(file.fd, buffers[at : at + IOV_MAX], offset)
         if not n:
             raise errors.UserError(
-                f"{file.fpath}: ends at byte {offset}, in the middle of its activations. {file.part.remedy}"
+                f"{file.fpath}: ends at byte {offset}, in the middle of its activations. "
+                f"{file.part.remedy}"
             )
         offset += n
         while at < len(buffers) and n >= len(buffers[at]):
@@ -451,7 +456,7 @@ def _preadv(file: _File, buffers: list[memoryview], offset: int) -> None:
 
 
 class _ReadErrors:
-    """Turns an error of the operating system into one line. A class: it is entered for every read."""
+    """Turns an OSError into a UserError. It is a class because it is entered for every read."""
 
     def __init__(self, part: shards.ShardDir, shard_i: int):
         self.part = part
@@ -468,7 +473,7 @@ class _ReadErrors:
 
 
 def _layers(dirs: list[shards.ShardDir], layer: int | tp.Literal["all"]) -> tuple[int, ...]:
-    """The chosen layers, by their numbers."""
+    """The numbers of the chosen layers."""
     first = dirs[0].metadata.layers
     chosen = first if layer == "all" else (first[dirs[0].layer_i(layer)],)
     for part in dirs[1:]:
@@ -482,12 +487,13 @@ def _layers(dirs: list[shards.ShardDir], layer: int | tp.Literal["all"]) -> tupl
 
 
 def _check_stored_alike(dirs: list[shards.ShardDir], flag: str) -> None:
-    """Directories of one stream store the same tokens in the same type, and none is named twice."""
+    """Checks that directories store the same tokens in the same type, and that none is named twice."""
     for name in ("n_patches_per_img", "cls_token", "dtype"):
         values = {getattr(part.metadata, name) for part in dirs}
         if len(values) > 1:
             raise errors.UserError(
-                f"{flag}.more-roots: the directories differ in {name} ({', '.join(map(repr, sorted(values)))}). Pass dumps of one ViT."
+                f"{flag}.more-roots: the directories differ in {name} "
+                f"({', '.join(map(repr, sorted(values)))}). Pass dumps of one ViT."
             )
     if len({part.metadata.hash for part in dirs}) < len(dirs):
         raise errors.UserError(f"{flag}.more-roots: a shard directory is named twice.")
@@ -507,20 +513,20 @@ def _token_slice(part: shards.ShardDir, patches: config.Patches) -> slice:
 
 
 LARGEST = 1e15
-"""Larger activations are refused: sums of their squares overflow float32."""
+"""Largest accepted activation. Sums of larger squares overflow float32."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
 def check_finite(
     acts_BXD: Float32[np.ndarray, "B *X D"], image_i_B: Int64[np.ndarray, " B"], acts: Activations
 ) -> None:
-    """Refuses activations that nothing can be computed from. Every loader asks here, of every batch.
+    """Refuses NaN, infinite and huge activations. Every loader calls this for every batch.
 
     Args:
-        image_i_B: the image of each row.
+        image_i_B: each row's image.
 
     Raises:
-        UserError: an activation is NaN, infinite or larger than LARGEST (names the first image).
+        UserError: an activation is NaN, infinite or larger than LARGEST (the first image is named).
     """
     flat = acts_BXD.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -535,8 +541,8 @@ def check_finite(
     layers = ", ".join(map(str, acts.layers))
     if np.isfinite(values).all():
         raise errors.UserError(
-            f"{where} activations up to {np.abs(values).max():.2g} at layer {layers}: squares of more than {LARGEST:.0e} overflow float32. "
-            "Check the ViT's weights, or record another layer."
+            f"{where} activations up to {np.abs(values).max():.2g} at layer {layers}: squares of more "
+            f"than {LARGEST:.0e} overflow float32. Check the ViT's weights, or record another layer."
         )
     raise errors.UserError(
         f"{where} NaN or infinite activations at layer {layers}. "

@@ -12,23 +12,23 @@ from saev.data import activations, config
 from saev.data.ahead import ahead
 
 AHEAD = 2
-"""Blocks read before they are asked for."""
+"""Blocks read ahead."""
 
 
 class Block(tp.NamedTuple):
     """Consecutive images."""
 
     image_i_N: Int64[np.ndarray, " N"]
-    """Their numbers, rising; an image that could not be read is left out."""
+    """Their numbers, ascending, without images that could not be read."""
     act_NXD: Float32[np.ndarray, "N X D"]
-    """Their tokens; with layer "all" those of the first layer come first."""
+    """Their tokens. With layer "all", those of the first layer come first."""
 
 
 class Ordered:
     """Iterates over blocks of at most `n_imgs` images, in image order, from the `first` readable image on.
 
     Raises:
-        UserError: see `Activations`; while iterating, NaN or infinite activations (names the image).
+        UserError: see `Activations`; while iterating, NaN or infinite activations (the image is named).
     """
 
     @beartype.beartype

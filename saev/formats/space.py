@@ -1,4 +1,5 @@
-"""`Space`: what activations are of. Prototypes and SAEs of one space say nothing about another, even at equal width."""
+"""`Space`: the ViT, layers and tokens of activations. SAEs and prototypes are meaningful only in their own
+space."""
 
 import collections.abc
 import dataclasses
@@ -9,25 +10,25 @@ import beartype
 from saev import errors
 
 AUTOCAST = "@bf16"
-"""Suffix of vit_ckpt where the ViT ran in bfloat16 autocast."""
+"""Suffix of vit_ckpt if the ViT ran under bfloat16 autocast."""
 
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The ViT, layers and tokens of some activations. None: unknown, as a checkpoint of another tool leaves it."""
+    """The ViT, layers and tokens of activations. None means unknown, as in checkpoints of other tools."""
 
     d_vit: int
     vit_family: str | None = None
     vit_ckpt: str | None = None
-    """Without the suffix of autocast: bfloat16 autocast counts as the same ViT."""
+    """Without the suffix: bfloat16 autocast counts as the same ViT."""
     layers: tuple[int, ...] | None = None
     patches: str | None = None
     autocast: bool = False
 
     @staticmethod
     def of(found: collections.abc.Mapping[str, tp.Any], d_vit: int) -> "Space":
-        """The space that `describe` described, or any part of it."""
+        """The space from (part of) what `describe` returned."""
         ckpt = found.get("vit_ckpt")
         return Space(
             d_vit,
@@ -39,7 +40,7 @@ class Space:
         )
 
     def describe(self) -> dict[str, object]:
-        """For files: what is known of the space."""
+        """The known parts of the space, for files."""
         return {
             "vit_family": self.vit_family,
             "vit_ckpt": f"{self.vit_ckpt}{AUTOCAST * self.autocast}",
@@ -49,11 +50,11 @@ class Space:
         }
 
     def check_same(self, other: "Space", *, whose: str, flag: str, patches: bool = True) -> None:
-        """Refuses activations of another space. Compares what is known of both.
+        """Refuses activations of another space. Compares what both know.
 
         Args:
-            whose: what this space is of.
-            flag: where the other activations come from, such as "--fit-data.shard-root shards/x".
+            whose: owner of this space, for the message.
+            flag: source of the other activations, such as "--fit-data.shard-root shards/x".
             patches: compare [CLS] and patch tokens too.
 
         Raises:

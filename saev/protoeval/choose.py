@@ -13,7 +13,8 @@ from saev import helpers
 from saev.protoeval import ap, config, fit, score
 
 AP_DIGITS = 12
-"""Decimal places in which APs are compared: equal APs of different rankings differ in their last bits."""
+"""Decimal places to which APs are compared, because equal APs of different rankings differ in their last
+bits."""
 
 
 class Draw(tp.NamedTuple):
@@ -25,26 +26,26 @@ class Draw(tp.NamedTuple):
 
 
 class Choice(tp.NamedTuple):
-    """Of one cell and draw: each trait's prototype, among the scorer's, and its AP on the train images."""
+    """Each trait's prototype (counted within the scorer) and its train AP, for one cell and draw."""
 
     best_T: Int64[np.ndarray, " T"]
     train_ap_T: Float64[np.ndarray, " T"]
 
 
 class Cell(tp.NamedTuple):
-    """A scorer with its first K prototypes, and what was chosen among them on each draw of train images."""
+    """A scorer's first K prototypes, and the choices among them on each draw of train images."""
 
     scorer: str
     n_prototypes: int
     draws: list[Draw]
     choices: list[Choice]
     first: int
-    """Place of its first prototype among those of all scorers."""
+    """Index of its first prototype, counted over all scorers."""
 
 
 @beartype.beartype
 def choose(train: score.Split, banks: list[fit.Bank], cfg: config.ProtoEval) -> list[Cell]:
-    """The whole grid: scorer x K x number of train images."""
+    """Chooses for the whole grid: scorer x K x number of train images."""
     all_draws = draws(len(train.labels_NT), cfg)
     out: list[Cell] = []
     first = 0
@@ -61,7 +62,7 @@ def _cells(
     train: score.Split,
     cfg: config.ProtoEval,
 ) -> list[Cell]:
-    """A scorer's cells. Prototypes are taken some at a time, and each serves every K that it is among."""
+    """A scorer's cells. Prototypes are read in blocks, and each is used for every K that includes it."""
     flat = [draw for same_n in all_draws for draw in same_n]
     T = train.labels_NT.shape[1]
     best = [Choice(np.zeros(T, np.int64), np.full(T, np.nan)) for _ in flat]
@@ -82,7 +83,7 @@ def _cells(
 
 
 def draws(n_images: int, cfg: config.ProtoEval) -> list[list[Draw]]:
-    """For each number of train images (more than there are: all) its draws; of all images there is one."""
+    """The draws for each number of train images, which is at most all images. All images have one draw."""
     out = []
     for n in dict.fromkeys(n_images if n == -1 else min(n, n_images) for n in cfg.n_train):
         ndraws = 1 if n == n_images else cfg.n_seeds
@@ -92,7 +93,7 @@ def draws(n_images: int, cfg: config.ProtoEval) -> list[list[Draw]]:
 
 @jaxtyped(typechecker=beartype.beartype)
 def train_subset(n_images: int, n: int, seed: int, r: int = 0) -> Int64[np.ndarray, " n"]:
-    """Draw r of n train images (-1 or too many: all), the same for every scorer; smaller subsets lie in larger ones."""
+    """Draw r of n train images (-1: all), equal for all scorers. Smaller subsets are part of larger ones."""
     key = (seed, 0xC0B, r) if r else (seed, 0xC0B)
     order_N = np.random.default_rng(key).permutation(n_images)
     return np.sort(order_N if n == -1 else order_N[:n])
@@ -100,10 +101,9 @@ def train_subset(n_images: int, n: int, seed: int, r: int = 0) -> Int64[np.ndarr
 
 @jaxtyped(typechecker=beartype.beartype)
 def better(choice: Choice, ap_CT: Float64[np.ndarray, "C T"], first: int) -> Choice:
-    """The prototype of largest AP per trait, `first` and later ones considered too.
+    """Updates each trait's prototype with those from `first` on: the highest AP, the first of several.
 
-    Among equals the lowest number. Where there is no AP at all (a trait without a positive among the train images) it is
-    prototype 0: no better than one drawn at random, and that is what its test AP then says.
+    For a trait without a positive train image it stays prototype 0, which is no better than a random one.
     """
     ap_CT = ap_CT.round(AP_DIGITS)
     best_T = np.nan_to_num(ap_CT, nan=-1.0).argmax(axis=0)
@@ -116,6 +116,6 @@ def better(choice: Choice, ap_CT: Float64[np.ndarray, "C T"], first: int) -> Cho
 
 
 def _pieces(ks: tuple[int, ...], size: int) -> list[tuple[int, int]]:
-    """Ranges of at most `size` prototypes, one after the other, of which one ends at each K."""
+    """Consecutive ranges of at most `size` prototypes. One ends at each K."""
     ends = sorted({*ks, *range(size, max(ks), size)})
     return list(zip([0, *ends[:-1]], ends, strict=True))

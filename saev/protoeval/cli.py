@@ -7,7 +7,7 @@ from saev.protoeval import config
 
 
 def main() -> None:
-    """Evaluates (or joins or checks); prints the tables and their results directories."""
+    """Evaluates, merges or checks. Prints tables and their results directories."""
     cfgs = sweeps.parse(
         config.ProtoEval, "Scores prototypes against the attributes of CUB-200-2011."
     )

@@ -1,4 +1,4 @@
-"""What is evaluated: the scorers of a group, the labels, and the images. Names the results and says what they are of."""
+"""An experiment: the scorers of a group, the labels and the images. Names and describes its results."""
 
 import dataclasses
 import datetime
@@ -19,18 +19,18 @@ from saev.scorers import config as scorers_config
 logger = logging.getLogger("saev")
 
 REVISION = 5
-"""Raised whenever the same activations, labels and config may give other numbers."""
+"""Raise it when the same activations, labels and config may give other numbers."""
 
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     cfgs: list[config.ProtoEval]
-    """One for each scorer. They share everything but the scorer and what it is fitted on."""
+    """One per scorer. They differ only in the scorer and its fit data."""
     labels: cub.Cub
     sides: join.Sides
     fits: list[join.Fit]
-    """What each scorer is fitted on."""
+    """The activations that each scorer is fitted on."""
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -38,7 +38,7 @@ class Experiment:
 
     @functools.cached_property
     def id(self) -> str:
-        """A hash of what decides the table: activations, labels, protocol, scorers, grid and seed; not of where they lie."""
+        """A hash of all that determines the table: activations, labels, protocol, scorers, grid and seed."""
         parts: list[object] = [REVISION, scorers.REVISION, self._measured_on]
         for cfg, fit in zip(self.cfgs, self.fits, strict=True):
             parts += [fields.identity(cfg), *_content(cfg, fit).values(), _run_name(cfg)]
@@ -47,7 +47,7 @@ class Experiment:
 
     @property
     def _activations(self) -> list[str]:
-        """Fingerprints of the train and of the test activations."""
+        """Fingerprints of the train and test activations."""
         return [acts.fingerprint for acts in self._train_and_test]
 
     @property
@@ -57,7 +57,7 @@ class Experiment:
 
     @property
     def _measured_on(self) -> str:
-        """A hash of what is measured on which images: figures under another one are not comparable."""
+        """A hash of what is measured on which images. Results are comparable only if it is equal."""
         cfg, left_out = self.cfgs[0], [side.left_out for side in self.sides]
         usual = (cfg.no_positives, cfg.swap_splits) == ("leave-out", False)
         hashed = labels.fingerprint(self.labels)
@@ -99,7 +99,7 @@ class Experiment:
         )
 
     def _settings(self, cfg: config.ProtoEval, fit: join.Fit) -> dict[str, tp.Any]:
-        """What decides a scorer except the seed; not where its files lie."""
+        """All that determines a scorer, except the seed and paths."""
         found = {"cls": type(cfg.scorer).__name__, **dataclasses.asdict(cfg.scorer)}
         found |= _content(cfg, fit)
         if isinstance(cfg.scorer, scorers_config.Sae):
@@ -107,7 +107,7 @@ class Experiment:
         return found | {"fitted_on": fit.description}
 
     def _forced(self) -> list[str]:
-        """What --force went on in spite of."""
+        """The problems that --force accepted."""
         known, out = set(self.labels.paths_N), check.problems(self.labels)
         for acts in dict.fromkeys(self._train_and_test):
             n = sum(cub.key(acts.records[int(i)].path) not in known for i in acts.image_is_N)
@@ -117,7 +117,7 @@ class Experiment:
 
     @beartype.beartype
     def log_memory(self) -> None:
-        """Says how much memory the evaluation takes. The formula is for a CPU."""
+        """Logs how much memory the evaluation needs, on a CPU."""
         if devices.pick(self.cfgs[0].device).type != "cpu":
             return
         chosen, measured = self.sides
@@ -143,7 +143,7 @@ def _content(cfg: config.ProtoEval, fit: join.Fit) -> dict[str, str]:
 
 
 def _run_name(cfg: config.ProtoEval) -> str:
-    """An SAE's run id, which the table names it by; else empty."""
+    """An SAE's run id, its name in the table; else ""."""
     return pathlib.Path(getattr(cfg.scorer, "ckpt", "")).parent.name
 
 
@@ -152,14 +152,15 @@ def _run_name(cfg: config.ProtoEval) -> str:
 
 @beartype.beartype
 def names(cfgs: list[config.ProtoEval]) -> list[str]:
-    """The scorers' names in the table: the class, an SAE's run id, and whatever else tells two of them apart.
+    """The scorers' names in the table: class, SAE's run id, and the settings in which scorers differ.
 
     Raises:
-        UserError: the same scorer, fitted on the same activations, is there twice.
+        UserError: two configs have the same scorer and fit data.
     """
     short = [_name(cfg, cfgs) for cfg in cfgs]
     full = [
-        f"{name} ({getattr(cfg.scorer, 'ckpt', '')} fit on {cfg.fit.shard_root} layer {cfg.fit.layer} {cfg.fit.patches}, {_fit_images(cfg)})"
+        f"{name} ({getattr(cfg.scorer, 'ckpt', '')} fit on {cfg.fit.shard_root} layer {cfg.fit.layer} "
+        f"{cfg.fit.patches}, {_fit_images(cfg)})"
         for name, cfg in zip(short, cfgs, strict=True)
     ]
     found = [s if short.count(s) == 1 else f for s, f in zip(short, full, strict=True)]
@@ -185,5 +186,5 @@ def _name(cfg: config.ProtoEval, cfgs: list[config.ProtoEval]) -> str:
 
 
 def _fit_images(cfg: config.ProtoEval) -> str:
-    """Which of the fit data's images a scorer is fitted on."""
+    """The images of the fit data that a scorer is fitted on."""
     return "all images" if cfg.fit_data.shard_root else f"{cfg.sides[0][0]} images"

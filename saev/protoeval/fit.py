@@ -1,4 +1,4 @@
-"""Fits the scorers of an experiment, or finds them where an earlier run kept them."""
+"""Fits the scorers of an experiment, or loads those of an earlier run."""
 
 import logging
 import pathlib
@@ -16,7 +16,7 @@ logger = logging.getLogger("saev")
 
 
 class Bank(tp.NamedTuple):
-    """A fitted scorer and the numbers of prototypes it is evaluated at (prefixes of it)."""
+    """A fitted scorer, and the numbers K of its first prototypes that are evaluated."""
 
     name: str
     scorer: scorers.Scorer
@@ -25,7 +25,7 @@ class Bank(tp.NamedTuple):
 
 @beartype.beartype
 def fit(experiment: Experiment) -> list[Bank]:
-    """Fits k-means once per K, and the others once: the first K of their prototypes serve a smaller K."""
+    """Fits k-means for each K, and other scorers once: a smaller K uses their first prototypes."""
     found = zip(experiment.cfgs, experiment.fits, experiment.names, strict=True)
     return [bank for cfg, fit, name in found for bank in _banks(cfg, fit.acts, name)]
 
@@ -47,7 +47,7 @@ def _banks(cfg: config.ProtoEval, acts: activations.Activations, name: str) -> l
         ks = tuple(sorted({min(k, scorer.n_prototypes) for k in wanted}))
         if scorer.n_prototypes < k_max:
             logger.info(
-                "%s: has %d prototypes, which stand for all larger K",
+                "%s: has %d prototypes, which are used for all larger K",
                 type(cfg.scorer).__name__,
                 scorer.n_prototypes,
             )

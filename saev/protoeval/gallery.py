@@ -17,10 +17,10 @@ from saev.scorers import config as scorers_config
 
 @beartype.beartype
 def scorer(gallery: str, cfgs: list[config.ProtoEval], names: list[str]) -> str:
-    """The name (of `names`) of the SAE that a gallery shows; empty without a gallery.
+    """The name, in `names`, of the SAE that a gallery shows; "" without --gallery.
 
     Raises:
-        UserError: there is no gallery, or it shows none of the SAEs.
+        UserError: the gallery does not exist, or shows none of the SAEs.
     """
     if not gallery:
         return ""
@@ -42,32 +42,32 @@ class Gallery(msgspec.Struct):
     """gallery.json."""
 
     sha256: str
-    """Of the SAE's checkpoint."""
+    """sha256 of the SAE's checkpoint."""
     latents: list[int]
 
 
 @beartype.beartype
 def read(gallery: pathlib.Path) -> Gallery:
-    """What visuals.py wrote to gallery.json.
+    """Reads gallery.json of visuals.py.
 
     Raises:
-        UserError: there is none, or it is not as it was written.
+        UserError: it is missing, or was changed.
     """
     fpath = gallery / "gallery.json"
     try:
         return jsonfile.read_sealed(fpath, Gallery, "Run visuals.py again.")
     except (FileNotFoundError, NotADirectoryError) as err:
         raise errors.UserError(
-            f"--gallery {gallery}: no gallery.json that names its SAE. Pass a folder that visuals.py wrote."
+            f"--gallery {gallery}: has no gallery.json. Pass a folder that visuals.py wrote."
         ) from err
 
 
 @beartype.beartype
 def link(dpath: pathlib.Path, scorer: str, gallery: pathlib.Path) -> None:
-    """Writes traits.md into a results directory: each trait's latent, linked to its place in a gallery that shows it.
+    """Writes traits.md into a results directory: each trait's latent, with a link into the gallery.
 
     Args:
-        scorer: the SAE's name in the table; its largest cell counts.
+        scorer: the SAE's name in the table. Its largest cell is used.
     """
     data = manifest.read(dpath, ["traits.parquet"], report.AGAIN)["traits.parquet"]
     best, shown = best_traits(data, scorer), set(read(gallery).latents)
@@ -80,16 +80,18 @@ def link(dpath: pathlib.Path, scorer: str, gallery: pathlib.Path) -> None:
         "AP on test images": [f"{ap:.3f}" for ap in best["test_ap"]],
     }
     n_train = best["n_train"][0]
-    text = f"Best latents of {scorer} with {n_train} train images.\n\n{tables.markdown(pl.DataFrame(table))}"
+    text = f"Best latents of {scorer} with {n_train} train images.\n\n"
+    text += tables.markdown(pl.DataFrame(table))
     if missing := set(latents) - shown:
         flags = " ".join(map(str, sorted(set(latents))))
-        text += f"\n{len(missing)} of them are not in the gallery; visuals.py shows all with --latents {flags}\n"
+        text += f"\n{len(missing)} of them are not in the gallery; visuals.py shows all with "
+        text += f"--latents {flags}\n"
     helpers.write_text(dpath / "traits.md", text)
 
 
 @beartype.beartype
 def best_traits(data: bytes, scorer: str) -> pl.DataFrame:
-    """The rows of traits.parquet of a scorer's largest cell (first draw), best test AP first."""
+    """The rows of a scorer's largest cell (first draw) in traits.parquet, highest test AP first."""
     mine = pl.read_parquet(data).filter(pl.col("scorer") == scorer, pl.col("draw") == 0)
     order = pl.col("test_ap").fill_nan(-1.0)
     return mine.filter(stats.largest("scorer")).sort(order, descending=True, maintain_order=True)

@@ -1,4 +1,4 @@
-"""Joins CUB's images to a dump's by path: images to choose on, images to measure on, and what scorers are fitted on."""
+"""Joins CUB's images to a dump's by path: images to choose on, to measure on, and to fit scorers on."""
 
 import collections.abc
 import logging
@@ -15,7 +15,7 @@ logger = logging.getLogger("saev")
 
 
 class Side(tp.NamedTuple):
-    """One split's images in the activations that hold it."""
+    """One split's images in its activations."""
 
     split: config.Split
     acts: activations.Activations
@@ -46,8 +46,8 @@ def find(acts: activations.Activations, labels: cub.Cub, split: config.Split, fo
     """Finds a split's images. Those that the dump recorded as corrupt are left out.
 
     Raises:
-        UserError: an image of the split was not dumped, a path is there twice, or (without `force`) the shards hold an image
-            that the labels do not know.
+        UserError: an image of the split was not dumped, a path occurs twice, or (without `force`) the shards
+            hold an image without labels.
     """
     label_row = {path: row for row, path in enumerate(labels.paths_N)}
     paths = {int(i): acts.records[i].path for i in acts.image_is_N}
@@ -57,13 +57,16 @@ def find(acts: activations.Activations, labels: cub.Cub, split: config.Split, fo
     other = "test" if split == "train" else "train"
     if wrong := [paths[i] for i in row_of if paths[i].startswith(f"{other}/")]:
         raise errors.UserError(
-            f"{acts.root}: {len(wrong)} images lie in {other}/ but are {split} images by train_test_split.txt (first: {wrong[0]}). Sort the photos again."
+            f"{acts.root}: {len(wrong)} images lie in {other}/ but are {split} images in "
+            f"train_test_split.txt (first: {wrong[0]}). Sort the photos again."
         )
     if unknown := sorted(paths[i] for i in paths.keys() - rows.keys()):
-        what = f"{acts.root}: {len(unknown)} of {len(paths)} images have no row in images.txt (first: {', '.join(unknown[:3])})"
+        what = f"{acts.root}: {len(unknown)} of {len(paths)} images have no row in images.txt "
+        what += f"(first: {', '.join(unknown[:3])})"
         if not force:
             raise errors.UserError(
-                f"{what}. Dump CUB's images alone (data:cub200); --force leaves the others out; fit on other images by --fit-data."
+                f"{what}. Dump only CUB's images (data:cub200), or pass --force to leave the others out. "
+                "To fit on other images, use --fit-data."
             )
         logger.warning("%s; they are left out", what)
     if len(set(row_of.values())) < len(row_of):
@@ -74,8 +77,10 @@ def find(acts: activations.Activations, labels: cub.Cub, split: config.Split, fo
     missing = sorted(set(wanted) - set(row_of.values()))
     if absent := [labels.paths_N[row] for row in missing if row not in corrupt]:
         raise errors.UserError(
-            f"{acts.root}: {len(absent)} of CUB's {split} images are not in these shards, joined by path (first: {', '.join(absent[:3])}). "
-            "Dump the images with data:cub200, or data:image-folder on CUB's images/ folder; if they lie in shards of their own, pass these as --test-data.shard-root."
+            f"{acts.root}: {len(absent)} of CUB's {split} images are not in these shards, joined by path "
+            f"(first: {', '.join(absent[:3])}). Dump the images with data:cub200, or with data:image-folder "
+            "on CUB's images/ folder. If the test images are in other shards, pass these as "
+            "--test-data.shard-root."
         )
     left_out = [labels.paths_N[row] for row in missing]
     if left_out:
@@ -91,7 +96,10 @@ def find(acts: activations.Activations, labels: cub.Cub, split: config.Split, fo
 def describe_left_out(left_out: list[str], split: str) -> str:
     """A clause for messages."""
     first = ", ".join(left_out[:3])
-    return f"{len(left_out):,} {split} images are left out, because the dump recorded them as corrupt (first: {first})"
+    return (
+        f"{len(left_out):,} {split} images are left out, because the dump recorded them as corrupt "
+        f"(first: {first})"
+    )
 
 
 # ---- what scorers are fitted on ----
@@ -112,7 +120,7 @@ def fit_data(
     sides: Sides,
     labels: cub.Cub,
 ) -> list[Fit]:
-    """For each config --fit-data if it was given; else the images that prototypes are chosen on, and no others."""
+    """Each config's --fit-data, else only the images that prototypes are chosen on."""
     chosen = sides.chosen
     is_all = len(chosen.row_of) == chosen.acts.n_imgs
     default = Fit(chosen.acts if is_all else chosen.acts.only(chosen.row_of), chosen.size)

@@ -1,4 +1,4 @@
-"""Loads CUB's labels, refuses implausible ones, and prints what --check shows of them."""
+"""Loads CUB's labels, refuses implausible ones, and prints --check."""
 
 import collections.abc
 import hashlib
@@ -12,10 +12,10 @@ from saev.protoeval import check, config, join
 
 @beartype.beartype
 def load(cfg: config.ProtoEval) -> cub.Cub:
-    """The labels that a config names.
+    """Loads a config's labels.
 
     Raises:
-        UserError: bad labels or, without --force, implausible ones.
+        UserError: bad labels, or implausible ones without --force.
     """
     labels = _read(cfg)
     if not cfg.force:
@@ -36,10 +36,10 @@ def fingerprint(labels: cub.Cub) -> str:
 def describe(
     cfgs: list[config.ProtoEval], say: collections.abc.Callable[[str], None] = print
 ) -> None:
-    """Prints what --check shows: each label folder, and how it joins the activations that are given.
+    """Prints --check: each label folder, and its join with the given activations.
 
     Raises:
-        UserError: bad or (without --force) implausible labels, or shards that lack an image.
+        UserError: bad labels, implausible ones without --force, or shards that lack an image.
     """
     for cfg in {(c.cub_root, c.train_data, c.test, c.protocol): c for c in cfgs}.values():
         _describe(cfg, say)

@@ -1,4 +1,4 @@
-"""Measures the chosen prototypes by average precision on test images, beside a constant scorer and a linear probe.
+"""Measures the chosen prototypes, a constant scorer and a linear probe by average precision on test images.
 
 N images, T traits, M resamples of the test images.
 """
@@ -16,7 +16,7 @@ from saev.protoeval import ap, choose, config, probe, score
 def measure(
     cells: list[choose.Cell], train: score.Split, test: score.Split, cfg: config.ProtoEval
 ) -> list[results.Row]:
-    """The rows of the constant scorer and of the linear probe, and then one for each cell."""
+    """The rows of the constant scorer and of the linear probe, then one row per cell."""
     meter = Meter(test, cfg)
     rows = [_constant_row(train, meter)]
     rows += [_probe_row(same_n, train, meter) for same_n in choose.draws(len(train.labels_NT), cfg)]
@@ -41,7 +41,7 @@ class Meter:
     def __call__(
         self, scores_TN: Float[np.ndarray, "T N"]
     ) -> tuple[Float64[np.ndarray, " T"], Float64[np.ndarray, " M"]]:
-        """AP of row t for trait t, and mAPs over the traits that each resample has a positive of (or over all traits)."""
+        """AP of row t for trait t, and each resample's mAP over traits with a positive (or all traits)."""
         ap_TM = ap.resampled(scores_TN, self.test.labels_NT, self.times_MN)
         if self.is_zero:
             ap_TM = np.nan_to_num(ap_TM, nan=0.0)
@@ -70,7 +70,7 @@ def _row(
 
 
 def _constant_row(train: score.Split, meter: Meter) -> results.Row:
-    """A scorer that says the same of every image: its AP is the trait's prevalence. Nothing real may fall to this row."""
+    """The constant scorer, whose AP is the trait's prevalence. No real scorer may be as bad."""
     zeros_NT = np.zeros(train.labels_NT.shape, np.float32)
     train_ap_T = ap.paired(zeros_NT.T, train.labels_NT)
     choice = choose.Choice(np.zeros(len(train_ap_T), np.int64), train_ap_T)
@@ -79,7 +79,7 @@ def _constant_row(train: score.Split, meter: Meter) -> results.Row:
 
 
 def _probe_row(same_n: list[choose.Draw], train: score.Split, meter: Meter) -> results.Row:
-    """A linear probe, trained on the images that the others choose on: what labels buy that may form their own direction."""
+    """A linear probe, trained on the images that scorers choose on: what labels give without prototypes."""
     choices, measured = [], []
     for draw in same_n:
         train_ND, labels_NT = train.mean_ND[draw.rows], train.labels_NT[draw.rows]

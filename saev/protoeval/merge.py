@@ -1,4 +1,4 @@
-"""All results below a folder as one report: tables over ViTs, layers and scorers."""
+"""Merges all results below a folder into one report: tables over ViTs, layers and scorers."""
 
 import dataclasses
 import logging
@@ -16,12 +16,13 @@ from saev.report import charts, frame, tables
 logger = logging.getLogger("saev")
 
 LEGEND = (
-    """mAP: mean over the traits with a positive test image (their number: table.csv); its interval is over resamples of \
-the test images; 5% and 95% are quantiles over traits. """
-    + report.PROBE_NOTE
+    "mAP: mean over traits with a positive test image (table.csv has their number), with a bootstrap "
+    f"interval over test images; 5% and 95% are quantiles over traits. {report.PROBE_NOTE}"
 )
-OVER_SEEDS = """Over seeds, which draw the random activations, the start of k-means and the train images: mean and standard deviation of \
-the mAP, and of its difference from random activations of the same seed."""
+OVER_SEEDS = (
+    "Mean and standard deviation over seeds of the mAP, and of its difference from random activations with "
+    "the same seed. The seed decides random activations, the start of k-means, and the draws of train images."
+)
 PLACE = ("vit", "layer", "tokens", "labels", "min_certainty")
 """The first columns of the report's CSV files."""
 SCORER = [*stats.PLACE, "scorer_id"]
@@ -38,27 +39,27 @@ class Result:
     kinds: pl.DataFrame
     traits: pl.DataFrame
     boots: list[np.ndarray]
-    """(draws, resamples) for each row of `cells`."""
+    """mAPs (draws, resamples) of each row of `cells`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """All results as one."""
+    """All results, merged."""
 
     abouts: list[results.About]
-    """Of the results that cells are left of, in the order of the report."""
+    """Of results with a cell in the report, in its order."""
     cells: pl.DataFrame
     kinds: pl.DataFrame
     differences: pl.DataFrame
     seeds: pl.DataFrame
     drawn: pl.DataFrame
-    """What charts show: means over seeds."""
+    """Means over seeds, for charts."""
     traits: pl.DataFrame
     older: list[str]
-    """For each cell that gave way to a newer one, the name of its directory."""
+    """Directory names of cells that newer ones replaced."""
 
     def section(self, labels: str, certainty: int) -> "Merged":
-        """What was measured on the same labels. The rest is not comparable with it."""
+        """The part measured on these labels. Other parts are not comparable with it."""
         here = pl.col("labels") == labels, pl.col("min_certainty") == certainty
         abouts = [a for a in self.abouts if (a.labels, a.min_certainty) == (labels, certainty)]
         frames = {
@@ -71,23 +72,25 @@ class Merged:
 
 @beartype.beartype
 def write(root: pathlib.Path) -> pathlib.Path:
-    """Writes `root`/report: the tables (docs/results.md). If a cell was evaluated twice, the newest wins.
+    """Writes the joint report to `root`/report (docs/results.md) and returns that folder.
 
-    Two cells are the same if ViT, layer, tokens, activations, labels, certainty, scorer (with all its settings, its checkpoint and what
-    it was fitted on), numbers of prototypes and train images, and seed are the same. Results on other labels get tables of their own.
-    Directories that cannot be read are named and left out; none is changed. Differences are taken anew between the cells that are
-    left, where these have the same resamples of the test images (--seed, --n-boot) and as many draws.
+    If a cell was evaluated twice, the newest result counts. Cells are equal if ViT, layer, tokens,
+    activations, labels, certainty, scorer (settings, checkpoint and fit data), numbers of prototypes and
+    train images, and seed are equal. Results on other labels get separate tables. Directories that cannot be
+    read are left out, with a warning. Differences are computed between cells with the same resamples (--seed,
+    --n-boot) and the same number of draws.
 
     Raises:
-        UserError: no results there.
+        UserError: there are no results below `root`.
     """
     found = read_all(root)
     if not found:
         single = (
-            " It is one result itself: pass the folder above it." * (root / "about.json").exists()
+            " It is itself a result: pass the folder above it." * (root / "about.json").exists()
         )
         raise errors.UserError(
-            f"--report {root}: holds no results. Pass the folder that protoeval.py wrote to (--dump-to).{single}"
+            f"--report {root}: holds no results. Pass the folder that protoeval.py wrote to "
+            f"(--dump-to).{single}"
         )
     out, merged = root / "report", merge(found)
     sections = merged.cells.select("labels", "min_certainty").unique(maintain_order=True).rows()
@@ -105,7 +108,7 @@ def write(root: pathlib.Path) -> pathlib.Path:
         charts.save(charts.grid(part.drawn), chart_fpaths[-1])
     if merged.older:
         names = ", ".join(sorted(set(merged.older)))
-        text.append(f"{len(merged.older)} older cells gave way to newer ones (of {names}).\n")
+        text.append(f"{len(merged.older)} older cells were replaced by newer ones (of {names}).\n")
     for fpath in out.glob("chart*.png"):  # of an older report
         if fpath not in chart_fpaths:
             fpath.unlink()
@@ -133,14 +136,15 @@ def _text(part: Merged) -> list[str]:
     if len(part.seeds):
         text += [f"{OVER_SEEDS}\n", tables.markdown(report.seeds_table(part.seeds, place))]
     notes = [
-        f"{report.describe(about)} {about.n_seeds} draw(s), {about.n_boot:,} resamples.\n\n{report.settings(about)}"
+        f"{report.describe(about)} {about.n_seeds} draw(s), {about.n_boot:,} resamples.\n\n"
+        f"{report.settings(about)}"
         for about in part.abouts
     ]
     return [*text, f"{LEGEND}\n", *dict.fromkeys(notes)]
 
 
 def _place(cells: pl.DataFrame) -> dict[str, str]:
-    """Column -> header of what tells a section's tables apart."""
+    """Columns (and their headers) that distinguish the results of a section."""
     tokens = {"tokens": "Tokens"} if cells["tokens"].n_unique() > 1 else {}
     return {"vit": "ViT", "layer": "Layer"} | tokens
 
@@ -192,7 +196,7 @@ def _read(dpath: pathlib.Path) -> Result:
 
 @beartype.beartype
 def merge(found: list[Result]) -> Merged:
-    """found: oldest first."""
+    """Merges results. found: oldest first."""
     cells, replaced = _newest(_concat(found, [result.cells for result in found]), CELL)
     cells = _named(cells, _names(cells, found))
     kinds, _ = _newest(_concat(found, [result.kinds for result in found]), [*CELL, "kind"])
@@ -218,7 +222,7 @@ def merge(found: list[Result]) -> Merged:
 
 
 def _concat(found: list[Result], frames: list[pl.DataFrame]) -> pl.DataFrame:
-    """One frame of each result as one. result: the result's number; row (of cells): the place among all results' resamples."""
+    """Concatenates a frame per result. Adds `result`, its number. `row` then counts over all results."""
     starts = np.cumsum([0, *(len(result.boots) for result in found)]).tolist()
     return pl.concat(
         part.with_columns(pl.col("^row$") + start, result=pl.lit(i))
@@ -227,7 +231,7 @@ def _concat(found: list[Result], frames: list[pl.DataFrame]) -> pl.DataFrame:
 
 
 def _newest(rows: pl.DataFrame, key: list[str]) -> tuple[pl.DataFrame, list[int]]:
-    """(the last row of each key, in the order in which the keys first occur; the results of the other rows)."""
+    """(the last row of each key, in order of the keys' first occurrence; the results of the other rows)."""
     order = pl.col("order")
     rows = rows.with_row_index("order").with_columns(first=order.min().over(key))
     is_last = order == order.max().over(key)
@@ -236,7 +240,7 @@ def _newest(rows: pl.DataFrame, key: list[str]) -> tuple[pl.DataFrame, list[int]
 
 
 def _names(cells: pl.DataFrame, found: list[Result]) -> pl.DataFrame:
-    """Names that tell the scorers of a place apart: new_name, and family_name for all seeds of one."""
+    """Distinct names for the scorers of a place: new_name, and family_name for all seeds of a scorer."""
     lines = []
     for place, mine in cells.group_by(stats.PLACE, maintain_order=True):
         scorers = {}
@@ -254,7 +258,7 @@ def _names(cells: pl.DataFrame, found: list[Result]) -> pl.DataFrame:
 
 
 def _distinct_names(scorers: list[results.ScorerId]) -> dict[str, str]:
-    """Id -> name, with the settings that differ where several have one name (of hashes the first 8 digits)."""
+    """Id -> name. Scorers with the same name get the settings in which they differ (8 digits of hashes)."""
     out = {}
     for scorer in scorers:
         alike = [other.settings for other in scorers if other.name == scorer.name]
@@ -268,13 +272,13 @@ def _distinct_names(scorers: list[results.ScorerId]) -> dict[str, str]:
 
 
 def _named(cells: pl.DataFrame, names: pl.DataFrame) -> pl.DataFrame:
-    """Under the names of `_names`; own_name: the one in the cell's own result."""
+    """Renames scorers as in `_names`. own_name keeps the name in the cell's result."""
     cells = cells.join(names, on=SCORER, maintain_order="left")
     return cells.rename({"scorer": "own_name", "new_name": "scorer"})
 
 
 def _traits(cells: pl.DataFrame, found: list[Result]) -> pl.DataFrame:
-    """The rows of all traits.parquet of which the cells are left, with what they are of."""
+    """All rows of traits.parquet whose cells are in the report, with PLACE."""
     of = [*PLACE, "seed", "scorer_id", "scorer", "n_prototypes", "n_train"]
     on = ["own_name", "n_prototypes", "n_train"]
     parts = [

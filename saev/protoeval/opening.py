@@ -1,4 +1,4 @@
-"""Opens the activations of a group of scorers, each shard directory once."""
+"""Opens the activations of a group of scorers. Each shard directory is opened once."""
 
 import collections.abc
 import typing as tp
@@ -14,7 +14,7 @@ class Opened(tp.NamedTuple):
     train: activations.Activations
     test: activations.Activations
     fit: dict[data_config.Shards, activations.Activations]
-    """Those of each --fit-data."""
+    """The activations of each --fit-data."""
 
     def of(self, split: config.Split) -> activations.Activations:
         return self.train if split == "train" else self.test
@@ -25,7 +25,7 @@ def open_all(cfgs: collections.abc.Sequence[config.ProtoEval]) -> Opened:
     """Opens the train, test and fit activations of configs that share the first two.
 
     Raises:
-        UserError: bad shards; different ViTs, layers or (train and test) tokens; layer "all".
+        UserError: bad shards; different ViTs or layers, or train and test tokens; or layer "all".
     """
     is_open: dict[data_config.Shards, activations.Activations] = {}
 

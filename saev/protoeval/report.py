@@ -17,21 +17,26 @@ from saev.scorers import config as scorers_config
 
 logger = logging.getLogger("saev")
 
-AGAINST = """Difference from random activations (paired bootstrap over the test images, prototypes chosen on the same train images). With \
-several draws of the train images the interval is over these too. It is not over the prototypes: activations or an SAE of another seed \
-give other figures, so compare several seeds before you call a difference real."""
+AGAINST = (
+    "Difference from random activations (paired bootstrap over the test images, with prototypes chosen on "
+    "the same train images). With several draws of train images, the interval includes their variation. It "
+    "does not include the variation of prototypes: random activations or an SAE with another seed give other "
+    "numbers, so compare several seeds before you call a difference real."
+)
 AGAIN = "Move that folder away and evaluate again with protoeval.py."
-PROBE_NOTE = """Linear probe: ridge regression on the mean activation, trained on the labels of as many images. It is a supervised \
-reference; with few images it is no upper bound."""
+PROBE_NOTE = (
+    "Linear probe: ridge regression on the mean activation, trained on the labels of the same number of "
+    "images. It is a supervised reference. With few images it is not an upper bound."
+)
 
 
 @contextlib.contextmanager
 @beartype.beartype
 def once(out: pathlib.Path) -> collections.abc.Generator[bool]:
-    """Yields whether a results directory must still be written, and meanwhile keeps other processes from writing it.
+    """Yields whether a results directory must still be written. Inside, no other process writes it.
 
     Raises:
-        UserError: it was written, and a file of it is damaged.
+        UserError: it was written, but a file is damaged.
     """
     helpers.sweep(out.parent)
     helpers.sweep(out)
@@ -40,7 +45,7 @@ def once(out: pathlib.Path) -> collections.abc.Generator[bool]:
             yield not (out / manifest.NAME).exists()
     else:
         manifest.read(out, results.FILES, AGAIN)
-        logger.info("%s: evaluated already", out)
+        logger.info("%s: already evaluated", out)
         yield False
 
 
@@ -52,7 +57,7 @@ def write(
     cfgs: list[config.ProtoEval],
     about: results.About,
 ) -> None:
-    """Writes a results directory, each file atomically, the manifest last. names: of the traits."""
+    """Writes a results directory, with the manifest last. names: the traits' names."""
     configs = [dataclasses.asdict(cfg) | {"scorer_type": type(cfg.scorer).__name__} for cfg in cfgs]
     helpers.write_text(dpath / "config.json", jsonfile.dumps(configs, indent=4))
     helpers.write_text(dpath / "about.json", jsonfile.dumps(dataclasses.asdict(about), indent=4))
@@ -86,7 +91,7 @@ def against_baseline(differences: pl.DataFrame) -> pl.DataFrame:
 
 
 def _size(lines: pl.DataFrame, place: dict[str, str]) -> dict[str, list[str]]:
-    """The first columns of every table. place: column -> header of what tells its tables apart."""
+    """The first columns of every table. place: column -> header of further first columns."""
     return {header: tables.texts("{}", lines[key]) for key, header in place.items()} | {
         "Scorer": lines["scorer"].to_list(),
         "Prototypes": tables.texts("{:,}", lines["n_prototypes"]),
@@ -96,7 +101,7 @@ def _size(lines: pl.DataFrame, place: dict[str, str]) -> dict[str, list[str]]:
 
 @beartype.beartype
 def summary_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.DataFrame:
-    """The main table. The interval and the spread over draws are left out where no line has one."""
+    """The main table, without interval or spread if no row has one."""
     table = _size(lines, place or {}) | {"mAP": tables.texts("{:.3f}", lines["map"])}
     if lines["low"].is_not_nan().any():
         table["95% interval"] = tables.texts("{:.3f} to {:.3f}", lines["low"], lines["high"])
@@ -108,7 +113,7 @@ def summary_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> p
 
 @beartype.beartype
 def kinds_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.DataFrame:
-    """mAP by kind of trait, one row for each scorer."""
+    """mAP by kind of trait, one row per scorer."""
     kinds = [kind for kind in results.KINDS if kind in lines["kind"]]
     key = [*(place or {}), *results.CELL]
     wide = lines.pivot("kind", index=key, values="map", maintain_order=True)
@@ -147,9 +152,10 @@ def seeds_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.
 
 
 def _notes(cells: pl.DataFrame, n_traits: int, about: results.About) -> str:
-    """What the table is of, and what the means leave out."""
+    """How the table was made, and what its means leave out."""
     n_measured = cells["n_traits"][0]
-    note = f"\n{describe(about)} mAP is the mean over {n_measured} traits; 5% and 95% are quantiles over traits."
+    note = f"\n{describe(about)} mAP is the mean over {n_measured} traits; 5% and 95% are quantiles over "
+    note += "traits."
     if about.n_boot:
         note += f" Intervals: {about.n_boot:,} bootstrap resamples of the test images."
     if about.n_seeds > 1:
@@ -157,24 +163,26 @@ def _notes(cells: pl.DataFrame, n_traits: int, about: results.About) -> str:
     if about.n_zero:
         note += f" {about.n_zero} trait(s) without a positive test image count as AP 0."
     for split, paths in about.left_out.items():
-        note += f" {len(paths):,} {split} image(s) are left out, because the dump recorded them as corrupt (about.json names them)."
+        note += f" {len(paths):,} {split} image(s) are left out, because the dump recorded them as corrupt "
+        note += "(about.json names them)."
     if n_measured < n_traits:
         note += f" {n_traits - n_measured} trait(s) without a positive test image are left out."
     unseen = cells.select("n_train", n="n_traits_without_train_positives").filter(pl.col("n") > 0)
     for n_train, n in unseen.unique("n_train", keep="last").sort("n_train").iter_rows():
-        note += f" With {n_train} train images {n} trait(s) have no positive one (in some draw): prototype 0 is taken for them."
+        note += f" With {n_train} train images, {n} trait(s) have no positive train image (in some draw) "
+        note += "and get prototype 0."
     return f"{note} {PROBE_NOTE}\n\n{settings(about)}"
 
 
 @beartype.beartype
 def warning(about: results.About) -> str:
-    """What a table that --force allowed has above it; else empty."""
+    """The lines above a table that needed --force; else ""."""
     return "".join(f"**Forced: {problem}.**\n\n" for problem in about.problems)
 
 
 @beartype.beartype
 def settings(about: results.About) -> str:
-    """A line for each scorer: its settings, and the first digits of the hashes of its checkpoint and of what it was fitted on."""
+    """A line per scorer: its settings, and the first digits of the hashes of its checkpoint and fit data."""
     lines = []
     for name, fields in about.scorers.items():
         similarity = fields.get("similarity", "dot" if fields.get("cls") == "Pca" else "")
@@ -192,13 +200,15 @@ def settings(about: results.About) -> str:
 
 @beartype.beartype
 def describe(about: results.About) -> str:
-    """What a table is of, in a sentence."""
+    """How a table was made, in a sentence."""
     names = " and ".join(about.shards)
     text = f"{about.vit}, layer {about.layer}, {about.tokens}, shards {names}"
     if about.chosen_on:
-        text += f"; {about.n_classes} classes, chosen on {about.chosen_on}, measured on {about.measured_on}"
+        text += f"; {about.n_classes} classes, chosen on {about.chosen_on}, "
+        text += f"measured on {about.measured_on}"
     if about.chosen_on.endswith("test images"):
-        text += " (splits swapped: below, train images are CUB's test images, and test images its train images)"
+        text += " (splits swapped: below, train images are CUB's test images, and test images its train "
+        text += "images)"
     text += f"; certainty from {about.min_certainty}"
     text += ", the last annotation counts" * (about.annotations == "last")
     return f"{text}; seed {about.seed}."

@@ -1,4 +1,4 @@
-"""Stage 4, as the experiment goes. Each step is a module of that name; docs/experiment.md explains them."""
+"""Stage 4, step by step. Each step is a module of that name; docs/experiment.md explains them."""
 
 import logging
 import pathlib
@@ -27,10 +27,11 @@ logger = logging.getLogger("saev")
 def main(cfgs: list[config.ProtoEval]) -> str:
     """Evaluates the scorers of one group and returns the results directory.
 
-    The directory is named by what decides the results, so finished ones are found again and never overwritten.
+    The directory's name is a hash of all that determines the results, so finished ones are reused, not
+    overwritten.
 
     Raises:
-        UserError: bad labels, shards that lack a train or test image (names the first), or bad scorers.
+        UserError: bad labels, shards that lack a train or test image (the first is named), or bad scorers.
     """
     cfg = cfgs[0]
     acts = opening.open_all(cfgs)
@@ -51,7 +52,7 @@ def main(cfgs: list[config.ProtoEval]) -> str:
 def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
     cfg = experiment.cfgs[0]
     experiment.log_memory()
-    partial = out.with_name(f".{out.name}.partial")  # a killed pass goes on from here
+    partial = out.with_name(f".{out.name}.partial")  # a killed pass resumes from here
     banks = fit.fit(experiment)
     chosen, measured = score.score(experiment, banks, partial)
     cells = choose.choose(chosen, banks, cfg)

@@ -1,7 +1,9 @@
-"""Scores CUB's images for every prototype of every scorer, and takes their mean activations, in one pass over the shards.
+"""Computes CUB images' scores for all prototypes of all scorers, and their mean activations, in one pass over
+shards.
 
-Both go to files that the pass fills image by image, so memory is bounded and a killed pass goes on. N images, K
-prototypes of all scorers side by side, C of them, T traits, D d_vit, B images of a block, P patches.
+The pass writes both to files image by image, so memory is bounded and a killed pass resumes.
+
+N images, K prototypes of all scorers, C of them, T traits, D d_vit, B images of a block, P patches.
 """
 
 import dataclasses
@@ -28,31 +30,31 @@ from saev.protoeval.experiment import Experiment
 logger = logging.getLogger("saev")
 
 SAVE_S = 30.0
-"""Seconds between notes of how far the pass is."""
+"""Seconds between saved progress notes."""
 MAX_BLOCK = 256
 CHECKED = 2**24
-"""Scores that are compared with their checksums at a time."""
+"""Scores that are read at a time to compare checksums."""
 
 Block = tuple[tp.Annotated[int, msgspec.Meta(ge=0, le=2**31)], str]
-"""Images of a block, and the checksum of their scores and means."""
+"""(number of images in a block, checksum of their scores and means)."""
 
 
 class Note(msgspec.Struct):
-    """done.json: how far a pass is."""
+    """done.json: the progress of a pass."""
 
     of: str
-    """Hash of what the scores are of."""
+    """Hash of scorers, activations and images."""
     blocks: list[Block]
 
 
 @jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of images in the order of `image_i_N`. The arrays are files mapped into memory."""
+    """Scores and means of images, in the order of `image_i_N`. The arrays are memory-mapped files."""
 
     scores_KN: Float32[np.ndarray, "K N"]
     mean_ND: Float32[np.ndarray, "N D"]
-    """Mean over each image's patches: what a linear probe reads."""
+    """Mean over each image's patches, the linear probe's input."""
     image_i_N: Int64[np.ndarray, " N"]
 
 
@@ -63,11 +65,11 @@ class Split:
 
     scores: Scores
     column_N: Int64[np.ndarray, " N"]
-    """Their places among the scores."""
+    """Their columns in the scores."""
     labels_NT: Bool[np.ndarray, "N T"]
 
     def of(self, prototypes: slice | np.ndarray) -> Float32[np.ndarray, "C N"]:
-        """Scores of some prototypes, in memory."""
+        """Some prototypes' scores, copied to memory."""
         return self.scores.scores_KN[prototypes][:, self.column_N]
 
     @property
@@ -79,9 +81,10 @@ class Split:
 def score(
     experiment: Experiment, banks: list[fit.Bank], dpath: pathlib.Path
 ) -> tuple[Split, Split]:
-    """Scores the images that are chosen on and those that are measured on.
+    """Scores the images to choose on and the images to measure on, in one pass if they share shards.
 
-    One pass does for both where they lie in the same shards. dpath: where a killed pass goes on from.
+    Args:
+        dpath: folder of a killed pass, which is resumed.
 
     Raises:
         UserError: see `score_images`.
@@ -91,7 +94,7 @@ def score(
     run = [bank.scorer.to(device) for bank in banks]
 
     def scored(acts: activations.Activations, row_of: dict[int, int], name: str) -> Scores:
-        """In the order of images.txt, so that no result depends on the order of the shards."""
+        """Scores in the order of images.txt, so that no result depends on the order of the shards."""
         image_is = sorted(row_of, key=row_of.__getitem__)
         return score_images(run, acts, image_is, dpath / name, device, cfg.memory_gb)
 
@@ -126,14 +129,14 @@ def score_images(
     device: torch.device,
     memory_gb: float = 4.0,
 ) -> Scores:
-    """Scores the images numbered `image_is`, into files in `dpath`; what is there already is not computed again.
+    """Scores the images numbered `image_is` into files in `dpath`, and resumes a killed pass.
 
     Args:
-        dpath: for these scorers, activations and images alone.
-        memory_gb: bound of the block of activations and scores in memory.
+        dpath: folder for only these scorers, activations and images.
+        memory_gb: memory for a block of activations and scores, in GB.
 
     Raises:
-        UserError: bad shards or activations, or a score that is no number.
+        UserError: bad shards or activations, or a score that is not finite.
     """
     image_i_N = np.array(image_is, np.int64)
     n_prototypes = sum(s.n_prototypes for s in run)
@@ -227,7 +230,8 @@ def _done(
 def _checksums(
     scores_KN: np.ndarray, mean_ND: np.ndarray, columns: list[np.ndarray] | list[slice]
 ) -> list[str]:
-    """XXH3-128 of each block of columns: its scores, prototype by prototype, then its means. Reads scores once."""
+    """XXH3-128 of each block of columns: its scores, prototype by prototype, then its means. Reads scores
+    once."""
     sums = [xxhash.xxh3_128() for _ in columns]
     n_rows = max(1, CHECKED // max(1, scores_KN.shape[1]))
     for start in range(0, len(scores_KN), n_rows):
@@ -243,8 +247,9 @@ def _check_finite(best_BK: torch.Tensor, paths: list[str]) -> None:
     if not (is_good_BK := best_BK.isfinite()).all():
         b, k = (~is_good_BK).nonzero()[0].tolist()
         raise errors.UserError(
-            f"the score of {paths[b]} for prototype {k} (of all scorers' side by side) is {best_BK[b, k].item()}. "
-            "Look at the checkpoint's weights, or delete the fitted scorer to fit it again."
+            f"the score of {paths[b]} for prototype {k} (counted over all scorers) is "
+            f"{best_BK[b, k].item()}. Check the checkpoint's weights, or delete the fitted scorer to "
+            "fit it again."
         )
 
 
@@ -252,7 +257,7 @@ def _mapped(fpath: pathlib.Path, shape: tuple[int, int]) -> np.memmap:
     if not fpath.exists():
         with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
             size = 4 * shape[0] * shape[1]
-            if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as a crash of the pass
+            if hasattr(os, "posix_fallocate"):  # a full disk fails here, not in the pass
                 os.posix_fallocate(fd.fileno(), 0, size)
             fd.truncate(size)
     return np.memmap(fpath, np.float32, "r+", shape=shape)
