@@ -52,10 +52,7 @@ def measure(
     pairs = list(zip(rng.integers(0, K, n_pairs), rng.integers(0, T, n_pairs), strict=True))
 
     def loop() -> list[float]:
-        return [
-            sklearn.metrics.average_precision_score(labels_NT[:, t], scores_NK[:, k])
-            for k, t in pairs
-        ]
+        return [sklearn.metrics.average_precision_score(labels_NT[:, t], scores_NK[:, k]) for k, t in pairs]
 
     calls = {
         "saev": lambda: common.seconds(lambda: ap.average_precision(scores_NK, labels_NT)),
@@ -70,9 +67,7 @@ def measure(
         "reference": "scikit-learn's loop (extrapolated)",
         "times_faster": round(1 / ratio),
         "seconds": [round(s, 3) for s in timed["saev"]],
-        "max_diff": max(
-            abs(got_KT[k, t] - want) for (k, t), want in zip(pairs, loop(), strict=True)
-        ),
+        "max_diff": max(abs(got_KT[k, t] - want) for (k, t), want in zip(pairs, loop(), strict=True)),
     }
     cases: list[common.Case] = [case]
     if importlib.util.find_spec("torchmetrics"):

@@ -138,9 +138,7 @@ def scoring_blocks(n_repeats: int) -> common.Case:
 
 def case(name: str, reference: str, checked: Read, plain: Read, n_repeats: int) -> common.Case:
     calls = {"checked": checked, "plain": plain}
-    timed = common.interleaved(
-        {n: lambda c=c: common.seconds(c) for n, c in calls.items()}, n_repeats
-    )
+    timed = common.interleaved({n: lambda c=c: common.seconds(c) for n, c in calls.items()}, n_repeats)
     ratio = common.median_ratio(timed["checked"], timed["plain"])
     return {"name": name, "ratio": round(ratio, 3), "reference": reference}
 

@@ -144,9 +144,7 @@ def measure(
             "imgs_per_s": round(n_imgs / float(np.median(times[name])), 2),
             "forward_imgs_per_s": round(n_imgs / float(np.median(times["forward"])), 2),
             "float32_gb": round(gb, 3),
-            "checked": "the first batch equals the forward pass, bit for bit"
-            if name != "decode"
-            else "",
+            "checked": "the first batch equals the forward pass, bit for bit" if name != "decode" else "",
         }
         for name in calls
         if name != "forward"
@@ -154,9 +152,7 @@ def measure(
 
 
 @torch.inference_mode()
-def check(
-    out: shards.ShardDir, batches: list[torch.Tensor], vit: vits.Vit, layers: tuple[int, ...]
-) -> None:
+def check(out: shards.ShardDir, batches: list[torch.Tensor], vit: vits.Vit, layers: tuple[int, ...]) -> None:
     """Compares the first shard's first batch, value by value."""
     metadata = shards.ShardDir.open(out.dpath).metadata
     want = vit(batches[0], layers).cpu().numpy()

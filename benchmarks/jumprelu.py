@@ -54,9 +54,7 @@ def main() -> None:
     common.report(cases)
 
 
-def one(
-    name: str, train, data: quality.Data, n_steps: int, coeff: float, lr: float, args
-) -> common.Case:
+def one(name: str, train, data: quality.Data, n_steps: int, coeff: float, lr: float, args) -> common.Case:
     """Trains one SAE and measures it."""
     start_s = time.perf_counter()
     batches = quality.Order(data.train_ND, args.batch_size, 0)
@@ -123,9 +121,7 @@ def sae_lens(
         lr_end=lr / 10,
         lr_decay_steps=n_steps // 5,
     )
-    sae_cfg = lib.JumpReLUTrainingSAEConfig(
-        d_in=d_vit, d_sae=data.d_sae, l0_coefficient=coeff * d_vit
-    )
+    sae_cfg = lib.JumpReLUTrainingSAEConfig(d_in=d_vit, d_sae=data.d_sae, l0_coefficient=coeff * d_vit)
     sae = lib.JumpReLUTrainingSAE(sae_cfg)
     start = _l0(sae.encode((batches(0) - mean_D) * scale))
     trainer = SAETrainer(cfg, sae, iter(()))

@@ -61,12 +61,8 @@ def write(root: pathlib.Path, n_imgs: int) -> tuple[data_config.Shards, np.ndarr
     atoms_AD = rng.standard_normal((1024, D), dtype=np.float32)
     atoms_AD *= (np.arange(1, 1025, dtype=np.float32) ** -0.5)[:, None]
     offset_D = 3 * rng.standard_normal(D, dtype=np.float32)
-    metadata = shards.Metadata(
-        "timm", "random", (0,), N_PATCHES, False, D, n_imgs, 500 * N_PATCHES, {}
-    )
-    out = shards.ShardDir.create(
-        root, metadata, [shards.Record(f"{i}.jpg", "") for i in range(n_imgs)], {}
-    )
+    metadata = shards.Metadata("timm", "random", (0,), N_PATCHES, False, D, n_imgs, 500 * N_PATCHES, {})
+    out = shards.ShardDir.create(root, metadata, [shards.Record(f"{i}.jpg", "") for i in range(n_imgs)], {})
     parts = []
     for shard_i in range(metadata.n_shards):
         n = len(metadata.imgs_in(shard_i)) * N_PATCHES
@@ -104,9 +100,7 @@ def measure_kmeans(
     floor()
     centers = {name: call() for name, call in calls.items()}
     every = {"floor": floor, **calls}
-    timed = common.interleaved(
-        {n: lambda c=c: common.seconds(c) for n, c in every.items()}, n_repeats
-    )
+    timed = common.interleaved({n: lambda c=c: common.seconds(c) for n, c in every.items()}, n_repeats)
     return [
         {
             "name": f"k-means K {k:,}, {n_passes} passes over {len(x_BD):,}: {name}",
@@ -125,9 +119,7 @@ def measure_starts(
     """Inertia after the same passes from each library's own start."""
     cfg = config.KMeans(n_iters=n_passes, tolerance=0.0)
     calls = {
-        "saev": lambda seed: kmeans.fit(cfg, activations.Activations(data), [k], seed)[
-            0
-        ].vectors_KD.numpy(),
+        "saev": lambda seed: kmeans.fit(cfg, activations.Activations(data), [k], seed)[0].vectors_KD.numpy(),
         "scikit-learn": lambda seed: _sklearn(x_BD, n_passes, seed, k),
     }
     if importlib.util.find_spec("faiss"):
@@ -155,9 +147,7 @@ def _sklearn(x_BD: np.ndarray, n_passes: int, seed: int, start: np.ndarray | int
         return km.fit(x_BD).cluster_centers_
 
 
-def _faiss(
-    x_BD: np.ndarray, k: int, n_passes: int, seed: int, start_KD: np.ndarray | None
-) -> np.ndarray:
+def _faiss(x_BD: np.ndarray, k: int, n_passes: int, seed: int, start_KD: np.ndarray | None) -> np.ndarray:
     import faiss
 
     km = faiss.Kmeans(
@@ -177,9 +167,7 @@ def inertia(x_BD: np.ndarray, center_KD: np.ndarray) -> float:
     mean_D = torch.from_numpy(x_BD.mean(axis=0))
     center_KD = torch.from_numpy(np.ascontiguousarray(center_KD, np.float32)) - mean_D
     chunks = torch.from_numpy(x_BD).split(2**15)
-    return sum(
-        kmeans.nearest(c - mean_D, center_KD)[1].sum(dtype=torch.float64).item() for c in chunks
-    )
+    return sum(kmeans.nearest(c - mean_D, center_KD)[1].sum(dtype=torch.float64).item() for c in chunks)
 
 
 def measure_pca(data: data_config.Shards, x_BD: np.ndarray, n_repeats: int) -> list[common.Case]:
@@ -197,9 +185,7 @@ def measure_pca(data: data_config.Shards, x_BD: np.ndarray, n_repeats: int) -> l
     calls = {"floor": floor, "saev": lambda: pca.fit(activations.Activations(data))}
     for call in calls.values():
         call()
-    timed = common.interleaved(
-        {n: lambda c=c: common.seconds(c) for n, c in calls.items()}, n_repeats
-    )
+    timed = common.interleaved({n: lambda c=c: common.seconds(c) for n, c in calls.items()}, n_repeats)
     theirs_s = common.seconds(incremental)
     wide_BD = x_BD.astype(np.float64)
     wide_BD -= wide_BD.mean(axis=0)

@@ -37,9 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     gb = args.gb or (1.2 if args.quick else 4.0)
     n_repeats = args.repeats or 5
-    sizes = (
-        {"float32": gb} if args.quick else {"float32": gb, "bfloat16": gb / 2, "float16": gb / 2}
-    )
+    sizes = {"float32": gb} if args.quick else {"float32": gb, "bfloat16": gb / 2, "float16": gb / 2}
     cases = []
     for dtype, size in sizes.items():
         with tempfile.TemporaryDirectory(dir=args.root) as root:
@@ -119,18 +117,14 @@ def measure(
 
     def shuffle(pool_gb: float) -> float:
         prepare()
-        stream = shuffled.Shuffled(
-            cfg, batch_size=BATCH, pool_bytes=int(pool_gb * 1e9), n_threads=n_threads
-        )
+        stream = shuffled.Shuffled(cfg, batch_size=BATCH, pool_bytes=int(pool_gb * 1e9), n_threads=n_threads)
         layout = stream.layout
         n_batches = (layout.n_acts - layout.n_pool) // BATCH
         start_s = time.perf_counter()
         batches = iter(stream)
         next(batches)
         first_s.append(time.perf_counter() - start_s)
-        took_s = common.seconds(
-            lambda: [None for _, _ in zip(range(n_batches), batches, strict=False)]
-        )
+        took_s = common.seconds(lambda: [None for _, _ in zip(range(n_batches), batches, strict=False)])
         batches.close()
         return n_batches * BATCH * layout_bytes(stream) / took_s
 
@@ -155,9 +149,7 @@ def measure(
     checked = {"ordered": check_ordered(cfg), "shuffled": check_shuffled(cfg, int(pool_gb * 1e9))}
     if not cold:
         read_all(fpaths)
-    rates = common.interleaved(
-        {name: functools.partial(counted, name) for name in calls}, n_repeats
-    )
+    rates = common.interleaved({name: functools.partial(counted, name) for name in calls}, n_repeats)
     reference = "raw sequential read, cold" if cold else "memcpy"
     return [
         {
@@ -167,9 +159,7 @@ def measure(
             "mb_per_s": round(float(np.median(rates[name])) / 1e6),
             "reference_mb_per_s": round(float(np.median(rates["reference"])) / 1e6),
             "pool_gb": pool_gb,
-            "spread": [
-                round(a / b, 3) for a, b in zip(rates[name], rates["reference"], strict=True)
-            ],
+            "spread": [round(a / b, 3) for a, b in zip(rates[name], rates["reference"], strict=True)],
             "checked": checked[name],
         }
         for name in ("ordered", "shuffled")
@@ -179,9 +169,7 @@ def measure(
             "ratio": common.median_ratio(rates[name], rates[f"{name} without"]),
             "reference": "the same loader without comparing",
             "cpu_ratio": common.median_ratio(cpu_s[name], cpu_s[f"{name} without"]),
-            "spread": [
-                round(a / b, 3) for a, b in zip(rates[name], rates[f"{name} without"], strict=True)
-            ],
+            "spread": [round(a / b, 3) for a, b in zip(rates[name], rates[f"{name} without"], strict=True)],
             "checked": checked[name],
         }
         for name in ("ordered", "shuffled")

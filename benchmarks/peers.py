@@ -197,9 +197,7 @@ def overcomplete(task: Task) -> Trained:
     return Trained(decoder_SD, reconstruct, threshold.item(), threshold.fill_)
 
 
-def _reviving(
-    x_BD: Tensor, x_hat_BD: Tensor, pre_BS: Tensor, f_BS: Tensor, _decoder_SD: Tensor
-) -> Tensor:
+def _reviving(x_BD: Tensor, x_hat_BD: Tensor, pre_BS: Tensor, f_BS: Tensor, _decoder_SD: Tensor) -> Tensor:
     silent_S = (f_BS <= 0).all(dim=0)
     return (x_BD - x_hat_BD).square().mean() - 1e-3 * (pre_BS * silent_S).mean()
 

@@ -53,9 +53,7 @@ def main() -> None:
 
 def write(root: pathlib.Path, n_imgs: int, d_vit: int) -> data_config.Shards:
     rng = np.random.default_rng(0)
-    metadata = shards.Metadata(
-        "timm", "random", (0,), N_PATCHES, False, d_vit, n_imgs, 200 * N_PATCHES, {}
-    )
+    metadata = shards.Metadata("timm", "random", (0,), N_PATCHES, False, d_vit, n_imgs, 200 * N_PATCHES, {})
     records = [shards.Record(f"{i}.jpg", "") for i in range(n_imgs)]
     out = shards.ShardDir.create(root, metadata, records, {})
     for shard_i in range(metadata.n_shards):
@@ -70,8 +68,7 @@ def made(k: int, d_vit: int) -> dict[str, scorers.Scorer]:
     generator = torch.Generator().manual_seed(0)
     p_KD, mean_D = torch.randn(k, d_vit, generator=generator), torch.zeros(d_vit)
     out: dict[str, scorers.Scorer] = {
-        f"{name}": scorers.Prototypes.of(p_KD, mean_D, name)
-        for name in ("dot", "cosine", "distance")
+        f"{name}": scorers.Prototypes.of(p_KD, mean_D, name) for name in ("dot", "cosine", "distance")
     }
     for cls in (nn_config.Relu, nn_config.TopK, nn_config.BatchTopK):
         sae = nn.SparseAutoencoder(cls(d_vit=d_vit, d_sae=k)).eval()
@@ -136,9 +133,7 @@ def plainly(scorer: scorers.Scorer, x_BD: torch.Tensor) -> torch.Tensor:
     return x_BD @ p_KD.T
 
 
-def measure_grid(
-    dpath: pathlib.Path, n_imgs: int, d_vit: int, k: int, n_repeats: int
-) -> common.Case:
+def measure_grid(dpath: pathlib.Path, n_imgs: int, d_vit: int, k: int, n_repeats: int) -> common.Case:
     """protoeval itself, its scorers fitted before: labels, pass, choice, intervals, report; against reads + all products."""
     data = write(dpath / "dump", n_imgs, d_vit)
     labels_NT = write_cub(dpath / "cub", n_imgs)

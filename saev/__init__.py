@@ -15,6 +15,4 @@ if tp.TYPE_CHECKING:
     from saev import protoeval as protoeval
     from saev import scorers as scorers
 else:
-    __getattr__, __dir__ = lazy.attributes(
-        __name__, {"data": "", "nn": "", "protoeval": "", "scorers": ""}
-    )
+    __getattr__, __dir__ = lazy.attributes(__name__, {"data": "", "nn": "", "protoeval": "", "scorers": ""})

@@ -144,9 +144,7 @@ def _one_line(box: str) -> str:
     """The error in the box that tyro draws, with its suggestion."""
     lines = [" ".join(line.strip("│╭╮╰╯|+ ").split()) for line in box.splitlines()[1:]]
     rulers = (line and not line.strip("─-") for line in lines)
-    joined = " ".join(
-        "\n" if is_ruler else line for line, is_ruler in zip(lines, rulers, strict=True)
-    )
+    joined = " ".join("\n" if is_ruler else line for line, is_ruler in zip(lines, rulers, strict=True))
     first, *others = filter(None, map(str.strip, joined.split("\n")))
     hint = ""
     for section in others:

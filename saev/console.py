@@ -38,11 +38,7 @@ def tell(line: str) -> None:
 @beartype.beartype
 def show(cfgs: collections.abc.Sequence[object]) -> None:
     """Prints configs, for --dry-run."""
-    lines = [
-        line
-        for i, cfg in enumerate(cfgs, 1)
-        for line in (f"# {i} of {len(cfgs)}", *_lines(cfg, ""))
-    ]
+    lines = [line for i, cfg in enumerate(cfgs, 1) for line in (f"# {i} of {len(cfgs)}", *_lines(cfg, ""))]
     say("\n".join(lines))
 
 

@@ -18,9 +18,7 @@ def pick(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as err:
-        raise errors.UserError(
-            f"--device {name}: unknown to torch. Pass auto, cpu or cuda."
-        ) from err
+        raise errors.UserError(f"--device {name}: unknown to torch. Pass auto, cpu or cuda.") from err
     if device.type == "cuda" and not torch.cuda.is_available():
         raise errors.UserError(f"--device {name}: torch sees no GPU. Pass --device cpu.")
     return device

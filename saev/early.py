@@ -24,9 +24,7 @@ def install() -> None:
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)
-        except (
-            OSError
-        ):  # else the next opened file, such as a shard, would get this number and the output
+        except OSError:  # else the next opened file, such as a shard, would get this number and the output
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(fd, "w" if fd else "r", closefd=False))

@@ -27,7 +27,7 @@ def first_line(err: BaseException) -> str:
 
 
 def no_type_check(function: F) -> F:
-    """Keeps beartype and jaxtyping from a function that says itself, in one line, what is wrong with its arguments.
+    """Keeps beartype and jaxtyping from a function that reports wrong arguments itself, on one line.
 
     `typing.no_type_check` would also hide its types from type checkers.
     """

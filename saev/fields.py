@@ -78,8 +78,7 @@ def identity(cfg: tp.Any) -> dict[str, object]:
     """What determines the result, for a hash: the class, and the values that differ from their defaults.
 
     So a new field does not change the identity of older runs. A new default does not either, although it
-    changes the
-    result: raise the REVISION of the code that uses it.
+    changes the result: raise the REVISION of the code that uses it.
     """
     out: dict[str, object] = {"type": type(cfg).__name__}
     for field in dataclasses.fields(cfg):
@@ -183,8 +182,7 @@ def expand(typed: str, what: str = "") -> str:
         found = os.environ.get(match[1] or match[2])
         if not found:
             raise errors.UserError(
-                f"{what} the environment variable {match[0]} is not set. Set it, or write the "
-                "whole path."
+                f"{what} the environment variable {match[0]} is not set. Set it, or write the whole path."
             )
         return found
 

@@ -32,9 +32,7 @@ T = tp.TypeVar("T")
 
 # ---- atomic files, and what killed writers leave ----
 
-TEMPORARY = re.compile(
-    r"\.(?P<name>.+)\.(?:(?P<host>[0-9a-f]{8})-)?[0-9a-f]{32}\.(?:tmp|old)", re.DOTALL
-)
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:(?P<host>[0-9a-f]{8})-)?[0-9a-f]{32}\.(?:tmp|old)", re.DOTALL)
 """Names of temporary files and folders. A running writer holds a lock (flock) on its own."""
 ABANDONED_S = 24 * 3600.0
 """Age in seconds after which another machine's temporaries are removed. Its locks may not be visible from

@@ -52,9 +52,7 @@ Override = dict[str, object]
 
 
 @beartype.beartype
-def parse(
-    cls: type[Cfg], description: str, args: collections.abc.Sequence[str] | None = None
-) -> list[Cfg]:
+def parse(cls: type[Cfg], description: str, args: collections.abc.Sequence[str] | None = None) -> list[Cfg]:
     """Parses the command line; with `--sweep`, once per configuration of the sweep.
 
     Raises:
@@ -135,9 +133,7 @@ def _axis(key: str, value: object, cls: type, fpath: pathlib.Path) -> list[Overr
     if key == "paired":
         return [o for v in alternatives for o in expand(_table(v, key, fpath), cls, fpath)]
     if key in _nested_fields(cls):
-        nested = [
-            o for v in alternatives for o in _expand_nested(cls, key, _table(v, key, fpath), fpath)
-        ]
+        nested = [o for v in alternatives for o in _expand_nested(cls, key, _table(v, key, fpath), fpath)]
         return [{f"{key}.{k}": v for k, v in o.items()} for o in nested]
     return [{key: v} for v in alternatives]
 
@@ -146,9 +142,7 @@ def _has_list(value: object) -> bool:
     return isinstance(value, list) and any(isinstance(v, list) for v in value)
 
 
-def _expand_nested(
-    cls: type, key: str, table: dict[str, object], fpath: pathlib.Path
-) -> list[Override]:
+def _expand_nested(cls: type, key: str, table: dict[str, object], fpath: pathlib.Path) -> list[Override]:
     """As `expand`, for the table of a nested config."""
     field = next(f for f in dataclasses.fields(tp.cast(tp.Any, cls)) if f.name == key)
     members = _members(field).values()
@@ -174,18 +168,14 @@ def _nested_fields(cls: type) -> set[str]:
 
 def _table(value: object, key: str, fpath: pathlib.Path) -> dict[str, object]:
     if not isinstance(value, dict):
-        raise errors.UserError(
-            f"{fpath}: {key} must be a table: write [{key}], or [[{key}]] for several."
-        )
+        raise errors.UserError(f"{fpath}: {key} must be a table: write [{key}], or [[{key}]] for several.")
     return value
 
 
 # ---- override -> config ----
 
 
-def _apply(
-    cls: type[Cfg], cfg: Cfg, override: Override, fpath: pathlib.Path, args: list[str]
-) -> Cfg:
+def _apply(cls: type[Cfg], cfg: Cfg, override: Override, fpath: pathlib.Path, args: list[str]) -> Cfg:
     """The defaults with the override's values. `type` or the command line picks the member of a union."""
     values: dict[str, dict[str, object]] = {}
     for key, value in override.items():
@@ -222,10 +212,7 @@ def _owner(cls: type, key: str, fpath: pathlib.Path) -> str:
     if key in {f.name for f in fields if not _flat_members(f)}:
         return ""
     owners = {
-        g.name: f.name
-        for f in fields
-        if _flat_members(f)
-        for g in dataclasses.fields(_flat_members(f)[0])
+        g.name: f.name for f in fields if _flat_members(f) for g in dataclasses.fields(_flat_members(f)[0])
     }
     if key not in owners:
         own = [f.name for f in fields if not _flat_members(f)]
@@ -235,9 +222,7 @@ def _owner(cls: type, key: str, fpath: pathlib.Path) -> str:
 
 def _flat_members(field: dataclasses.Field) -> list[tp.Any]:
     """[dataclass] if the field is flattened into its parent's flags (tyro.conf.arg(name="")), else []."""
-    if tp.get_origin(field.type) is tp.Annotated and dataclasses.is_dataclass(
-        tp.get_args(field.type)[0]
-    ):
+    if tp.get_origin(field.type) is tp.Annotated and dataclasses.is_dataclass(tp.get_args(field.type)[0]):
         return [tp.get_args(field.type)[0]]
     return []
 
@@ -265,9 +250,7 @@ def _member(
         return type(current)
     members = _members(field)
     if not isinstance(name, str) or name not in members:
-        raise errors.UserError(
-            f"{fpath}: {field.name}.type = {name!r}: must be one of {', '.join(members)}."
-        )
+        raise errors.UserError(f"{fpath}: {field.name}.type = {name!r}: must be one of {', '.join(members)}.")
     typed = [n for n in members if f"{field.name}:{n}" in args]
     if typed and typed != [name]:
         raise errors.UserError(
@@ -360,9 +343,7 @@ def _is_tuple_field(cls: type, key: str) -> bool:
     return tp.get_origin(fields.get(key)) is tuple
 
 
-def _unknown_key(
-    key: str, valid: list[str], fpath: pathlib.Path, hint: str = ""
-) -> errors.UserError:
+def _unknown_key(key: str, valid: list[str], fpath: pathlib.Path, hint: str = "") -> errors.UserError:
     close = difflib.get_close_matches(key, valid, n=1)
     if close and not hint:
         hint = f" Perhaps you meant {close[0]!r}."

@@ -96,9 +96,7 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
             data={"root": "made-up", "__class__": "ImageFolder"},
             **shards.stored_as(dtype),
         )
-        records = [
-            shards.Record(f"class{i % 3}/{i:04}.jpg", f"class{i % 3}") for i in range(n_imgs)
-        ]
+        records = [shards.Record(f"class{i % 3}/{i:04}.jpg", f"class{i % 3}") for i in range(n_imgs)]
         dump_to = tmp_path / f"shards{next(numbers)}"
         out = shards.ShardDir.create(dump_to, metadata, records, {})
         for shard_i in range(metadata.n_shards):

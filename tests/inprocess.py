@@ -50,6 +50,4 @@ def run(*args: object) -> Done:
             saev.setLevel(level)
             for signum, handler in zip(SIGNALS, signals, strict=True):
                 signal.signal(signum, handler)
-    return Done(
-        code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue()
-    )
+    return Done(code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue())

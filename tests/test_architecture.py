@@ -65,10 +65,7 @@ def package(module: str) -> str:
 
 def modules() -> dict[str, pathlib.Path]:
     fpaths = [*ROOT.glob("saev/**/*.py"), *ROOT.glob("*.py")]
-    names = [
-        ".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for f in fpaths
-    ]
+    names = [".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for f in fpaths]
     return dict(zip(names, fpaths, strict=True))
 
 
@@ -88,9 +85,7 @@ def upward(module: str, source: str) -> list[str]:
     """Imports of saev that do not go down."""
     mine = package(module)
     found = {name: package(name) for name in imports(source) if name.split(".")[0] == "saev"}
-    return [
-        name for name, theirs in found.items() if theirs != mine and FLOORS[theirs] >= FLOORS[mine]
-    ]
+    return [name for name, theirs in found.items() if theirs != mine and FLOORS[theirs] >= FLOORS[mine]]
 
 
 @pytest.mark.parametrize("module", modules())
@@ -113,9 +108,7 @@ def test_an_upward_import_is_caught() -> None:
     [
         m
         for m in modules()
-        if m.endswith((".config", ".cli", "__main__"))
-        or "." not in m
-        or m == "saev.training.report"
+        if m.endswith((".config", ".cli", "__main__")) or "." not in m or m == "saev.training.report"
     ],
 )
 def test_configs_and_commands_import_nothing_heavy(module: str) -> None:
@@ -128,9 +121,7 @@ def test_configs_and_commands_import_nothing_heavy(module: str) -> None:
             assert imported.split(".")[0] not in HEAVY, f"{name} imports {imported}"
             parts = imported.split(".")
             known = [
-                ".".join(parts[:i])
-                for i in range(1, len(parts) + 1)
-                if ".".join(parts[:i]) in modules()
+                ".".join(parts[:i]) for i in range(1, len(parts) + 1) if ".".join(parts[:i]) in modules()
             ]
             todo += [m for m in known if m not in seen]
 

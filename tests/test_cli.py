@@ -73,9 +73,7 @@ def test_errors_are_one_line(args: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_help_in_any_terminal(columns: str) -> None:
     command = [sys.executable, "train.py", "--help"]
     env = {**os.environ, "COLUMNS": columns}
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=60
-    )
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=60)
     assert "--ckpt-to" in done.stdout and max(map(len, done.stdout.splitlines())) <= 160
 
 

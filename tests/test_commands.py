@@ -97,9 +97,7 @@ def test_readme_commands_parse(command: str) -> None:
     if words[:3] == ["python", "-m", "saev.demo"]:
         assert words[3:] == []
         return
-    program, args = (
-        (" ".join(words[1:3]), words[3:]) if words[0] == "python" else (words[0], words[1:])
-    )
+    program, args = (" ".join(words[1:3]), words[3:]) if words[0] == "python" else (words[0], words[1:])
     assert "= " in dry_run(program, shlex.join(args))
 
 

@@ -59,9 +59,7 @@ def test_no_such_shard_directory(tmp_path: pathlib.Path) -> None:
 
 def test_layer_not_recorded(make_shards, tmp_path: pathlib.Path) -> None:
     dpath, _ = make_shards(n_imgs=4, n_patches=4, d_vit=8, layers=(3, 7))
-    line = fails(
-        "train.py", "--data.shard-root", dpath, "--data.layer", 5, "--ckpt-to", tmp_path / "ck"
-    )
+    line = fails("train.py", "--data.shard-root", dpath, "--data.layer", 5, "--ckpt-to", tmp_path / "ck")
     assert "layer 5 was not recorded (recorded: 3, 7)" in line
 
 
@@ -122,9 +120,7 @@ def test_unknown_sweep_key(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_cub_without_attributes_and_a_line_that_cannot_be_parsed(
-    tmp_path: pathlib.Path, make_shards
-) -> None:
+def test_cub_without_attributes_and_a_line_that_cannot_be_parsed(tmp_path: pathlib.Path, make_shards) -> None:
     root = tmp_path / "CUB_200_2011"
     minicub.draw(root, n_imgs=40)
     dpath, _ = make_shards(n_imgs=4, n_patches=4, d_vit=8, layers=(3,))
@@ -154,18 +150,14 @@ def gallery(
     return [*out, "--data.shard-root", shards, "images:image-folder", "--images.root", folder]
 
 
-def test_checkpoint_of_an_unknown_schema(
-    tmp_path: pathlib.Path, make_shards, folder: pathlib.Path
-) -> None:
+def test_checkpoint_of_an_unknown_schema(tmp_path: pathlib.Path, make_shards, folder: pathlib.Path) -> None:
     (tmp_path / "sae.pt").write_bytes(json.dumps({"schema": 9000}).encode() + b"\n")
     dpath, _ = make_shards(n_imgs=4, n_patches=4, d_vit=8, layers=(3,))
     line = fails(*gallery(tmp_path / "sae.pt", tmp_path / "v", dpath, folder))
     assert "checkpoint schema 9000" in line and "is unknown to this version" in line
 
 
-def test_ckpt_that_is_a_directory(
-    tmp_path: pathlib.Path, make_shards, folder: pathlib.Path
-) -> None:
+def test_ckpt_that_is_a_directory(tmp_path: pathlib.Path, make_shards, folder: pathlib.Path) -> None:
     nn.save(nn.SparseAutoencoder(nn_config.TopK(d_vit=8)), tmp_path / "run" / "sae.pt")
     dpath, _ = make_shards(n_imgs=4, n_patches=4, d_vit=8, layers=(3,))
     line = fails(*gallery(tmp_path / "run", tmp_path / "v", dpath, folder))

@@ -126,9 +126,7 @@ class Touch:
         ("JumpReluAutoEncoder", {"dict_class": "AutoEncoder"}, {}, "encoder.weight is missing"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read(
-    kind: str, cfg: dict, more: dict, match: str, tmp_path: pathlib.Path
-) -> None:
+def test_what_cannot_be_read(kind: str, cfg: dict, more: dict, match: str, tmp_path: pathlib.Path) -> None:
     dpath = folder(tmp_path, kind, more, **cfg)
     with pytest.raises(errors.UserError, match=match):
         dictionary_learning.load(dpath)

@@ -183,9 +183,7 @@ def test_codes_that_are_rescaled_by_decoder_norms(tmp_path: pathlib.Path) -> Non
         ({"d_sae": 3 * D}, "tensor W_enc has shape"),
     ],
 )
-def test_what_cannot_be_expressed(
-    cfg: dict[str, object], match: str, tmp_path: pathlib.Path
-) -> None:
+def test_what_cannot_be_expressed(cfg: dict[str, object], match: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.UserError, match=match):
         saelens.load(folder(tmp_path, cfg))
 
@@ -321,9 +319,7 @@ def test_a_top_k_with_negative_values_is_not_exported(tmp_path: pathlib.Path) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_export_leaves_nothing(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_export_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -436,9 +432,7 @@ def test_every_key_that_saelens_can_write_is_decided() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["SAE", "training", "inference"])
-def test_every_architecture_is_read_as_saelens_does_or_refused(
-    form: str, tmp_path: pathlib.Path
-) -> None:
+def test_every_architecture_is_read_as_saelens_does_or_refused(form: str, tmp_path: pathlib.Path) -> None:
     """As the library saves SAEs, training SAEs, and training SAEs for inference."""
     sae_lens = pytest.importorskip("sae_lens")
     registry = pytest.importorskip("sae_lens.registry")

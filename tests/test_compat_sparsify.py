@@ -32,9 +32,7 @@ def batch() -> torch.Tensor:
     return 2 * torch.randn(40, D, generator=torch.Generator().manual_seed(0)) + torch.arange(D)
 
 
-def folder(
-    tmp_path: pathlib.Path, n: int = S, more: dict | None = None, **cfg: object
-) -> pathlib.Path:
+def folder(tmp_path: pathlib.Path, n: int = S, more: dict | None = None, **cfg: object) -> pathlib.Path:
     generator = torch.Generator().manual_seed(1)
     shapes = {"encoder.weight": (n, D), "encoder.bias": (n,), "W_dec": (n, D), "b_dec": (D,)}
     state = {k: torch.randn(shape, generator=generator) for k, shape in shapes.items()}

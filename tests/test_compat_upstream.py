@@ -113,9 +113,7 @@ def test_every_schema_reproduces_the_formula(name: str, tmp_path: pathlib.Path) 
     assert not sae.training and sae.activations == {}
 
 
-@pytest.mark.parametrize(
-    "fpath", sorted(DATA.glob("*/*.npz")), ids=lambda p: f"{p.parent.name}-{p.stem}"
-)
+@pytest.mark.parametrize("fpath", sorted(DATA.glob("*/*.npz")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_recorded_outputs(fpath: pathlib.Path) -> None:
     """Upstream's files, and one of ours for each architecture and schema."""
     recorded = np.load(fpath)
@@ -192,9 +190,7 @@ def test_a_negative_threshold(tmp_path: pathlib.Path) -> None:
         ({THRESHOLD: torch.tensor(1.0)}, "unknown tensor activation.threshold"),
     ],
 )
-def test_tensors_that_do_not_fit(
-    change: dict[str, object], match: str, tmp_path: pathlib.Path
-) -> None:
+def test_tensors_that_do_not_fit(change: dict[str, object], match: str, tmp_path: pathlib.Path) -> None:
     fpath = write(tmp_path / "sae.pt", HEADERS["2"][0], {**weights(), **change})
     with pytest.raises(errors.UserError, match=match):
         nn.load(fpath)
@@ -267,9 +263,7 @@ def test_a_cut_file(tmp_path: pathlib.Path) -> None:
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
 KEYS = ["d_vit", "d_model", "d_sae", "exp_factor", "activation", "cls", "params", "top_k", "cfg"]

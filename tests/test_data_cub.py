@@ -179,9 +179,7 @@ def test_blank_lines_windows_newlines_and_odd_bytes(root: pathlib.Path) -> None:
     for fpath in [*root.glob("*.txt"), *root.glob("attributes/*.txt")]:
         fpath.write_bytes(b"\r\n" + fpath.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
     assert flattened(cub.load(root)) == flattened(want)
-    (root / "images.txt").write_bytes(
-        (root / "images.txt").read_bytes().replace(b"c.jpg", b"\xe4.jpg")
-    )
+    (root / "images.txt").write_bytes((root / "images.txt").read_bytes().replace(b"c.jpg", b"\xe4.jpg"))
     assert cub.load(root).paths_N[2] == "002.Laysan/\udce4.jpg"
 
 
@@ -348,9 +346,7 @@ def test_fractions_are_no_labels(root: pathlib.Path, line: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["images/", "./", "./images/"])
-def test_paths_of_images_txt_may_begin_at_the_archives_root(
-    root: pathlib.Path, prefix: str
-) -> None:
+def test_paths_of_images_txt_may_begin_at_the_archives_root(root: pathlib.Path, prefix: str) -> None:
     want = cub.load(root)
     lines = [line.partition(" ") for line in IMAGES.splitlines()]
     (root / "images.txt").write_text("".join(f"{i} {prefix}{path}\n" for i, _, path in lines))

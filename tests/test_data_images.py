@@ -98,9 +98,7 @@ def test_a_folder_that_is_not_cub(tmp_path: pathlib.Path) -> None:
         images.list_images(config.Cub200(str(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    "size", [(300, 200), (201, 333), (224, 224), (57, 41), (256, 1000), (999, 257)]
-)
+@pytest.mark.parametrize("size", [(300, 200), (201, 333), (224, 224), (57, 41), (256, 1000), (999, 257)])
 @pytest.mark.parametrize(("resize", "crop"), [(256, 224), (224, 224), (37, 32)])
 def test_transform_equals_torchvision(
     size: tuple[int, int], resize: int, crop: int, tmp_path: pathlib.Path
@@ -221,9 +219,7 @@ def test_transform_survives_json_and_refuses_nonsense() -> None:
     for changes in ({"size": "big"}, {"extra": 1}):
         with pytest.raises(errors.UserError, match=r"transform\.json: not a transform"):
             images.Transform.from_dict(transform.to_dict() | changes)
-    with pytest.raises(
-        errors.UserError, match=r"transform\.json: not a transform .not a JSON object"
-    ):
+    with pytest.raises(errors.UserError, match=r"transform\.json: not a transform .not a JSON object"):
         images.Transform.from_dict([1])
     with pytest.raises(errors.UserError, match="interpolation 'cubic' is not supported"):
         images.Transform.from_dict(transform.to_dict() | {"interpolation": "cubic"})

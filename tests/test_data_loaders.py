@@ -89,9 +89,7 @@ def test_every_loader_of_any_shape(make_shards, data: st.DataObject) -> None:
         np.testing.assert_array_equal(acts_NTD, want_NTD[start : start + blocks.block])
 
     start, stop = sorted(data.draw(st.integers(0, n_imgs)) for _ in range(2))
-    np.testing.assert_array_equal(
-        activations.Activations(cfg).read(start, stop), want_NTD[start:stop]
-    )
+    np.testing.assert_array_equal(activations.Activations(cfg).read(start, stop), want_NTD[start:stop])
 
     batch_size = data.draw(st.integers(1, 2 * len(want)))
     batches = take(cfg, 3 * len(want) // batch_size + 1, batch_size=batch_size, pool_bytes=50)
@@ -197,11 +195,7 @@ def test_batches_stay_as_they_were_handed_out(small) -> None:
 def test_seed_decides_the_order(small) -> None:
     cfg, _ = small
     runs = [
-        [
-            key
-            for batch in take(cfg, 12, batch_size=6, seed=seed, pool_bytes=400)
-            for key in keys(batch)
-        ]
+        [key for batch in take(cfg, 12, batch_size=6, seed=seed, pool_bytes=400) for key in keys(batch)]
         for seed in (0, 0, 1)
     ]
     assert runs[0] == runs[1]
@@ -270,9 +264,7 @@ def test_the_default_pool_mixes_a_large_dump() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
 def test_pinned_batches_hold_the_same(small) -> None:
     cfg, _ = small
-    plain, pinned = (
-        next(iter(shuffled.Shuffled(cfg, batch_size=8, pin=pin))) for pin in (False, True)
-    )
+    plain, pinned = (next(iter(shuffled.Shuffled(cfg, batch_size=8, pin=pin))) for pin in (False, True))
     assert pinned.act_BD.is_pinned() and not plain.act_BD.is_pinned()
     assert torch.equal(pinned.act_BD.to("cuda", non_blocking=True).cpu(), plain.act_BD)
 

@@ -201,9 +201,7 @@ def test_bytes_that_do_not_decode_are_bad_images(tmp_path: pathlib.Path) -> None
         assert " object at 0x" not in str(caught.value)  # it would differ from run to run
 
 
-@pytest.mark.parametrize(
-    "errno", [2, 5, 13, 24, 107, 116]
-)  # ENOENT EIO EACCES EMFILE ENOTCONN ESTALE
+@pytest.mark.parametrize("errno", [2, 5, 13, 24, 107, 116])  # ENOENT EIO EACCES EMFILE ENOTCONN ESTALE
 def test_what_the_disk_refuses_is_no_bad_image(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, errno: int
 ) -> None:
@@ -217,9 +215,7 @@ def test_what_the_disk_refuses_is_no_bad_image(
     assert not isinstance(caught.value, pixels.BadImage)
 
 
-def test_a_disk_that_fails_in_the_middle(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fails_in_the_middle(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.png").write_bytes(b"x" * 99)
 
     class Failing(io.FileIO):
@@ -246,12 +242,8 @@ def test_files_that_are_no_photos_at_all(tmp_path: pathlib.Path) -> None:
         assert not isinstance(caught.value, pixels.BadImage)
 
 
-def test_sizes_are_bounded_before_decoding(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    huge = struct.pack(
-        "<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, 50_000, 50_000, 1, 24, *[0] * 6
-    )
+def test_sizes_are_bounded_before_decoding(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, 50_000, 50_000, 1, 24, *[0] * 6)
     for limit in (PIL.Image.MAX_IMAGE_PIXELS, None):
         monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(pixels.BadImage, match="2500000000 pixels|50000 x 50000 pixels; at"):

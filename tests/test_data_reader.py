@@ -312,10 +312,7 @@ def test_all_layers_are_one_stream(many) -> None:
 
 
 def test_several_directories_are_one_stream(make_shards) -> None:
-    parts = [
-        make_shards(n_imgs=n, seed=n, per_shard=2, skip=s)
-        for n, s in ((5, (1,)), (3, ()), (4, (0,)))
-    ]
+    parts = [make_shards(n_imgs=n, seed=n, per_shard=2, skip=s) for n, s in ((5, (1,)), (3, ()), (4, (0,)))]
     (first, *more), arrays = zip(*parts, strict=True)
     cfg = config.Shards(str(first), 7, more_roots=tuple(map(str, more)))
     acts_ND = np.concatenate(arrays)[:, 1, 1:]
@@ -333,7 +330,7 @@ def test_several_directories_are_one_stream(make_shards) -> None:
     ("other", "match"),
     [
         ({"d_vit": 16}, "d_vit 16 instead of 8"),
-        ({"name": "another"}, "ViT [^ ]* another instead of"),
+        ({"name": "another"}, "ViT another instead of"),
         ({"dtype": "bfloat16"}, "differ in dtype"),
         ({"layers": (3, 8)}, "layer 7 was not recorded"),
         ({"n_imgs": 5}, "named twice"),
@@ -416,9 +413,7 @@ def test_newer_protocols_read(foreign: pathlib.Path, layer: int) -> None:
     batch = next(iter(shuffled.Shuffled(cfg, batch_size=20)))
     want_BD = GOLDEN_NLTD[batch.image_i_B, layer_i, 1 + batch.patch_i_B]
     np.testing.assert_array_equal(batch.act_BD, want_BD)
-    assert (
-        saev.data.Indexed(foreign, layer)[6]["act"].tolist() == GOLDEN_NLTD[1, layer_i, 3].tolist()
-    )
+    assert saev.data.Indexed(foreign, layer)[6]["act"].tolist() == GOLDEN_NLTD[1, layer_i, 3].tolist()
 
 
 @pytest.mark.parametrize("index", [None, [0, 1]])

@@ -57,9 +57,7 @@ PHOTO_SIZES = [(300, 200), (201, 333), (57, 411), (640, 99), (128, 64)]
 @pytest.fixture(scope="session")
 def photo() -> PIL.Image.Image:
     """A real photo, not square, odd sizes."""
-    return PIL.Image.fromarray(sklearn.datasets.load_sample_images().images[0]).crop(
-        (0, 0, 601, 427)
-    )
+    return PIL.Image.fromarray(sklearn.datasets.load_sample_images().images[0]).crop((0, 0, 601, 427))
 
 
 @functools.lru_cache(maxsize=10)
@@ -175,9 +173,7 @@ def test_openai_models_use_quick_gelu_and_others_do_not() -> None:
 
 def test_image_size() -> None:
     vit = random("dinov2", "dinov2_vits14", img_size=112)
-    assert (
-        vit.n_patches == 64 and vit.transform.size == (112, 112) and vit.ckpt_id.endswith("@112px")
-    )
+    assert vit.n_patches == 64 and vit.transform.size == (112, 112) and vit.ckpt_id.endswith("@112px")
     assert random("timm", "vit_tiny_patch16_224", img_size=96).n_patches == 36
 
 
@@ -200,9 +196,7 @@ def test_published_names_stand_for_timm_models_with_weights(family: str, name: s
     assert (model.num_prefix_tokens, model.cls_token is None) == (1 + n_registers, False)
     patch = 14 if family == "dinov2" or "huge" in name else 16
     assert model.patch_embed.patch_size == (patch, patch)
-    assert ("plus" in name) == ("plus" in timm_name) and ("sat493m" in name) == (
-        "sat493m" in timm_name
-    )
+    assert ("plus" in name) == ("plus" in timm_name) and ("sat493m" in name) == ("sat493m" in timm_name)
 
 
 def test_dinov2_is_as_ever() -> None:
@@ -241,9 +235,7 @@ def test_dinov3_has_the_rounded_periods_of_its_authors_weights() -> None:
 # ---- every kind of timm ViT, and inputs that are not square ----
 
 
-def check_layers_and_grid(
-    vit: vits.Vit, size: tuple[int, int], patch: int, n_cls: int, n_other: int
-) -> None:
+def check_layers_and_grid(vit: vits.Vit, size: tuple[int, int], patch: int, n_cls: int, n_other: int) -> None:
     """Hooks on the model's own forward pass; patch (1, 3) of a 3 x 5 grid is the tenth in raster order."""
     rows, columns = size[0] // patch, size[1] // patch
     assert vit.transform.size == size and vit.grid == (rows, columns)
@@ -286,9 +278,7 @@ def test_open_clip_on_a_wide_input(name: str, patch: int) -> None:
         ("mae_vit_base_patch16", 16, 0, 0.9),
     ],
 )
-def test_published_models_on_a_tall_input(
-    ckpt: str, patch: int, n_other: int, crop_pct: float
-) -> None:
+def test_published_models_on_a_tall_input(ckpt: str, patch: int, n_other: int, crop_pct: float) -> None:
     size = (8 * patch, 4 * patch)
     vit = vits.load(config.Vit(ckpt.partition("_")[0], ckpt, "random", img_size=size))
     check_layers_and_grid(vit, size, patch, 1, n_other)
@@ -362,9 +352,7 @@ def test_timm_transforms(size: tuple[int, int], target: tuple[int, int]) -> None
 def test_open_clip_transforms(size: tuple[int, int], target: tuple[int, int]) -> None:
     """Also where open_clip forgets the interpolation, in its cover resize."""
     for mode, interpolation in itertools.product(("shortest", "squash"), ("bicubic", "bilinear")):
-        prep = open_clip.transform.PreprocessCfg(
-            size=target, resize_mode=mode, interpolation=interpolation
-        )
+        prep = open_clip.transform.PreprocessCfg(size=target, resize_mode=mode, interpolation=interpolation)
         got = vits.open_clip.transform_of(vars(prep), config.Vit())(noise(size))
         want = open_clip.transform.image_transform_v2(prep, is_train=False)(noise(size))
         assert torch.equal(got, want)
@@ -432,9 +420,7 @@ def test_shape_flags_are_checked() -> None:
         match=r"--d-vit 512: vit_tiny_patch16_224 gives 192 wide. Pass --d-vit 192",
     ):
         random("timm", "vit_tiny_patch16_224", d_vit=512)
-    with pytest.raises(
-        errors.UserError, match=r"--n-patches-per-img 256: .* gives 196 patches per image"
-    ):
+    with pytest.raises(errors.UserError, match=r"--n-patches-per-img 256: .* gives 196 patches per image"):
         random("timm", "vit_tiny_patch16_224", n_patches_per_img=256)
     assert random("timm", "vit_tiny_patch16_224", d_vit=192, n_patches_per_img=196).d_vit == 192
 
@@ -442,9 +428,7 @@ def test_shape_flags_are_checked() -> None:
 def test_layers() -> None:
     assert vits.resolve_layers((3, -1, 0), 12) == (3, 11, 0)
     for layers in ((12,), (-13,)):
-        with pytest.raises(
-            errors.UserError, match=r"the model has 12 blocks. Pass layers from 0 to 11"
-        ):
+        with pytest.raises(errors.UserError, match=r"the model has 12 blocks. Pass layers from 0 to 11"):
             vits.resolve_layers(layers, 12)
     with pytest.raises(errors.UserError, match="named twice"):
         vits.resolve_layers((11, -1), 12)

@@ -87,9 +87,7 @@ def test_names_of_compiled_and_checkpointed_blocks(state: State, tmp_path: pathl
     names = {re.sub(r"^(blocks\.\d+\.)", r"\1_orig_mod.", k): v for k, v in state.items()}
     assert names.keys() != state.keys()
     assert equal(load(names, tmp_path / "w.pt"), state)
-    names = {
-        k.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): state[k] for k in state
-    }
+    names = {k.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): state[k] for k in state}
     assert equal(load(prefixed("_fsdp_wrapped_module.", names), tmp_path / "w.pt"), state)
 
 
@@ -120,9 +118,7 @@ def test_teacher_and_student_in_one_state_dict(state: State, tmp_path: pathlib.P
     refused(twins, tmp_path / "w.pt", r"holds several models .base_encoder., momentum_encoder..")
 
 
-def test_tensors_that_are_not_known_to_be_harmless_are_named(
-    state: State, tmp_path: pathlib.Path
-) -> None:
+def test_tensors_that_are_not_known_to_be_harmless_are_named(state: State, tmp_path: pathlib.Path) -> None:
     fpath = tmp_path / "w.pt"
     refused(state | {"blocks.0.lora": torch.ones(1)}, fpath, r"1 tensor is unknown .blocks.0.lora.")
     moved = prefixed("model.", state) | {"adapter.weight": torch.ones(1)}
@@ -136,9 +132,7 @@ def test_tensors_that_are_not_known_to_be_harmless_are_named(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(
-    state: State, value: float, tmp_path: pathlib.Path
-) -> None:
+def test_weights_that_are_not_finite_are_refused(state: State, value: float, tmp_path: pathlib.Path) -> None:
     bad = state["blocks.1.mlp.fc1.weight"].clone()
     bad[3, 4] = value
     bad = state | {"blocks.1.mlp.fc1.weight": bad}
@@ -212,9 +206,7 @@ def test_torchscript_archives_give_their_tensors(state: State, tmp_path: pathlib
     ],
 )
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_files_that_hold_no_weights(
-    data: bytes, match: str, suffix: str, tmp_path: pathlib.Path
-) -> None:
+def test_files_that_hold_no_weights(data: bytes, match: str, suffix: str, tmp_path: pathlib.Path) -> None:
     fpath = tmp_path / f"w{suffix}"
     fpath.write_bytes(data)
     with pytest.raises(errors.UserError, match=match) as caught:
@@ -254,9 +246,7 @@ def authors_dinov2(model: torch.nn.Module) -> State:
     """The names of facebookresearch/dinov2: registers stand apart, [CLS] has a position, SwiGLU's layers are w12 and w3."""
     out = dict(model.state_dict())
     if "reg_token" in out:
-        cls_position = torch.randn(
-            1, 1, model.embed_dim, generator=torch.Generator().manual_seed(1)
-        )
+        cls_position = torch.randn(1, 1, model.embed_dim, generator=torch.Generator().manual_seed(1))
         out["register_tokens"] = out.pop("reg_token")
         out["pos_embed"] = torch.cat([cls_position, out["pos_embed"]], dim=1)
         out["cls_token"] = out["cls_token"] - cls_position
@@ -290,9 +280,7 @@ def test_an_authors_dinov2_file_loads(name: str, wrapped: bool, tmp_path: pathli
     vit = vits.load(config.Vit("dinov2", name, str(tmp_path / "w.pth")))
     x_BCHW = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        (want_BPD,) = want.forward_intermediates(
-            x_BCHW, [1], intermediates_only=True, output_fmt="NLC"
-        )
+        (want_BPD,) = want.forward_intermediates(x_BCHW, [1], intermediates_only=True, output_fmt="NLC")
     torch.testing.assert_close(vit(x_BCHW, (1,))[:, 0, 1:], want_BPD, rtol=0, atol=0)
 
 
@@ -407,9 +395,7 @@ def test_a_folder_of_open_clip(folder: pathlib.Path, monkeypatch: pytest.MonkeyP
     x_BCHW = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         out = want.visual.eval().forward_intermediates(x_BCHW, [1], output_fmt="NLC")
-    torch.testing.assert_close(
-        vit(x_BCHW, (1,))[:, 0, 1:], out["image_intermediates"][0], rtol=0, atol=0
-    )
+    torch.testing.assert_close(vit(x_BCHW, (1,))[:, 0, 1:], out["image_intermediates"][0], rtol=0, atol=0)
     assert vit.transform.mean == (0.4, 0.5, 0.6) and vit.transform.size == (32, 32)
     assert re.fullmatch("local-dir:small-clip@sha256:[0-9a-f]{16}", vit.ckpt_id)
     monkeypatch.setenv("SAEV_MODELS", str(folder.parent))
@@ -490,9 +476,7 @@ def test_a_grid_of_as_many_patches_is_told_from_a_square_one(
 def test_masked_image_models_of_eva_keep_their_norm(tmp_path: pathlib.Path) -> None:
     want = random("timm", "eva02_tiny_patch14_224", vit_seed=5).module.state_dict()
     assert "norm.weight" in want or "fc_norm.weight" in want
-    got = load(
-        want | {"mask_token": torch.zeros(1)}, tmp_path / "w.pt", ckpt="eva02_tiny_patch14_224"
-    )
+    got = load(want | {"mask_token": torch.zeros(1)}, tmp_path / "w.pt", ckpt="eva02_tiny_patch14_224")
     assert equal(got, want)
 
 
@@ -567,18 +551,12 @@ def test_a_timm_tower_of_open_clip_is_resampled_too(tmp_path: pathlib.Path) -> N
     torch.testing.assert_close(vit.module.trunk.pos_embed, want)
 
 
-def test_weights_that_cannot_be_had(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_cannot_be_had(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(errors.UserError, match=r"gone\.pt: cannot be read"):
         vits.load(config.Vit("timm", "vit_tiny_patch16_224", str(tmp_path / "gone.pt")))
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     with pytest.raises(errors.UserError, match=r"bad\.safetensors: cannot be read"):
         vits.load(config.Vit("timm", "vit_tiny_patch16_224", str(tmp_path / "bad.safetensors")))
-    safetensors.torch.save_file(
-        {"blocks.0.norm1.weight": torch.zeros(192)}, tmp_path / "few.safetensors"
-    )
-    with pytest.raises(
-        errors.UserError, match=r"does not fit vit_tiny_patch16_224: 1.. tensors are missing"
-    ):
+    safetensors.torch.save_file({"blocks.0.norm1.weight": torch.zeros(192)}, tmp_path / "few.safetensors")
+    with pytest.raises(errors.UserError, match=r"does not fit vit_tiny_patch16_224: 1.. tensors are missing"):
         vits.load(config.Vit("timm", "vit_tiny_patch16_224", str(tmp_path / "few.safetensors")))

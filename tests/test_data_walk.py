@@ -83,9 +83,7 @@ def test_fifos_and_sockets_are_passed_over(tmp_path: pathlib.Path) -> None:
         assert walk.walk(str(tmp_path)) == (["x.jpg"], {walk.SPECIAL: 4})
 
 
-def test_an_absent_disk_stops_the_listing(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_absent_disk_stops_the_listing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "a/x.jpg", "b/y.jpg")
     (tmp_path / "cats").symlink_to(tmp_path / "unmounted" / "cats")
     with pytest.raises(errors.UserError, match="cats: broken link .No such file"):

@@ -75,18 +75,14 @@ def test_prints_the_table_and_where_everything_is(
     assert len(list(pathlib.Path(paths["gallery"]).parent.glob("latent_*/*.png"))) > 50
 
 
-def test_prints_commands_that_run(
-    first: subprocess.CompletedProcess[str], dpath: pathlib.Path
-) -> None:
+def test_prints_commands_that_run(first: subprocess.CompletedProcess[str], dpath: pathlib.Path) -> None:
     """Each printed command, run by itself, finds its work done."""
     commands = re.findall(r"^\$ uv run (.*)$", first.stdout, re.M)
     programs = [c.split(" --")[0] for c in commands]
     assert programs == ["python -m saev.data", "train.py", "visuals.py", "protoeval.py"]
     for command in (commands[0], commands[1], commands[3]):
         args = command.removeprefix("python ").split()
-        done = subprocess.run(
-            [sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
+        done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert "already" in done.stderr
 
@@ -108,8 +104,7 @@ def test_a_second_run_skips_what_is_done(
 def test_random_vectors_gain_from_train_images_and_from_prototypes(cfg: config.ProtoEval) -> None:
     seeds = [read_summary(run.main([dataclasses.replace(cfg, seed=s)])) for s in range(3)]
     cells = [
-        {(int(r["n_prototypes"]), int(r["n_train"])): float(r["map"]) for r in rows[1:]}
-        for rows in seeds
+        {(int(r["n_prototypes"]), int(r["n_train"])): float(r["map"]) for r in rows[1:]} for rows in seeds
     ]
     map_of = {cell: np.mean([c[cell] for c in cells]) for cell in cells[0]}
     all_train = max(n for _, n in map_of)

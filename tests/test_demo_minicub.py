@@ -35,9 +35,7 @@ def test_layout_is_cubs(root: pathlib.Path) -> None:
         p.relative_to(root / "images").as_posix() for p in root.glob("images/*/*.jpg")
     }
     classes = dict(lines(root / "classes.txt"))
-    assert len(classes) == 20 and all(
-        name.startswith(f"{int(i):03}.") for i, name in classes.items()
-    )
+    assert len(classes) == 20 and all(name.startswith(f"{int(i):03}.") for i, name in classes.items())
     class_of = dict(lines(root / "image_class_labels.txt"))
     assert all(classes[class_of[i]] == path.split("/")[0] for i, path in images)
     assert {v for _, v in lines(root / "train_test_split.txt")} == {"0", "1"}
@@ -66,9 +64,7 @@ def test_prevalences() -> None:
     rng = np.random.default_rng((0, 0xB12D))
     profiles = [{g: str(rng.choice(v)) for g, v in minicub.GROUPS.items()} for _ in range(20)]
     birds = [minicub._bird(rng, i % 20, profiles[i % 20]) for i in range(640)]
-    present_NT = np.array(
-        [[minicub._present(b, name) for name in minicub.ATTRIBUTES] for b in birds]
-    )
+    present_NT = np.array([[minicub._present(b, name) for name in minicub.ATTRIBUTES] for b in birds])
     assert present_NT.mean(axis=0).min() > 0.04 and present_NT.mean(axis=0).max() < 0.58
     assert inspect.signature(minicub.draw).parameters["n_imgs"].default >= 600
 
@@ -116,9 +112,7 @@ def test_colours_are_seen_where_they_are_named(group: str, at: tuple[int, int]) 
     }
     for value in minicub.GROUPS[group]:
         seen = colour_at(minicub.Bird(0, traits | {group: value}, None), *at)
-        distance = {
-            name: np.abs(seen - np.array(rgb)).sum() for name, rgb in minicub.PALETTE.items()
-        }
+        distance = {name: np.abs(seen - np.array(rgb)).sum() for name, rgb in minicub.PALETTE.items()}
         assert min(distance, key=distance.__getitem__) == value
 
 

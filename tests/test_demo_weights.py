@@ -39,9 +39,7 @@ def test_equals_the_packages_own_graph(fpath: pathlib.Path, tmp_path: pathlib.Pa
         for n in onnx.load(str(source)).graph.node
         if re.match(r"/backbone/encoder/layer\.7/Add(_\d+)?$", n.name)
     ][-1]
-    onnx.utils.extract_model(
-        str(source), str(tmp_path / "cut.onnx"), ["input_image"], [last.output[0]]
-    )
+    onnx.utils.extract_model(str(source), str(tmp_path / "cut.onnx"), ["input_image"], [last.output[0]])
     vit = vits.load(config.Vit("dinov2", "dinov2_vits14", str(fpath)))
     photo = PIL.Image.fromarray(sklearn.datasets.load_sample_images().images[1])
     imgs_BCHW = vit.transform(photo)[None]
@@ -62,10 +60,7 @@ def test_tensors_are_the_packages(fpath: pathlib.Path) -> None:
     state = {k: v.numpy() for k, v in vit.module.state_dict().items()}
     prefix = "backbone.encoder.layer."
     for i in (0, 11):
-        q, k, v = (
-            constants[f"{prefix}{i}.attention.attention.{n}.bias"]
-            for n in ("query", "key", "value")
-        )
+        q, k, v = (constants[f"{prefix}{i}.attention.attention.{n}.bias"] for n in ("query", "key", "value"))
         np.testing.assert_array_equal(state[f"blocks.{i}.attn.qkv.bias"], np.concatenate([q, k, v]))
         np.testing.assert_array_equal(
             state[f"blocks.{i}.ls1.gamma"], constants[f"{prefix}{i}.layer_scale1.lambda1"]
@@ -76,9 +71,7 @@ def test_tensors_are_the_packages(fpath: pathlib.Path) -> None:
 
 
 def test_loads_strictly_into_timm(fpath: pathlib.Path) -> None:
-    model = timm.create_model(
-        weights.TIMM_NAME, pretrained=False, num_classes=0, img_size=weights.IMG_SIZE
-    )
+    model = timm.create_model(weights.TIMM_NAME, pretrained=False, num_classes=0, img_size=weights.IMG_SIZE)
     model.load_state_dict(safetensors.torch.load_file(fpath), strict=True)
     assert model.pos_embed.shape == (1, 16 * 16 + 1, 384)
 
@@ -104,8 +97,7 @@ def test_patches_are_known_again_in_the_mirrored_negative(fpath: pathlib.Path) -
         for pixels in sklearn.datasets.load_sample_images().images
     ]
     real, random = (
-        vits.load(config.Vit("dinov2", "dinov2_vits14", source))
-        for source in (str(fpath), "random")
+        vits.load(config.Vit("dinov2", "dinov2_vits14", source)) for source in (str(fpath), "random")
     )
     for photo in photos:
         assert share_found_in_the_mirrored_negative(real, photo) > 0.12
@@ -125,9 +117,7 @@ def test_another_file_in_the_package_is_refused(
     (tmp_path / "models" / "vit_s_focus.onnx").write_bytes(b"other")
     spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr("importlib.util.find_spec", lambda _: spec)
-    with pytest.raises(
-        errors.UserError, match=f"sha256 is [0-9a-f]{{64}}, not {weights.ONNX_SHA256}"
-    ):
+    with pytest.raises(errors.UserError, match=f"sha256 is [0-9a-f]{{64}}, not {weights.ONNX_SHA256}"):
         weights.unpack(tmp_path / "w.safetensors")
     assert not (tmp_path / "w.safetensors").exists()
 
@@ -141,9 +131,7 @@ def test_a_package_without_the_file_is_refused(
         weights.unpack(tmp_path / "w.safetensors")
 
 
-def test_a_missing_onnx_says_how_to_get_it(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_onnx_says_how_to_get_it(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(errors.UserError, match="onnx is not installed. Run `uv sync --group demo`"):
         weights.unpack(tmp_path / "w.safetensors")

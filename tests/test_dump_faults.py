@@ -114,9 +114,7 @@ def test_jobs_end_with_their_parent_and_the_dump_goes_on(
     assert contents(out) == undisturbed
 
 
-def test_the_first_job_to_fail_ends_the_others(
-    photos: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_the_first_job_to_fail_ends_the_others(photos: pathlib.Path, tmp_path: pathlib.Path) -> None:
     bad, good = photos / "009.png", (photos / "009.png").read_bytes()
     cfg = config_of(photos, tmp_path)
     try:
@@ -136,9 +134,7 @@ def small_disk(tmp_path: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]
     """A file system of its own, of 2 MB."""
     dpath = tmp_path / "disk"
     dpath.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", dpath], capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", dpath], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield dpath
@@ -149,9 +145,7 @@ def remount(dpath: pathlib.Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", dpath], check=True)
 
 
-def test_a_full_disk(
-    photos: pathlib.Path, undisturbed: dict[str, bytes], small_disk: pathlib.Path
-) -> None:
+def test_a_full_disk(photos: pathlib.Path, undisturbed: dict[str, bytes], small_disk: pathlib.Path) -> None:
     cfg = config_of(photos, small_disk)
     with pytest.raises(errors.UserError, match=r"acts\d+\.bin: cannot be written .No space left"):
         dump.main(cfg)
@@ -159,8 +153,7 @@ def test_a_full_disk(
     found = shards.ShardDir.open_unchecked(out)
     assert 0 < len(found.shard_is) < N
     assert all(
-        found.acts_fpath(i).read_bytes() == undisturbed[found.acts_fpath(i).name]
-        for i in found.shard_is
+        found.acts_fpath(i).read_bytes() == undisturbed[found.acts_fpath(i).name] for i in found.shard_is
     )
     remount(small_disk, "size=100m")
     dump.main(cfg)

@@ -236,9 +236,7 @@ def test_a_corrupt_image_is_left_out_everywhere(
     others = [i for i in range(48) if i != 7]
 
     data = config.Shards(str(out), 2)
-    want_NXD = np.concatenate(
-        [b.act_NXD for b in ordered.Ordered(config.Shards(str(undisturbed), 2))]
-    )
+    want_NXD = np.concatenate([b.act_NXD for b in ordered.Ordered(config.Shards(str(undisturbed), 2))])
     blocks = list(ordered.Ordered(data, n_imgs=5))
     assert np.concatenate([b.image_i_N for b in blocks]).tolist() == others
     np.testing.assert_array_equal(np.concatenate([b.act_NXD for b in blocks]), want_NXD[others])
@@ -289,9 +287,7 @@ def test_an_earlier_dump_of_fewer_images_is_named(
     assert "earlier dump" not in caplog.text
     img.save(tmp_path / "in" / "b.jfif", "JPEG")
     second = dump.main(cfg)
-    want = (
-        f"{first}: an earlier dump of this folder listed 1 images; now there are 2, so a new dump"
-    )
+    want = f"{first}: an earlier dump of this folder listed 1 images; now there are 2, so a new dump"
     assert caplog.text.count(want) == 1 and second != first
     dump.main(cfg)
     assert caplog.text.count("earlier dump") == 1
@@ -306,9 +302,7 @@ def test_half_precision_is_torchs_rounding(
     from saev.data import activations
 
     out = dump.main(dataclasses.replace(config_of(str(photos), str(tmp_path)), dtype=dtype))
-    (want, got) = (
-        activations.Activations(config.Shards(str(d), 2)).read(0, 48) for d in (undisturbed, out)
-    )
+    (want, got) = (activations.Activations(config.Shards(str(d), 2)).read(0, 48) for d in (undisturbed, out))
     rounded = torch.from_numpy(want).to(getattr(torch, dtype)).float().numpy()
     np.testing.assert_array_equal(got, rounded)
     assert (got != want).any()

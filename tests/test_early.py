@@ -26,13 +26,9 @@ COMMANDS = [
 OTHERS = ["-m saev"]
 
 
-def shell(
-    line: str, cwd: pathlib.Path = ROOT, **env: str | None
-) -> subprocess.CompletedProcess[bytes]:
+def shell(line: str, cwd: pathlib.Path = ROOT, **env: str | None) -> subprocess.CompletedProcess[bytes]:
     """Runs a line of shell in which PY stands for this Python."""
-    set_ = {
-        k: v for k, v in {**os.environ, "PYTHONPATH": str(ROOT), **env}.items() if v is not None
-    }
+    set_ = {k: v for k, v in {**os.environ, "PYTHONPATH": str(ROOT), **env}.items() if v is not None}
     line = line.replace("PY", shlex.quote(sys.executable))
     return subprocess.run(["bash", "-c", line], cwd=cwd, env=set_, capture_output=True, timeout=120)
 
@@ -99,9 +95,7 @@ def test_a_full_disk_behind_the_output() -> None:
         assert done.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize(
-    "env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {}]
-)
+@pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {}])
 def test_names_that_the_terminal_cannot_show(env: dict[str, str]) -> None:
     """A path comes out as it went in, so that a script can use it."""
     done = shell("PY train.py --dry-run --ckpt-to $'a\\xff\\xc3\\xa9'", **env)

@@ -82,9 +82,7 @@ def test_headers_that_are_refused(header: dict, match: str, tmp_path: pathlib.Pa
     refuses(tmp_path / "sae.pt", match)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\n", b"PK\x03\x04junk", b"[1]\n", b"\xff\xfe{}\n", b"[" * 99999]
-)
+@pytest.mark.parametrize("content", [b"", b"\n", b"PK\x03\x04junk", b"[1]\n", b"\xff\xfe{}\n", b"[" * 99999])
 def test_not_a_checkpoint(content: bytes, tmp_path: pathlib.Path) -> None:
     (tmp_path / "sae.pt").write_bytes(content)
     refuses(tmp_path / "sae.pt", "not a saev checkpoint")
@@ -192,9 +190,7 @@ CRAFTED = {
 
 
 @pytest.mark.parametrize("name", CRAFTED)
-def test_crafted_tensors_with_a_good_checksum_are_refused(
-    sae_fpath: pathlib.Path, name: str
-) -> None:
+def test_crafted_tensors_with_a_good_checksum_are_refused(sae_fpath: pathlib.Path, name: str) -> None:
     change, match = CRAFTED[name]
     with_state(sae_fpath, change)
     refuses(sae_fpath, rf"sae\.pt: .*{match}[^\n]*$")
@@ -284,9 +280,7 @@ def test_header_that_is_no_json_writes_nothing(tmp_path: pathlib.Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_pickle_in_the_payload_is_not_run(
-    sae_fpath: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_a_pickle_in_the_payload_is_not_run(sae_fpath: pathlib.Path, tmp_path: pathlib.Path) -> None:
     class Touch:
         def __reduce__(self) -> tuple[object, tuple[object, ...]]:
             return pathlib.Path.touch, (tmp_path / "owned",)

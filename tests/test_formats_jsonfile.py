@@ -116,9 +116,7 @@ def test_a_sealed_file_may_be_reformatted_but_not_edited(tmp_path):
         {k: v for k, v in obj.items() if k != "sealed"},
     ):
         fpath.write_text(json.dumps(edited))
-        with pytest.raises(
-            errors.UserError, match=r"values changed since they were written.*Do it again"
-        ):
+        with pytest.raises(errors.UserError, match=r"values changed since they were written.*Do it again"):
             jsonfile.read_sealed(fpath, Pet, "Do it again.", old=True)
 
 

@@ -195,9 +195,7 @@ def test_table(n_threads: int, tmp_path: pathlib.Path) -> None:
     assert is_same(got, want), "raise protoeval's or the scorers' REVISION, or mend the fault"
 
 
-def test_a_change_of_the_weights_shows(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_of_the_weights_shows(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding does not, but another epsilon of Adam and another seed do."""
     want = json.loads(GOLDEN.read_text())["training"]["numbers"]
     noisy = differences(train(tmp_path / "noise", noise=1e-6), want)

@@ -130,9 +130,7 @@ def test_a_folder_is_replaced_whole(tmp_path: pathlib.Path) -> None:
     for text in ("old", "new"):
         with helpers.atomic_folder(tmp_path / "gallery") as dpath:
             (dpath / f"{text}.txt").write_text(text)
-        assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")] == [
-            f"gallery/{text}.txt"
-        ]
+        assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")] == [f"gallery/{text}.txt"]
     with pytest.raises(ValueError), helpers.atomic_folder(tmp_path / "gallery"):
         raise ValueError
     assert [p.name for p in tmp_path.iterdir()] == ["gallery"]
@@ -159,9 +157,7 @@ def test_progress_in_a_log_is_plain_lines(caplog: pytest.LogCaptureFixture, capf
     with caplog.at_level(logging.INFO, logger="saev"):
         items = helpers.progress(iter("abcd"), "dump", 4, "images", every_s=0.0)
         assert list(items) == list("abcd")
-    assert [m.split(" images, ")[0] for m in caplog.messages] == [
-        f"dump: {done}/4" for done in (1, 2, 3)
-    ]
+    assert [m.split(" images, ")[0] for m in caplog.messages] == [f"dump: {done}/4" for done in (1, 2, 3)]
     assert all("/s, " in m and m.endswith(" s left") for m in caplog.messages)
     assert "\r" not in capfd.readouterr().err
 

@@ -89,7 +89,9 @@ def test_what_was_done_before_a_failure_is_kept() -> None:
 
 
 def test_importing_saev_changes_nothing() -> None:
-    code = "import os; before = dict(os.environ); import saev.launch, saev.nn; assert dict(os.environ) == before"
+    code = (
+        "import os; before = dict(os.environ); import saev.launch, saev.nn; assert dict(os.environ) == before"
+    )
     env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
 
@@ -155,9 +157,7 @@ def test_ctrl_c_in_the_middle_of_training(make_shards, tmp_path: pathlib.Path) -
 
 def test_errors_of_the_operating_system_are_one_line() -> None:
     code, stderr = ends("open('/proc/nowhere', 'w')")
-    assert (code, stderr.count("\n")) == (2, 1) and stderr.startswith(
-        "error: /proc/nowhere: No such file"
-    )
+    assert (code, stderr.count("\n")) == (2, 1) and stderr.startswith("error: /proc/nowhere: No such file")
     code, stderr = ends("raise OSError(28, 'No space left on device')")
     assert (code, stderr.count("\n")) == (2, 1) and "No space left on device" in stderr
     code, stderr = ends("raise ConnectionError('a bug')")

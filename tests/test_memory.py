@@ -78,9 +78,7 @@ def dumps(_: object, tmp_path: pathlib.Path) -> dict[str, data_config.Dump]:
 
 
 def galleries(make_shards, tmp_path: pathlib.Path) -> dict[str, visuals_config.Visuals]:
-    def gallery(
-        name: str, n_imgs: int, n_patches: int, d_sae: int, d_vit: int = 8
-    ) -> visuals_config.Visuals:
+    def gallery(name: str, n_imgs: int, n_patches: int, d_sae: int, d_vit: int = 8) -> visuals_config.Visuals:
         shape = {"n_imgs": n_imgs, "n_patches": n_patches, "d_vit": d_vit, "layers": (0,)}
         dpath, _ = make_shards(**shape, cls_token=False, per_shard=1000)
         ckpt = tmp_path / name / "sae.pt"

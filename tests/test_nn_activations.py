@@ -28,9 +28,7 @@ def test_top_k_keeps_the_k_largest_positives_of_each_row(pre_BS: np.ndarray, k: 
 
 @settings
 @hypothesis.given(pre_BS=PRE_BS, k=st.integers(1, 9))
-def test_batch_top_k_keeps_the_largest_of_the_batch_and_their_ties(
-    pre_BS: np.ndarray, k: int
-) -> None:
+def test_batch_top_k_keeps_the_largest_of_the_batch_and_their_ties(pre_BS: np.ndarray, k: int) -> None:
     f_BS = activations.batch_top_k(torch.tensor(pre_BS), k).numpy()
     n_keep = min(k * len(pre_BS), pre_BS.size)
     least = sorted(pre_BS.flatten(), reverse=True)[n_keep - 1]

@@ -62,8 +62,6 @@ def test_default_learning_rates() -> None:
 def test_a_converter_refuses_an_architecture_that_it_does_not_know(tmp_path: pathlib.Path) -> None:
     sae = nn.SparseAutoencoder(config.Relu(d_vit=4))
     sae.cfg = config.Architecture(d_vit=4)
-    with pytest.raises(
-        errors.UserError, match="SAELens has no Architecture. It cannot be exported"
-    ):
+    with pytest.raises(errors.UserError, match="SAELens has no Architecture. It cannot be exported"):
         saelens.export(sae, tmp_path / "out")
     assert not (tmp_path / "out").exists()

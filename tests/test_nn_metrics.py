@@ -175,9 +175,7 @@ def test_constant_latents_correlate_with_nothing(value: float) -> None:
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e15, 1e25])
 def test_correlation_does_not_depend_on_scale(scale: float) -> None:
     f_BS = codes()
-    assert metrics.mean_abs_corr(f_BS * scale) == pytest.approx(
-        metrics.mean_abs_corr(f_BS), rel=1e-4
-    )
+    assert metrics.mean_abs_corr(f_BS * scale) == pytest.approx(metrics.mean_abs_corr(f_BS), rel=1e-4)
 
 
 def test_single_latent() -> None:

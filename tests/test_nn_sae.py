@@ -200,9 +200,7 @@ def test_gradient_equals_finite_differences(cfg: config.Sae) -> None:
     sae, x_BD = make(cfg).double(), batch(2).double()
     objectives.Objective(sae, config.Vanilla())(x_BD).loss.backward()
     generator = torch.Generator().manual_seed(0)
-    step = {
-        k: torch.randn(p.shape, generator=generator).double() for k, p in sae.named_parameters()
-    }
+    step = {k: torch.randn(p.shape, generator=generator).double() for k, p in sae.named_parameters()}
     slope = sum((p.grad * step[k]).sum().item() for k, p in sae.named_parameters())
 
     def loss(eps: float) -> float:
@@ -306,9 +304,7 @@ def test_shapes_are_checked_at_run_time() -> None:
     sae = make(CFGS[1])
     with pytest.raises(jaxtyping.TypeCheckError):
         nn.metrics.mse(batch(), batch().T)
-    with pytest.raises(
-        errors.UserError, match=r"encode: got torch.int64 of shape \(.*last dimension is 6"
-    ):
+    with pytest.raises(errors.UserError, match=r"encode: got torch.int64 of shape \(.*last dimension is 6"):
         sae.encode(batch().long())
 
 
@@ -352,9 +348,7 @@ def test_size_is_given_by_either_field() -> None:
         ({"d_vit": 2**20, "d_sae": 2**30}, "take 9,007,199 GB, this machine has"),
     ],
 )
-def test_a_dictionary_that_cannot_be_is_refused_before_it_is_made(
-    fields: dict[str, int], match: str
-) -> None:
+def test_a_dictionary_that_cannot_be_is_refused_before_it_is_made(fields: dict[str, int], match: str) -> None:
     with pytest.raises(errors.UserError, match=match):
         nn.SparseAutoencoder(config.Relu(**fields))
 
@@ -457,8 +451,8 @@ TRAINED_ON = {
     ("other", "match"),
     [
         ({"d_vit": D + 1}, f"d_vit {D + 1} instead of {D}"),
-        ({"vit_ckpt": "ViT-L-14/laion"}, "ViT clip ViT-L-14/laion instead of clip ViT-L-14/openai"),
-        ({"vit_family": "siglip"}, "ViT siglip ViT-L-14/openai instead of clip ViT-L-14/openai"),
+        ({"vit_ckpt": "ViT-L-14/laion"}, "ViT ViT-L-14/laion instead of ViT-L-14/openai"),
+        ({"vit_family": "siglip"}, "ViT family siglip instead of clip"),
         ({"layers": [23]}, "shards/x: not in the space of sae.pt: layer 23 instead of 13. Pass"),
     ],
 )

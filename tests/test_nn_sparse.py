@@ -60,9 +60,7 @@ def make(cfg: config.Sae, dtype: torch.dtype = torch.float32) -> nn.SparseAutoen
 # ---- training equals plain dense autograd ----
 
 
-def plain_loss(
-    sae: nn.SparseAutoencoder, x_BD: Tensor, ends: list[int], dead_C: Tensor | None
-) -> Tensor:
+def plain_loss(sae: nn.SparseAutoencoder, x_BD: Tensor, ends: list[int], dead_C: Tensor | None) -> Tensor:
     """Written out with dense tensors."""
     cfg = sae.cfg
     z_BD = x_BD * sae.scale
@@ -98,9 +96,7 @@ def clip(sae: nn.SparseAutoencoder, max_norm: float) -> float:
     return norm.item()
 
 
-def train_plainly(
-    cfg: config.Sae, objective: config.Objective, dtype: torch.dtype
-) -> nn.SparseAutoencoder:
+def train_plainly(cfg: config.Sae, objective: config.Objective, dtype: torch.dtype) -> nn.SparseAutoencoder:
     sae = make(cfg, dtype)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4)
     for step in range(50):
@@ -222,8 +218,7 @@ def test_gradcheck_encode() -> None:
     index = index_of(ROWS, 6)
     generator = torch.Generator().manual_seed(0)
     W, b, c, x = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in [(3, 6), (6,), (3,), (5, 3)]
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(3, 6), (6,), (3,), (5, 3)]
     )
     params = [t.requires_grad_() for t in (W, b, c)]
     assert torch.autograd.gradcheck(lambda *p: sparse.encode_at(*p, x, index), params)
@@ -284,9 +279,7 @@ def encoder_of(n_latents: int, d: int, seed: int, ties: bool) -> tuple[sparse.En
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(SHAPES, st.booleans())
-def test_top_k_is_the_k_largest(
-    screened: bool, shape: tuple[int, int, int, int], ties: bool
-) -> None:
+def test_top_k_is_the_k_largest(screened: bool, shape: tuple[int, int, int, int], ties: bool) -> None:
     d, n_latents, k, seed = shape
     encoder, x_BD = encoder_of(n_latents, d, seed, ties)
     got_BS = sparse.top_k(encoder, x_BD, k).dense()
@@ -296,9 +289,7 @@ def test_top_k_is_the_k_largest(
     want_BS = torch.zeros_like(pre_BS).scatter(1, order_BS, pre_BS.gather(1, order_BS).relu())
     if not ties or kernels.available(x_BD):  # torch keeps any of tied values
         torch.testing.assert_close(got_BS, want_BS, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        got_BS.sort(dim=1).values, want_BS.sort(dim=1).values, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(got_BS.sort(dim=1).values, want_BS.sort(dim=1).values, rtol=1e-4, atol=1e-4)
     if ties and kernels.available(x_BD):
         assert torch.equal(got_BS, want_BS)
 
@@ -387,9 +378,7 @@ def test_codes_by_latent_and_by_prefix(rows: list[set[int]]) -> None:
     split = index.split(torch.tensor([2, 5, 10]))
     parts = np.split(split.latent_n.numpy(), split.start_O1.numpy()[1:-1])
     want = [
-        [s for s in sorted(row) if low <= s < high]
-        for row in rows
-        for low, high in [(0, 2), (2, 5), (5, 10)]
+        [s for s in sorted(row) if low <= s < high] for row in rows for low, high in [(0, 2), (2, 5), (5, 10)]
     ]
     assert [part.tolist() for part in parts] == want
 
@@ -439,9 +428,7 @@ def test_prefixes() -> None:
     assert draws[7] == objectives.prefixes(sampled, 1000, seed=3, step=7)
     assert draws[7] != objectives.prefixes(sampled, 1000, seed=4, step=7)
     shares = np.mean([[length <= 100 for length in d[:-1]] for d in draws])
-    assert 0.85 < shares < 0.95, (
-        "of a Pareto draw with exponent 1/2, 1 - 101^-0.5 (0.9) are at most 100"
-    )
+    assert 0.85 < shares < 0.95, "of a Pareto draw with exponent 1/2, 1 - 101^-0.5 (0.9) are at most 100"
     assert objectives.prefixes(config.Matryoshka(n_prefixes=9), 4, 0, 0) == [1, 2, 3, 4]
 
 

@@ -51,9 +51,7 @@ def make(
     )
 
 
-def by_loops(
-    table: Tensor, index: Tensor, weight: Tensor, start: Tensor, a: Tensor
-) -> tuple[Tensor, Tensor]:
+def by_loops(table: Tensor, index: Tensor, weight: Tensor, start: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     table, weight, a = table.double(), weight.double(), a.double()
     bag = torch.zeros(len(a), table.shape[1], dtype=torch.float64)
     dot = torch.zeros(len(index), dtype=torch.float64)
@@ -133,9 +131,7 @@ def test_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     code = "import sys; sys.path.insert(0, 'tests'); import test_nn_triton as t; t.check('cpu'); print('checked')"
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "checked\n", done.stderr
 
 
@@ -214,9 +210,7 @@ def test_on_a_gpu_they_equal_embedding_bag(D: int) -> None:
     want = torch.nn.functional.embedding_bag(
         index, table, start, mode="sum", per_sample_weights=weight, include_last_offset=True
     )
-    torch.testing.assert_close(
-        triton_kernels.bag(table, index, weight, start), want, rtol=1e-4, atol=1e-3
-    )
+    torch.testing.assert_close(triton_kernels.bag(table, index, weight, start), want, rtol=1e-4, atol=1e-3)
     rows = a.repeat_interleave(start.diff(), dim=0)
     torch.testing.assert_close(
         triton_kernels.bag_dot(a, table, index, start),
@@ -231,8 +225,6 @@ def test_without_a_gpu_they_are_not_used() -> None:
 
 
 def test_the_module_imports_without_triton() -> None:
-    code = (
-        "import sys; sys.modules['triton'] = None; import saev.nn.triton_kernels as t; t.available"
-    )
+    code = "import sys; sys.modules['triton'] = None; import saev.nn.triton_kernels as t; t.available"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -60,9 +60,7 @@ def write_shards(
 ) -> data_config.Shards:
     """One layer, no [CLS]; image i has path paths[i]; those in `skip` are recorded as corrupt."""
     N, P, D = acts_NPD.shape
-    metadata = shards.Metadata(
-        "timm", "planted", (3,), P, False, D, N, 50 * P, {"__class__": "ImageFolder"}
-    )
+    metadata = shards.Metadata("timm", "planted", (3,), P, False, D, N, 50 * P, {"__class__": "ImageFolder"})
     out = shards.ShardDir.create(dpath, metadata, [shards.Record(p, "") for p in paths], {})
     for shard_i in range(metadata.n_shards):
         with out.writing(shard_i) as writer:
@@ -91,9 +89,7 @@ def planted(tmp_path: pathlib.Path, labels: cub.Cub) -> data_config.Shards:
 
 
 @pytest.fixture
-def cfg(
-    tmp_path: pathlib.Path, cub_root: pathlib.Path, planted: data_config.Shards
-) -> config.ProtoEval:
+def cfg(tmp_path: pathlib.Path, cub_root: pathlib.Path, planted: data_config.Shards) -> config.ProtoEval:
     return config.ProtoEval(
         scorer=scorers_config.Pca(),
         cub_root=str(cub_root),
@@ -143,9 +139,7 @@ def test_constant_row_is_the_mean_prevalence(cfg: config.ProtoEval, labels: cub.
     assert constant.mean_ap == pytest.approx(prevalence_T[prevalence_T > 0].mean(), abs=1e-12)
 
 
-def test_labels_shifted_by_one_image_drop_to_the_constant_row(
-    cfg: config.ProtoEval, labels: cub.Cub
-) -> None:
+def test_labels_shifted_by_one_image_drop_to_the_constant_row(cfg: config.ProtoEval, labels: cub.Cub) -> None:
     shifted = dataclasses.replace(labels, labels_NT=np.roll(labels.labels_NT, 1, axis=0))
     constant, *_, row = evaluate(cfg, shifted, {"oracle": oracle(labels)})
     assert row.mean_ap < constant.mean_ap + 0.1
@@ -189,9 +183,7 @@ def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub)
     assert len(traits) == len(lines) * len(labels.attribute_names_T)
     shown = float(lines[-1]["map"])
     mine = [
-        t["test_ap"]
-        for t in traits
-        if (t["scorer"], str(t["n_prototypes"]), str(t["n_train"])) == grid[-1]
+        t["test_ap"] for t in traits if (t["scorer"], str(t["n_prototypes"]), str(t["n_train"])) == grid[-1]
     ]
     assert shown == pytest.approx(np.nanmean(mine))
 
@@ -201,9 +193,7 @@ def test_all_scorers_of_a_group_give_what_each_gives_alone(cfg: config.ProtoEval
     cfgs = [dataclasses.replace(cfg, scorer=s) for s in members]
     assert len(sweeps.group(cfgs)) == 1
     together = (pathlib.Path(run.main(cfgs)) / "summary.csv").read_text().splitlines()
-    alone = [
-        (pathlib.Path(run.main([c])) / "summary.csv").read_text().splitlines()[4:] for c in cfgs
-    ]
+    alone = [(pathlib.Path(run.main([c])) / "summary.csv").read_text().splitlines()[4:] for c in cfgs]
     assert together[4:] == [line for lines in alone for line in lines]
 
 
@@ -237,9 +227,7 @@ def test_too_many_prototypes_are_refused_before_anything_is_read(
             run.main([dataclasses.replace(cfg, scorer=scorer, n_prototypes=(4, 9999999, 4))])
 
 
-def test_a_finished_evaluation_is_found_again(
-    cfg: config.ProtoEval, tmp_path: pathlib.Path
-) -> None:
+def test_a_finished_evaluation_is_found_again(cfg: config.ProtoEval, tmp_path: pathlib.Path) -> None:
     table = pathlib.Path(run.main([cfg])) / "table.md"
     before = table.stat().st_mtime_ns
     assert run.main([cfg]) == str(table.parent)
@@ -262,9 +250,7 @@ def test_a_changed_evaluation_is_refused_and_an_unfinished_one_done_again(
     for name in results.FILES:
         content = (dpath / name).read_bytes()
         (dpath / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(
-            errors.UserError, match=f"{name}: was changed after .* Move that folder"
-        ):
+        with pytest.raises(errors.UserError, match=f"{name}: was changed after .* Move that folder"):
             run.main([cfg])
         (dpath / name).write_bytes(content)
     (dpath / "manifest.json").unlink()
@@ -379,9 +365,7 @@ def test_the_best_of_k_is_chosen_among_the_first_k(cfg: config.ProtoEval) -> Non
     assert max(t["prototype"] for t in lines if t["n_prototypes"] == 16) >= 4
 
 
-def test_a_missing_image_is_named(
-    cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path
-) -> None:
+def test_a_missing_image_is_named(cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path) -> None:
     acts_NPD, paths = plant(labels.labels_NT), labels.paths_N
     gone = int(np.flatnonzero(labels.is_train_N)[0])
     keep = [i for i in range(len(paths)) if i != gone]
@@ -390,9 +374,7 @@ def test_a_missing_image_is_named(
         run.main([dataclasses.replace(cfg, train_data=part)])
 
 
-def test_an_image_that_is_there_twice(
-    cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path
-) -> None:
+def test_an_image_that_is_there_twice(cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path) -> None:
     paths = [*labels.paths_N, f"images/{labels.paths_N[0]}"]
     acts_NPD = plant(np.vstack([labels.labels_NT, labels.labels_NT[:1]]))
     twice = write_shards(tmp_path / "twice", paths, acts_NPD)

@@ -21,9 +21,7 @@ def reference(scores_NK: np.ndarray, labels_NT: np.ndarray) -> np.ndarray:
     for k in range(K):
         for t in range(T):
             if labels_NT[:, t].any():
-                ap_KT[k, t] = sklearn.metrics.average_precision_score(
-                    labels_NT[:, t], scores_NK[:, k]
-                )
+                ap_KT[k, t] = sklearn.metrics.average_precision_score(labels_NT[:, t], scores_NK[:, k])
     return ap_KT
 
 
@@ -140,9 +138,7 @@ def test_equals_sklearn_on_any_small_input(data: st.DataObject) -> None:
     labels_N = data.draw(st.lists(st.booleans(), min_size=N, max_size=N).filter(any))
     hypothesis.assume(np.isfinite(scores_N).all())
     got = ap.average_precision(np.array(scores_N)[:, None], np.array(labels_N)[:, None])[0, 0]
-    assert got == pytest.approx(
-        sklearn.metrics.average_precision_score(labels_N, scores_N), abs=1e-12
-    )
+    assert got == pytest.approx(sklearn.metrics.average_precision_score(labels_N, scores_N), abs=1e-12)
 
 
 def test_public_name() -> None:

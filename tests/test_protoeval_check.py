@@ -46,9 +46,7 @@ def test_labels_that_agree_with_the_archives_class_means_pass() -> None:
         *(
             (x_CT - x_CT.mean(axis=0)).ravel()
             for x_CT in (
-                np.stack(
-                    [labels.labels_NT[labels.class_N == c].mean(axis=0) for c in range(1, 21)]
-                ),
+                np.stack([labels.labels_NT[labels.class_N == c].mean(axis=0) for c in range(1, 21)]),
                 labels.shares_CT,
             )
         )
@@ -86,9 +84,7 @@ def test_the_bug_that_made_a_table_of_0_86() -> None:
     labels = planted()
     rng = np.random.default_rng(1)
     wrong = dataclasses.replace(labels, labels_NT=rng.random(labels.labels_NT.shape) < 0.83)
-    assert any(
-        "constant scorer gets a mean AP of 0.83" in problem for problem in check.problems(wrong)
-    )
+    assert any("constant scorer gets a mean AP of 0.83" in problem for problem in check.problems(wrong))
     with pytest.raises(errors.UserError, match=r"implausible: .*0\.83.*--force"):
         check.refuse_implausible(wrong, "cub")
 
@@ -165,9 +161,7 @@ def test_classes_that_are_not_their_folders() -> None:
 def test_train_and_test_that_do_not_agree() -> None:
     labels = planted()
     labels_NT = labels.labels_NT.copy()
-    labels_NT[labels.is_train_N] = labels_NT[labels.is_train_N][
-        :, np.random.default_rng(0).permutation(40)
-    ]
+    labels_NT[labels.is_train_N] = labels_NT[labels.is_train_N][:, np.random.default_rng(0).permutation(40)]
     wrong = dataclasses.replace(labels, labels_NT=labels_NT)
     assert any("hardly agree" in problem for problem in check.problems(wrong))
 
@@ -176,8 +170,7 @@ def test_traits_without_positives_and_a_missing_split() -> None:
     labels = planted()
     labels_NT = labels.labels_NT & (np.arange(40) < 10)
     assert any(
-        "30 of 40 traits" in p
-        for p in check.problems(dataclasses.replace(labels, labels_NT=labels_NT))
+        "30 of 40 traits" in p for p in check.problems(dataclasses.replace(labels, labels_NT=labels_NT))
     )
     no_test = dataclasses.replace(labels, is_train_N=np.ones(600, bool))
     assert check.problems(no_test) == ["there are no train images or no test images"]
@@ -198,9 +191,7 @@ def test_variance_between_classes_equals_a_loop() -> None:
 
 
 def test_what_is_printed() -> None:
-    text = check.describe(
-        dataclasses.replace(planted(), n_lines=24_000, n_repeated=3, n_uncertain=17)
-    )
+    text = check.describe(dataclasses.replace(planted(), n_lines=24_000, n_repeated=3, n_uncertain=17))
     labels = planted()
     assert "600 images" in text and "24,000 annotations; 3 image x trait pairs" in text
     wing = labels.labels_NT[labels.is_train_N][:, 1::2].mean()
@@ -240,9 +231,7 @@ def test_minicub_is_plausible_and_the_wrong_column_is_not(
         flipped.append(" ".join([image, trait, str(1 - int(present)), "4", *rest[1:]]))
     (copy / "attributes" / "image_attribute_labels.txt").write_text("\n".join(flipped) + "\n")
     cfg = config.ProtoEval(cub_root=str(copy))
-    with pytest.raises(
-        errors.UserError, match="implausible: a constant scorer gets a mean AP of 0"
-    ):
+    with pytest.raises(errors.UserError, match="implausible: a constant scorer gets a mean AP of 0"):
         labels.describe([cfg])
     text = capsys.readouterr().out  # what is wrong can be looked at
     assert "| has_wing_color |" in text and "Implausible: a constant scorer" in text

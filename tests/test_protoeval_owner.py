@@ -78,8 +78,7 @@ def reference(
         i, t, present, certainty, *_ = line.split()
         label[int(i), int(t)] = present == "1" and certainty in ("3", "4")
     score = {
-        i: [max(float(patch @ p) for patch in acts_NPD[i - 1]) for p in prototype_KD]
-        for i in range(1, N + 1)
+        i: [max(float(patch @ p) for patch in acts_NPD[i - 1]) for p in prototype_KD] for i in range(1, N + 1)
     }
 
     def ap(images: list[int], t: int, k: int) -> float:
@@ -163,8 +162,5 @@ def test_fit_data_that_holds_test_images_is_named(
     place = f"of {pathlib.Path(data.shard_root).name[:8]} layer"
     assert f"| Random fit on train images {place}" in table
     assert f"| Random fit on all images {place}" in table
-    assert (
-        "fitted on all 60 images of --fit-data, 30 of them test images that are measured on"
-        in table
-    )
+    assert "fitted on all 60 images of --fit-data, 30 of them test images that are measured on" in table
     assert len(list((tmp_path / "scorers").glob("random-*.bin"))) == 2

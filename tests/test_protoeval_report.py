@@ -31,15 +31,11 @@ GROUPS = {
 }
 
 
-def row(
-    name: str, k: int, n: int, test: list[list[float]], boot: list[float] | None = None
-) -> results.Row:
+def row(name: str, k: int, n: int, test: list[list[float]], boot: list[float] | None = None) -> results.Row:
     """Rows of `test`: draws."""
     test_RT = np.array(test, np.float64)
     best_RT = np.arange(test_RT.size).reshape(test_RT.shape)
-    return results.Row(
-        name, k, n, best_RT, test_RT + 0.1, test_RT, np.array([boot or []] * len(test), float)
-    )
+    return results.Row(name, k, n, best_RT, test_RT + 0.1, test_RT, np.array([boot or []] * len(test), float))
 
 
 @pytest.fixture
@@ -92,9 +88,7 @@ def test_means_spread_and_interval(rows: list[results.Row]) -> None:
     _, random, sae = rows
     assert random.mean_ap == pytest.approx(0.5)
     assert random.spread == pytest.approx(np.std([0.4, 0.6], ddof=1))
-    assert random.interval == pytest.approx(
-        tuple(np.quantile([0.4, 0.5, 0.6, 0.5], [0.025, 0.975]))
-    )
+    assert random.interval == pytest.approx(tuple(np.quantile([0.4, 0.5, 0.6, 0.5], [0.025, 0.975])))
     assert sae.mean_ap == 0.5 and np.isnan(sae.spread)
     assert np.isnan(sae._replace(boot_RM=np.empty((1, 0))).interval[0])
 
@@ -174,9 +168,7 @@ def test_a_scorer_of_another_size_is_held_against_the_largest_smaller_baseline(
     assert differences([few, rows[0], row(results.PROBE, 1, 1000, [[0.9]], [0.9] * 4)], about) == []
 
 
-def test_the_written_tables(
-    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
-) -> None:
+def test_the_written_tables(rows: list[results.Row], about: results.About, tmp_path: pathlib.Path) -> None:
     rows = [*rows, rows[1]._replace(scorer="Sae_2")]
     report.write(tmp_path, rows, NAMES, [], about)
     text = (tmp_path / "table.md").read_text()
@@ -194,9 +186,7 @@ def test_the_written_tables(
     ):
         assert line in text
     tex = (tmp_path / "table.tex").read_text()
-    assert (
-        r"Sae\_1 & 512 & 1,000 & 0.500" in tex and r"95\% interval" in tex and r"$\pm$ 0.141" in tex
-    )
+    assert r"Sae\_1 & 512 & 1,000 & 0.500" in tex and r"95\% interval" in tex and r"$\pm$ 0.141" in tex
     said, _, tabular = tex.partition("\n")
     assert said.startswith("% clip x, layer 23")
     assert tabular.startswith("\\begin{tabular}{lrrrllrr}\n\\toprule\n")
@@ -350,9 +340,7 @@ def test_results_on_other_labels_get_a_table_of_their_own(
     assert "Labels 00000000" in text and "Labels ffffffff" in text
 
 
-def read_one(
-    root: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> tuple[list[merge.Result], list[str]]:
+def read_one(root: pathlib.Path, caplog: pytest.LogCaptureFixture) -> tuple[list[merge.Result], list[str]]:
     """(what was read, what was said)."""
     caplog.clear()
     with caplog.at_level(logging.WARNING, "saev"):
@@ -471,9 +459,7 @@ def test_names_that_are_not_utf8_are_spelt_out(
 def test_sorts_of_tokens_and_activations_are_told_apart(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
-    for day, (tokens, acts) in enumerate(
-        [("1 (cls)", "a"), ("196 (image)", "a"), ("1 (cls)", "b")]
-    ):
+    for day, (tokens, acts) in enumerate([("1 (cls)", "a"), ("196 (image)", "a"), ("1 (cls)", "b")]):
         said = dataclasses.replace(
             about, tokens=tokens, activations=[acts * 64] * 2, created=f"2026-01-0{day + 1}"
         )
@@ -534,9 +520,7 @@ def test_kinds_are_those_of_most_prototypes(about: results.About, tmp_path: path
     assert "| clip x | 23 | Pca | 16 |" not in text
 
 
-def test_spread_over_seeds(
-    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
-) -> None:
+def test_spread_over_seeds(rows: list[results.Row], about: results.About, tmp_path: pathlib.Path) -> None:
     for seed, (a, b) in enumerate([(0.2, 0.5), (0.3, 0.5), (0.4, 0.8)]):
         few = [row("Random", 8, 9, [[a]]), row("Pca", 8, 9, [[b]]), row("Pca", 8, 5, [[b]])]
         said = dataclasses.replace(about, seed=seed)
@@ -544,9 +528,7 @@ def test_spread_over_seeds(
     text = (merge.write(tmp_path) / "table.md").read_text()
     spread, gap = np.std([0.2, 0.3, 0.4], ddof=1), np.std([0.3, 0.2, 0.4], ddof=1)
     assert f"| clip x | 23 | Random | 8 | 9 | 3 | 0.300 ± {spread:.3f} |  |  |" in text
-    assert (
-        f"| clip x | 23 | Pca | 8 | 9 | 3 | 0.600 ± 0.173 | Random | +0.300 ± {gap:.3f} |" in text
-    )
+    assert f"| clip x | 23 | Pca | 8 | 9 | 3 | 0.600 ± 0.173 | Random | +0.300 ± {gap:.3f} |" in text
     assert "| clip x | 23 | Pca | 8 | 5 | 2 | 0.650 ± 0.212 |  |  |" in text
     with (tmp_path / "report" / "seeds.csv").open() as fd:
         assert [int(x["n_seeds"]) for x in csv.DictReader(fd)] == [2, 3, 3]
@@ -593,10 +575,7 @@ def test_latents_link_to_their_place_in_the_gallery(
     report.write(dpath, rows, NAMES, [], about)
     gallery.link(dpath, "Sae_1", shown)
     text = (dpath / "traits.md").read_text()
-    assert (
-        "| has_bill_length::long | [1](../../gallery/index.html#latent_000001) | 0.600 | 0.500 |"
-        in text
-    )
+    assert "| has_bill_length::long | [1](../../gallery/index.html#latent_000001) | 0.600 | 0.500 |" in text
     assert "| has_wing_color::blue | 0 |" in text
     assert "2 of them are not in the gallery; visuals.py shows all with --latents 0 1 2" in text
 
@@ -640,7 +619,7 @@ def test_every_file_and_column_is_documented(
         ("differences.csv", list(results.DIFFERENCES)),
     ):
         assert all(f"`{column}`" in sections[name] for column in columns), name
-    _, _, joined = text.partition("## The joint report")
+    _, _, joined = text.partition("## The report over all results")
     assert all(f"`{name}`" in joined for name in (*merge.PLACE, *results.SEEDS))
     for fpath in merge.write(tmp_path).iterdir():
         assert f"`{fpath.name}`" in text or fpath.suffix == ".png", fpath.name

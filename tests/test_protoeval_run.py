@@ -93,12 +93,8 @@ def save_sae(fpath: pathlib.Path, *, seed: int | None = None) -> scorers_config.
 # ---- caches ----
 
 
-def test_an_image_without_labels_is_refused(
-    cfg: config.ProtoEval, caplog: pytest.LogCaptureFixture
-) -> None:
-    with pytest.raises(
-        errors.UserError, match=r"1 of 41 images have no row .*stranger\.jpg.*--force"
-    ):
+def test_an_image_without_labels_is_refused(cfg: config.ProtoEval, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(errors.UserError, match=r"1 of 41 images have no row .*stranger\.jpg.*--force"):
         run.main([dataclasses.replace(cfg, force=False)])
     run.main([cfg])
     assert "stranger.jpg); they are left out" in caplog.text
@@ -121,9 +117,7 @@ def test_new_activations_with_old_metadata_are_fitted_anew(tmp_path: pathlib.Pat
     assert not torch.equal(a.vectors_KD, b.vectors_KD)
 
 
-def test_what_decides_the_result_is_in_its_name(
-    cfg: config.ProtoEval, tmp_path: pathlib.Path
-) -> None:
+def test_what_decides_the_result_is_in_its_name(cfg: config.ProtoEval, tmp_path: pathlib.Path) -> None:
     layer_7 = dataclasses.replace(cfg.train_data, layer=7)
     changes: list[dict[str, object]] = [
         {},
@@ -173,9 +167,7 @@ def test_each_patch_meets_its_own_label(
     table, about = ((dpath / name).read_text() for name in ("table.md", "about.json"))
     if skip:
         split = "train" if skip % 2 else "test"
-        assert (
-            f"1 {split} image(s) are left out, because the dump recorded them as corrupt" in table
-        )
+        assert f"1 {split} image(s) are left out, because the dump recorded them as corrupt" in table
         assert PATHS[skip - 1] in about
         is_measured_N = np.arange(1, N + 1) % 2 == 0
         is_measured_N[skip - 1] = False
@@ -187,9 +179,7 @@ def test_each_patch_meets_its_own_label(
     assert [(t["prototype"], t["test_ap"]) for t in (x, y)] == [(0, 1.0), (1, 1.0)]
 
 
-def test_images_that_were_never_dumped_are_refused(
-    cfg: config.ProtoEval, tmp_path: pathlib.Path
-) -> None:
+def test_images_that_were_never_dumped_are_refused(cfg: config.ProtoEval, tmp_path: pathlib.Path) -> None:
     """With --force too, and beside one that was recorded as corrupt."""
     data = write_shards(tmp_path / "with_skipped", skip=TEST_BIRD_IDS[0])
     fpath = pathlib.Path(cfg.cub_root) / "images.txt"
@@ -259,9 +249,7 @@ def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
         for t in range(n_traits):
             seen, y = train.labels_NT[drawn, t], test.labels_NT[:, t]
             aps = [
-                sklearn.metrics.average_precision_score(
-                    seen, train.scores.scores_KN[first + i, drawn]
-                )
+                sklearn.metrics.average_precision_score(seen, train.scores.scores_KN[first + i, drawn])
                 for i in range(k if seen.any() else 0)
             ]
             best = int(np.argmax(np.round(aps, 12))) if aps else 0
@@ -290,7 +278,5 @@ def test_rows_of_different_scorers_have_different_names(cfg: config.ProtoEval) -
 
 def test_results_say_what_they_are_of(cfg: config.ProtoEval) -> None:
     dpath = pathlib.Path(run.main([cfg]))
-    text = "".join(
-        fpath.read_text() for fpath in dpath.iterdir() if fpath.suffix in (".md", ".json")
-    )
+    text = "".join(fpath.read_text() for fpath in dpath.iterdir() if fpath.suffix in (".md", ".json"))
     assert pathlib.Path(cfg.train_data.shard_root).name[:8] in text and "layer" in text

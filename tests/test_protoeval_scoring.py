@@ -27,9 +27,7 @@ def data(make_shards) -> tuple[data_config.Shards, np.ndarray]:
     """600 images of 5 patches in shards of 70, and their activations (N, P, D)."""
     rng = np.random.default_rng(0)
     acts = rng.standard_normal((600, 1, 6, D)).astype(np.float32)
-    dpath, acts_NLTD = make_shards(
-        acts=acts, n_imgs=600, n_patches=5, d_vit=D, layers=(4,), per_shard=70
-    )
+    dpath, acts_NLTD = make_shards(acts=acts, n_imgs=600, n_patches=5, d_vit=D, layers=(4,), per_shard=70)
     return data_config.Shards(str(dpath), 4), acts_NLTD[:, 0, 1:]
 
 
@@ -134,15 +132,11 @@ def test_a_killed_pass_goes_on_to_the_same_scores(
     killed.communicate()
     counts = []
     for name in ("killed", "whole", "killed"):
-        done = subprocess.run(
-            command(name, "0"), env=env, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command(name, "0"), env=env, capture_output=True, text=True, check=True)
         counts.append(done.stdout.count("block"))
     assert counts[1] == 12 and 0 < counts[0] < 12 and counts[2] == 0
     for fname in ("scores.bin", "means.bin"):
-        assert (tmp_path / "killed" / fname).read_bytes() == (
-            tmp_path / "whole" / fname
-        ).read_bytes()
+        assert (tmp_path / "killed" / fname).read_bytes() == (tmp_path / "whole" / fname).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["scores.bin", "means.bin", "done.json"])
@@ -249,9 +243,7 @@ def test_scores_that_are_no_numbers_name_the_image(
     broken = scorers.Prototypes(torch.full((2, 8), torch.nan), torch.zeros(8), "dot")
     with pytest.raises(errors.UserError, match=r"score of .*0007\.jpg for prototype 3 .* is nan"):
         run = [prototypes(3), broken]
-        score.score_images(
-            run, activations.Activations(data[0]), [7], tmp_path, torch.device("cpu")
-        )
+        score.score_images(run, activations.Activations(data[0]), [7], tmp_path, torch.device("cpu"))
 
 
 def test_a_top_k_sae_is_scored_some_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,9 +29,7 @@ def data(make_shards) -> tuple[data_config.Shards, np.ndarray]:
     rng = np.random.default_rng(0)
     stretch_D = np.array([5, 3, 2, 1, 0.5, 0.2])
     acts_NLTD = (rng.standard_normal((60, 1, 6, D)) * stretch_D + 50).astype(np.float32)
-    dpath, acts_NLTD = make_shards(
-        acts=acts_NLTD, n_imgs=60, n_patches=5, d_vit=D, layers=(4,), per_shard=7
-    )
+    dpath, acts_NLTD = make_shards(acts=acts_NLTD, n_imgs=60, n_patches=5, d_vit=D, layers=(4,), per_shard=7)
     return data_config.Shards(str(dpath), 4), acts_NLTD[:, 0, 1:].reshape(-1, D)
 
 
@@ -72,9 +70,7 @@ def test_plain_scores_are_products_with_the_very_activations(data, tmp_path: pat
     assert scorer.digest() != scorers.fit(config.Random("dot"), cfg, 40, dpath=tmp_path).digest()
 
 
-def test_scorers_take_any_float_type_and_refuse_the_rest_in_one_line(
-    data, tmp_path: pathlib.Path
-) -> None:
+def test_scorers_take_any_float_type_and_refuse_the_rest_in_one_line(data, tmp_path: pathlib.Path) -> None:
     cfg, acts_BD = data
     nn.save(nn.SparseAutoencoder(nn_config.Relu(d_vit=D, exp_factor=2)), tmp_path / "sae.pt")
     plain = scorers.fit(config.Random("plain"), cfg, 5)
@@ -200,17 +196,13 @@ def test_sae_scores_are_its_first_latents_codes(data, tmp_path: pathlib.Path) ->
 
 
 def test_sae_of_another_width_is_refused(data, tmp_path: pathlib.Path) -> None:
-    nn.save(
-        nn.SparseAutoencoder(nn_config.TopK(d_vit=8, exp_factor=2, top_k=3)), tmp_path / "sae.pt"
-    )
+    nn.save(nn.SparseAutoencoder(nn_config.TopK(d_vit=8, exp_factor=2, top_k=3)), tmp_path / "sae.pt")
     with pytest.raises(errors.UserError, match="d_vit 6 instead of 8"):
         scorers.fit(config.Sae(str(tmp_path / "sae.pt")), data[0], 5)
 
 
 @pytest.mark.parametrize("cfg", [config.Random(), config.KMeans(), config.Pca()])
-def test_round_trip_and_cache(
-    cfg: config.Scorer, data, tmp_path: pathlib.Path, monkeypatch
-) -> None:
+def test_round_trip_and_cache(cfg: config.Scorer, data, tmp_path: pathlib.Path, monkeypatch) -> None:
     shards, acts_BD = data
     scorer = scorers.fit(cfg, shards, 5, dpath=tmp_path)
     (fpath,) = tmp_path.glob("*.bin")
@@ -237,9 +229,7 @@ def test_cut_scorer_file(data, tmp_path: pathlib.Path) -> None:
     scorers.fit(config.Pca(), data[0], 3, dpath=tmp_path)
     (fpath,) = tmp_path.glob("*.bin")
     fpath.write_bytes(fpath.read_bytes()[:-50])
-    with pytest.raises(
-        errors.UserError, match=r"its bytes changed since it was written .* Delete it"
-    ):
+    with pytest.raises(errors.UserError, match=r"its bytes changed since it was written .* Delete it"):
         scorers.load(fpath)
 
 
@@ -304,16 +294,13 @@ def test_a_fit_serves_every_use_of_it(data, tmp_path: pathlib.Path, monkeypatch)
     x_BD = torch.from_numpy(acts_BD)
     for cls in (config.Random, lambda **used: config.KMeans(n_iters=2, **used)):
         dot, distance = (
-            scorers.fit(cls(similarity=name), shards, 5, dpath=tmp_path)
-            for name in ("dot", "distance")
+            scorers.fit(cls(similarity=name), shards, 5, dpath=tmp_path) for name in ("dot", "distance")
         )
         assert (dot.similarity, distance.similarity) == ("dot", "distance")
         want_BK = -torch.cdist(x_BD, distance.vectors_KD).square()
         torch.testing.assert_close(distance(x_BD), want_BK, rtol=1e-3, atol=1e-2)
     both = scorers.fit(config.Pca(both_signs=True), shards, 100, dpath=tmp_path)
-    one = scorers.fit(
-        config.Pca(), shards, 100, dpath=tmp_path, seed=3
-    )  # PCA does not use the seed
+    one = scorers.fit(config.Pca(), shards, 100, dpath=tmp_path, seed=3)  # PCA does not use the seed
     assert (both.n_prototypes, one.n_prototypes) == (2 * D, D)
     with pytest.raises(NameError):
         scorers.fit(config.Random(), shards, 5, dpath=tmp_path, seed=3)

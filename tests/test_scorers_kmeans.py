@@ -43,9 +43,7 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("compiled", [True, False])  # False: as on a GPU
-@pytest.mark.parametrize(
-    "offset", [0.0, 5.0]
-)  # far from the origin, no value or every value is positive
+@pytest.mark.parametrize("offset", [0.0, 5.0])  # far from the origin, no value or every value is positive
 def test_nearest_equals_a_plain_argmin(
     offset: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,9 +64,7 @@ def test_plus_plus_takes_the_best_of_draws_by_squared_distance(
     counts: dict[tuple[int, ...], collections.Counter[int]] = {}
     place = {x: i for i, x in enumerate(x_BD.flatten().tolist())}
     for seed in range(1500):
-        first, second, third = (
-            place[x] for x in kmeans.plus_plus(x_BD, 3, seed).flatten().tolist()
-        )
+        first, second, third = (place[x] for x in kmeans.plus_plus(x_BD, 3, seed).flatten().tolist())
         counts.setdefault((first, second), collections.Counter())[third] += 1
     checked = 0
     between_BB = (x_BD - x_BD.T).double().square().numpy()
@@ -130,9 +126,7 @@ def test_passes_equal_sklearn_from_the_same_start(data: Made) -> None:
             16, init=(start_KD + mean_D).numpy(), n_init=1, max_iter=n_passes, tol=0
         )
         theirs.fit(acts_BD)
-        np.testing.assert_allclose(
-            (state.center_KD + mean_D).numpy(), theirs.cluster_centers_, atol=1e-4
-        )
+        np.testing.assert_allclose((state.center_KD + mean_D).numpy(), theirs.cluster_centers_, atol=1e-4)
 
 
 def test_passes_of_a_gpu_are_those_of_a_cpu(data: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +144,7 @@ def test_passes_of_a_gpu_are_those_of_a_cpu(data: Made, monkeypatch: pytest.Monk
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cfg", [config.KMeans(n_iters=3), config.Pca()])
 def test_fits_on_a_gpu_equal_those_on_a_cpu(cfg: config.Scorer, data: Made) -> None:
-    there, here = (
-        scorers.fit(cfg, data[0], 6, device=torch.device(name)) for name in ("cuda", "cpu")
-    )
+    there, here = (scorers.fit(cfg, data[0], 6, device=torch.device(name)) for name in ("cuda", "cpu"))
     assert there.vectors_KD.device.type == "cpu"
     torch.testing.assert_close(there.vectors_KD, here.vectors_KD, rtol=1e-3, atol=1e-3)
 
@@ -189,9 +181,7 @@ def test_a_centre_without_activations_moves_to_the_farthest(data: Made) -> None:
     state = kmeans.State(mean_D, far_KD.clone())
     kmeans.one_pass([state], activations.Activations(cfg), config.KMeans())
     order_B = ((acts_BD - mean_D.numpy()) ** 2).sum(axis=1).argsort()[::-1]
-    np.testing.assert_allclose(
-        (state.center_KD[1:] + mean_D).numpy(), acts_BD[order_B[:2]], atol=1e-4
-    )
+    np.testing.assert_allclose((state.center_KD[1:] + mean_D).numpy(), acts_BD[order_B[:2]], atol=1e-4)
     kmeans.one_pass([state], activations.Activations(cfg), config.KMeans())
     assert (state.center_KD.abs().sum(dim=1) < 500).all() and not state.is_done
 
@@ -270,9 +260,7 @@ def test_a_killed_fit_goes_on_to_the_same_centres(data: Made, tmp_path: pathlib.
         return [sys.executable, "-c", code, data[0].shard_root, str(dpath), pause]
 
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.Popen(
-        command(tmp_path / "killed", "1"), env=env, stdout=subprocess.PIPE, text=True
-    )
+    killed = subprocess.Popen(command(tmp_path / "killed", "1"), env=env, stdout=subprocess.PIPE, text=True)
     for _ in range(3):
         assert killed.stdout.readline() == "pass\n"
     time.sleep(0.2)
@@ -318,9 +306,9 @@ def test_many_empty_centres_are_moved_as_sklearns_are(data: Made) -> None:
     start_KD = torch.cat([torch.from_numpy(acts_BD[:40].copy()) - mean_D, far_KD])
     state = kmeans.State(mean_D, start_KD.clone())
     kmeans.one_pass([state], activations.Activations(cfg), config.KMeans())
-    theirs = sklearn.cluster.KMeans(
-        440, init=(start_KD + mean_D).numpy(), n_init=1, max_iter=1, tol=0
-    ).fit(acts_BD)
+    theirs = sklearn.cluster.KMeans(440, init=(start_KD + mean_D).numpy(), n_init=1, max_iter=1, tol=0).fit(
+        acts_BD
+    )
 
     def in_order(center_KD: np.ndarray) -> np.ndarray:
         return center_KD[np.lexsort(center_KD.round(3).T)]

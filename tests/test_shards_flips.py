@@ -84,9 +84,7 @@ def test_every_bit_of_the_activations(tiny: pathlib.Path) -> None:
         "read": lambda: activations.Activations(cfg).read(0, 2),
         "ordered": lambda: list(ordered.Ordered(cfg)),
         "shuffled": lambda: next(iter(shuffled.Shuffled(cfg, batch_size=12))),
-        "indexed": lambda: [
-            saev.data.Indexed(tiny, "all", "all")[i]["act"].tolist() for i in range(12)
-        ],
+        "indexed": lambda: [saev.data.Indexed(tiny, "all", "all")[i]["act"].tolist() for i in range(12)],
     }
     data = fpath.read_bytes()
     for byte in range(0, 48, 5):  # the first image; the second is left out, so that nobody reads it
@@ -117,9 +115,7 @@ def test_a_reader_compares_what_it_reads_and_no_more(
         fpath.write_bytes(flipped(data, 8 * byte))
         layer_i, token_i = divmod(byte // 8, 3)
         is_read = (1, 3)[layer_i] == layer and patches in ("all", "image" if token_i else "cls")
-        got = result(
-            lambda: activations.Activations(config.Shards(str(tiny), layer, patches)).read(0, 1)
-        )
+        got = result(lambda: activations.Activations(config.Shards(str(tiny), layer, patches)).read(0, 1))
         assert (isinstance(got, str) and got == "refused") == is_read
 
 

@@ -53,9 +53,7 @@ def test_an_array_returns_its_results_in_order(slurm: launch.SlurmConfig) -> Non
 
 
 def test_a_users_mistake_crosses_as_one_line(slurm: launch.SlurmConfig) -> None:
-    with pytest.raises(
-        errors.UserError, match=r"job \d+_\d+: 7 is too large. Pass a smaller one"
-    ) as err:
+    with pytest.raises(errors.UserError, match=r"job \d+_\d+: 7 is too large. Pass a smaller one") as err:
         next(launch.run("tasks:refuse", [7, 8], slurm, "saev-test")).get()
     assert "\n" not in str(err.value)
 
@@ -64,10 +62,7 @@ def test_a_crash_names_its_log(slurm: launch.SlurmConfig) -> None:
     with pytest.raises(errors.UserError, match=r"job \d+_0 failed: .*bug at 7.* Its log: ") as err:
         next(launch.run("tasks:crash", [7, 8], slurm, "saev-test")).get()
     assert "\n" not in str(err.value)
-    assert (
-        "RuntimeError: bug at 7"
-        in pathlib.Path(str(err.value).rpartition("Its log: ")[2]).read_text()
-    )
+    assert "RuntimeError: bug at 7" in pathlib.Path(str(err.value).rpartition("Its log: ")[2]).read_text()
 
 
 def test_a_job_that_is_killed_says_what_slurm_knows(
@@ -95,24 +90,17 @@ def test_ctrl_c_leaves_the_jobs_running_and_says_so(
         f"cfg = launch.SlurmConfig('test', 'nextgen', 0.2, n_gpus=0, n_cpus=1, log_to={slurm.log_to!r})\n"
         f"launch.entry(lambda: launch.run('tasks:touch_later', [{str(fpath)!r}], cfg, 'saev-test'))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", source], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: fpath.with_name("done.started").exists())
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in stderr
-    assert (
-        "stopped waiting. These jobs keep running: " in stderr
-        and "Cancel them with: scancel " in stderr
-    )
+    assert "stopped waiting. These jobs keep running: " in stderr and "Cancel them with: scancel " in stderr
     assert not fpath.exists()
     wait_for(fpath.exists)
 
 
-def test_jobs_out_of_time_are_queued_again(
-    slurm: launch.SlurmConfig, tmp_path: pathlib.Path
-) -> None:
+def test_jobs_out_of_time_are_queued_again(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
     """SIGUSR2 is how Slurm tells submitit that the time is nearly up."""
     fpaths = [tmp_path / "runs0", tmp_path / "runs1"]
     source = (
@@ -120,9 +108,7 @@ def test_jobs_out_of_time_are_queued_again(
         f"cfg = launch.SlurmConfig('test', 'nextgen', 0.2, n_gpus=0, n_cpus=1, log_to={slurm.log_to!r})\n"
         f"print([o.get() for o in launch.run('tasks:second_time_lucky', {[str(f) for f in fpaths]}, cfg, 'saev-test')])"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", source], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     wait_for(lambda: all(f.exists() and f.read_text() for f in fpaths))
     (array_id,) = {f.read_text().strip() for f in fpaths}
     subprocess.run(["scancel", "--signal=USR2", array_id], check=True)
@@ -162,9 +148,7 @@ VIT = [
 ]
 
 
-def pipeline(
-    dpath: pathlib.Path, cub: pathlib.Path, n_jobs: int, *where: object
-) -> dict[str, bytes]:
+def pipeline(dpath: pathlib.Path, cub: pathlib.Path, n_jobs: int, *where: object) -> dict[str, bytes]:
     """Dump (4 shards), a sweep of two, protoeval; the contents of what they made, by name."""
     dump = ["--device", "cpu", "--dump-to", dpath / "shards", "--max-patches-per-shard", 170]
     dump += ["--n-jobs", n_jobs, *where]
@@ -211,9 +195,7 @@ def pipeline(
         "cpu",
         *where,
     ]
-    results = pathlib.Path(
-        saev("protoeval.py", *evaluate, "scorer:sae", "--scorer.ckpt", ckpts[0])[-1]
-    )
+    results = pathlib.Path(saev("protoeval.py", *evaluate, "scorer:sae", "--scorer.ckpt", ckpts[0])[-1])
     made = {f.name: f.read_bytes() for f in pathlib.Path(shards).iterdir()}
     made |= {pathlib.Path(c).parent.name: pathlib.Path(c).read_bytes() for c in ckpts}
     return made | {f.name: f.read_bytes() for f in results.glob("*.csv")}
@@ -224,9 +206,7 @@ def test_the_commands_give_on_slurm_what_they_give_here(tmp_path: pathlib.Path) 
     minicub.draw(cub, n_imgs=40)
     where = ["--slurm-acct", "test", "--slurm-partition", "nextgen", "--n-gpus", 0, "--n-cpus", 2]
     here = pipeline(tmp_path / "here", cub, 1)
-    there = pipeline(
-        tmp_path / "there", cub, 3, *where, "--n-hours", 0.2, "--log-to", tmp_path / "logs"
-    )
+    there = pipeline(tmp_path / "there", cub, 3, *where, "--n-hours", 0.2, "--log-to", tmp_path / "logs")
     assert len(list((tmp_path / "logs").glob("*.pkl"))) > 0
     assert here.keys() == there.keys() and {"summary.csv", "acts000003.bin"} <= here.keys()
     assert [name for name in here if here[name] != there[name]] == []
@@ -302,9 +282,7 @@ def test_training_out_of_time_goes_on_to_the_same_weights(
     (here,) = saev(*train_command(shards, tmp_path / "here")[1:])
     logs = tmp_path / "logs"
     command = train_command(shards, tmp_path / "there", *ON_SLURM, "--log-to", str(logs))
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: any(f.stat().st_size for f in tmp_path.glob("there/*/metrics.jsonl")))
     (job_id,) = {p.stem.removesuffix("_submitted") for p in logs.glob("*submitted.pkl")}
     subprocess.run(["scancel", "--signal=USR2", job_id.split("_")[0]], check=True)

@@ -1,6 +1,7 @@
 """Activations of one space count as such for every stage, and those of another are refused by every stage alike."""
 
 import collections.abc
+import itertools
 import pathlib
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from saev import errors, nn, scorers
 from saev.data import activations
 from saev.data import config as data_config
+from saev.formats import space
 from saev.nn import config as nn_config
 from saev.protoeval import config as protoeval_config
 from saev.protoeval import opening
@@ -69,9 +71,7 @@ FLAGS = ["--val-data", "--fit-data", "--test-data", "--data.more-roots", "--data
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_bfloat16_autocast_counts_as_the_same_vit(
-    pair: Pair, make_shards, tmp_path: pathlib.Path
-) -> None:
+def test_bfloat16_autocast_counts_as_the_same_vit(pair: Pair, make_shards, tmp_path: pathlib.Path) -> None:
     exact, rounded = (
         data_config.Shards(str(make_shards(name=name, n_imgs=n)[0]), 3)
         for name, n in (("vit", 4), ("vit@bf16", 5))
@@ -85,7 +85,7 @@ def test_bfloat16_autocast_counts_as_the_same_vit(
 @pytest.mark.parametrize(
     ("other", "what"),
     [
-        ({"name": "another"}, "ViT timm another instead of timm vit"),
+        ({"name": "another"}, "ViT another instead of vit"),
         ({"d_vit": 6}, "d_vit 6 instead of 8"),
     ],
 )
@@ -111,9 +111,7 @@ def test_another_layer_is_refused(pair: Pair, make_shards, tmp_path: pathlib.Pat
         pair(a, b, tmp_path)
 
 
-def test_tokens_matter_where_scores_of_images_are_compared(
-    make_shards, tmp_path: pathlib.Path
-) -> None:
+def test_tokens_matter_where_scores_of_images_are_compared(make_shards, tmp_path: pathlib.Path) -> None:
     dpath, _ = make_shards(n_imgs=4)
     a, b = (data_config.Shards(str(dpath), 3, patches) for patches in ("image", "cls"))
     for pair in (val_data, other_test_data):
@@ -121,3 +119,20 @@ def test_tokens_matter_where_scores_of_images_are_compared(
             pair(a, b, tmp_path)
     for pair in (fit_data, scorer):
         pair(a, b, tmp_path)
+
+
+def test_an_unknown_part_of_a_space_is_not_compared() -> None:
+    full = space.Space.of({"vit_family": "timm", "vit_ckpt": "vit@bf16"}, 8)
+    no_family = space.Space.of({"vit_ckpt": "vit"}, 8)
+    no_ckpt = space.Space.of({"vit_family": "timm"}, 8)
+    for a, b in itertools.permutations((full, no_family, no_ckpt), 2):
+        a.check_same(b, whose="a", flag="--data")
+    for other in ({"vit_ckpt": "another"}, {"vit_family": "clip"}):
+        with pytest.raises(errors.UserError, match="instead of"):
+            full.check_same(space.Space.of(other, 8), whose="a", flag="--data")
+
+
+def test_a_space_survives_its_description() -> None:
+    for found in ({}, {"vit_family": "timm"}, {"vit_family": "timm", "vit_ckpt": "vit@bf16", "layers": [3]}):
+        before = space.Space.of(found, 8)
+        assert space.Space.of(before.describe(), 8) == before

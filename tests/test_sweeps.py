@@ -57,9 +57,7 @@ def test_tables_vary_together(parse) -> None:
 
 
 def test_paired_parameters_of_the_top_level(parse) -> None:
-    cfgs = parse(
-        "[[paired]]\nlr = 1e-4\nn_lr_warmup = 500\n[[paired]]\nlr = 1e-3\nn_lr_warmup = 50"
-    )
+    cfgs = parse("[[paired]]\nlr = 1e-4\nn_lr_warmup = 500\n[[paired]]\nlr = 1e-3\nn_lr_warmup = 50")
     assert [(c.lr, c.n_lr_warmup) for c in cfgs] == [(1e-4, 500), (1e-3, 50)]
 
 
@@ -104,9 +102,7 @@ def test_a_file_may_sweep_the_number_of_latents(parse) -> None:
 
 def test_the_typed_subcommand_takes_the_files_keys(parse) -> None:
     cfgs = parse("[sae]\nsparsity_coeff = [1e-4, 1e-3]", "sae:relu --sae.d-vit 9")
-    assert [c.sae for c in cfgs] == [
-        nn_config.Relu(d_vit=9, sparsity_coeff=v) for v in (1e-4, 1e-3)
-    ]
+    assert [c.sae for c in cfgs] == [nn_config.Relu(d_vit=9, sparsity_coeff=v) for v in (1e-4, 1e-3)]
 
 
 BAD = {
@@ -311,9 +307,7 @@ def test_a_sweep_of_too_many_configurations_is_refused_at_once(parse, where: str
         (None, "is not a regular file"),
     ],
 )
-def test_sweep_files_as_people_have_them(
-    tmp_path: pathlib.Path, data: bytes | None, match: str
-) -> None:
+def test_sweep_files_as_people_have_them(tmp_path: pathlib.Path, data: bytes | None, match: str) -> None:
     fpath = tmp_path / "x.toml"
     os.mkfifo(fpath) if data is None else fpath.write_bytes(data)
     if match:

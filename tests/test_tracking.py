@@ -211,14 +211,10 @@ def test_whatever_wandb_does_wrong_decides_nothing(tmp_path: pathlib.Path, wrong
 
 
 @pytest.mark.parametrize("wrong", ["init hangs", "finish hangs"])
-def test_a_wandb_that_hangs_is_waited_for_a_bounded_time(
-    tmp_path: pathlib.Path, wrong: str
-) -> None:
+def test_a_wandb_that_hangs_is_waited_for_a_bounded_time(tmp_path: pathlib.Path, wrong: str) -> None:
     code = TRAIN.replace("FROM", "0").replace("else 20.0", "else 2.0")
     (line,), _ = fake(tmp_path, wrong, code)
-    assert (
-        line.startswith("wandb: did not finish within 2 s") and "wandb sync ck/run/wandb/" in line
-    )
+    assert line.startswith("wandb: did not finish within 2 s") and "wandb sync ck/run/wandb/" in line
 
 
 def test_a_bad_key_is_one_line_and_says_what_to_do(tmp_path: pathlib.Path) -> None:
@@ -235,9 +231,7 @@ def descendants(pid: int) -> list[int]:
 
 def test_a_sigterm_to_the_whole_job_ends_it_with_its_own_exit_code(tmp_path: pathlib.Path) -> None:
     """As Slurm sends it at a time limit: to wandb's own processes too. The data lies where the line said."""
-    code = TRAIN.replace("FROM", "0").replace(
-        "sys.exit(7)", "print('up', flush=True); time.sleep(50)"
-    )
+    code = TRAIN.replace("FROM", "0").replace("sys.exit(7)", "print('up', flush=True); time.sleep(50)")
     code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n" + code
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(

@@ -155,9 +155,7 @@ def test_scale_does_not_depend_on_the_seed(
     dpath, _ = make_shards(acts=acts, n_imgs=400, **more)
     seen: list[torch.Tensor] = []
     step = run.Run.step
-    monkeypatch.setattr(
-        run.Run, "step", lambda self, i, x_BD: (seen.append(x_BD), step(self, i, x_BD))[1]
-    )
+    monkeypatch.setattr(run.Run, "step", lambda self, i, x_BD: (seen.append(x_BD), step(self, i, x_BD))[1])
     scales = []
     for seed in range(3):
         mine = change(cfg, data=data_config.Shards(str(dpath)), seed=seed, n_patches=64)
@@ -199,8 +197,7 @@ def test_a_few_that_hold_most_of_the_variance_are_seen_and_can_be_clipped(
 def test_relu_learns_and_l1_makes_it_sparser(cfg: config.Train) -> None:
     cfg = change(cfg, n_patches=300 * 32, log_every=299)
     few, many = (
-        loop.main([change(cfg, sae=nn_config.Relu(exp_factor=4, sparsity_coeff=c))])[0]
-        for c in (0.05, 0.001)
+        loop.main([change(cfg, sae=nn_config.Relu(exp_factor=4, sparsity_coeff=c))])[0] for c in (0.05, 0.001)
     )
     for fpath in (few, many):
         first, last = logged(fpath)
@@ -323,9 +320,7 @@ def test_every_metric_is_logged_and_finite(cfg: config.Train) -> None:
             assert line.keys() >= NAMES
             later = line["step"] >= 5  # more than the window of 100
             assert all(v is None or math.isfinite(v) for v in line.values()), line
-            assert {k for k, v in line.items() if v is None} == (
-                set() if later else {"dead_frac_window"}
-            )
+            assert {k for k, v in line.items() if v is None} == (set() if later else {"dead_frac_window"})
         assert [line["lr"] for line in lines] == pytest.approx([0.01] * 4)
         assert all(0 <= line["loader_wait"] <= 1 and line["tokens_per_s"] > 0 for line in lines)
         assert lines[0]["grad_norm"] > 0
@@ -378,9 +373,7 @@ def test_a_dead_window_longer_than_the_run_is_said(
     cfg: config.Train, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("WARNING", "saev")
-    (fpath,) = loop.main(
-        [change(cfg, dead_window=10_000), change(cfg, dead_window=10_000, lr=1e-3)]
-    )[:1]
+    (fpath,) = loop.main([change(cfg, dead_window=10_000), change(cfg, dead_window=10_000, lr=1e-3)])[:1]
     assert [line["dead_frac_window"] for line in logged(fpath)] == [None] * 4
     (message,) = [r.message for r in caplog.records if "--dead-window" in r.message]
     assert message.startswith("--dead-window 10000: is longer than the run (384 activations)")
@@ -529,9 +522,7 @@ def test_a_run_named_twice_is_trained_once(cfg: config.Train) -> None:
     assert [line["step"] for line in logged(fpaths[0])] == [0, 5, 10, 11]
 
 
-def test_interrupted_run_is_trained_again(
-    cfg: config.Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_run_is_trained_again(cfg: config.Train, monkeypatch: pytest.MonkeyPatch) -> None:
     (want,) = loop.main([change(cfg, ckpt_to=cfg.ckpt_to + "-undisturbed")])
 
     def stop(*args: object) -> None:
@@ -566,9 +557,7 @@ def test_activations_too_large_for_squares_are_refused(make_shards, cfg: config.
     acts = 1e25 * np.random.default_rng(0).standard_normal((9, 1, 5, 8), np.float32)
     dpath, _ = make_shards(n_imgs=9, layers=(0,), acts=acts)
     cfg = change(cfg, data=data_config.Shards(str(dpath)))
-    with pytest.raises(
-        errors.UserError, match=r"activations up to [\d.]+e\+25 at layer 0: squares"
-    ):
+    with pytest.raises(errors.UserError, match=r"activations up to [\d.]+e\+25 at layer 0: squares"):
         loop.main([cfg])
     assert not list(pathlib.Path(cfg.ckpt_to).glob("*/sae.pt"))
 
@@ -581,9 +570,7 @@ def test_loss_that_is_not_finite(cfg: config.Train) -> None:
 
 def test_a_diverging_run_does_not_take_the_others_along(cfg: config.Train) -> None:
     bad = change(cfg, lr=1e25)
-    with pytest.raises(
-        errors.UserError, match=rf"run {trained_id(bad)}: the loss or a weight is not finite"
-    ):
+    with pytest.raises(errors.UserError, match=rf"run {trained_id(bad)}: the loss or a weight is not finite"):
         loop.main([bad, cfg])
     (saved,) = pathlib.Path(cfg.ckpt_to).glob("*/sae.pt")
     assert saved.parent.name == trained_id(cfg)
@@ -635,8 +622,7 @@ def test_any_number_of_latents_and_either_sign_train(
 
 def test_equal_sizes_are_one_run(cfg: config.Train) -> None:
     by_factor, by_number = (
-        change(cfg, sae=nn_config.TopK(top_k=3, **size))
-        for size in ({"exp_factor": 4}, {"d_sae": 32})
+        change(cfg, sae=nn_config.TopK(top_k=3, **size)) for size in ({"exp_factor": 4}, {"d_sae": 32})
     )
     first, second = loop.main([by_factor, by_number])
     assert first == second
@@ -655,9 +641,7 @@ def test_wrong_d_vit(cfg: config.Train) -> None:
     assert not pathlib.Path(cfg.ckpt_to).exists()
 
 
-@pytest.mark.parametrize(
-    "field", ["n_patches", "batch_size", "log_every", "dead_window", "lr", "seed"]
-)
+@pytest.mark.parametrize("field", ["n_patches", "batch_size", "log_every", "dead_window", "lr", "seed"])
 def test_config_refuses_nothing_or_less(field: str) -> None:
     value = {"lr": 0.0, "seed": -1}.get(field, 0)
     with pytest.raises(errors.UserError, match=f"--{field.replace('_', '-')} {value}"):
@@ -694,9 +678,7 @@ def test_architectures_refuse(cls: type, name: str, value: float) -> None:
 
 def test_more_prefixes_than_there_are(cfg: config.Train) -> None:
     bad = change(cfg, objective=nn_config.Matryoshka(n_prefixes=10, prefixes="fixed"))
-    with pytest.raises(
-        errors.UserError, match="a dictionary of 32 latents has at most 6 fixed prefixes"
-    ):
+    with pytest.raises(errors.UserError, match="a dictionary of 32 latents has at most 6 fixed prefixes"):
         loop.main([bad])
 
 
@@ -707,9 +689,7 @@ def test_defaults_pass_their_own_checks() -> None:
 # ---- wandb ----
 
 
-def test_wandb_offline_writes_a_run_directory(
-    cfg: config.Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_offline_writes_a_run_directory(cfg: config.Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     cfg = change(cfg, wandb_project="saev-test")
     fpaths = loop.main([cfg, change(cfg, lr=1e-3)])

@@ -206,9 +206,7 @@ def test_changed_figures_are_computed_anew_and_not_reported(trained) -> None:
             bad = bytearray(content)
             bad[i // 8] ^= 1 << i % 8
             (dpath / name).write_bytes(bad)
-            with pytest.raises(
-                errors.UserError, match=rf"^{dpath / name}: [^\n]*Leave that run out"
-            ):
+            with pytest.raises(errors.UserError, match=rf"^{dpath / name}: [^\n]*Leave that run out"):
                 runs.read((str(dpath),))
             evaluate.ensure(dpath, cfg, held_out(cfg))
             assert name == "config.json" or (dpath / name).read_bytes() == content, i

@@ -81,9 +81,7 @@ def test_the_table(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "aa", lr=1e-3, metrics=evaluated(16.0, 0.3))
     write(tmp_path / "bb", lr=3e-3, metrics=evaluated(16.0, 0.25))
     write(tmp_path / "cc", architecture="Relu", objective="Matryoshka", metrics=evaluated(9.5, 0.5))
-    line = json.dumps(
-        {"step": 5, "l0_count": 20.0, "normalized_mse": 0.2, "dead_frac_window": 0.125}
-    )
+    line = json.dumps({"step": 5, "l0_count": 20.0, "normalized_mse": 0.2, "dead_frac_window": 0.125})
     write(tmp_path / "dd", lines=f'{line}\n{{"step": 6, "l0_c', done=False)
     write(tmp_path / "ee", metrics=evaluated(16.0, None), done=False)
     (tmp_path / "ee" / "failed.json").write_text('{"step": 7, "reason": "x"}')
@@ -149,9 +147,7 @@ def best(rows: pl.DataFrame) -> set[str]:
     return set(runs.front(rows).filter("is_best")["run"])
 
 
-POINTS = st.lists(
-    st.tuples(st.sampled_from([1.0, 2.0, 4.0, 8.0]), st.sampled_from([0.1, 0.2, 0.4]))
-)
+POINTS = st.lists(st.tuples(st.sampled_from([1.0, 2.0, 4.0, 8.0]), st.sampled_from([0.1, 0.2, 0.4])))
 
 
 @hypothesis.given(POINTS)

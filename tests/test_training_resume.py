@@ -223,9 +223,7 @@ def test_a_new_run_of_the_group_does_not_throw_the_others_back(
         ({"a": [7, 9], "b": [5], "c": [9]}, [(5, "b"), (9, "ac")]),
     ],
 )
-def test_which_runs_go_on_together(
-    saved: dict[str, list[int]], want: list[tuple[int, str]]
-) -> None:
+def test_which_runs_go_on_together(saved: dict[str, list[int]], want: list[tuple[int, str]]) -> None:
     got = state.starts({pathlib.Path(name): steps for name, steps in saved.items()})
     assert [(start, "".join(d.name for d in dpaths)) for start, dpaths in got] == want
 
@@ -334,9 +332,7 @@ def test_a_cut_state_is_named(tmp_path: pathlib.Path) -> None:
     state.save(tmp_path, 5, {"w": torch.zeros(1000)}, keep_last=1)
     fpath = tmp_path / "state-000000005.pt"
     fpath.write_bytes(fpath.read_bytes()[:-2000])
-    with pytest.raises(
-        errors.UserError, match=r"state-000000005\.pt: its bytes changed .* Delete it"
-    ):
+    with pytest.raises(errors.UserError, match=r"state-000000005\.pt: its bytes changed .* Delete it"):
         state.load(tmp_path, 5)
 
 
@@ -421,9 +417,7 @@ def test_a_gradient_that_is_no_number_updates_nothing(bad: float, tmp_path: path
         assert torch.equal(p, before[name]), name
 
 
-def test_diverged_run_keeps_its_last_good_state(
-    cfg: config.Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_diverged_run_keeps_its_last_good_state(cfg: config.Train, monkeypatch: pytest.MonkeyPatch) -> None:
     real = run.Run.step
 
     last_good = {}
@@ -436,13 +430,10 @@ def test_diverged_run_keeps_its_last_good_state(
 
     monkeypatch.setattr(run.Run, "step", stepping)
     bad = change(cfg, lr=1e-3, save_every=1e-9)
-    with pytest.raises(
-        errors.UserError, match=r"not finite at step 17.*last-good.pt is the SAE after step"
-    ):
+    with pytest.raises(errors.UserError, match=r"not finite at step 17.*last-good.pt is the SAE after step"):
         loop.main([change(cfg, save_every=1e-9), bad])
     dpaths = {
-        json.loads((d / "config.json").read_text())["lr"]: d
-        for d in pathlib.Path(cfg.ckpt_to).iterdir()
+        json.loads((d / "config.json").read_text())["lr"]: d for d in pathlib.Path(cfg.ckpt_to).iterdir()
     }
     assert (dpaths[1e-2] / "metrics.json").exists(), "the other run was finished and evaluated"
     assert not (dpaths[1e-3] / "sae.pt").exists()
@@ -479,9 +470,7 @@ def sweep(tmp_path: pathlib.Path) -> str:
 
 
 @pytest.mark.slow
-def test_killed_three_times_ends_with_the_same_weights(
-    cfg: config.Train, tmp_path: pathlib.Path
-) -> None:
+def test_killed_three_times_ends_with_the_same_weights(cfg: config.Train, tmp_path: pathlib.Path) -> None:
     """kill -9, wherever it strikes: in a step, while states are written, between the runs of the group."""
     args = command(cfg, "--sweep", sweep(tmp_path))
     undisturbed = change(cfg, ckpt_to=cfg.ckpt_to + "-undisturbed")
@@ -558,9 +547,7 @@ def test_two_processes_equal_one(cfg: config.Train, sae: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_good_runs_of_a_local_sweep_are_done_and_named(
-    cfg: config.Train, tmp_path: pathlib.Path
-) -> None:
+def test_the_good_runs_of_a_local_sweep_are_done_and_named(cfg: config.Train, tmp_path: pathlib.Path) -> None:
     """Two groups (seeds) with a run each that diverges: the other two are trained, evaluated and printed."""
     fpath = tmp_path / "four.toml"
     fpath.write_text("seed = [0, 1]\nlr = [1e25, 1e-2]\n[sae]\ntype = 'top-k'\nexp_factor = 4\n")
@@ -585,9 +572,7 @@ def test_two_processes_diverge_together(cfg: config.Train) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_two_processes_save_when_their_parent_is_asked_to_stop(
-    cfg: config.Train, signum: int
-) -> None:
+def test_two_processes_save_when_their_parent_is_asked_to_stop(cfg: config.Train, signum: int) -> None:
     args = command(cfg, "--data-parallel", "2", "--n-patches", "3200000", "--save-every", "10")
     process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, env=environment())
     while process.poll() is None and not list(pathlib.Path(cfg.ckpt_to).glob("*/metrics.jsonl")):

@@ -72,9 +72,7 @@ def stats_of(cfg: config.Visuals, block: int = 16) -> collect.Stats:
 
 
 @pytest.mark.parametrize("block", [1, 2, 16])
-def test_stats_and_top_images_of_a_plain_loop(
-    cfg: config.Visuals, acts_NPD: np.ndarray, block: int
-) -> None:
+def test_stats_and_top_images_of_a_plain_loop(cfg: config.Visuals, acts_NPD: np.ndarray, block: int) -> None:
     stats = stats_of(cfg, block)
     for s in range(S):
         values = [v for v in acts_NPD[..., s].ravel().tolist() if v > 0]
@@ -121,9 +119,7 @@ def test_heat_maps_are_the_codes(cfg: config.Visuals, acts_NPD: np.ndarray) -> N
     for page in collect._pages(sae, stream, stats, np.arange(S)):
         assert [shown.image_i for shown in page.shown] == [
             n
-            for n, value in zip(
-                stats.top_image_SK[page.latent], stats.top_value_SK[page.latent], strict=True
-            )
+            for n, value in zip(stats.top_image_SK[page.latent], stats.top_value_SK[page.latent], strict=True)
             if value > 0
         ]
         for shown in page.shown:
@@ -234,8 +230,7 @@ def test_choice(cfg: config.Visuals) -> None:
     ]  # mean 8
     assert collect.choose(dataclasses.replace(cfg, latents=(3, 0)), stats).tolist() == [0, 3]
     draws = [
-        collect.choose(dataclasses.replace(cfg, n_latents=2, seed=s), stats).tolist()
-        for s in (0, 0, 1, 2, 3)
+        collect.choose(dataclasses.replace(cfg, n_latents=2, seed=s), stats).tolist() for s in (0, 0, 1, 2, 3)
     ]
     assert draws[0] == draws[1] and len({tuple(d) for d in draws}) > 1
     with pytest.raises(
@@ -276,9 +271,7 @@ def test_what_does_not_fit(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
         "--ckpt is missing": {"ckpt": ""},
         "d_vit 4 instead of 9": {"ckpt": str(tmp_path / "wide.pt")},
         "--images.root is missing": {"images": data_config.ImageFolder()},
-        "no such image. Pass the folder that was dumped": {
-            "images": data_config.ImageFolder(str(tmp_path))
-        },
+        "no such image. Pass the folder that was dumped": {"images": data_config.ImageFolder(str(tmp_path))},
     }
     for match, changes in cases.items():
         with pytest.raises(errors.UserError, match=match):
@@ -291,8 +284,7 @@ def test_missing_images_are_found_before_the_pass(
     cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = [
-        tmp_path / "imgs" / record.path
-        for record in shards.ShardDir.open(cfg.data.shard_root).records[4:6]
+        tmp_path / "imgs" / record.path for record in shards.ShardDir.open(cfg.data.shard_root).records[4:6]
     ]
     for fpath in missing:
         fpath.unlink()
@@ -369,9 +361,7 @@ def test_a_gallery_says_what_it_shows(cfg: config.Visuals) -> None:
     assert len(said["xxh3_128"]) == 32
 
 
-def test_a_folder_filled_meanwhile_is_kept(
-    cfg: config.Visuals, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_filled_meanwhile_is_kept(cfg: config.Visuals, monkeypatch: pytest.MonkeyPatch) -> None:
     dpath, write_table = pathlib.Path(cfg.dump_to), render._write_table
 
     def and_fill(*args: object) -> None:
@@ -400,9 +390,7 @@ def test_grid() -> None:
     assert render.grid(729, (384, 384)) == (27, 27)  # 384 / 14 is not whole
     with pytest.raises(errors.UserError, match="6 patches do not form a grid on a square input"):
         render.grid(6, None)
-    with pytest.raises(
-        errors.UserError, match="6 patches do not form a grid on an input of 32 x 32"
-    ):
+    with pytest.raises(errors.UserError, match="6 patches do not form a grid on an input of 32 x 32"):
         render.grid(6, (32, 32))
 
 

@@ -30,9 +30,7 @@ def main() -> None:
         description="Converts SAEs from and to the formats of other libraries.",
     )
     if verb == "export" and library != "saelens":
-        raise errors.UserError(
-            f"export: only the format of saelens can be written, not {library}'s."
-        )
+        raise errors.UserError(f"export: only the format of saelens can be written, not {library}'s.")
     target = fields.path(target)
     if target.exists():
         raise errors.UserError(

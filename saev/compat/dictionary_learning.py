@@ -53,9 +53,7 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     state = _state(dpath / WEIGHTS)
     k = _k(cfg, state, dpath)
     D, S = _size(cfg, state, where)
-    shapes: dict[str, tuple[int, ...]] = dict(
-        zip(NAMES[kind], [(D, S), (S,), (S, D), (D,)], strict=True)
-    )
+    shapes: dict[str, tuple[int, ...]] = dict(zip(NAMES[kind], [(D, S), (S,), (S, D), (D,)], strict=True))
     shapes |= {name: shapes[name][::-1] for name in shapes if name.endswith(".weight")}
     if kind == "GatedAutoEncoder":
         shapes |= {"r_mag": (S,), "gate_bias": (S,)}
@@ -130,9 +128,7 @@ def _k(cfg: dict[str, tp.Any], state: dict[str, tp.Any], dpath: pathlib.Path) ->
     """Returns a TopK's k, or 0 for other classes. Removes the tensor k from `state`."""
     if "TopK" not in cfg["dict_class"]:
         if "k" in cfg:
-            raise errors.UserError(
-                f"{dpath / CFG}: k is {cfg['k']!r}, but a {cfg['dict_class']} has none."
-            )
+            raise errors.UserError(f"{dpath / CFG}: k is {cfg['k']!r}, but a {cfg['dict_class']} has none.")
         return 0
     stored = state.pop("k", None)
     if stored is None:
@@ -152,11 +148,7 @@ def _size(cfg: dict[str, tp.Any], state: dict[str, tp.Any], where: str) -> tuple
     name = NAMES[cfg["dict_class"]][0]
     encoder = state.get(name)
     if not isinstance(encoder, Tensor) or encoder.ndim != 2:
-        raise errors.UserError(
-            f"{where}: tensor {name} is missing. The file is truncated or edited."
-        )
+        raise errors.UserError(f"{where}: tensor {name} is missing. The file is truncated or edited.")
     D, S = encoder.shape[::-1] if name.endswith(".weight") else encoder.shape
     sizes = {"activation_dim": D, "dict_size": S, **cfg}
-    return checks.positive(sizes, "activation_dim", where), checks.positive(
-        sizes, "dict_size", where
-    )
+    return checks.positive(sizes, "activation_dim", where), checks.positive(sizes, "dict_size", where)

@@ -75,9 +75,7 @@ def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
             cfg["architecture"] = "jumprelu"
             tensors["threshold"] = model.get_parameter("log_threshold").double().exp()
         case _:
-            raise errors.UserError(
-                f"SAELens has no {type(model.cfg).__name__}. It cannot be exported."
-            )
+            raise errors.UserError(f"SAELens has no {type(model.cfg).__name__}. It cannot be exported.")
     _write(dpath, cfg, {k: v.float().cpu().contiguous() for k, v in tensors.items()})
 
 
@@ -199,9 +197,7 @@ ALLOWED = {
     "reshape_activations": ("none", None),
     "use_error_term": (False, None),
     "dtype": tuple(
-        prefix + name
-        for prefix in ("", "torch.")
-        for name in ("float32", "float64", "float16", "bfloat16")
+        prefix + name for prefix in ("", "torch.") for name in ("float32", "float64", "float16", "bfloat16")
     ),
     **dict.fromkeys(BOOLEANS, (False, True, None)),
     "apply_b_dec_to_input": (True, False),
@@ -216,9 +212,7 @@ def _cfg(fpath: pathlib.Path) -> dict[str, tp.Any]:
     """
     cfg = loaders.read_json(fpath, "SAELens")
     if twice := [old for old, new in RENAMED.items() if old in cfg and new in cfg]:
-        raise errors.UserError(
-            f"{fpath}: {twice[0]} and {RENAMED[twice[0]]} are the same key. Remove one."
-        )
+        raise errors.UserError(f"{fpath}: {twice[0]} and {RENAMED[twice[0]]} are the same key. Remove one.")
     cfg = {RENAMED.get(key, key): value for key, value in cfg.items()}
     if not isinstance(cfg.get("metadata") or {}, dict):
         raise errors.UserError(f"{fpath}: metadata is not a JSON object. The file is edited.")

@@ -127,9 +127,7 @@ def upgrade(header: Header, fpath: pathlib.Path) -> UpstreamSae:
             name = ACTIVATIONS.get(activation["cls"])
             if params.get(key, name) != name:
                 raise ValueError(f"cls is {activation['cls']!r}, but {key} is {params[key]!r}")
-        out = UpstreamSae(
-            schema, activation["cls"], cfg["d_model"], cfg["d_sae"], params.get("top_k", 32)
-        )
+        out = UpstreamSae(schema, activation["cls"], cfg["d_model"], cfg["d_sae"], params.get("top_k", 32))
         _check(out)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as err:
         what = f"{err} is missing" if isinstance(err, KeyError) else errors.first_line(err)

@@ -139,8 +139,7 @@ class Activations:
         roots = (cfg.shard_root, *cfg.more_roots)
         is_open = {(part.dpath, acts.cfg.partial): part for acts in among for part in acts.dirs}
         self.dirs = [
-            is_open.get((fields.path(root), cfg.partial))
-            or shards.ShardDir.open(root, partial=cfg.partial)
+            is_open.get((fields.path(root), cfg.partial)) or shards.ShardDir.open(root, partial=cfg.partial)
             for root in roots
         ]
         self.metadata = self.dirs[0].metadata
@@ -358,9 +357,7 @@ class Activations:
         self.decode_to(stored, out)
         return out
 
-    def decode_to(
-        self, stored: Shaped[np.ndarray, "*shape"], out: Float32[np.ndarray, "*shape"]
-    ) -> None:
+    def decode_to(self, stored: Shaped[np.ndarray, "*shape"], out: Float32[np.ndarray, "*shape"]) -> None:
         """`shards.decode` without temporaries. torch converts float16 thirty times as fast as NumPy.
 
         It works in small steps, because for larger ones torch would start OpenMP, which does not survive a
@@ -376,9 +373,7 @@ class Activations:
     # ---- runs of tokens ----
 
     @jaxtyped(typechecker=beartype.beartype)
-    def extents(
-        self, index_G: Int64[np.ndarray, " G"], n_G: Int64[np.ndarray, " G"]
-    ) -> list[Extent]:
+    def extents(self, index_G: Int64[np.ndarray, " G"], n_G: Int64[np.ndarray, " G"]) -> list[Extent]:
         """Locates runs of n_G consecutive tokens that begin with the stream's activation index_G.
 
         A run must not leave its image and layer.
@@ -391,9 +386,7 @@ class Activations:
         for part_i in np.unique(part_G).tolist():
             part, mine = self._parts[part_i], np.flatnonzero(part_G == part_i)
             metadata = part.dir.metadata
-            shard_g, local_g = np.divmod(
-                image_i_G[mine] - part.first_image, metadata.imgs_per_shard
-            )
+            shard_g, local_g = np.divmod(image_i_G[mine] - part.first_image, metadata.imgs_per_shard)
             layer_i_g = np.array(part.layer_is)[layer_G[mine]]
             token_i_g = layer_i_g * metadata.n_tokens + self.tokens.start + token_G[mine]
             offset_g = local_g * metadata.img_bytes + token_i_g * self.token_bytes
@@ -444,8 +437,7 @@ def _preadv(file: _File, buffers: list[memoryview], offset: int) -> None:
         n = os.preadv(file.fd, buffers[at : at + IOV_MAX], offset)
         if not n:
             raise errors.UserError(
-                f"{file.fpath}: ends at byte {offset}, in the middle of its activations. "
-                f"{file.part.remedy}"
+                f"{file.fpath}: ends at byte {offset}, in the middle of its activations. {file.part.remedy}"
             )
         offset += n
         while at < len(buffers) and n >= len(buffers[at]):

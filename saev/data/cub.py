@@ -68,9 +68,7 @@ class Cub:
 
 
 @beartype.beartype
-def load(
-    root: str | pathlib.Path, *, min_certainty: int = 3, annotations: config.Annotations = "any"
-) -> Cub:
+def load(root: str | pathlib.Path, *, min_certainty: int = 3, annotations: config.Annotations = "any") -> Cub:
     """Loads the labels. A trait is present if an annotation says so with at least `min_certainty`.
 
     Args:
@@ -94,9 +92,7 @@ def load(
     names_fpath = _attributes_fpath(root)
     names = _names(names_fpath)
     if sorted(names) != list(range(1, len(names) + 1)):
-        raise errors.UserError(
-            f"{names_fpath}: attribute ids are not 1 ... {len(names)}. Unpack CUB again."
-        )
+        raise errors.UserError(f"{names_fpath}: attribute ids are not 1 ... {len(names)}. Unpack CUB again.")
     is_train = split(root, paths)
     classes = _numbers(_need(root / "image_class_labels.txt"), paths, range(1, 10_000))
     fpaths = [dpath / "image_attribute_labels.txt" for dpath in (root / "attributes", root)]
@@ -114,9 +110,7 @@ def load(
 def metadata_root(root: pathlib.Path) -> pathlib.Path:
     """Returns the folder with images.txt: `root`, or its metadata/."""
     inner = root / "metadata"
-    return (
-        inner if (inner / "images.txt").is_file() and not (root / "images.txt").is_file() else root
-    )
+    return inner if (inner / "images.txt").is_file() and not (root / "images.txt").is_file() else root
 
 
 @beartype.beartype
@@ -250,9 +244,7 @@ def _read_labels(
     pair_M = row_M * n_traits + trait_M - 1
     n_seen_NT = np.bincount(pair_M, minlength=len(ids) * n_traits).reshape(-1, n_traits)
     _check_all_seen(fpath, n_seen_NT > 0, ids)
-    n_present_NT = np.bincount(pair_M[present_M == 1], minlength=n_seen_NT.size).reshape(
-        -1, n_traits
-    )
+    n_present_NT = np.bincount(pair_M[present_M == 1], minlength=n_seen_NT.size).reshape(-1, n_traits)
     labels_n = np.zeros(n_seen_NT.size, bool)
     positive_M = (present_M == 1) & (certainty_M >= min_certainty)
     if annotations == "any":
@@ -312,9 +304,7 @@ def _first_four_fields(fpath: pathlib.Path) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # an empty file fails later: no pairs
-            fields_M4 = np.loadtxt(
-                io.StringIO(text), np.int64, usecols=range(4), comments=None, ndmin=2
-            )
+            fields_M4 = np.loadtxt(io.StringIO(text), np.int64, usecols=range(4), comments=None, ndmin=2)
             return fields_M4.reshape(-1, 4)
     except ValueError:  # numpy names only a row; find the line
         for line_i, line in _filled_lines(fpath):

@@ -174,9 +174,7 @@ class _Dumper:
             return Decoded(self.vit.transform(img), "")
         except images.BadImage as err:
             if not self.cfg.skip_corrupt:
-                raise errors.UserError(
-                    f"{err} (Or pass --skip-corrupt to leave such images out.)"
-                ) from err
+                raise errors.UserError(f"{err} (Or pass --skip-corrupt to leave such images out.)") from err
             return Decoded(torch.zeros(3, *self.vit.transform.size), str(err))
 
     def _load(
@@ -196,9 +194,7 @@ class _Dumper:
                     tasks = [decoders.submit(self._decode, i) for i in following]
                     queue.append((following, tasks))
                 skipped = [
-                    shards.Skipped(i, d.error)
-                    for i, d in zip(image_is, decoded, strict=True)
-                    if d.error
+                    shards.Skipped(i, d.error) for i, d in zip(image_is, decoded, strict=True) if d.error
                 ]
                 yield Loaded(image_is, torch.stack([d.img_3HW for d in decoded]), skipped)
         finally:
@@ -216,9 +212,7 @@ class _Dumper:
         waiting: tuple[Loaded, Tensor, tp.Any] | None = None
         for batch in loaded:
             imgs_BCHW = batch.imgs_BCHW.pin_memory() if on_gpu else batch.imgs_BCHW
-            acts_BLTD = self.vit(
-                imgs_BCHW.to(self.device, non_blocking=True), self.out.metadata.layers
-            )
+            acts_BLTD = self.vit(imgs_BCHW.to(self.device, non_blocking=True), self.out.metadata.layers)
             if not on_gpu:
                 yield batch, acts_BLTD.contiguous().numpy()
                 continue

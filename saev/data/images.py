@@ -62,8 +62,7 @@ def list_images(cfg: config.ImageFolder | config.Cub200) -> list[Record]:
     paths = _cub_paths(cfg) if is_cub else _folder_paths(cfg.root)
     keys = [cub.key(path) if is_cub else path for path in paths]
     return [
-        Record(path, key.rpartition("/")[0].partition("/")[0])
-        for path, key in zip(paths, keys, strict=True)
+        Record(path, key.rpartition("/")[0].partition("/")[0]) for path, key in zip(paths, keys, strict=True)
     ]
 
 
@@ -172,9 +171,7 @@ class Transform:
     def __call__(self, img: PIL.Image.Image) -> Float32[Tensor, "3 H W"]:
         """Turns a photo into the ViT's input."""
         pixels_HW3 = torch.from_numpy(np.asarray(self.geometry(img)).copy())
-        mean_3, std_3 = (
-            torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.std)
-        )
+        mean_3, std_3 = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (self.mean, self.std))
         return (pixels_HW3.permute(2, 0, 1).float().div(255) - mean_3) / std_3
 
     def to_dict(self) -> dict[str, tp.Any]:
@@ -200,9 +197,7 @@ class Transform:
             ) from err
 
 
-def _resize(
-    img: PIL.Image.Image, size: tuple[int, int], resample: PIL.Image.Resampling
-) -> PIL.Image.Image:
+def _resize(img: PIL.Image.Image, size: tuple[int, int], resample: PIL.Image.Resampling) -> PIL.Image.Image:
     """Resizes with Pillow, as the libraries do, but in bounded memory for tall images."""
     if size[0] * img.height > MAX_BETWEEN:
         img = img.resize((img.width, size[1]), resample)

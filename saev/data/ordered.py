@@ -32,9 +32,7 @@ class Ordered:
     """
 
     @beartype.beartype
-    def __init__(
-        self, data: config.Shards | activations.Activations, n_imgs: int = 64, first: int = 0
-    ):
+    def __init__(self, data: config.Shards | activations.Activations, n_imgs: int = 64, first: int = 0):
         self.acts = activations.Activations.open(data)
         self.block = n_imgs
         self.first = first

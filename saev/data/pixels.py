@@ -67,9 +67,7 @@ def open_rgb(fpath: pathlib.Path) -> PIL.Image.Image:
             raise ValueError("the file is empty")
         with PIL.Image.open(io.BytesIO(data), formats=formats()) as img:
             if img.width * img.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{img.width} x {img.height} pixels; at most {MAX_PIXELS:,} are decoded"
-                )
+                raise ValueError(f"{img.width} x {img.height} pixels; at most {MAX_PIXELS:,} are decoded")
             img.load()
             return to_rgb(img)
     except Exception as err:  # Pillow's plugins raise a dozen types for malformed bytes

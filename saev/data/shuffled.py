@@ -233,9 +233,7 @@ class _Pool:
             for share in shares
         ]
 
-    def _read_share(
-        self, block_G: Int64[np.ndarray, " G"], slots: list[Int64[np.ndarray, " n"]]
-    ) -> None:
+    def _read_share(self, block_G: Int64[np.ndarray, " G"], slots: list[Int64[np.ndarray, " n"]]) -> None:
         """Reads blocks one by one, then moves all their activations at once, to take Python's lock rarely."""
         slot_n = np.concatenate(slots)
         staged_nD = self._staging(len(slot_n))

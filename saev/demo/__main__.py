@@ -60,9 +60,7 @@ class Command:
 
 DUMP = Command("python -m saev.data", data_config.Dump, "saev.data.dump:main", grouped=False)
 TRAIN = Command("train.py", training_config.Train, "saev.training.loop:main", grouped=True)
-EVALUATE = Command(
-    "protoeval.py", protoeval_config.ProtoEval, "saev.protoeval.run:main", grouped=True
-)
+EVALUATE = Command("protoeval.py", protoeval_config.ProtoEval, "saev.protoeval.run:main", grouped=True)
 SHOW = Command("visuals.py", visuals_config.Visuals, "saev.visuals.collect:main", grouped=False)
 
 

@@ -29,7 +29,6 @@ class Demo:
     def __post_init__(self) -> None:
         if not self.dump_to.isprintable():
             raise errors.UserError(
-                f"--dump-to {self.dump_to!r}: a sweep file contains this path, "
-                "so it must be printable UTF-8."
+                f"--dump-to {self.dump_to!r}: a sweep file contains this path, so it must be printable UTF-8."
             )
         fields.settle(self, n_imgs="[40, 1e5]", layer="[-12, 11]", n_patches="[1, 1e13]")

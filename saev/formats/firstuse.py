@@ -49,8 +49,7 @@ def kept(
         taken = take()
         if _name(fpath, recorded) != name:
             raise errors.UserError(
-                f"{fpath}: changed while it was read. "
-                "Run the command again when no process writes to it."
+                f"{fpath}: changed while it was read. Run the command again when no process writes to it."
             )
         try:
             with helpers.atomic(kept_fpath) as tmp_fpath:

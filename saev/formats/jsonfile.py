@@ -60,9 +60,7 @@ def parse(data: bytes | str, schema: tp.Any, where: str, remedy: str) -> tp.Any:
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        obj = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_float
-        )
+        obj = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_float)
         return msgspec.convert(obj, schema, str_keys=True)
     except (ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as err:
         what = "too deeply nested" if isinstance(err, RecursionError) else errors.first_line(err)
@@ -118,16 +116,12 @@ def read_sealed(
     recorded, is_sealed = obj.pop(CHECKSUM, None), SEALED in obj
     is_old = old and recorded is None and not is_sealed
     if not is_old and (not is_sealed or recorded != checksum(obj)):
-        raise errors.UserError(
-            f"{fpath}: its values changed since they were written (checksum). {remedy}"
-        )
+        raise errors.UserError(f"{fpath}: its values changed since they were written (checksum). {remedy}")
     obj.pop(SEALED, None)
     try:
         return msgspec.convert(obj, schema, str_keys=True)
     except ValueError as err:  # from msgspec, or for a lone surrogate
-        raise errors.UserError(
-            f"{fpath}: cannot be read ({errors.first_line(err)}). {remedy}"
-        ) from err
+        raise errors.UserError(f"{fpath}: cannot be read ({errors.first_line(err)}). {remedy}") from err
 
 
 def checksum(obj: dict[str, tp.Any], payload: bytes = b"") -> str:

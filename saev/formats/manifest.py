@@ -27,9 +27,7 @@ def write(dpath: pathlib.Path, names: collections.abc.Iterable[str]) -> None:
 
 
 @beartype.beartype
-def read(
-    dpath: pathlib.Path, names: collections.abc.Iterable[str], remedy: str
-) -> dict[str, bytes]:
+def read(dpath: pathlib.Path, names: collections.abc.Iterable[str], remedy: str) -> dict[str, bytes]:
     """Reads files that a folder's manifest lists: name -> bytes.
 
     Raises:
@@ -48,9 +46,7 @@ def read(
         except FileNotFoundError as err:
             raise errors.UserError(f"{dpath / name}: is missing. {remedy}") from err
         if sums.get(name) != _checksum(out[name]):
-            raise errors.UserError(
-                f"{dpath / name}: was changed after it was written (checksum). {remedy}"
-            )
+            raise errors.UserError(f"{dpath / name}: was changed after it was written (checksum). {remedy}")
     return out
 
 

@@ -140,9 +140,7 @@ class Metadata:
             return msgspec.convert({k: v for k, v in renamed.items() if k in names}, cls)
         except (errors.UserError, ValueError) as err:
             what = str(err) if isinstance(err, errors.UserError) else errors.first_line(err)
-            raise errors.UserError(
-                f"{fpath}: does not fit protocol {protocol} ({what}). {AGAIN}"
-            ) from err
+            raise errors.UserError(f"{fpath}: does not fit protocol {protocol} ({what}). {AGAIN}") from err
 
 
 @beartype.beartype

@@ -94,8 +94,7 @@ class ShardDir(WritableShards):
         dpath = fields.path(dpath)
         if not dpath.is_dir():
             raise errors.UserError(
-                f"{dpath}: no such shard directory. "
-                "Pass the directory that `python -m saev.data` printed."
+                f"{dpath}: no such shard directory. Pass the directory that `python -m saev.data` printed."
             )
         fpath = dpath / "metadata.json"
         if not fpath.exists():
@@ -152,8 +151,7 @@ class ShardDir(WritableShards):
     def _compare(self, name: str, data: bytes, recorded: dict[str, str]) -> None:
         if xxhash.xxh3_128_hexdigest(data) != recorded.get(name):
             raise errors.UserError(
-                f"{self.dpath / name}: differs from its checksum. "
-                "Restore it, or dump the directory again."
+                f"{self.dpath / name}: differs from its checksum. Restore it, or dump the directory again."
             )
 
     def _check_complete(self) -> None:
@@ -218,9 +216,7 @@ class ShardDir(WritableShards):
             is_right = out[i].n_imgs == len(image_is)
             is_right &= all(s.image_i in image_is for s in out[i].skipped)
             if not (is_alike and is_right):
-                raise errors.UserError(
-                    f"{fpath}: does not fit the directory's other files. {DUMP_ANEW}"
-                )
+                raise errors.UserError(f"{fpath}: does not fit the directory's other files. {DUMP_ANEW}")
         return out
 
     def _all_sidecars(self) -> dict[int, Sidecar]:
@@ -235,9 +231,7 @@ class ShardDir(WritableShards):
             is_right &= s.image_i < self.metadata.n_imgs
             skipped.setdefault(shard_i, []).append(s)
         if not is_right:
-            raise errors.UserError(
-                f"{self.complete_fpath}: does not fit metadata.json. Delete it. {REMEDY}"
-            )
+            raise errors.UserError(f"{self.complete_fpath}: does not fit metadata.json. Delete it. {REMEDY}")
         return {
             i: Sidecar(
                 len(self.metadata.imgs_in(i)),
@@ -270,9 +264,7 @@ class ShardDir(WritableShards):
                 )
             return sums
         recorded = sidecar.xxh3_128 if sidecar else ""
-        return firstuse.kept(
-            self.acts_fpath(shard_i), recorded, lambda: self._take(shard_i, recorded)
-        )
+        return firstuse.kept(self.acts_fpath(shard_i), recorded, lambda: self._take(shard_i, recorded))
 
     def _take(self, shard_i: int, recorded: str) -> bytes:
         sums, xxh3_128 = self.checksums(shard_i)
@@ -310,11 +302,7 @@ class ShardDir(WritableShards):
             roots = dict(zip(todo, taken, strict=True))
         sums = [[i, roots.get(i) or self._root(i)] for i in self.shard_is]
         skipped = [s for _, x in sorted(self.sidecars.items()) for s in x.skipped]
-        tables = [
-            self._digest(fpath)
-            for fpath in (self.images_fpath, self.transform_fpath)
-            if self.is_ours
-        ]
+        tables = [self._digest(fpath) for fpath in (self.images_fpath, self.transform_fpath) if self.is_ours]
         return helpers.hash_of([self.metadata.hash, tables, sums, skipped])
 
     # ---- contents ----

@@ -109,9 +109,7 @@ def _read(fpath: pathlib.Path, schema: type[msgspec.Struct]) -> tp.Any:
     obj = jsonfile.read(fpath, schema, REMEDY)
     has = [bool(obj.pieces), bool(obj.files), bool(obj.checksum)]
     if any(has) != all(has):
-        raise errors.UserError(
-            f"{fpath}: lacks one of the fields pieces, files and checksum. {REMEDY}"
-        )
+        raise errors.UserError(f"{fpath}: lacks one of the fields pieces, files and checksum. {REMEDY}")
     fields = msgspec.to_builtins(obj)
     if fields.pop("checksum") not in ("", jsonfile.checksum(fields)):
         raise errors.UserError(f"{fpath}: differs from its own checksum. {REMEDY}")

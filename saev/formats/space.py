@@ -43,7 +43,7 @@ class Space:
         """The known parts of the space, for files."""
         return {
             "vit_family": self.vit_family,
-            "vit_ckpt": f"{self.vit_ckpt}{AUTOCAST * self.autocast}",
+            "vit_ckpt": self.vit_ckpt and f"{self.vit_ckpt}{AUTOCAST * self.autocast}",
             "layers": list(self.layers or ()),
             "patches": self.patches,
             "d_vit": self.d_vit,
@@ -61,7 +61,8 @@ class Space:
             UserError: another width, ViT or layer, or (with `patches`) other tokens.
         """
         pairs = {
-            "ViT": (self._vit, other._vit),
+            "ViT family": (self.vit_family, other.vit_family),
+            "ViT": (self.vit_ckpt, other.vit_ckpt),
             "d_vit": (self.d_vit, other.d_vit),
             "layer": (self._layer, other._layer),
             "patches": (self.patches, other.patches) if patches else ("", ""),
@@ -76,10 +77,6 @@ class Space:
                 f"{flag}: not in the space of {whose}: {', '.join(differ)}. "
                 f"Pass activations of the same ViT and layer{' and the same patches' * patches}."
             )
-
-    @property
-    def _vit(self) -> str:
-        return " ".join(filter(None, (self.vit_family, self.vit_ckpt)))
 
     @property
     def _layer(self) -> str:

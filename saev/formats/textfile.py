@@ -36,7 +36,6 @@ def read(fpath: pathlib.Path, remedy: str, max_bytes: int, on_error: str = "stri
     except UnicodeDecodeError as err:
         line_i = data.count(b"\n", 0, err.start) + 1
         raise errors.UserError(
-            f"{fpath}:{line_i}: holds the byte 0x{data[err.start]:02x}, which is not UTF-8. "
-            "Save it as UTF-8."
+            f"{fpath}:{line_i}: holds the byte 0x{data[err.start]:02x}, which is not UTF-8. Save it as UTF-8."
         ) from err
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text

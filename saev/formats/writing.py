@@ -171,8 +171,7 @@ class WritableShards(ShardFiles):
             if len(found) == self.metadata.n_shards:
                 self._write_complete()
             index = [
-                {"name": self.acts_fpath(i).name, "n_imgs": len(self.metadata.imgs_in(i))}
-                for i in found
+                {"name": self.acts_fpath(i).name, "n_imgs": len(self.metadata.imgs_in(i))} for i in found
             ]
             helpers.write_text(self.shards_fpath, json.dumps(index, indent=2))
             written = found

@@ -28,6 +28,4 @@ class SlurmConfig:
     """Folder for job logs."""
 
     def __post_init__(self) -> None:
-        fields.settle(
-            self, n_hours="(0, 1e5]", mem_gb="[0, 1e6]", n_cpus="[1, 1e5]", n_gpus="[0, 1e4]"
-        )
+        fields.settle(self, n_hours="(0, 1e5]", mem_gb="[0, 1e6]", n_cpus="[1, 1e5]", n_gpus="[0, 1e4]")

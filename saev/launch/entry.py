@@ -59,9 +59,7 @@ def os_errors() -> collections.abc.Generator[None]:
 
 def configure_logging() -> None:
     """Shows saev's messages from INFO, other libraries' from WARNING."""
-    logging.basicConfig(
-        level=logging.WARNING, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S"
-    )
+    logging.basicConfig(level=logging.WARNING, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("saev").setLevel(logging.INFO)
 
 

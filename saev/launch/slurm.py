@@ -48,9 +48,7 @@ def _submit(stages: list[Stage], slurm: SlurmConfig, name: str) -> list[tp.Any]:
 
     pathlib.Path(slurm.log_to).mkdir(parents=True, exist_ok=True)
     # A long run may reach the time limit many times; each job then continues the last.
-    executor = submitit.SlurmExecutor(
-        folder=str(pathlib.Path(slurm.log_to).resolve()), max_num_timeout=1000
-    )
+    executor = submitit.SlurmExecutor(folder=str(pathlib.Path(slurm.log_to).resolve()), max_num_timeout=1000)
     executor.update_parameters(**_parameters(slurm, name, stages[0].n_tasks))
     try:
         # submitit also prints sbatch's message

@@ -9,9 +9,7 @@ from torch import Tensor
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def top_k(
-    pre_BS: Float[Tensor, "B S"], k: int, keep_negative: bool = False
-) -> Float[Tensor, "B S"]:
+def top_k(pre_BS: Float[Tensor, "B S"], k: int, keep_negative: bool = False) -> Float[Tensor, "B S"]:
     """Keeps the k largest values of each row (all if k >= S) and sets the rest to 0, and by default
     negative ones too."""
     values_BK, index_BK = pre_BS.topk(min(k, pre_BS.shape[1]), dim=1, sorted=False)
@@ -72,9 +70,7 @@ class _Fires(torch.autograd.Function):
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def jump(
-    pre: Float[Tensor, "*B S"], threshold: Float[Tensor, "#S"], width: float
-) -> Float[Tensor, "*B S"]:
+def jump(pre: Float[Tensor, "*B S"], threshold: Float[Tensor, "#S"], width: float) -> Float[Tensor, "*B S"]:
     """Keeps values above their thresholds and sets the rest to 0.
 
     Values within half a width of a threshold give it a gradient (rectangle kernel; Rajamanoharan et al. 2024,
@@ -84,8 +80,6 @@ def jump(
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def fires(
-    pre: Float[Tensor, "*B S"], threshold: Float[Tensor, "#S"], width: float
-) -> Float[Tensor, "*B S"]:
+def fires(pre: Float[Tensor, "*B S"], threshold: Float[Tensor, "#S"], width: float) -> Float[Tensor, "*B S"]:
     """1 above the threshold, else 0; the sum is L0. Only the threshold gets a gradient (ibid., eq. 12)."""
     return _Fires.apply(pre, threshold, width)

@@ -104,9 +104,7 @@ class Objective:
         if index is None:
             reconstruction, x_hat_BD = self._reconstruct_densely(f, scaled_BD, end_P)
         else:
-            reconstruction, x_hat_BD = sparse.reconstruct(
-                f, sae.W_dec, sae.b_dec, scaled_BD, index, end_P
-            )
+            reconstruction, x_hat_BD = sparse.reconstruct(f, sae.W_dec, sae.b_dec, scaled_BD, index, end_P)
         loss = reconstruction
         if penalty is not None:
             loss = loss + sparsity * sae.architecture.cfg.sparsity_coeff * penalty
@@ -131,9 +129,7 @@ class Objective:
 
     def _takes_dense_step(self, x_BD: Tensor, end_P: Tensor | None) -> bool:
         has_one = self.sae.architecture.dense_step is not None and end_P is None
-        return (
-            has_one and kernels.available(x_BD) and not (self.is_bfloat16 or self._is_sparse(x_BD))
-        )
+        return has_one and kernels.available(x_BD) and not (self.is_bfloat16 or self._is_sparse(x_BD))
 
     def _dense_step(self, x_BD: Tensor, sparsity: float) -> Output:
         sae = self.sae
@@ -185,9 +181,7 @@ class Objective:
 
     # ---- reconstructions ----
 
-    def _reconstruct_densely(
-        self, f_BS: Tensor, x_BD: Tensor, end_P: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _reconstruct_densely(self, f_BS: Tensor, x_BD: Tensor, end_P: Tensor) -> tuple[Tensor, Tensor]:
         """See `sparse.reconstruct`."""
         sae, ends = self.sae, end_P.tolist()
         x_hat_BD, error = sae.b_dec, torch.zeros((), dtype=x_BD.dtype, device=x_BD.device)

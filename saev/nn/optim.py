@@ -51,9 +51,7 @@ class Adam:
         return self._step_kernels(with_grad, lr)
 
     def _step_kernels(self, with_grad: WithGrad, lr: float) -> Tensor:
-        arrays = {
-            n: [_rows(t) for t in (p, g, self.m[n], self.v[n])] for n, (p, g) in with_grad.items()
-        }
+        arrays = {n: [_rows(t) for t in (p, g, self.m[n], self.v[n])] for n, (p, g) in with_grad.items()}
         along, square = {}, 0.0
         for name, (w_SD, g_SD, _, _) in arrays.items():
             dots_S3 = np.empty((len(w_SD), 3), w_SD.dtype)

@@ -115,9 +115,7 @@ class SparseAutoencoder(torch.nn.Module):
         f_BS = self._rows(f, self.d_sae, "decode")
         return ((f_BS @ self.W_dec + self.b_dec) / self.scale).reshape(*f.shape[:-1], self.d_vit)
 
-    def forward(
-        self, x: Tensor | np.ndarray
-    ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch S"]]:
+    def forward(self, x: Tensor | np.ndarray) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch S"]]:
         """Returns (reconstructions, codes). Raises as `encode`."""
         f = self.encode(x)
         return self.decode(f), f

@@ -50,9 +50,7 @@ def average_precision(
     if not len(scores_NK):
         raise errors.UserError("average_precision: there are no images. Pass at least one.")
     if not ((labels_NT == 0) | (labels_NT == 1)).all():
-        raise errors.UserError(
-            "average_precision: labels_NT holds other values than 0 and 1. Pass booleans."
-        )
+        raise errors.UserError("average_precision: labels_NT holds other values than 0 and 1. Pass booleans.")
     return of_rows(scores_NK.T, labels_NT.astype(bool))
 
 
@@ -68,9 +66,7 @@ def _numbers(values: object, name: str, shape: str) -> np.ndarray:
             f"average_precision: {name} is {what}. Pass a NumPy array or a dense torch tensor of numbers."
         )
     if values.ndim != 2:
-        raise errors.UserError(
-            f"average_precision: {name} has shape {values.shape}. Pass a matrix {shape}."
-        )
+        raise errors.UserError(f"average_precision: {name} has shape {values.shape}. Pass a matrix {shape}.")
     is_half = values.dtype in (np.float16, np.float32)
     wide = values.astype(np.float32 if is_half else np.float64, copy=False)
     if values.dtype.itemsize >= 8 and not _is_same(wide, values):
@@ -134,9 +130,7 @@ def resampled(
     bits_TN, labels_TN = _sortable(scores_TN, 0), np.ascontiguousarray(labels_NT.T)
     n_M = len(times_MN)
     padded_MN = np.pad(times_MN, ((0, -n_M % LANES), (0, 0)))
-    times_GNL = np.ascontiguousarray(
-        padded_MN.reshape(-1, LANES, padded_MN.shape[1]).transpose(0, 2, 1)
-    )
+    times_GNL = np.ascontiguousarray(padded_MN.reshape(-1, LANES, padded_MN.shape[1]).transpose(0, 2, 1))
     ap_TGL = np.empty((len(labels_TN), len(times_GNL), LANES))
 
     def kernel(start: int, end: int) -> None:

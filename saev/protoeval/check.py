@@ -44,9 +44,7 @@ ENOUGH = 200
 @beartype.beartype
 def problems(labels: cub.Cub) -> list[str]:
     """What is implausible: one clause per problem."""
-    train_NT, test_NT = (
-        labels.labels_NT[labels.is_train_N == is_train] for is_train in (True, False)
-    )
+    train_NT, test_NT = (labels.labels_NT[labels.is_train_N == is_train] for is_train in (True, False))
     if not len(train_NT) or not len(test_NT):
         return ["there are no train images or no test images"]
     n_N, n_T = labels.labels_NT.shape
@@ -56,14 +54,10 @@ def problems(labels: cub.Cub) -> list[str]:
     for name, split_NT in (("train", train_NT), ("test", test_NT)):
         if not low < (mean := constant_ap(split_NT)) <= high:
             expected = f"; CUB's is about {REAL_MEAN:.2f}" if is_cub else ""
-            out.append(
-                f"a constant scorer gets a mean AP of {mean:.2f} on the {name} images{expected}"
-            )
+            out.append(f"a constant scorer gets a mean AP of {mean:.2f} on the {name} images{expected}")
     if (n_N, n_T) == REAL and len(train_NT) != REAL_TRAIN:
         swapped = "; the split is the wrong way round" * (len(test_NT) == REAL_TRAIN)
-        out.append(
-            f"{len(train_NT):,} of the images are train images; CUB has {REAL_TRAIN:,}{swapped}"
-        )
+        out.append(f"{len(train_NT):,} of the images are train images; CUB has {REAL_TRAIN:,}{swapped}")
     n_classes = len(np.unique(labels.class_N))
     if (n_N, n_T) == REAL and n_classes != REAL_CLASSES:
         out.append(f"the images are of {n_classes} classes; CUB has {REAL_CLASSES}")
@@ -89,24 +83,15 @@ def _split_problems(labels: cub.Cub) -> list[str]:
     is_train_N = labels.is_train_N
     if min(is_train_N.sum(), (~is_train_N).sum()) < ENOUGH:
         return []
-    train_T, test_T = (
-        labels.labels_NT[split_N].mean(axis=0) for split_N in (is_train_N, ~is_train_N)
-    )
+    train_T, test_T = (labels.labels_NT[split_N].mean(axis=0) for split_N in (is_train_N, ~is_train_N))
     class_N, mean_CT = _means(labels)
-    weight_C = np.bincount(
-        class_N, np.where(is_train_N, 1 / is_train_N.sum(), -1 / (~is_train_N).sum())
-    )
+    weight_C = np.bincount(class_N, np.where(is_train_N, 1 / is_train_N.sum(), -1 / (~is_train_N).sum()))
     gap_T = np.abs(train_T - test_T - weight_C @ mean_CT)
     p_T = (train_T + test_T) / 2
-    by_chance = np.sqrt(
-        2 / np.pi * p_T * (1 - p_T) * (1 / is_train_N.sum() + 1 / (~is_train_N).sum())
-    ).mean()
+    by_chance = np.sqrt(2 / np.pi * p_T * (1 - p_T) * (1 / is_train_N.sum() + 1 / (~is_train_N).sum())).mean()
     of_others = float(np.abs(train_T[:, None] - test_T).mean())
     # the mean of |x| over T normal variables has a relative standard deviation of 0.76 / sqrt(T)
-    if (
-        gap_T.mean() <= by_chance * (1 + 4 * 0.76 / np.sqrt(len(p_T)))
-        or gap_T.mean() <= 0.5 * of_others
-    ):
+    if gap_T.mean() <= by_chance * (1 + 4 * 0.76 / np.sqrt(len(p_T))) or gap_T.mean() <= 0.5 * of_others:
         return []
     return [
         f"the traits' prevalences on train and test images hardly agree (they differ by {gap_T.mean():.3f} "
@@ -183,8 +168,7 @@ def misfits(labels: cub.Cub) -> list[int]:
     """Classes whose labels correlate clearly better with another class of the archive."""
     class_C, mean_CT, shares_CT = _class_means(labels)
     mean_CT, shares_CT = (
-        x_CT / np.maximum(np.linalg.norm(x_CT, axis=1, keepdims=True), 1e-12)
-        for x_CT in (mean_CT, shares_CT)
+        x_CT / np.maximum(np.linalg.norm(x_CT, axis=1, keepdims=True), 1e-12) for x_CT in (mean_CT, shares_CT)
     )
     fit_CC = mean_CT @ shares_CT.T
     return class_C[fit_CC.max(axis=1) > np.diag(fit_CC) + CLEARLY].tolist()
@@ -214,9 +198,7 @@ def between_classes(labels: cub.Cub) -> tuple[float, float]:
 def describe(labels: cub.Cub) -> str:
     """Counts, prevalences by group of traits, and the constant scorer's mAP, as Markdown."""
     n_N, n_T = labels.labels_NT.shape
-    train_NT, test_NT = (
-        labels.labels_NT[labels.is_train_N == is_train] for is_train in (True, False)
-    )
+    train_NT, test_NT = (labels.labels_NT[labels.is_train_N == is_train] for is_train in (True, False))
     explained, chance = between_classes(labels)
     lines = [
         f"{n_N:,} images of {len(set(labels.class_N.tolist())):,} classes, {n_T} traits: {len(train_NT):,} "
@@ -233,8 +215,7 @@ def describe(labels: cub.Cub) -> str:
     for group in dict.fromkeys(groups):
         mine = np.array([g == group for g in groups])
         prevalences = (
-            f"{split_NT[:, mine].mean():.3f}" if len(split_NT) else ""
-            for split_NT in (train_NT, test_NT)
+            f"{split_NT[:, mine].mean():.3f}" if len(split_NT) else "" for split_NT in (train_NT, test_NT)
         )
         cells.append((group, str(int(mine.sum())), *prevalences))
     lines.append(tables.markdown(pl.DataFrame(cells, header, orient="row")))

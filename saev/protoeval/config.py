@@ -18,9 +18,9 @@ Split = tp.Literal["train", "test"]
 class ProtoEval:
     """Chooses the best prototype for each CUB attribute on train images and measures it on test images."""
 
-    scorer: (
-        scorers_config.Random | scorers_config.KMeans | scorers_config.Pca | scorers_config.Sae
-    ) = dataclasses.field(default_factory=scorers_config.Random)
+    scorer: scorers_config.Random | scorers_config.KMeans | scorers_config.Pca | scorers_config.Sae = (
+        dataclasses.field(default_factory=scorers_config.Random)
+    )
     """The prototypes."""
     cub_root: fields.Path = fields.shared("")
     """The CUB_200_2011 folder."""
@@ -72,9 +72,7 @@ class ProtoEval:
     command line override it."""
     dry_run: bool = fields.neither(False)
     """Print the configs without evaluating."""
-    slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = fields.neither(
-        launch.SlurmConfig
-    )
+    slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = fields.neither(launch.SlurmConfig)
     """Where to run."""
 
     def __post_init__(self) -> None:
@@ -98,9 +96,7 @@ class ProtoEval:
         if not self.n_prototypes:
             raise errors.UserError("--n-prototypes is empty. Pass numbers of at least 1.")
         if not self.n_train or any(n < 1 and n != -1 for n in self.n_train):
-            raise errors.UserError(
-                f"--n-train {self.n_train}: pass numbers of at least 1, or -1 for all."
-            )
+            raise errors.UserError(f"--n-train {self.n_train}: pass numbers of at least 1, or -1 for all.")
 
     @property
     def test(self) -> data_config.Shards:

@@ -136,6 +136,4 @@ def _describe(fit: activations.Activations, sides: Sides, labels: cub.Cub) -> st
         return f"{text}, whose paths are not recorded"
     measured = {labels.paths_N[row] for row in sides.measured.row_of.values()}
     n = len(keys & measured)
-    return (
-        f"{text}, {n:,} of them {sides.measured.split} images that are measured on" if n else text
-    )
+    return f"{text}, {n:,} of them {sides.measured.split} images that are measured on" if n else text

@@ -33,9 +33,7 @@ def fingerprint(labels: cub.Cub) -> str:
 
 
 @beartype.beartype
-def describe(
-    cfgs: list[config.ProtoEval], say: collections.abc.Callable[[str], None] = print
-) -> None:
+def describe(cfgs: list[config.ProtoEval], say: collections.abc.Callable[[str], None] = print) -> None:
     """Prints --check: each label folder, and its join with the given activations.
 
     Raises:

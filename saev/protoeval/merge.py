@@ -63,16 +63,14 @@ class Merged:
         here = pl.col("labels") == labels, pl.col("min_certainty") == certainty
         abouts = [a for a in self.abouts if (a.labels, a.min_certainty) == (labels, certainty)]
         frames = {
-            name: value.filter(*here)
-            for name, value in vars(self).items()
-            if isinstance(value, pl.DataFrame)
+            name: value.filter(*here) for name, value in vars(self).items() if isinstance(value, pl.DataFrame)
         }
         return dataclasses.replace(self, abouts=abouts, **frames)
 
 
 @beartype.beartype
 def write(root: pathlib.Path) -> pathlib.Path:
-    """Writes the joint report to `root`/report (docs/results.md) and returns that folder.
+    """Writes a report over all results to `root`/report (docs/results.md) and returns that folder.
 
     If a cell was evaluated twice, the newest result counts. Cells are equal if ViT, layer, tokens,
     activations, labels, certainty, scorer (settings, checkpoint and fit data), numbers of prototypes and
@@ -85,9 +83,7 @@ def write(root: pathlib.Path) -> pathlib.Path:
     """
     found = read_all(root)
     if not found:
-        single = (
-            " It is itself a result: pass the folder above it." * (root / "about.json").exists()
-        )
+        single = " It is itself a result: pass the folder above it." * (root / "about.json").exists()
         raise errors.UserError(
             f"--report {root}: holds no results. Pass the folder that protoeval.py wrote to "
             f"(--dump-to).{single}"
@@ -96,13 +92,11 @@ def write(root: pathlib.Path) -> pathlib.Path:
     sections = merged.cells.select("labels", "min_certainty").unique(maintain_order=True).rows()
     text, tex, chart_fpaths = [], [], []
     for labels, certainty in sections:
-        part, where = (
-            merged.section(labels, certainty),
-            f"abels {labels[:8]}, certainty from {certainty}",
-        )
-        text += [f"L{where}:\n", *_text(part)]
+        part = merged.section(labels, certainty)
+        where = f"labels {labels[:8]}, certainty from {certainty}"
+        text += [f"{where.capitalize()}:\n", *_text(part)]
         table = report.summary_table(part.cells, _place(part.cells))
-        tex.append(f"% l{where}\n{tables.latex(table)}")
+        tex.append(f"% {where}\n{tables.latex(table)}")
         name = "chart.png" if len(sections) == 1 else f"chart-{labels[:8]}-{certainty}.png"
         chart_fpaths.append(out / name)
         charts.save(charts.grid(part.drawn), chart_fpaths[-1])
@@ -113,9 +107,7 @@ def write(root: pathlib.Path) -> pathlib.Path:
         if fpath not in chart_fpaths:
             fpath.unlink()
     frame.write_csv(out / "table.csv", merged.cells.select(*PLACE, *results.SUMMARY))
-    frame.write_csv(
-        out / "differences.csv", merged.differences.select(*PLACE, *results.DIFFERENCES)
-    )
+    frame.write_csv(out / "differences.csv", merged.differences.select(*PLACE, *results.DIFFERENCES))
     frame.write_csv(out / "seeds.csv", merged.seeds.select(*PLACE, *results.SEEDS))
     frame.write_parquet(out / "traits.parquet", merged.traits)
     helpers.write_text(out / "table.tex", "\n".join(tex))
@@ -168,23 +160,17 @@ def read_all(root: pathlib.Path) -> list[Result]:
 
 def _read(dpath: pathlib.Path) -> Result:
     files = manifest.read(dpath, results.FILES, report.AGAIN)
-    about = jsonfile.parse(
-        files["about.json"], results.About, str(dpath / "about.json"), report.AGAIN
-    )
+    about = jsonfile.parse(files["about.json"], results.About, str(dpath / "about.json"), report.AGAIN)
     try:
         summary = frame.read_csv(files["summary.csv"], results.SUMMARY)
         kinds = frame.read_csv(files["kinds.csv"], results.KIND_COLUMNS)
-        columns = [
-            name for name in results.TRAITS if name != "scorer_id"
-        ]  # older results have none
+        columns = [name for name in results.TRAITS if name != "scorer_id"]  # older results have none
         traits = pl.read_parquet(files["traits.parquet"]).select(columns)
         key = [*results.CELL, "draw", "trait"]
         traits = traits.unique(key, keep="last", maintain_order=True)
         boots = results.read_resamples(files["resamples.npz"], len(summary))
     except Exception as err:  # another version's columns, or files made to look like ours
-        raise errors.UserError(
-            f"{dpath}: cannot be read ({errors.first_line(err)}). {report.AGAIN}"
-        ) from err
+        raise errors.UserError(f"{dpath}: cannot be read ({errors.first_line(err)}). {report.AGAIN}") from err
     cells = stats.cells(summary, about)
     ids = cells.select("scorer", *SCORER).unique()
     kinds = kinds.join(ids, on="scorer", maintain_order="left")
@@ -205,9 +191,7 @@ def merge(found: list[Result]) -> Merged:
     boots = [boot_RM for result in found for boot_RM in result.boots]
     seedless = cells.with_columns(scorer="family_name")
     means = pl.col("map", "low", "high").mean()
-    drawn = seedless.group_by(
-        *stats.PLACE, "cls", "family", *results.CELL, maintain_order=True
-    ).agg(means)
+    drawn = seedless.group_by(*stats.PLACE, "cls", "family", *results.CELL, maintain_order=True).agg(means)
     by_place = cells.sort(stats.PLACE, maintain_order=True)
     return Merged(
         abouts=[found[i].about for i in by_place["result"].unique(maintain_order=True)],
@@ -252,9 +236,7 @@ def _names(cells: pl.DataFrame, found: list[Result]) -> pl.DataFrame:
         family_names = _distinct_names(list({f.id: f for f in families.values()}.values()))
         lines += [(*place, key, names[key], family_names[families[key].id]) for key in scorers]
     columns = {key: cells.schema[key] for key in SCORER}
-    return pl.DataFrame(
-        lines, columns | {"new_name": pl.String, "family_name": pl.String}, orient="row"
-    )
+    return pl.DataFrame(lines, columns | {"new_name": pl.String, "family_name": pl.String}, orient="row")
 
 
 def _distinct_names(scorers: list[results.ScorerId]) -> dict[str, str]:

@@ -78,9 +78,7 @@ class Split:
 
 
 @beartype.beartype
-def score(
-    experiment: Experiment, banks: list[fit.Bank], dpath: pathlib.Path
-) -> tuple[Split, Split]:
+def score(experiment: Experiment, banks: list[fit.Bank], dpath: pathlib.Path) -> tuple[Split, Split]:
     """Scores the images to choose on and the images to measure on, in one pass if they share shards.
 
     Args:
@@ -104,8 +102,7 @@ def score(
     else:
         found = [scored(side.acts, side.row_of, side.split) for side in sides]
     chosen, measured = (
-        _split(scores, side.row_of, experiment.labels)
-        for scores, side in zip(found, sides, strict=True)
+        _split(scores, side.row_of, experiment.labels) for scores, side in zip(found, sides, strict=True)
     )
     return chosen, measured
 
@@ -148,9 +145,7 @@ def score_images(
     image_bytes = 4 * (5 * acts.n_per_img * acts.d_vit + 2 * n_prototypes)
     n_imgs = int(np.clip(memory_gb * 1e9 / image_bytes, 1, MAX_BLOCK))
     # of what the scores are; block sizes may change their last bits
-    key = helpers.hash_of(
-        [[s.digest() for s in run], acts.fingerprint, image_is, n_imgs, device.type]
-    )
+    key = helpers.hash_of([[s.digest() for s in run], acts.fingerprint, image_is, n_imgs, device.type])
     shapes = {
         "scores.bin": (n_prototypes, len(image_i_N)),
         "means.bin": (len(image_i_N), acts.d_vit),

@@ -45,9 +45,7 @@ def grid(cells: pl.DataFrame) -> matplotlib.figure.Figure:
     for table, mine, n in zip(tables, names, n_rows, strict=True):
         panels, axes_RC = axes_RC[:n], axes_RC[n:]
         first = table.row(0, named=True)
-        where = ", ".join(
-            f"layer {first[key]}" if key == "layer" else first[key] for key in varying
-        )
+        where = ", ".join(f"layer {first[key]}" if key == "layer" else first[key] for key in varying)
         for axes, name in itertools.zip_longest(panels.flat, mine):
             if name is None:
                 axes.set_axis_off()

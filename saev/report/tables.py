@@ -31,8 +31,7 @@ def markdown(table: pl.DataFrame, *, padded: bool = False) -> str:
     widths = [max(map(len, (column.name, *column))) for column in table]
     rows = [table.columns, ["-" * width for width in widths], *table.iter_rows()]
     return "".join(
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |\n"
-        for row in rows
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |\n" for row in rows
     )
 
 

@@ -112,18 +112,13 @@ class Prototypes:
     def to(self, device: torch.device) -> "Prototypes":
         return self._each(lambda x_KD: x_KD.to(device), self.mean_D.to(device))
 
-    def _each(
-        self, change: collections.abc.Callable[[Tensor], Tensor], mean_D: Tensor
-    ) -> "Prototypes":
+    def _each(self, change: collections.abc.Callable[[Tensor], Tensor], mean_D: Tensor) -> "Prototypes":
         given_KD = None if self.given_KD is None else change(self.given_KD)
         return Prototypes(change(self.direction_KD), mean_D, self.similarity, given_KD)
 
     def saved(self) -> dict[str, Tensor]:
         """The tensors to save, on the CPU: p if it was given, else p - m; and m."""
-        if self.given_KD is None:
-            out = {"direction_KD": self.direction_KD}
-        else:
-            out = {"vectors_KD": self.given_KD}
+        out = {"direction_KD": self.direction_KD} if self.given_KD is None else {"vectors_KD": self.given_KD}
         return {name: x.cpu().clone() for name, x in (out | {"mean_D": self.mean_D}).items()}
 
     def digest(self) -> str:
@@ -143,9 +138,7 @@ def ready(activations: tp.Any, like: Tensor, shape: str) -> Tensor:
     is_dense = isinstance(activations, Tensor) and activations.layout == torch.strided
     if not is_dense or not activations.is_floating_point():
         what = getattr(activations, "dtype", type(activations).__name__)
-        raise errors.UserError(
-            f"activations: {what}; a scorer takes a dense torch tensor of floats."
-        )
+        raise errors.UserError(f"activations: {what}; a scorer takes a dense torch tensor of floats.")
     if activations.ndim != len(shape.split()) or activations.shape[-1] != like.shape[-1]:
         raise errors.UserError(
             f"activations: shape {tuple(activations.shape)}; this scorer takes ({', '.join(shape.split())}) "

@@ -220,9 +220,7 @@ def _updated(distance_B: Tensor, x_BD: Tensor, square_B: Tensor, new_CD: Tensor)
     return torch.minimum(distance_B, torch.cat(parts))
 
 
-def _gains(
-    x_BD: Tensor, square_B: Tensor, distance_B: Tensor, candidate_CD: Tensor
-) -> Float[Tensor, " C"]:
+def _gains(x_BD: Tensor, square_B: Tensor, distance_B: Tensor, candidate_CD: Tensor) -> Float[Tensor, " C"]:
     """How much each candidate alone, as another centre, would lower the sum of squared distances."""
     gain_C = torch.zeros(len(candidate_CD), dtype=torch.float64, device=x_BD.device)
     square_C = candidate_CD.square().sum(dim=1)
@@ -242,9 +240,7 @@ def _tiles(x_BD: Tensor, n_columns: int) -> list[slice]:
 def _accepted(x_CD: Tensor, before_C: Tensor, uniform_C: np.ndarray) -> list[int]:
     """Accepts candidates in order, each with probability (squared distance now) / (squared distance
     before)."""
-    between_CC = (
-        torch.cdist(x_CD, x_CD, compute_mode="donot_use_mm_for_euclid_dist").square().cpu().numpy()
-    )
+    between_CC = torch.cdist(x_CD, x_CD, compute_mode="donot_use_mm_for_euclid_dist").square().cpu().numpy()
     start_C = before_C.cpu().numpy()
     now_C, accepted = start_C.copy(), []
     for c, uniform in enumerate(uniform_C):

@@ -42,8 +42,7 @@ def check_enough(acts: activations.Activations, k: int, what: str) -> None:
     if len(acts) < k:
         some = f" (of {acts.n_imgs:,} images)" if acts.chosen else ""
         raise errors.UserError(
-            f"{acts.root}: holds {len(acts)} activations{some}, fewer than {k} {what}. "
-            "Lower --n-prototypes."
+            f"{acts.root}: holds {len(acts)} activations{some}, fewer than {k} {what}. Lower --n-prototypes."
         )
 
 

@@ -133,9 +133,7 @@ def _fitted(fpath: pathlib.Path, d_vit: int) -> base.Prototypes:
     scorer, k = load(fpath), int(fpath.name.split("-")[1])
     shape = tuple(scorer.direction_KD.shape) if isinstance(scorer, base.Prototypes) else "an SAE"
     if not isinstance(scorer, base.Prototypes) or shape != (k, d_vit):
-        raise errors.UserError(
-            f"{fpath}: holds {shape} instead of {(k, d_vit)} (prototypes, d_vit). {REFIT}"
-        )
+        raise errors.UserError(f"{fpath}: holds {shape} instead of {(k, d_vit)} (prototypes, d_vit). {REFIT}")
     return scorer
 
 

@@ -19,9 +19,7 @@ class Train:
 
     sae: nn_config.Sae = dataclasses.field(default_factory=nn_config.DEFAULT)
     """The architecture."""
-    objective: nn_config.Vanilla | nn_config.Matryoshka = dataclasses.field(
-        default_factory=nn_config.Vanilla
-    )
+    objective: nn_config.Vanilla | nn_config.Matryoshka = dataclasses.field(default_factory=nn_config.Vanilla)
     """The loss."""
     data: data_config.Shards = fields.shared(data_config.Shards)
     """The activations."""
@@ -89,9 +87,7 @@ class Train:
     """TOML file of parameters, in which each list is a grid axis. Flags on the command line override it."""
     dry_run: bool = fields.neither(False)
     """Print the configs without training."""
-    slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = fields.neither(
-        launch.SlurmConfig
-    )
+    slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = fields.neither(launch.SlurmConfig)
     """Where to run."""
 
     def __post_init__(self) -> None:
@@ -142,9 +138,7 @@ class Train:
 
     def costly_at(self, step: int) -> bool:
         """Whether costly metrics are measured too: at the first log step of each interval, and the last."""
-        return self.logs_at(step) and (
-            step % self.costly_every < self.log_every or step == self.n_steps - 1
-        )
+        return self.logs_at(step) and (step % self.costly_every < self.log_every or step == self.n_steps - 1)
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, a plateau, then a decay that would reach 0 one step after the last."""

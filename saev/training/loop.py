@@ -98,7 +98,7 @@ def _stream(cfg: config.Train, acts: activations.Activations) -> shuffled.Shuffl
 
 @beartype.beartype
 def run_id(cfg: config.Train, fingerprint: str) -> str:
-    """Eight hex digits of a hash of all that determines the weights. fingerprint: `Activations.fingerprint`."""
+    """Eight hex digits of a hash of all that determines the weights. fingerprint: of the activations."""
     if not _uses_window(cfg):
         cfg = dataclasses.replace(cfg, dead_window=None)
     parts = {"cfg": fields.identity(cfg), "revision": REVISION, "activations": fingerprint}
@@ -143,9 +143,7 @@ def _train(
     with contextlib.ExitStack() as trackers:  # closed even if a run fails
         started = []
         for run in runs:
-            tracker = (
-                _start_tracker(run, start, stream) if world.is_first else tracking.NullTracker()
-            )
+            tracker = _start_tracker(run, start, stream) if world.is_first else tracking.NullTracker()
             trackers.callback(tracker.finish)
             started.append((run, tracker))
         return _Loop(stream, started, start, device, world).run()

@@ -221,9 +221,7 @@ class Run:
                 raise ValueError("dead_C names latents that do not exist")
         tensors.check_like(state, mine | ({"dead_C": None} if dead_C is None else {}))
         self.sae.load_state_dict(state["sae"])
-        self.averaged = state["averaged"] and {
-            k: v.to(self.device) for k, v in state["averaged"].items()
-        }
+        self.averaged = state["averaged"] and {k: v.to(self.device) for k, v in state["averaged"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.around = robust.Typical(**{k: v.to(self.device) for k, v in state["around"].items()})
         self.objective.density = state["density"]

@@ -16,8 +16,7 @@ from saev.report import tables
 from saev.training import config
 
 NOT_SHOWN = {
-    *{field.name for field in dataclasses.fields(config.Train)}
-    - {*fields.result_names(config.Train)},
+    *{field.name for field in dataclasses.fields(config.Train)} - {*fields.result_names(config.Train)},
     *("activations", "architecture", "objective_name"),
 }
 """Config fields that the table leaves out: they do not change the SAE, or have columns of their own."""
@@ -112,9 +111,7 @@ def _row(dpath: pathlib.Path) -> dict[str, str | int | float | None]:
         kind += f" {helpers.printable(known.objective_name)}"
     n_steps = max(1, known.n_patches // known.batch_size)
     source, figures = _figures(dpath)
-    n_extreme, n_dead = (
-        _number(figures.get(name)) for name in ("extreme_variance_frac", "dead_frac_window")
-    )
+    n_extreme, n_dead = (_number(figures.get(name)) for name in ("extreme_variance_frac", "dead_frac_window"))
     logged = {"l0": "l0_count"} | {name: name for name in FIGURES if name != "l0"}
     numbers = {name: _number(figures.get(key)) for name, key in logged.items()}
     numbers |= {"extreme_variance_pct": 100 * n_extreme, "dead_pct": 100 * n_dead}
@@ -178,9 +175,7 @@ def _number(value: object) -> float:
         return math.nan
 
 
-def _flat(
-    cfg: dict[str, tp.Any], prefix: str = "cfg."
-) -> collections.abc.Iterator[tuple[str, str | None]]:
+def _flat(cfg: dict[str, tp.Any], prefix: str = "cfg.") -> collections.abc.Iterator[tuple[str, str | None]]:
     """(cfg.<dotted name>, value as text)."""
     for key, value in cfg.items():
         if prefix == "cfg." and key in NOT_SHOWN:
@@ -218,13 +213,10 @@ def table(rows: pl.DataFrame) -> pl.DataFrame:
         if by_token or not f.is_by_token
     }
     mark = pl.when("is_best").then(pl.lit(" *")).otherwise(pl.lit(""))
-    first = rows.select(
-        pl.col("run") + mark, architecture="kind", d_sae=pl.col("d_sae").cast(pl.String)
-    )
+    first = rows.select(pl.col("run") + mark, architecture="kind", d_sae=pl.col("d_sae").cast(pl.String))
     last = rows.select("state", of="source").select("of", "state")
     taken = {*first.columns, *figures, *last.columns}
     shown = rows.select(
-        pl.col(key).fill_null("-").alias(key if config[key] in taken else config[key])
-        for key in vary
+        pl.col(key).fill_null("-").alias(key if config[key] in taken else config[key]) for key in vary
     )
     return pl.concat([first, shown, pl.DataFrame(figures), last], how="horizontal")

@@ -83,9 +83,7 @@ def _gallery(cfg: config.Visuals, acts: activations.Activations) -> render.Galle
         raise errors.UserError("--images.root is missing: pass the folder that was dumped.")
     fields = acts.transform()
     if not fields:
-        logger.info(
-            "%s: has no transform.json; heat maps assume a square centre crop", cfg.data.shard_root
-        )
+        logger.info("%s: has no transform.json; heat maps assume a square centre crop", cfg.data.shard_root)
     transform = images.Transform.from_dict(fields) if fields else None
     layer = acts.only_layer("heat maps show")
     return render.Gallery(
@@ -138,15 +136,11 @@ def choose(cfg: config.Visuals, stats: Stats) -> Int64[np.ndarray, " C"]:
     """
     if cfg.latents:
         if bad := [i for i in cfg.latents if not 0 <= i < len(stats.freq_S)]:
-            raise errors.UserError(
-                f"--latents {bad[0]}: the SAE has latents 0 to {len(stats.freq_S) - 1}."
-            )
+            raise errors.UserError(f"--latents {bad[0]}: the SAE has latents 0 to {len(stats.freq_S) - 1}.")
         return np.array(sorted(set(cfg.latents)), np.int64)
     eligible_C = np.flatnonzero(_eligible(cfg, stats))
     if not len(eligible_C):
-        raise errors.UserError(
-            f"no latent lies in --log-freq-range and --log-value-range. {_found(stats)}"
-        )
+        raise errors.UserError(f"no latent lies in --log-freq-range and --log-value-range. {_found(stats)}")
     n = min(cfg.n_latents, len(eligible_C))
     return np.sort(np.random.default_rng(cfg.seed).choice(eligible_C, n, replace=False))
 
@@ -164,9 +158,7 @@ def _found(stats: Stats) -> str:
     fires_S = stats.freq_S > 0
     if not fires_S.any():
         return "No latent fires at all: is this the SAE of this ViT layer?"
-    ranges = [
-        np.quantile(np.log10(v_S[fires_S]), [0.05, 0.95]) for v_S in (stats.freq_S, stats.mean_S)
-    ]
+    ranges = [np.quantile(np.log10(v_S[fires_S]), [0.05, 0.95]) for v_S in (stats.freq_S, stats.mean_S)]
     (f_low, f_high), (v_low, v_high) = ranges
     return (
         f"Of {fires_S.sum()} latents that fire, 90% have log10 frequency {f_low:.1f} to {f_high:.1f} "

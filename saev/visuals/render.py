@@ -100,9 +100,7 @@ def check_target(dpath: pathlib.Path) -> None:
     if not dpath.exists() or all((dpath / name).is_file() for name in MARKERS):
         return
     if dpath.is_file() or any(dpath.iterdir()):
-        raise errors.UserError(
-            f"--dump-to {dpath}: exists and is not a gallery. Pass a new folder."
-        )
+        raise errors.UserError(f"--dump-to {dpath}: exists and is not a gallery. Pass a new folder.")
 
 
 @beartype.beartype
@@ -257,13 +255,9 @@ def _index(gallery: Gallery, pages: list[Page]) -> str:
 
 def _section(gallery: Gallery, page: Page) -> str:
     figures = "".join(_figure(gallery, page, rank) for rank in range(len(page.shown)))
-    facts = (
-        f"fires on {page.freq:.3%} of patches, mean value {page.mean:.3g}, max {_peak(page):.3g}"
-    )
+    facts = f"fires on {page.freq:.3%} of patches, mean value {page.mean:.3g}, max {_peak(page):.3g}"
     body = f"<div class='row'>{figures}</div>" if page.shown else "<p>It fires on no image.</p>"
-    return (
-        f"<section id='{_folder(page)}'><h2>Latent {page.latent}</h2><p>{facts}</p>{body}</section>"
-    )
+    return f"<section id='{_folder(page)}'><h2>Latent {page.latent}</h2><p>{facts}</p>{body}</section>"
 
 
 def _figure(gallery: Gallery, page: Page, rank: int) -> str:

@@ -103,9 +103,7 @@ def interrupted_targets(chain: Chain) -> list[Target]:
     ]
 
 
-def _on_a_copy(
-    chain: Chain, name: str, go_on: collections.abc.Callable[[Chain, str], str]
-) -> Probe:
+def _on_a_copy(chain: Chain, name: str, go_on: collections.abc.Callable[[Chain, str], str]) -> Probe:
     """The command finishes in a copy of the interrupted folder, under the same name."""
 
     def probe() -> str:

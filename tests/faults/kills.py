@@ -74,9 +74,7 @@ def _run(chain: Chain, command: Command, kill_after_s: float | None = None) -> b
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     cwd = pathlib.Path(__file__).parents[2]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", script], cwd=cwd, env=env, stdout=log, stderr=log
-        )
+        process = subprocess.Popen([sys.executable, "-c", script], cwd=cwd, env=env, stdout=log, stderr=log)
         try:
             process.wait(kill_after_s)
         except subprocess.TimeoutExpired:
@@ -111,10 +109,5 @@ def _files(folder: pathlib.Path) -> str:
 
 def _litter(chain: Chain, command: Command) -> list[str]:
     """Temporary files that the killed processes left and the last one did not sweep."""
-    found = [
-        p
-        for folder in command.folders
-        for name in LITTER
-        for p in (chain.root / folder).rglob(name)
-    ]
+    found = [p for folder in command.folders for name in LITTER for p in (chain.root / folder).rglob(name)]
     return sorted({str(p.relative_to(chain.root)) for p in found})

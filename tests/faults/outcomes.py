@@ -38,9 +38,7 @@ def limited(limit_s: int) -> collections.abc.Generator[None]:
 class Tally:
     """Counts of outcomes by campaign and what was damaged, and the story of each bad one."""
 
-    counts: dict[tuple[str, str], collections.Counter[Outcome]] = dataclasses.field(
-        default_factory=dict
-    )
+    counts: dict[tuple[str, str], collections.Counter[Outcome]] = dataclasses.field(default_factory=dict)
     stories: list[str] = dataclasses.field(default_factory=list)
 
     def attempt(

@@ -30,6 +30,5 @@ def load(cfg: config.Vit) -> Vit:
 def _check(cfg: config.Vit, flag: str, given: int | None, actual: int, what: str) -> None:
     if given not in (None, actual):
         raise errors.UserError(
-            f"{flag} {given}: {cfg.vit_ckpt} gives {actual} {what}. "
-            f"Pass {flag} {actual} or leave it out."
+            f"{flag} {given}: {cfg.vit_ckpt} gives {actual} {what}. Pass {flag} {actual} or leave it out."
         )

@@ -97,17 +97,14 @@ def _unsafe(fpath: pathlib.Path, err: Exception) -> errors.UserError:
 
 def _unreadable(fpath: pathlib.Path, reason: str) -> errors.UserError:
     return errors.UserError(
-        f"{fpath}: cannot be read as weights ({reason}). "
-        "Pass a complete .safetensors or .pt state dict."
+        f"{fpath}: cannot be read as weights ({reason}). Pass a complete .safetensors or .pt state dict."
     )
 
 
 def _state_dict(obj: object, fpath: pathlib.Path) -> dict[str, Tensor]:
     """Finds the state dict in what training code saved, which may be nested in several containers."""
     while isinstance(obj, collections.abc.Mapping):
-        inside = [
-            k for k in CONTAINERS if isinstance(obj.get(k), collections.abc.Mapping) and obj[k]
-        ]
+        inside = [k for k in CONTAINERS if isinstance(obj.get(k), collections.abc.Mapping) and obj[k]]
         if not inside:
             break
         if len(inside) > 1:

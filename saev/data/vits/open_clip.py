@@ -52,9 +52,7 @@ def build(cfg: config.Vit) -> base.Tower:
             output_extra_tokens=shape["n_prefix"] > 0,
         )
         patches = out["image_intermediates"]
-        return list(
-            zip(patches, out.get("image_intermediates_prefix", [None] * len(patches)), strict=True)
-        )
+        return list(zip(patches, out.get("image_intermediates_prefix", [None] * len(patches)), strict=True))
 
     return base.Tower(visual, intermediates, ckpt_id=ckpt_id, **shape)
 

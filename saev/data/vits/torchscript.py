@@ -22,9 +22,7 @@ def is_archive(fpath: pathlib.Path) -> bool:
     if not zipfile.is_zipfile(fpath):
         return False
     with zipfile.ZipFile(fpath) as archive:
-        return any(
-            "/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist()
-        )
+        return any("/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 @beartype.beartype

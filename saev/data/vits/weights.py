@@ -68,9 +68,7 @@ def apply(module: torch.nn.Module, cfg: config.Vit) -> str:
     return f"{name}@sha256:{digest.hexdigest()[:16]}"
 
 
-def _load(
-    module: torch.nn.Module, state: dict[str, Tensor], fpath: pathlib.Path, cfg: config.Vit
-) -> None:
+def _load(module: torch.nn.Module, state: dict[str, Tensor], fpath: pathlib.Path, cfg: config.Vit) -> None:
     wanted = module.state_dict()
     misfit = f"{fpath}: does not fit {cfg.vit_ckpt}"
     state, outside = _unwrapped(state, wanted, misfit)
@@ -97,9 +95,7 @@ def _load(
         raise errors.UserError(f"{misfit}: {'; '.join(problems)}. {hint}")
     for key, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value.float()).all():
-            raise errors.UserError(
-                f"{fpath}: {key} holds NaN or infinite weights. Download the file again."
-            )
+            raise errors.UserError(f"{fpath}: {key} holds NaN or infinite weights. Download the file again.")
     module.load_state_dict(state)
 
 
@@ -119,8 +115,7 @@ def _alike(value: Tensor, wanted: Tensor) -> bool:
 
 def _is_transformers(names: list[str]) -> bool:
     return any(
-        re.search(r"(^|\.)(embeddings\.|vision_model\.|encoder\.layers?\.\d|layer\.\d+\.)", k)
-        for k in names
+        re.search(r"(^|\.)(embeddings\.|vision_model\.|encoder\.layers?\.\d|layer\.\d+\.)", k) for k in names
     )
 
 

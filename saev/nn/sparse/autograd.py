@@ -38,9 +38,7 @@ class _Decode(torch.autograd.Function):
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def decode(
-    value_n: Float[Tensor, " n"], W_dec: Float[Tensor, "S D"], index: Index
-) -> Float[Tensor, "O D"]:
+def decode(value_n: Float[Tensor, " n"], W_dec: Float[Tensor, "S D"], index: Index) -> Float[Tensor, "O D"]:
     """f W_dec. Differentiable in the codes and W_dec."""
     return _Decode.apply(value_n, W_dec, index)
 
@@ -64,9 +62,7 @@ class _Reconstruct(torch.autograd.Function):
         inputs = (x_BD, value_n, index.latent_n, index.start_O1, W_dec.contiguous(), b_dec, end_P)
         arrays = [t.detach().numpy() for t in inputs]
         outputs = [t.numpy() for t in (x_hat_BD, error_B, g_BPD, g_n)]
-        compiled.in_threads(
-            lambda first, last: kernels.reconstruct(*arrays, first, last, *outputs), B
-        )
+        compiled.in_threads(lambda first, last: kernels.reconstruct(*arrays, first, last, *outputs), B)
         ctx.save_for_backward(value_n, g_BPD, g_n, end_P)
         ctx.index = index
         ctx.mark_non_differentiable(x_hat_BD)

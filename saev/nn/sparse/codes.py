@@ -104,9 +104,7 @@ def n_positive(f_BS: Float[Tensor, "B S"]) -> Int[Tensor, " S"]:
     return torch.from_numpy(np.sum(parts, axis=0))
 
 
-def bag(
-    table_RD: Tensor, index_n: Tensor, weight_n: Tensor, start_O1: Tensor
-) -> Float[Tensor, "O D"]:
+def bag(table_RD: Tensor, index_n: Tensor, weight_n: Tensor, start_O1: Tensor) -> Float[Tensor, "O D"]:
     """out[o] = sum over j in start[o] .. start[o + 1] of weight[j] table[index[j]]."""
     if triton_kernels.available(table_RD):
         return triton_kernels.bag(table_RD, index_n, weight_n, start_O1)

@@ -53,9 +53,7 @@ class _Rows(tp.NamedTuple):
     margin_B: np.ndarray
 
 
-def _search(
-    encoder: Encoder, xc_BD: Tensor, find: collections.abc.Callable[[int, int, _Rows], T]
-) -> list[T]:
+def _search(encoder: Encoder, xc_BD: Tensor, find: collections.abc.Callable[[int, int, _Rows], T]) -> list[T]:
     """Calls `find(first, last, rows)` on parts of a batch on a CPU, in threads."""
     W_SD, b_S, is_bfloat16 = encoder
     is_screened = xc_BD.dtype == torch.float32 and _multiplies_bfloat16() and not is_bfloat16
@@ -87,9 +85,7 @@ def _index(latent_n: np.ndarray, n_B: np.ndarray, n_latents: int) -> Index:
 
 
 @torch.no_grad()
-def top_k(
-    encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int, keep_negative: bool = False
-) -> Codes:
+def top_k(encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int, keep_negative: bool = False) -> Codes:
     """Finds the k largest pre-activations of each row; only positive ones unless `keep_negative`.
 
     Ties: a CPU keeps the lowest latents; a GPU keeps any.
@@ -144,7 +140,7 @@ def above(
     """Finds the pre-activations above `cutoff_S`.
 
     Args:
-        n_expected: about how many there are in the batch. Buffers start at twice that size and grow if needed.
+        n_expected: about how many there are in the batch. Buffers start at twice that size and grow.
     """
     S = len(encoder.W_SD)
     if not kernels.available(xc_BD):
