@@ -4,8 +4,10 @@ import collections
 import collections.abc
 import itertools
 import json
+import os
 import pathlib
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,13 @@ from saev import early
 from saev.formats import shards
 
 early.limit_spinning()  # before torch is imported, as in the commands
+if (
+    sys.dont_write_bytecode
+):  # as in containers: each process that a test starts would compile torch and timm anew
+    os.environ["PYTHONDONTWRITEBYTECODE"] = ""
+    os.environ["PYTHONPYCACHEPREFIX"] = str(
+        pathlib.Path(__file__).parent.parent / ".pytest_cache" / "pycache"
+    )
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 ):  # as nohup's children have it: Ctrl-C could not be tested

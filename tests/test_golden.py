@@ -1,4 +1,4 @@
-"""The numbers stay: the weights of a tiny training of each architecture and objective, and a tiny protoeval table.
+"""The numbers stay: the weights of a tiny training of each architecture and objective, a tiny protoeval table, defaults.
 
 tests/data/golden.json holds them with the REVISIONs that they belong to. When a change is meant to give other
 numbers, raise that REVISION and write the file again:
@@ -11,15 +11,17 @@ between what a relative change of 1e-6 of the activations does and what a small 
 
 import collections.abc
 import csv
+import dataclasses
 import json
 import os
 import pathlib
+import typing as tp
 
 import numpy as np
 import pytest
 import torch
 
-from saev import nn, scorers
+from saev import fields, nn, scorers
 from saev.data import config as data_config
 from saev.demo import minicub
 from saev.formats import shards
@@ -168,6 +170,21 @@ def is_same(got: list[list[str | float]], want: list[list[str | float]]) -> bool
     return names and np.allclose([g[3:] for g in got], [w[3:] for w in want], rtol=0, atol=1e-3)
 
 
+# ---- defaults ----
+
+
+def defaults(*classes: type) -> dict[str, dict[str, str]]:
+    """Class -> field that determines the result -> its default. Ids of runs leave out what is at its default."""
+    return {
+        cls.__name__: {
+            field.name: repr(getattr(field.default_factory, "__name__", field.default))
+            for field in dataclasses.fields(cls)
+            if field.name in fields.result_names(cls)
+        }
+        for cls in classes
+    }
+
+
 # ---- what the file holds ----
 
 
@@ -193,6 +210,26 @@ def test_table(n_threads: int, tmp_path: pathlib.Path) -> None:
     got = tabulate(tmp_path)
     want = golden("protoeval", [experiment.REVISION, scorers.REVISION], got)
     assert is_same(got, want), "raise protoeval's or the scorers' REVISION, or mend the fault"
+
+
+@pytest.mark.parametrize(
+    ("part", "revision", "classes"),
+    [
+        ("training", [loop.REVISION], (config.Train, *map(type, SAES), *map(type, OBJECTIVES))),
+        ("protoeval", [experiment.REVISION], (protoeval_config.ProtoEval, data_config.Shards)),
+        ("scorers", [scorers.REVISION], tp.get_args(scorers_config.Scorer)),
+    ],
+)
+def test_defaults(part: str, revision: list[int], classes: tuple[type, ...]) -> None:
+    got = defaults(*classes)
+    want = golden(f"{part} defaults", revision, got)
+    assert got == want, "if a default has changed, raise the REVISION; then write golden.json again"
+
+
+def test_a_changed_default_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = defaults(nn_config.TopK)
+    monkeypatch.setattr(nn_config.TopK.__dataclass_fields__["top_k"], "default", 33)
+    assert defaults(nn_config.TopK) != before
 
 
 def test_a_change_of_the_weights_shows(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
