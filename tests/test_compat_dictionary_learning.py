@@ -4,9 +4,9 @@ import json
 import logging
 import pathlib
 import re
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
         str(dpath),
         str(fpath),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = forked.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, str(fpath)), done.stderr
     assert_same(nn.load(fpath), *formula("AutoEncoderTopK", dpath))
 

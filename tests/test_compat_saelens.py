@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import safetensors.torch
@@ -339,7 +340,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
 
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "saev.compat", "saelens", *args]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return forked.run(command, cwd=ROOT, capture_output=True, text=True)
 
     assert run("export", str(tmp_path / "sae.pt"), str(tmp_path / "out")).returncode == 0
     again = run("export", str(tmp_path / "sae.pt"), str(tmp_path / "out"))

@@ -2,9 +2,9 @@
 
 import json
 import pathlib
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import safetensors.torch
@@ -69,7 +69,7 @@ def test_a_number_of_latents_goes_before_the_factor(tmp_path: pathlib.Path) -> N
 def test_the_command(tmp_path: pathlib.Path) -> None:
     dpath, fpath = folder(tmp_path), tmp_path / "sae.pt"
     command = [sys.executable, "-m", "saev.compat", "sparsify", "load", str(dpath), str(fpath)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = forked.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, str(fpath)), done.stderr
     check(nn.load(fpath), dpath)
 

@@ -3,9 +3,9 @@
 import json
 import pathlib
 import shutil
-import subprocess
 import sys
 
+import forked
 import pytest
 from conftest import as_older
 
@@ -124,7 +124,7 @@ def test_the_command(make_shards) -> None:
     bad, _ = make_shards(seed=1)
     flip(bad / "acts000000.bin", 9)
     command = [sys.executable, "-m", "saev.data.verify", str(good), str(bad)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = forked.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout.splitlines() == [
         verify.describe(good),

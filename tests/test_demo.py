@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 
@@ -28,7 +29,7 @@ SMALL = ["--n-imgs", "320", "--n-patches", "150000"]
 
 def run_demo(dpath: pathlib.Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "saev.demo", "--dump-to", str(dpath), *SMALL]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_prints_commands_that_run(first: subprocess.CompletedProcess[str], dpath
     assert programs == ["python -m saev.data", "train.py", "visuals.py", "protoeval.py"]
     for command in (commands[0], commands[1], commands[3]):
         args = command.removeprefix("python ").split()
-        done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = forked.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert "already" in done.stderr
 

@@ -20,7 +20,7 @@ from saev.formats import shards
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
-N = 300
+N = 100
 
 
 @pytest.fixture(scope="module")

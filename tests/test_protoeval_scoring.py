@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -125,14 +126,14 @@ def test_a_killed_pass_goes_on_to_the_same_scores(
         return [sys.executable, "-c", code, data[0].shard_root, str(tmp_path / name), pause]
 
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.Popen(command("killed", "0.3"), env=env, stdout=subprocess.PIPE, text=True)
+    killed = forked.Popen(command("killed", "0.3"), env=env, stdout=subprocess.PIPE, text=True)
     for _ in range(4):
         assert killed.stdout.readline() == "block\n"
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     counts = []
     for name in ("killed", "whole", "killed"):
-        done = subprocess.run(command(name, "0"), env=env, capture_output=True, text=True, check=True)
+        done = forked.run(command(name, "0"), env=env, capture_output=True, text=True, check=True)
         counts.append(done.stdout.count("block"))
     assert counts[1] == 12 and 0 < counts[0] < 12 and counts[2] == 0
     for fname in ("scores.bin", "means.bin"):

@@ -80,7 +80,7 @@ def test_an_editor_sees_the_names_that_are_there(package: str) -> None:
     fpath = ROOT / package.replace(".", "/") / "__init__.py"
     tree = ast.parse(fpath.read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
-    static = {a.asname for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    static = {a.asname or a.name for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
     module = importlib.import_module(package)
     assert static == set(inspect.getclosurevars(inspect.unwrap(module.__getattr__)).nonlocals["table"])
     assert static <= set(dir(module)) and all(hasattr(module, name) for name in static)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import forked
 import numpy as np
 import pytest
 import sklearn.cluster
@@ -328,7 +329,7 @@ def test_two_processes_fit_once(data, tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(code), shards.shard_root, str(shards.layer)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": env}
-    both = [subprocess.Popen([*command, str(tmp_path / "s")], **pipes) for _ in range(2)]
+    both = [forked.Popen([*command, str(tmp_path / "s")], **pipes) for _ in range(2)]
     for process in both:
         assert process.stdout.readline() == "ready\n"
     for process in both:

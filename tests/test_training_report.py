@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import forked
 import hypothesis
 import hypothesis.strategies as st
 import matplotlib.image
@@ -222,7 +223,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
 
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "saev.training.report", *args]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return forked.run(command, cwd=ROOT, capture_output=True, text=True)
 
     png, table = tmp_path / "front.png", tmp_path / "table.csv"
     done = run(str(tmp_path / "runs"), "--plot", str(png), "--csv", str(table))

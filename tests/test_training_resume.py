@@ -15,6 +15,7 @@ import threading
 import time
 import typing as tp
 
+import forked
 import pytest
 import torch
 
@@ -449,9 +450,9 @@ def test_diverged_run_keeps_its_last_good_state(cfg: config.Train, monkeypatch: 
 def command(cfg: config.Train, *more: str) -> list[str]:
     return [
         *(sys.executable, str(ROOT / "train.py"), "--data.shard-root", cfg.data.shard_root),
-        *("--n-patches", str(3000 * 32), "--batch-size", "32", "--lr", "1e-2"),
+        *("--n-patches", str(1000 * 32), "--batch-size", "32", "--lr", "1e-2"),
         *("--dead-window", "64", "--log-every", "100", "--ckpt-to", cfg.ckpt_to),
-        *("--wandb-project", "", "--device", "cpu", "--save-every", "1e-3", *more),
+        *("--wandb-project", "", "--device", "cpu", "--save-every", "4e-3", *more),
     ]
 
 
@@ -474,7 +475,7 @@ def test_killed_three_times_ends_with_the_same_weights(cfg: config.Train, tmp_pa
     """kill -9, wherever it strikes: in a step, while states are written, between the runs of the group."""
     args = command(cfg, "--sweep", sweep(tmp_path))
     undisturbed = change(cfg, ckpt_to=cfg.ckpt_to + "-undisturbed")
-    want = subprocess.run(
+    want = forked.run(
         command(undisturbed, "--sweep", sweep(tmp_path)),
         capture_output=True,
         text=True,
@@ -483,7 +484,7 @@ def test_killed_three_times_ends_with_the_same_weights(cfg: config.Train, tmp_pa
     ).stdout.split()
     rng, n_killed, reached = random.Random(0), 0, []
     while True:
-        process = subprocess.Popen(
+        process = forked.Popen(
             args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
         )
         if n_killed < 3:
@@ -532,7 +533,7 @@ def test_two_processes_equal_one(cfg: config.Train, sae: list[str]) -> None:
     fpaths = []
     for n in ("1", "2"):
         parallel = change(cfg, ckpt_to=f"{cfg.ckpt_to}-{n}")
-        out = subprocess.run(
+        out = forked.run(
             command(parallel, "--data-parallel", n, *more),
             capture_output=True,
             text=True,
@@ -553,7 +554,7 @@ def test_the_good_runs_of_a_local_sweep_are_done_and_named(cfg: config.Train, tm
     fpath.write_text("seed = [0, 1]\nlr = [1e25, 1e-2]\n[sae]\ntype = 'top-k'\nexp_factor = 4\n")
     args = [a for a in command(cfg, "--n-patches", "320", "--sweep", str(fpath)) if a != "--lr"]
     args.remove("1e-2")
-    done = subprocess.run(args, capture_output=True, text=True, env=environment())
+    done = forked.run(args, capture_output=True, text=True, env=environment())
     assert done.returncode == 2 and done.stderr.splitlines()[-1].count("not finite") == 2
     fpaths = [pathlib.Path(line) for line in done.stdout.split()]
     assert len(fpaths) == 2 and all((f.parent / "metrics.json").exists() for f in fpaths)
@@ -565,7 +566,7 @@ def test_the_good_runs_of_a_local_sweep_are_done_and_named(cfg: config.Train, tm
 def test_two_processes_diverge_together(cfg: config.Train) -> None:
     """The loss of one process's half may be the first that is no number."""
     args = command(cfg, "--data-parallel", "2", "--n-patches", "320", "--lr", "1e25")
-    done = subprocess.run(args, capture_output=True, text=True, env=environment())
+    done = forked.run(args, capture_output=True, text=True, env=environment())
     assert done.returncode == 2, done.stderr
     assert "not finite at step" in done.stderr.splitlines()[-1]
 
@@ -574,7 +575,7 @@ def test_two_processes_diverge_together(cfg: config.Train) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_two_processes_save_when_their_parent_is_asked_to_stop(cfg: config.Train, signum: int) -> None:
     args = command(cfg, "--data-parallel", "2", "--n-patches", "3200000", "--save-every", "10")
-    process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, env=environment())
+    process = forked.Popen(args, stderr=subprocess.PIPE, text=True, env=environment())
     while process.poll() is None and not list(pathlib.Path(cfg.ckpt_to).glob("*/metrics.jsonl")):
         time.sleep(0.05)
     time.sleep(1)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import forked
 import jaxtyping
 import numpy as np
 import PIL.Image
@@ -341,7 +342,7 @@ launch.entry(lambda: collect.main(config.{cfg!r}))
 """.replace("ImageFolder(", "data_config.ImageFolder(").replace("Shards(", "data_config.Shards(")
     code = code.replace("SlurmConfig(", "launch.SlurmConfig(")
     before = sorted(p.name for p in tmp_path.iterdir())
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     assert process.stdout.readline() == b"there\n"

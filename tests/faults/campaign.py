@@ -1,4 +1,4 @@
-"""The campaign itself: see the package. Run as `uv run python -m tests.faults.campaign [--all | --n-flips N ...]`."""
+"""The campaign itself: see the package. Run as `uv run python -m faults.campaign [--all | --n-flips N ...]`."""
 
 import argparse
 import collections.abc

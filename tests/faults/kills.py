@@ -10,6 +10,7 @@ import tempfile
 import time
 import typing as tp
 
+import forked
 import numpy as np
 
 from .chain import Chain, digest
@@ -74,7 +75,7 @@ def _run(chain: Chain, command: Command, kill_after_s: float | None = None) -> b
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     cwd = pathlib.Path(__file__).parents[2]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([sys.executable, "-c", script], cwd=cwd, env=env, stdout=log, stderr=log)
+        process = forked.Popen([sys.executable, "-c", script], cwd=cwd, env=env, stdout=log, stderr=log)
         try:
             process.wait(kill_after_s)
         except subprocess.TimeoutExpired:

@@ -1,0 +1,197 @@
+"""Real commands without the seconds that a new process imports for.
+
+A server that has imported torch and other libraries, but nothing of saev, forks each command. The fork has its own
+arguments, environment, working folder, streams and signals, and ends as Python does. What it cannot show: which modules
+a command imports, what imports cost, and its memory. Tests of those start Python.
+"""
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import io
+import json
+import os
+import pathlib
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import types
+import typing as tp
+
+ROOT = pathlib.Path(__file__).parent.parent
+PRELOADED = (
+    "torch",
+    "scipy.stats",
+    "numba",
+    "sklearn.linear_model",
+    "wandb",
+    "polars",
+    "matplotlib.figure",
+    "tyro",
+)
+"""Without timm, which imports triton, whose end takes seconds."""
+READ_ON_IMPORT = ("PYTHON", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "TRITON_", "TORCH_", "HF_", "LD_", "HOME")
+"""Variables (by their first letters) that the libraries read when they are imported. Each set of them has a server."""
+
+
+class Popen(subprocess.Popen):
+    """`subprocess.Popen` of [sys.executable, ...]: a script, -m module or -c code, without options of Python."""
+
+    def _execute_child(  # as in the base class, by position
+        self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest: tp.Any
+    ) -> None:
+        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[3:9]
+        assert args[0] == sys.executable and (args[1] in ("-m", "-c") or not args[1].startswith("-")), args
+        assert preexec_fn is None and not pass_fds
+        report, theirs = os.pipe()
+        streams = [fd if end == -1 else end for fd, end in enumerate((p2cread, c2pwrite, errwrite))]
+        request = {"args": [os.fspath(a) for a in args[1:]], "cwd": os.fspath(cwd or pathlib.Path.cwd())}
+        request["env"] = {k: os.fspath(v) for k, v in (os.environ if env is None else env).items()}
+        socket.send_fds(
+            server(read_on_import(request["env"])), [json.dumps(request).encode()], [*streams, theirs]
+        )
+        os.close(theirs)
+        for ours, end in ((p2cwrite, p2cread), (c2pread, c2pwrite), (errread, errwrite)):
+            if ours != -1:  # a pipe
+                os.close(end)
+        self._report = os.fdopen(report)
+        self.pid = int(self._report.readline())
+        self._child_created = True
+        self._closed_child_pipe_fds = True
+
+    def _ended(self, timeout: float | None) -> bool:
+        ready, _, _ = select.select([self._report], [], [], timeout)
+        if ready:
+            self.returncode = int(self._report.readline())
+            self._report.close()
+        return bool(ready)
+
+    def _internal_poll(self, _deadstate: object = None, **kwargs: object) -> int | None:
+        if self.returncode is None:
+            self._ended(0)
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:
+        if self.returncode is None and not self._ended(timeout):
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return self.returncode
+
+
+def run(
+    args: tp.Sequence[str | pathlib.Path],
+    *,
+    capture_output: bool = False,
+    check: bool = False,
+    timeout: float | None = None,
+    **kwargs: tp.Any,
+) -> subprocess.CompletedProcess:
+    """`subprocess.run` with the `Popen` above."""
+    if capture_output:
+        kwargs |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with Popen(args, **kwargs) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    done = subprocess.CompletedProcess(args, process.returncode, out, err)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def read_on_import(env: tp.Mapping[str, str]) -> frozenset[tuple[str, str]]:
+    return frozenset((k, v) for k, v in env.items() if k.startswith(READ_ON_IMPORT))
+
+
+@functools.cache
+def server(env: frozenset[tuple[str, str]]) -> socket.socket:
+    """The connection to the server with these variables. The first call starts it; it ends with this process."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    others = {k: v for k, v in os.environ.items() if not k.startswith(READ_ON_IMPORT)}
+    command = [sys.executable, __file__, str(theirs.fileno())]
+    process = subprocess.Popen(command, env=others | dict(env), pass_fds=[theirs.fileno()], cwd=ROOT)
+    theirs.close()
+    atexit.register(process.wait)
+    atexit.register(ours.close)
+    return ours
+
+
+# ---- the server's process ----
+
+
+def serve(connection: socket.socket) -> tuple[dict[str, tp.Any], list[int]]:
+    """Forks a child for each request. Returns in a child: its request and streams."""
+    reports: dict[int, int] = {}
+    wake, wakes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    while True:
+        ready, _, _ = select.select([connection, wake], [], [])
+        if wake in ready:
+            os.read(wake, 4096)
+            for pid in list(reports):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    with os.fdopen(reports.pop(pid), "w") as file, contextlib.suppress(BrokenPipeError):
+                        print(os.waitstatus_to_exitcode(status), file=file)
+        if connection in ready:
+            message, fds, _, _ = socket.recv_fds(connection, 1 << 20, 4)
+            if not message:
+                os._exit(0)  # without the seconds that Python takes to clean up
+            *streams, report = fds
+            if not (pid := os.fork()):
+                for fd in (connection.detach(), wake, wakes, report, *reports.values()):
+                    os.close(fd)
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                return json.loads(message), streams
+            os.write(report, b"%d\n" % pid)
+            reports[pid] = report
+            for fd in streams:
+                os.close(fd)
+
+
+def become(request: dict[str, tp.Any], streams: list[int]) -> tuple[str, str]:
+    """Makes this process what Python is before a program's first line. Returns the kind of program, and the program."""
+    for i, fd in enumerate(streams):
+        os.dup2(fd, i)
+        if fd > 2:
+            os.close(fd)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+    for i, name in ((1, "stdout"), (2, "stderr")):
+        raw = io.FileIO(i, "w", closefd=False)
+        how: dict[str, tp.Any] = {"line_buffering": i == 2 or os.isatty(i)}
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(raw), errors="backslashreplace" if i == 2 else None, **how
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    args = request["args"]
+    kind, program = args[:2] if args[0] in ("-m", "-c") else ("script", args[0])
+    sys.argv = [*args[:1], *args[2:]] if kind in ("-m", "-c") else args
+    sys.path[0] = {"-m": request["cwd"], "-c": "", "script": os.path.dirname(os.path.abspath(program))}[kind]  # noqa: PTH100, PTH120
+    return kind, program
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as saev.early sets it
+    for module in PRELOADED:
+        importlib.import_module(module)
+    gc.freeze()  # else each fork goes through all objects of the imports when it ends
+    kind, program = become(*serve(socket.socket(fileno=int(sys.argv[1]))))
+    if kind == "-m":
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    elif kind == "script":
+        runpy.run_path(program, run_name="__main__")
+    else:
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(program, "<string>", "exec"), vars(main))
