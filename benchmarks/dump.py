@@ -128,10 +128,7 @@ def measure(
         return took_s
 
     forward()  # warm up
-    calls = {
-        "forward": lambda: common.seconds(forward),
-        "decode": lambda: common.seconds(decode_all),
-    }
+    calls = {"forward": lambda: common.seconds(forward), "decode": lambda: common.seconds(decode_all)}
     cases = [(n, "float32") for n in workers] + [(workers[-1], "bfloat16")]
     calls |= {f"dump, {d}, {n} workers": lambda n=n, d=d: run(n, d) for n, d in cases}
     times = common.interleaved(calls, n_repeats)

@@ -62,10 +62,7 @@ def one(name: str, train, data: quality.Data, n_steps: int, coeff: float, lr: fl
     start, trained = train(data, batches, n_steps, coeff, lr, args)
     found = quality.measure(trained, x_ND)
     label = f"{name}{f' lr {lr:g}' if lr else ''}"
-    print(
-        f"{label:<24}{n_steps:6}{coeff:8g}{start:8.1f}{found['l0']:8.2f}{found['nmse']:8.4f}",
-        flush=True,
-    )
+    print(f"{label:<24}{n_steps:6}{coeff:8g}{start:8.1f}{found['l0']:8.2f}{found['nmse']:8.4f}", flush=True)
     case = {"name": f"{data.name}: {label}", "n_steps": n_steps, "coeff": coeff, "l0_start": start}
     if data.atoms_AD is not None:
         cos_A = np.abs(data.atoms_AD @ trained.decoder_SD.T).max(axis=1)
@@ -85,10 +82,7 @@ def saev(
 ) -> tuple[float, peers.Trained]:
     d_vit = data.train_ND.shape[1]
     sae = nn_config.JumpRelu(
-        d_vit=d_vit,
-        exp_factor=data.d_sae // d_vit,
-        sparsity_coeff=coeff,
-        init_threshold=args.init_threshold,
+        d_vit=d_vit, exp_factor=data.d_sae // d_vit, sparsity_coeff=coeff, init_threshold=args.init_threshold
     )
     n_patches = n_steps * args.batch_size
     cfg = training_config.Train(sae=sae, n_patches=n_patches, batch_size=args.batch_size)

@@ -151,12 +151,7 @@ def _faiss(x_BD: np.ndarray, k: int, n_passes: int, seed: int, start_KD: np.ndar
     import faiss
 
     km = faiss.Kmeans(
-        D,
-        k,
-        niter=n_passes,
-        seed=seed,
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(x_BD),
+        D, k, niter=n_passes, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(x_BD)
     )
     km.train(x_BD, init_centroids=start_KD)
     return km.centroids

@@ -94,11 +94,7 @@ def measure_pass(
         with tempfile.TemporaryDirectory() as dpath:
             images = list(range(n_imgs))
             return score.score_images(
-                [scorer],
-                activations.Activations(data),
-                images,
-                pathlib.Path(dpath),
-                torch.device("cpu"),
+                [scorer], activations.Activations(data), images, pathlib.Path(dpath), torch.device("cpu")
             )
 
     floor(), ours()
@@ -202,10 +198,7 @@ def grid_scorers(
 
 
 def grid_config(
-    dpath: pathlib.Path,
-    data: data_config.Shards,
-    scorer: scorers_config.Scorer,
-    ks: tuple[int, ...],
+    dpath: pathlib.Path, data: data_config.Shards, scorer: scorers_config.Scorer, ks: tuple[int, ...]
 ) -> config.ProtoEval:
     return config.ProtoEval(
         scorer=scorer,

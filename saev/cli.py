@@ -17,7 +17,6 @@ import textwrap
 import types
 import typing as tp
 
-import beartype
 import tyro
 
 from saev import errors
@@ -29,7 +28,6 @@ WIDTHS = (60, 160)
 """Least and most columns of the help. In narrower terminals tyro never returns."""
 
 
-@beartype.beartype
 def whole_number(text: str) -> int:
     """Parses an integer such as '1_000', '1e6' or '2.5e5'.
 
@@ -85,12 +83,8 @@ HELP_REGISTRY.primitive_rule(_integers)
 HELP_REGISTRY.struct_rule(_joined_help)
 
 
-@beartype.beartype
 def parse(
-    cls: tp.Any,
-    args: collections.abc.Sequence[str] | None = None,
-    description: str = "",
-    **kwargs: tp.Any,
+    cls: tp.Any, args: collections.abc.Sequence[str] | None = None, description: str = "", **kwargs: tp.Any
 ) -> tp.Any:
     """Parses `args` (by default, the command line) into an instance of `cls`.
 

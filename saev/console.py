@@ -8,12 +8,9 @@ import select
 import sys
 import typing as tp
 
-import beartype
-
 from saev import errors
 
 
-@beartype.beartype
 def say(text: str) -> None:
     """Prints a result.
 
@@ -28,14 +25,12 @@ def say(text: str) -> None:
         raise _not_written(err) from err
 
 
-@beartype.beartype
 def tell(line: str) -> None:
     """Prints to stderr, and ignores errors: it may be closed."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
-@beartype.beartype
 def show(cfgs: collections.abc.Sequence[object]) -> None:
     """Prints configs, for --dry-run."""
     lines = [line for i, cfg in enumerate(cfgs, 1) for line in (f"# {i} of {len(cfgs)}", *_lines(cfg, ""))]

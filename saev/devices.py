@@ -1,12 +1,10 @@
 """Chooses a stage's device."""
 
-import beartype
 import torch
 
 from saev import errors
 
 
-@beartype.beartype
 def pick(name: str) -> torch.device:
     """Returns the named device. "auto" means cuda if there is a GPU, else cpu.
 

@@ -13,8 +13,6 @@ import pathlib
 import re
 import typing as tp
 
-import beartype
-
 from saev import errors
 
 Path = tp.Annotated[str, "path"]
@@ -61,19 +59,16 @@ def _roles(cls: tp.Any) -> dict[str, Role]:
     return {f.name: f.metadata.get("role", Role.RESULT) for f in dataclasses.fields(cls)}
 
 
-@beartype.beartype
 def result_names(cls: type) -> list[str]:
     """Names of the fields that determine the result."""
     return [name for name, role in _roles(cls).items() if role.value[0]]
 
 
-@beartype.beartype
 def stream_of(cfg: tp.Any) -> tuple[object, ...]:
     """Values of the fields that are equal for all runs on one stream."""
     return tuple(getattr(cfg, name) for name, role in _roles(type(cfg)).items() if role.value[1])
 
 
-@beartype.beartype
 def identity(cfg: tp.Any) -> dict[str, object]:
     """What determines the result, for a hash: the class, and the values that differ from their defaults.
 
@@ -93,7 +88,6 @@ def identity(cfg: tp.Any) -> dict[str, object]:
 # ---- checks ----
 
 
-@beartype.beartype
 def settle(cfg: tp.Any, prefix: str = "", **intervals: str) -> None:
     """Expands the paths of a config and checks its numbers. Infinities and NaN are refused.
 
@@ -117,7 +111,6 @@ def settle(cfg: tp.Any, prefix: str = "", **intervals: str) -> None:
                 _check(number, intervals.get(name, WIDEST), flag(prefix + name))
 
 
-@beartype.beartype
 def flag(name: str) -> str:
     """sae.top_k -> --sae.top-k."""
     return f"--{name.replace('_', '-')}"
@@ -152,7 +145,6 @@ def _plain(bound: float) -> str:
 # ---- paths ----
 
 
-@beartype.beartype
 def expand(typed: str, what: str = "") -> str:
     """Expands `~`, `~user`, `$VAR` and `${VAR}` as a shell does. A path that exists as typed keeps its `$`.
 
@@ -193,7 +185,6 @@ def expand(typed: str, what: str = "") -> str:
     return os.path.abspath(path) if is_named_tilde else path  # noqa: PTH100 (as above)
 
 
-@beartype.beartype
 def path(typed: str | os.PathLike[str]) -> pathlib.Path:
     """`expand`, for functions that notebooks call."""
     return pathlib.Path(expand(os.fspath(typed)))

@@ -22,7 +22,6 @@ import time
 import typing as tp
 import uuid
 
-import beartype
 import tqdm
 
 logger = logging.getLogger("saev")
@@ -61,12 +60,7 @@ def naming(fpath: pathlib.Path) -> collections.abc.Generator[None]:
     try:
         yield
     except OSError as err:
-        if err.filename is None and err.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EIO,
-        ):
+        if err.filename is None and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             err.filename = str(fpath)
         raise
 
@@ -93,7 +87,6 @@ def atomic_folder(dpath: pathlib.Path) -> collections.abc.Generator[pathlib.Path
             shutil.rmtree(old_dpath, ignore_errors=True)
 
 
-@beartype.beartype
 def sweep(dpath: pathlib.Path, name: str = "") -> None:
     """Removes from a folder the temporaries and locks that killed processes of ours left there.
 

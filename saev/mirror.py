@@ -20,7 +20,6 @@ import typing as tp
 import urllib.parse
 import uuid
 
-import beartype
 import msgspec
 
 from saev import errors, helpers
@@ -103,7 +102,7 @@ def _begin(dpath: pathlib.Path, project: str, from_step: int) -> tp.Any:
     id_fpath = dpath / "wandb-id.txt"
     if not (from_step and id_fpath.exists()):
         helpers.write_text(id_fpath, uuid.uuid4().hex[:8])
-    config = jsonfile.read(dpath / "config.json", dict[str, tp.Any], "Train again.")
+    config = jsonfile.read_sealed(dpath / "config.json", dict[str, tp.Any], "Train again.", old=True)
     mode = wandb_mode()
     run = wandb.init(
         project=project,
@@ -127,7 +126,6 @@ def _log_offline(ckpt_dpath: pathlib.Path) -> None:
     logger.info("wandb is offline; to upload: wandb sync %s/*/wandb/offline-run-*", ckpt_dpath)
 
 
-@beartype.beartype
 def wandb_mode() -> tp.Literal["online", "offline", "disabled"]:
     """Returns WANDB_MODE if set; otherwise online if there is an API key (environment, settings file or
     netrc), else offline.
@@ -187,10 +185,7 @@ def _silence() -> None:
     """Keeps our log lines on stderr and discards what wandb and its children print."""
     stream = os.fdopen(os.dup(2), "w", buffering=1)
     logging.basicConfig(
-        level=logging.WARNING,
-        format="[%(asctime)s] %(message)s",
-        datefmt="%H:%M:%S",
-        stream=stream,
+        level=logging.WARNING, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", stream=stream
     )
     logger.setLevel(logging.INFO)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -51,7 +51,6 @@ Override = dict[str, object]
 """Dotted key -> value, e.g. {"sae.top_k": 32}."""
 
 
-@beartype.beartype
 def parse(cls: type[Cfg], description: str, args: collections.abc.Sequence[str] | None = None) -> list[Cfg]:
     """Parses the command line; with `--sweep`, once per configuration of the sweep.
 
@@ -73,7 +72,6 @@ def parse(cls: type[Cfg], description: str, args: collections.abc.Sequence[str] 
     return list(dict.fromkeys(configs))  # a typed flag can make two configurations equal
 
 
-@beartype.beartype
 def group(cfgs: list[Cfg]) -> list[list[Cfg]]:
     """Splits a sweep into groups that share one stream of activations: one job each."""
     groups: dict[tuple[object, ...], list[Cfg]] = {}
@@ -95,7 +93,6 @@ def _read(fpath: pathlib.Path) -> dict[str, object]:
 # ---- TOML table -> list of overrides ----
 
 
-@beartype.beartype
 def expand(table: dict[str, object], cls: type, fpath: pathlib.Path) -> list[Override]:
     """The cross product of all axes in file order. The last axis varies fastest."""
     return _crossed([_axis(key, value, cls, fpath) for key, value in table.items()], fpath)
@@ -235,7 +232,6 @@ def _members(field: dataclasses.Field) -> dict[str, tp.Any]:
     return {subcommand_name(tp.cast(type, c)): c for c in classes}
 
 
-@beartype.beartype
 def subcommand_name(cls: type) -> str:
     """tyro's name for a class: ImageFolder -> image-folder."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()

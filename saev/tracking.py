@@ -14,8 +14,6 @@ import subprocess
 import sys
 import typing as tp
 
-import beartype
-
 from saev import errors, helpers
 from saev.formats import jsonfile, metricslog
 
@@ -223,13 +221,7 @@ def _spawned() -> subprocess.Popen[bytes] | None:
     return process
 
 
-@beartype.beartype
-def start(
-    dpath: pathlib.Path,
-    *,
-    wandb_project: str,
-    from_step: int = 0,
-) -> Tracker:
+def start(dpath: pathlib.Path, *, wandb_project: str, from_step: int = 0) -> Tracker:
     """Returns the tracker of the run in `dpath`. Without a project name, only metrics.jsonl is written.
 
     Args:

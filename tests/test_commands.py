@@ -60,14 +60,7 @@ finally:
 
 def dry_run(program: str, args: str) -> str:
     """Output of the command with --dry-run, in a process that ends with 99 if torch or numpy were imported."""
-    command = [
-        sys.executable,
-        "-c",
-        GUARD,
-        program.removeprefix("-m "),
-        "--dry-run",
-        *shlex.split(args),
-    ]
+    command = [sys.executable, "-c", GUARD, program.removeprefix("-m "), "--dry-run", *shlex.split(args)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -103,13 +96,7 @@ def test_readme_commands_parse(command: str) -> None:
 
 def test_readme_has_every_command() -> None:
     text = " ".join(readme_commands())
-    for program in (
-        "python -m saev.demo",
-        "python -m saev.data",
-        "train.py",
-        "visuals.py",
-        "protoeval.py",
-    ):
+    for program in ("python -m saev.demo", "python -m saev.data", "train.py", "visuals.py", "protoeval.py"):
         assert program in text
 
 
@@ -131,9 +118,6 @@ def test_help_and_wrong_flags(program: str) -> None:
     )
     assert help_.returncode == 0 and "--device" in help_.stdout
     wrong = subprocess.run(
-        [sys.executable, *program.split(), "--devize", "x"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [sys.executable, *program.split(), "--devize", "x"], cwd=ROOT, capture_output=True, text=True
     )
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr and "--device" in wrong.stderr

@@ -66,15 +66,7 @@ def test_layer_not_recorded(make_shards, tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_root_without_images(tmp_path: pathlib.Path) -> None:
     (tmp_path / "empty").mkdir()
-    args = [
-        "-m",
-        "saev.data",
-        *VIT,
-        "--dump-to",
-        tmp_path / "s",
-        "data:image-folder",
-        "--data.root",
-    ]
+    args = ["-m", "saev.data", *VIT, "--dump-to", tmp_path / "s", "data:image-folder", "--data.root"]
     assert "no images found" in fails(*args, tmp_path / "empty")
     assert "--data.root" in fails(*args, tmp_path / "gone")
     assert not (tmp_path / "s").exists()
@@ -124,15 +116,7 @@ def test_cub_without_attributes_and_a_line_that_cannot_be_parsed(tmp_path: pathl
     root = tmp_path / "CUB_200_2011"
     minicub.draw(root, n_imgs=40)
     dpath, _ = make_shards(n_imgs=4, n_patches=4, d_vit=8, layers=(3,))
-    args = [
-        "protoeval.py",
-        "--cub-root",
-        root,
-        "--train-data.shard-root",
-        dpath,
-        "--dump-to",
-        tmp_path / "r",
-    ]
+    args = ["protoeval.py", "--cub-root", root, "--train-data.shard-root", dpath, "--dump-to", tmp_path / "r"]
     labels = root / "attributes" / "image_attribute_labels.txt"
     lines = labels.read_text().splitlines()
     labels.write_text("\n".join([*lines[:6], "7 one 0 4 0.0", *lines[7:]]))

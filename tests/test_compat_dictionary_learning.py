@@ -88,15 +88,7 @@ def test_a_batch_top_k_without_a_threshold_says_so(
 @pytest.mark.slow
 def test_the_command(tmp_path: pathlib.Path) -> None:
     dpath, fpath = folder(tmp_path, "AutoEncoderTopK"), tmp_path / "sae.pt"
-    command = [
-        sys.executable,
-        "-m",
-        "saev.compat",
-        "dictionary_learning",
-        "load",
-        str(dpath),
-        str(fpath),
-    ]
+    command = [sys.executable, "-m", "saev.compat", "dictionary_learning", "load", str(dpath), str(fpath)]
     done = forked.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, str(fpath)), done.stderr
     assert_same(nn.load(fpath), *formula("AutoEncoderTopK", dpath))

@@ -54,11 +54,7 @@ def assert_same(f: torch.Tensor, x_hat: torch.Tensor, sae: nn.SparseAutoencoder)
 def test_there_and_back(cfg: config.Sae, tmp_path: pathlib.Path) -> None:
     sae = make(cfg)
     saelens.export(sae, tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.rglob("*")) == [
-        "cfg.json",
-        "out",
-        "sae_weights.safetensors",
-    ]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["cfg.json", "out", "sae_weights.safetensors"]
     again = saelens.load(tmp_path / "out")
     x_hat_BD, f_BS = again(batch())
     assert_same(f_BS, x_hat_BD, sae)
@@ -109,16 +105,10 @@ def test_codes_that_are_rescaled_by_decoder_norms(tmp_path: pathlib.Path) -> Non
 @pytest.mark.parametrize(
     ("cfg", "match"),
     [
-        (
-            {"architecture": "temporal"},
-            "architecture is 'temporal'; only standard, topk, jumprelu, gated",
-        ),
+        ({"architecture": "temporal"}, "architecture is 'temporal'; only standard, topk, jumprelu, gated"),
         ({"architecture": "batchtopk", "k": 3}, "architecture is 'batchtopk'"),
         ({"architecture": "skip_transcoder", "d_out": D}, "architecture is 'skip_transcoder'"),
-        (
-            {"normalize_activations": "expected_average_only_in"},
-            "is 'expected_average_only_in'; only none",
-        ),
+        ({"normalize_activations": "expected_average_only_in"}, "is 'expected_average_only_in'; only none"),
         ({"normalize_activations": "constant_norm_rescale"}, "is 'constant_norm_rescale'"),
         ({"normalize_activations": True}, "normalize_activations is True"),
         ({"hook_name": "blocks.8.attn.hook_z"}, "reshape_activations is 'hook_z'"),
@@ -132,10 +122,7 @@ def test_codes_that_are_rescaled_by_decoder_norms(tmp_path: pathlib.Path) -> Non
             "rescale_acts_by_decoder_norm is True, but architecture is 'standard'",
         ),
         ({"k": 3}, "k is 3, but architecture is 'standard'"),
-        (
-            {"activation_fn_str": "tanh-relu"},
-            "activation_fn is 'tanh-relu'; only relu, topk",
-        ),
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn is 'tanh-relu'; only relu, topk"),
         ({"activation_fn_str": "topk"}, "k is None, not a positive integer"),
         (
             {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3, "abs": True}},
@@ -163,12 +150,7 @@ def test_codes_that_are_rescaled_by_decoder_norms(tmp_path: pathlib.Path) -> Non
             "activation_fn is 'topk'; only relu",
         ),
         (
-            {
-                "architecture": "topk",
-                "k": 4,
-                "activation_fn": "topk",
-                "activation_fn_kwargs": {"k": 3},
-            },
+            {"architecture": "topk", "k": 4, "activation_fn": "topk", "activation_fn_kwargs": {"k": 3}},
             "k is 4 and 3",
         ),
         ({"finetuning_scaling_factor": True}, "tensor scaling_factor is missing"),
@@ -344,10 +326,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
 
     assert run("export", str(tmp_path / "sae.pt"), str(tmp_path / "out")).returncode == 0
     again = run("export", str(tmp_path / "sae.pt"), str(tmp_path / "out"))
-    assert (again.returncode, again.stderr.count("\n")) == (
-        2,
-        1,
-    ) and "exists already" in again.stderr
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1) and "exists already" in again.stderr
     assert run("load", str(tmp_path / "out"), str(tmp_path / "back.pt")).returncode == 0
     back = nn.load(tmp_path / "back.pt")
     x_hat_BD, f_BS = back(batch())

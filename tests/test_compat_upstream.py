@@ -37,10 +37,7 @@ HEADERS = {
         },
         "TopK",
     ),
-    "2": (
-        {"schema": 2, "cfg": {"d_vit": D, **OLD, "activation": {"cls": "TopK", "params": TOP3}}},
-        "TopK",
-    ),
+    "2": ({"schema": 2, "cfg": {"d_vit": D, **OLD, "activation": {"cls": "TopK", "params": TOP3}}}, "TopK"),
     "2-d-model": (
         {"schema": 2, "cfg": {"d_model": D, **OLD, "activation": {"cls": "Relu", "params": {}}}},
         "Relu",
@@ -49,14 +46,8 @@ HEADERS = {
         {"schema": 4, "cfg": {**V5, "activation": {"cls": "BatchTopK", "params": BATCH3}}},
         "Threshold",
     ),
-    "3": (
-        {"schema": 3, "cfg": {"d_model": D, **OLD, "activation": {"cls": "Relu", "params": {}}}},
-        "Relu",
-    ),
-    "4": (
-        {"schema": 4, "cfg": {"d_model": D, **OLD, "activation": {"cls": "TopK", "params": TOP3}}},
-        "TopK",
-    ),
+    "3": ({"schema": 3, "cfg": {"d_model": D, **OLD, "activation": {"cls": "Relu", "params": {}}}}, "Relu"),
+    "4": ({"schema": 4, "cfg": {"d_model": D, **OLD, "activation": {"cls": "TopK", "params": TOP3}}}, "TopK"),
     "5": ({"schema": 5, "cfg": {**V5, "activation": {"cls": "TopK", "params": TOP3}}}, "TopK"),
     "5-batch": (
         {"schema": 5, "cfg": {**V5, "activation": {"cls": "BatchTopK", "params": BATCH3}}},
@@ -236,10 +227,7 @@ def test_tensors_that_do_not_fit(change: dict[str, object], match: str, tmp_path
             {"schema": 2, "cfg": {"d_vit": 9, **V5, "activation": {"cls": "Relu"}}},
             "d_vit gives d_model 9, but d_model is 8",
         ),
-        (
-            {"schema": 5, "cfg": {**V5, "d_sae": "16", "activation": {"cls": "Relu"}}},
-            "d_sae is '16'",
-        ),
+        ({"schema": 5, "cfg": {**V5, "d_sae": "16", "activation": {"cls": "Relu"}}}, "d_sae is '16'"),
     ],
 )
 def test_headers_that_cannot_be_read(header: object, match: str, tmp_path: pathlib.Path) -> None:

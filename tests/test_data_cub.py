@@ -102,10 +102,7 @@ def test_every_field_by_hand(root: pathlib.Path) -> None:
     assert labels.paths_N == ["002.Laysan/b.jpg", "001.Black/a a.jpg", "002.Laysan/c.jpg"]
     assert labels.is_train_N.tolist() == [False, True, False]
     assert labels.class_N.tolist() == [2, 1, 2]
-    assert labels.attribute_names_T == [
-        "has_bill_shape::curved_(up_or_down)",
-        "has_wing_color::blue",
-    ]
+    assert labels.attribute_names_T == ["has_bill_shape::curved_(up_or_down)", "has_wing_color::blue"]
     assert labels.labels_NT.tolist() == [[False, True], [True, False], [False, True]]
 
 
@@ -121,9 +118,7 @@ def test_min_certainty_changes_what_counts(root: pathlib.Path) -> None:
 
 
 @hypothesis.settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+    max_examples=25, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 @hypothesis.given(
     ids=st.lists(st.integers(0, 40), min_size=1, max_size=6, unique=True),
@@ -274,8 +269,7 @@ def test_pair_without_a_line(root: pathlib.Path) -> None:
     fpath = root / "attributes" / "image_attribute_labels.txt"
     fpath.write_text(LABELS.replace("12 1 0 3 0.0\n", "").replace("3 2 1 2 0 1.5\n", ""))
     refuses(
-        root,
-        r"2 image-attribute pairs have no line \(first: image 3 attribute 2, image 12 attribute 1\)",
+        root, r"2 image-attribute pairs have no line \(first: image 3 attribute 2, image 12 attribute 1\)"
     )
 
 

@@ -27,15 +27,7 @@ def save(fpath: pathlib.Path, size: tuple[int, int] = (9, 7), mode: str = "RGB")
 
 
 def test_image_folder_is_sorted_and_labelled_by_its_first_folder(tmp_path: pathlib.Path) -> None:
-    for name in (
-        "b/2.png",
-        "b/deep/1.JPG",
-        "a/10.jpeg",
-        "a/9.png",
-        "top.png",
-        ".hidden/3.png",
-        "a/.4.png",
-    ):
+    for name in ("b/2.png", "b/deep/1.JPG", "a/10.jpeg", "a/9.png", "top.png", ".hidden/3.png", "a/.4.png"):
         save(tmp_path / name)
     (tmp_path / "a" / "notes.txt").write_text("no image")
     assert images.list_images(config.ImageFolder(str(tmp_path))) == [
@@ -106,10 +98,7 @@ def test_transform_equals_torchvision(
     save(tmp_path / "x.png", size)
     img = images.open_rgb(tmp_path / "x.png")
     mean, std = (0.48, 0.45, 0.40), (0.26, 0.26, 0.27)
-    geometry = [
-        torchvision.transforms.Resize(resize, BICUBIC),
-        torchvision.transforms.CenterCrop(crop),
-    ]
+    geometry = [torchvision.transforms.Resize(resize, BICUBIC), torchvision.transforms.CenterCrop(crop)]
     tail = [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize(mean, std)]
     got = images.Transform((crop, crop), resize, False, "bicubic", mean, std)(img)
     assert torch.equal(got, torchvision.transforms.Compose(geometry + tail)(img))

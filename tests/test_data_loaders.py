@@ -17,9 +17,7 @@ from saev import errors
 from saev.data import activations, config, mixing, ordered, shuffled
 
 settings = hypothesis.settings(
-    deadline=None,
-    max_examples=30,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+    deadline=None, max_examples=30, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 PATCHES: tuple[config.Patches, ...] = ("image", "cls", "all")
 

@@ -197,9 +197,7 @@ def test_the_sequence_does_not_depend_on_the_threads(many, pool_bytes: int) -> N
 
 
 @hypothesis.settings(
-    deadline=None,
-    max_examples=60,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+    deadline=None, max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 @hypothesis.given(data=st.data())
 def test_a_plan_delivers_each_activation_once_and_starts_anywhere(
@@ -363,11 +361,7 @@ def test_results_are_named_by_what_the_stream_holds(make_shards) -> None:
     """The same metadata, other activations; the same activations, other layers, tokens or skipped images."""
     (a, _), (b, _), (c, _) = make_shards(seed=0), make_shards(seed=1), make_shards(skip=(2,))
     cfgs = [config.Shards(str(d), 7) for d in (a, b, c)]
-    cfgs += [
-        config.Shards(str(a), 3),
-        config.Shards(str(a), 7, "all"),
-        config.Shards(str(a), "all"),
-    ]
+    cfgs += [config.Shards(str(a), 3), config.Shards(str(a), 7, "all"), config.Shards(str(a), "all")]
     assert len({activations.Activations(cfg).fingerprint for cfg in cfgs}) == len(cfgs)
     (again, _) = make_shards(seed=0)
     assert (

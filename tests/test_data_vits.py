@@ -416,8 +416,7 @@ def test_unknown_models(family: str, ckpt: str, match: str) -> None:
 
 def test_shape_flags_are_checked() -> None:
     with pytest.raises(
-        errors.UserError,
-        match=r"--d-vit 512: vit_tiny_patch16_224 gives 192 wide. Pass --d-vit 192",
+        errors.UserError, match=r"--d-vit 512: vit_tiny_patch16_224 gives 192 wide. Pass --d-vit 192"
     ):
         random("timm", "vit_tiny_patch16_224", d_vit=512)
     with pytest.raises(errors.UserError, match=r"--n-patches-per-img 256: .* gives 196 patches per image"):
@@ -447,16 +446,11 @@ def test_a_hub_out_of_reach(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        errors.UserError,
-        match=rf"cannot be built with weights from 'hub'.*{remedy}",
-    ):
+    with pytest.raises(errors.UserError, match=rf"cannot be built with weights from 'hub'.*{remedy}"):
         vits.load(config.Vit(vit_family=family, vit_ckpt=ckpt))
 
 
-def test_blocks_whose_tokens_are_not_what_is_recorded_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_blocks_whose_tokens_are_not_what_is_recorded_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else a model that looks like a ViT does: fewer tokens, a grid of tokens, tokens in another order."""
     own = timm.models.VisionTransformer.forward_intermediates
     monkeypatch.setattr(

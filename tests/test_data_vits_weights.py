@@ -194,10 +194,7 @@ def test_torchscript_archives_give_their_tensors(state: State, tmp_path: pathlib
     [
         (b"", "the file is empty"),
         (b"<!DOCTYPE html><html><body>404", "is a web page, not weights"),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
-            "a git-lfs pointer.*lfs pull",
-        ),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a git-lfs pointer.*lfs pull"),
         (b'{"weight_map": {}}', "is JSON text, not weights. Pass the .safetensors"),
         (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
         (b"nothing at all", "cannot be read as weights"),
@@ -338,9 +335,7 @@ TRANSFORMERS = {
 def test_transformers_names_are_called_so(kind: str, tmp_path: pathlib.Path) -> None:
     file = {TRANSFORMERS[kind]: torch.zeros(1)}
     refused(
-        file,
-        tmp_path / "w.bin",
-        "These are names of the transformers library: pass the file of the model's",
+        file, tmp_path / "w.bin", "These are names of the transformers library: pass the file of the model's"
     )
 
 
@@ -427,12 +422,7 @@ def test_open_clips_training_checkpoints(folder: pathlib.Path, tmp_path: pathlib
     assert "positional_embedding" in whole and "visual.positional_embedding" in whole
     want = vits.load(config.Vit("clip", f"local-dir:{folder}")).module.state_dict()
     for i, prefix in enumerate(("module.", "", "_orig_mod.", "module._orig_mod.")):
-        file = {
-            "epoch": 3,
-            "name": "run",
-            "state_dict": prefixed(prefix, whole),
-            "scaler": {"a": 1},
-        }
+        file = {"epoch": 3, "name": "run", "state_dict": prefixed(prefix, whole), "scaler": {"a": 1}}
         file["optimizer"] = {"state": {}, "param_groups": [{"lr": 0.1}]}
         torch.save(file, tmp_path / f"epoch_{i}.pt")
         cfg = config.Vit("clip", f"local-dir:{folder}", str(tmp_path / f"epoch_{i}.pt"))
@@ -526,9 +516,7 @@ def test_another_position_grid_is_resampled_as_timm_does(tmp_path: pathlib.Path)
     torch.testing.assert_close(vit.module.pos_embed, want.pos_embed)
 
 
-def test_open_clips_own_position_grid_is_resampled_as_open_clip_does(
-    tmp_path: pathlib.Path,
-) -> None:
+def test_open_clips_own_position_grid_is_resampled_as_open_clip_does(tmp_path: pathlib.Path) -> None:
     source = random("clip", "ViT-B-32/openai", vit_seed=5)
     state = {f"visual.{k}": v for k, v in source.module.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "clip.safetensors")

@@ -119,11 +119,7 @@ def test_labels_shifted_by_one_image_drop_every_scorer_to_the_constant_row(
 ) -> None:
     """The bug that once made a table read 0.86: here it cannot hide."""
     (ckpt,) = dpath.glob("checkpoints/*/sae.pt")
-    members = [
-        scorers_config.Random(),
-        scorers_config.KMeans(n_samples=20_000),
-        scorers_config.Pca(),
-    ]
+    members = [scorers_config.Random(), scorers_config.KMeans(n_samples=20_000), scorers_config.Pca()]
     members.append(scorers_config.Sae(str(ckpt)))
     cfgs = [dataclasses.replace(cfg, scorer=s, n_prototypes=(256,), n_train=(-1,)) for s in members]
     right = read_summary(run.main(cfgs))

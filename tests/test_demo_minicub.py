@@ -52,12 +52,7 @@ def test_labels_cover_every_pair_and_some_lines_have_extra_fields(root: pathlib.
         (i, t) for i in range(1, N + 1) for t in range(1, len(minicub.ATTRIBUTES) + 1)
     ]
     assert {len(r) for r in rows} == {5, 6, 7}
-    assert {r[3] for r in rows if r[2] == "1"} == {
-        "1",
-        "2",
-        "3",
-        "4",
-    }  # the certainty filter has work to do
+    assert {r[3] for r in rows if r[2] == "1"} == {"1", "2", "3", "4"}  # the certainty filter has work to do
 
 
 def test_prevalences() -> None:

@@ -90,12 +90,7 @@ def forker() -> collections.abc.Iterator[subprocess.Popen[str]]:
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", FORKER]
     with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=env,
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
     ) as process:
         yield process
         process.stdin.close()
@@ -138,10 +133,7 @@ def n_files(dpath: pathlib.Path) -> int:
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments(
-    forker: subprocess.Popen[str],
-    photos: pathlib.Path,
-    undisturbed: pathlib.Path,
-    tmp_path: pathlib.Path,
+    forker: subprocess.Popen[str], photos: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     want, rng = contents(undisturbed), random.Random(0)
     n_kills, n_listed = 0, []
@@ -256,10 +248,7 @@ def test_a_corrupt_image_is_left_out_everywhere(
 
 
 def test_a_photo_that_the_disk_refuses_is_never_left_out(
-    photos: pathlib.Path,
-    undisturbed: pathlib.Path,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
+    photos: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk goes while the dump runs; once it is back, the same command ends well."""
     cfg = dataclasses.replace(config_of(str(photos), str(tmp_path)), skip_corrupt=True)

@@ -71,10 +71,7 @@ def refuses(fpath: pathlib.Path, match: str) -> None:
             {"lib": "saev", "schema": 100, "kind": "sae", "cls": "TopK", "cfg": {"d_vit": "4"}},
             "cfg does not match TopK",
         ),
-        (
-            {"lib": "saev", "schema": 100, "kind": "sae", "cls": "TopK", "cfg": {}},
-            "cfg does not match TopK",
-        ),
+        ({"lib": "saev", "schema": 100, "kind": "sae", "cls": "TopK", "cfg": {}}, "cfg does not match TopK"),
     ],
 )
 def test_headers_that_are_refused(header: dict, match: str, tmp_path: pathlib.Path) -> None:
@@ -182,10 +179,7 @@ CRAFTED = {
     ),
     "NaN": (lambda s: s["W_enc"].view(-1).__setitem__(3, float("nan")), "W_enc holds NaN or inf"),
     "infinity": (lambda s: s["b_dec"].__setitem__(0, -float("inf")), "b_dec holds NaN or inf"),
-    "no threshold": (
-        lambda s: s.update(threshold=torch.tensor(float("nan"))),
-        "threshold holds NaN or inf",
-    ),
+    "no threshold": (lambda s: s.update(threshold=torch.tensor(float("nan"))), "threshold holds NaN or inf"),
 }
 
 
@@ -236,11 +230,7 @@ def older(fpath: pathlib.Path, schema: int, **more: object) -> None:
 def test_older_schemas_load_and_what_they_can_check_is_checked(sae_fpath: pathlib.Path) -> None:
     want, (_, payload) = nn.load(sae_fpath), split(sae_fpath)
     checksum = xxhash.xxh3_128_hexdigest(payload)
-    for schema, more in (
-        (100, {}),
-        (101, {"activations": {}}),
-        (101, {"activations": {}, "xxh3": checksum}),
-    ):
+    for schema, more in ((100, {}), (101, {"activations": {}}), (101, {"activations": {}, "xxh3": checksum})):
         older(sae_fpath, schema, **more)
         torch.testing.assert_close(nn.load(sae_fpath).W_enc, want.W_enc, rtol=0, atol=0)
     for schema, more in (

@@ -25,10 +25,6 @@ def test_every_flipped_bit_and_every_cut_is_seen() -> None:
 
 
 def test_lines_of_older_versions_are_read() -> None:
-    assert metricslog.parse('{"step": 3, "loss": 0.5, "ev": null}') == {
-        "step": 3,
-        "loss": 0.5,
-        "ev": None,
-    }
+    assert metricslog.parse('{"step": 3, "loss": 0.5, "ev": null}') == {"step": 3, "loss": 0.5, "ev": None}
     assert metricslog.parse('{"step": 3, "xxh3_127": "0"}') is None
     assert metricslog.parse("[1]") is None and metricslog.parse("[" * 100_000) is None

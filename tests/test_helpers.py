@@ -143,10 +143,7 @@ def test_a_folder_put_aside_by_a_killed_process_comes_back(tmp_path: pathlib.Pat
     (new.with_suffix(".old") / "page").touch()
     process.communicate(b"\n")
     helpers.sweep(tmp_path, "gallery")
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == [
-        "gallery",
-        "gallery/page",
-    ]
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["gallery", "gallery/page"]
 
 
 def test_canonical_json_ignores_the_order_of_keys() -> None:

@@ -28,14 +28,8 @@ def ends(raising: str) -> tuple[int, str]:
 
 def test_entry() -> None:
     assert ends("pass") == (0, "")
-    assert ends("raise errors.UserError('x.toml: bad. Do this.')") == (
-        2,
-        "error: x.toml: bad. Do this.\n",
-    )
-    assert ends("raise KeyboardInterrupt") == (
-        130,
-        "interrupted; run the same command again to continue.\n",
-    )
+    assert ends("raise errors.UserError('x.toml: bad. Do this.')") == (2, "error: x.toml: bad. Do this.\n")
+    assert ends("raise KeyboardInterrupt") == (130, "interrupted; run the same command again to continue.\n")
     code, stderr = ends("raise RuntimeError('a bug')")
     assert code == 1 and "Traceback" in stderr  # our own bugs stay loud
 
@@ -123,24 +117,8 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_in_the_middle_of_training(make_shards, tmp_path: pathlib.Path) -> None:
     """A real SIGINT to a real process: exit code 130, one last line, a state to go on from, nothing half-written."""
     dpath, _ = make_shards(n_imgs=50, n_patches=16, d_vit=32, layers=(0,), per_shard=20)
-    command = [
-        sys.executable,
-        "train.py",
-        "--data.shard-root",
-        str(dpath),
-        "--ckpt-to",
-        str(tmp_path / "ck"),
-    ]
-    command += [
-        "--n-patches",
-        "100_000_000",
-        "--batch-size",
-        "64",
-        "--log-every",
-        "1",
-        "--wandb-project",
-        "",
-    ]
+    command = [sys.executable, "train.py", "--data.shard-root", str(dpath), "--ckpt-to", str(tmp_path / "ck")]
+    command += ["--n-patches", "100_000_000", "--batch-size", "64", "--log-every", "1", "--wandb-project", ""]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (logs := list(tmp_path.glob("ck/*/metrics.jsonl"))) or not logs[0].stat().st_size:

@@ -152,11 +152,7 @@ def evaluations(make_shards, tmp_path: pathlib.Path) -> dict[str, list[protoeval
 
 @pytest.mark.parametrize(
     ("module", "cases"),
-    [
-        ("saev.data.dump", dumps),
-        ("saev.visuals.collect", galleries),
-        ("saev.protoeval.run", evaluations),
-    ],
+    [("saev.data.dump", dumps), ("saev.visuals.collect", galleries), ("saev.protoeval.run", evaluations)],
 )
 def test_what_a_stage_says_is_right_within_30_percent(
     make_shards, tmp_path: pathlib.Path, module: str, cases: collections.abc.Callable

@@ -43,9 +43,7 @@ def test_the_shared_parts_of_the_package_name_none_either() -> None:
 
 
 @pytest.mark.parametrize("cls", config.BY_NAME.values(), ids=config.BY_NAME)
-def test_each_config_has_an_architecture_in_a_file_of_its_own(
-    cls: type[config.Architecture],
-) -> None:
+def test_each_config_has_an_architecture_in_a_file_of_its_own(cls: type[config.Architecture]) -> None:
     found = type(architectures.of(cls(d_vit=4)))
     assert found.__name__ == cls.__name__
     others = {arch.__module__ for arch in base.REGISTRY.values() if arch is not found}

@@ -90,8 +90,7 @@ def test_perfect_and_mean_predictions() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 2.0])
 @pytest.mark.parametrize(
-    "metric",
-    [metrics.explained_variance, metrics.explained_variance_per_dim, metrics.normalized_mse],
+    "metric", [metrics.explained_variance, metrics.explained_variance_per_dim, metrics.normalized_mse]
 )
 def test_constant_activations_have_no_variance_to_explain(metric, value: float) -> None:
     assert math.isnan(metric(torch.full((B, D), value), rand(B, D)))

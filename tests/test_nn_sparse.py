@@ -274,9 +274,7 @@ def encoder_of(n_latents: int, d: int, seed: int, ties: bool) -> tuple[sparse.En
 
 
 @hypothesis.settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+    max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 @hypothesis.given(SHAPES, st.booleans())
 def test_top_k_is_the_k_largest(screened: bool, shape: tuple[int, int, int, int], ties: bool) -> None:
@@ -296,9 +294,7 @@ def test_top_k_is_the_k_largest(screened: bool, shape: tuple[int, int, int, int]
 
 @pytest.mark.slow
 @hypothesis.settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+    max_examples=60, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 @hypothesis.given(SHAPES, st.booleans(), st.sampled_from([-1.0, 0.0, 0.01, 5.0, 1e9]))
 def test_batch_search_is_exact_whatever_it_guesses(

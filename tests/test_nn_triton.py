@@ -213,10 +213,7 @@ def test_on_a_gpu_they_equal_embedding_bag(D: int) -> None:
     torch.testing.assert_close(triton_kernels.bag(table, index, weight, start), want, rtol=1e-4, atol=1e-3)
     rows = a.repeat_interleave(start.diff(), dim=0)
     torch.testing.assert_close(
-        triton_kernels.bag_dot(a, table, index, start),
-        (rows * table[index]).sum(dim=1),
-        rtol=1e-4,
-        atol=1e-3,
+        triton_kernels.bag_dot(a, table, index, start), (rows * table[index]).sum(dim=1), rtol=1e-4, atol=1e-3
     )
 
 

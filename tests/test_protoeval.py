@@ -24,18 +24,7 @@ from saev.data import config as data_config
 from saev.demo import minicub
 from saev.formats import jsonfile, results, shards
 from saev.nn import config as nn_config
-from saev.protoeval import (
-    choose,
-    config,
-    experiment,
-    fit,
-    join,
-    measure,
-    opening,
-    report,
-    run,
-    score,
-)
+from saev.protoeval import choose, config, experiment, fit, join, measure, opening, report, run, score
 from saev.scorers import base
 from saev.scorers import config as scorers_config
 
@@ -53,10 +42,7 @@ def labels(cub_root: pathlib.Path) -> cub.Cub:
 
 
 def write_shards(
-    dpath: pathlib.Path,
-    paths: list[str],
-    acts_NPD: np.ndarray,
-    skip: collections.abc.Collection[int] = (),
+    dpath: pathlib.Path, paths: list[str], acts_NPD: np.ndarray, skip: collections.abc.Collection[int] = ()
 ) -> data_config.Shards:
     """One layer, no [CLS]; image i has path paths[i]; those in `skip` are recorded as corrupt."""
     N, P, D = acts_NPD.shape
@@ -243,9 +229,7 @@ def test_a_finished_evaluation_is_found_again(cfg: config.ProtoEval, tmp_path: p
     assert len({str(table.parent), *(run.main([c]) for c in others)}) == 8
 
 
-def test_a_changed_evaluation_is_refused_and_an_unfinished_one_done_again(
-    cfg: config.ProtoEval,
-) -> None:
+def test_a_changed_evaluation_is_refused_and_an_unfinished_one_done_again(cfg: config.ProtoEval) -> None:
     dpath = pathlib.Path(run.main([cfg]))
     for name in results.FILES:
         content = (dpath / name).read_bytes()
@@ -402,10 +386,7 @@ def test_missing_flags(cfg: config.ProtoEval) -> None:
 
 
 def test_each_directory_is_opened_once_and_its_images_are_read_once(
-    cfg: config.ProtoEval,
-    labels: cub.Cub,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One command with four scorers, one of them fitted on activations of its own."""
     paths = [f"photos/{i}.jpg" for i in range(60)]

@@ -213,14 +213,7 @@ def test_the_written_tables(rows: list[results.Row], about: results.About, tmp_p
 
 def test_without_resamples_and_draws_the_columns_are_left_out(about: results.About) -> None:
     lines = cells([row("constant", 1, 9, [[0.25]])], about)
-    assert report.summary_table(lines).columns == [
-        "Scorer",
-        "Prototypes",
-        "Train",
-        "mAP",
-        "5%",
-        "95%",
-    ]
+    assert report.summary_table(lines).columns == ["Scorer", "Prototypes", "Train", "mAP", "5%", "95%"]
 
 
 def test_traits_without_a_positive_are_reported_not_averaged(about: results.About) -> None:
@@ -268,10 +261,7 @@ def test_differences_are_those_of_the_rows_that_are_left(
     assert line in (out / "table.md").read_text()
     with (out / "differences.csv").open() as fd:
         found = [(x["scorer"], x["baseline"], float(x["difference"])) for x in csv.DictReader(fd)]
-    assert found == [
-        ("Random", "Sae_1", pytest.approx(0.3)),
-        ("Sae_1", "Random", pytest.approx(-0.3)),
-    ]
+    assert found == [("Random", "Sae_1", pytest.approx(0.3)), ("Sae_1", "Random", pytest.approx(-0.3))]
     other_seed = dataclasses.replace(about, seed=1, created="2026-03-01T00:00:00+00:00")
     report.write(tmp_path / "c", [low._replace(scorer="Pca")], NAMES, [], other_seed)
     merge.write(tmp_path)
@@ -348,10 +338,7 @@ def read_one(root: pathlib.Path, caplog: pytest.LogCaptureFixture) -> tuple[list
 
 
 def test_broken_and_unfinished_results_are_named_and_left_out(
-    rows: list[results.Row],
-    about: results.About,
-    tmp_path: pathlib.Path,
-    caplog: pytest.LogCaptureFixture,
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("good", "edited", "gone", "unfinished"):
         report.write(tmp_path / name, rows, NAMES, [], about)
@@ -376,10 +363,7 @@ def test_broken_and_unfinished_results_are_named_and_left_out(
 
 
 def test_flipped_bits_of_results_are_refused(
-    rows: list[results.Row],
-    about: results.About,
-    tmp_path: pathlib.Path,
-    caplog: pytest.LogCaptureFixture,
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Some of each file that is read back; a user may touch the others."""
     dpath = tmp_path / "a" / "x"
@@ -503,10 +487,7 @@ def test_charts_of_an_older_report_go(
     assert [f.name for f in out.glob("*.png")] == ["chart.png"]
     report.write(tmp_path / "b", rows, NAMES, [], dataclasses.replace(about, min_certainty=4))
     merge.write(tmp_path)
-    assert sorted(f.name for f in out.glob("*.png")) == [
-        "chart-ffffffff-3.png",
-        "chart-ffffffff-4.png",
-    ]
+    assert sorted(f.name for f in out.glob("*.png")) == ["chart-ffffffff-3.png", "chart-ffffffff-4.png"]
 
 
 def test_kinds_are_those_of_most_prototypes(about: results.About, tmp_path: pathlib.Path) -> None:
@@ -626,10 +607,7 @@ def test_every_file_and_column_is_documented(
 
 
 def test_the_notebooks_two_lines(
-    rows: list[results.Row],
-    about: results.About,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report.write(tmp_path / "results" / "0123456789ab", rows, NAMES, [], about)
     monkeypatch.chdir(tmp_path)

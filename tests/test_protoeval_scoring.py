@@ -84,12 +84,7 @@ def test_only_the_images_asked_for_in_their_order(
     image_is = [599, 3, 250]
     run = [prototypes(4), prototypes(2, "distance", seed=1)]
     got = score.score_images(
-        run,
-        activations.Activations(shards),
-        image_is,
-        tmp_path,
-        torch.device("cpu"),
-        memory_gb=1e-6,
+        run, activations.Activations(shards), image_is, tmp_path, torch.device("cpu"), memory_gb=1e-6
     )
     acts_BPD = torch.from_numpy(acts_NPD[image_is])
     want_BK = torch.cat([scorer.of_images(acts_BPD) for scorer in run], dim=1)
@@ -172,11 +167,7 @@ def test_a_flipped_bit_is_scored_again(
 
     def scored() -> list[bytes]:
         got = score.score_images(
-            [prototypes(3)],
-            activations.Activations(data[0]),
-            image_is,
-            tmp_path,
-            torch.device("cpu"),
+            [prototypes(3)], activations.Activations(data[0]), image_is, tmp_path, torch.device("cpu")
         )
         return [got.scores_KN.tobytes(), got.mean_ND.tobytes()]
 

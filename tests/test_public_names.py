@@ -50,8 +50,7 @@ print("fine")
 def test_the_designs_notebook_runs(make_shards, tmp_path: pathlib.Path) -> None:
     dpath, _ = make_shards(n_imgs=3, n_patches=4, d_vit=8, layers=(11, 23))
     nn.save(
-        nn.SparseAutoencoder(nn_config.BatchTopK(d_vit=8, exp_factor=2, top_k=3)),
-        tmp_path / "run" / "sae.pt",
+        nn.SparseAutoencoder(nn_config.BatchTopK(d_vit=8, exp_factor=2, top_k=3)), tmp_path / "run" / "sae.pt"
     )
     scorer = scorers.fit(scorers_config.Random(), data_config.Shards(str(dpath), 23), 5)
     scorers.save(scorer, tmp_path / "scorer.bin")

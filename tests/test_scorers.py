@@ -37,11 +37,7 @@ def data(make_shards) -> tuple[data_config.Shards, np.ndarray]:
 @pytest.mark.parametrize("similarity", ["plain", "dot", "cosine", "distance"])
 def test_similarities_equal_their_formula(similarity: str) -> None:
     rng = np.random.default_rng(1)
-    x_BD, p_KD, m_D = (
-        rng.standard_normal((4, D)),
-        rng.standard_normal((3, D)),
-        rng.standard_normal(D),
-    )
+    x_BD, p_KD, m_D = (rng.standard_normal((4, D)), rng.standard_normal((3, D)), rng.standard_normal(D))
     scorer = base.Prototypes.of(torch.tensor(p_KD), torch.tensor(m_D), similarity)
     got_BK = scorer(torch.tensor(x_BD)).numpy()
     for b, x_D in enumerate(x_BD):
@@ -235,10 +231,7 @@ def test_cut_scorer_file(data, tmp_path: pathlib.Path) -> None:
 
 
 CRAFTED = {
-    "another width": (
-        {"direction_KD": torch.zeros(3, 9), "mean_D": torch.zeros(9)},
-        r"\(3, 9\) ins",
-    ),
+    "another width": ({"direction_KD": torch.zeros(3, 9), "mean_D": torch.zeros(9)}, r"\(3, 9\) ins"),
     "one row less": ({"direction_KD": torch.zeros(2, D)}, r"\(2, 6\) instead of \(3, 6\)"),
     "no rows": ({"direction_KD": torch.zeros(0, D)}, r"shape \(0, 6\)"),
     "another mean": ({"mean_D": torch.zeros(5)}, "are not prototypes"),

@@ -56,9 +56,7 @@ def test_nearest_equals_a_plain_argmin(
     torch.testing.assert_close(distance_B.double(), want_BK.amin(dim=1), rtol=1e-4, atol=1e-4)
 
 
-def test_plus_plus_takes_the_best_of_draws_by_squared_distance(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_plus_plus_takes_the_best_of_draws_by_squared_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     """For five points on a line, the third centre (the better of two draws) has known probabilities given the first two."""
     monkeypatch.setattr(kmeans, "TRIED", 2)
     x_BD = torch.tensor([[0.0], [1.1], [3.0], [4.4], [9.7]])
@@ -135,9 +133,7 @@ def test_passes_of_a_gpu_are_those_of_a_cpu(data: Made, monkeypatch: pytest.Monk
     want = kmeans.fit(config.KMeans(n_iters=3), activations.Activations(data[0]), [5, 30], 0)
     monkeypatch.setattr("saev.nn.kernels.available", lambda _: False)
     for scorer, wanted in zip(
-        kmeans.fit(config.KMeans(n_iters=3), activations.Activations(data[0]), [5, 30], 0),
-        want,
-        strict=True,
+        kmeans.fit(config.KMeans(n_iters=3), activations.Activations(data[0]), [5, 30], 0), want, strict=True
     ):
         torch.testing.assert_close(scorer.vectors_KD, wanted.vectors_KD, rtol=1e-4, atol=1e-4)
 

@@ -154,47 +154,12 @@ def pipeline(dpath: pathlib.Path, cub: pathlib.Path, n_jobs: int, *where: object
     dump += ["--n-jobs", n_jobs, *where]
     (shards,) = saev("-m", "saev.data", *VIT, *dump, "data:cub200", "--data.root", cub)
     (dpath / "sweep.toml").write_text("[[sae]]\ntype = 'top-k'\n[[sae]]\ntype = 'relu'\n")
-    train = [
-        "--n-patches",
-        2000,
-        "--batch-size",
-        200,
-        "--ckpt-to",
-        dpath / "ck",
-        "--wandb-project",
-        "",
-    ]
-    train += [
-        "--sweep",
-        dpath / "sweep.toml",
-        "--data.shard-root",
-        shards,
-        "--device",
-        "cpu",
-        *where,
-    ]
+    train = ["--n-patches", 2000, "--batch-size", 200, "--ckpt-to", dpath / "ck", "--wandb-project", ""]
+    train += ["--sweep", dpath / "sweep.toml", "--data.shard-root", shards, "--device", "cpu", *where]
     ckpts = saev("train.py", *train)
     assert len(ckpts) == 2
-    evaluate = [
-        "--cub-root",
-        cub,
-        "--train-data.shard-root",
-        shards,
-        "--n-prototypes",
-        8,
-        "--n-train",
-        8,
-        -1,
-    ]
-    evaluate += [
-        "--dump-to",
-        dpath / "results",
-        "--scorers-to",
-        dpath / "scorers",
-        "--device",
-        "cpu",
-        *where,
-    ]
+    evaluate = ["--cub-root", cub, "--train-data.shard-root", shards, "--n-prototypes", 8, "--n-train", 8, -1]
+    evaluate += ["--dump-to", dpath / "results", "--scorers-to", dpath / "scorers", "--device", "cpu", *where]
     results = pathlib.Path(saev("protoeval.py", *evaluate, "scorer:sae", "--scorer.ckpt", ckpts[0])[-1])
     made = {f.name: f.read_bytes() for f in pathlib.Path(shards).iterdir()}
     made |= {pathlib.Path(c).parent.name: pathlib.Path(c).read_bytes() for c in ckpts}

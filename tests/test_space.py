@@ -84,10 +84,7 @@ def test_bfloat16_autocast_counts_as_the_same_vit(pair: Pair, make_shards, tmp_p
 @pytest.mark.parametrize(("pair", "flag"), [*zip(PAIRS, FLAGS, strict=True)])
 @pytest.mark.parametrize(
     ("other", "what"),
-    [
-        ({"name": "another"}, "ViT another instead of vit"),
-        ({"d_vit": 6}, "d_vit 6 instead of 8"),
-    ],
+    [({"name": "another"}, "ViT another instead of vit"), ({"d_vit": 6}, "d_vit 6 instead of 8")],
 )
 def test_another_space_is_refused_in_the_same_words(
     pair: Pair, flag: str, other: dict[str, object], what: str, make_shards, tmp_path: pathlib.Path
@@ -136,3 +133,18 @@ def test_a_space_survives_its_description() -> None:
     for found in ({}, {"vit_family": "timm"}, {"vit_family": "timm", "vit_ckpt": "vit@bf16", "layers": [3]}):
         before = space.Space.of(found, 8)
         assert space.Space.of(before.describe(), 8) == before
+
+
+@pytest.mark.parametrize("flag", ["--data", "--val-data", "--train-data"])
+def test_messages_name_the_flag_of_the_command(flag: str, make_shards) -> None:
+    dpath, _ = make_shards(n_imgs=4, cls_token=False)
+    for change, words in (
+        ({"layer": 5}, f"one of these as {flag}.layer"),
+        ({"patches": "cls"}, f"Pass {flag}.patches image"),
+    ):
+        with pytest.raises(errors.UserError, match=words):
+            activations.Activations(data_config.Shards(str(dpath), **change), flag)
+    next(iter(sorted(dpath.glob("acts*.bin")))).unlink()
+    (dpath / "complete.json").unlink()
+    with pytest.raises(errors.UserError, match=f"{flag}.partial|missing"):
+        activations.Activations(data_config.Shards(str(dpath)), flag)

@@ -206,12 +206,7 @@ UNIONS = [
     *(("train.py", "sae", c) for c in (nn_config.Relu, nn_config.TopK, nn_config.BatchTopK)),
     *(
         ("protoeval.py", "scorer", c)
-        for c in (
-            scorers_config.Random,
-            scorers_config.KMeans,
-            scorers_config.Pca,
-            scorers_config.Sae,
-        )
+        for c in (scorers_config.Random, scorers_config.KMeans, scorers_config.Pca, scorers_config.Sae)
     ),
     *(("visuals.py", "images", c) for c in (data_config.ImageFolder, data_config.Cub200)),
 ]
@@ -226,20 +221,8 @@ def test_subcommand_names_are_tyros(program: str, field: str, cls: type) -> None
 
 
 CONFIGS = [
-    *(
-        config.Train,
-        protoeval_config.ProtoEval,
-        visuals_config.Visuals,
-        demo_config.Demo,
-        launch.SlurmConfig,
-    ),
-    *(
-        data_config.Dump,
-        data_config.Vit,
-        data_config.Shards,
-        data_config.ImageFolder,
-        data_config.Cub200,
-    ),
+    *(config.Train, protoeval_config.ProtoEval, visuals_config.Visuals, demo_config.Demo, launch.SlurmConfig),
+    *(data_config.Dump, data_config.Vit, data_config.Shards, data_config.ImageFolder, data_config.Cub200),
     *(cls for _, _, cls in UNIONS),
 ]
 

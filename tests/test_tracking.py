@@ -119,11 +119,12 @@ atexit.register(lambda: go_wrong("atexit"))
 TRAIN = """
 import logging, pathlib, sys, time
 from saev import tracking
+from saev.formats import jsonfile
 logging.basicConfig(format="%(message)s")
 tracking.FINISH_S = float(sys.argv[1]) if sys.argv[1:] else 20.0
 dpath = pathlib.Path("ck/run")
 dpath.mkdir(parents=True, exist_ok=True)
-(dpath / "config.json").write_text('{"lr": 1.0}')
+(dpath / "config.json").write_text(jsonfile.seal({"lr": 1.0}))
 tracker = tracking.start(dpath, wandb_project="p", from_step=FROM)
 for step in range(FROM, FROM + 2):
     tracker.log(step, {"mse": step / 2, "gone": float("nan")})
@@ -183,10 +184,7 @@ def test_a_damaged_line_is_left_out_when_a_run_goes_on(
     fpath.write_text(fpath.read_text().replace('"step":1,"mse":0.5', '"step":1,"mse":0.4'))
     tracking.JsonLines(fpath, from_step=3).finish()
     lines = fpath.read_text().splitlines()
-    assert [metricslog.parse(line) for line in lines] == [
-        {"step": 0, "mse": 0.5},
-        {"step": 2, "mse": 0.5},
-    ]
+    assert [metricslog.parse(line) for line in lines] == [{"step": 0, "mse": 0.5}, {"step": 2, "mse": 0.5}]
     assert f"{fpath}:2: is damaged" in caplog.text
 
 

@@ -253,11 +253,7 @@ def test_runs_on_one_stream_equal_runs_alone(cfg: config.Train) -> None:
 def test_schedules() -> None:
     """200 steps: 20 of warm-up, a plateau, 40 of decay."""
     cfg = config.Train(n_patches=200 * 8, batch_size=8, lr=1.0, n_lr_warmup=20)
-    for name, at_190 in [
-        ("constant", 1.0),
-        ("linear", 0.25),
-        ("cosine", 0.5 - 0.5 * math.cos(math.pi / 4)),
-    ]:
+    for name, at_190 in [("constant", 1.0), ("linear", 0.25), ("cosine", 0.5 - 0.5 * math.cos(math.pi / 4))]:
         lr = [change(cfg, lr_decay=name).lr_at(step) for step in range(200)]
         assert lr[:20] == pytest.approx([(i + 1) / 20 for i in range(20)])
         assert lr[20:160] == [1.0] * 140

@@ -92,32 +92,10 @@ def test_the_table(tmp_path: pathlib.Path) -> None:
         *("of", "state"),
     ], "of the config only what differs, and no paths"
     assert cells == [
-        [
-            "cc *",
-            "Relu Matryoshka",
-            "32",
-            "0.001",
-            "9.5",
-            "0.5000",
-            "0.5000",
-            "25.0",
-            "held-out",
-            "done",
-        ],
+        ["cc *", "Relu Matryoshka", "32", "0.001", "9.5", "0.5000", "0.5000", "25.0", "held-out", "done"],
         ["aa", "TopK", "32", "0.001", "16.0", "0.3000", "0.7000", "25.0", "held-out", "done"],
         ["bb *", "TopK", "32", "0.003", "16.0", "0.2500", "0.7500", "25.0", "held-out", "done"],
-        [
-            "dd *",
-            "TopK",
-            "32",
-            "0.001",
-            "20.0",
-            "0.2000",
-            "-",
-            "12.5",
-            "last log line",
-            "step 5 of 20",
-        ],
+        ["dd *", "TopK", "32", "0.001", "20.0", "0.2000", "-", "12.5", "last log line", "step 5 of 20"],
         ["ee", "TopK", "32", "0.001", "16.0", "-", "-", "25.0", "held-out", "failed at step 7"],
     ]
     table = pl.DataFrame(cells, header, orient="row")
@@ -235,9 +213,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
     assert run().returncode == 2
 
 
-def test_explained_variance_of_an_older_version_is_not_shown_as_todays(
-    tmp_path: pathlib.Path,
-) -> None:
+def test_explained_variance_of_an_older_version_is_not_shown_as_todays(tmp_path: pathlib.Path) -> None:
     figures = evaluated(16.0, 0.3)
     del figures["explained_variance_per_dim"]
     write(tmp_path / "old", metrics=figures)

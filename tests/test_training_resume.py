@@ -282,10 +282,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_newest_state_falls_back_to_the_older_one(
-    cfg: config.Train,
-    name: str,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    cfg: config.Train, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cfg = change(cfg, n_patches=12 * cfg.batch_size)
     (undisturbed,) = loop.main([change(cfg, ckpt_to=f"{cfg.ckpt_to}-undisturbed")])
@@ -534,10 +531,7 @@ def test_two_processes_equal_one(cfg: config.Train, sae: list[str]) -> None:
     for n in ("1", "2"):
         parallel = change(cfg, ckpt_to=f"{cfg.ckpt_to}-{n}")
         out = forked.run(
-            command(parallel, "--data-parallel", n, *more),
-            capture_output=True,
-            text=True,
-            env=environment(),
+            command(parallel, "--data-parallel", n, *more), capture_output=True, text=True, env=environment()
         )
         assert out.returncode == 0, out.stderr
         (fpath,) = out.stdout.split()

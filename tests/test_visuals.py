@@ -170,10 +170,7 @@ def test_heat_lies_on_the_planted_patch(cfg: config.Visuals) -> None:
     cold_HW3 = heat_HW3[-1, -1]
     changed_HW = np.abs(heat_HW3 - cold_HW3).sum(axis=2)
     y, x = np.argwhere(changed_HW > 0.9 * changed_HW.max()).mean(axis=0)
-    assert (y / height, x / width) == (
-        pytest.approx(1.5 / 4, abs=0.06),
-        pytest.approx(2.5 / 4, abs=0.06),
-    )
+    assert (y / height, x / width) == (pytest.approx(1.5 / 4, abs=0.06), pytest.approx(2.5 / 4, abs=0.06))
     assert plain_HW3.shape == heat_HW3.shape and (plain_HW3 == plain_HW3[0, 0]).all()
 
 
@@ -235,8 +232,7 @@ def test_choice(cfg: config.Visuals) -> None:
     ]
     assert draws[0] == draws[1] and len({tuple(d) for d in draws}) > 1
     with pytest.raises(
-        errors.UserError,
-        match=r"Of 3 latents that fire, 90% have log10 frequency .* widen the ranges",
+        errors.UserError, match=r"Of 3 latents that fire, 90% have log10 frequency .* widen the ranges"
     ):
         collect.choose(dataclasses.replace(cfg, log_value_range=(5.0, 6.0)), stats)
     with pytest.raises(errors.UserError, match="--latents 4: the SAE has latents 0 to 3"):

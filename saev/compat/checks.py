@@ -3,7 +3,6 @@
 import collections.abc
 import typing as tp
 
-import beartype
 import torch
 from torch import Tensor
 
@@ -12,12 +11,8 @@ from saev import errors
 WHY = "It may change what the SAE computes. If it does not, remove it from a copy of the file."
 
 
-@beartype.beartype
 def take(
-    found: dict[str, tp.Any],
-    shapes: collections.abc.Mapping[str, tuple[int, ...]],
-    where: str,
-    source: str,
+    found: dict[str, tp.Any], shapes: collections.abc.Mapping[str, tuple[int, ...]], where: str, source: str
 ) -> dict[str, Tensor]:
     """Returns the tensors of these names and shapes, in float64.
 
@@ -41,7 +36,6 @@ def take(
     return {name: found[name].detach().to("cpu", torch.float64) for name in shapes}
 
 
-@beartype.beartype
 def refuse_unknown(
     found: collections.abc.Iterable[object],
     known: collections.abc.Container[object],
@@ -53,7 +47,6 @@ def refuse_unknown(
         raise errors.UserError(f"{where}: unknown {what} {', '.join(unknown)}. {WHY}")
 
 
-@beartype.beartype
 def refuse_other(
     cfg: dict[str, tp.Any], allowed: collections.abc.Mapping[str, tuple[object, ...]], where: str
 ) -> None:
@@ -68,7 +61,6 @@ def refuse_other(
             )
 
 
-@beartype.beartype
 def positive(cfg: dict[str, tp.Any], key: str, where: str) -> int:
     """Returns cfg[key], an integer of at least 1."""
     value = cfg.get(key)

@@ -8,7 +8,6 @@ import logging
 import pathlib
 import typing as tp
 
-import beartype
 import torch
 from torch import Tensor
 
@@ -40,7 +39,6 @@ NOT_SUBTRACTED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 
 
 @torch.no_grad()
-@beartype.beartype
 def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     """Reads the folder of one trainer, in evaluation mode.
 

@@ -3,7 +3,6 @@
 import pathlib
 import typing as tp
 
-import beartype
 import safetensors
 import safetensors.torch
 import torch
@@ -15,7 +14,6 @@ from saev.nn import config, sae
 
 
 @torch.no_grad()
-@beartype.beartype
 def build(
     cfg: config.Sae,
     parts: dict[str, Tensor],
@@ -45,7 +43,6 @@ def build(
     return sae.ready(model, where)
 
 
-@beartype.beartype
 def read_json(fpath: pathlib.Path, library: str) -> dict[str, tp.Any]:
     """Reads a library's config.
 
@@ -59,7 +56,6 @@ def read_json(fpath: pathlib.Path, library: str) -> dict[str, tp.Any]:
         raise unreadable(fpath, err, library) from err
 
 
-@beartype.beartype
 def read_tensors(fpath: pathlib.Path, library: str) -> dict[str, Tensor]:
     """Reads a library's safetensors file.
 
@@ -72,7 +68,6 @@ def read_tensors(fpath: pathlib.Path, library: str) -> dict[str, Tensor]:
         raise unreadable(fpath, err, library) from err
 
 
-@beartype.beartype
 def unreadable(fpath: pathlib.Path, err: Exception, library: str) -> errors.UserError:
     return errors.UserError(
         f"{fpath} cannot be read ({errors.first_line(err)}). Pass a folder that {library} saved."

@@ -8,7 +8,6 @@ import pathlib
 import re
 import typing as tp
 
-import beartype
 import msgspec
 import safetensors.torch
 import torch
@@ -26,7 +25,6 @@ FORMAT = "6.0.0"
 
 
 @torch.no_grad()
-@beartype.beartype
 def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
     """Writes the folder atomically.
 
@@ -92,7 +90,6 @@ def _check_new(dpath: pathlib.Path) -> None:
 
 
 @torch.no_grad()
-@beartype.beartype
 def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     """Reads a standard, topk, jumprelu or gated SAE of SAELens 6 or older, in evaluation mode.
 
@@ -170,10 +167,7 @@ def _scaling(cfg: dict[str, tp.Any], found: dict[str, Tensor], dpath: pathlib.Pa
 
 # ---- cfg.json ----
 
-RENAMED = {
-    "activation_fn_str": "activation_fn",
-    "uses_scaling_factor": "finetuning_scaling_factor",
-}
+RENAMED = {"activation_fn_str": "activation_fn", "uses_scaling_factor": "finetuning_scaling_factor"}
 """Maps older key names to those of version 6."""
 BOOLEANS = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "finetuning_scaling_factor")
 USED = {

@@ -3,7 +3,6 @@
 import pathlib
 import typing as tp
 
-import beartype
 import torch
 
 from saev import fields
@@ -24,7 +23,6 @@ USED = {*ALLOWED, "d_in", "expansion_factor", "num_latents", "k"}
 
 
 @torch.no_grad()
-@beartype.beartype
 def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     """Reads the folder of one hook point, in evaluation mode.
 

@@ -9,7 +9,6 @@ import logging
 import pathlib
 import typing as tp
 
-import beartype
 import torch
 from torch import Tensor
 
@@ -103,7 +102,6 @@ UPGRADES: dict[int, collections.abc.Callable[[Header], Header]] = {
 }
 
 
-@beartype.beartype
 def upgrade(header: Header, fpath: pathlib.Path) -> UpstreamSae:
     """Interprets an upstream header.
 
@@ -138,7 +136,6 @@ def upgrade(header: Header, fpath: pathlib.Path) -> UpstreamSae:
     return out
 
 
-@beartype.beartype
 def convert(sae: UpstreamSae, state: dict[str, tp.Any], fpath: pathlib.Path) -> dict[str, Tensor]:
     """Converts an upstream state dict to saev's.
 
@@ -150,12 +147,7 @@ def convert(sae: UpstreamSae, state: dict[str, tp.Any], fpath: pathlib.Path) -> 
         UserError: a tensor is missing, unknown or of another shape, or a BatchTopK's threshold is negative.
     """
     D, S = sae.d_vit, sae.d_sae
-    shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (D, S),
-        "b_enc": (S,),
-        "W_dec": (S, D),
-        "b_dec": (D,),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (D, S), "b_enc": (S,), "W_dec": (S, D), "b_dec": (D,)}
     is_batch = sae.activation == "BatchTopK"
     if is_batch and (sae.schema >= 5 or THRESHOLD in state):
         shapes[THRESHOLD] = ()

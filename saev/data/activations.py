@@ -122,12 +122,8 @@ class Activations:
             it, or directories that do not fit together.
     """
 
-    @beartype.beartype
     def __init__(
-        self,
-        cfg: config.Shards,
-        flag: str = "--data",
-        among: collections.abc.Iterable["Activations"] = (),
+        self, cfg: config.Shards, flag: str = "--data", among: collections.abc.Iterable["Activations"] = ()
     ):
         if not cfg.shard_root:
             raise errors.UserError(
@@ -139,12 +135,13 @@ class Activations:
         roots = (cfg.shard_root, *cfg.more_roots)
         is_open = {(part.dpath, acts.cfg.partial): part for acts in among for part in acts.dirs}
         self.dirs = [
-            is_open.get((fields.path(root), cfg.partial)) or shards.ShardDir.open(root, partial=cfg.partial)
+            is_open.get((fields.path(root), cfg.partial))
+            or shards.ShardDir.open(root, partial=cfg.partial, flag=flag)
             for root in roots
         ]
         self.metadata = self.dirs[0].metadata
-        self.layers = _layers(self.dirs, cfg.layer)
-        self.tokens = _token_slice(self.dirs[0], cfg.patches)
+        self.layers = _layers(self.dirs, cfg.layer, flag)
+        self.tokens = _token_slice(self.dirs[0], cfg.patches, flag)
         self.n_tokens = self.tokens.stop - self.tokens.start
         self.d_vit = self.metadata.d_vit
         self.dtype = self.metadata.dtype
@@ -163,7 +160,6 @@ class Activations:
         self._choose(None)
 
     @staticmethod
-    @beartype.beartype
     def open(
         data: "config.Shards | Activations",
         flag: str = "--data",
@@ -172,7 +168,6 @@ class Activations:
         """Opens a config's activations. Returns open activations unchanged."""
         return data if isinstance(data, Activations) else Activations(data, flag, among)
 
-    @beartype.beartype
     def only(self, image_is: collections.abc.Collection[int]) -> "Activations":
         """A stream of only these images, by number. It shares this stream's directories."""
         out = copy.copy(self)
@@ -180,7 +175,6 @@ class Activations:
         out._choose(tuple(sorted(image_is)))
         return out
 
-    @beartype.beartype
     def advised(self, advice: int) -> "Activations":
         """The same stream, with a hint to the kernel on the order of reads (POSIX_FADV_*)."""
         out = copy.copy(self)
@@ -358,7 +352,7 @@ class Activations:
         return out
 
     def decode_to(self, stored: Shaped[np.ndarray, "*shape"], out: Float32[np.ndarray, "*shape"]) -> None:
-        """`shards.decode` without temporaries. torch converts float16 thirty times as fast as NumPy.
+        """Inverts `shards.encode`. torch converts float16 thirty times as fast as NumPy.
 
         It works in small steps, because for larger ones torch would start OpenMP, which does not survive a
         fork.
@@ -464,17 +458,17 @@ class _ReadErrors:
             ) from err
 
 
-def _layers(dirs: list[shards.ShardDir], layer: int | tp.Literal["all"]) -> tuple[int, ...]:
+def _layers(dirs: list[shards.ShardDir], layer: int | tp.Literal["all"], flag: str) -> tuple[int, ...]:
     """The numbers of the chosen layers."""
     first = dirs[0].metadata.layers
-    chosen = first if layer == "all" else (first[dirs[0].layer_i(layer)],)
+    chosen = first if layer == "all" else (first[dirs[0].layer_i(layer, flag)],)
     for part in dirs[1:]:
         if layer == "all" and set(part.metadata.layers) != set(first):
             raise errors.UserError(
                 f"{part.dpath}: recorded layers {part.metadata.layers}, but {dirs[0].dpath} {first}. "
-                "Pass one --data.layer that both have."
+                f"Pass one {flag}.layer that both have."
             )
-        part.layer_i(chosen[0])
+        part.layer_i(chosen[0], flag)
     return chosen
 
 
@@ -491,17 +485,13 @@ def _check_stored_alike(dirs: list[shards.ShardDir], flag: str) -> None:
         raise errors.UserError(f"{flag}.more-roots: a shard directory is named twice.")
 
 
-def _token_slice(part: shards.ShardDir, patches: config.Patches) -> slice:
+def _token_slice(part: shards.ShardDir, patches: config.Patches, flag: str) -> slice:
     n_cls, n_tokens = int(part.metadata.cls_token), part.metadata.n_tokens
     if patches == "cls" and not n_cls:
         raise errors.UserError(
-            f"{part.dpath}: {part.metadata.vit_ckpt} has no [CLS] token. Pass --data.patches image."
+            f"{part.dpath}: {part.metadata.vit_ckpt} has no [CLS] token. Pass {flag}.patches image."
         )
-    return {
-        "image": slice(n_cls, n_tokens),
-        "cls": slice(0, n_cls),
-        "all": slice(0, n_tokens),
-    }[patches]
+    return {"image": slice(n_cls, n_tokens), "cls": slice(0, n_cls), "all": slice(0, n_tokens)}[patches]
 
 
 LARGEST = 1e15

@@ -72,11 +72,7 @@ class Vit:
     float32 in both cases."""
 
     def __post_init__(self) -> None:
-        sizes = {
-            "d_vit": "[1, 1e6]",
-            "n_patches_per_img": "[1, 1e6]",
-            "img_size": f"[1, {MAX_IMG_SIZE}]",
-        }
+        sizes = {"d_vit": "[1, 1e6]", "n_patches_per_img": "[1, 1e6]", "img_size": f"[1, {MAX_IMG_SIZE}]"}
         fields.settle(self, vit_seed="[0, 4294967296)", **sizes)
 
 

@@ -106,14 +106,12 @@ def load(root: str | pathlib.Path, *, min_certainty: int = 3, annotations: confi
     )
 
 
-@beartype.beartype
 def metadata_root(root: pathlib.Path) -> pathlib.Path:
     """Returns the folder with images.txt: `root`, or its metadata/."""
     inner = root / "metadata"
     return inner if (inner / "images.txt").is_file() and not (root / "images.txt").is_file() else root
 
 
-@beartype.beartype
 def image_paths(root: pathlib.Path) -> dict[int, str]:
     """Maps image ids to paths relative to images/ (or train/, test/), as images.txt lists them.
 
@@ -131,7 +129,6 @@ def image_paths(root: pathlib.Path) -> dict[int, str]:
     return paths
 
 
-@beartype.beartype
 def split(root: pathlib.Path, paths: dict[int, str]) -> dict[int, int]:
     """Maps image ids to 1 (train) or 0 (test).
 
@@ -141,7 +138,6 @@ def split(root: pathlib.Path, paths: dict[int, str]) -> dict[int, int]:
     return _numbers(_need(root / "train_test_split.txt"), paths, range(2))
 
 
-@beartype.beartype
 def key(path: str) -> str:
     """Turns a path, as dumped or as listed in images.txt, into the key that joins the two.
 
@@ -217,11 +213,7 @@ def _numbers(fpath: pathlib.Path, paths: dict[int, str], allowed: range) -> dict
 
 
 def _read_labels(
-    fpath: pathlib.Path,
-    ids: list[int],
-    n_traits: int,
-    min_certainty: int,
-    annotations: config.Annotations,
+    fpath: pathlib.Path, ids: list[int], n_traits: int, min_certainty: int, annotations: config.Annotations
 ) -> dict[str, tp.Any]:
     """Computes the fields of `Cub` that come from the annotations.
 

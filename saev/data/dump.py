@@ -17,7 +17,6 @@ import math
 import pathlib
 import typing as tp
 
-import beartype
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,7 +43,6 @@ class Loaded(tp.NamedTuple):
     skipped: list[shards.Skipped]
 
 
-@beartype.beartype
 def main(cfg: config.Dump, job_i: int = 0) -> str:
     """Dumps this job's missing shards and returns the path of the shard directory.
 
@@ -84,7 +82,6 @@ def main(cfg: config.Dump, job_i: int = 0) -> str:
     return str(out.dpath)
 
 
-@beartype.beartype
 def job(part: config.DumpJob) -> str:
     """Runs one job of a dump."""
     return main(part.dump, part.job_i)

@@ -42,7 +42,6 @@ MAX_BETWEEN = 2**26
 # ---- datasets ----
 
 
-@beartype.beartype
 def list_images(cfg: config.ImageFolder | config.Cub200) -> list[Record]:
     """Lists the path (relative to `image_root`) and label of every image, in a fixed order.
 
@@ -66,7 +65,6 @@ def list_images(cfg: config.ImageFolder | config.Cub200) -> list[Record]:
     ]
 
 
-@beartype.beartype
 def image_root(cfg: config.ImageFolder | config.Cub200) -> pathlib.Path:
     """Returns the folder that records' paths are relative to."""
     root = pathlib.Path(cfg.root)

@@ -4,7 +4,6 @@ import operator
 import pathlib
 import typing as tp
 
-import beartype
 import numpy as np
 import torch
 
@@ -24,7 +23,6 @@ class Indexed:
         IndexError: i is past the end.
     """
 
-    @beartype.beartype
     def __init__(
         self,
         shard_root: str | pathlib.Path,
@@ -42,7 +40,6 @@ class Indexed:
         """Path, relative to the dataset's root, and label of each image."""
         return self.acts.records
 
-    @beartype.beartype
     def __getitem__(self, i: tp.SupportsIndex) -> dict[str, tp.Any]:
         i = operator.index(i)  # also accepts numpy integers and 0-d tensors
         if not -len(self) <= i < len(self):

@@ -5,8 +5,6 @@ A test compares the prediction with the measured memory of processes.
 
 import typing as tp
 
-import beartype
-
 from saev.data import config
 
 PROGRAM = 750 * 10**6
@@ -37,7 +35,6 @@ class Sizes(tp.NamedTuple):
     """Recorded layers."""
 
 
-@beartype.beartype
 def peak(cfg: config.Dump, vit: Sizes, photo: int = PHOTO) -> int:
     """Peak bytes of one job of a dump. photo: pixels of the largest photo."""
     imgs = 12 * vit.pixels * cfg.vit_batch_size

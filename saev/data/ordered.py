@@ -4,7 +4,6 @@ import collections.abc
 import math
 import typing as tp
 
-import beartype
 import numpy as np
 from jaxtyping import Float32, Int64
 
@@ -31,7 +30,6 @@ class Ordered:
         UserError: see `Activations`; while iterating, NaN or infinite activations (the image is named).
     """
 
-    @beartype.beartype
     def __init__(self, data: config.Shards | activations.Activations, n_imgs: int = 64, first: int = 0):
         self.acts = activations.Activations.open(data)
         self.block = n_imgs

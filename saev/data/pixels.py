@@ -13,7 +13,6 @@ import stat
 import typing as tp
 import warnings
 
-import beartype
 import numpy as np
 import PIL.Image
 import PIL.ImageCms
@@ -51,7 +50,6 @@ def suffixes() -> tuple[str, ...]:
     return tuple(sorted(s for s, f in PIL.Image.registered_extensions().items() if f in known))
 
 
-@beartype.beartype
 def open_rgb(fpath: pathlib.Path) -> PIL.Image.Image:
     """Reads a photo as RGB. Animations give their first frame. EXIF rotation and colour profiles are not
     applied.
@@ -118,7 +116,6 @@ def _read(fpath: pathlib.Path) -> bytes:
 # ---- modes ----
 
 
-@beartype.beartype
 def to_rgb(img: PIL.Image.Image) -> PIL.Image.Image:
     """Converts a decoded image of any Pillow mode to 8-bit RGB.
 

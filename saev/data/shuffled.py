@@ -15,7 +15,6 @@ import os
 import threading
 import typing as tp
 
-import beartype
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64, Shaped
@@ -53,7 +52,6 @@ class Shuffled:
         UserError: see `Activations`; while iterating, NaN or infinite activations (the image is named).
     """
 
-    @beartype.beartype
     def __init__(
         self,
         data: config.Shards | activations.Activations,
@@ -84,7 +82,6 @@ class Shuffled:
     def __iter__(self) -> collections.abc.Iterator[Batch]:
         return self.batches()
 
-    @beartype.beartype
     def batches(self, start: int = 0) -> collections.abc.Iterator[Batch]:
         """The stream from batch `start` on."""
         return ahead(self._batches(start), mixing.AHEAD)
@@ -226,9 +223,7 @@ class _Pool:
         shares = [order_G[at : at + n_share] for at in range(0, len(order_G), n_share)]
         return [
             self.threads.submit(
-                self._read_share,
-                block_G[share],
-                [slot_n[start_G[g] : start_G[g] + n_G[g]] for g in share],
+                self._read_share, block_G[share], [slot_n[start_G[g] : start_G[g] + n_G[g]] for g in share]
             )
             for share in shares
         ]

@@ -11,7 +11,6 @@ import os
 import pathlib
 import typing as tp
 
-import beartype
 import tyro
 
 from saev import cli, errors, fields, helpers, launch
@@ -22,7 +21,6 @@ MAX_LINES = 20
 """Lines printed at most for undumped shards, and for the differing bytes of one shard."""
 
 
-@beartype.beartype
 def problems(dpath: pathlib.Path | str, n_threads: int = 4) -> collections.abc.Iterator[str]:
     """Yields one line for each problem of a shard directory.
 
@@ -80,7 +78,6 @@ def _shard_problems(found: shards.ShardDir, shard_i: int) -> list[str]:
     return out
 
 
-@beartype.beartype
 def describe(dpath: pathlib.Path | str) -> str:
     """Describes a directory without problems in one line."""
     found = shards.ShardDir.open_unchecked(dpath)

@@ -7,8 +7,6 @@ import errno
 import os
 import stat
 
-import beartype
-
 from saev import errors
 from saev.data import pixels
 
@@ -30,7 +28,6 @@ SPECIAL = "FIFOs, sockets or devices"
 LOOPS = "circular links"
 
 
-@beartype.beartype
 def walk(root: str) -> tuple[list[str], collections.Counter[str]]:
     """Returns the sorted relative paths of photos below `root`, and counts of ignored entries by kind.
 
@@ -96,7 +93,6 @@ def _listed(dpath: str) -> collections.abc.Generator[None]:
         ) from err
 
 
-@beartype.beartype
 def describe(ignored: collections.Counter[str]) -> str:
     """Lists the counts for a log line, most frequent first."""
     most = [f"{n} {what}" for what, n in sorted(ignored.items(), key=lambda p: (-p[1], p[0]))]

@@ -64,27 +64,12 @@ EVALUATE = Command("protoeval.py", protoeval_config.ProtoEval, "saev.protoeval.r
 SHOW = Command("visuals.py", visuals_config.Visuals, "saev.visuals.collect:main", grouped=False)
 
 
-@beartype.beartype
 def run(cfg: config.Demo) -> dict[str, str]:
     """Runs all steps and returns the paths of the outputs by name."""
     root = pathlib.Path(cfg.dump_to)
     cub, weights = _inputs(cfg, root)
-    dump_args = [
-        "--vit-family",
-        "dinov2",
-        "--vit-ckpt",
-        "dinov2_vits14",
-        "--vit-weights",
-        str(weights),
-    ]
-    dump_args += [
-        "--vit-layers",
-        str(cfg.layer),
-        "--dump-to",
-        str(root / "shards"),
-        "--device",
-        cfg.device,
-    ]
+    dump_args = ["--vit-family", "dinov2", "--vit-ckpt", "dinov2_vits14", "--vit-weights", str(weights)]
+    dump_args += ["--vit-layers", str(cfg.layer), "--dump-to", str(root / "shards"), "--device", cfg.device]
     dump_args += ["--vit-batch-size", "16", "data:cub200", "--data.root", str(cub)]
     shards = DUMP.run("1. Dump the patch activations of one ViT layer", dump_args)
 
@@ -96,16 +81,7 @@ def run(cfg: config.Demo) -> dict[str, str]:
         "--n-patches",
         str(cfg.n_patches),
     ]
-    train_args += [
-        "--batch-size",
-        "2048",
-        "--lr",
-        "1e-3",
-        "--n-lr-warmup",
-        "50",
-        "--wandb-project",
-        "",
-    ]
+    train_args += ["--batch-size", "2048", "--lr", "1e-3", "--n-lr-warmup", "50", "--wandb-project", ""]
     train_args += ["--ckpt-to", str(root / "checkpoints"), "--device", cfg.device]
     train_args += ["sae:batch-top-k", "--sae.exp-factor", "4", "--sae.top-k", "16"]
     ckpt = TRAIN.run("2. Train a sparse autoencoder on them", train_args)

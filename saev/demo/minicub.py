@@ -11,7 +11,6 @@ import collections.abc
 import dataclasses
 import pathlib
 
-import beartype
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
@@ -94,16 +93,7 @@ BILLS = {
     "long_needle": [(402, 180), (506, 193), (402, 199)],
     "cone": [(398, 160), (454, 190), (398, 216)],
 }
-WING = [
-    (306, 226),
-    (262, 198),
-    (204, 204),
-    (150, 244),
-    (96, 296),
-    (176, 300),
-    (256, 286),
-    (300, 258),
-]
+WING = [(306, 226), (262, 198), (204, 204), (150, 244), (96, 296), (176, 300), (256, 286), (300, 258)]
 LEAVES = {
     "wing": (200, 250),
     "breast": (320, 290),
@@ -126,7 +116,6 @@ class Bird:
     """The part behind a leaf."""
 
 
-@beartype.beartype
 def draw(dpath: pathlib.Path, *, n_imgs: int = 640, seed: int = 0) -> None:
     """Draws mini-CUB into `dpath` (the CUB_200_2011 folder), which appears whole or not at all.
 
@@ -222,7 +211,6 @@ def _label_lines(birds: list[Bird], rng: np.random.Generator) -> collections.abc
 # ---- pictures ----
 
 
-@beartype.beartype
 def render(bird: Bird, rng: np.random.Generator) -> PIL.Image.Image:
     """Draws the 256 x 256 picture of a bird."""
     scale = rng.uniform(*SCALES[bird.traits["has_size"]])

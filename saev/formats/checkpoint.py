@@ -15,7 +15,6 @@ import collections.abc
 import pathlib
 import typing as tp
 
-import beartype
 import xxhash
 
 from saev import errors, helpers
@@ -50,7 +49,6 @@ REMEDY = "Delete it and run the command that wrote it again."
 Kind = tp.Literal["sae", "scorer", "state"]
 
 
-@beartype.beartype
 def write(
     fpath: pathlib.Path, kind: Kind, header: collections.abc.Mapping[str, object], payload: bytes
 ) -> None:
@@ -63,7 +61,6 @@ def write(
         fd.write(payload)
 
 
-@beartype.beartype
 def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
     """Reads (header, payload) and upgrades the headers of older schemas.
 
@@ -111,7 +108,6 @@ def _is_whole(header: dict[str, tp.Any], payload: bytes) -> bool:
     return recorded == jsonfile.checksum(header, payload)
 
 
-@beartype.beartype
 def kind(fpath: pathlib.Path) -> str | None:
     """Returns the kind in a checkpoint's header, or None if there is no kind or no file (`read` then explains
     why).

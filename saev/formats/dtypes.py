@@ -16,11 +16,3 @@ def encode(acts: Float32[np.ndarray, "*shape"], dtype: str) -> Shaped[np.ndarray
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(acts, STORED[dtype])
-
-
-@jaxtyped(typechecker=beartype.beartype)
-def decode(stored: Shaped[np.ndarray, "*shape"], dtype: str) -> Float32[np.ndarray, "*shape"]:
-    """Inverts `encode`. float32 is not copied."""
-    if dtype == "bfloat16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32, copy=False)

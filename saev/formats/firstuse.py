@@ -26,11 +26,7 @@ def cache_dpath() -> pathlib.Path:
     return pathlib.Path(home) / "saev" / "checksums"
 
 
-def kept(
-    fpath: pathlib.Path,
-    recorded: str,
-    take: collections.abc.Callable[[], bytes],
-) -> bytes:
+def kept(fpath: pathlib.Path, recorded: str, take: collections.abc.Callable[[], bytes]) -> bytes:
     """Returns the cached checksums of the shard `fpath`, or computes them with `take`.
 
     Args:

@@ -97,11 +97,7 @@ def seal(obj: collections.abc.Mapping[str, object]) -> str:
 
 
 def read_sealed(
-    fpath: pathlib.Path,
-    schema: tp.Any,
-    remedy: str,
-    max_bytes: int = MAX_BYTES,
-    old: bool = False,
+    fpath: pathlib.Path, schema: tp.Any, remedy: str, max_bytes: int = MAX_BYTES, old: bool = False
 ) -> tp.Any:
     """Reads what `seal` wrote.
 

@@ -3,7 +3,6 @@
 import collections.abc
 import pathlib
 
-import beartype
 import msgspec
 import xxhash
 
@@ -19,14 +18,12 @@ class Manifest(msgspec.Struct):
     """Name -> XXH3-128 of the bytes."""
 
 
-@beartype.beartype
 def write(dpath: pathlib.Path, names: collections.abc.Iterable[str]) -> None:
     """Writes a folder's manifest atomically. Call it last: a folder without one is unfinished."""
     sums = {name: _checksum((dpath / name).read_bytes()) for name in names}
     helpers.write_text(dpath / NAME, jsonfile.seal({"files": sums}))
 
 
-@beartype.beartype
 def read(dpath: pathlib.Path, names: collections.abc.Iterable[str], remedy: str) -> dict[str, bytes]:
     """Reads files that a folder's manifest lists: name -> bytes.
 

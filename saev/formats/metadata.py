@@ -143,7 +143,6 @@ class Metadata:
             raise errors.UserError(f"{fpath}: does not fit protocol {protocol} ({what}). {AGAIN}") from err
 
 
-@beartype.beartype
 def stored_as(dtype: str) -> dict[str, tp.Any]:
     """Returns the fields `dtype` and `protocol` of a new dump."""
     return {"dtype": dtype, "protocol": PROTOCOL if dtype == "float32" else PROTOCOL_HALF}

@@ -7,7 +7,6 @@ damaged.
 import collections.abc
 import json
 
-import beartype
 import msgspec
 
 from saev.formats import jsonfile
@@ -15,14 +14,12 @@ from saev.formats import jsonfile
 Metrics = dict[str, float | int | None]
 
 
-@beartype.beartype
 def line(metrics: collections.abc.Mapping[str, object]) -> str:
     """Returns a line without the newline. NaN and infinities become null."""
     plain = json.loads(jsonfile.dumps(dict(metrics)))
     return jsonfile.dumps(plain | {jsonfile.CHECKSUM: jsonfile.checksum(plain)})
 
 
-@beartype.beartype
 def parse(text: str | bytes) -> Metrics | None:
     """Returns a line's metrics, or None if it is damaged or truncated."""
     try:

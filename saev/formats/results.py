@@ -158,7 +158,6 @@ class Row(tp.NamedTuple):
         return _quantiles(self.measured_T, 0.05, 0.95)
 
 
-@beartype.beartype
 def interval(boot_M: np.ndarray, value: float) -> tuple[float, float]:
     """95% interval: quantiles of the bootstrap distribution, shifted so that its mean is `value`.
 
@@ -179,13 +178,11 @@ def _quantiles(values: np.ndarray, low: float, high: float) -> tuple[float, floa
 # ---- traits and their kinds ----
 
 
-@beartype.beartype
 def group(trait: str) -> str:
     """has_wing_color::blue -> has_wing_color."""
     return trait.partition("::")[0]
 
 
-@beartype.beartype
 def kind(trait: str) -> str:
     """A trait's kind, from the last word of its group: has_wing_color::blue -> colour."""
     last = group(trait).rpartition("_")[2]
@@ -195,7 +192,6 @@ def kind(trait: str) -> str:
 # ---- files ----
 
 
-@beartype.beartype
 def write_resamples(fpath: pathlib.Path, rows: list[Row]) -> None:
     """Writes each row's `boot_RM` in the order of summary.csv, for comparisons with other results."""
     with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
@@ -203,7 +199,6 @@ def write_resamples(fpath: pathlib.Path, rows: list[Row]) -> None:
         np.savez_compressed(fd, allow_pickle=False, **arrays)
 
 
-@beartype.beartype
 def read_resamples(data: bytes, n_rows: int) -> list[np.ndarray]:
     """Reads what `write_resamples` wrote.
 

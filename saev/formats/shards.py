@@ -34,7 +34,7 @@ from jaxtyping import Int64
 
 from saev import errors, fields, helpers
 from saev.formats import firstuse, jsonfile, records
-from saev.formats.dtypes import STORED, decode, encode
+from saev.formats.dtypes import STORED, encode
 from saev.formats.metadata import Metadata, stored_as
 from saev.formats.pieces import SUM_BYTES, Piece
 from saev.formats.records import Record
@@ -42,17 +42,7 @@ from saev.formats.shardfiles import MAX_BYTES, REMEDY
 from saev.formats.sidecar import Complete, Sidecar, Skipped
 from saev.formats.writing import ShardWriter, WritableShards
 
-__all__ = [
-    "STORED",
-    "Metadata",
-    "Record",
-    "ShardDir",
-    "ShardWriter",
-    "Skipped",
-    "decode",
-    "encode",
-    "stored_as",
-]
+__all__ = ["STORED", "Metadata", "Record", "ShardDir", "ShardWriter", "Skipped", "encode", "stored_as"]
 
 DUMP_ANEW = "Delete it and its .json, and run the same `python -m saev.data` command again."
 N_THREADS = 4
@@ -67,8 +57,10 @@ class ShardDir(WritableShards):
     """June 2025's directories have no shards.json (and no protocol in metadata.json)."""
 
     @classmethod
-    def open(cls, dpath: pathlib.Path | str, *, partial: bool = False) -> "ShardDir":
+    def open(cls, dpath: pathlib.Path | str, *, partial: bool = False, flag: str = "--data") -> "ShardDir":
         """Opens a complete directory or, with `partial`, also one whose dump was interrupted.
+
+        flag: prefix of the flags that chose the directory, for messages.
 
         Raises:
             UserError: there is no such directory, or it is not a shard directory, is incomplete, or has a
@@ -76,7 +68,7 @@ class ShardDir(WritableShards):
         """
         shards = cls.open_unchecked(dpath)
         if not partial:
-            shards._check_complete()
+            shards._check_complete(flag)
         if not shards.shard_is:
             raise errors.UserError(f"{dpath}: holds no complete shard. {REMEDY}")
         for shard_i in shards.shard_is:
@@ -154,14 +146,14 @@ class ShardDir(WritableShards):
                 f"{self.dpath / name}: differs from its checksum. Restore it, or dump the directory again."
             )
 
-    def _check_complete(self) -> None:
+    def _check_complete(self, flag: str) -> None:
         found = sum(len(self.metadata.imgs_in(i)) for i in self.shard_is)
         is_listed = self.shards_fpath.exists() or not self.has_index
         if found != self.metadata.n_imgs or not is_listed:
             remedy = REMEDY if self.is_ours else "Finish it with the tool that wrote it."
             raise errors.UserError(
                 f"{self.dpath}: incomplete dump: {found} of {self.metadata.n_imgs} images. "
-                f"{remedy} (Or read the existing images with --data.partial.)"
+                f"{remedy} (Or read the existing images with {flag}.partial.)"
             )
 
     @functools.cached_property
@@ -358,7 +350,7 @@ class ShardDir(WritableShards):
         data = self._table(self.transform_fpath)
         return jsonfile.parse(data, dict[str, object], str(self.transform_fpath), REMEDY)
 
-    def layer_i(self, layer: int) -> int:
+    def layer_i(self, layer: int, flag: str = "--data") -> int:
         """Returns the position of a recorded layer. Negative layers count from the last recorded one.
 
         Raises:
@@ -370,7 +362,7 @@ class ShardDir(WritableShards):
         if layer not in layers:
             raise errors.UserError(
                 f"{self.dpath}: layer {layer} was not recorded "
-                f"(recorded: {', '.join(map(str, layers))}). Pass one of these as --data.layer, "
+                f"(recorded: {', '.join(map(str, layers))}). Pass one of these as {flag}.layer, "
                 "or dump it with `python -m saev.data --vit-layers`."
             )
         return layers.index(layer)

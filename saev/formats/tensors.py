@@ -7,14 +7,12 @@ import math
 import typing as tp
 import zipfile
 
-import beartype
 import torch
 from torch import Tensor
 
 from saev import errors
 
 
-@beartype.beartype
 def dump(tree: dict[str, tp.Any]) -> bytes:
     """Serialises tensors, numbers and strings in dicts and lists for `load`."""
     payload = io.BytesIO()
@@ -22,7 +20,6 @@ def dump(tree: dict[str, tp.Any]) -> bytes:
     return payload.getvalue()
 
 
-@beartype.beartype
 def load(payload: bytes, where: str, remedy: str) -> dict[str, tp.Any]:
     """Reads a dict that torch.save wrote, onto the CPU.
 
@@ -62,7 +59,6 @@ def _tensors(tree: object) -> collections.abc.Iterator[Tensor]:
             yield from _tensors(value)
 
 
-@beartype.beartype
 def check_finite(tensors: dict[str, Tensor], where: str, remedy: str) -> None:
     """Refuses NaN and infinity. Every loader calls this.
 
@@ -74,7 +70,6 @@ def check_finite(tensors: dict[str, Tensor], where: str, remedy: str) -> None:
             raise errors.UserError(f"{where}: tensor {name} holds NaN or infinity. {remedy}")
 
 
-@beartype.beartype
 def check_like(found: object, mine: object, name: str = "") -> None:
     """Checks that a tree has the keys, types, shapes and dtypes of `mine`, and only finite numbers.
 

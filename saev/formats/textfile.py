@@ -3,13 +3,10 @@ newline."""
 
 import pathlib
 
-import beartype
-
 from saev import errors
 from saev.formats import jsonfile
 
 
-@beartype.beartype
 def read(fpath: pathlib.Path, remedy: str, max_bytes: int, on_error: str = "strict") -> str:
     r"""Reads a UTF-8 file. Removes a byte order mark and converts line endings to "\n".
 

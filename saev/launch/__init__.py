@@ -7,8 +7,6 @@ A stage is named by a string ("saev.data.dump:main") and imported only where it 
 import collections.abc
 import os
 
-import beartype
-
 from saev.launch import local
 from saev.launch import slurm as slurm_jobs
 from saev.launch.config import SlurmConfig
@@ -18,7 +16,6 @@ from saev.launch.stage import Outcome, Stage
 __all__ = ["Outcome", "SlurmConfig", "Stage", "entry", "run"]
 
 
-@beartype.beartype
 def run(
     target: str,
     args: collections.abc.Sequence[object],

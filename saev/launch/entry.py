@@ -9,15 +9,12 @@ import sys
 import threading
 import typing as tp
 
-import beartype
-
 from saev import console, early, errors
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Errors without a file name that the user can fix."""
 
 
-@beartype.beartype
 def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
     """Runs a command's main function.
 

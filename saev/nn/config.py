@@ -107,10 +107,7 @@ class Relu(Architecture):
 
     KEEPS_CODES: tp.ClassVar[bool] = True
     CODES_IN_STEP: tp.ClassVar[float] = 1.3
-    INTERVALS = Architecture.INTERVALS | {
-        "sparsity_coeff": AT_LEAST_0,
-        "resample_every": AT_LEAST_0,
-    }
+    INTERVALS = Architecture.INTERVALS | {"sparsity_coeff": AT_LEAST_0, "resample_every": AT_LEAST_0}
 
     def default_lr(self, n_steps: int) -> float:
         return 4e-4
@@ -131,11 +128,7 @@ class TopK(Architecture):
     keep_negative: bool = False
     """Keep negative values among the k largest, as upstream saev checkpoints do. Otherwise they become 0."""
 
-    INTERVALS = Architecture.INTERVALS | {
-        "top_k": AT_LEAST_1,
-        "aux_coeff": AT_LEAST_0,
-        "aux_k": AT_LEAST_0,
-    }
+    INTERVALS = Architecture.INTERVALS | {"top_k": AT_LEAST_1, "aux_coeff": AT_LEAST_0, "aux_k": AT_LEAST_0}
 
 
 @beartype.beartype

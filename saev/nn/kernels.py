@@ -150,11 +150,7 @@ def top_k(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, k, n_B, value_
     low_S, high_S = np.empty(S, x_BD.dtype), np.empty(S, x_BD.dtype)
     cutoff_S = np.empty(S, x_BD.dtype)
     group_G, scratch_G = np.empty(G, x_BD.dtype), np.empty(G, x_BD.dtype)
-    latent_n, value_n, scratch_n = (
-        np.empty(S, np.int32),
-        np.empty(S, x_BD.dtype),
-        np.empty(S, x_BD.dtype),
-    )
+    latent_n, value_n, scratch_n = (np.empty(S, np.int32), np.empty(S, x_BD.dtype), np.empty(S, x_BD.dtype))
     for b in range(B):
         _bounds(pre_BS[b], is_screened, b_S, norm_S, margin_B[b], low_S, high_S)
         bound = _top_k_bound(low_S, k, group_G, scratch_G)

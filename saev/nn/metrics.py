@@ -111,7 +111,6 @@ def mean_abs_corr(f_BS: Float[Tensor, "B S"]) -> float:
 class CorrelationSums:
     """Computes `mean_abs_corr` over many batches, for all latents or a seeded sample of MAX_CORR_LATENTS."""
 
-    @beartype.beartype
     def __init__(self, n_latents: int, device: torch.device):
         generator = torch.Generator().manual_seed(0)
         drawn_C = torch.randperm(n_latents, generator=generator)[:MAX_CORR_LATENTS]
@@ -168,10 +167,7 @@ def avg_w_col_norm(W_dec: Float[Tensor, "S D"]) -> float:
 
 @jaxtyped(typechecker=beartype.beartype)
 def measure(
-    x_BD: Float[Tensor, "B D"],
-    x_hat_BD: Float[Tensor, "B D"],
-    values: Float[Tensor, "..."],
-    n_latents: int,
+    x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"], values: Float[Tensor, "..."], n_latents: int
 ) -> dict[str, float]:
     """The metrics that cost little compared with a step, by name.
 

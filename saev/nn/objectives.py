@@ -113,12 +113,7 @@ class Objective:
         return self._output(loss, reconstruction, x_hat_BD, f.detach(), index)
 
     def _output(
-        self,
-        loss: Tensor,
-        reconstruction: Tensor,
-        x_hat_BD: Tensor,
-        f: Tensor,
-        index: sparse.Index | None,
+        self, loss: Tensor, reconstruction: Tensor, x_hat_BD: Tensor, f: Tensor, index: sparse.Index | None
     ) -> Output:
         if index is None:
             codes, fired_S = f, (f != 0).any(dim=0)
@@ -217,7 +212,6 @@ def aux_k(
     return (k / wanted) * (error_hat_BD - error_BD).square().mean() / energy
 
 
-@beartype.beartype
 def prefixes(cfg: config.Objective, d_sae: int, seed: int, step: int) -> list[int] | None:
     """Returns the increasing lengths of one step's prefixes, the last one d_sae. None if vanilla.
 

@@ -56,8 +56,7 @@ class Adam:
         for name, (w_SD, g_SD, _, _) in arrays.items():
             dots_S3 = np.empty((len(w_SD), 3), w_SD.dtype)
             compiled.in_threads(
-                lambda i, j, w=w_SD, g=g_SD, out=dots_S3: kernels.row_dots(w, g, i, j, out),
-                len(w_SD),
+                lambda i, j, w=w_SD, g=g_SD, out=dots_S3: kernels.row_dots(w, g, i, j, out), len(w_SD)
             )
             gw_S, gg_S, ww_S = dots_S3.T.astype(np.float64)
             # Normalising undoes changes along the row.

@@ -82,7 +82,6 @@ class Tokens:
     An activation's error is its squared error divided by the squared radius.
     """
 
-    @beartype.beartype
     def __init__(self, around: Typical):
         self.around = around
         device = around.centre_D.device
@@ -100,7 +99,6 @@ class Tokens:
         self.n_bin += torch.bincount(bin_N, minlength=len(self.n_bin))
         self.totals += totals(x_ND, self.around)
 
-    @beartype.beartype
     def quantile(self, q: float) -> float:
         """The quantile's bin centre. 0 below the first bin; NaN if the activations are constant."""
         if self.around.radius <= 1e-6 * self.around.centre_D.norm():  # float32's rounding
@@ -127,7 +125,6 @@ def totals(x_ND: Float[Tensor, "N D"], around: Typical) -> Float[Tensor, " 4"]:
     return torch.cat([each_2N.sum(dim=1), each_2N[:, distance_N > around.limit].sum(dim=1)])
 
 
-@beartype.beartype
 def shares(totals_4: Tensor) -> dict[str, float]:
     """Extreme activations as a fraction of all, and their share of the summed squared distances."""
     n, square, n_extreme, square_extreme = totals_4.tolist()

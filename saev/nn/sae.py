@@ -49,7 +49,6 @@ class SparseAutoencoder(torch.nn.Module):
         UserError: the weights exceed this machine's memory.
     """
 
-    @beartype.beartype
     def __init__(self, cfg: config.Sae, seed: int = 0):
         super().__init__()
         _check_memory(cfg)
@@ -135,7 +134,6 @@ class SparseAutoencoder(torch.nn.Module):
             )
         return values.reshape(-1, width).to(self.W_dec)
 
-    @beartype.beartype
     def check_fits(self, acts: space.Space, ckpt: str, flag: str) -> None:
         """Refuses activations of another space than it was trained on, as far as its checkpoint says.
 
@@ -243,7 +241,6 @@ def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
     return ready(sae, str(fpath)).to(device)
 
 
-@beartype.beartype
 def ready(sae: SparseAutoencoder, where: str) -> SparseAutoencoder:
     """Sets evaluation mode without gradients, and checks the weights. Every loader calls this last.
 

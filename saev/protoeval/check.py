@@ -41,7 +41,6 @@ ENOUGH = 200
 """Least images of a split for its statistics to be checked."""
 
 
-@beartype.beartype
 def problems(labels: cub.Cub) -> list[str]:
     """What is implausible: one clause per problem."""
     train_NT, test_NT = (labels.labels_NT[labels.is_train_N == is_train] for is_train in (True, False))
@@ -155,7 +154,6 @@ def _archive_problems(labels: cub.Cub) -> list[str]:
     return []
 
 
-@beartype.beartype
 def agreement(labels: cub.Cub) -> float:
     """Correlation of the labels' class means with `shares_CT`, both minus each trait's mean over classes."""
     _, mean_CT, shares_CT = _class_means(labels)
@@ -163,7 +161,6 @@ def agreement(labels: cub.Cub) -> float:
     return float((mean_CT * shares_CT).sum()) / scale if scale else 0.0
 
 
-@beartype.beartype
 def misfits(labels: cub.Cub) -> list[int]:
     """Classes whose labels correlate clearly better with another class of the archive."""
     class_C, mean_CT, shares_CT = _class_means(labels)
@@ -182,7 +179,6 @@ def _class_means(labels: cub.Cub) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return class_C, mean_CT - mean_CT.mean(axis=0), shares_CT - shares_CT.mean(axis=0)
 
 
-@beartype.beartype
 def between_classes(labels: cub.Cub) -> tuple[float, float]:
     """(share of the labels' variance that lies between classes, share expected for unrelated labels)."""
     class_N, mean_CT = _means(labels)
@@ -194,7 +190,6 @@ def between_classes(labels: cub.Cub) -> tuple[float, float]:
     return between / total, (len(n_C) - 1) / max(len(class_N) - 1, 1)
 
 
-@beartype.beartype
 def describe(labels: cub.Cub) -> str:
     """Counts, prevalences by group of traits, and the constant scorer's mAP, as Markdown."""
     n_N, n_T = labels.labels_NT.shape
@@ -242,7 +237,6 @@ def _archive(labels: cub.Cub) -> str:
     return f"their class means correlate {agreement(labels):.2f} with {name}"
 
 
-@beartype.beartype
 def refuse_implausible(labels: cub.Cub, root: str) -> None:
     """Raises a UserError that names what is implausible."""
     if found := problems(labels):

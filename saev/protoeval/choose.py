@@ -43,7 +43,6 @@ class Cell(tp.NamedTuple):
     """Index of its first prototype, counted over all scorers."""
 
 
-@beartype.beartype
 def choose(train: score.Split, banks: list[fit.Bank], cfg: config.ProtoEval) -> list[Cell]:
     """Chooses for the whole grid: scorer x K x number of train images."""
     all_draws = draws(len(train.labels_NT), cfg)
@@ -56,11 +55,7 @@ def choose(train: score.Split, banks: list[fit.Bank], cfg: config.ProtoEval) -> 
 
 
 def _cells(
-    bank: fit.Bank,
-    start: int,
-    all_draws: list[list[Draw]],
-    train: score.Split,
-    cfg: config.ProtoEval,
+    bank: fit.Bank, start: int, all_draws: list[list[Draw]], train: score.Split, cfg: config.ProtoEval
 ) -> list[Cell]:
     """A scorer's cells. Prototypes are read in blocks, and each is used for every K that includes it."""
     flat = [draw for same_n in all_draws for draw in same_n]
@@ -110,8 +105,7 @@ def better(choice: Choice, ap_CT: Float64[np.ndarray, "C T"], first: int) -> Cho
     best_ap_T = ap_CT[best_T, np.arange(len(best_T))]
     is_new_T = best_ap_T > np.nan_to_num(choice.train_ap_T, nan=-1.0)
     return Choice(
-        np.where(is_new_T, first + best_T, choice.best_T),
-        np.where(is_new_T, best_ap_T, choice.train_ap_T),
+        np.where(is_new_T, first + best_T, choice.best_T), np.where(is_new_T, best_ap_T, choice.train_ap_T)
     )
 
 

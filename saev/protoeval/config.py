@@ -18,9 +18,7 @@ Split = tp.Literal["train", "test"]
 class ProtoEval:
     """Chooses the best prototype for each CUB attribute on train images and measures it on test images."""
 
-    scorer: scorers_config.Random | scorers_config.KMeans | scorers_config.Pca | scorers_config.Sae = (
-        dataclasses.field(default_factory=scorers_config.Random)
-    )
+    scorer: scorers_config.Scorer = dataclasses.field(default_factory=scorers_config.Random)
     """The prototypes."""
     cub_root: fields.Path = fields.shared("")
     """The CUB_200_2011 folder."""

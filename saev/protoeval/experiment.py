@@ -65,7 +65,6 @@ class Experiment:
             return hashed
         return helpers.hash_of([hashed, cfg.no_positives, cfg.swap_splits, left_out])
 
-    @beartype.beartype
     def about(self) -> results.About:
         cfg, (chosen, measured) = self.cfgs[0], self.sides
         seen_T = self.labels.labels_NT[list(measured.row_of.values())].any(axis=0)
@@ -115,7 +114,6 @@ class Experiment:
                 out.append(f"{n:,} images of {acts.root} have no labels and were left out")
         return out
 
-    @beartype.beartype
     def log_memory(self) -> None:
         """Logs how much memory the evaluation needs, on a CPU."""
         if devices.pick(self.cfgs[0].device).type != "cpu":
@@ -150,7 +148,6 @@ def _run_name(cfg: config.ProtoEval) -> str:
 # ---- names ----
 
 
-@beartype.beartype
 def names(cfgs: list[config.ProtoEval]) -> list[str]:
     """The scorers' names in the table: class, SAE's run id, and the settings in which scorers differ.
 

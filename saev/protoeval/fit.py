@@ -4,8 +4,6 @@ import logging
 import pathlib
 import typing as tp
 
-import beartype
-
 from saev import devices, scorers
 from saev.data import activations
 from saev.protoeval import config
@@ -23,7 +21,6 @@ class Bank(tp.NamedTuple):
     ks: tuple[int, ...]
 
 
-@beartype.beartype
 def fit(experiment: Experiment) -> list[Bank]:
     """Fits k-means for each K, and other scorers once: a smaller K uses their first prototypes."""
     found = zip(experiment.cfgs, experiment.fits, experiment.names, strict=True)

@@ -4,7 +4,6 @@ import os
 import pathlib
 import urllib.parse
 
-import beartype
 import msgspec
 import polars as pl
 
@@ -15,7 +14,6 @@ from saev.report import tables
 from saev.scorers import config as scorers_config
 
 
-@beartype.beartype
 def scorer(gallery: str, cfgs: list[config.ProtoEval], names: list[str]) -> str:
     """The name, in `names`, of the SAE that a gallery shows; "" without --gallery.
 
@@ -46,7 +44,6 @@ class Gallery(msgspec.Struct):
     latents: list[int]
 
 
-@beartype.beartype
 def read(gallery: pathlib.Path) -> Gallery:
     """Reads gallery.json of visuals.py.
 
@@ -62,7 +59,6 @@ def read(gallery: pathlib.Path) -> Gallery:
         ) from err
 
 
-@beartype.beartype
 def link(dpath: pathlib.Path, scorer: str, gallery: pathlib.Path) -> None:
     """Writes traits.md into a results directory: each trait's latent, with a link into the gallery.
 
@@ -89,7 +85,6 @@ def link(dpath: pathlib.Path, scorer: str, gallery: pathlib.Path) -> None:
     helpers.write_text(dpath / "traits.md", text)
 
 
-@beartype.beartype
 def best_traits(data: bytes, scorer: str) -> pl.DataFrame:
     """The rows of a scorer's largest cell (first draw) in traits.parquet, highest test AP first."""
     mine = pl.read_parquet(data).filter(pl.col("scorer") == scorer, pl.col("draw") == 0)

@@ -4,7 +4,6 @@ import collections.abc
 import logging
 import typing as tp
 
-import beartype
 import numpy as np
 
 from saev import errors
@@ -35,13 +34,11 @@ class Sides(tp.NamedTuple):
     measured: Side
 
 
-@beartype.beartype
 def join(cfg: config.ProtoEval, acts: opening.Opened, labels: cub.Cub) -> Sides:
     """Finds the images of both splits. Raises as `find`."""
     return Sides(*(find(acts.of(split), labels, split, cfg.force) for split, _ in cfg.sides))
 
 
-@beartype.beartype
 def find(acts: activations.Activations, labels: cub.Cub, split: config.Split, force: bool) -> Side:
     """Finds a split's images. Those that the dump recorded as corrupt are left out.
 
@@ -92,7 +89,6 @@ def find(acts: activations.Activations, labels: cub.Cub, split: config.Split, fo
     return Side(split, acts, row_of, left_out)
 
 
-@beartype.beartype
 def describe_left_out(left_out: list[str], split: str) -> str:
     """A clause for messages."""
     first = ", ".join(left_out[:3])
@@ -113,12 +109,8 @@ class Fit(tp.NamedTuple):
     """For the table: which images, and how many of them are measured on."""
 
 
-@beartype.beartype
 def fit_data(
-    cfgs: collections.abc.Sequence[config.ProtoEval],
-    acts: opening.Opened,
-    sides: Sides,
-    labels: cub.Cub,
+    cfgs: collections.abc.Sequence[config.ProtoEval], acts: opening.Opened, sides: Sides, labels: cub.Cub
 ) -> list[Fit]:
     """Each config's --fit-data, else only the images that prototypes are chosen on."""
     chosen = sides.chosen

@@ -3,14 +3,11 @@
 import collections.abc
 import hashlib
 
-import beartype
-
 from saev import errors, helpers
 from saev.data import activations, cub
 from saev.protoeval import check, config, join
 
 
-@beartype.beartype
 def load(cfg: config.ProtoEval) -> cub.Cub:
     """Loads a config's labels.
 
@@ -23,7 +20,6 @@ def load(cfg: config.ProtoEval) -> cub.Cub:
     return labels
 
 
-@beartype.beartype
 def fingerprint(labels: cub.Cub) -> str:
     """A hash of paths, split, traits and labels."""
     parts = [labels.paths_N, labels.is_train_N.tolist(), labels.attribute_names_T]
@@ -32,7 +28,6 @@ def fingerprint(labels: cub.Cub) -> str:
     return digest.hexdigest()
 
 
-@beartype.beartype
 def describe(cfgs: list[config.ProtoEval], say: collections.abc.Callable[[str], None] = print) -> None:
     """Prints --check: each label folder, and its join with the given activations.
 

@@ -12,7 +12,6 @@ from saev.formats import results
 from saev.protoeval import ap, choose, config, probe, score
 
 
-@beartype.beartype
 def measure(
     cells: list[choose.Cell], train: score.Split, test: score.Split, cfg: config.ProtoEval
 ) -> list[results.Row]:
@@ -51,11 +50,7 @@ class Meter:
 
 
 def _row(
-    name: str,
-    k: int,
-    n: int,
-    choices: list[choose.Choice],
-    measured: list[tuple[np.ndarray, np.ndarray]],
+    name: str, k: int, n: int, choices: list[choose.Choice], measured: list[tuple[np.ndarray, np.ndarray]]
 ) -> results.Row:
     test_ap, boot = zip(*measured, strict=True)
     return results.Row(

@@ -6,8 +6,6 @@ A test compares the prediction with the measured memory of processes.
 import collections.abc
 import typing as tp
 
-import beartype
-
 from saev.data import memory
 from saev.protoeval import config
 from saev.scorers import config as scorers_config
@@ -39,7 +37,6 @@ class Sizes(tp.NamedTuple):
         return self.n_train + self.n_test
 
 
-@beartype.beartype
 def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
     """Peak bytes for one group of scorers, including the memory-mapped files of scores."""
     ks = [_n_prototypes(cfg, sizes.d_vit) for cfg in cfgs]

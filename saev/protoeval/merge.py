@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import pathlib
 
-import beartype
 import numpy as np
 import polars as pl
 
@@ -68,7 +67,6 @@ class Merged:
         return dataclasses.replace(self, abouts=abouts, **frames)
 
 
-@beartype.beartype
 def write(root: pathlib.Path) -> pathlib.Path:
     """Writes a report over all results to `root`/report (docs/results.md) and returns that folder.
 
@@ -144,7 +142,6 @@ def _place(cells: pl.DataFrame) -> dict[str, str]:
 # ---- reading ----
 
 
-@beartype.beartype
 def read_all(root: pathlib.Path) -> list[Result]:
     """Complete results directories below `root`, at any depth but not in hidden folders, oldest first."""
     out = []
@@ -180,7 +177,6 @@ def _read(dpath: pathlib.Path) -> Result:
 # ---- joining ----
 
 
-@beartype.beartype
 def merge(found: list[Result]) -> Merged:
     """Merges results. found: oldest first."""
     cells, replaced = _newest(_concat(found, [result.cells for result in found]), CELL)

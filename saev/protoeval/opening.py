@@ -3,8 +3,6 @@
 import collections.abc
 import typing as tp
 
-import beartype
-
 from saev.data import activations
 from saev.data import config as data_config
 from saev.protoeval import config
@@ -20,7 +18,6 @@ class Opened(tp.NamedTuple):
         return self.train if split == "train" else self.test
 
 
-@beartype.beartype
 def open_all(cfgs: collections.abc.Sequence[config.ProtoEval]) -> Opened:
     """Opens the train, test and fit activations of configs that share the first two.
 

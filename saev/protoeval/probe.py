@@ -27,8 +27,7 @@ def scores(
     them. A trait without a positive (or negative) train image gets a constant score.
     """
     probe = sklearn.pipeline.make_pipeline(
-        sklearn.preprocessing.StandardScaler(),
-        sklearn.linear_model.RidgeCV(ALPHAS, alpha_per_target=True),
+        sklearn.preprocessing.StandardScaler(), sklearn.linear_model.RidgeCV(ALPHAS, alpha_per_target=True)
     )
     with warnings.catch_warnings():
         # With few images the smallest penalty is nearly singular; leave-one-out then chooses a larger one.

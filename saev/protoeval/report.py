@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import pathlib
 
-import beartype
 import polars as pl
 
 from saev import helpers
@@ -31,7 +30,6 @@ PROBE_NOTE = (
 
 
 @contextlib.contextmanager
-@beartype.beartype
 def once(out: pathlib.Path) -> collections.abc.Generator[bool]:
     """Yields whether a results directory must still be written. Inside, no other process writes it.
 
@@ -49,7 +47,6 @@ def once(out: pathlib.Path) -> collections.abc.Generator[bool]:
         yield False
 
 
-@beartype.beartype
 def write(
     dpath: pathlib.Path,
     rows: list[results.Row],
@@ -84,7 +81,6 @@ def write(
 # ---- tables ----
 
 
-@beartype.beartype
 def against_baseline(differences: pl.DataFrame) -> pl.DataFrame:
     """The differences of other scorers from random activations."""
     return differences.filter(~stats.IS_BASELINE, pl.col("cls_other") == results.BASELINE)
@@ -99,7 +95,6 @@ def _size(lines: pl.DataFrame, place: dict[str, str]) -> dict[str, list[str]]:
     }
 
 
-@beartype.beartype
 def summary_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.DataFrame:
     """The main table, without interval or spread if no row has one."""
     table = _size(lines, place or {}) | {"mAP": tables.texts("{:.3f}", lines["map"])}
@@ -111,7 +106,6 @@ def summary_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> p
     return pl.DataFrame(table)
 
 
-@beartype.beartype
 def kinds_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.DataFrame:
     """mAP by kind of trait, one row per scorer."""
     kinds = [kind for kind in results.KINDS if kind in lines["kind"]]
@@ -122,7 +116,6 @@ def kinds_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.
     return pl.DataFrame(_size(wide, place or {}) | shown)
 
 
-@beartype.beartype
 def differences_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.DataFrame:
     shown = {
         "Baseline": lines["baseline"].to_list(),
@@ -134,7 +127,6 @@ def differences_table(lines: pl.DataFrame, place: dict[str, str] | None = None) 
     return pl.DataFrame(_size(lines, place or {}) | shown)
 
 
-@beartype.beartype
 def seeds_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.DataFrame:
     def shown(form: str, *names: str) -> list[str]:
         return [t.removesuffix(" ± nan") for t in tables.texts(form, *(lines[n] for n in names))]
@@ -174,13 +166,11 @@ def _notes(cells: pl.DataFrame, n_traits: int, about: results.About) -> str:
     return f"{note} {PROBE_NOTE}\n\n{settings(about)}"
 
 
-@beartype.beartype
 def warning(about: results.About) -> str:
     """The lines above a table that needed --force; else ""."""
     return "".join(f"**Forced: {problem}.**\n\n" for problem in about.problems)
 
 
-@beartype.beartype
 def settings(about: results.About) -> str:
     """A line per scorer: its settings, and the first digits of the hashes of its checkpoint and fit data."""
     lines = []
@@ -198,7 +188,6 @@ def settings(about: results.About) -> str:
     return "".join(lines)
 
 
-@beartype.beartype
 def describe(about: results.About) -> str:
     """How a table was made, in a sentence."""
     names = " and ".join(about.shards)

@@ -4,26 +4,12 @@ import logging
 import pathlib
 import shutil
 
-import beartype
-
-from saev.protoeval import (
-    choose,
-    config,
-    fit,
-    gallery,
-    join,
-    labels,
-    measure,
-    opening,
-    report,
-    score,
-)
+from saev.protoeval import choose, config, fit, gallery, join, labels, measure, opening, report, score
 from saev.protoeval.experiment import Experiment
 
 logger = logging.getLogger("saev")
 
 
-@beartype.beartype
 def main(cfgs: list[config.ProtoEval]) -> str:
     """Evaluates the scorers of one group and returns the results directory.
 

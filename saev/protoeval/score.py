@@ -77,7 +77,6 @@ class Split:
         return self.scores.mean_ND[self.column_N]
 
 
-@beartype.beartype
 def score(experiment: Experiment, banks: list[fit.Bank], dpath: pathlib.Path) -> tuple[Split, Split]:
     """Scores the images to choose on and the images to measure on, in one pass if they share shards.
 
@@ -117,7 +116,6 @@ def _split(scores: Scores, row_of: dict[int, int], labels: cub.Cub) -> Split:
 
 
 @torch.inference_mode()
-@beartype.beartype
 def score_images(
     run: list[scorers.Scorer],
     acts: activations.Activations,
@@ -146,10 +144,7 @@ def score_images(
     n_imgs = int(np.clip(memory_gb * 1e9 / image_bytes, 1, MAX_BLOCK))
     # of what the scores are; block sizes may change their last bits
     key = helpers.hash_of([[s.digest() for s in run], acts.fingerprint, image_is, n_imgs, device.type])
-    shapes = {
-        "scores.bin": (n_prototypes, len(image_i_N)),
-        "means.bin": (len(image_i_N), acts.d_vit),
-    }
+    shapes = {"scores.bin": (n_prototypes, len(image_i_N)), "means.bin": (len(image_i_N), acts.d_vit)}
     columns_N = column_of[acts.image_is_N]
     blocks = _done(done_fpath, key, shapes, columns_N)
     first = sum(n for n, _ in blocks)
@@ -179,10 +174,7 @@ def score_images(
 
 
 def _done(
-    done_fpath: pathlib.Path,
-    key: str,
-    shapes: dict[str, tuple[int, int]],
-    columns_N: np.ndarray,
+    done_fpath: pathlib.Path, key: str, shapes: dict[str, tuple[int, int]], columns_N: np.ndarray
 ) -> list[Block]:
     """The blocks that a killed pass has scored, up to the first that is not as it was written.
 

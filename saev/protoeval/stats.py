@@ -8,7 +8,6 @@ T traits, R draws of train images, M resamples of the test images.
 
 import collections.abc
 
-import beartype
 import numpy as np
 import polars as pl
 
@@ -21,7 +20,6 @@ IS_REFERENCE = pl.col("cls").is_in(list(results.REFERENCES))
 IS_BASELINE = pl.col("cls") == results.BASELINE
 
 
-@beartype.beartype
 def cells(summary: pl.DataFrame, about: results.About) -> pl.DataFrame:
     """Adds columns to those of summary.csv: PLACE, seed, n_boot, scorer_id, cls, family, row.
 
@@ -38,14 +36,12 @@ def cells(summary: pl.DataFrame, about: results.About) -> pl.DataFrame:
     )
 
 
-@beartype.beartype
 def in_order(frame: pl.DataFrame) -> pl.DataFrame:
     """Sorts rows as in reports: by PLACE, with the constant scorer and the linear probe first."""
     rank = [pl.col("cls") != name for name in results.REFERENCES]
     return frame.sort(*PLACE, *rank, "scorer", "n_prototypes", "n_train", maintain_order=True)
 
 
-@beartype.beartype
 def summary(rows: list[results.Row]) -> pl.DataFrame:
     """The frame of summary.csv."""
     lines = [
@@ -59,7 +55,6 @@ def summary(rows: list[results.Row]) -> pl.DataFrame:
     return pl.DataFrame(lines, results.SUMMARY, orient="row")
 
 
-@beartype.beartype
 def traits(rows: list[results.Row], cells: pl.DataFrame, names: list[str]) -> pl.DataFrame:
     """The frame of traits. `row` and `trait_i` are the indices of the cell and of the trait in `names`."""
     of_trait = pl.DataFrame(
@@ -85,7 +80,6 @@ def traits(rows: list[results.Row], cells: pl.DataFrame, names: list[str]) -> pl
     return found.select(*results.TRAITS, "row", "trait_i")
 
 
-@beartype.beartype
 def largest(*within: str) -> pl.Expr:
     """Whether a row has the most train images, and among these rows the most prototypes."""
     most = pl.col("n_train") == pl.col("n_train").max().over(within)
@@ -93,7 +87,6 @@ def largest(*within: str) -> pl.Expr:
     return most & (pl.col("n_prototypes") == k.max().over(within))
 
 
-@beartype.beartype
 def kinds(traits: pl.DataFrame) -> pl.DataFrame:
     """The frame of kinds.csv: mAP by kind of trait in each scorer's largest cell, over traits with an AP."""
     last = pl.col("row") == pl.col("row").max().over("scorer")  # of a cell that occurs twice
@@ -115,7 +108,6 @@ def kinds(traits: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-@beartype.beartype
 def differences(cells: pl.DataFrame, boots: list[np.ndarray]) -> pl.DataFrame:
     """Paired differences of mAP between scorers, on the same number of train images, with 95% bootstrap
     intervals.
@@ -181,7 +173,6 @@ def _over_draws(boot_RM: np.ndarray) -> np.ndarray:
     return mean_M + (resampled_M - mean_M) * np.sqrt(R / (R - 1))
 
 
-@beartype.beartype
 def over_seeds(cells: pl.DataFrame) -> pl.DataFrame:
     """Mean and standard deviation over seeds of each mAP, and of its difference from random activations.
 

@@ -4,7 +4,6 @@ import itertools
 import math
 import pathlib
 
-import beartype
 import matplotlib.axes
 import matplotlib.figure
 import polars as pl
@@ -20,13 +19,11 @@ PLACES = [(5, 4, "left"), (-5, -9, "right"), (5, -9, "left"), (-5, 4, "right")]
 """Positions of a point's name (dx, dy, alignment), in turn."""
 
 
-@beartype.beartype
 def save(figure: matplotlib.figure.Figure, fpath: pathlib.Path) -> None:
     with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
         figure.savefig(fd, format="png", dpi=150)
 
 
-@beartype.beartype
 def grid(cells: pl.DataFrame) -> matplotlib.figure.Figure:
     """mAP against the number of train images: a panel per scorer, a line per K.
 
@@ -78,7 +75,6 @@ def _panel(axes: matplotlib.axes.Axes, name: str, table: pl.DataFrame) -> None:
     axes.legend(title="prototypes", fontsize=7, title_fontsize=7, frameon=False, loc="best")
 
 
-@beartype.beartype
 def front(runs: pl.DataFrame) -> matplotlib.figure.Figure:
     """Normalised MSE against L0: a colour per kind of SAE, the front as a line, each point with its run's
     name.

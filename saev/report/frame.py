@@ -4,13 +4,11 @@ import csv
 import io
 import pathlib
 
-import beartype
 import polars as pl
 
 from saev import helpers
 
 
-@beartype.beartype
 def write_csv(fpath: pathlib.Path, frame: pl.DataFrame) -> None:
     """Writes a CSV file atomically. Floats keep all digits."""
     text = io.StringIO()
@@ -20,7 +18,6 @@ def write_csv(fpath: pathlib.Path, frame: pl.DataFrame) -> None:
     helpers.write_text(fpath, text.getvalue())
 
 
-@beartype.beartype
 def read_csv(data: bytes, schema: dict) -> pl.DataFrame:
     """Reads what `write_csv` wrote.
 
@@ -34,7 +31,6 @@ def read_csv(data: bytes, schema: dict) -> pl.DataFrame:
     return frame
 
 
-@beartype.beartype
 def write_parquet(fpath: pathlib.Path, frame: pl.DataFrame) -> None:
     """Writes a Parquet file atomically."""
     with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:

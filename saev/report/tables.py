@@ -2,18 +2,13 @@
 
 import collections.abc
 
-import beartype
 import polars as pl
 
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-} | {c: f"\\{c}" for c in "&%$#_{}"}
+LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+    c: f"\\{c}" for c in "&%$#_{}"
+}
 
 
-@beartype.beartype
 def texts(form: str, *columns: collections.abc.Iterable, missing: str = "") -> list[str]:
     """Formats each row's values with `form`, or as `missing` if the first value is NaN or null."""
     return [
@@ -22,7 +17,6 @@ def texts(form: str, *columns: collections.abc.Iterable, missing: str = "") -> l
     ]
 
 
-@beartype.beartype
 def markdown(table: pl.DataFrame, *, padded: bool = False) -> str:
     """A Markdown table. padded: align the columns, for a terminal."""
     if not padded:
@@ -35,7 +29,6 @@ def markdown(table: pl.DataFrame, *, padded: bool = False) -> str:
     )
 
 
-@beartype.beartype
 def latex(table: pl.DataFrame) -> str:
     """A booktabs table. Numbers are aligned right, text left."""
     columns = "".join("r" if all(map(_is_number, column)) else "l" for column in table)

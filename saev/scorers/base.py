@@ -152,7 +152,6 @@ def ready(activations: tp.Any, like: Tensor, shape: str) -> Tensor:
     return activations.to(like.dtype)
 
 
-@beartype.beartype
 def digest(what: str, tensors: list[Tensor]) -> str:
     """Hash of a description and of tensors' shapes, dtypes and values."""
     out = xxhash.xxh3_128(what.encode())

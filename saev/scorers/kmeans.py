@@ -41,7 +41,6 @@ ROUNDING = 1e-6
 """k-means++ sets squared distances below this fraction of the squared norm to 0 (rounding error)."""
 
 
-@beartype.beartype
 def fit(
     cfg: config.KMeans,
     acts: activations.Activations,
@@ -79,11 +78,7 @@ def fit(
 
 
 def _initial(
-    cfg: config.KMeans,
-    acts: activations.Activations,
-    ks: list[int],
-    seed: int,
-    device: torch.device,
+    cfg: config.KMeans, acts: activations.Activations, ks: list[int], seed: int, device: torch.device
 ) -> list["State"]:
     """Centres before the first pass, for each K."""
     if cfg.n_samples < max(ks):
@@ -265,7 +260,6 @@ def _warmed_up(start_KD: Tensor, x_BD: Tensor, cfg: config.KMeans) -> Tensor:
 
 
 @torch.no_grad()
-@beartype.beartype
 def one_pass(states: list[State], acts: activations.Activations, cfg: config.KMeans) -> None:
     """Runs one iteration of Lloyd's algorithm (Lloyd 1982) for each K, in one pass over the activations.
 

@@ -13,7 +13,6 @@ from saev.data import activations, ordered
 from saev.scorers import base
 
 
-@beartype.beartype
 def fit(acts: activations.Activations, device: torch.device = base.CPU) -> base.Prototypes:
     """Computes all principal components, largest variance first; returned on the CPU.
 
@@ -24,7 +23,6 @@ def fit(acts: activations.Activations, device: torch.device = base.CPU) -> base.
     return base.Prototypes(components(covariance_DD)[: max(1, n - 1)], mean_D.float(), "dot")
 
 
-@beartype.beartype
 def both_signs(scorer: base.Prototypes) -> base.Prototypes:
     """Adds the negative of each component, right after it."""
     both_KD = torch.stack([scorer.direction_KD, -scorer.direction_KD], dim=1).flatten(0, 1)

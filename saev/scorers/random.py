@@ -19,7 +19,6 @@ class Sample(tp.NamedTuple):
     mean_D: Float32[np.ndarray, " D"]
 
 
-@beartype.beartype
 def fit(acts: activations.Activations, k: int, seed: int) -> base.Prototypes:
     """Draws k activations. For equal seeds, a draw of k is the first k of a larger draw.
 
@@ -32,7 +31,6 @@ def fit(acts: activations.Activations, k: int, seed: int) -> base.Prototypes:
     return base.Prototypes.of(vectors_KD, mean_D, config.Random().similarity)
 
 
-@beartype.beartype
 def check_enough(acts: activations.Activations, k: int, what: str) -> None:
     """Checks that there are at least k activations, without reading them.
 

@@ -12,11 +12,7 @@ def main() -> None:
         return console.show(cfgs)
     outcomes = list(
         launch.run(
-            "saev.training.loop:main",
-            sweeps.group(cfgs),
-            cfg.slurm,
-            "saev-train",
-            n_tasks=cfg.data_parallel,
+            "saev.training.loop:main", sweeps.group(cfgs), cfg.slurm, "saev-train", n_tasks=cfg.data_parallel
         )
     )
     for fpath in dict.fromkeys(fpath for outcome in outcomes for fpath in outcome.value or ()):

@@ -19,7 +19,7 @@ class Train:
 
     sae: nn_config.Sae = dataclasses.field(default_factory=nn_config.DEFAULT)
     """The architecture."""
-    objective: nn_config.Vanilla | nn_config.Matryoshka = dataclasses.field(default_factory=nn_config.Vanilla)
+    objective: nn_config.Objective = dataclasses.field(default_factory=nn_config.Vanilla)
     """The loss."""
     data: data_config.Shards = fields.shared(data_config.Shards)
     """The activations."""

@@ -36,7 +36,6 @@ NAMES = {
 """Keys that metrics.json always has."""
 
 
-@beartype.beartype
 def ensure(dpath: pathlib.Path, cfg: config.Train, acts: activations.Activations) -> None:
     """Evaluates a finished run, unless that was done.
 
@@ -72,7 +71,6 @@ def ensure(dpath: pathlib.Path, cfg: config.Train, acts: activations.Activations
     helpers.write_text(dpath / "metrics.json", jsonfile.seal(found))
 
 
-@beartype.beartype
 def is_done(dpath: pathlib.Path, cfg: config.Train) -> bool:
     """Whether the run is trained and metrics.json holds what `ensure` would compute."""
     try:
@@ -114,7 +112,6 @@ class Sums:
         around: what is typical of the activations, for the figures by token.
     """
 
-    @beartype.beartype
     def __init__(self, sae: nn.SparseAutoencoder, around: robust.Typical | None = None):
         self.sae = sae
         self.n = 0

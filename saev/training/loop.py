@@ -7,7 +7,6 @@ import logging
 import pathlib
 import time
 
-import beartype
 import torch
 from torch import Tensor
 
@@ -24,7 +23,6 @@ REVISION = 4
 """Raise it when the same config may give other weights."""
 
 
-@beartype.beartype
 def main(cfgs: list[config.Train]) -> list[str]:
     """Trains and evaluates the runs of one group and returns the paths of their checkpoints, in order.
 
@@ -96,7 +94,6 @@ def _stream(cfg: config.Train, acts: activations.Activations) -> shuffled.Shuffl
     )
 
 
-@beartype.beartype
 def run_id(cfg: config.Train, fingerprint: str) -> str:
     """Eight hex digits of a hash of all that determines the weights. fingerprint: of the activations."""
     if not _uses_window(cfg):
@@ -105,7 +102,6 @@ def run_id(cfg: config.Train, fingerprint: str) -> str:
     return helpers.hash_of(parts)[:8]
 
 
-@beartype.beartype
 def old_run_id(cfg: config.Train, fingerprint: str) -> str:
     """The id in version 0.1, which also hashed fields at their defaults."""
     parts = {name: dataclasses.asdict(cfg)[name] for name in fields.result_names(config.Train)}
@@ -128,10 +124,7 @@ def _run_dpath(cfg: config.Train, fingerprint: str) -> pathlib.Path:
 
 
 def _train(
-    stream: shuffled.Shuffled,
-    cfgs: dict[pathlib.Path, config.Train],
-    start: int,
-    world: parallel.World,
+    stream: shuffled.Shuffled, cfgs: dict[pathlib.Path, config.Train], start: int, world: parallel.World
 ) -> list[str]:
     """Trains runs that have all done `start` steps. Returns an error line for each run that diverged."""
     device = devices.pick(next(iter(cfgs.values())).device)
@@ -187,10 +180,7 @@ class _Loop:
     def run(self) -> list[str]:
         n_steps = self.cfg.n_steps
         steps = helpers.progress(
-            range(self.start, n_steps),
-            f"train {len(self.runs)} SAE(s)",
-            n_steps - self.start,
-            "steps",
+            range(self.start, n_steps), f"train {len(self.runs)} SAE(s)", n_steps - self.start, "steps"
         )
         with interrupts.Interrupts() as signals:
             for step in steps:
@@ -262,8 +252,7 @@ class _Loop:
         reason = f"run {run.dpath.name}: the loss or a weight is not finite at step {step}. "
         reason += f"Lower --lr (now {run.cfg.lr})"
         if self.world.is_first:
-            if steps := state.usable(run.dpath, run.restore):
-                run.restore(state.load(run.dpath, steps[-1]))
+            if steps := state.usable(run.dpath, run.restore):  # which restores the newest
                 fpath = run.dpath / "last-good.pt"
                 nn.save(run.finished(), fpath, self.stream.acts.space.describe())
                 reason += f"; {fpath} is the SAE after step {steps[-1]}"
@@ -316,9 +305,6 @@ class _Timed:
     def rates(self, batch_size: int) -> dict[str, float]:
         """Activations per second, and the fraction of time spent waiting, since the last call."""
         elapsed_s = max(time.monotonic() - self.start_s, 1e-9)
-        out = {
-            "tokens_per_s": self.n * batch_size / elapsed_s,
-            "loader_wait": self.wait_s / elapsed_s,
-        }
+        out = {"tokens_per_s": self.n * batch_size / elapsed_s, "loader_wait": self.wait_s / elapsed_s}
         self.wait_s, self.n, self.start_s = 0.0, 0, time.monotonic()
         return out

@@ -5,8 +5,6 @@ A test compares the prediction with the measured memory of processes.
 
 import collections.abc
 
-import beartype
-
 from saev.data.memory import PROGRAM
 from saev.training import config
 
@@ -20,12 +18,7 @@ INDEX_BYTES, N_AHEAD = 40, 4
 """Index bytes per activation in the stream's pool, and batches outside the pool."""
 
 
-@beartype.beartype
-def peak(
-    cfgs: collections.abc.Sequence[config.Train],
-    n_acts: int,
-    token_bytes: int,
-) -> int:
+def peak(cfgs: collections.abc.Sequence[config.Train], n_acts: int, token_bytes: int) -> int:
     """Peak bytes of training one group of runs, without AuxK's 12 x batch size x dead latents.
 
     Args:
@@ -43,7 +36,6 @@ def peak(
     return PROGRAM + stream + first + max(kept + passing, evaluation)
 
 
-@beartype.beartype
 def n_read_first(d_vit: int, n_acts: int) -> int:
     """Number of activations that initialisation and evaluation read first."""
     return min(READ_FIRST, READ_FIRST_BYTES // (4 * max(1, d_vit)), n_acts)

@@ -12,7 +12,6 @@ from saev.data import activations, shuffled
 from saev.training import memory
 
 
-@beartype.beartype
 def n_activations(acts: activations.Activations) -> int:
     """How many to read: enough to estimate the typical norm within 1%."""
     return memory.n_read_first(acts.d_vit, len(acts))

@@ -28,7 +28,6 @@ class Run:
         world: the processes among which its batches are divided.
     """
 
-    @beartype.beartype
     def __init__(
         self,
         cfg: config.Train,
@@ -77,10 +76,7 @@ class Run:
             self.resample(step, x_BD)
         mine_BD = self.world.share(x_BD)
         out = self.objective(
-            mine_BD,
-            sparsity=self.cfg.sparsity_at(step),
-            end_P=self._prefixes(step),
-            dead_C=self._dead(step),
+            mine_BD, sparsity=self.cfg.sparsity_at(step), end_P=self._prefixes(step), dead_C=self._dead(step)
         )
         self.is_finite &= ~self.world.any(~out.loss.detach().isfinite())
         if not self.is_finite.is_cuda and not self.is_finite:
@@ -243,7 +239,6 @@ def _on_cpu(tree: tp.Any) -> tp.Any:
     return {k: _on_cpu(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
-@beartype.beartype
 def with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
     """The config with d_vit and the defaults of --lr and --dead-window filled in.
 

@@ -6,7 +6,6 @@ import math
 import pathlib
 import typing as tp
 
-import beartype
 import msgspec
 import polars as pl
 
@@ -68,7 +67,6 @@ class _Config(msgspec.Struct):
     objective_name: str = "Vanilla"
 
 
-@beartype.beartype
 def read(paths: tuple[str, ...]) -> pl.DataFrame:
     """The runs in these folders as a frame, sorted by architecture and L0.
 
@@ -189,7 +187,6 @@ def _flat(cfg: dict[str, tp.Any], prefix: str = "cfg.") -> collections.abc.Itera
 # ---- table ----
 
 
-@beartype.beartype
 def front(rows: pl.DataFrame) -> pl.DataFrame:
     """Adds is_best: whether the run is on the Pareto front of L0 and normalised MSE. Failed runs are not."""
     counts = IS_MEASURED & ~pl.col("state").str.starts_with("failed")
@@ -201,7 +198,6 @@ def front(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.with_columns(is_best=is_best.fill_null(False)).drop("least", "below")
 
 
-@beartype.beartype
 def table(rows: pl.DataFrame) -> pl.DataFrame:
     """A frame of strings, with the config fields that differ among runs. * marks runs on the front."""
     config = {name: name.removeprefix("cfg.") for name in rows.columns if name.startswith("cfg.")}

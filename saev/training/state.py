@@ -10,8 +10,6 @@ import pathlib
 import re
 import typing as tp
 
-import beartype
-
 from saev import errors, helpers
 from saev.formats import checkpoint, tensors
 
@@ -25,14 +23,12 @@ def _fpath(dpath: pathlib.Path, n_steps: int) -> pathlib.Path:
     return dpath / f"state-{n_steps:09}.pt"
 
 
-@beartype.beartype
 def saved(dpath: pathlib.Path) -> list[int]:
     """Steps done in each saved state of a run, ascending."""
     numbers = [p.stem.removeprefix("state-") for p in dpath.glob("state-*.pt")]
     return sorted(int(n) for n in numbers if re.fullmatch("[0-9]{9,13}", n))
 
 
-@beartype.beartype
 def save(dpath: pathlib.Path, n_steps: int, state: State, keep_last: int) -> None:
     """Writes a state atomically, then removes later states and all but the newest `keep_last` others."""
     header = {"run": dpath.name, "n_steps": n_steps}
@@ -42,7 +38,6 @@ def save(dpath: pathlib.Path, n_steps: int, state: State, keep_last: int) -> Non
         _fpath(dpath, n).unlink(missing_ok=True)
 
 
-@beartype.beartype
 def load(dpath: pathlib.Path, n_steps: int) -> State:
     """Reads a state.
 
@@ -58,7 +53,6 @@ def load(dpath: pathlib.Path, n_steps: int) -> State:
     return tensors.load(payload, str(fpath), REMEDY)
 
 
-@beartype.beartype
 def usable(dpath: pathlib.Path, restore: collections.abc.Callable[[State], None]) -> list[int]:
     """As `saved`, but warns of and skips states that are damaged or for which `restore` raises ValueError."""
     out = []
@@ -76,7 +70,6 @@ def usable(dpath: pathlib.Path, restore: collections.abc.Callable[[State], None]
     return out
 
 
-@beartype.beartype
 def remove(dpath: pathlib.Path) -> None:
     """Removes all states of a finished run, and temporary files of killed processes."""
     for n_steps in saved(dpath):
@@ -84,10 +77,7 @@ def remove(dpath: pathlib.Path) -> None:
     helpers.sweep(dpath)
 
 
-@beartype.beartype
-def starts(
-    states: dict[pathlib.Path, list[int]],
-) -> list[tuple[int, list[pathlib.Path]]]:
+def starts(states: dict[pathlib.Path, list[int]]) -> list[tuple[int, list[pathlib.Path]]]:
     """Divides runs of one stream into groups that can continue together: [(steps done, runs)].
 
     A group continues from the smallest of its runs' newest states: killed during a save, some runs have one

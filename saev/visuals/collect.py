@@ -41,7 +41,6 @@ class Stats:
     """The images of these values. Among equal values the lower number is first."""
 
 
-@beartype.beartype
 def main(cfg: config.Visuals) -> str:
     """Makes the gallery and returns its folder.
 
@@ -98,7 +97,6 @@ def _gallery(cfg: config.Visuals, acts: activations.Activations) -> render.Galle
 
 
 @torch.inference_mode()
-@beartype.beartype
 def collect(sae: nn.SparseAutoencoder, stream: ordered.Ordered, k: int) -> Stats:
     """Statistics and the k top images of every latent, in O(S k) memory."""
     S, device = sae.d_sae, sae.W_enc.device

@@ -1,12 +1,9 @@
 """Estimates the memory of `visuals.py` on a CPU (docs/memory.md). Imports no torch. A test compares it with
 processes."""
 
-import beartype
-
 from saev.data import memory
 
 
-@beartype.beartype
 def peak(n_images: int, n_block: int, n_patches: int, d_vit: int, d_sae: int) -> int:
     """Estimates the peak memory in bytes.
 

@@ -67,7 +67,6 @@ class Gallery:
     """sha256 of the checkpoint's bytes."""
 
 
-@beartype.beartype
 def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int]:
     """Returns the (rows, columns) of square patches on an input of `size` (height, width). None means a
     square input.
@@ -86,7 +85,6 @@ def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int]:
     )
 
 
-@beartype.beartype
 def check_target(dpath: pathlib.Path) -> None:
     """Creates the parent folder of `dpath` and checks that `dpath` may be replaced.
 
@@ -103,7 +101,6 @@ def check_target(dpath: pathlib.Path) -> None:
         raise errors.UserError(f"--dump-to {dpath}: exists and is not a gallery. Pass a new folder.")
 
 
-@beartype.beartype
 def check_images(gallery: Gallery, image_is: collections.abc.Iterable[int]) -> None:
     """Raises a UserError that names the first missing image."""
     for image_i in image_is:
@@ -114,7 +111,6 @@ def check_images(gallery: Gallery, image_is: collections.abc.Iterable[int]) -> N
             )
 
 
-@beartype.beartype
 def write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
     """Writes the gallery to a temporary folder and replaces `dpath` with it when it is complete.
 

@@ -1,7 +1,5 @@
 """Pretrained vision transformers from open_clip and timm, behind one interface."""
 
-import beartype
-
 from saev import errors
 from saev.data import config
 from saev.data.vits import base, open_clip, timm
@@ -11,7 +9,6 @@ from saev.data.vits.timm import PUBLISHED
 __all__ = ["PUBLISHED", "Vit", "load", "resolve_layers"]
 
 
-@beartype.beartype
 def load(cfg: config.Vit) -> Vit:
     """Builds the model on the CPU, in float32.
 

@@ -106,7 +106,6 @@ class Vit(torch.nn.Module):
         return torch.cat([prefix_BXD[:, :1], patches_BPD], dim=1)
 
 
-@beartype.beartype
 def resolve_layers(layers: tuple[int, ...], n_blocks: int) -> tuple[int, ...]:
     """Resolves negative layers, which count from the end.
 

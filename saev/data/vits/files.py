@@ -10,7 +10,6 @@ import re
 import stat
 import typing as tp
 
-import beartype
 import numpy as np
 import safetensors.torch
 import torch
@@ -35,7 +34,6 @@ PLAIN_DATA: list[tp.Any] = [
 numbers."""
 
 
-@beartype.beartype
 def read(fpath: pathlib.Path) -> dict[str, Tensor]:
     """Reads the named tensors of a .safetensors, .pt/.pth/.bin or TorchScript file.
 

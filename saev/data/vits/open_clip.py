@@ -30,11 +30,7 @@ def build(cfg: config.Vit) -> base.Tower:
     hub = cfg.vit_weights == "hub"
     with base.building(cfg):
         model = open_clip.create_model(
-            name,
-            pretrained=tag if hub else None,
-            load_weights=hub,
-            require_pretrained=hub,
-            **kwargs,
+            name, pretrained=tag if hub else None, load_weights=hub, require_pretrained=hub, **kwargs
         )
     visual: tp.Any = model.visual
     shape = _shape_of(visual, cfg)

@@ -142,10 +142,7 @@ def _check_size_of(name: str, cfg: config.Vit) -> None:
 
 
 def transform_of(
-    model: torch.nn.Module,
-    size: tuple[int, int] | None,
-    crop_pct: float | None,
-    cfg: config.Vit,
+    model: torch.nn.Module, size: tuple[int, int] | None, crop_pct: float | None, cfg: config.Vit
 ) -> images.Transform:
     """Returns timm's evaluation transform: resize (or squash) to size / crop_pct, then crop the centre."""
     import timm.data

@@ -7,7 +7,6 @@ import pickle
 import typing as tp
 import zipfile
 
-import beartype
 import torch
 from torch import Tensor
 
@@ -16,7 +15,6 @@ class ForeignObject(pickle.UnpicklingError):
     """An object that is neither a module nor a tensor."""
 
 
-@beartype.beartype
 def is_archive(fpath: pathlib.Path) -> bool:
     """Recognises TorchScript by its code folder, which plain state dicts lack."""
     if not zipfile.is_zipfile(fpath):
@@ -25,7 +23,6 @@ def is_archive(fpath: pathlib.Path) -> bool:
         return any("/code/" in name or name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-@beartype.beartype
 def read(fpath: pathlib.Path) -> dict[str, Tensor]:
     """Reads parameters and buffers by their names in the module.
 
@@ -76,11 +73,7 @@ class _Reader(pickle.Unpickler):
 
 
 _DTYPES = {
-    **{
-        "FloatStorage": torch.float32,
-        "HalfStorage": torch.float16,
-        "BFloat16Storage": torch.bfloat16,
-    },
+    **{"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16},
     **{"DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32},
     **{"BoolStorage": torch.bool, "ByteStorage": torch.uint8},
 }

@@ -12,7 +12,6 @@ import sys
 import types
 import typing as tp
 
-import beartype
 import torch
 from torch import Tensor
 
@@ -44,7 +43,6 @@ BETTER_TWIN = {"teacher": "student", "ema": "model", "model_ema": "model"}
 """If a state dict holds two models, the averaged one (key) is used instead of the other (value)."""
 
 
-@beartype.beartype
 def apply(module: torch.nn.Module, cfg: config.Vit) -> str:
     """Loads the file given as --vit-weights, if any, and returns the model's name for the shards' metadata.
 

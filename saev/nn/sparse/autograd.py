@@ -48,13 +48,7 @@ class _Reconstruct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: tp.Any,
-        value_n: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        x_BD: Tensor,
-        index: Index,
-        end_P: Tensor,
+        ctx: tp.Any, value_n: Tensor, W_dec: Tensor, b_dec: Tensor, x_BD: Tensor, index: Index, end_P: Tensor
     ) -> tuple[Tensor, Tensor]:
         (B, D), P = x_BD.shape, len(end_P)
         x_hat_BD, error_B = torch.empty_like(x_BD), x_BD.new_empty(B)
@@ -155,12 +149,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: tp.Any,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        b_dec: Tensor,
-        x_BD: Tensor,
-        is_bfloat16: bool,
+        ctx: tp.Any, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, x_BD: Tensor, is_bfloat16: bool
     ) -> Tensor:
         xc_BD = x_BD - b_dec
         ctx.save_for_backward(W_enc, xc_BD)

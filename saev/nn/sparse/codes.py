@@ -130,8 +130,7 @@ def bag_dot(a_OD: Tensor, table_RD: Tensor, index: Index) -> Float[Tensor, " n"]
     a, table = a_OD.detach().contiguous().numpy(), table_RD.detach().contiguous().numpy()
     latent_n, start_O1 = index.latent_n.numpy(), index.start_O1.numpy()
     compiled.in_threads(
-        lambda first, last: kernels.bag_dot(a, table, latent_n, start_O1, first, last, out_n),
-        index.n_rows,
+        lambda first, last: kernels.bag_dot(a, table, latent_n, start_O1, first, last, out_n), index.n_rows
     )
     return torch.from_numpy(out_n)
 

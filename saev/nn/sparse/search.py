@@ -108,11 +108,7 @@ def top_k(encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int, keep_negative: 
         short_R = np.flatnonzero(n_B < k)
         for part_R in np.array_split(short_R, -(-len(short_R) * S * 4 // PART_BYTES) or 1):
             value_RK, latent_RK = _dense_top_k(encoder, xc_BD[part_R], k)
-            value_BK[part_R], latent_BK[part_R], n_B[part_R] = (
-                value_RK.numpy(),
-                latent_RK.numpy(),
-                k,
-            )
+            value_BK[part_R], latent_BK[part_R], n_B[part_R] = (value_RK.numpy(), latent_RK.numpy(), k)
     if B == 0 or n_B.min() == k:
         return Codes(torch.from_numpy(value_BK.ravel()), _index(latent_BK.ravel(), n_B, S))
     fires_BK = np.arange(k) < n_B[:, None]
