@@ -56,15 +56,19 @@ class JsonLines:
     logged.
 
     A resumed run keeps only the earlier lines with steps before `from_step`, because later steps are run
-    again.
+    again. With a project, a separate process copies the file and config.json to wandb, which is offline
+    without a login.
     """
 
-    def __init__(self, fpath: pathlib.Path, from_step: int = 0):
+    def __init__(self, fpath: pathlib.Path, from_step: int = 0, wandb_project: str = ""):
         fpath.parent.mkdir(parents=True, exist_ok=True)
         kept = "".join(_lines_before(fpath, from_step)) if from_step else ""
         helpers.write_text(fpath, kept)
         self.fpath = fpath
         self.fd = fpath.open("a", encoding="utf-8")
+        self.is_copied = bool(wandb_project)
+        if self.is_copied:
+            _copier.start(fpath.parent, wandb_project, from_step)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """
@@ -93,8 +97,12 @@ class JsonLines:
         )
 
     def finish(self) -> None:
-        with helpers.naming(self.fpath):
-            self.fd.close()
+        try:
+            with helpers.naming(self.fpath):
+                self.fd.close()
+        finally:
+            if self.is_copied:
+                _copier.finish(self.fpath.parent)
 
 
 def _lines_before(fpath: pathlib.Path, step: int) -> collections.abc.Iterator[str]:
@@ -106,45 +114,6 @@ def _lines_before(fpath: pathlib.Path, step: int) -> collections.abc.Iterator[st
             logger.warning("%s:%d: is damaged (checksum) and left out", fpath, i)
         elif (metrics.get("step") or 0) < step:
             yield line.decode() + "\n"
-
-
-class Wandb:
-    """Has a separate process copy the run's metrics.jsonl and config.json to wandb.
-
-    Without a login wandb is offline. It never prompts.
-    """
-
-    def __init__(self, dpath: pathlib.Path, project: str, from_step: int = 0):
-        self.dpath = dpath
-        _copier.start(dpath, project, from_step)
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        pass  # the copier reads metrics.jsonl
-
-    def flush(self) -> None:
-        pass
-
-    def finish(self) -> None:
-        _copier.finish(self.dpath)
-
-
-class Trackers:
-    """Passes everything on to several trackers."""
-
-    def __init__(self, *trackers: Tracker):
-        self.trackers = trackers
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        for tracker in self.trackers:
-            tracker.log(step, metrics)
-
-    def flush(self) -> None:
-        for tracker in self.trackers:
-            tracker.flush()
-
-    def finish(self) -> None:
-        for tracker in self.trackers:
-            tracker.finish()
 
 
 class _Copier:
@@ -227,7 +196,5 @@ def start(dpath: pathlib.Path, *, wandb_project: str, from_step: int = 0) -> Tra
     Args:
         from_step: the step from which a run resumes.
     """
-    local = JsonLines(dpath / "metrics.jsonl", from_step)
-    if not wandb_project or os.environ.get("WANDB_MODE") == "disabled":
-        return local
-    return Trackers(local, Wandb(dpath, wandb_project, from_step))
+    is_off = os.environ.get("WANDB_MODE") == "disabled"
+    return JsonLines(dpath / "metrics.jsonl", from_step, "" if is_off else wandb_project)

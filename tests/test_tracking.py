@@ -30,14 +30,6 @@ def test_json_lines_are_on_disk_at_once(tmp_path: pathlib.Path) -> None:
     tracker.finish()
 
 
-def test_both_hand_on_everything(tmp_path: pathlib.Path) -> None:
-    fpaths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    both = tracking.Trackers(*map(tracking.JsonLines, fpaths))
-    both.log(3, {"mse": 0.5})
-    both.finish()
-    assert [metricslog.parse(f.read_text()) for f in fpaths] == [{"step": 3, "mse": 0.5}] * 2
-
-
 def run(
     code: str, home: pathlib.Path, env: dict[str, str], path: pathlib.Path | None = None
 ) -> subprocess.CompletedProcess[str]:

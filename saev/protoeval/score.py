@@ -142,7 +142,7 @@ def score_images(
     column_of[image_i_N] = np.arange(len(image_i_N))
     image_bytes = 4 * (5 * acts.n_per_img * acts.d_vit + 2 * n_prototypes)
     n_imgs = int(np.clip(memory_gb * 1e9 / image_bytes, 1, MAX_BLOCK))
-    # of what the scores are; block sizes may change their last bits
+    # what the scores depend on; the block size may change their last bits
     key = helpers.hash_of([[s.digest() for s in run], acts.fingerprint, image_is, n_imgs, device.type])
     shapes = {"scores.bin": (n_prototypes, len(image_i_N)), "means.bin": (len(image_i_N), acts.d_vit)}
     columns_N = column_of[acts.image_is_N]

@@ -89,7 +89,7 @@ def largest(*within: str) -> pl.Expr:
 
 def kinds(traits: pl.DataFrame) -> pl.DataFrame:
     """The frame of kinds.csv: mAP by kind of trait in each scorer's largest cell, over traits with an AP."""
-    last = pl.col("row") == pl.col("row").max().over("scorer")  # of a cell that occurs twice
+    last = pl.col("row") == pl.col("row").max().over("scorer")  # of duplicate cells, keep the last
     best = traits.filter(largest("scorer")).filter(last)
     mean = pl.col("test_ap").map_batches(  # NumPy's mean, for the same digits as in summary.csv
         lambda ap: float(np.mean(ap.to_numpy())), returns_scalar=True, return_dtype=pl.Float64

@@ -90,7 +90,7 @@ def is_done(dpath: pathlib.Path, cfg: config.Train) -> bool:
 
 
 def _asked(cfg: config.Train) -> dict[str, object]:
-    """What metrics.json says of the activations that it was evaluated on."""
+    """The evaluation data, as recorded in metrics.json."""
     held_out = bool(cfg.val_data.shard_root)
     data = cfg.val_data if held_out else cfg.data
     return {"held_out": held_out, "data": dataclasses.asdict(data), "asked": cfg.n_val_patches}
@@ -106,7 +106,7 @@ def _last_grad_norm(dpath: pathlib.Path) -> float | None:
 
 
 class Sums:
-    """What an evaluation adds up, in memory of the order of S + D (and metrics.MAX_CORR_LATENTS squared).
+    """Running sums of an evaluation, in memory of the order of S + D (and metrics.MAX_CORR_LATENTS squared).
 
     Args:
         around: what is typical of the activations, for the figures by token.

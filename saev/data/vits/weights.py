@@ -199,7 +199,7 @@ def _timm(state: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]
 
 
 def _open_clip(state: dict[str, Tensor], visual: tp.Any) -> dict[str, Tensor]:
-    """Resamples positions of open_clip's own ViT. Its own function wants a whole CLIP, compares counts."""
+    """Resamples positions of open_clip's own ViT. Its own function needs a whole CLIP."""
     import open_clip.model
 
     rows, columns = visual.grid_size

@@ -22,9 +22,7 @@ class BatchTopK(base.Architecture, cfg=config.BatchTopK):
     def encode(self, sae, pre_BS: Tensor) -> Tensor:
         if not sae.training:
             return self.largest(sae, pre_BS)
-        f_BS = activations.batch_top_k(pre_BS, self.cfg.top_k)
-        self._update_threshold(sae, f_BS.detach())
-        return f_BS
+        return self.encode_dense(sae, pre_BS).f
 
     def encode_dense(self, sae, pre_BS: Tensor) -> Coded:
         f_BS = activations.batch_top_k(pre_BS, self.cfg.top_k)

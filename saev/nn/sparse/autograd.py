@@ -69,7 +69,7 @@ class _Reconstruct(torch.autograd.Function):
         value_n, g_BPD, g_n, end_P = ctx.saved_tensors
         factor = g * 2 / g_BPD.numel()
         order_n, row_n, start_S1 = ctx.index.by_latent
-        if len(end_P) > 1:  # of g, take the rows of the latent's block
+        if len(end_P) > 1:  # use the rows of g of the latent's block
             latents_S = torch.arange(ctx.index.n_latents)
             block_S = torch.searchsorted(end_P, latents_S, right=True).int()
             row_n = row_n * len(end_P) + block_S.repeat_interleave(start_S1.diff())
