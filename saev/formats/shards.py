@@ -226,11 +226,11 @@ class ShardDir(WritableShards):
             raise errors.UserError(f"{self.complete_fpath}: does not fit metadata.json. Delete it. {REMEDY}")
         return {
             i: Sidecar(
-                len(self.metadata.imgs_in(i)),
-                complete.xxh3_128[name],
-                tuple(skipped[i]),
-                complete.pieces.get(name, ""),
-                complete.files,
+                n_imgs=len(self.metadata.imgs_in(i)),
+                xxh3_128=complete.xxh3_128[name],
+                skipped=tuple(skipped[i]),
+                pieces=complete.pieces.get(name, ""),
+                files=complete.files,
             )
             for name, i in names.items()
         }
@@ -293,7 +293,7 @@ class ShardDir(WritableShards):
             taken = helpers.progress(taken, f"checksums of {self.dpath}", len(todo), "shards")
             roots = dict(zip(todo, taken, strict=True))
         sums = [[i, roots.get(i) or self._root(i)] for i in self.shard_is]
-        skipped = [s for _, x in sorted(self.sidecars.items()) for s in x.skipped]
+        skipped = [[s.image_i, s.error] for _, x in sorted(self.sidecars.items()) for s in x.skipped]
         tables = [self._digest(fpath) for fpath in (self.images_fpath, self.transform_fpath) if self.is_ours]
         return helpers.hash_of([self.metadata.hash, tables, sums, skipped])
 

@@ -13,112 +13,72 @@ import msgspec
 from saev import errors
 from saev.formats import jsonfile
 
+F = tp.TypeVar("F", bound="_File")
 REMEDY = "Delete it and run the same `python -m saev.data` command again."
 Sum = tp.Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 """XXH3, 128 bits, in hexadecimal digits."""
 
 
-class Skipped(tp.NamedTuple):
+class Skipped(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A corrupt image. --skip-corrupt set its activations to zero."""
-
-    image_i: int
-    error: str
-
-
-class _Skipped(msgspec.Struct, forbid_unknown_fields=True):
-    """As JSON has it."""
 
     image_i: tp.Annotated[int, msgspec.Meta(ge=0)]
     error: str
 
 
-class Sidecar(msgspec.Struct, frozen=True):
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What both files have. `checksum` is set in the file only."""
+
+    skipped: tuple[Skipped, ...]
+    files: dict[str, Sum] = {}
+    """XXH3 of metadata.json, images.jsonl and transform.json. Empty in older dumps."""
+    checksum: Sum | tp.Literal[""] = ""
+
+    def dumps(self) -> str:
+        fields = _fields(self)
+        return json.dumps(fields | {"checksum": jsonfile.checksum(fields)}, indent=2)
+
+    @classmethod
+    def loads(cls: type[F], fpath: pathlib.Path) -> F:
+        """Raises UserError when the file is damaged."""
+        obj = jsonfile.read(fpath, cls, REMEDY)
+        has = [bool(obj.pieces), bool(obj.files), bool(obj.checksum)]
+        if any(has) != all(has):
+            raise errors.UserError(f"{fpath}: lacks one of the fields pieces, files and checksum. {REMEDY}")
+        if obj.checksum not in ("", jsonfile.checksum(_fields(obj))):
+            raise errors.UserError(f"{fpath}: differs from its own checksum. {REMEDY}")
+        return msgspec.structs.replace(obj, checksum="")
+
+
+class Sidecar(_File, frozen=True, kw_only=True):
     """The contents of acts000000.json."""
 
     n_imgs: int
-    xxh3_128: str
-    """XXH3 (128 bits) of the bytes of all images."""
-    skipped: tuple[Skipped, ...] = ()
-    pieces: str = ""
-    """XXH3 (128 bits) of acts000000.xxh3. Empty in older dumps."""
-    files: dict[str, str] = {}
-    """XXH3 (128 bits) of metadata.json, images.jsonl and transform.json. Empty in older dumps."""
-
-    def dumps(self) -> str:
-        fields = msgspec.structs.asdict(self)
-        return _signed(fields | {"skipped": [s._asdict() for s in self.skipped]})
-
-    @classmethod
-    def loads(cls, fpath: pathlib.Path) -> "Sidecar":
-        """Raises UserError when the file is damaged."""
-        obj = _read(fpath, _Sidecar)
-        return cls(obj.n_imgs, obj.xxh3_128, _tuples(obj.skipped), obj.pieces, obj.files)
+    xxh3_128: Sum
+    """Of the bytes of all images."""
+    pieces: Sum | tp.Literal[""] = ""
+    """XXH3 of acts000000.xxh3. Empty in older dumps."""
 
 
-class Complete(msgspec.Struct, frozen=True):
+class Complete(_File, frozen=True, kw_only=True):
     """The contents of complete.json: the fields of Sidecar by the name of the shard."""
 
-    xxh3_128: dict[str, str]
-    skipped: tuple[Skipped, ...]
-    pieces: dict[str, str]
-    files: dict[str, str]
+    xxh3_128: dict[str, Sum]
+    pieces: dict[str, Sum] = {}
 
     @classmethod
     def of(cls, sidecars: dict[str, Sidecar]) -> "Complete":
         """Merges sidecars, given in order by the name of their shard."""
         return cls(
-            {name: s.xxh3_128 for name, s in sidecars.items()},
-            tuple(skipped for s in sidecars.values() for skipped in s.skipped),
-            {name: s.pieces for name, s in sidecars.items()},
-            next(iter(sidecars.values())).files,
+            xxh3_128={name: s.xxh3_128 for name, s in sidecars.items()},
+            skipped=tuple(skipped for s in sidecars.values() for skipped in s.skipped),
+            pieces={name: s.pieces for name, s in sidecars.items()},
+            files=next(iter(sidecars.values())).files,
         )
 
-    def dumps(self) -> str:
-        fields = msgspec.structs.asdict(self)
-        return _signed(fields | {"skipped": [s._asdict() for s in self.skipped]})
 
-    @classmethod
-    def loads(cls, fpath: pathlib.Path) -> "Complete":
-        """Raises UserError when the file is damaged."""
-        obj = _read(fpath, _Complete)
-        return cls(obj.xxh3_128, _tuples(obj.skipped), obj.pieces, obj.files)
-
-
-class _Sidecar(msgspec.Struct, forbid_unknown_fields=True):
-    """As JSON has it."""
-
-    n_imgs: int
-    xxh3_128: Sum
-    skipped: list[_Skipped]
-    pieces: Sum | tp.Literal[""] = ""
-    files: dict[str, Sum] = {}
-    checksum: Sum | tp.Literal[""] = ""
-
-
-class _Complete(msgspec.Struct, forbid_unknown_fields=True):
-    """As JSON has it."""
-
-    xxh3_128: dict[str, Sum]
-    skipped: list[_Skipped]
-    pieces: dict[str, Sum] = {}
-    files: dict[str, Sum] = {}
-    checksum: Sum | tp.Literal[""] = ""
-
-
-def _read(fpath: pathlib.Path, schema: type[msgspec.Struct]) -> tp.Any:
-    obj = jsonfile.read(fpath, schema, REMEDY)
-    has = [bool(obj.pieces), bool(obj.files), bool(obj.checksum)]
-    if any(has) != all(has):
-        raise errors.UserError(f"{fpath}: lacks one of the fields pieces, files and checksum. {REMEDY}")
-    fields = msgspec.to_builtins(obj)
-    if fields.pop("checksum") not in ("", jsonfile.checksum(fields)):
-        raise errors.UserError(f"{fpath}: differs from its own checksum. {REMEDY}")
-    return obj
-
-
-def _signed(fields: dict[str, tp.Any]) -> str:
-    return json.dumps(fields | {"checksum": jsonfile.checksum(fields)}, indent=2)
-
-
-def _tuples(skipped: list[_Skipped]) -> tuple[Skipped, ...]:
-    return tuple(Skipped(s.image_i, s.error) for s in skipped)
+def _fields(file: _File) -> dict[str, tp.Any]:
+    """In the order in which they are written."""
+    fields = msgspec.to_builtins(file)
+    order = ("n_imgs", "xxh3_128", "skipped", "pieces", "files")
+    return {name: fields[name] for name in order if name in fields}

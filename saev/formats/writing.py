@@ -152,11 +152,11 @@ class WritableShards(ShardFiles):
         with helpers.atomic(self.sums_fpath(shard_i)) as tmp_fpath:
             tmp_fpath.write_bytes(sums)
         sidecar = Sidecar(
-            len(self.metadata.imgs_in(shard_i)),
-            xxh3_128,
-            tuple(skipped),
-            xxhash.xxh3_128_hexdigest(sums),
-            self.tables,
+            n_imgs=len(self.metadata.imgs_in(shard_i)),
+            xxh3_128=xxh3_128,
+            skipped=tuple(skipped),
+            pieces=xxhash.xxh3_128_hexdigest(sums),
+            files=self.tables,
         )
         helpers.write_text(self.sidecar_fpath(shard_i), sidecar.dumps())
 
