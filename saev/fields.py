@@ -6,7 +6,6 @@ roles are declared with the default: `log_every: int = fields.shared(50)`. Each 
 """
 
 import dataclasses
-import enum
 import functools
 import os
 import pathlib
@@ -25,48 +24,38 @@ WIDEST = "(-9.2e18, 9.2e18)"
 T = tp.TypeVar("T")
 
 
-class Role(enum.Enum):
-    """What a field determines: (the result?, which runs share a stream of activations?)."""
-
-    RESULT = (True, False)
-    STREAM = (True, True)
-    SHARED = (False, True)
-    NEITHER = (False, False)
-
-
 def stream(default: T | type[T]) -> T:
     """Declares a field that determines the stream, and so the result."""
-    return _field(default, Role.STREAM)
+    return _field(default, result=True, stream=True)
 
 
 def shared(default: T | type[T]) -> T:
     """Declares a field that is equal for all runs on one stream, and does not change the result."""
-    return _field(default, Role.SHARED)
+    return _field(default, result=False, stream=True)
 
 
 def neither(default: T | type[T]) -> T:
     """Declares a field that determines neither the result nor the stream."""
-    return _field(default, Role.NEITHER)
+    return _field(default, result=False, stream=False)
 
 
-def _field(default: tp.Any, role: Role) -> tp.Any:
-    """default: a value, or a class that is called to make one."""
+def _field(default: tp.Any, *, result: bool, stream: bool) -> tp.Any:
+    """Declares whether a field determines the result, and whether runs on one stream must agree in it.
+
+    default: a value, or a class that is called to make one.
+    """
     name = "default_factory" if isinstance(default, type) else "default"
-    return dataclasses.field(**{name: default}, metadata={"role": role})
+    return dataclasses.field(**{name: default}, metadata={"result": result, "stream": stream})
 
 
-def _roles(cls: tp.Any) -> dict[str, Role]:
-    return {f.name: f.metadata.get("role", Role.RESULT) for f in dataclasses.fields(cls)}
-
-
-def result_names(cls: type) -> list[str]:
+def result_names(cls: tp.Any) -> list[str]:
     """Names of the fields that determine the result."""
-    return [name for name, role in _roles(cls).items() if role.value[0]]
+    return [f.name for f in dataclasses.fields(cls) if f.metadata.get("result", True)]
 
 
 def stream_of(cfg: tp.Any) -> tuple[object, ...]:
     """Values of the fields that are equal for all runs on one stream."""
-    return tuple(getattr(cfg, name) for name, role in _roles(type(cfg)).items() if role.value[1])
+    return tuple(getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.metadata.get("stream", False))
 
 
 def identity(cfg: tp.Any) -> dict[str, object]:
@@ -80,7 +69,7 @@ def identity(cfg: tp.Any) -> dict[str, object]:
         made, value = field.default_factory, getattr(cfg, field.name)
         usual = field.default if made is dataclasses.MISSING else made()
         mine, theirs = (identity(v) if dataclasses.is_dataclass(v) else v for v in (value, usual))
-        if _roles(type(cfg))[field.name].value[0] and mine != theirs:
+        if field.metadata.get("result", True) and mine != theirs:
             out[field.name] = mine
     return out
 
