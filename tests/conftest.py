@@ -9,11 +9,11 @@ import pathlib
 import signal
 import sys
 
+import jaxtyping
 import numpy as np
 import pytest
 
 from saev import early
-from saev.formats import shards
 
 early.limit_spinning()  # before torch is imported, as in the commands
 if (
@@ -27,6 +27,15 @@ if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 ):  # as nohup's children have it: Ctrl-C could not be tested
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """All functions of saev check their arguments' types and shapes, not only those that do so for users.
+
+    `-m "not slow"` leaves this out: it doubles the time.
+    """
+    if config.option.markexpr != "not slow":
+        jaxtyping.install_import_hook("saev", "beartype.beartype")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -73,6 +82,8 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
     Without `acts` the activations are standard normal. Token 0 is [CLS] if `cls_token`, so T is n_patches + 1.
     The images `skip` are recorded as corrupt. Image i has path "class{i % 3}/{i:04}.jpg" and label "class{i % 3}".
     """
+    from saev.formats import shards  # not before pytest_configure
+
     numbers = itertools.count()
 
     def make(

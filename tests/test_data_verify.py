@@ -119,6 +119,7 @@ def test_a_damaged_json_is_one_error(make_shards, name: str) -> None:
         list(verify.problems(dpath))
 
 
+@pytest.mark.slow
 def test_the_command(make_shards) -> None:
     good, _ = make_shards()
     bad, _ = make_shards(seed=1)

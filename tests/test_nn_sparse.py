@@ -122,6 +122,7 @@ def test_50_steps_equal_dense_autograd(
     check_50_steps(ARCHITECTURES[architecture], OBJECTIVES[objective], way, dtype, atol)
 
 
+@pytest.mark.slow
 @each_way
 def test_50_steps_with_negative_values(way: str, screened: bool) -> None:
     check_50_steps(SIGNED, OBJECTIVES["fixed"], way, torch.float64, 1e-9)

@@ -685,6 +685,7 @@ def test_defaults_pass_their_own_checks() -> None:
 # ---- wandb ----
 
 
+@pytest.mark.slow
 def test_wandb_offline_writes_a_run_directory(cfg: config.Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     cfg = change(cfg, wandb_project="saev-test")

@@ -195,6 +195,7 @@ def test_names_that_a_frame_could_not_hold(tmp_path: pathlib.Path) -> None:
     assert {row[0] for row in cells} == {r"caf\udce9 *", "b *"}
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "runs" / "aa", metrics=evaluated(16.0, 0.3))
     write(tmp_path / "runs" / "bb", lr=3e-3, metrics=evaluated(8.0, 0.4))
