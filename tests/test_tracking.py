@@ -200,6 +200,7 @@ def test_whatever_wandb_does_wrong_decides_nothing(tmp_path: pathlib.Path, wrong
         assert stderr == [] and calls[-1] == "finish"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["init hangs", "finish hangs"])
 def test_a_wandb_that_hangs_is_waited_for_a_bounded_time(tmp_path: pathlib.Path, wrong: str) -> None:
     code = TRAIN.replace("FROM", "0").replace("else 20.0", "else 2.0")
@@ -207,6 +208,7 @@ def test_a_wandb_that_hangs_is_waited_for_a_bounded_time(tmp_path: pathlib.Path,
     assert line.startswith("wandb: did not finish within 2 s") and "wandb sync ck/run/wandb/" in line
 
 
+@pytest.mark.slow
 def test_a_bad_key_is_one_line_and_says_what_to_do(tmp_path: pathlib.Path) -> None:
     done = run(TRAIN.replace("FROM", "0"), tmp_path, {"WANDB_API_KEY": "too-short"})
     assert done.returncode == 7
