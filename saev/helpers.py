@@ -2,7 +2,6 @@
 
 import collections.abc
 import contextlib
-import errno
 import fcntl
 import functools
 import glob
@@ -23,6 +22,8 @@ import typing as tp
 import uuid
 
 import tqdm
+
+from saev import errors
 
 logger = logging.getLogger("saev")
 
@@ -46,23 +47,12 @@ def atomic(fpath: pathlib.Path) -> collections.abc.Generator[pathlib.Path]:
     So a reader sees the old file, the complete new file, or none. If the process is killed, the temporary
     file stays until the next writer of the same file, or `sweep`, removes it.
     """
-    with naming(fpath), _temporary(fpath, is_folder=False) as tmp_fpath:
+    with errors.naming(fpath), _temporary(fpath, is_folder=False) as tmp_fpath:
         yield tmp_fpath
         with tmp_fpath.open("rb+") as fd:
             os.fsync(fd.fileno())
         tmp_fpath.replace(fpath)
         _sync_directory(fpath.parent)
-
-
-@contextlib.contextmanager
-def naming(fpath: pathlib.Path) -> collections.abc.Generator[None]:
-    """Adds the path to disk errors raised inside (no space, quota, file size, IO), which lack it."""
-    try:
-        yield
-    except OSError as err:
-        if err.filename is None and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            err.filename = str(fpath)
-        raise
 
 
 @contextlib.contextmanager
@@ -72,7 +62,7 @@ def atomic_folder(dpath: pathlib.Path) -> collections.abc.Generator[pathlib.Path
     An existing folder is first renamed and removed last. If the process is killed between the two renames,
     `sweep` renames it back.
     """
-    with naming(dpath), _temporary(dpath, is_folder=True) as tmp_dpath:
+    with errors.naming(dpath), _temporary(dpath, is_folder=True) as tmp_dpath:
         yield tmp_dpath
         with _replacing(dpath):
             old_dpath = tmp_dpath.with_suffix(".old")

@@ -10,14 +10,12 @@ import collections.abc
 import contextlib
 import functools
 import logging
-import netrc
 import os
 import pathlib
 import select
 import signal
 import sys
 import typing as tp
-import urllib.parse
 import uuid
 
 import msgspec
@@ -27,8 +25,8 @@ from saev.formats import jsonfile, metricslog
 
 logger = logging.getLogger("saev")
 
-WANDB_HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}
-"""The two names of wandb's own server."""
+WANDB_URLS = ("https://api.wandb.ai", "https://api.forge.coreweave.com")
+"""The two addresses of wandb's own server."""
 POLL_S = 1.0
 """Seconds between checks for new lines."""
 MAX_ORPHAN_S = 60
@@ -135,32 +133,17 @@ def wandb_mode() -> tp.Literal["online", "offline", "disabled"]:
     mode = os.environ.get("WANDB_MODE", "")
     if mode in ("online", "offline", "disabled"):
         return tp.cast(tp.Literal["online", "offline", "disabled"], mode)
+    import requests.utils
     import wandb
 
     settings = wandb.setup().settings
     if settings.mode in ("offline", "disabled"):  # `wandb offline` was run in this folder
         return settings.mode
-    has_key = settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-    return "online" if has_key or _netrc_hosts() & _names(settings.base_url) else "offline"
-
-
-def _names(base_url: str) -> set[str]:
-    """Lists the host names under which `wandb login` may have stored a server's key."""
-    host = urllib.parse.urlsplit(base_url).netloc
-    return WANDB_HOSTS if host in WANDB_HOSTS else {host}
-
-
-def _netrc_hosts() -> set[str]:
-    """Lists the hosts in the user's netrc file. A missing or unreadable file has none."""
-    home = pathlib.Path.home()
-    fpaths = [home / ".netrc", home / "_netrc"]
-    if "NETRC" in os.environ:
-        fpaths = [pathlib.Path(os.environ["NETRC"]).expanduser()]
-    hosts: set[str] = set()
-    for fpath in fpaths:
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            hosts |= netrc.netrc(fpath).hosts.keys()
-    return hosts
+    if settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return "online"
+    url = settings.base_url.rstrip("/")
+    logins = map(requests.utils.get_netrc_auth, WANDB_URLS if url in WANDB_URLS else [url])
+    return "online" if any(logins) else "offline"
 
 
 # ---- the process ----

@@ -124,43 +124,36 @@ def _axis(key: str, value: object, cls: type, fpath: pathlib.Path) -> list[Overr
     """The overrides of one axis: one key of a table."""
     if key != "paired":
         _owner(cls, key, fpath)  # an unknown key is reported before its value
-    if _is_tuple_field(cls, key) and not _has_list(value):
-        return [{key: value}]
-    alternatives = _alternatives(key, value, fpath)
+    alternatives = _alternatives(key, value, [cls], fpath)
     if key == "paired":
         return [o for v in alternatives for o in expand(_table(v, key, fpath), cls, fpath)]
-    if key in _nested_fields(cls):
-        nested = [o for v in alternatives for o in _expand_nested(cls, key, _table(v, key, fpath), fpath)]
-        return [{f"{key}.{k}": v for k, v in o.items()} for o in nested]
+    nested = [f for f in _fields(cls) if f.name == key and _members(f) and not _flat_members(f)]
+    if nested:
+        return [o for v in alternatives for o in _expand_nested(nested[0], _table(v, key, fpath), fpath)]
     return [{key: v} for v in alternatives]
 
 
-def _has_list(value: object) -> bool:
-    return isinstance(value, list) and any(isinstance(v, list) for v in value)
-
-
-def _expand_nested(cls: type, key: str, table: dict[str, object], fpath: pathlib.Path) -> list[Override]:
+def _expand_nested(field: dataclasses.Field, table: dict[str, object], fpath: pathlib.Path) -> list[Override]:
     """As `expand`, for the table of a nested config."""
-    field = next(f for f in dataclasses.fields(tp.cast(tp.Any, cls)) if f.name == key)
-    members = _members(field).values()
     axes = []
-    for k, value in table.items():
-        is_whole = any(_is_tuple_field(c, k) for c in members) and not _has_list(value)
-        values = [value] if is_whole else _alternatives(f"{key}.{k}", value, fpath)
-        axes.append([{k: v} for v in values])
+    for key, value in table.items():
+        name, members = f"{field.name}.{key}", _members(field).values()
+        axes.append([{name: v} for v in _alternatives(name, value, members, fpath)])
     return _crossed(axes, fpath)
 
 
-def _alternatives(key: str, value: object, fpath: pathlib.Path) -> list[object]:
+def _alternatives(
+    name: str, value: object, classes: collections.abc.Iterable[type], fpath: pathlib.Path
+) -> list[object]:
+    """The values of a key. A list is one value of a tuple field, unless it holds lists."""
+    types_ = [f.type for cls in classes for f in _fields(cls) if f.name == name.rpartition(".")[2]]
+    if any(tp.get_origin(t) is tuple for t in types_) and not (
+        isinstance(value, list) and any(isinstance(v, list) for v in value)
+    ):
+        return [value]
     if value == []:
-        raise errors.UserError(f"{fpath}: {key} is an empty list. Give it at least one value.")
+        raise errors.UserError(f"{fpath}: {name} is an empty list. Give it at least one value.")
     return value if isinstance(value, list) else [value]
-
-
-def _nested_fields(cls: type) -> set[str]:
-    """Fields that are tables in the file: nested configs, unless flattened."""
-    fields = dataclasses.fields(tp.cast(tp.Any, cls))
-    return {f.name for f in fields if _members(f) and not _flat_members(f)}
 
 
 def _table(value: object, key: str, fpath: pathlib.Path) -> dict[str, object]:
@@ -180,7 +173,7 @@ def _apply(cls: type[Cfg], cfg: Cfg, override: Override, fpath: pathlib.Path, ar
         owner = _owner(cls, head, fpath)
         values.setdefault(owner or head, {})[head if owner else rest] = value
     kwargs = {}
-    for field in dataclasses.fields(tp.cast(tp.Any, cls)):
+    for field in _fields(cls):
         given = values.get(field.name, {})
         if dataclasses.is_dataclass(getattr(cfg, field.name)):
             member = _member(field, getattr(cfg, field.name), given, fpath, args)
@@ -193,7 +186,7 @@ def _apply(cls: type[Cfg], cfg: Cfg, override: Override, fpath: pathlib.Path, ar
 
 def _check_shared(configs: list[Cfg], fpath: pathlib.Path) -> None:
     """Refuses sweeps over flattened configs (Slurm's), because a sweep is one job array."""
-    fields = dataclasses.fields(tp.cast(tp.Any, configs[0]))
+    fields = _fields(configs[0])
     for name in [f.name for f in fields if _flat_members(f)]:
         seen = [dataclasses.asdict(getattr(cfg, name)) for cfg in configs]
         if vary := [key for key in seen[0] if len({s[key] for s in seen}) > 1]:
@@ -205,7 +198,7 @@ def _check_shared(configs: list[Cfg], fpath: pathlib.Path) -> None:
 
 def _owner(cls: type, key: str, fpath: pathlib.Path) -> str:
     """The flattened config (`slurm`) that a top-level key belongs to, or "" for the class itself."""
-    fields = dataclasses.fields(tp.cast(tp.Any, cls))
+    fields = _fields(cls)
     if key in {f.name for f in fields if not _flat_members(f)}:
         return ""
     owners = {
@@ -278,8 +271,12 @@ def _build(field: dataclasses.Field, member: type, given: Override, fpath: pathl
     return _construct(member, given, prefix, fpath)
 
 
+def _fields(cls: tp.Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(cls)
+
+
 def _field_names(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(tp.cast(tp.Any, cls))]
+    return [f.name for f in _fields(cls)]
 
 
 def _construct(cls: type[Cfg], kwargs: dict[str, object], prefix: str, fpath: pathlib.Path) -> Cfg:
@@ -332,11 +329,6 @@ def _widen(value: object, hint: object) -> object:
     if type(value) is float and int in hints and float not in hints:
         return int(value) if value.is_integer() and abs(value) < EXACT else value
     return value
-
-
-def _is_tuple_field(cls: type, key: str) -> bool:
-    fields = {f.name: f.type for f in dataclasses.fields(tp.cast(tp.Any, cls))}
-    return tp.get_origin(fields.get(key)) is tuple
 
 
 def _unknown_key(key: str, valid: list[str], fpath: pathlib.Path, hint: str = "") -> errors.UserError:

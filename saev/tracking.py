@@ -76,14 +76,14 @@ class JsonLines:
             UserError: the file is no longer there.
         """
         self._check()
-        with helpers.naming(self.fpath):
+        with errors.naming(self.fpath):
             self.fd.write(metricslog.line({"step": step, **metrics}) + "\n")
             self.fd.flush()
 
     def flush(self) -> None:
         """Raises as `log`."""
         self._check()
-        with helpers.naming(self.fpath):
+        with errors.naming(self.fpath):
             os.fsync(self.fd.fileno())
 
     def _check(self) -> None:
@@ -98,7 +98,7 @@ class JsonLines:
 
     def finish(self) -> None:
         try:
-            with helpers.naming(self.fpath):
+            with errors.naming(self.fpath):
                 self.fd.close()
         finally:
             if self.is_copied:

@@ -13,7 +13,6 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from saev import errors
 from saev.data import config, dump
 from saev.formats import shards
 
@@ -147,7 +146,7 @@ def remount(dpath: pathlib.Path, options: str) -> None:
 
 def test_a_full_disk(photos: pathlib.Path, undisturbed: dict[str, bytes], small_disk: pathlib.Path) -> None:
     cfg = config_of(photos, small_disk)
-    with pytest.raises(errors.UserError, match=r"acts\d+\.bin: cannot be written .No space left"):
+    with pytest.raises(OSError, match=r"No space left.*acts\d+\.bin"):
         dump.main(cfg)
     (out,) = small_disk.iterdir()
     found = shards.ShardDir.open_unchecked(out)

@@ -323,8 +323,8 @@ def test_no_space_is_one_error_and_leaves_nothing(tmp_path: pathlib.Path, limit:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        match = r"acts000001\.bin: cannot be written .File too large"
-        with pytest.raises(errors.UserError, match=match), out.writing(1) as writer:
+        match = r"File too large.*acts000001\.bin"
+        with pytest.raises(OSError, match=match), out.writing(1) as writer:
             writer.write(GOLDEN_NLTD[:1])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -126,13 +126,16 @@ def upgrade(header: Header, fpath: pathlib.Path) -> UpstreamSae:
             if params.get(key, name) != name:
                 raise ValueError(f"cls is {activation['cls']!r}, but {key} is {params[key]!r}")
         out = UpstreamSae(schema, activation["cls"], cfg["d_model"], cfg["d_sae"], params.get("top_k", 32))
-        _check(out)
+        if out.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {out.activation!r} is unknown")
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as err:
         what = f"{err} is missing" if isinstance(err, KeyError) else errors.first_line(err)
         raise errors.UserError(
             f"{fpath}: its header (upstream schema {schema or 'none'}) cannot be read: {what}. "
             "Check where the file came from."
         ) from err
+    for name in ("d_vit", "d_sae", "top_k"):
+        checks.positive(out._asdict(), name, str(fpath))
     return out
 
 
@@ -168,15 +171,6 @@ def convert(sae: UpstreamSae, state: dict[str, tp.Any], fpath: pathlib.Path) -> 
     found["b_enc"] = found["b_enc"] + found["b_dec"] @ found["W_enc"]
     tensors = {**found, "scale": torch.ones(()), "threshold": threshold}
     return {name: tensor.float() for name, tensor in tensors.items()}
-
-
-def _check(sae: UpstreamSae) -> None:
-    if sae.activation not in ACTIVATIONS:
-        raise ValueError(f"activation {sae.activation!r} is unknown")
-    for name in ("d_vit", "d_sae", "top_k"):
-        value = getattr(sae, name)
-        if type(value) is not int or not 0 < value < 2**31:
-            raise ValueError(f"{name} is {value!r}")
 
 
 def _only(found: Header, known: collections.abc.Set[str], where: str) -> None:

@@ -48,7 +48,8 @@ def main(cfg: config.Dump, job_i: int = 0) -> str:
 
     Raises:
         UserError: there are no images, an image is corrupt or gives NaN/Inf activations (named), the model
-            lacks a layer or contradicts --d-vit or --n-patches-per-img, or the disk is full.
+            lacks a layer or contradicts --d-vit or --n-patches-per-img.
+        OSError: the disk is full.
     """
     records = images.list_images(cfg.data)
     vit = vits.load(cfg.vit)

@@ -29,8 +29,7 @@ SYNC_BYTES = 64 * 2**20
 class ShardWriter:
     """Writes the images of one shard in order."""
 
-    def __init__(self, fpath: pathlib.Path, fd: tp.BinaryIO, metadata: Metadata):
-        self.fpath = fpath
+    def __init__(self, fd: tp.BinaryIO, metadata: Metadata):
         self.fd = fd
         self.dtype = metadata.dtype
         self.pieces = Pieces(metadata)
@@ -46,31 +45,12 @@ class ShardWriter:
         stored = encode(acts_BLTD, self.dtype).data.cast("B")
         self.sum.update(stored)
         self.sums += self.pieces.sums(stored, range(len(acts_BLTD) * self.pieces.n_per_img))
-        with _disk_errors(self.fpath):
-            self.fd.write(stored)
-            self.n_unsynced += len(stored)
-            if self.n_unsynced >= SYNC_BYTES:
-                self.fd.flush()
-                os.fsync(self.fd.fileno())
-                self.n_unsynced = 0
-
-
-@contextlib.contextmanager
-def _disk_errors(what: pathlib.Path | str) -> collections.abc.Generator[None]:
-    """Turns disk errors (no space, no permission) into a UserError."""
-    try:
-        yield
-    except OSError as err:
-        raise errors.UserError(
-            f"{what}: cannot be written ({err.strerror}). "
-            "Check the free space and the permissions, then run the same command again."
-        ) from err
-
-
-def _close(fd: tp.BinaryIO) -> None:
-    """Closes a file. A failed write has already raised; closing would try and fail again."""
-    with contextlib.suppress(OSError):
-        fd.close()
+        self.fd.write(stored)
+        self.n_unsynced += len(stored)
+        if self.n_unsynced >= SYNC_BYTES:
+            self.fd.flush()
+            os.fsync(self.fd.fileno())
+            self.n_unsynced = 0
 
 
 @beartype.beartype
@@ -88,8 +68,8 @@ class WritableShards(ShardFiles):
         """Creates the directory, or resumes an interrupted dump of the same images.
 
         Raises:
-            UserError: the directory lists other images (the dataset changed) or another transform, or cannot
-                be written.
+            UserError: the directory lists other images (the dataset changed) or another transform.
+            OSError: it cannot be written.
         """
         shards = cls(dump_to / metadata.hash, metadata)
         if shards.shards_fpath.exists() and not shards.images_fpath.exists():
@@ -97,13 +77,12 @@ class WritableShards(ShardFiles):
                 f"{shards.dpath}: was written by another tool. It can be read as it is. "
                 "To dump it again, pass another --dump-to."
             )
-        with _disk_errors(shards.dpath):
-            text = records.dumps(images)
-            shards._write_once(shards.images_fpath, text, "other images than the dataset holds now")
-            text = json.dumps(transform, indent=4)
-            shards._write_once(shards.transform_fpath, text, "images transformed in another way")
-            shards._write_once(shards.dpath / "metadata.json", metadata.dumps(), "another dataset")
-            shards.write_index()
+        text = records.dumps(images)
+        shards._write_once(shards.images_fpath, text, "other images than the dataset holds now")
+        text = json.dumps(transform, indent=4)
+        shards._write_once(shards.transform_fpath, text, "images transformed in another way")
+        shards._write_once(shards.dpath / "metadata.json", metadata.dumps(), "another dataset")
+        shards.write_index()
         return shards
 
     def _write_once(self, fpath: pathlib.Path, text: str, other: str) -> None:
@@ -125,26 +104,17 @@ class WritableShards(ShardFiles):
         error.
 
         Raises:
-            UserError: the shard cannot be written (no space, no permission).
+            OSError: the shard cannot be written (no space, no permission).
         """
         fpath, n_bytes = self.acts_fpath(shard_i), self.n_bytes(shard_i)
         helpers.sweep(self.dpath, fpath.name)  # what a killed writer left
-        with contextlib.ExitStack() as stack:
-            with _disk_errors(fpath):
-                tmp_fpath = stack.enter_context(helpers.atomic(fpath))
-                fd = tmp_fpath.open("wb")
-                stack.callback(_close, fd)
-            writer = ShardWriter(fpath, fd, self.metadata)
+        with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
+            writer = ShardWriter(fd, self.metadata)
             yield writer
-            with _disk_errors(fpath):
-                assert fd.tell() == n_bytes
-                fd.flush()
-                fd.truncate(self.metadata.shard_bytes)
-                os.fsync(fd.fileno())
-                stack.close()
-        with _disk_errors(self.dpath):
-            self._write_sums(shard_i, bytes(writer.sums), writer.sum.hexdigest(), writer.skipped)
-            self.write_index()
+            assert fd.tell() == n_bytes
+            fd.truncate(self.metadata.shard_bytes)
+        self._write_sums(shard_i, bytes(writer.sums), writer.sum.hexdigest(), writer.skipped)
+        self.write_index()
 
     def _write_sums(
         self, shard_i: int, sums: bytes, xxh3_128: str, skipped: collections.abc.Iterable[Skipped]
@@ -198,6 +168,5 @@ class WritableShards(ShardFiles):
 
     def finish(self) -> None:
         """Updates the index and removes what killed writers left."""
-        with _disk_errors(self.dpath):
-            self.write_index()
+        self.write_index()
         helpers.sweep(self.dpath)

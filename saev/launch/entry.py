@@ -2,7 +2,6 @@
 
 import collections.abc
 import contextlib
-import errno
 import logging
 import signal
 import sys
@@ -10,9 +9,6 @@ import threading
 import typing as tp
 
 from saev import console, early, errors
-
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""Errors without a file name that the user can fix."""
 
 
 def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
@@ -26,7 +22,7 @@ def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
     code = 0
     try:
         early.ctrl_c_raises()
-        with ended_by_signals(), os_errors(), console.flushed():
+        with ended_by_signals(), errors.of_files(), console.flushed():
             main()
     except errors.UserError as err:
         code = 2
@@ -37,21 +33,6 @@ def entry(main: collections.abc.Callable[[], object]) -> tp.NoReturn:
     finally:
         early.ctrl_c_ends()  # from here on, Python only cleans up
     sys.exit(code)
-
-
-@contextlib.contextmanager
-def os_errors() -> collections.abc.Generator[None]:
-    """Turns an OSError about a file into a UserError."""
-    try:
-        yield
-    except OSError as err:
-        if err.filename is None and err.errno not in DISK:
-            raise
-        where = f"{err.filename}: " if err.filename is not None else ""
-        raise errors.UserError(
-            f"{where}{err.strerror}. Check the path, its permissions and the free space, then run the same "
-            "command again."
-        ) from err
 
 
 def configure_logging() -> None:

@@ -8,7 +8,7 @@ import typing as tp
 import beartype
 
 from saev import console, early, errors
-from saev.launch.entry import configure_logging, os_errors
+from saev.launch.entry import configure_logging
 
 
 @beartype.beartype
@@ -66,7 +66,7 @@ class Stage:
     def outcome(self) -> Outcome:
         """Runs the stage. A UserError, or an OSError that the user can fix, becomes the outcome's error."""
         try:
-            with os_errors():
+            with errors.of_files():
                 return Outcome(self.run())
         except errors.UserError as err:
             return Outcome(err.done, str(err))

@@ -180,7 +180,8 @@ def _read(dpath: pathlib.Path) -> Result:
 def merge(found: list[Result]) -> Merged:
     """Merges results. found: oldest first."""
     cells, replaced = _newest(_concat(found, [result.cells for result in found]), CELL)
-    cells = _named(cells, _names(cells, found))
+    cells = cells.join(_names(cells, found), on=SCORER, maintain_order="left")
+    cells = cells.rename({"scorer": "own_name", "new_name": "scorer"})
     kinds, _ = _newest(_concat(found, [result.kinds for result in found]), [*CELL, "kind"])
     names = cells.select(*SCORER, "scorer").unique()
     kinds = kinds.drop("scorer").join(names, on=SCORER, maintain_order="left")
@@ -247,12 +248,6 @@ def _distinct_names(scorers: list[results.ScorerId]) -> dict[str, str]:
         ]
         out[scorer.id] = " ".join([scorer.name, *differing])
     return out
-
-
-def _named(cells: pl.DataFrame, names: pl.DataFrame) -> pl.DataFrame:
-    """Renames scorers as in `_names`. own_name keeps the name in the cell's result."""
-    cells = cells.join(names, on=SCORER, maintain_order="left")
-    return cells.rename({"scorer": "own_name", "new_name": "scorer"})
 
 
 def _traits(cells: pl.DataFrame, found: list[Result]) -> pl.DataFrame:
