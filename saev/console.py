@@ -53,7 +53,9 @@ def flushed() -> collections.abc.Generator[None]:
     try:
         yield
     except BrokenPipeError:
-        if not _is_reader_gone():  # another pipe broke
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):  # another pipe broke
             raise
     finally:
         try:
@@ -62,12 +64,6 @@ def flushed() -> collections.abc.Generator[None]:
             _discard()
         except OSError as err:
             raise _not_written(err) from err
-
-
-def _is_reader_gone() -> bool:
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _not_written(err: OSError) -> errors.UserError:

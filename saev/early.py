@@ -48,8 +48,7 @@ def limit_spinning() -> None:
 
 
 def ctrl_c_ends() -> None:
-    """Lets Ctrl-C end the process at once, with one line. During imports, C code could swallow
-    KeyboardInterrupt.
+    """Lets Ctrl-C end the process at once, with one line. C code in imports could swallow KeyboardInterrupt.
 
     Keeps a handler that something else has set (nohup, a notebook).
     """

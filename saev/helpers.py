@@ -35,8 +35,7 @@ T = tp.TypeVar("T")
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:(?P<host>[0-9a-f]{8})-)?[0-9a-f]{32}\.(?:tmp|old)", re.DOTALL)
 """Names of temporary files and folders. A running writer holds a lock (flock) on its own."""
 ABANDONED_S = 24 * 3600.0
-"""Age in seconds after which another machine's temporaries are removed. Its locks may not be visible from
-here."""
+"""Seconds after which temporaries of other machines, whose locks may be invisible here, are removed."""
 
 
 @contextlib.contextmanager
@@ -52,7 +51,11 @@ def atomic(fpath: pathlib.Path) -> collections.abc.Generator[pathlib.Path]:
         with tmp_fpath.open("rb+") as fd:
             os.fsync(fd.fileno())
         tmp_fpath.replace(fpath)
-        _sync_directory(fpath.parent)
+        folder = os.open(fpath.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # a rename is on disk only when its directory is
+        finally:
+            os.close(folder)
 
 
 @contextlib.contextmanager
@@ -220,15 +223,6 @@ def _lock(fd: int, what: str) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX)
     except OSError as err:
         logger.warning("cannot lock against another process: %s (%s)", what, err)
-
-
-def _sync_directory(dpath: pathlib.Path) -> None:
-    """Flushes a directory: a rename is on disk only when its directory is."""
-    fd = os.open(dpath, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def write_text(fpath: pathlib.Path, text: str) -> None:

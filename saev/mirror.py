@@ -125,8 +125,7 @@ def _log_offline(ckpt_dpath: pathlib.Path) -> None:
 
 
 def wandb_mode() -> tp.Literal["online", "offline", "disabled"]:
-    """Returns WANDB_MODE if set; otherwise online if there is an API key (environment, settings file or
-    netrc), else offline.
+    """Returns WANDB_MODE if set, else online with an API key (environment, settings, netrc), else offline.
 
     Unlike `wandb.login`, it asks neither the user nor a server.
     """

@@ -124,7 +124,8 @@ def _axis(key: str, value: object, cls: type, fpath: pathlib.Path) -> list[Overr
     """The overrides of one axis: one key of a table."""
     if key != "paired":
         _owner(cls, key, fpath)  # an unknown key is reported before its value
-    alternatives = _alternatives(key, value, [cls], fpath)
+    flat = [member for field in _fields(cls) for member in _flat_members(field)]
+    alternatives = _alternatives(key, value, [cls, *flat], fpath)
     if key == "paired":
         return [o for v in alternatives for o in expand(_table(v, key, fpath), cls, fpath)]
     nested = [f for f in _fields(cls) if f.name == key and _members(f) and not _flat_members(f)]

@@ -1,7 +1,6 @@
 """Logs a run's metrics to a local metrics.jsonl, which is the record, and optionally copies them to wandb.
 
-The training loop knows only the `Tracker` protocol. wandb runs in a separate process (`saev.mirror`), so its
-failures cannot reach the loop.
+wandb runs in a separate process (`saev.mirror`), so its failures cannot reach the training loop.
 """
 
 import collections.abc
@@ -25,35 +24,19 @@ FINISH_S = 20.0
 """Seconds to wait at the end of training for wandb to upload the rest. (Slurm kills 30 s after SIGTERM.)"""
 
 
-@tp.runtime_checkable
-class Tracker(tp.Protocol):
-    """Takes the metrics of one run."""
+class Tracker:
+    """Takes the metrics of one run. This one discards them (in all processes but the first)."""
 
     def log(self, step: int, metrics: Metrics) -> None: ...
 
     def flush(self) -> None:
         """Ensures that everything logged so far is on disk."""
-        ...
 
     def finish(self) -> None: ...
 
 
-class NullTracker:
-    """Discards everything. For worker processes, whose metrics the first process logs."""
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
-class JsonLines:
-    """Writes one JSON object per line to metrics.jsonl and flushes each line, so a killed run keeps what it
-    logged.
+class JsonLines(Tracker):
+    """Writes one JSON object per line to metrics.jsonl. Each is flushed, so a killed run keeps its log.
 
     A resumed run keeps only the earlier lines with steps before `from_step`, because later steps are run
     again. With a project, a separate process copies the file and config.json to wandb, which is offline
@@ -117,8 +100,7 @@ def _lines_before(fpath: pathlib.Path, step: int) -> collections.abc.Iterator[st
 
 
 class _Copier:
-    """Controls the process `saev.mirror`, which serves all runs of this process, from the first start to the
-    last finish.
+    """Controls the process `saev.mirror`, which serves all runs, from the first start to the last finish.
 
     Its methods never raise. Only the last `finish` waits, at most FINISH_S.
     """

@@ -181,10 +181,10 @@ def test_image_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [(f, n) for f, models in vits.PUBLISHED.items() for n in models.timm_names]
+    ("family", "name"), [(f, n) for f, models in vits.timm.PUBLISHED.items() for n in models.timm_names]
 )
 def test_published_names_stand_for_timm_models_with_weights(family: str, name: str) -> None:
-    timm_name = vits.PUBLISHED[family].timm_names[name]
+    timm_name = vits.timm.PUBLISHED[family].timm_names[name]
     assert timm.get_pretrained_cfg(timm_name).hf_hub_id
     with torch.device("meta"):
         model = timm.create_model(timm_name)
@@ -216,7 +216,7 @@ def test_transforms_of_the_published_models() -> None:
     dinov3 = vits.load(config.Vit("dinov3", "dinov3_vits16", "random")).transform
     assert (dinov3.size, dinov3.resize, dinov3.mean[0]) == ((256, 256), 292, 0.485)
     with torch.device("meta"):
-        model = timm.create_model(vits.PUBLISHED["dinov3"].timm_names["dinov3_vitl16_sat493m"])
+        model = timm.create_model(vits.timm.PUBLISHED["dinov3"].timm_names["dinov3_vitl16_sat493m"])
     cfg = config.Vit("dinov3", "dinov3_vitl16_sat493m")
     sat = vits.timm.transform_of(model, (256, 256), 224 / 256, cfg)
     assert sat.mean == (0.430, 0.411, 0.296) and sat.std == (0.213, 0.156, 0.143)

@@ -258,7 +258,7 @@ def authors_dinov2(model: torch.nn.Module) -> State:
 def test_an_authors_dinov2_file_loads(name: str, wrapped: bool, tmp_path: pathlib.Path) -> None:
     """Outputs as timm's own loading of the file gives them; its positions are those of 518 pixels, 37 x 37."""
     torch.manual_seed(0)
-    timm_name = vits.PUBLISHED["dinov2"].timm_names[name]
+    timm_name = vits.timm.PUBLISHED["dinov2"].timm_names[name]
     source = timm.create_model(timm_name, num_classes=0)
     source.saev_name = name
     for parameter in source.parameters():

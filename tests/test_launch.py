@@ -159,3 +159,23 @@ def test_dry_run_into_head() -> None:
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1"
     done = subprocess.run(command, cwd=ROOT, shell=True, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("# 1 of 10000\n", "")
+
+
+def test_each_process_of_a_job_gets_a_gpu() -> None:
+    slurm_cfg = launch.SlurmConfig("A", slurm_gpu_type="a100", mem_gb=3)
+    asked = slurm._parameters(slurm_cfg, "x", n_tasks=4, minutes=5)
+    assert (asked["gpus_per_node"], asked["ntasks_per_node"], asked["mem"]) == ("a100:4", 4, "3GB")
+    no_gpus = slurm._parameters(launch.SlurmConfig("A", n_gpus=0), "x", n_tasks=4, minutes=5)
+    assert not {"gpus_per_node", "mem", "qos", "setup"} & no_gpus.keys()
+
+
+def test_wrong_slurm_flags() -> None:
+    for hours in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(errors.UserError, match="--n-hours .* must be"):
+            launch.SlurmConfig("A", n_hours=hours)
+    with pytest.raises(errors.UserError, match="--slurm-extra '=lab': must be key=value"):
+        launch.SlurmConfig("A", slurm_extra=("=lab",))
+
+
+def test_job_ids_are_shown_in_few_words() -> None:
+    assert slurm._shown(["7_0", "7_1", "7_2", "9", "8_4"]) == "7_[0-2], 9, 8_4"

@@ -1,5 +1,9 @@
 """Jobs on a real Slurm. Runs where one answers (tests/slurm/up brings up a one-node Slurm); skips elsewhere."""
 
+import collections.abc
+import concurrent.futures
+import dataclasses
+import os
 import pathlib
 import re
 import shutil
@@ -66,10 +70,7 @@ def test_a_crash_names_its_log(slurm: launch.SlurmConfig) -> None:
     assert "RuntimeError: bug at 7" in pathlib.Path(str(err.value).rpartition("Its log: ")[2]).read_text()
 
 
-def test_a_job_that_is_killed_says_what_slurm_knows(
-    slurm: launch.SlurmConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("submitit.SlurmJob._results_timeout_s", 1)  # no slow file system here
+def test_a_job_that_is_killed_says_what_slurm_knows(slurm: launch.SlurmConfig) -> None:
     with pytest.raises(
         errors.UserError, match=r"job \d+ ended without a result \(Slurm state FAILED\). Its log: "
     ):
@@ -122,6 +123,154 @@ def wait_for(condition: object, timeout_s: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+# ---- bad days ----
+
+
+def errors_of(outcomes: collections.abc.Iterable[launch.Outcome]) -> list[str]:
+    return [outcome.error for outcome in outcomes]
+
+
+def in_thread(
+    args: list[str], slurm: launch.SlurmConfig, target: str = "tasks:touch_later"
+) -> concurrent.futures.Future[list[launch.Outcome]]:
+    """A command that waits for its jobs, while the test goes on."""
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    return pool.submit(lambda: list(launch.run(target, args, slurm, "saev-test")))
+
+
+def submitted(slurm: launch.SlurmConfig) -> list[str]:
+    """Ids of all jobs that were submitted."""
+    return sorted(
+        p.stem.removesuffix("_submitted") for p in pathlib.Path(slurm.log_to).glob("*submitted.pkl")
+    )
+
+
+@pytest.mark.parametrize("accounting", [True, False])
+def test_a_cancelled_job_is_over_for_who_waits(
+    slurm: launch.SlurmConfig, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, accounting: bool
+) -> None:
+    """Also without accounting. The other job of the array gives its result."""
+    if not accounting:
+        fake(tmp_path, "sacct", "exit 1", monkeypatch)
+    sources = [
+        f"import time; open({str(tmp_path / n)!r}, 'w'); time.sleep({s})" for n, s in (("a", 600), ("b", 20))
+    ]
+    waiting = in_thread(sources, slurm, "tasks:execute")
+    wait_for(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
+    subprocess.run(["scancel", submitted(slurm)[0]], check=True)
+    start_s = time.monotonic()
+    cancelled, done = waiting.result(timeout=60)
+    assert time.monotonic() - start_s < 40
+    assert re.fullmatch(r"job \d+_0 was cancelled. Run the same .*continues. Its log: \S+", cancelled.error)
+    assert done == launch.Outcome()
+
+
+def test_a_job_that_is_preempted_for_good_is_over(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    """PreemptMode=CANCEL: Slurm does not queue it again."""
+    low = dataclasses.replace(slurm, slurm_partition="preemptible", n_cpus=16)
+    waiting = in_thread([str(tmp_path / "low")], low, "tasks:wait_for_ever")
+    wait_for((tmp_path / "low.started").exists)
+    (high,) = launch.run("tasks:square", [3], dataclasses.replace(slurm, n_cpus=16), "saev-test")
+    assert high.get() == 9
+    (outcome,) = waiting.result(timeout=60)
+    assert re.match(
+        r"job \d+ was (preempted|cancelled). Run the same command again; it continues", outcome.error
+    )
+
+
+def test_a_time_limit_above_the_partitions(slurm: launch.SlurmConfig) -> None:
+    """Slurm would let it wait for ever."""
+    short = dataclasses.replace(slurm, slurm_partition="short", n_hours=2.0)
+    (error,) = errors_of(launch.run("tasks:square", [3], short, "saev-test"))
+    assert re.search(
+        r"was cancelled, because --n-hours is above the partition's limit \(PartitionTimeLimit", error
+    )
+    assert (
+        submitted(short) and not subprocess.run(["squeue", "-h", "-p", "short"], capture_output=True).stdout
+    )
+
+
+def test_a_command_that_was_killed_finds_its_jobs(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    source = (
+        "from saev import launch\n"
+        f"cfg = launch.SlurmConfig('test', 'nextgen', 0.2, n_gpus=0, n_cpus=1, log_to={slurm.log_to!r})\n"
+        f"print([o.get() for o in launch.run('tasks:touch_later', {files!r}, cfg, 'saev-test')])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", source], cwd=ROOT)
+    wait_for(lambda: all(pathlib.Path(f + ".started").exists() for f in files))
+    process.kill()
+    process.wait()
+    again = dataclasses.replace(slurm, n_hours=0.3)  # another time limit is no other work
+    more = [*files, str(tmp_path / "c")]
+    assert [o.get() for o in launch.run("tasks:touch_later", more, again, "saev-test")] == more
+    assert len(submitted(slurm)) == 3
+
+
+def fake(tmp_path: pathlib.Path, name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a script of this name before the real command."""
+    script = tmp_path / "bin" / name
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(f"#!/bin/sh\n{code}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+
+
+def test_from_inside_a_job_and_through_a_talking_sbatch(
+    slurm: launch.SlurmConfig, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Variables of the job around this process do not reach the new one; a banner is no job id."""
+    inside = {"SLURM_ARRAY_JOB_ID": "999", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "999"}
+    inside |= {"SLURM_MEM_PER_CPU": "100", "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SBATCH_EXPORT": "NONE"}
+    for name, value in inside.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MINE", "kept")
+    fake(tmp_path, "sbatch", f'echo "Welcome, job 24"; exec {shutil.which("sbatch")} "$@"', monkeypatch)
+    outcomes = launch.run("tasks:variable", ["MINE", "SLURM_ARRAY_TASK_ID"], slurm, "saev-test")
+    assert [outcome.get() for outcome in outcomes] == ["kept", "1"]
+
+
+def test_what_else_a_cluster_asks_for(slurm: launch.SlurmConfig) -> None:
+    more = dataclasses.replace(
+        slurm,
+        slurm_acct="",
+        slurm_setup=("export SET_UP='by a line'",),
+        slurm_extra=("comment=of ours", "nice=7"),
+    )
+    (outcome,) = launch.run("tasks:variable", ["SET_UP"], more, "saev-test")
+    assert outcome.get() == "by a line"
+    shown = subprocess.run(
+        ["scontrol", "show", "job", *submitted(slurm)], capture_output=True, text=True
+    ).stdout
+    assert "Comment=of ours" in shown and "Nice=7" in shown and "Partition=nextgen" in shown
+
+
+def test_no_wait(
+    slurm: launch.SlurmConfig, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaving = dataclasses.replace(slurm, slurm_wait=False)
+    with pytest.raises(SystemExit) as err:
+        launch.run("tasks:touch_later", [str(tmp_path / "a")], leaving, "saev-test")
+    (job_id,) = submitted(slurm)
+    assert err.value.code == 0 and f"cancel them with: scancel {job_id};" in capsys.readouterr().err
+    (outcome,) = launch.run("tasks:touch_later", [str(tmp_path / "a")], slurm, "saev-test")
+    assert outcome.get() == str(tmp_path / "a") and submitted(slurm) == [job_id]
+
+
+def test_more_jobs_than_an_array_may_have(slurm: launch.SlurmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saev.launch.slurm._max_array_size", lambda: 2)
+    outcomes = launch.run("tasks:square", [1, 2, 3], dataclasses.replace(slurm, max_parallel=1), "saev-test")
+    assert [outcome.get() for outcome in outcomes] == [1, 4, 9]
+    assert len({job_id.partition("_")[0] for job_id in submitted(slurm)}) == 2
+
+
+def test_a_refused_job_leaves_no_files(slurm: launch.SlurmConfig) -> None:
+    wrong = dataclasses.replace(slurm, slurm_partition="nowhere")
+    with pytest.raises(errors.UserError, match="Invalid partition"):
+        launch.run("tasks:square", [1, 2], wrong, "saev-test")
+    assert not [f for f in pathlib.Path(slurm.log_to).iterdir() if f.is_file()]
 
 
 # ---- the commands ----

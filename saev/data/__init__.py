@@ -1,7 +1,6 @@
 """Images -> ViT -> activation shards -> batches.
 
-`Activations`, and the loaders `Indexed`, `Ordered` and `Shuffled`, read the shards that `python -m saev.data`
-writes; `cub` reads CUB-200-2011.
+`Activations` and the loaders `Indexed`, `Ordered` and `Shuffled` read shards; `cub` reads CUB-200-2011.
 """
 
 import typing as tp

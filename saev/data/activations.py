@@ -109,8 +109,7 @@ class _Part(tp.NamedTuple):
 
 
 class Activations:
-    """Chosen layers and tokens of shard directories, as one stream. A stage opens them once and passes them
-    on.
+    """Chosen layers and tokens of shard directories, as one stream. A stage opens them once.
 
     Args:
         cfg: the directories, layers and tokens.
@@ -331,7 +330,7 @@ class Activations:
                 buffers.append(memoryview(bytearray(gap)))
             buffers.append(target)
             end = extent.offset + extent.length
-        with self._read_errors(run[0][0]):
+        with _ReadErrors(self, run[0][0]):
             file = self._open(run[0][0])
             _preadv(file, buffers, run[0][0].offset)
         for extent, target in run:
@@ -339,9 +338,6 @@ class Activations:
 
     def _open(self, extent: Extent) -> _File:
         return self._files.open(self.dirs[extent.part_i], extent.shard_i, self.advice)
-
-    def _read_errors(self, extent: Extent) -> "_ReadErrors":
-        return _ReadErrors(self.dirs[extent.part_i], extent.shard_i)
 
     def decoded(self, stored: Shaped[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
         """Stored values as float32. float32 is not copied."""
@@ -354,8 +350,7 @@ class Activations:
     def decode_to(self, stored: Shaped[np.ndarray, "*shape"], out: Float32[np.ndarray, "*shape"]) -> None:
         """Inverts `shards.encode`. torch converts float16 thirty times as fast as NumPy.
 
-        It works in small steps, because for larger ones torch would start OpenMP, which does not survive a
-        fork.
+        For steps larger than SERIAL, torch would start OpenMP, which does not survive a fork.
         """
         if self.dtype == "bfloat16":
             np.left_shift(stored, np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
@@ -390,8 +385,7 @@ class Activations:
         return out
 
     def read_extents(self, extents: list[Extent], into: memoryview) -> None:
-        """Reads extents one by one into memory, in their stored form. First announces all of them to the
-        kernel.
+        """Announces all extents to the kernel, then reads them one by one, in their stored form.
 
         Raises:
             UserError: a shard file disappeared or was truncated, or differs from its checksums.
@@ -400,7 +394,7 @@ class Activations:
         for extent in extents:
             pieces = self.pieces.around(extent.offset, extent.length)
             start, stop = self.pieces.start(pieces.start), self.pieces.start(pieces.stop)
-            with self._read_errors(extent):
+            with _ReadErrors(self, extent):
                 file = self._open(extent)
                 _advise(file.fd, start, stop - start, WILLNEED)
             reads.append((file, pieces, start, stop))
@@ -409,7 +403,7 @@ class Activations:
             target = into[at : at + extent.length]
             is_whole = stop - start == extent.length
             data = target if is_whole else memoryview(bytearray(stop - start))
-            with self._read_errors(extent):
+            with _ReadErrors(self, extent):
                 _preadv(file, [data], start)
             file.compare(data, pieces)
             if not is_whole:
@@ -444,16 +438,17 @@ def _preadv(file: _File, buffers: list[memoryview], offset: int) -> None:
 class _ReadErrors:
     """Turns an OSError into a UserError. It is a class because it is entered for every read."""
 
-    def __init__(self, part: shards.ShardDir, shard_i: int):
-        self.part = part
-        self.shard_i = shard_i
+    def __init__(self, acts: Activations, extent: Extent):
+        self.acts = acts
+        self.extent = extent
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type | None, err: BaseException | None, _: object) -> None:
         if isinstance(err, OSError):
+            part = self.acts.dirs[self.extent.part_i]
             raise errors.UserError(
-                f"{self.part.acts_fpath(self.shard_i)}: cannot be read ({err.strerror}). "
+                f"{part.acts_fpath(self.extent.shard_i)}: cannot be read ({err.strerror}). "
                 "Check the file system, or run the same `python -m saev.data` command again."
             ) from err
 

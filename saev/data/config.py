@@ -127,7 +127,7 @@ class Dump:
             n_workers="[1, 1024]",
             n_jobs="[1, 10000]",
         )
-        if self.n_jobs > MAX_PROCESSES and not self.slurm.slurm_acct:
+        if self.n_jobs > MAX_PROCESSES and not self.slurm.is_on:
             raise errors.UserError(
                 f"--n-jobs {self.n_jobs}: one machine runs at most {MAX_PROCESSES} processes. Lower it, "
                 "or pass --slurm-acct."

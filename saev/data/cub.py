@@ -36,6 +36,7 @@ N_FIELDS = 7
 """Most fields on a line of annotations."""
 MAX_BYTES = 2**30
 """Largest file that is read. The largest one of the archive has 9e7 bytes."""
+REMEDY = "Pass the CUB_200_2011 folder of the full archive (with attributes)."
 NATURAL, INTEGER = re.compile("[0-9]{1,7}"), re.compile("[+-]?[0-9]{1,18}")
 FIELDS = "'IMAGE_ID ATTRIBUTE_ID PRESENT CERTAINTY ... TIME' of 4 to 7 fields"
 
@@ -74,8 +75,7 @@ def load(root: str | pathlib.Path, *, min_certainty: int = 3, annotations: confi
     Args:
         root: the CUB_200_2011 folder.
         min_certainty: 1 not visible, 2 guessing, 3 probably, 4 definitely.
-        annotations: which annotations of the same image and trait count: "any" positive one, or only the
-            "last" line.
+        annotations: which of several for an image and trait count: "any" positive one, or only the "last".
 
     Raises:
         UserError: a file is missing, a line cannot be parsed (file and line are named), an id is unknown, or
@@ -94,15 +94,15 @@ def load(root: str | pathlib.Path, *, min_certainty: int = 3, annotations: confi
     if sorted(names) != list(range(1, len(names) + 1)):
         raise errors.UserError(f"{names_fpath}: attribute ids are not 1 ... {len(names)}. Unpack CUB again.")
     is_train = split(root, paths)
-    classes = _numbers(_need(root / "image_class_labels.txt"), paths, range(1, 10_000))
-    fpaths = [dpath / "image_attribute_labels.txt" for dpath in (root / "attributes", root)]
+    classes = _numbers(_first(root / "image_class_labels.txt"), paths, range(1, 10_000))
+    labels_fpath = _first(*(dpath / "image_attribute_labels.txt" for dpath in (root / "attributes", root)))
     return Cub(
         paths_N=[paths[i] for i in ids],
         is_train_N=np.array([is_train[i] == 1 for i in ids]),
         attribute_names_T=[names[t] for t in sorted(names)],
         class_N=np.array([classes[i] for i in ids], np.int64),
         shares_CT=_read_shares(root, max(classes.values()), len(names)),
-        **_read_labels(_first(fpaths), ids, len(names), min_certainty, annotations),
+        **_read_labels(labels_fpath, ids, len(names), min_certainty, annotations),
     )
 
 
@@ -119,7 +119,7 @@ def image_paths(root: pathlib.Path) -> dict[int, str]:
         UserError: images.txt is missing, has a bad line (named), or repeats an id or path.
     """
     fpath = root / "images.txt"
-    paths = _names(_need(fpath), key)
+    paths = _names(_first(fpath), key)
     for path in paths.values():
         parts = pathlib.PurePosixPath(path).parts
         if parts[0] == "/" or ".." in parts or "\0" in path:
@@ -135,7 +135,7 @@ def split(root: pathlib.Path, paths: dict[int, str]) -> dict[int, int]:
     Raises:
         UserError: train_test_split.txt is missing, has a bad line (named), or lacks an image.
     """
-    return _numbers(_need(root / "train_test_split.txt"), paths, range(2))
+    return _numbers(_first(root / "train_test_split.txt"), paths, range(2))
 
 
 def key(path: str) -> str:
@@ -147,17 +147,12 @@ def key(path: str) -> str:
     return rest if first in ("images", "train", "test") else path.removeprefix("./")
 
 
-def _first(fpaths: collections.abc.Sequence[pathlib.Path]) -> pathlib.Path:
+def _first(*fpaths: pathlib.Path) -> pathlib.Path:
     """Returns the first path that exists. A broken link counts: reading it gives the right error."""
-    return _need(next((fpath for fpath in fpaths if os.path.lexists(fpath)), fpaths[0]))
-
-
-def _need(fpath: pathlib.Path) -> pathlib.Path:
-    if not os.path.lexists(fpath):
-        raise errors.UserError(
-            f"{fpath}: missing. Pass the CUB_200_2011 folder of the full archive (with attributes)."
-        )
-    return fpath
+    for fpath in fpaths:
+        if os.path.lexists(fpath):
+            return fpath
+    raise errors.UserError(f"{fpaths[0]}: missing. {REMEDY}")
 
 
 def _attributes_fpath(root: pathlib.Path) -> pathlib.Path:
@@ -165,8 +160,7 @@ def _attributes_fpath(root: pathlib.Path) -> pathlib.Path:
     above = [root.parent, root.resolve().parent]  # beside a link, or beside its target
     if root.name == "metadata":
         above += [root.parent / "attributes", *(dpath.parent for dpath in above)]
-    dpaths = (root / "attributes", root, *above)
-    return _first([dpath / "attributes.txt" for dpath in dpaths])
+    return _first(*(dpath / "attributes.txt" for dpath in (root / "attributes", root, *above)))
 
 
 def _bad_line(fpath: pathlib.Path, line_i: int, line: str, wanted: str) -> errors.UserError:
@@ -218,9 +212,8 @@ def _read_labels(
     """Computes the fields of `Cub` that come from the annotations.
 
     Only the first four fields of a line are used. Lines of the archive have 5 to 7, and some copies leave out
-    the time. If a pair has several annotations, `annotations` decides. With "any", one positive that is
-    certain enough suffices, so an annotator who saw the trait outvotes one who did not. With "last", only the
-    last line counts.
+    the time. With annotations "any", one positive that is certain enough suffices, so an annotator who saw
+    the trait outvotes one who did not. With "last", only a pair's last line counts.
     """
     fields_M4 = _first_four_fields(fpath)
     row_of = np.full(max(ids) + 2, -1, np.int64)  # the last entry serves all larger ids
@@ -235,7 +228,13 @@ def _read_labels(
         raise _bad_line(fpath, line_i, line, wanted)
     pair_M = row_M * n_traits + trait_M - 1
     n_seen_NT = np.bincount(pair_M, minlength=len(ids) * n_traits).reshape(-1, n_traits)
-    _check_all_seen(fpath, n_seen_NT > 0, ids)
+    if not n_seen_NT.all():
+        first = np.argwhere(n_seen_NT == 0)[:3].tolist()
+        pairs = ", ".join(f"image {ids[row]} attribute {trait + 1}" for row, trait in first)
+        raise errors.UserError(
+            f"{fpath}: {int((n_seen_NT == 0).sum())} image-attribute pairs have no line (first: {pairs}). "
+            "The file is truncated or from another archive. Unpack it again."
+        )
     n_present_NT = np.bincount(pair_M[present_M == 1], minlength=n_seen_NT.size).reshape(-1, n_traits)
     labels_n = np.zeros(n_seen_NT.size, bool)
     positive_M = (present_M == 1) & (certainty_M >= min_certainty)
@@ -254,27 +253,13 @@ def _read_labels(
     }
 
 
-def _check_all_seen(fpath: pathlib.Path, seen_NT: np.ndarray, ids: list[int]) -> None:
-    if seen_NT.all():
-        return
-    first = np.argwhere(~seen_NT)[:3].tolist()
-    pairs = ", ".join(f"image {ids[row]} attribute {trait + 1}" for row, trait in first)
-    raise errors.UserError(
-        f"{fpath}: {int((~seen_NT).sum())} image-attribute pairs have no line (first: {pairs}). "
-        "The file is truncated or from another archive. Unpack it again."
-    )
-
-
 def _read_shares(root: pathlib.Path, n_classes: int, n_traits: int) -> np.ndarray | None:
     fpaths = [d / "class_attribute_labels_continuous.txt" for d in (root / "attributes", root)]
     fpath = next((fpath for fpath in fpaths if os.path.lexists(fpath)), None)
     if fpath is None:
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an empty file
-            text = io.StringIO(_text(fpath))
-            shares_CT = np.loadtxt(text, np.float64, comments=None, ndmin=2) / 100
+        shares_CT = _table(_text(fpath), np.float64) / 100
     except ValueError as err:
         raise errors.UserError(
             f"{fpath}: is not a table of numbers ({errors.first_line(err)}). Unpack the archive again."
@@ -289,15 +274,18 @@ def _read_shares(root: pathlib.Path, n_classes: int, n_traits: int) -> np.ndarra
     return shares_CT
 
 
+def _table(text: str, dtype: type, columns: range | None = None) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # an empty file, which fails later
+        return np.loadtxt(io.StringIO(text), dtype, usecols=columns, comments=None, ndmin=2)
+
+
 def _first_four_fields(fpath: pathlib.Path) -> np.ndarray:
     """Parses the first four fields of each non-blank line into an (M, 4) int64 array."""
     text = _text(fpath)
     _check_n_fields(fpath, text)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an empty file fails later: no pairs
-            fields_M4 = np.loadtxt(io.StringIO(text), np.int64, usecols=range(4), comments=None, ndmin=2)
-            return fields_M4.reshape(-1, 4)
+        return _table(text, np.int64, range(4)).reshape(-1, 4)
     except ValueError:  # numpy names only a row; find the line
         for line_i, line in _filled_lines(fpath):
             words = line.split()[:4]
@@ -320,8 +308,7 @@ def _check_n_fields(fpath: pathlib.Path, text: str) -> None:
 
 def _text(fpath: pathlib.Path) -> str:
     """Reads a file. Bytes that are not UTF-8 become surrogates, as in the paths of the dump."""
-    remedy = "Pass the CUB_200_2011 folder of the full archive (with attributes)."
-    return textfile.read(fpath, remedy, MAX_BYTES, "surrogateescape")
+    return textfile.read(fpath, REMEDY, MAX_BYTES, "surrogateescape")
 
 
 def _filled_lines(fpath: pathlib.Path) -> list[tuple[int, str]]:

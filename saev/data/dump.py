@@ -133,23 +133,19 @@ def _device(name: str, job_i: int) -> torch.device:
     return device
 
 
+@dataclasses.dataclass
 class _Dumper:
     """Runs one job: decodes, computes and writes its shards."""
 
-    def __init__(
-        self,
-        cfg: config.Dump,
-        vit: vits.Vit,
-        out: shards.ShardDir,
-        records: list[shards.Record],
-        device: torch.device,
-    ):
-        self.cfg = cfg
-        self.vit = vit.to(device)
-        self.out = out
-        self.records = records
-        self.root = images.image_root(cfg.data)
-        self.device = device
+    cfg: config.Dump
+    vit: vits.Vit
+    out: shards.ShardDir
+    records: list[shards.Record]
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.vit.to(self.device)
+        self.root = images.image_root(self.cfg.data)
 
     def write(self, shard_is: list[int]) -> None:
         """Writes these shards in order."""
@@ -179,18 +175,13 @@ class _Dumper:
         self, decoders: concurrent.futures.Executor, batches: list[range]
     ) -> collections.abc.Generator[Loaded, None, None]:
         """Yields batches in order while threads decode the next memory.PREFETCH batches."""
-        ahead = iter(batches)
-        queue = collections.deque(
-            (b, [decoders.submit(self._decode, i) for i in b])
-            for b in itertools.islice(ahead, memory.PREFETCH)
-        )
+        ahead = ((b, [decoders.submit(self._decode, i) for i in b]) for b in batches)
+        queue = collections.deque(itertools.islice(ahead, memory.PREFETCH))
         try:
             while queue:
                 image_is, futures = queue.popleft()
                 decoded = [f.result() for f in futures]
-                if (following := next(ahead, None)) is not None:
-                    tasks = [decoders.submit(self._decode, i) for i in following]
-                    queue.append((following, tasks))
+                queue.extend(itertools.islice(ahead, 1))
                 skipped = [
                     shards.Skipped(i, d.error) for i, d in zip(image_is, decoded, strict=True) if d.error
                 ]

@@ -29,12 +29,10 @@ INTERPOLATIONS = {
     "nearest": PIL.Image.Resampling.NEAREST,
 }
 
-
 MAX_SIDE = 8192
 """Largest side in pixels, both of the ViT's input and of the resized image."""
 MAX_WHOLE = 2**22
-"""Pixels of a resized image above which only its cropped part is computed (long photos), unless the ViT's
-input itself is that large."""
+"""Of resized images with more pixels (long photos), only the crop is computed, unless it is as large too."""
 MAX_BETWEEN = 2**26
 """Most pixels between Pillow's two passes (rows, then columns). Above it, columns are resized first."""
 
@@ -45,8 +43,8 @@ MAX_BETWEEN = 2**26
 def list_images(cfg: config.ImageFolder | config.Cub200) -> list[Record]:
     """Lists the path (relative to `image_root`) and label of every image, in a fixed order.
 
-    ImageFolder sorts by path, uses the path's first folder as the label, and logs what it ignores. Cub200
-    keeps the order of images.txt.
+    ImageFolder sorts by path, labels by the path's first folder, and logs what it ignores. Cub200 keeps the
+    order of images.txt.
 
     Raises:
         UserError: the root is missing or holds no images, or a CUB file has a bad line (which is named).
@@ -114,8 +112,7 @@ class Transform:
     size: tuple[int, int]
     """(height, width) of the ViT's input, in pixels."""
     resize: int | tuple[int, int]
-    """Size before the crop. An int is the length of the shorter side. (height, width) is a box that the
-    resized image just covers."""
+    """Size before the crop: the shorter side, or a box (height, width) that the resized image just covers."""
     squash: bool
     """Resize to exactly `resize` (an int means a square), ignoring the aspect ratio."""
     interpolation: str
@@ -208,8 +205,7 @@ def _resize_part(
     part: tuple[int, int, int, int],
     resample: PIL.Image.Resampling,
 ) -> PIL.Image.Image:
-    """Computes `part` (left, top, right, bottom) of the image resized to `whole`, from only the pixels that
-    it needs.
+    """Computes `part` (left, top, right, bottom) of the image resized to `whole`, from the pixels it needs.
 
     The result equals resizing everything and cropping, up to rounding by one level. Where a filter
     overshoots, the order of Pillow's two passes, which depends on the sizes, may also show.

@@ -15,8 +15,7 @@ class Indexed:
     """Activations by number: `acts[i]` is {"act": (D,) float32 tensor, "image_i", "patch_i", "layer": int}.
 
     patch_i counts patches in raster order, and is -1 for [CLS] (patches "cls" or "all").
-    `acts.images[image_i]` is the image's path and label; it includes images that could not be read, whose
-    activations are left out.
+    `acts.images[image_i]` is the image's path and label, also of unreadable images (without activations).
 
     Raises:
         UserError: see `Activations`.

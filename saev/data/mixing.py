@@ -3,8 +3,7 @@
 An epoch visits the shards in random order, GROUP_SHARDS at a time. It visits the blocks of each group in
 random order; a block is a few dozen neighbouring tokens of one image and layer. Blocks enter a bounded pool
 as activations leave it, and each batch is drawn from the pool at random without replacement. An epoch
-delivers every activation exactly once. Only the batch at the end of an epoch can hold activations of two
-epochs.
+delivers every activation exactly once. Only the batch at its end can hold activations of two epochs.
 
 The plan depends only on the seed, the batch size and the pool size. Replaying it from the start of an epoch
 takes a fraction of a millisecond per batch.
@@ -25,8 +24,7 @@ GROUP_SHARDS = 512
 READ_BYTES = 64 * 2**10
 """Smallest block, unless an image is smaller. Shorter reads are slow on every disk."""
 BLOCKS_PER_BATCH = 5
-"""Target number of blocks in the pool per activation in a batch. The more blocks, the fewer activations of a
-batch share an image."""
+"""Target blocks in the pool per activation of a batch. The more, the fewer of a batch share an image."""
 LAG_BYTES = 64 * 2**20
 """About how much of the pool is being read while the rest can be drawn."""
 INDEX_BYTES = 40

@@ -51,12 +51,10 @@ def suffixes() -> tuple[str, ...]:
 
 
 def open_rgb(fpath: pathlib.Path) -> PIL.Image.Image:
-    """Reads a photo as RGB. Animations give their first frame. EXIF rotation and colour profiles are not
-    applied.
+    """Reads a photo as RGB (of animations, the first frame), without EXIF rotation and colour profiles.
 
     Raises:
-        BadImage: the file is empty, truncated or too large, or its format is unknown, or its mode does not
-            define white.
+        BadImage: the file is empty, truncated, too large, of unknown format, or its mode defines no white.
         UserError: the file cannot be read, or there is not enough memory.
     """
     data = _read(fpath)
@@ -73,16 +71,9 @@ def open_rgb(fpath: pathlib.Path) -> PIL.Image.Image:
             raise errors.UserError(
                 f"{fpath}: not enough memory to decode it. Pass a smaller --n-workers, or remove the photo."
             ) from err
-        raise BadImage(
-            f"{fpath}: cannot be read as an image ({_reason(err)}). Replace or remove it."
-        ) from err
-
-
-def _reason(err: Exception) -> str:
-    """Returns the error's first line. Replaces Pillow's for unknown formats, which holds a memory address."""
-    if isinstance(err, PIL.UnidentifiedImageError):
-        return "not an image format that Pillow decodes"
-    return errors.first_line(err)
+        is_unknown = isinstance(err, PIL.UnidentifiedImageError)  # its message holds a memory address
+        reason = "not an image format that Pillow decodes" if is_unknown else errors.first_line(err)
+        raise BadImage(f"{fpath}: cannot be read as an image ({reason}). Replace or remove it.") from err
 
 
 def _read(fpath: pathlib.Path) -> bytes:

@@ -67,8 +67,7 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
     If an SAE is wanted, the header of an upstream checkpoint (`is_upstream`) is returned unchanged.
 
     Raises:
-        UserError: there is no such file, or it is a directory, not a checkpoint, damaged, of another kind, or
-            of an unknown schema.
+        UserError: the file is missing, a directory, no checkpoint, damaged, or of another kind or schema.
     """
     if fpath.is_dir():
         found = sorted(str(p) for p in fpath.rglob("*.pt"))[:3]
@@ -109,10 +108,9 @@ def _is_whole(header: dict[str, tp.Any], payload: bytes) -> bool:
 
 
 def kind(fpath: pathlib.Path) -> str | None:
-    """Returns the kind in a checkpoint's header, or None if there is no kind or no file (`read` then explains
-    why).
+    """Returns the kind in a checkpoint's header (upstream's have none: they are SAEs).
 
-    Upstream headers have no kind: they are SAEs.
+    None if there is no kind or no file; `read` then explains why.
     """
     if not fpath.is_file():
         return None

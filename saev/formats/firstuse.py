@@ -1,5 +1,4 @@
-"""Computes piece checksums for shards that lack them, on first use, and caches them in the user's cache
-folder.
+"""Computes piece checksums for shards that lack them, on first use, and keeps them in the user's cache.
 
 The cache key is the shard's path, size, modification time and inode, and the checksum that its dump recorded.
 So a rewritten shard is read again, and a shard whose bytes change silently is refused.

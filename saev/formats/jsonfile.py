@@ -19,8 +19,7 @@ import xxhash
 from saev import errors, helpers
 
 SEALED, CHECKSUM = "sealed", "xxh3_128"
-"""Keys of files that carry their own checksum. With two keys, damage to one cannot make a file pass as an
-older one."""
+"""Keys of files with their own checksum. Two, so that damage to one cannot make a file pass as older."""
 MAX_BYTES = 2**28
 """Larger files are refused before they are read. (JSON Lines have their own reader.)"""
 
@@ -71,8 +70,7 @@ def parse_line(data: bytes | str, schema: tp.Any) -> tp.Any:
     """Parses one JSON value quickly, without checking for repeated keys. For files of millions of lines.
 
     Raises:
-        ValueError, RecursionError, msgspec.MsgspecError: it does not fit. (`msgspec.ValidationError` is a
-        ValueError.)
+        ValueError (also msgspec's ValidationError), RecursionError, msgspec.MsgspecError: it does not fit.
     """
     return msgspec.json.decode(data, type=schema)
 

@@ -20,7 +20,7 @@ class Manifest(msgspec.Struct):
 
 def write(dpath: pathlib.Path, names: collections.abc.Iterable[str]) -> None:
     """Writes a folder's manifest atomically. Call it last: a folder without one is unfinished."""
-    sums = {name: _checksum((dpath / name).read_bytes()) for name in names}
+    sums = {name: xxhash.xxh3_128_hexdigest((dpath / name).read_bytes()) for name in names}
     helpers.write_text(dpath / NAME, jsonfile.seal({"files": sums}))
 
 
@@ -42,10 +42,6 @@ def read(dpath: pathlib.Path, names: collections.abc.Iterable[str], remedy: str)
             out[name] = jsonfile.read_bytes(dpath / name, remedy, MAX_BYTES)
         except FileNotFoundError as err:
             raise errors.UserError(f"{dpath / name}: is missing. {remedy}") from err
-        if sums.get(name) != _checksum(out[name]):
+        if sums.get(name) != xxhash.xxh3_128_hexdigest(out[name]):
             raise errors.UserError(f"{dpath / name}: was changed after it was written (checksum). {remedy}")
     return out
-
-
-def _checksum(data: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(data)

@@ -1,5 +1,4 @@
-"""metadata.json of a shard directory: our protocol and older and newer upstream ones, under one set of
-names."""
+"""metadata.json of a shard directory, in our protocol and older and newer upstream ones, under our names."""
 
 import dataclasses
 import json
@@ -14,8 +13,7 @@ from saev.formats import jsonfile
 
 PROTOCOL = "1.0.0"
 PROTOCOL_HALF = "1.0.1"
-"""Protocol of dtypes other than float32. A reader that knows only 1.0.0 refuses it instead of misreading the
-bytes."""
+"""Protocol of dtypes other than float32. Readers that know only 1.0.0 refuse it, and misread no bytes."""
 READABLE = ("1.0", "1.1", "2.0", "2.1")
 """Protocols (major.minor) whose acts files have the same layout."""
 ALIASES = {
@@ -30,8 +28,7 @@ ALIASES = {
 AGAIN = "Dump the directory again."
 Layer = tp.Annotated[int, msgspec.Meta(ge=0, le=10_000)]
 Count = tp.Annotated[int, msgspec.Meta(ge=1, le=2**20)]
-"""Number of patches or dimensions. Larger numbers mean a damaged file and would make readers allocate
-terabytes."""
+"""Patches or dimensions. Larger numbers mean a damaged file, and readers would allocate terabytes."""
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -89,11 +86,6 @@ class Metadata:
         return self.token_bytes * len(self.layers) * self.n_tokens
 
     @property
-    def shard_bytes(self) -> int:
-        """Size in bytes of every acts file that we write, including the padding of the last one."""
-        return self.img_bytes * self.imgs_per_shard
-
-    @property
     def hash(self) -> str:
         """The full sha256 hex digest of the canonical JSON: the directory's name in protocol 1.0."""
         return helpers.hash_of(self._fields())
@@ -114,8 +106,7 @@ class Metadata:
         """Parses metadata.json of any readable protocol.
 
         Raises:
-            UserError: it is not JSON, its protocol or dtype is not supported, or keys are missing or have
-                wrong values (named).
+            UserError: it is not JSON, its protocol or dtype is not supported, or keys are wrong or absent.
         """
         obj = jsonfile.parse(data, dict[str, object], str(fpath), AGAIN)
         if "protocol" not in obj:  # June 2025: float32 without saying so

@@ -1,7 +1,6 @@
 """metrics.jsonl: one JSON object of named numbers per line, with a checksum of the line's values.
 
-Lines of older versions have no checksum and only numbers. A line without a checksum but with a string is
-damaged.
+Older lines have no checksum and only numbers. One without a checksum but with a string is damaged.
 """
 
 import collections.abc

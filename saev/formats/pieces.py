@@ -15,8 +15,7 @@ import xxhash
 from saev.formats.metadata import Metadata
 
 PIECE_BYTES = 64 * 2**10
-"""Approximate size of a piece. Pieces are read whole, so longer ones slow down small reads; shorter ones need
-more memory for checksums."""
+"""Approximate size. Longer pieces slow down small reads (they are read whole); shorter ones cost memory."""
 SUM_BYTES = 8
 """Size of a piece's checksum."""
 

@@ -1,6 +1,5 @@
 """images.jsonl and shards.json of a shard directory: its images and its complete shards."""
 
-import collections.abc
 import json
 import pathlib
 import re
@@ -37,14 +36,14 @@ def loads(data: bytes, fpath: pathlib.Path, n_imgs: int) -> list[Record]:
     """Parses images.jsonl.
 
     Raises:
-        UserError: the number of records is wrong, a line is damaged, or a path leaves the dataset's root
-            (line named).
+        UserError: the number of records is wrong, or a line is damaged or its path leaves the root (named).
     """
     try:
         lines = msgspec.json.Decoder(_Line).decode_lines(data)
-        out = [Record(line.path, line.label) for line in lines]
     except (ValueError, RecursionError):  # a damaged line, or a name that is not UTF-8
-        out = list(_one_by_one(data, fpath))
+        numbered = enumerate(data.splitlines(), 1)
+        lines = [jsonfile.parse(line, _Line, f"{fpath}:{i}", AGAIN) for i, line in numbered]
+    out = [Record(line.path, line.label) for line in lines]
     if len(out) != n_imgs:
         raise errors.UserError(f"{fpath}: {len(out)} lines for {n_imgs} images. {AGAIN}")
     for i, record in enumerate(out, 1):
@@ -53,12 +52,6 @@ def loads(data: bytes, fpath: pathlib.Path, n_imgs: int) -> list[Record]:
                 f"{fpath}:{i}: the path {record.path!r} leaves the dataset's folder. {AGAIN}"
             )
     return out
-
-
-def _one_by_one(data: bytes, fpath: pathlib.Path) -> collections.abc.Iterator[Record]:
-    for i, line in enumerate(data.splitlines(), 1):
-        parsed = jsonfile.parse(line, _Line, f"{fpath}:{i}", AGAIN)
-        yield Record(parsed.path, parsed.label)
 
 
 def leaves(path: str) -> bool:

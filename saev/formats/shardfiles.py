@@ -30,6 +30,10 @@ class ShardFiles:
         self.dpath = dpath
         self.metadata = metadata
         self.pieces = Pieces(metadata)
+        self.shards_fpath = dpath / "shards.json"
+        self.images_fpath = dpath / "images.jsonl"
+        self.transform_fpath = dpath / "transform.json"
+        self.complete_fpath = dpath / "complete.json"
 
     def acts_fpath(self, shard_i: int) -> pathlib.Path:
         return self.dpath / f"acts{shard_i:06}.bin"
@@ -40,30 +44,13 @@ class ShardFiles:
     def sidecar_fpath(self, shard_i: int) -> pathlib.Path:
         return self.dpath / f"acts{shard_i:06}.json"
 
-    @property
-    def shards_fpath(self) -> pathlib.Path:
-        return self.dpath / "shards.json"
-
-    @property
-    def images_fpath(self) -> pathlib.Path:
-        return self.dpath / "images.jsonl"
-
-    @property
-    def transform_fpath(self) -> pathlib.Path:
-        return self.dpath / "transform.json"
-
-    @property
-    def complete_fpath(self) -> pathlib.Path:
-        return self.dpath / "complete.json"
-
     @functools.cached_property
     def tables(self) -> dict[str, str]:
         """XXH3 (128 bits, hex) of each existing file of TABLES."""
-        fpaths = {name: self.dpath / name for name in TABLES}
         return {
-            name: xxhash.xxh3_128_hexdigest(jsonfile.read_bytes(fpath, REMEDY, MAX_BYTES))
-            for name, fpath in fpaths.items()
-            if fpath.exists()
+            name: xxhash.xxh3_128_hexdigest(jsonfile.read_bytes(self.dpath / name, REMEDY, MAX_BYTES))
+            for name in TABLES
+            if (self.dpath / name).exists()
         }
 
     def n_bytes(self, shard_i: int) -> int:
@@ -84,12 +71,12 @@ class ShardFiles:
             return f"{fpath} cannot be read ({err.strerror})"
         if not stat.S_ISREG(info.st_mode):
             return f"{fpath} is not a regular file"
-        size = info.st_size
-        return None if size >= n_bytes else f"{fpath} is truncated ({size} of {n_bytes} bytes)"
+        if info.st_size < n_bytes:
+            return f"{fpath} is truncated ({info.st_size} of {n_bytes} bytes)"
+        return None
 
     def checksums(self, shard_i: int) -> tuple[bytes, str]:
-        """Reads a whole shard. Returns its pieces' checksums and the XXH3 (128 bits, hex) of its images'
-        bytes.
+        """Reads a whole shard. Returns its pieces' checksums and the XXH3 (128 bits, hex) of its images.
 
         Raises:
             OSError: it cannot be read.

@@ -1,5 +1,4 @@
-"""`Space`: the ViT, layers and tokens of activations. SAEs and prototypes are meaningful only in their own
-space."""
+"""`Space`: the ViT, layers and tokens of activations. SAEs and prototypes are meaningful only there."""
 
 import collections.abc
 import dataclasses

@@ -1,5 +1,4 @@
-"""Tensors in the bytes of a checkpoint. Reading runs no code and checks that tensors are complete and
-finite."""
+"""Tensors in the bytes of a checkpoint. Reading runs no code and checks that they are complete and finite."""
 
 import collections.abc
 import io

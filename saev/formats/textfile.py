@@ -1,5 +1,4 @@
-"""Reads users' text files: accepts a byte order mark, Windows and old Mac line endings, and no final
-newline."""
+"""Reads users' text files: a byte order mark, any line endings and no final newline are accepted."""
 
 import pathlib
 
@@ -14,8 +13,7 @@ def read(fpath: pathlib.Path, remedy: str, max_bytes: int, on_error: str = "stri
         fpath: a regular file. Folders, FIFOs and devices are refused.
         remedy: what the user should do: one sentence, the end of the error message.
         max_bytes: larger files are refused before they are read.
-        on_error: "strict" refuses bytes that are not UTF-8. "surrogateescape" keeps them, as Python does in
-            paths.
+        on_error: "strict" refuses bytes that are not UTF-8; "surrogateescape" keeps them, as in paths.
 
     Raises:
         UserError: the file is missing, cannot be read, or is not UTF-8.

@@ -100,19 +100,18 @@ class WritableShards(ShardFiles):
 
     @contextlib.contextmanager
     def writing(self, shard_i: int) -> collections.abc.Generator[ShardWriter]:
-        """Yields a writer for all images of the shard. The shard appears when the block ends without an
-        error.
+        """Yields a writer for all images of the shard, which appears when the block ends without an error.
 
         Raises:
             OSError: the shard cannot be written (no space, no permission).
         """
-        fpath, n_bytes = self.acts_fpath(shard_i), self.n_bytes(shard_i)
+        fpath = self.acts_fpath(shard_i)
         helpers.sweep(self.dpath, fpath.name)  # what a killed writer left
         with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
             writer = ShardWriter(fd, self.metadata)
             yield writer
-            assert fd.tell() == n_bytes
-            fd.truncate(self.metadata.shard_bytes)
+            assert fd.tell() == self.n_bytes(shard_i)
+            fd.truncate(self.metadata.imgs_per_shard * self.metadata.img_bytes)  # pads the last shard
         self._write_sums(shard_i, bytes(writer.sums), writer.sum.hexdigest(), writer.skipped)
         self.write_index()
 
@@ -133,23 +132,18 @@ class WritableShards(ShardFiles):
     def write_index(self) -> None:
         """Writes shards.json from the complete shards and, when all are complete, also complete.json.
 
-        Parallel writers may overwrite each other's index. Each checks again after writing, so the last one
-        has seen all shards.
+        Parallel writers may overwrite each other's index. Each checks again, so the last has seen all shards.
         """
         written = None
         while (found := self.complete_shards()) != written:
             if len(found) == self.metadata.n_shards:
-                self._write_complete()
+                sidecars = {self.acts_fpath(i).name: self._upgraded(i) for i in found}
+                helpers.write_text(self.complete_fpath, Complete.of(sidecars).dumps())
             index = [
                 {"name": self.acts_fpath(i).name, "n_imgs": len(self.metadata.imgs_in(i))} for i in found
             ]
             helpers.write_text(self.shards_fpath, json.dumps(index, indent=2))
             written = found
-
-    def _write_complete(self) -> None:
-        shard_is = range(self.metadata.n_shards)
-        sidecars = {self.acts_fpath(i).name: self._upgraded(i) for i in shard_is}
-        helpers.write_text(self.complete_fpath, Complete.of(sidecars).dumps())
 
     def _upgraded(self, shard_i: int) -> Sidecar:
         """Returns a shard's sidecar. A shard of an older dump first gets piece checksums."""

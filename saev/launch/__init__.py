@@ -26,8 +26,8 @@ def run(
 ) -> collections.abc.Iterator[Outcome]:
     """Calls `target` ("module:function") on each argument and yields the outcomes in order.
 
-    With a Slurm account the calls are a job array, and this process waits for it. Otherwise they run in this
-    process, each when its outcome is asked for.
+    With a Slurm account or partition the calls are a job array, and this process waits for it. Otherwise they
+    run in this process, each when its outcome is asked for.
 
     Args:
         n_processes: without Slurm, if above 1: all calls run at once, each in its own process. The first that
@@ -38,7 +38,7 @@ def run(
     Raises:
         UserError: no Slurm on this machine, or it refuses the jobs.
     """
-    if slurm.slurm_acct:
+    if slurm.is_on:
         return slurm_jobs.run([Stage(target, arg, n_tasks) for arg in args], slurm, name)
     if n_processes > 1:
         return iter(local.in_processes([Stage(target, arg) for arg in args]))

@@ -136,7 +136,7 @@ def _train(
     with contextlib.ExitStack() as trackers:  # closed even if a run fails
         started = []
         for run in runs:
-            tracker = _start_tracker(run, start, stream) if world.is_first else tracking.NullTracker()
+            tracker = _start_tracker(run, start, stream) if world.is_first else tracking.Tracker()
             trackers.callback(tracker.finish)
             started.append((run, tracker))
         return _Loop(stream, started, start, device, world).run()

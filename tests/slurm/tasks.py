@@ -33,6 +33,15 @@ def touch_later(fpath: str) -> str:
     return fpath
 
 
+def wait_for_ever(fpath: str) -> None:
+    pathlib.Path(fpath + ".started").touch()
+    time.sleep(600)
+
+
+def variable(name: str) -> str:
+    return os.environ[name]
+
+
 def second_time_lucky(fpath: str) -> int:
     """The first run waits for a signal that never comes by itself; a requeued one returns."""
     runs = pathlib.Path(fpath)

@@ -4,9 +4,8 @@ from saev import errors
 from saev.data import config
 from saev.data.vits import base, open_clip, timm
 from saev.data.vits.base import Vit, resolve_layers
-from saev.data.vits.timm import PUBLISHED
 
-__all__ = ["PUBLISHED", "Vit", "load", "resolve_layers"]
+__all__ = ["Vit", "load", "resolve_layers"]
 
 
 def load(cfg: config.Vit) -> Vit:

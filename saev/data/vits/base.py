@@ -51,8 +51,7 @@ class Vit(torch.nn.Module):
         transform: turns a photo into its input.
 
     Raises:
-        UserError: block 0 does not output one token per patch, or the library reports other tokens than it
-            outputs.
+        UserError: block 0 does not output one token per patch, or the library reports other tokens.
     """
 
     def __init__(self, tower: Tower, cfg: config.Vit):
@@ -170,8 +169,7 @@ def quiet() -> collections.abc.Generator[None]:
 def building(cfg: config.Vit) -> collections.abc.Generator[None]:
     """Wraps a library's construction of a model.
 
-    Random weights depend only on --vit-seed, and the caller's random state is kept. Any exception becomes a
-    UserError.
+    Random weights depend only on --vit-seed. The caller's random state stays. Errors become UserErrors.
     """
     try:
         with quiet(), torch.random.fork_rng(devices=[]):

@@ -1,5 +1,4 @@
-"""Reads local weight files into a flat state dict. Runs no pickled code: `torch.load` with weights_only, or
-our reader."""
+"""Reads weight files into a flat state dict. Runs no pickled code (`weights_only`, or our own reader)."""
 
 import argparse
 import collections.abc
@@ -30,8 +29,7 @@ PLAIN_DATA: list[tp.Any] = [
     *(argparse.Namespace, pathlib.PosixPath, np.dtype, type(np.dtype("f4")), type(np.dtype("f8"))),
     *(type(np.dtype("i8")), _scalar, (_scalar, "numpy.core.multiarray.scalar")),
 ]
-"""Types allowed in a checkpoint besides tensors, numbers, strings and containers: arguments, paths, NumPy
-numbers."""
+"""Types allowed besides tensors, numbers, strings and containers: arguments, paths, NumPy numbers."""
 
 
 def read(fpath: pathlib.Path) -> dict[str, Tensor]:

@@ -114,8 +114,7 @@ def _shape_of(visual: tp.Any, cfg: config.Vit) -> dict[str, tp.Any]:
 
 
 def _check_grid(grid: tuple[int, int], cfg: config.Vit) -> None:
-    """Refuses grids that open_clip would confuse: it compares only numbers of positions, so 16 x 16 passes
-    for 8 x 32."""
+    """Refuses grids that open_clip, which compares only numbers of positions, takes for square: 8 x 32."""
     rows, columns = grid
     if rows != columns and math.isqrt(rows * columns) ** 2 == rows * columns:
         raise errors.UserError(

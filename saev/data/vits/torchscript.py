@@ -1,5 +1,4 @@
-"""Reads the tensors of a TorchScript archive (such as OpenAI's CLIP files) without running or compiling its
-code."""
+"""Reads the tensors of a TorchScript archive (such as OpenAI's CLIP files) without running its code."""
 
 import io
 import pathlib

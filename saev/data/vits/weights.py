@@ -1,5 +1,4 @@
-"""Loads a local weight file into a model: converts names, prefixes and position grids to those of the model's
-library."""
+"""Loads a weight file into a model: converts names, prefixes and position grids to its library's."""
 
 import contextlib
 import hashlib
@@ -23,14 +22,15 @@ logger = logging.getLogger("saev")
 
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Name parts that torch.compile, FSDP and activation checkpointing insert anywhere."""
+TRANSFORMERS = re.compile(r"(^|\.)(embeddings\.|vision_model\.|encoder\.layers?\.\d|layer\.\d+\.)")
+"""Names of the transformers library."""
 HARMLESS = {
     *("fc", "fc_norm", "classifier", "dino_loss", "ibot_patch_loss", "koleo_loss", "projector"),
     *("projectors", "predictor", "prototypes", "mask_token", "decoder_embed", "decoder_pos_embed"),
     *("decoder_blocks", "decoder_norm", "decoder_pred", "pre_logits", "n_averaged", "criterion"),
     *("loss", "loss_fn"),
 }
-"""First name parts of tensors outside the image tower that do not affect its activations. Heads are matched
-by pattern."""
+"""First name parts of tensors that do not affect the image tower's activations. Heads have a pattern."""
 TEXT_TOWER = {
     *("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection"),
     *("text", "text_decoder", "logit_scale", "logit_bias", "attn_mask", "input_resolution"),
@@ -85,7 +85,7 @@ def _load(module: torch.nn.Module, state: dict[str, Tensor], fpath: pathlib.Path
     )
     if problems:
         hint = "Pass the state dict of that model."
-        if _is_transformers(unknown):
+        if any(map(TRANSFORMERS.search, unknown)):
             hint = (
                 "These are names of the transformers library: "
                 "pass the file of the model's authors, of open_clip or of timm instead."
@@ -109,12 +109,6 @@ def _alike(value: Tensor, wanted: Tensor) -> bool:
     same_kind = value.is_floating_point() == wanted.is_floating_point() and not value.is_complex()
     has_data = value.layout == torch.strided and not value.is_meta
     return value.shape == wanted.shape and same_kind and has_data
-
-
-def _is_transformers(names: list[str]) -> bool:
-    return any(
-        re.search(r"(^|\.)(embeddings\.|vision_model\.|encoder\.layers?\.\d|layer\.\d+\.)", k) for k in names
-    )
 
 
 # ---- prefixes ----

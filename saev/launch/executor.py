@@ -1,0 +1,63 @@
+"""Submits pickled stages with sbatch. submitit writes the batch script and runs the stages in the jobs."""
+
+import os
+import pathlib
+import re
+import uuid
+
+import submitit
+import submitit.core.utils
+
+from saev.launch.stage import Stage
+
+MAX_TIMEOUTS = 1000
+"""A long run may reach the time limit this often; each job then continues the last."""
+
+
+class Executor(submitit.SlurmExecutor):
+    """submitit's, but sbatch gets a clean environment, and its answer is read among other output."""
+
+    def _make_submission_command(self, submission_file_path: pathlib.Path) -> list[str]:
+        unset = [f"--unset={name}" for name in inherited()]
+        return ["env", *unset, "sbatch", "--parsable", "--export=ALL", str(submission_file_path)]
+
+    @staticmethod
+    def _get_job_id_from_submission_command(string: str | bytes) -> str:
+        text = string if isinstance(string, str) else string.decode()
+        ids = re.findall(r"^([0-9]+)(?:;\S+)?\s*$", text, re.MULTILINE)
+        if not ids:
+            raise submitit.core.utils.FailedJobError(f"sbatch printed no job id: {text.strip()!r}")
+        return ids[-1]
+
+    def submit_all(self, stages: list[Stage], minutes: int, max_parallel: int) -> list[str]:
+        """Submits a job (or several as an array) and returns the ids. On an error, no files are left."""
+        folder = pathlib.Path(self.folder)
+        pickles = [folder / f"{uuid.uuid4().hex}.pkl" for _ in stages]
+        self.update_parameters(array_parallelism=max_parallel)
+        self.parameters.pop("map_count", None)
+        if len(stages) > 1:
+            self.parameters["map_count"] = len(stages)
+        try:
+            for stage, fpath in zip(stages, pickles, strict=True):
+                delayed = submitit.core.utils.DelayedSubmission(stage)
+                delayed.set_timeout(minutes, MAX_TIMEOUTS)
+                delayed.dump(fpath)
+            first = self._submit_command(self._submitit_command_str).job_id
+            ids = [f"{first}_{i}" for i in range(len(stages))] if len(stages) > 1 else [first]
+            for fpath, job_id in zip(pickles, ids, strict=True):
+                submitit.core.utils.JobPaths(folder, job_id).move_temporary_file(fpath, "submitted_pickle")
+        finally:
+            for fpath in [*pickles, *folder.glob(".submission_file_*.sh")]:
+                if not fpath.is_symlink():
+                    fpath.unlink(missing_ok=True)
+        return ids
+
+
+def inherited() -> list[str]:
+    """Variables of a job around this process that would change a new job. Slurm's own settings stay."""
+    return [
+        name
+        for name in os.environ
+        if (name.startswith("SLURM_") and name not in ("SLURM_CONF", "SLURM_CLUSTERS"))
+        or name in ("SBATCH_EXPORT", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_NODE", "SBATCH_ARRAY_INX")
+    ]
