@@ -75,8 +75,9 @@ def test_promised_commands_parse_without_torch(args: str) -> None:
 
 
 def readme_commands() -> list[str]:
-    """Indented `uv run ...` lines of README.md, continuation lines joined."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    """Indented `uv run ...` lines of README.md and docs/slurm.md, continuation lines joined."""
+    fpaths = (ROOT / "README.md", ROOT / "docs" / "slurm.md")
+    text = "".join(fpath.read_text() for fpath in fpaths).replace("\\\n", " ")
     return [
         c
         for c in re.findall(r"^    (?:pip install uv && )?uv run (.*)$", text, re.M)
