@@ -27,7 +27,7 @@ from saev.data import activations, ordered
 from saev.data import config as data_config
 from saev.formats import shards
 from saev.nn import config as nn_config
-from saev.protoeval import config, report, run, score
+from saev.protoeval import config, gallery, run, score
 from saev.scorers import config as scorers_config
 from saev.scorers import sae as sae_scorer
 
@@ -222,8 +222,8 @@ def fitted(cfg: config.ProtoEval) -> list[scorers.Scorer]:
 def grid_error(cfgs: list[config.ProtoEval], labels_NT: np.ndarray, fpath: pathlib.Path) -> float:
     """Largest difference of some test APs to scikit-learn's on scores of plain products: one scorer, some traits, all train images."""
     (scorer,) = fitted(cfgs[0])
-    mine = report.best_traits(fpath.read_bytes(), "Random").head(20)
-    p_CD = scorer.direction_KD[mine["prototype"].to_list()]
+    mine = gallery.best_traits(fpath.read_bytes(), "Random").head(20).to_dicts()
+    p_CD = scorer.direction_KD[[line["prototype"] for line in mine]]
     p_CD = torch.nn.functional.normalize(p_CD, dim=1).double()
     parts = []
     for block in ordered.Ordered(cfgs[0].train_data):

@@ -106,7 +106,8 @@ class Metadata:
         """Parses metadata.json of any readable protocol.
 
         Raises:
-            UserError: it is not JSON, its protocol or dtype is not supported, or keys are wrong (named).
+            UserError: it is not JSON, its protocol or dtype is not supported, or keys are missing or have
+                wrong values (named).
         """
         obj = jsonfile.parse(data, dict[str, object], str(fpath), AGAIN)
         if "protocol" not in obj:  # June 2025: float32 without saying so

@@ -293,8 +293,7 @@ class ShardDir(WritableShards):
             roots = dict(zip(todo, taken, strict=True))
         sums = [[i, roots.get(i) or self._root(i)] for i in self.shard_is]
         skipped = [[s.image_i, s.error] for _, x in sorted(self.sidecars.items()) for s in x.skipped]
-        fpaths = (self.images_fpath, self.transform_fpath) if self.is_ours else ()
-        tables = [xxhash.xxh3_128_hexdigest(self._table(fpath)) for fpath in fpaths]
+        tables = [self._digest(fpath) for fpath in (self.images_fpath, self.transform_fpath) if self.is_ours]
         return helpers.hash_of([self.metadata.hash, tables, sums, skipped])
 
     # ---- contents ----
@@ -314,7 +313,18 @@ class ShardDir(WritableShards):
         data = jsonfile.read_bytes(fpath, REMEDY, MAX_BYTES)
         if recorded := next((s.files for s in self.sidecars.values() if s.files), None):
             self._compare(fpath.name, data, recorded)
+        self._digests[fpath.name] = xxhash.xxh3_128_hexdigest(data)
         return data
+
+    def _digest(self, fpath: pathlib.Path) -> str:
+        """The checksum of a file about all images; reads the file if it was not read before."""
+        if fpath.name not in self._digests:
+            self._table(fpath)
+        return self._digests[fpath.name]
+
+    @functools.cached_property
+    def _digests(self) -> dict[str, str]:
+        return {}
 
     @functools.cached_property
     def records(self) -> list[Record]:
