@@ -33,7 +33,8 @@ TESTED = {
     "saev/nn/kernels.py": "test_nn_sparse test_nn_sae",
     "saev/launch/__init__.py": "test_launch",
     "saev/launch/local.py": "test_launch",
-    "saev/launch/slurm.py": "test_launch",
+    "saev/launch/slurm.py": "test_launch test_slurm",
+    "saev/launch/submissions.py": "test_slurm",
 }
 """Module -> names of its test files."""
 SWAPS: dict[type, type] = {

@@ -302,3 +302,12 @@ def test_header_of_an_sae(sae_fpath: pathlib.Path) -> None:
         },
         "activations": {},
     }
+
+
+@pytest.mark.parametrize(
+    ("schema", "is_upstream"),
+    [(1, True), (5, True), (0, False), (6, False), (3.0, False), (True, False), ("3", False)],
+)
+def test_which_schemas_are_upstreams(schema: object, is_upstream: bool) -> None:
+    assert checkpoint.is_upstream({"schema": schema}) == is_upstream
+    assert not checkpoint.is_upstream({"schema": schema, "kind": "sae"})

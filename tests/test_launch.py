@@ -179,3 +179,12 @@ def test_wrong_slurm_flags() -> None:
 
 def test_job_ids_are_shown_in_few_words() -> None:
     assert slurm._shown(["7_0", "7_1", "7_2", "9", "8_4"]) == "7_[0-2], 9, 8_4"
+
+
+def test_where_a_stage_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here; in processes of its own if several share the work; here again under torchrun, which started several."""
+    target, here = "tests.slurm.tasks:process", os.getpid()
+    assert values(target, [0]) == [here]
+    assert values(target, [0], n_tasks=2) != [here]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert values(target, [0], n_tasks=2) == [here]

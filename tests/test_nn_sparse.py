@@ -222,7 +222,12 @@ def test_gradcheck_encode() -> None:
         torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(3, 6), (6,), (3,), (5, 3)]
     )
     params = [t.requires_grad_() for t in (W, b, c)]
-    assert torch.autograd.gradcheck(lambda *p: sparse.encode_at(*p, x, index), params)
+
+    def encode(*p: Tensor) -> Tensor:
+        value_n = sparse.pre_activations(*p, x)[index.row_n, index.latent_n]
+        return sparse.encode_at(*p, x, index, value_n.detach())
+
+    assert torch.autograd.gradcheck(encode, params)
     assert torch.autograd.gradcheck(lambda *p: sparse.pre_activations(*p, x), params)
 
 

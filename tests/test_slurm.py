@@ -391,12 +391,15 @@ ON_SLURM = (
 def test_training_out_of_time_goes_on_to_the_same_weights(
     make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGUSR2 in the middle: the state is saved, the job queued again, and nothing is trained twice."""
+    """SIGUSR2 in the middle, with wandb: the state is saved, the job queued again, and nothing is trained twice."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
     (here,) = saev(*train_command(shards, tmp_path / "here")[1:])
     logs = tmp_path / "logs"
-    command = train_command(shards, tmp_path / "there", *ON_SLURM, "--log-to", str(logs))
+    command = train_command(
+        shards, tmp_path / "there", *ON_SLURM, "--log-to", str(logs), "--wandb-project", "p"
+    )
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: any(f.stat().st_size for f in tmp_path.glob("there/*/metrics.jsonl")))
     (job_id,) = {p.stem.removesuffix("_submitted") for p in logs.glob("*submitted.pkl")}
@@ -407,6 +410,7 @@ def test_training_out_of_time_goes_on_to_the_same_weights(
     log = "".join(f.read_text() for f in logs.glob("*.out"))
     assert "SIGUSR2: saving after this step" in log and "continuing after step" in log
     assert there.read_bytes() == pathlib.Path(here).read_bytes()
+    assert len([*there.parent.glob("wandb/offline-run-*")]) == 2
 
 
 def test_two_tasks_share_the_batches_of_one_sae(
