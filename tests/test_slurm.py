@@ -3,6 +3,7 @@
 import collections.abc
 import concurrent.futures
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -55,6 +56,10 @@ def slurm(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> launch.Slu
 def test_an_array_returns_its_results_in_order(slurm: launch.SlurmConfig) -> None:
     outcomes = launch.run("tasks:square", [3, 1, 2], slurm, "saev-test")
     assert [outcome.get() for outcome in outcomes] == [9, 1, 4]
+    (note,) = [json.loads(f.read_text()) for f in pathlib.Path(slurm.log_to).glob("*_submission.json")]
+    assert [*note["jobs"].values()] == submitted(slurm) and note["command"] == sys.argv
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert note["commit"] == head.stdout.strip() and isinstance(note["is_changed"], bool)
 
 
 def test_a_users_mistake_crosses_as_one_line(slurm: launch.SlurmConfig) -> None:

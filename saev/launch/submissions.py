@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import pathlib
+import subprocess
+import sys
 import typing as tp
 
 import msgspec
@@ -14,9 +16,18 @@ from saev.launch.stage import Stage
 
 
 class Submission(msgspec.Struct, frozen=True):
-    """One sbatch: the job id of each stage, by the stage's key."""
+    """What one command submitted, and from which code."""
 
     jobs: dict[str, str]
+    """Stage's key -> job id."""
+    command: list[str]
+    """As it was typed."""
+    folder: str
+    """Where it was run."""
+    commit: str
+    """Git commit of the code. Empty: the code is not in a Git repository."""
+    is_changed: bool
+    """Whether tracked files differed from the commit."""
 
 
 def key(stage: Stage) -> str:
@@ -38,7 +49,23 @@ def _plain(value: tp.Any) -> tp.Any:
 def write(log_to: pathlib.Path, jobs: dict[str, str]) -> None:
     """Notes the job ids of new stages."""
     first = next(iter(jobs.values()))
-    helpers.write_text(log_to / f"{first}_submission.json", jsonfile.dumps(Submission(jobs)))
+    submission = Submission(
+        jobs=jobs,
+        command=sys.argv,
+        folder=str(pathlib.Path.cwd()),
+        commit=_git("rev-parse", "HEAD"),
+        is_changed=bool(_git("status", "--porcelain", "--untracked-files=no")),
+    )
+    helpers.write_text(log_to / f"{first}_submission.json", jsonfile.dumps(submission, indent=4))
+
+
+def _git(*args: str) -> str:
+    """What Git prints about saev's code; "" without Git or a repository."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), *args]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def job_ids(log_to: pathlib.Path) -> dict[str, str]:
