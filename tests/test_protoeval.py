@@ -276,7 +276,7 @@ def test_two_processes_of_one_command_evaluate_once(
 def test_n_train_subsets_are_nested_and_seeded() -> None:
     small, large = choose.train_subset(100, 10, 0), choose.train_subset(100, 50, 0)
     assert set(small) < set(large) and len(small) == 10
-    np.testing.assert_array_equal(choose.train_subset(100, -1, 0), np.arange(100))
+    np.testing.assert_array_equal(choose.train_subset(100, 100, 0), np.arange(100))
     assert set(small) != set(choose.train_subset(100, 10, 1))
 
 

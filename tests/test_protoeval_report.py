@@ -75,7 +75,7 @@ def differences(rows: list[results.Row], about: results.About) -> list[dict]:
 def against(rows: list[results.Row], about: results.About) -> list[dict]:
     """The differences from random activations."""
     found = stats.differences(cells(rows, about), [row.boot_RM for row in rows])
-    return report.against_baseline(found).to_dicts()
+    return found.filter(stats.IS_AGAINST_BASELINE).to_dicts()
 
 
 def test_kinds_of_cubs_groups() -> None:

@@ -24,16 +24,17 @@ LIBRARY = "dictionary_learning"
 
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec")
 PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec")
-NAMES = {
-    "AutoEncoder": ("encoder.weight", "encoder.bias", "decoder.weight", "bias"),
-    "AutoEncoderNew": ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"),
-    "AutoEncoderTopK": LINEAR,
-    "BatchTopKSAE": LINEAR,
-    "MatryoshkaBatchTopKSAE": PLAIN,
-    "JumpReluAutoEncoder": PLAIN,
-    "GatedAutoEncoder": ("encoder.weight", "mag_bias", "decoder.weight", "decoder_bias"),
+KINDS: dict[str, tuple[tp.Any, tuple[str, ...]]] = {
+    "AutoEncoder": (config.Relu, ("encoder.weight", "encoder.bias", "decoder.weight", "bias")),
+    "AutoEncoderNew": (config.Relu, ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")),
+    "AutoEncoderTopK": (config.TopK, LINEAR),
+    "BatchTopKSAE": (config.BatchTopK, LINEAR),
+    "MatryoshkaBatchTopKSAE": (config.BatchTopK, PLAIN),
+    "JumpReluAutoEncoder": (config.JumpRelu, PLAIN),
+    "GatedAutoEncoder": (config.JumpRelu, ("encoder.weight", "mag_bias", "decoder.weight", "decoder_bias")),
 }
-"""Maps dict_class to its names of W_enc, b_enc, W_dec and b_dec. A torch.nn.Linear's weight is transposed."""
+"""Maps dict_class to our architecture and to its names of W_enc, b_enc, W_dec and b_dec. A torch.nn.Linear's
+weight is transposed."""
 NOT_SUBTRACTED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 """Classes whose encoder does not subtract b_dec."""
 
@@ -48,10 +49,13 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     dpath = fields.path(dpath)
     where, cfg = str(dpath / WEIGHTS), _cfg(dpath / CFG)
     kind = cfg["dict_class"]
-    state = _state(dpath / WEIGHTS)
+    architecture, names = KINDS[kind]
+    with loaders.reading(dpath / WEIGHTS, LIBRARY):
+        payload = (dpath / WEIGHTS).read_bytes()
+    state = tensors.load(payload, where, f"Pass a folder that {LIBRARY} saved.")
     k = _k(cfg, state, dpath)
     D, S = _size(cfg, state, where)
-    shapes: dict[str, tuple[int, ...]] = dict(zip(NAMES[kind], [(D, S), (S,), (S, D), (D,)], strict=True))
+    shapes: dict[str, tuple[int, ...]] = dict(zip(names, [(D, S), (S,), (S, D), (D,)], strict=True))
     shapes |= {name: shapes[name][::-1] for name in shapes if name.endswith(".weight")}
     if kind == "GatedAutoEncoder":
         shapes |= {"r_mag": (S,), "gate_bias": (S,)}
@@ -62,10 +66,8 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
     if kind == "MatryoshkaBatchTopKSAE":  # all groups are active in a loaded module
         state.pop("group_sizes", None)
     t = checks.take(state, shapes, where, CFG)
-    parts = {
-        plain: t[name].T if name.endswith(".weight") else t[name]
-        for plain, name in zip(PLAIN, NAMES[kind], strict=True)
-    }
+    found = [t[name].T if name.endswith(".weight") else t[name] for name in names]
+    parts = dict(zip(PLAIN, found, strict=True))
     threshold = t.get("threshold")
     if kind == "GatedAutoEncoder":  # as in saev.compat.saelens
         gain_S = t["r_mag"].exp()
@@ -78,24 +80,11 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
             where,
         )
     subtracts = kind not in NOT_SUBTRACTED
-    sae_cfg = _sae_cfg(kind, D, S, k)
-    if isinstance(sae_cfg, config.TopK):
+    if architecture is config.TopK:
         threshold = None  # the package stores one but does not use it by default
+    sparse = {"top_k": min(k, S), "aux_coeff": 0.0} if k else {}
+    sae_cfg = architecture(d_vit=D, d_sae=S, normalize="none", **sparse)
     return loaders.build(sae_cfg, parts, where, subtracts_b_dec=subtracts, threshold=threshold)
-
-
-def _sae_cfg(kind: str, d_vit: int, d_sae: int, k: int) -> config.Sae:
-    common: dict[str, tp.Any] = {"d_vit": d_vit, "d_sae": d_sae, "normalize": "none"}
-    sparse: dict[str, tp.Any] = {**common, "top_k": min(k, d_sae), "aux_coeff": 0.0}
-    match kind:
-        case "AutoEncoder" | "AutoEncoderNew":
-            return config.Relu(**common)
-        case "AutoEncoderTopK":
-            return config.TopK(**sparse)
-        case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
-            return config.BatchTopK(**sparse)
-        case _:
-            return config.JumpRelu(**common)
 
 
 def _cfg(fpath: pathlib.Path) -> dict[str, tp.Any]:
@@ -105,21 +94,13 @@ def _cfg(fpath: pathlib.Path) -> dict[str, tp.Any]:
     cfg = whole.get("trainer")
     if not isinstance(cfg, dict):
         raise errors.UserError(f"{fpath}: has no trainer. Pass a folder that {LIBRARY} saved.")
-    if cfg.get("dict_class") not in [*NAMES]:
+    if cfg.get("dict_class") not in [*KINDS]:
         raise errors.UserError(
-            f"{fpath}: dict_class is {cfg.get('dict_class')!r}; saev can read {', '.join(NAMES)}."
+            f"{fpath}: dict_class is {cfg.get('dict_class')!r}; saev can read {', '.join(KINDS)}."
         )
     known = {"dict_class", "activation_dim", "dict_size", "k"} | known_keys.DICTIONARY_LEARNING
     checks.refuse_unknown(cfg, known, str(fpath))
     return cfg
-
-
-def _state(fpath: pathlib.Path) -> dict[str, tp.Any]:
-    try:
-        payload = fpath.read_bytes()
-    except OSError as err:
-        raise loaders.unreadable(fpath, err, LIBRARY) from err
-    return tensors.load(payload, str(fpath), f"Pass a folder that {LIBRARY} saved.")
 
 
 def _k(cfg: dict[str, tp.Any], state: dict[str, tp.Any], dpath: pathlib.Path) -> int:
@@ -143,7 +124,7 @@ def _k(cfg: dict[str, tp.Any], state: dict[str, tp.Any], dpath: pathlib.Path) ->
 
 def _size(cfg: dict[str, tp.Any], state: dict[str, tp.Any], where: str) -> tuple[int, int]:
     """Returns (D, S) as the config gives them, or else the encoder's shape."""
-    name = NAMES[cfg["dict_class"]][0]
+    name = KINDS[cfg["dict_class"]][1][0]
     encoder = state.get(name)
     if not isinstance(encoder, Tensor) or encoder.ndim != 2:
         raise errors.UserError(f"{where}: tensor {name} is missing. The file is truncated or edited.")

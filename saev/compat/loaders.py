@@ -1,5 +1,7 @@
 """What the readers of other libraries' SAEs share. D d_vit, S latents."""
 
+import collections.abc
+import contextlib
 import pathlib
 import typing as tp
 
@@ -49,11 +51,8 @@ def read_json(fpath: pathlib.Path, library: str) -> dict[str, tp.Any]:
     Raises:
         UserError: there is no such file, or it is not a JSON object.
     """
-    remedy = f"Pass a folder that {library} saved."
-    try:
-        return jsonfile.read(fpath, dict[str, tp.Any], remedy)
-    except OSError as err:
-        raise unreadable(fpath, err, library) from err
+    with reading(fpath, library):
+        return jsonfile.read(fpath, dict[str, tp.Any], f"Pass a folder that {library} saved.")
 
 
 def read_tensors(fpath: pathlib.Path, library: str) -> dict[str, Tensor]:
@@ -62,13 +61,16 @@ def read_tensors(fpath: pathlib.Path, library: str) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, or it is damaged.
     """
-    try:
+    with reading(fpath, library):
         return safetensors.torch.load_file(fpath)
+
+
+@contextlib.contextmanager
+def reading(fpath: pathlib.Path, library: str) -> collections.abc.Generator[None]:
+    """Turns errors of a missing or damaged file into a UserError."""
+    try:
+        yield
     except (OSError, safetensors.SafetensorError) as err:
-        raise unreadable(fpath, err, library) from err
-
-
-def unreadable(fpath: pathlib.Path, err: Exception, library: str) -> errors.UserError:
-    return errors.UserError(
-        f"{fpath} cannot be read ({errors.first_line(err)}). Pass a folder that {library} saved."
-    )
+        raise errors.UserError(
+            f"{fpath} cannot be read ({errors.first_line(err)}). Pass a folder that {library} saved."
+        ) from err

@@ -74,13 +74,10 @@ def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
             tensors["threshold"] = model.get_parameter("log_threshold").double().exp()
         case _:
             raise errors.UserError(f"SAELens has no {type(model.cfg).__name__}. It cannot be exported.")
-    _write(dpath, cfg, {k: v.float().cpu().contiguous() for k, v in tensors.items()})
-
-
-def _write(dpath: pathlib.Path, cfg: dict[str, tp.Any], tensors: dict[str, Tensor]) -> None:
+    payload = safetensors.torch.save({k: v.float().cpu().contiguous() for k, v in tensors.items()})
     with helpers.atomic_folder(dpath) as tmp_dpath:
         helpers.write_text(tmp_dpath / CFG, jsonfile.dumps(cfg, indent=4))
-        (tmp_dpath / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
+        (tmp_dpath / WEIGHTS).write_bytes(payload)
         _check_new(dpath)  # another process may have created it since
 
 
@@ -116,16 +113,11 @@ def load(dpath: pathlib.Path | str) -> sae.SparseAutoencoder:
         t |= {"W_enc": t["W_enc"] * norm_S, "b_enc": t["b_enc"] * norm_S}
         t["W_dec"] = t["W_dec"] / norm_S.clamp(min=1e-30)[:, None]
     t["W_dec"] = t["W_dec"] * scaling_S[:, None]
-    common: dict[str, tp.Any] = {"d_vit": D, "d_sae": S, "normalize": "none"}
-    match architecture:
-        case "standard":
-            sae_cfg = config.Relu(**common)
-        case "topk":
-            sae_cfg = config.TopK(**common, top_k=min(cfg["k"], S), aux_coeff=0.0)
-        case _:
-            sae_cfg = config.JumpRelu(**common)
+    sizes: dict[str, tp.Any] = {"d_vit": D, "d_sae": S}
+    if architecture == "topk":
+        sizes |= {"top_k": min(cfg["k"], S), "aux_coeff": 0.0}
     model = loaders.build(
-        sae_cfg,
+        ARCHITECTURES[architecture](**sizes, normalize="none"),
         t,
         str(dpath / WEIGHTS),
         subtracts_b_dec=cfg.get("apply_b_dec_to_input", True),
@@ -167,6 +159,12 @@ def _scaling(cfg: dict[str, tp.Any], found: dict[str, Tensor], dpath: pathlib.Pa
 
 # ---- cfg.json ----
 
+ARCHITECTURES: dict[str, tp.Any] = {
+    "standard": config.Relu,
+    "topk": config.TopK,
+    "jumprelu": config.JumpRelu,
+    "gated": config.JumpRelu,
+}
 RENAMED = {"activation_fn_str": "activation_fn", "uses_scaling_factor": "finetuning_scaling_factor"}
 """Maps older key names to those of version 6."""
 BOOLEANS = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "finetuning_scaling_factor")
@@ -186,7 +184,7 @@ USED = {
     *BOOLEANS,
 }
 ALLOWED = {
-    "architecture": ("standard", "topk", "jumprelu", "gated"),
+    "architecture": tuple(ARCHITECTURES),
     "normalize_activations": ("none", None, False),
     "reshape_activations": ("none", None),
     "use_error_term": (False, None),

@@ -63,10 +63,6 @@ class ScorerId:
         return helpers.hash_of(self.settings)[:12]
 
     @property
-    def cls(self) -> str:
-        return str(self.settings.get("cls", self.name))
-
-    @property
     def seedless(self) -> "ScorerId":
         """The scorer without its seed."""
         return ScorerId(self.name, {k: v for k, v in self.settings.items() if k != "seed"})
@@ -152,23 +148,19 @@ class Row(tp.NamedTuple):
         """95% bootstrap interval over test images of the mAP (averaged over draws); NaN without resamples."""
         return interval(self.boot_RM.mean(axis=0), self.mean_ap)
 
-    @property
-    def quantiles(self) -> tuple[float, float]:
-        """5% and 95% quantiles of AP over traits."""
-        return _quantiles(self.measured_T, 0.05, 0.95)
-
 
 def interval(boot_M: np.ndarray, value: float) -> tuple[float, float]:
     """95% interval: quantiles of the bootstrap distribution, shifted so that its mean is `value`.
 
     The shift removes a small bias: images that are drawn twice rank together, which raises every AP.
     """
-    low, high = _quantiles(boot_M, 0.025, 0.975)
+    low, high = quantiles(boot_M, 0.025, 0.975)
     shift = value - float(boot_M.mean()) if len(boot_M) else 0.0
     return low + shift, high + shift
 
 
-def _quantiles(values: np.ndarray, low: float, high: float) -> tuple[float, float]:
+def quantiles(values: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """Two quantiles; NaN without values."""
     if not len(values):
         return float("nan"), float("nan")
     a, b = np.quantile(values, [low, high]).tolist()

@@ -10,8 +10,7 @@ from torch import Tensor
 
 @jaxtyped(typechecker=beartype.beartype)
 def top_k(pre_BS: Float[Tensor, "B S"], k: int, keep_negative: bool = False) -> Float[Tensor, "B S"]:
-    """Keeps the k largest values of each row (all if k >= S) and sets the rest to 0, and by default
-    negative ones too."""
+    """Sets all but each row's k largest values to 0 (none if k >= S), and by default negative ones too."""
     values_BK, index_BK = pre_BS.topk(min(k, pre_BS.shape[1]), dim=1, sorted=False)
     values_BK = values_BK if keep_negative else values_BK.relu()
     return torch.zeros_like(pre_BS).scatter(1, index_BK, values_BK)

@@ -101,7 +101,7 @@ def _collect(value_S, cutoff_S, out_n):
 
 @jit
 def _top_k_bound(value_S, k, group_G, scratch_G):
-    """Returns a bound that at least k values reach: the k-th largest of the maxima of groups of values.
+    """Returns a bound that at least k values reach: the k-th largest maximum of groups of values.
 
     -inf if there are at most k groups.
     """
@@ -188,8 +188,7 @@ def _trim(value_n, latent_n, n, k, scratch_n, value_K, latent_K):
 
 @jit
 def above(pre_BS, is_screened, x_BD, W_SD, b_S, norm_S, margin_B, cutoff_S, n_B, value_n, latent_n):
-    """Finds pre-activations above `cutoff_S`, row by row; returns their number, or -1 if value_n is too
-    short."""
+    """Finds pre-activations above `cutoff_S`, row by row; returns their number (-1: value_n is too short)."""
     B, S = pre_BS.shape
     low_S, high_S = np.empty(S, x_BD.dtype), np.empty(S, x_BD.dtype)
     found_n, score_n = np.empty(S, np.int32), np.empty(S, x_BD.dtype)
@@ -240,7 +239,7 @@ def by_latent(start_O1, latent_n, latent_start_S1, order_n, row_n):
 
 
 @jit_sums
-def row_dots(w_SD, g_SD, first, last, dots_S3):
+def row_dots(w_SD, g_SD, dots_S3, first, last):
     """Fills dots_S3 with g . w, g . g and w . w of rows first to last."""
     for s in range(first, last):
         gw, gg, ww = w_SD.dtype.type(0), w_SD.dtype.type(0), w_SD.dtype.type(0)
@@ -252,9 +251,8 @@ def row_dots(w_SD, g_SD, first, last, dots_S3):
 
 
 @jit_sums
-def adam_rows(w_SD, g_SD, m_SD, v_SD, first, last, along_S, factors, is_unit):
-    """Adam (Kingma & Ba 2015) on rows first to last, with gradient clip (g - along w); then normalises if
-    is_unit.
+def adam_rows(w_SD, g_SD, m_SD, v_SD, along_S, factors, is_unit, first, last):
+    """Adam (Kingma & Ba 2015) on rows first to last, with gradient clip (g - along w). is_unit: normalises.
 
     factors: clip, step size, beta1, beta2, eps, 1 / sqrt(1 - beta2^t), in the weights' dtype.
     """
@@ -281,7 +279,7 @@ def adam_rows(w_SD, g_SD, m_SD, v_SD, first, last, along_S, factors, is_unit):
 
 @jit_sums
 def reconstruct(
-    x_BD, value_n, latent_n, start_B1, W_SD, b_D, end_P, first, last, x_hat_BD, error_B, g_BPD, g_n
+    x_BD, value_n, latent_n, start_B1, W_SD, b_D, end_P, x_hat_BD, error_B, g_BPD, g_n, first, last
 ):
     """Reconstructs samples first to last by each prefix of the dictionary. x_hat is the last prefix's.
 
@@ -318,7 +316,7 @@ def reconstruct(
 
 
 @jit
-def bag_dot(a_OD, table_RD, index_n, start_O1, first, last, out_n):
+def bag_dot(a_OD, table_RD, index_n, start_O1, out_n, first, last):
     """out[j] = <a[o], table[index[j]]> for the codes j of rows o = first to last."""
     for o in range(first, last):
         for j in range(start_O1[o], start_O1[o + 1]):

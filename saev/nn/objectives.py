@@ -110,17 +110,9 @@ class Objective:
             loss = loss + sparsity * sae.architecture.cfg.sparsity_coeff * penalty
         if dead_C is not None and len(dead_C) and getattr(sae.cfg, "aux_coeff", 0):
             loss = loss + sae.cfg.aux_coeff * aux_k(sae, scaled_BD, scaled_BD - x_hat_BD, dead_C)
-        return self._output(loss, reconstruction, x_hat_BD, f.detach(), index)
-
-    def _output(
-        self, loss: Tensor, reconstruction: Tensor, x_hat_BD: Tensor, f: Tensor, index: sparse.Index | None
-    ) -> Output:
-        if index is None:
-            codes, fired_S = f, (f != 0).any(dim=0)
-        else:
-            codes = sparse.Codes(f, index)
-            fired_S = codes.fired_S
-        return Output(loss, reconstruction.detach(), x_hat_BD / self.sae.scale, codes, fired_S)
+        codes = f.detach() if index is None else sparse.Codes(f.detach(), index)
+        fired_S = (codes != 0).any(dim=0) if isinstance(codes, Tensor) else codes.fired_S
+        return Output(loss, reconstruction.detach(), x_hat_BD / sae.scale, codes, fired_S)
 
     def _takes_dense_step(self, x_BD: Tensor, end_P: Tensor | None) -> bool:
         has_one = self.sae.architecture.dense_step is not None and end_P is None

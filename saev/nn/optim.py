@@ -5,6 +5,7 @@ normalises the decoder rows. On a CPU this takes two passes over the weights; on
 """
 
 import collections.abc
+import functools
 import typing as tp
 
 import beartype
@@ -55,9 +56,7 @@ class Adam:
         along, square = {}, 0.0
         for name, (w_SD, g_SD, _, _) in arrays.items():
             dots_S3 = np.empty((len(w_SD), 3), w_SD.dtype)
-            compiled.in_threads(
-                lambda i, j, w=w_SD, g=g_SD, out=dots_S3: kernels.row_dots(w, g, i, j, out), len(w_SD)
-            )
+            compiled.in_threads(functools.partial(kernels.row_dots, w_SD, g_SD, dots_S3), len(w_SD))
             gw_S, gg_S, ww_S = dots_S3.T.astype(np.float64)
             # Normalising undoes changes along the row.
             along[name] = gw_S if name == "W_dec" else np.zeros_like(gw_S)
@@ -66,15 +65,11 @@ class Adam:
         if not np.isfinite(square):
             return torch.tensor(square)
         norm = max(square, 0.0) ** 0.5
-        for name, (w_SD, g_SD, m_SD, v_SD) in arrays.items():
+        for name, (w_SD, *others) in arrays.items():
             along_S = along[name].astype(w_SD.dtype)
             factors = tuple(w_SD.dtype.type(f) for f in self._factors(lr, norm))
-            compiled.in_threads(
-                lambda i, j, a=(w_SD, g_SD, m_SD, v_SD), along_S=along_S, f=factors, name=name: (
-                    kernels.adam_rows(*a, i, j, along_S, f, name == "W_dec")
-                ),
-                len(w_SD),
-            )
+            update = functools.partial(kernels.adam_rows, w_SD, *others, along_S, factors, name == "W_dec")
+            compiled.in_threads(update, len(w_SD))
         return torch.tensor(norm)
 
     def _factors(self, lr: float, norm: float) -> tuple[float, ...]:

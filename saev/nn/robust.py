@@ -109,11 +109,8 @@ class Tokens:
 
     def metrics(self) -> dict[str, float]:
         """The metrics, by their names in metrics.jsonl and metrics.json."""
-        return {
-            "token_nmse_median": self.quantile(0.5),
-            "token_nmse_q95": self.quantile(0.95),
-            **shares(self.totals),
-        }
+        quantiles = {"token_nmse_median": self.quantile(0.5), "token_nmse_q95": self.quantile(0.95)}
+        return quantiles | shares(self.totals)
 
 
 @torch.no_grad()
@@ -135,10 +132,8 @@ def shares(totals_4: Tensor) -> dict[str, float]:
 
 
 @beartype.beartype
-def metrics(
-    x_ND: Float[Tensor, "N D"], error_ND: Float[Tensor, "N D"], around: Typical | None = None
-) -> dict[str, float]:
-    """`Tokens.metrics` of one batch. around: by default that of the batch itself."""
-    tokens = Tokens(around or typical(x_ND))
+def metrics(x_ND: Float[Tensor, "N D"], error_ND: Float[Tensor, "N D"]) -> dict[str, float]:
+    """`Tokens.metrics` of one batch, around its own centre."""
+    tokens = Tokens(typical(x_ND))
     tokens.add(x_ND, error_ND)
     return tokens.metrics()

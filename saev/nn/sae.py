@@ -176,9 +176,8 @@ def _check_memory(cfg: config.Sae) -> None:
 
 def _directions(cfg: config.Sae, generator: torch.Generator) -> Float[Tensor, "S D"]:
     """Draws unit vectors uniformly."""
-    return torch.nn.functional.normalize(
-        torch.randn(cfg.n_latents, tp.cast(int, cfg.d_vit), generator=generator), dim=1
-    )
+    drawn_SD = torch.randn(cfg.n_latents, tp.cast(int, cfg.d_vit), generator=generator)
+    return torch.nn.functional.normalize(drawn_SD, dim=1)
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -233,7 +232,8 @@ def load(fpath: pathlib.Path | str, device: str = "cpu") -> SparseAutoencoder:
             raise ValueError(f"W_dec has shape {tuple(state['W_dec'].shape)}")
         sae = SparseAutoencoder(cfg)
         sae.load_state_dict(state)
-        sae.activations = _trained_on(header)
+        sae.activations = tp.cast(tp.Any, header.get("activations"))
+        msgspec.convert(sae.activations, Activations)
     except Exception as err:  # names, types or shapes that do not match
         raise errors.UserError(
             f"{fpath}: its tensors do not match its header ({errors.first_line(err)}). {TRUNCATED}"
@@ -252,17 +252,6 @@ def ready(sae: SparseAutoencoder, where: str) -> SparseAutoencoder:
         state["log_threshold"] = state["log_threshold"].exp()
     tensors.check_finite(state, where, "Train again, or use an older checkpoint.")
     return sae.eval().requires_grad_(False)
-
-
-def _trained_on(header: dict[str, tp.Any]) -> dict[str, tp.Any]:
-    """Returns the header's record for `check_fits`.
-
-    Raises:
-        msgspec.ValidationError: it has other types than `Activations`.
-    """
-    found: tp.Any = header.get("activations")
-    msgspec.convert(found, Activations)
-    return found
 
 
 def _config(header: dict[str, object], fpath: pathlib.Path) -> config.Sae:

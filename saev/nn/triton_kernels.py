@@ -27,16 +27,12 @@ ROWS = 8
 """Table rows that a program loads at once."""
 OPTIONS = {"enable_fp_fusion": True}
 """Multiply and add with one rounding. Triton 3.9 warns if it is not set: the default will change."""
-
-
-@functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def available(table_RD: Tensor) -> bool:
     """Can the kernels be used for this table? Not for float64, which they would round to float32."""
-    return table_RD.is_cuda and table_RD.dtype != torch.float64 and _is_installed()
+    return table_RD.is_cuda and table_RD.dtype != torch.float64 and IS_INSTALLED
 
 
 @functools.cache

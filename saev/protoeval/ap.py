@@ -69,18 +69,14 @@ def _numbers(values: object, name: str, shape: str) -> np.ndarray:
         raise errors.UserError(f"average_precision: {name} has shape {values.shape}. Pass a matrix {shape}.")
     is_half = values.dtype in (np.float16, np.float32)
     wide = values.astype(np.float32 if is_half else np.float64, copy=False)
-    if values.dtype.itemsize >= 8 and not _is_same(wide, values):
-        raise errors.UserError(
-            f"average_precision: {name} holds numbers that float64 cannot represent. Pass float64."
-        )
+    if values.dtype.itemsize >= 8 and wide.dtype != values.dtype:
+        with np.errstate(invalid="ignore"):  # 2^63 as a float exceeds the largest integer
+            back = wide.astype(values.dtype)
+        if not np.array_equal(back, values, equal_nan=values.dtype.kind == "f"):
+            raise errors.UserError(
+                f"average_precision: {name} holds numbers that float64 cannot represent. Pass float64."
+            )
     return wide
-
-
-def _is_same(wide: np.ndarray, values: np.ndarray) -> bool:
-    with np.errstate(invalid="ignore"):  # 2^63 as a float exceeds the largest integer
-        return wide.dtype == values.dtype or np.array_equal(
-            wide.astype(values.dtype), values, equal_nan=values.dtype.kind == "f"
-        )
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -89,8 +85,10 @@ def of_rows(
 ) -> Float64[np.ndarray, "K T"]:
     """`average_precision` for scores stored prototype by prototype."""
     n_K, n_N = scores_KN.shape
-    start_N1, trait_n = _labels_of_images(labels_NT)
-    n_positive_T = labels_NT.sum(axis=0)
+    image_n, trait_n = np.nonzero(labels_NT)
+    # image i has the traits trait_n[start_N1[i] : start_N1[i + 1]]
+    start_N1 = np.concatenate([[0], np.cumsum(np.bincount(image_n, minlength=n_N))])
+    trait_n, n_positive_T = trait_n.astype(np.int32), labels_NT.sum(axis=0)
     ap_KT = np.empty((n_K, labels_NT.shape[1]))
     size = max(1, BLOCK_BYTES // (8 * max(1, n_N)))
     for first in range(0, n_K, size):
@@ -150,13 +148,6 @@ def resamples(n_images: int, n: int, seed: int) -> UInt8[np.ndarray, "M N"]:
         # Counts are about Poisson(1), so the uint8 cap is never reached in practice.
         times_N[:] = np.minimum(np.bincount(drawn_N, minlength=n_images), 255)
     return times_MN
-
-
-def _labels_of_images(labels_NT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(start of each image's traits in the list, list of all images' traits)."""
-    image_n, trait_n = np.nonzero(labels_NT)
-    counts_N = np.bincount(image_n, minlength=len(labels_NT))
-    return np.concatenate([[0], np.cumsum(counts_N)]), trait_n.astype(np.int32)
 
 
 def _sortable(scores_CN: np.ndarray, first: int) -> np.ndarray:

@@ -39,6 +39,7 @@ CLEARLY, MISFITS = 0.1, 0.05
 largest accepted fraction of misfits."""
 ENOUGH = 200
 """Least images of a split for its statistics to be checked."""
+ARCHIVE = "class_attribute_labels_continuous.txt"
 
 
 def problems(labels: cub.Cub) -> list[str]:
@@ -132,24 +133,21 @@ def _archive_problems(labels: cub.Cub) -> list[str]:
         return []
     own = agreement(labels)
     if not own >= AGREES:
-        return [
-            "the labels' class means hardly agree with class_attribute_labels_continuous.txt "
-            f"(correlation {own:.2f})"
-        ]
+        return [f"the labels' class means hardly agree with {ARCHIVE} (correlation {own:.2f})"]
     for axis, what in enumerate(("class", "trait")):
         for by in (-1, 1):
             shares_CT = np.roll(labels.shares_CT, by, axis)
             if (other := agreement(dataclasses.replace(labels, shares_CT=shares_CT))) >= own:
                 return [
-                    "the labels agree better with class_attribute_labels_continuous.txt when that is shifted "
-                    f"by one {what} (correlation {other:.2f} instead of {own:.2f})"
+                    f"the labels agree better with {ARCHIVE} when that is shifted by one {what} "
+                    f"(correlation {other:.2f} instead of {own:.2f})"
                 ]
     wrong = misfits(labels)
     if len(wrong) > max(1, MISFITS * len(np.unique(labels.class_N))):
         first = ", ".join(map(str, wrong[:3]))
         return [
-            f"the images of {len(wrong)} classes have traits that class_attribute_labels_continuous.txt "
-            f"gives to other classes (first: classes {first})"
+            f"the images of {len(wrong)} classes have traits that {ARCHIVE} gives to other classes "
+            f"(first: classes {first})"
         ]
     return []
 
@@ -195,14 +193,16 @@ def describe(labels: cub.Cub) -> str:
     n_N, n_T = labels.labels_NT.shape
     train_NT, test_NT = (labels.labels_NT[labels.is_train_N == is_train] for is_train in (True, False))
     explained, chance = between_classes(labels)
+    archive = f"no {ARCHIVE} to compare class means with"
+    if labels.shares_CT is not None:
+        archive = f"their class means correlate {agreement(labels):.2f} with {ARCHIVE}"
     lines = [
         f"{n_N:,} images of {len(set(labels.class_N.tolist())):,} classes, {n_T} traits: {len(train_NT):,} "
         f"train images (1 in train_test_split.txt), {len(test_NT):,} test images (0)",
         f"{labels.n_lines:,} annotations; {labels.n_repeated:,} image x trait pairs were annotated more than "
         f"once ({labels.n_disputed:,} with both answers); {labels.n_uncertain:,} positives are not certain "
         "enough",
-        f"classes explain {explained:.1%} of the labels' variance (by chance {chance:.1%}); "
-        f"{_archive(labels)}",
+        f"classes explain {explained:.1%} of the labels' variance (by chance {chance:.1%}); {archive}",
         "",
     ]
     groups = [results.group(name) for name in labels.attribute_names_T]
@@ -228,13 +228,6 @@ def describe(labels: cub.Cub) -> str:
         f"{REAL_MEAN:.2f})."
     )
     return "\n".join(lines)
-
-
-def _archive(labels: cub.Cub) -> str:
-    name = "class_attribute_labels_continuous.txt"
-    if labels.shares_CT is None:
-        return f"no {name} to compare class means with"
-    return f"their class means correlate {agreement(labels):.2f} with {name}"
 
 
 def refuse_implausible(labels: cub.Cub, root: str) -> None:

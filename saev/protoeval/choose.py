@@ -17,14 +17,6 @@ AP_DIGITS = 12
 bits."""
 
 
-class Draw(tp.NamedTuple):
-    """Train images to choose on: draw `r` of `n`."""
-
-    n: int
-    r: int
-    rows: Int64[np.ndarray, " n"]
-
-
 class Choice(tp.NamedTuple):
     """Each trait's prototype (counted within the scorer) and its train AP, for one cell and draw."""
 
@@ -33,11 +25,11 @@ class Choice(tp.NamedTuple):
 
 
 class Cell(tp.NamedTuple):
-    """A scorer's first K prototypes, and the choices among them on each draw of train images."""
+    """A scorer's first K prototypes, and the choices among them on each draw of n train images."""
 
     scorer: str
     n_prototypes: int
-    draws: list[Draw]
+    n_train: int
     choices: list[Choice]
     first: int
     """Index of its first prototype, counted over all scorers."""
@@ -45,53 +37,47 @@ class Cell(tp.NamedTuple):
 
 def choose(train: score.Split, banks: list[fit.Bank], cfg: config.ProtoEval) -> list[Cell]:
     """Chooses for the whole grid: scorer x K x number of train images."""
-    all_draws = draws(len(train.labels_NT), cfg)
+    drawn = draws(len(train.labels_NT), cfg)
     out: list[Cell] = []
     first = 0
     for bank in helpers.progress(banks, "choose", len(banks), "scorers"):
-        out += _cells(bank, first, all_draws, train, cfg)
+        out += _cells(bank, first, drawn, train, cfg)
         first += bank.scorer.n_prototypes
     return out
 
 
 def _cells(
-    bank: fit.Bank, start: int, all_draws: list[list[Draw]], train: score.Split, cfg: config.ProtoEval
+    bank: fit.Bank, start: int, drawn: dict[int, list[np.ndarray]], train: score.Split, cfg: config.ProtoEval
 ) -> list[Cell]:
     """A scorer's cells. Prototypes are read in blocks, and each is used for every K that includes it."""
-    flat = [draw for same_n in all_draws for draw in same_n]
-    T = train.labels_NT.shape[1]
-    best = [Choice(np.zeros(T, np.int64), np.full(T, np.nan)) for _ in flat]
-    found: dict[tuple[int, int, int], Choice] = {}
+    T, cells = train.labels_NT.shape[1], []
+    none = Choice(np.zeros(T, np.int64), np.full(T, np.nan))
+    best = {n: [none] * len(same_n) for n, same_n in drawn.items()}
     size = max(1, int(cfg.memory_gb * 1e9 / (16 * train.scores.scores_KN.shape[1])))
     for first, last in _pieces(bank.ks, size):
         scores_CN = train.of(slice(start + first, start + last))
-        for i, draw in enumerate(flat):
-            ap_CT = ap.of_rows(scores_CN[:, draw.rows], train.labels_NT[draw.rows])
-            best[i] = better(best[i], ap_CT, first)
-            if last in bank.ks:
-                found[last, draw.n, draw.r] = best[i]
-    return [
-        Cell(bank.name, k, same_n, [found[k, draw.n, draw.r] for draw in same_n], start)
-        for k in bank.ks
-        for same_n in all_draws
-    ]
+        for n, same_n in drawn.items():
+            aps = (ap.of_rows(scores_CN[:, rows_n], train.labels_NT[rows_n]) for rows_n in same_n)
+            best[n] = [better(choice, ap_CT, first) for choice, ap_CT in zip(best[n], aps, strict=True)]
+        if last in bank.ks:
+            cells += [Cell(bank.name, last, n, choices, start) for n, choices in best.items()]
+    return cells
 
 
-def draws(n_images: int, cfg: config.ProtoEval) -> list[list[Draw]]:
-    """The draws for each number of train images, which is at most all images. All images have one draw."""
-    out = []
-    for n in dict.fromkeys(n_images if n == -1 else min(n, n_images) for n in cfg.n_train):
-        ndraws = 1 if n == n_images else cfg.n_seeds
-        out.append([Draw(n, r, train_subset(n_images, n, cfg.seed, r)) for r in range(ndraws)])
+def draws(n_images: int, cfg: config.ProtoEval) -> dict[int, list[np.ndarray]]:
+    """Number of train images, at most all images -> the rows of each draw. All images have one draw."""
+    out = {}
+    for n in (n_images if n == -1 else min(n, n_images) for n in cfg.n_train):
+        seeds = range(1 if n == n_images else cfg.n_seeds)
+        out[n] = [train_subset(n_images, n, cfg.seed, r) for r in seeds]
     return out
 
 
 @jaxtyped(typechecker=beartype.beartype)
 def train_subset(n_images: int, n: int, seed: int, r: int = 0) -> Int64[np.ndarray, " n"]:
-    """Draw r of n train images (-1: all), equal for all scorers. Smaller subsets are part of larger ones."""
+    """Draw r of n train images, equal for all scorers. Smaller subsets are part of larger ones."""
     key = (seed, 0xC0B, r) if r else (seed, 0xC0B)
-    order_N = np.random.default_rng(key).permutation(n_images)
-    return np.sort(order_N if n == -1 else order_N[:n])
+    return np.sort(np.random.default_rng(key).permutation(n_images)[:n])
 
 
 @jaxtyped(typechecker=beartype.beartype)

@@ -20,9 +20,7 @@ def main() -> None:
         from saev.protoeval import labels
 
         return labels.describe(cfgs, console.say)
-    groups = sweeps.group(cfgs)
-    stage = "saev.protoeval.run:main"
-    for outcome in launch.run(stage, groups, cfg.slurm, "saev-protoeval"):
+    for outcome in launch.run("saev.protoeval.run:main", sweeps.group(cfgs), cfg.slurm, "saev-protoeval"):
         _show(outcome.get())
     return None
 

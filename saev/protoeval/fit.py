@@ -5,8 +5,6 @@ import pathlib
 import typing as tp
 
 from saev import devices, scorers
-from saev.data import activations
-from saev.protoeval import config
 from saev.protoeval.experiment import Experiment
 from saev.scorers import config as scorers_config
 
@@ -23,30 +21,17 @@ class Bank(tp.NamedTuple):
 
 def fit(experiment: Experiment) -> list[Bank]:
     """Fits k-means for each K, and other scorers once: a smaller K uses their first prototypes."""
-    found = zip(experiment.cfgs, experiment.fits, experiment.names, strict=True)
-    return [bank for cfg, fit, name in found for bank in _banks(cfg, fit.acts, name)]
-
-
-def _banks(cfg: config.ProtoEval, acts: activations.Activations, name: str) -> list[Bank]:
-    is_per_k = isinstance(cfg.scorer, scorers_config.KMeans)
-    fit_ks = sorted(set(cfg.n_prototypes)) if is_per_k else [max(cfg.n_prototypes)]
-    fitted = scorers.fit_each(
-        cfg.scorer,
-        acts,
-        fit_ks,
-        seed=cfg.seed,
-        dpath=pathlib.Path(cfg.scorers_to),
-        device=devices.pick(cfg.device),
-    )
     out = []
-    for k_max, scorer in zip(fit_ks, fitted, strict=True):
-        wanted = (k_max,) if len(fit_ks) > 1 else cfg.n_prototypes
-        ks = tuple(sorted({min(k, scorer.n_prototypes) for k in wanted}))
-        if scorer.n_prototypes < k_max:
-            logger.info(
-                "%s: has %d prototypes, which are used for all larger K",
-                type(cfg.scorer).__name__,
-                scorer.n_prototypes,
-            )
-        out.append(Bank(name, scorer, ks))
+    for cfg, fit, name in zip(experiment.cfgs, experiment.fits, experiment.names, strict=True):
+        is_per_k = isinstance(cfg.scorer, scorers_config.KMeans)
+        fit_ks = sorted(set(cfg.n_prototypes)) if is_per_k else [max(cfg.n_prototypes)]
+        dpath, device = pathlib.Path(cfg.scorers_to), devices.pick(cfg.device)
+        fitted = scorers.fit_each(cfg.scorer, fit.acts, fit_ks, seed=cfg.seed, dpath=dpath, device=device)
+        for k_max, scorer in zip(fit_ks, fitted, strict=True):
+            wanted = (k_max,) if len(fit_ks) > 1 else cfg.n_prototypes
+            n = scorer.n_prototypes
+            if n < k_max:
+                what = type(cfg.scorer).__name__
+                logger.info("%s: has %d prototypes, which are used for all larger K", what, n)
+            out.append(Bank(name, scorer, tuple(sorted({min(k, n) for k in wanted}))))
     return out

@@ -50,9 +50,8 @@ def read(gallery: pathlib.Path) -> Gallery:
     Raises:
         UserError: it is missing, or was changed.
     """
-    fpath = gallery / "gallery.json"
     try:
-        return jsonfile.read_sealed(fpath, Gallery, "Run visuals.py again.")
+        return jsonfile.read_sealed(gallery / "gallery.json", Gallery, "Run visuals.py again.")
     except (FileNotFoundError, NotADirectoryError) as err:
         raise errors.UserError(
             f"--gallery {gallery}: has no gallery.json. Pass a folder that visuals.py wrote."
@@ -75,8 +74,7 @@ def link(dpath: pathlib.Path, scorer: str, gallery: pathlib.Path) -> None:
         "AP on train images": [f"{ap:.3f}" for ap in best["train_ap"]],
         "AP on test images": [f"{ap:.3f}" for ap in best["test_ap"]],
     }
-    n_train = best["n_train"][0]
-    text = f"Best latents of {scorer} with {n_train} train images.\n\n"
+    text = f"Best latents of {scorer} with {best['n_train'][0]} train images.\n\n"
     text += tables.markdown(pl.DataFrame(table))
     if missing := set(latents) - shown:
         flags = " ".join(map(str, sorted(set(latents))))

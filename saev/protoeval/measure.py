@@ -18,11 +18,10 @@ def measure(
     """The rows of the constant scorer and of the linear probe, then one row per cell."""
     meter = Meter(test, cfg)
     rows = [_constant_row(train, meter)]
-    rows += [_probe_row(same_n, train, meter) for same_n in choose.draws(len(train.labels_NT), cfg)]
+    rows += [_probe_row(same_n, train, meter) for same_n in choose.draws(len(train.labels_NT), cfg).values()]
     for cell in helpers.progress(cells, "measure", len(cells), "cells"):
         found = [meter(test.of(cell.first + choice.best_T)) for choice in cell.choices]
-        n_train = len(cell.draws[0].rows)
-        rows.append(_row(cell.scorer, cell.n_prototypes, n_train, cell.choices, found))
+        rows.append(_row(cell.scorer, cell.n_prototypes, cell.n_train, cell.choices, found))
     return rows
 
 
@@ -73,13 +72,13 @@ def _constant_row(train: score.Split, meter: Meter) -> results.Row:
     return _row(results.CONSTANT, 1, len(zeros_NT), [choice], [measured])
 
 
-def _probe_row(same_n: list[choose.Draw], train: score.Split, meter: Meter) -> results.Row:
+def _probe_row(same_n: list[np.ndarray], train: score.Split, meter: Meter) -> results.Row:
     """A linear probe, trained on the images that scorers choose on: what labels give without prototypes."""
     choices, measured = [], []
-    for draw in same_n:
-        train_ND, labels_NT = train.mean_ND[draw.rows], train.labels_NT[draw.rows]
+    for rows_n in same_n:
+        train_ND, labels_NT = train.mean_ND[rows_n], train.labels_NT[rows_n]
         own_NT, test_NT = probe.scores(train_ND, labels_NT, train_ND, meter.test.mean_ND)
         train_ap_T = ap.paired(own_NT.T, labels_NT)
         choices.append(choose.Choice(np.zeros(len(train_ap_T), np.int64), train_ap_T))
         measured.append(meter(test_NT.T))
-    return _row(results.PROBE, 1, len(same_n[0].rows), choices, measured)
+    return _row(results.PROBE, 1, len(same_n[0]), choices, measured)

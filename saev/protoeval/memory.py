@@ -46,9 +46,12 @@ def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
     )
     fit = max(_fit(cfg, k, sizes) for cfg, k in zip(cfgs, ks, strict=True))
     scores = 4 * sizes.n_imgs * (sum(ks) + sizes.d_vit)
-    passing = _block(cfgs[0], sum(ks), sizes)
-    choosing = max(_choice(cfgs[0], max(ks), sizes), _probe(sizes))
-    return memory.PROGRAM + max(fit, LIBRARIES + held + scores + max(passing, choosing))
+    one = 4 * (5 * sizes.n_tokens * sizes.d_vit + 2 * sum(ks))  # an image's activations and scores
+    block = max(one, int(min(cfgs[0].memory_gb * 1e9, one * min(SCORE_BLOCK, sizes.n_imgs))))
+    # mean activations in float64, scaled, centred and decomposed
+    probe = 8 * sizes.n_train * (6 * sizes.d_vit + 4 * sizes.n_traits)
+    choosing = _choice(cfgs[0], max(ks), sizes)
+    return memory.PROGRAM + max(fit, LIBRARIES + held + scores + max(block, choosing, probe))
 
 
 def _n_prototypes(cfg: config.ProtoEval, d_vit: int) -> int:
@@ -83,18 +86,7 @@ def _sample(n: int, sizes: Sizes, blocks: int) -> int:
     return max(4 * sizes.d_vit * drawn + blocks, 4 * sizes.d_vit * (drawn + min(n, drawn)))
 
 
-def _block(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
-    """Activations and scores of the images in a block."""
-    one = 4 * (5 * sizes.n_tokens * sizes.d_vit + 2 * k)
-    return max(one, int(min(cfg.memory_gb * 1e9, one * min(SCORE_BLOCK, sizes.n_imgs))))
-
-
 def _choice(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
     """Two copies of a block's scores, three float64 matrices of its APs, three copies of the resamples."""
     some = min(k, max(1, int(cfg.memory_gb * 1e9 / (16 * sizes.n_imgs))))
     return some * (8 * sizes.n_train + 24 * sizes.n_traits) + 3 * cfg.n_boot * sizes.n_test
-
-
-def _probe(sizes: Sizes) -> int:
-    """Mean activations in float64, scaled, centred and decomposed."""
-    return 8 * sizes.n_train * (6 * sizes.d_vit + 4 * sizes.n_traits)

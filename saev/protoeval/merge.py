@@ -1,5 +1,6 @@
 """Merges all results below a folder into one report: tables over ViTs, layers and scorers."""
 
+import collections.abc
 import dataclasses
 import logging
 import pathlib
@@ -92,8 +93,11 @@ def write(root: pathlib.Path) -> pathlib.Path:
     for labels, certainty in sections:
         part = merged.section(labels, certainty)
         where = f"labels {labels[:8]}, certainty from {certainty}"
-        text += [f"{where.capitalize()}:\n", *_text(part)]
-        table = report.summary_table(part.cells, _place(part.cells))
+        # columns (and their headers) that distinguish the results
+        tokens = {"tokens": "Tokens"} if part.cells["tokens"].n_unique() > 1 else {}
+        place = {"vit": "ViT", "layer": "Layer"} | tokens
+        table = report.summary_table(part.cells, place)
+        text += [f"{where.capitalize()}:\n", *_text(part, table, place)]
         tex.append(f"% {where}\n{tables.latex(table)}")
         name = "chart.png" if len(sections) == 1 else f"chart-{labels[:8]}-{certainty}.png"
         chart_fpaths.append(out / name)
@@ -113,16 +117,10 @@ def write(root: pathlib.Path) -> pathlib.Path:
     return out
 
 
-def _text(part: Merged) -> list[str]:
+def _text(part: Merged, table: pl.DataFrame, place: dict[str, str]) -> list[str]:
     """A section of table.md."""
-    place = _place(part.cells)
     text = [w for w in dict.fromkeys(map(report.warning, part.abouts)) if w]
-    text += [tables.markdown(report.summary_table(part.cells, place))]
-    text += ["By kind of trait (number of traits):\n"]
-    text += [tables.markdown(report.kinds_table(part.kinds, place))]
-    if len(against := report.against_baseline(part.differences)):
-        text += [f"{report.AGAINST}\n"]
-        text += [tables.markdown(report.differences_table(against, place))]
+    text += [tables.markdown(table), *report.sections(part.kinds, part.differences, place)]
     if len(part.seeds):
         text += [f"{OVER_SEEDS}\n", tables.markdown(report.seeds_table(part.seeds, place))]
     notes = [
@@ -131,12 +129,6 @@ def _text(part: Merged) -> list[str]:
         for about in part.abouts
     ]
     return [*text, f"{LEGEND}\n", *dict.fromkeys(notes)]
-
-
-def _place(cells: pl.DataFrame) -> dict[str, str]:
-    """Columns (and their headers) that distinguish the results of a section."""
-    tokens = {"tokens": "Tokens"} if cells["tokens"].n_unique() > 1 else {}
-    return {"vit": "ViT", "layer": "Layer"} | tokens
 
 
 # ---- reading ----
@@ -224,21 +216,17 @@ def _names(cells: pl.DataFrame, found: list[Result]) -> pl.DataFrame:
     """Distinct names for the scorers of a place: new_name, and family_name for all seeds of a scorer."""
     lines = []
     for place, mine in cells.group_by(stats.PLACE, maintain_order=True):
-        scorers = {}
-        for name, i in mine.select("scorer", "result").iter_rows():
-            scorer = found[i].about.scorer(name)
-            scorers[scorer.id] = scorer
-        families = {key: scorer.seedless for key, scorer in scorers.items()}
-        names = _distinct_names(list(scorers.values()))
-        family_names = _distinct_names(list({f.id: f for f in families.values()}.values()))
-        lines += [(*place, key, names[key], family_names[families[key].id]) for key in scorers]
+        rows = mine.select("scorer", "result").iter_rows()
+        scorers = {s.id: s for s in (found[i].about.scorer(name) for name, i in rows)}.values()
+        names, families = _distinct_names(scorers), _distinct_names([s.seedless for s in scorers])
+        lines += [(*place, s.id, names[s.id], families[s.seedless.id]) for s in scorers]
     columns = {key: cells.schema[key] for key in SCORER}
     return pl.DataFrame(lines, columns | {"new_name": pl.String, "family_name": pl.String}, orient="row")
 
 
-def _distinct_names(scorers: list[results.ScorerId]) -> dict[str, str]:
+def _distinct_names(scorers: collections.abc.Iterable[results.ScorerId]) -> dict[str, str]:
     """Id -> name. Scorers with the same name get the settings in which they differ (8 digits of hashes)."""
-    out = {}
+    scorers, out = {scorer.id: scorer for scorer in scorers}.values(), {}
     for scorer in scorers:
         alike = [other.settings for other in scorers if other.name == scorer.name]
         differing = [

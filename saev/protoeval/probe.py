@@ -34,8 +34,5 @@ def scores(
         warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)
         warnings.simplefilter("ignore", RuntimeWarning)  # leave-one-out of a single image
         probe.fit(train_ND.astype(np.float64), labels_NT.astype(np.float64))
-    return [_two_dim(np.asarray(probe.predict(x_ND.astype(np.float64)))) for x_ND in others]
-
-
-def _two_dim(scores: np.ndarray) -> Float64[np.ndarray, "N T"]:
-    return scores.reshape(len(scores), -1)
+    found = (np.asarray(probe.predict(x_ND.astype(np.float64))) for x_ND in others)
+    return [scores.reshape(len(scores), -1) for scores in found]

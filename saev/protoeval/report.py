@@ -70,20 +70,22 @@ def write(
     charts.save(charts.grid(cells), dpath / "chart.png")
     table = summary_table(cells)
     helpers.write_text(dpath / "table.tex", f"% {describe(about)}\n{tables.latex(table)}")
-    text = [warning(about), tables.markdown(table), _notes(cells, len(names), about)]
-    text += ["\nBy kind of trait (number of traits):\n\n", tables.markdown(kinds_table(kinds))]
-    if len(against := against_baseline(differences)):
-        text.append(f"\n{AGAINST}\n\n{tables.markdown(differences_table(against))}")
-    helpers.write_text(dpath / "table.md", "".join(text))
+    text = warning(about) + tables.markdown(table) + _notes(cells, len(names), about)
+    helpers.write_text(dpath / "table.md", "\n".join([text, *sections(kinds, differences)]))
     manifest.write(dpath, results.FILES)
 
 
 # ---- tables ----
 
 
-def against_baseline(differences: pl.DataFrame) -> pl.DataFrame:
-    """The differences of other scorers from random activations."""
-    return differences.filter(~stats.IS_BASELINE, pl.col("cls_other") == results.BASELINE)
+def sections(
+    kinds: pl.DataFrame, differences: pl.DataFrame, place: dict[str, str] | None = None
+) -> list[str]:
+    """The tables by kind of trait, and of differences from random activations, with their titles."""
+    out = [f"By kind of trait (number of traits):\n\n{tables.markdown(kinds_table(kinds, place))}"]
+    if len(against := differences.filter(stats.IS_AGAINST_BASELINE)):
+        out.append(f"{AGAINST}\n\n{tables.markdown(differences_table(against, place))}")
+    return out
 
 
 def _size(lines: pl.DataFrame, place: dict[str, str]) -> dict[str, list[str]]:
@@ -176,12 +178,11 @@ def settings(about: results.About) -> str:
     lines = []
     for name, fields in about.scorers.items():
         similarity = fields.get("similarity", "dot" if fields.get("cls") == "Pca" else "")
-        shown = fields
         if similarity in scorers_config.FORMULAS:
-            shown = fields | {"similarity": f"{similarity} {scorers_config.FORMULAS[similarity]}"}
+            fields = fields | {"similarity": f"{similarity} {scorers_config.FORMULAS[similarity]}"}
         parts = [
             f"{key.replace('_', ' ')} {str(value)[:8] if key in ('ckpt', 'fit') else value}"
-            for key, value in shown.items()
+            for key, value in fields.items()
             if key != "cls"
         ]
         lines.append(f"- {name}: {fields.get('cls', name)}, {', '.join(parts)}\n")
@@ -190,11 +191,9 @@ def settings(about: results.About) -> str:
 
 def describe(about: results.About) -> str:
     """How a table was made, in a sentence."""
-    names = " and ".join(about.shards)
-    text = f"{about.vit}, layer {about.layer}, {about.tokens}, shards {names}"
+    text = f"{about.vit}, layer {about.layer}, {about.tokens}, shards {' and '.join(about.shards)}"
     if about.chosen_on:
-        text += f"; {about.n_classes} classes, chosen on {about.chosen_on}, "
-        text += f"measured on {about.measured_on}"
+        text += f"; {about.n_classes} classes, chosen on {about.chosen_on}, measured on {about.measured_on}"
     if about.chosen_on.endswith("test images"):
         text += " (splits swapped: below, train images are CUB's test images, and test images its train "
         text += "images)"

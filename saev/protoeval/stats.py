@@ -15,9 +15,10 @@ from saev.formats import results
 
 PLACE = ("labels", "min_certainty", "vit", "layer", "tokens")
 """Fields of `results.About` that comparable results share, in the order of the reports."""
-CELL = ("scorer_id", "n_prototypes", "n_train")
 IS_REFERENCE = pl.col("cls").is_in(list(results.REFERENCES))
 IS_BASELINE = pl.col("cls") == results.BASELINE
+IS_AGAINST_BASELINE = ~IS_BASELINE & (pl.col("cls_other") == results.BASELINE)
+"""Of differences: those of other scorers from random activations."""
 
 
 def cells(summary: pl.DataFrame, about: results.About) -> pl.DataFrame:
@@ -26,7 +27,7 @@ def cells(summary: pl.DataFrame, about: results.About) -> pl.DataFrame:
     family is the scorer's id without the seed; row is the cell's index in the resamples.
     """
     scorers = [about.scorer(name) for name in summary["scorer"].unique(maintain_order=True)]
-    ids = [(s.name, s.id, s.cls, s.seedless.id) for s in scorers]
+    ids = [(s.name, s.id, str(s.settings.get("cls", s.name)), s.seedless.id) for s in scorers]
     columns = dict.fromkeys(("scorer", "scorer_id", "cls", "family"), pl.String)
     of = {key: pl.lit(getattr(about, key)) for key in (*PLACE, "seed", "n_boot")}
     return (
@@ -47,7 +48,7 @@ def summary(rows: list[results.Row]) -> pl.DataFrame:
     lines = [
         (
             *(row.scorer, row.n_prototypes, row.n_train, row.mean_ap, *row.interval, row.spread),
-            *(*row.quantiles, len(row.measured_T)),
+            *(*results.quantiles(row.measured_T, 0.05, 0.95), len(row.measured_T)),
             int(np.isnan(row.train_ap_RT).any(axis=0).sum()),
         )
         for row in rows
@@ -57,13 +58,8 @@ def summary(rows: list[results.Row]) -> pl.DataFrame:
 
 def traits(rows: list[results.Row], cells: pl.DataFrame, names: list[str]) -> pl.DataFrame:
     """The frame of traits. `row` and `trait_i` are the indices of the cell and of the trait in `names`."""
-    of_trait = pl.DataFrame(
-        {
-            "trait": names,
-            "group": [results.group(name) for name in names],
-            "kind": [results.kind(name) for name in names],
-        }
-    ).with_row_index("trait_i")
+    rows_T = [(name, results.group(name), results.kind(name)) for name in names]
+    of_trait = pl.DataFrame(rows_T, ["trait", "group", "kind"], orient="row").with_row_index("trait_i")
     measured = [
         of_trait.join(pl.DataFrame({"draw": np.arange(len(row.best_RT))}), how="cross")
         .sort("draw", "trait_i")
@@ -75,8 +71,8 @@ def traits(rows: list[results.Row], cells: pl.DataFrame, names: list[str]) -> pl
         )
         for i, row in enumerate(rows)
     ]
-    cell = cells.select("row", *CELL, "scorer")
-    found = pl.concat(measured).join(cell, on="row", maintain_order="left")
+    cells = cells.select("row", "scorer_id", *results.CELL)
+    found = pl.concat(measured).join(cells, on="row", maintain_order="left")
     return found.select(*results.TRAITS, "row", "trait_i")
 
 
@@ -138,7 +134,9 @@ def differences(cells: pl.DataFrame, boots: list[np.ndarray]) -> pl.DataFrame:
         .with_columns(difference=pl.col("map") - pl.col("map_other"))
     )
     intervals = [
-        _interval(boots[i], boots[j], difference)
+        results.interval(_over_draws(boots[i] - boots[j]), difference)
+        if boots[i].size and boots[i].shape == boots[j].shape
+        else (None, None)  # they cannot be paired
         for i, j, difference in pairs.select("row", "row_other", "difference").iter_rows()
     ]
     found = pl.DataFrame(intervals, {"low": pl.Float64, "high": pl.Float64}, orient="row")
@@ -149,15 +147,6 @@ def differences(cells: pl.DataFrame, boots: list[np.ndarray]) -> pl.DataFrame:
         .with_columns(excludes_zero=(pl.col("low") > 0) | (pl.col("high") < 0))
         .select(*PLACE, "cls", "cls_other", *results.DIFFERENCES)
     )
-
-
-def _interval(
-    boot_RM: np.ndarray, other_RM: np.ndarray, difference: float
-) -> tuple[float | None, float | None]:
-    """(low, high), or (None, None) if the cells cannot be paired."""
-    if not boot_RM.size or boot_RM.shape != other_RM.shape:
-        return None, None
-    return results.interval(_over_draws(boot_RM - other_RM), difference)
 
 
 def _over_draws(boot_RM: np.ndarray) -> np.ndarray:

@@ -60,20 +60,16 @@ def fit(
     Raises:
         UserError: bad shards, or fewer activations than the largest K.
     """
-    fpaths = state_fpaths or [None] * len(ks)
-    saved = [
-        None if fpath is None else _read_state(fpath, k, acts.d_vit, device)
-        for fpath, k in zip(fpaths, ks, strict=True)
-    ]
-    new_ks = [k for k, state in zip(ks, saved, strict=True) if state is None]
-    new_states = iter(_initial(cfg, acts, new_ks, seed, device) if new_ks else [])
-    states = [next(new_states) if state is None else state for state in saved]
-    while open_states := [s for s in states if s.n_passes < cfg.n_iters and not s.is_done]:
-        one_pass(open_states, acts, cfg)
-        for state, fpath in zip(states, fpaths, strict=True):
-            if fpath is not None and any(state is s for s in open_states):
-                _write_state(state, fpath)
-    fitted = [base.Prototypes(s.center_KD, s.mean_D, cfg.similarity) for s in states]
+    fpaths = dict(zip(ks, state_fpaths, strict=True)) if state_fpaths else {}
+    saved = {k: _read_state(fpath, k, acts.d_vit, device) for k, fpath in fpaths.items()}
+    states = {k: state for k, state in saved.items() if state}
+    if new_ks := [k for k in ks if k not in states]:
+        states |= zip(new_ks, _initial(cfg, acts, new_ks, seed, device), strict=True)
+    while open_states := {k: s for k, s in states.items() if s.n_passes < cfg.n_iters and not s.is_done}:
+        one_pass(list(open_states.values()), acts, cfg)
+        for k in open_states.keys() & fpaths.keys():
+            _write_state(states[k], fpaths[k])
+    fitted = [base.Prototypes(states[k].center_KD, states[k].mean_D, cfg.similarity) for k in ks]
     return [scorer.to(base.CPU) for scorer in fitted]
 
 
@@ -233,8 +229,7 @@ def _tiles(x_BD: Tensor, n_columns: int) -> list[slice]:
 
 
 def _accepted(x_CD: Tensor, before_C: Tensor, uniform_C: np.ndarray) -> list[int]:
-    """Accepts candidates in order, each with probability (squared distance now) / (squared distance
-    before)."""
+    """Accepts candidates in order, each with probability (squared distance now) / (the same before)."""
     between_CC = torch.cdist(x_CD, x_CD, compute_mode="donot_use_mm_for_euclid_dist").square().cpu().numpy()
     start_C = before_C.cpu().numpy()
     now_C, accepted = start_C.copy(), []
@@ -289,8 +284,7 @@ class _Sums:
         self.n_K = center_KD.new_zeros(K, dtype=torch.int64)
         self.inertia = 0.0
         self.far_C, self.far_CD = center_KD.new_zeros(0), center_KD.new_zeros(0, D)
-        """The K activations farthest from their centres: distances squared, activations, centres
-        (far_at_C)."""
+        """The K activations farthest from their centres: squared distances, activations, centres (at)."""
         self.far_at_C = center_KD.new_zeros(0, dtype=torch.int64)
 
     def add(self, x_BD: Tensor) -> None:
@@ -341,8 +335,7 @@ def _write_state(state: State, fpath: pathlib.Path) -> None:
 
 
 def _read_state(fpath: pathlib.Path, k: int, d_vit: int, device: torch.device) -> State | None:
-    """Reads the centres of a killed fit. None if the file is missing or damaged: the fit then starts
-    again."""
+    """Reads the centres of a killed fit. None if the file is missing or damaged: it then starts again."""
     if not fpath.exists():
         return None
     try:

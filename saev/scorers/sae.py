@@ -40,11 +40,8 @@ class SaeLatents:
         sae, K = self.sae, self.n_prototypes
         if not sae.architecture.is_elementwise:
             return self._by_codes(acts_BPD)
-        pre_BK = base.largest(acts_BPD, sae.W_enc.T[:K], self._scaled) + sae.b_enc[:K]
-        return sae.architecture.largest(sae, pre_BK)
-
-    def _scaled(self, x_RD: Tensor) -> tuple[Tensor, None]:
-        return x_RD * self.sae.scale - self.sae.b_dec, None
+        found_BK = base.largest(acts_BPD, sae.W_enc.T[:K], lambda x_RD: (x_RD * sae.scale - sae.b_dec, None))
+        return sae.architecture.largest(sae, found_BK + sae.b_enc[:K])
 
     def _by_codes(self, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B K"]:
         """Encodes some images at a time, because a GPU holds the pre-activations of all their patches."""

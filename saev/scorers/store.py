@@ -1,7 +1,6 @@
 """Fits, saves and loads scorers. A hash of the inputs names the file, so that nothing is fitted twice."""
 
 import dataclasses
-import functools
 import logging
 import pathlib
 import re
@@ -21,6 +20,9 @@ REFIT = "Delete the file; the next run fits it again."
 
 REVISION = 5
 """Increment it when a fit gives other numbers: then older fits and evaluations are computed again."""
+
+Fitted = config.Random | config.Pca | config.KMeans
+"""Configs of scorers that are fitted on activations."""
 
 
 @beartype.beartype
@@ -59,28 +61,44 @@ def fit_each(
         scorer = _load_sae(cfg, acts)
         return [scorer.prefix(k) for k in ks]
     if dpath is None:
-        return [
-            _configured(cfg, scorer, k)
-            for scorer, k in zip(_fit(cfg, acts, ks, seed, device), ks, strict=True)
-        ]
-    helpers.sweep(dpath)
-    key = _key(cfg, acts, seed)
-    found = functools.partial(_found, cfg, dpath, key)
-
-    def missing() -> list[int]:
-        return [k for k in sorted(set(ks)) if found(k) is None]
-
-    if missing():
-        lock_fpath = dpath / f".{_name(cfg)}-{key}.lock"
-        with helpers.locked(lock_fpath, f"it fits {_name(cfg)} in {dpath}"):
-            if missing_ks := missing():
-                _fit_and_save(cfg, acts, missing_ks, seed, dpath, key, device)
-    fitted = [_fitted(fpath, acts.d_vit) for fpath in map(found, ks) if fpath]
+        fitted = _fit(cfg, acts, ks, seed, device)
+    else:
+        fitted = _stored(cfg, acts, ks, seed, device, dpath)
     return [_configured(cfg, scorer, k) for scorer, k in zip(fitted, ks, strict=True)]
 
 
+def _stored(
+    cfg: Fitted,
+    acts: activations.Activations,
+    ks: list[int],
+    seed: int,
+    device: torch.device,
+    dpath: pathlib.Path,
+) -> list[base.Prototypes]:
+    """As `_fit`, but scorers in the folder are loaded, and others saved there."""
+    helpers.sweep(dpath)
+    name, key = type(cfg).__name__.lower(), _key(cfg, acts, seed)
+    found = _found(cfg, ks, dpath, name, key)
+    if not set(ks) <= found.keys():
+        with helpers.locked(dpath / f".{name}-{key}.lock", f"it fits {name} in {dpath}"):
+            found = _found(cfg, ks, dpath, name, key)
+            if missing := sorted(set(ks) - found.keys()):
+                states = [dpath / f"{name}-{k}-{key}.state" for k in missing]
+                fitted = _fit(cfg, acts, missing, seed, device, states)
+                for scorer in {id(scorer): scorer for scorer in fitted}.values():
+                    fpath = dpath / f"{name}-{scorer.n_prototypes}-{key}.bin"
+                    save(scorer, fpath)
+                    logger.info("fitted %s", fpath)
+                # also the states of a fit that was killed here
+                for state in dpath.glob(f"{name}-*-{key}.state"):
+                    if state.with_suffix(".bin").exists():
+                        state.unlink(missing_ok=True)
+                found = _found(cfg, ks, dpath, name, key)
+    return [_fitted(found[k], acts.d_vit) for k in ks]
+
+
 def _fit(
-    cfg: config.Random | config.Pca | config.KMeans,
+    cfg: Fitted,
     acts: activations.Activations,
     ks: list[int],
     seed: int,
@@ -94,34 +112,14 @@ def _fit(
     return [one] * len(ks)
 
 
-def _fit_and_save(
-    cfg: config.Random | config.Pca | config.KMeans,
-    acts: activations.Activations,
-    ks: list[int],
-    seed: int,
-    dpath: pathlib.Path,
-    key: str,
-    device: torch.device,
-) -> None:
-    states = [dpath / f"{_name(cfg)}-{k}-{key}.state" for k in ks]
-    fitted = _fit(cfg, acts, ks, seed, device, states)
-    for scorer in {id(scorer): scorer for scorer in fitted}.values():
-        fpath = dpath / f"{_name(cfg)}-{scorer.n_prototypes}-{key}.bin"
-        save(scorer, fpath)
-        logger.info("fitted %s", fpath)
-    # also the states of a fit that was killed here
-    for state in dpath.glob(f"{_name(cfg)}-*-{key}.state"):
-        if state.with_suffix(".bin").exists():
-            state.unlink(missing_ok=True)
-
-
-def _found(cfg: config.Scorer, dpath: pathlib.Path, key: str, k: int) -> pathlib.Path | None:
-    """Finds the file to use for K. Random activations: any with at least K. PCA: the only one."""
-    names = {fpath: fpath.name.split("-") for fpath in dpath.glob(f"{_name(cfg)}-*-{key}.bin")}
+def _found(cfg: Fitted, ks: list[int], dpath: pathlib.Path, name: str, key: str) -> dict[int, pathlib.Path]:
+    """Maps K to its file, if there is one. Random activations: any with at least K. PCA: the only one."""
+    names = {fpath: fpath.name.split("-") for fpath in dpath.glob(f"{name}-*-{key}.bin")}
     sizes = {int(parts[1]): f for f, parts in names.items() if re.fullmatch("[0-9]{1,9}", parts[1])}
     if isinstance(cfg, config.KMeans):
-        return sizes.get(k)
-    return next((sizes[n] for n in sorted(sizes) if n >= k or isinstance(cfg, config.Pca)), None)
+        return {k: sizes[k] for k in ks if k in sizes}
+    usable = {k: [n for n in sorted(sizes) if n >= k or isinstance(cfg, config.Pca)] for k in ks}
+    return {k: sizes[ns[0]] for k, ns in usable.items() if ns}
 
 
 def _fitted(fpath: pathlib.Path, d_vit: int) -> base.Prototypes:
@@ -137,17 +135,11 @@ def _fitted(fpath: pathlib.Path, d_vit: int) -> base.Prototypes:
     return scorer
 
 
-def _configured(
-    cfg: config.Random | config.Pca | config.KMeans, scorer: base.Prototypes, k: int
-) -> base.Prototypes:
+def _configured(cfg: Fitted, scorer: base.Prototypes, k: int) -> base.Prototypes:
     """The first k prototypes, with the config's similarity and signs."""
     if isinstance(cfg, config.Pca):
         return (pca.both_signs(scorer) if cfg.both_signs else scorer).prefix(k)
     return dataclasses.replace(scorer, similarity=cfg.similarity).prefix(k)
-
-
-def _name(cfg: config.Scorer) -> str:
-    return type(cfg).__name__.lower()
 
 
 def _key(cfg: config.Scorer, acts: activations.Activations, seed: int) -> str:

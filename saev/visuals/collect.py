@@ -1,6 +1,6 @@
 """Stage 3: one pass for every latent's statistics and top images, then a gallery of the chosen latents.
 
-B images of a block, P patches, D d_vit, S latents, K images per latent, C chosen latents.
+B images of a block, P patches, D d_vit, S latents, K images per latent, F latents that fire, C chosen ones.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import pathlib
 import beartype
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Float64, Int64, jaxtyped
+from jaxtyping import Float32, Float64, Int64, jaxtyped
 from torch import Tensor
 
 from saev import devices, errors, helpers, nn
@@ -136,30 +136,24 @@ def choose(cfg: config.Visuals, stats: Stats) -> Int64[np.ndarray, " C"]:
         if bad := [i for i in cfg.latents if not 0 <= i < len(stats.freq_S)]:
             raise errors.UserError(f"--latents {bad[0]}: the SAE has latents 0 to {len(stats.freq_S) - 1}.")
         return np.array(sorted(set(cfg.latents)), np.int64)
-    eligible_C = np.flatnonzero(_eligible(cfg, stats))
+    fires_F = np.flatnonzero(stats.freq_S > 0)
+    log_freq_F, log_mean_F = np.log10(stats.freq_S[fires_F]), np.log10(stats.mean_S[fires_F])
+    (f_low, f_high), (v_low, v_high) = cfg.log_freq_range, cfg.log_value_range
+    in_freq_F = (f_low <= log_freq_F) & (log_freq_F <= f_high)
+    eligible_C = fires_F[in_freq_F & (v_low <= log_mean_F) & (log_mean_F <= v_high)]
     if not len(eligible_C):
-        raise errors.UserError(f"no latent lies in --log-freq-range and --log-value-range. {_found(stats)}")
+        found = _found(log_freq_F, log_mean_F)
+        raise errors.UserError(f"no latent lies in --log-freq-range and --log-value-range. {found}")
     n = min(cfg.n_latents, len(eligible_C))
     return np.sort(np.random.default_rng(cfg.seed).choice(eligible_C, n, replace=False))
 
 
-def _eligible(cfg: config.Visuals, stats: Stats) -> Bool[np.ndarray, " S"]:
-    fires_S = stats.freq_S > 0
-    log_freq_S = np.log10(stats.freq_S, where=fires_S, out=np.full(len(fires_S), -np.inf))
-    log_mean_S = np.log10(stats.mean_S, where=fires_S, out=np.full(len(fires_S), -np.inf))
-    (f_low, f_high), (v_low, v_high) = cfg.log_freq_range, cfg.log_value_range
-    in_freq_S = (f_low <= log_freq_S) & (log_freq_S <= f_high)
-    return fires_S & in_freq_S & (v_low <= log_mean_S) & (log_mean_S <= v_high)
-
-
-def _found(stats: Stats) -> str:
-    fires_S = stats.freq_S > 0
-    if not fires_S.any():
+def _found(log_freq_F: np.ndarray, log_mean_F: np.ndarray) -> str:
+    if not len(log_freq_F):
         return "No latent fires at all: is this the SAE of this ViT layer?"
-    ranges = [np.quantile(np.log10(v_S[fires_S]), [0.05, 0.95]) for v_S in (stats.freq_S, stats.mean_S)]
-    (f_low, f_high), (v_low, v_high) = ranges
+    (f_low, f_high), (v_low, v_high) = (np.quantile(v_F, [0.05, 0.95]) for v_F in (log_freq_F, log_mean_F))
     return (
-        f"Of {fires_S.sum()} latents that fire, 90% have log10 frequency {f_low:.1f} to {f_high:.1f} "
+        f"Of {len(log_freq_F)} latents that fire, 90% have log10 frequency {f_low:.1f} to {f_high:.1f} "
         f"and log10 value {v_low:.1f} to {v_high:.1f}: widen the ranges."
     )
 
@@ -171,31 +165,21 @@ def _pages(
     """Heat maps of the chosen latents on their top images; each image is read once."""
     wanted: dict[int, list[tuple[int, int]]] = {}
     for latent in latents_C.tolist():
-        for rank, (image_i, value) in enumerate(
-            zip(stats.top_image_SK[latent], stats.top_value_SK[latent], strict=True)
-        ):
-            if value > 0:
-                wanted.setdefault(int(image_i), []).append((latent, rank))
+        for rank in np.flatnonzero(stats.top_value_SK[latent] > 0).tolist():
+            wanted.setdefault(int(stats.top_image_SK[latent, rank]), []).append((latent, rank))
     heat_P: dict[tuple[int, int], np.ndarray] = {}
     for image_i in helpers.progress(sorted(wanted), "heat maps", len(wanted), "images"):
-        f_PS = _codes(sae, _read_image(stream.acts, image_i))[0].cpu().numpy()
+        position = int(np.searchsorted(stream.acts.image_is_N, image_i))
+        f_PS = _codes(sae, stream.acts.read(position, position + 1))[0].cpu().numpy()
         heat_P |= {key: f_PS[:, key[0]].copy() for key in wanted[image_i]}
     return [_page(stats, latent, heat_P) for latent in latents_C.tolist()]
 
 
-def _read_image(acts: activations.Activations, image_i: int) -> np.ndarray:
-    position = int(np.searchsorted(acts.image_is_N, image_i))
-    return acts.read(position, position + 1)
-
-
 def _page(stats: Stats, latent: int, heat_P: dict[tuple[int, int], np.ndarray]) -> render.Page:
+    top = zip(stats.top_image_SK[latent].tolist(), stats.top_value_SK[latent].tolist(), strict=True)
     shown = [
-        render.Shown(
-            int(stats.top_image_SK[latent, rank]),
-            float(stats.top_value_SK[latent, rank]),
-            heat_P[latent, rank],
-        )
-        for rank in range(stats.top_image_SK.shape[1])
+        render.Shown(image_i, value, heat_P[latent, rank])
+        for rank, (image_i, value) in enumerate(top)
         if (latent, rank) in heat_P
     ]
     return render.Page(latent, float(stats.freq_S[latent]), float(stats.mean_S[latent]), shown)

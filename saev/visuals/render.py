@@ -16,7 +16,7 @@ import matplotlib
 import matplotlib.colors
 import numpy as np
 import PIL.Image
-from jaxtyping import Float32, UInt8, jaxtyped
+from jaxtyping import Float32, jaxtyped
 
 from saev import errors, helpers
 from saev.data import images
@@ -181,22 +181,13 @@ def _view(gallery: Gallery, image_i: int) -> PIL.Image.Image:
 @jaxtyped(typechecker=beartype.beartype)
 def overlay(img: PIL.Image.Image, heat_YX: Float32[np.ndarray, "Y X"]) -> PIL.Image.Image:
     """Overlays a heat map (0 to 1 on each patch) on the paled image. Hotter patches are more opaque."""
-    heat_HW = _upsample(heat_YX, img.size)
+    heat_img = PIL.Image.fromarray(np.ascontiguousarray(heat_YX))
+    heat_HW = np.asarray(heat_img.resize(img.size, PIL.Image.Resampling.BILINEAR)).clip(0, 1)
     gray_HW3 = np.asarray(img.convert("L").convert("RGB"), np.float32)
     pale_HW3 = 0.85 * (0.5 * gray_HW3 + 0.5 * np.asarray(img, np.float32))
     alpha_HW1 = OPACITY * np.sqrt(heat_HW)[..., None]
     mixed_HW3 = (1 - alpha_HW1) * pale_HW3 + alpha_HW1 * 255 * COLORS(heat_HW)[..., :3]
-    return PIL.Image.fromarray(_bytes(mixed_HW3))
-
-
-def _upsample(heat_YX: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Interpolates patch values to the pixels of an image of `size` (width, height)."""
-    grid_img = PIL.Image.fromarray(np.ascontiguousarray(heat_YX))
-    return np.asarray(grid_img.resize(size, PIL.Image.Resampling.BILINEAR)).clip(0, 1)
-
-
-def _bytes(pixels_HW3: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
-    return pixels_HW3.round().clip(0, 255).astype(np.uint8)
+    return PIL.Image.fromarray(mixed_HW3.round().clip(0, 255).astype(np.uint8))
 
 
 def _write_table(fpath: pathlib.Path, pages: list[Page]) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from saev import errors
 from saev.nn import activations, config, sparse
 from saev.nn.architectures import base
-from saev.nn.architectures.base import Coded
 
 
 class BatchTopK(base.Architecture, cfg=config.BatchTopK):
@@ -24,10 +23,10 @@ class BatchTopK(base.Architecture, cfg=config.BatchTopK):
             return self.largest(sae, pre_BS)
         return self.encode_dense(sae, pre_BS).f
 
-    def encode_dense(self, sae, pre_BS: Tensor) -> Coded:
+    def encode_dense(self, sae, pre_BS: Tensor) -> base.Coded:
         f_BS = activations.batch_top_k(pre_BS, self.cfg.top_k)
         self._update_threshold(sae, f_BS.detach())
-        return Coded(f_BS)
+        return base.Coded(f_BS)
 
     def find(
         self, sae, encoder: sparse.Encoder, xc_BD: Tensor, n_expected, search: sparse.BatchSearch
@@ -36,16 +35,15 @@ class BatchTopK(base.Architecture, cfg=config.BatchTopK):
         self._update_threshold(sae, search.gather(codes.value_n))
         return codes
 
-    def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> Coded:
-        return Coded(pre_n.relu())
+    def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> base.Coded:
+        return base.Coded(pre_n.relu())
 
     def largest(self, sae, pre_BK: Tensor) -> Tensor:
         return activations.above(pre_BK, sae.threshold).relu()
 
     @torch.no_grad()
     def _update_threshold(self, sae, f: Tensor) -> None:
-        """Updates the moving average of the smallest firing code of f (any shape); the first batch sets
-        it."""
+        """Updates the moving average of the smallest firing code of any-shaped f. The first batch sets it."""
         if f.numel() == 0:
             return
         smallest = torch.where(f > 0, f, torch.inf).min()

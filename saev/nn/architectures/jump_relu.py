@@ -10,7 +10,6 @@ from torch import Tensor
 
 from saev.nn import activations, config, sparse
 from saev.nn.architectures import base
-from saev.nn.architectures.base import Coded
 
 MIN_THRESHOLD = 0.01
 """Lower limit of initial thresholds."""
@@ -26,8 +25,7 @@ class JumpRelu(base.Architecture, cfg=config.JumpRelu):
         sae.log_threshold = torch.nn.Parameter(torch.full((sae.d_sae,), math.log(start)))
 
     def initialize(self, sae, x_ND: Tensor) -> None:
-        """Lowers thresholds so that on average at least one latent fires per activation and gets
-        gradients."""
+        """Lowers thresholds so that on average one latent or more fires per activation and gets gradients."""
         if self.cfg.init_threshold:
             return
         n_rows = max(16, START_CODES // sae.d_sae)
@@ -42,16 +40,16 @@ class JumpRelu(base.Architecture, cfg=config.JumpRelu):
     def encode(self, sae, pre_BS: Tensor) -> Tensor:
         return activations.jump(pre_BS, sae.log_threshold.exp(), self.cfg.bandwidth)
 
-    def encode_dense(self, sae, pre_BS: Tensor) -> Coded:
+    def encode_dense(self, sae, pre_BS: Tensor) -> base.Coded:
         threshold_S, width = sae.log_threshold.exp(), self.cfg.bandwidth
         f_BS = activations.jump(pre_BS, threshold_S, width)
-        return Coded(f_BS, activations.fires(pre_BS, threshold_S, width).sum(dim=1).mean())
+        return base.Coded(f_BS, activations.fires(pre_BS, threshold_S, width).sum(dim=1).mean())
 
-    def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> Coded:
-        threshold_n, width = sae.log_threshold.exp()[index.latent_n], self.cfg.bandwidth
+    def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> base.Coded:
+        threshold_n, width = sae.log_threshold.exp().index_select(0, index.latent_n), self.cfg.bandwidth
         f_n = activations.jump(pre_n, threshold_n, width)
         l0 = activations.fires(pre_n, threshold_n, width).sum() / index.n_rows
-        return Coded(f_n, l0)
+        return base.Coded(f_n, l0)
 
     def cutoff(self, sae) -> Tensor:
         return sae.log_threshold.detach().exp() - self.cfg.bandwidth / 2

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from saev.nn import config, sparse
 from saev.nn.architectures import base
-from saev.nn.architectures.base import Coded
 
 CHUNK_BYTES = 8 * 2**20
 """Size of the codes that `_DenseStep` computes at a time."""
@@ -77,13 +76,13 @@ class Relu(base.Architecture, cfg=config.Relu):
     def encode(self, sae, pre_BS: Tensor) -> Tensor:
         return pre_BS.relu()
 
-    def encode_dense(self, sae, pre_BS: Tensor) -> Coded:
+    def encode_dense(self, sae, pre_BS: Tensor) -> base.Coded:
         f_BS = pre_BS.relu_()
-        return Coded(f_BS, (f_BS @ torch.linalg.vector_norm(sae.W_dec, dim=1)).mean())
+        return base.Coded(f_BS, (f_BS @ torch.linalg.vector_norm(sae.W_dec, dim=1)).mean())
 
-    def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> Coded:
+    def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> base.Coded:
         norm_S = torch.linalg.vector_norm(sae.W_dec, dim=1)
-        return Coded(pre_n, (pre_n * norm_S[index.latent_n]).sum() / index.n_rows)
+        return base.Coded(pre_n, (pre_n * norm_S.index_select(0, index.latent_n)).sum() / index.n_rows)
 
     def cutoff(self, sae) -> Tensor:
         return torch.zeros_like(sae.b_enc)

@@ -4,7 +4,6 @@ from torch import Tensor
 
 from saev.nn import activations, config, sparse
 from saev.nn.architectures import base
-from saev.nn.architectures.base import Coded
 
 
 class TopK(base.Architecture, cfg=config.TopK):
@@ -18,12 +17,12 @@ class TopK(base.Architecture, cfg=config.TopK):
     def encode(self, sae, pre_BS: Tensor) -> Tensor:
         return activations.top_k(pre_BS, self.cfg.top_k, self.cfg.keep_negative)
 
-    def encode_dense(self, sae, pre_BS: Tensor) -> Coded:
-        return Coded(self.encode(sae, pre_BS))
+    def encode_dense(self, sae, pre_BS: Tensor) -> base.Coded:
+        return base.Coded(self.encode(sae, pre_BS))
 
     def find(self, sae, encoder: sparse.Encoder, xc_BD: Tensor, n_expected, search) -> sparse.Codes:
         return sparse.top_k(encoder, xc_BD, self.cfg.top_k, self.cfg.keep_negative)
 
-    def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> Coded:
+    def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> base.Coded:
         # on a GPU, codes that are not positive are kept as places
-        return Coded(pre_n if self.cfg.keep_negative else pre_n.relu())
+        return base.Coded(pre_n if self.cfg.keep_negative else pre_n.relu())

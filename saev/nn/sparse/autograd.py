@@ -7,6 +7,7 @@ fires, and the gradients of both weight matrices are sums over the samples in wh
 here costs B x S except the encoder's product. Results equal those of dense autograd.
 """
 
+import functools
 import typing as tp
 
 import beartype
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from saev import compiled
 from saev.nn import kernels
-from saev.nn.sparse.codes import Index, bag, bag_dot, latent_bags, latent_sums
+from saev.nn.sparse.codes import Index, bag, bag_dot, latent_bags
 from saev.nn.sparse.search import Encoder, dense
 
 
@@ -33,8 +34,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: tp.Any, g_OD: Tensor) -> tuple[Tensor, Tensor, None]:
         value_n, W_dec = ctx.saved_tensors
         g_OD = g_OD.contiguous()
-        g_n = bag_dot(g_OD, W_dec, ctx.index)
-        return g_n, latent_bags(g_OD, value_n, ctx.index), None
+        return bag_dot(g_OD, W_dec, ctx.index), latent_bags(g_OD, value_n, ctx.index), None
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -54,9 +54,8 @@ class _Reconstruct(torch.autograd.Function):
         x_hat_BD, error_B = torch.empty_like(x_BD), x_BD.new_empty(B)
         g_BPD, g_n = x_BD.new_empty(B, P, D), torch.empty_like(value_n)
         inputs = (x_BD, value_n, index.latent_n, index.start_O1, W_dec.contiguous(), b_dec, end_P)
-        arrays = [t.detach().numpy() for t in inputs]
-        outputs = [t.numpy() for t in (x_hat_BD, error_B, g_BPD, g_n)]
-        compiled.in_threads(lambda first, last: kernels.reconstruct(*arrays, first, last, *outputs), B)
+        arrays = [t.detach().numpy() for t in (*inputs, x_hat_BD, error_B, g_BPD, g_n)]
+        compiled.in_threads(functools.partial(kernels.reconstruct, *arrays), B)
         ctx.save_for_backward(value_n, g_BPD, g_n, end_P)
         ctx.index = index
         ctx.mark_non_differentiable(x_hat_BD)
@@ -103,18 +102,10 @@ def reconstruct(
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: tp.Any,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        b_dec: Tensor,
-        xc_BD: Tensor,
-        index: Index,
-        value_n: Tensor | None,
+        ctx: tp.Any, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, xc_BD: Tensor, index: Index, value_n: Tensor
     ) -> Tensor:
         ctx.save_for_backward(W_enc, xc_BD)
         ctx.index = index
-        if value_n is None:
-            value_n = bag_dot(xc_BD, W_enc.T, index) + b_enc[index.latent_n]
         return value_n.view_as(value_n)
 
     @staticmethod
@@ -123,7 +114,8 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: tp.Any, g_n: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         W_enc, xc_BD = ctx.saved_tensors
         grad_SD = latent_bags(xc_BD, g_n, ctx.index)
-        grad_S = latent_sums(g_n, ctx.index)
+        order_n, _, start_S1 = ctx.index.by_latent
+        grad_S = torch.segment_reduce(g_n[order_n], "sum", offsets=start_S1.long(), initial=0)
         return grad_SD.T, grad_S, -(W_enc @ grad_S), None, None, None
 
 
@@ -134,13 +126,9 @@ def encode_at(
     b_dec: Float[Tensor, " D"],
     x_BD: Float[Tensor, "B D"],
     index: Index,
-    value_n: Float[Tensor, " n"] | None = None,
+    value_n: Float[Tensor, " n"],
 ) -> Float[Tensor, " n"]:
-    """(x - b_dec) W_enc + b_enc at the codes of the index. Differentiable in the parameters, not in x.
-
-    Args:
-        value_n: the result, if it is already known.
-    """
+    """Makes value_n, which is (x - b_dec) W_enc + b_enc at the index, differentiable in the parameters."""
     return _Encode.apply(W_enc, b_enc, b_dec, x_BD - b_dec.detach(), index, value_n)
 
 
@@ -172,6 +160,5 @@ def pre_activations(
     x_BD: Float[Tensor, "B D"],
     is_bfloat16: bool = False,
 ) -> Float[Tensor, "B S"]:
-    """(x - b_dec) W_enc + b_enc, differentiable in the parameters, not in x. is_bfloat16: multiply in
-    bfloat16."""
+    """(x - b_dec) W_enc + b_enc, multiplied in bfloat16 if asked. Differentiable in the parameters, not x."""
     return _Linear.apply(W_enc, b_enc, b_dec, x_BD, is_bfloat16)

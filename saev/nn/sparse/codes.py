@@ -48,11 +48,6 @@ class Index:
         kernels.by_latent(self.start_O1.numpy(), self.latent_n.numpy(), start_S1, order_n, row_n)
         return ByLatent(*map(torch.from_numpy, (order_n, row_n, start_S1)))
 
-    @property
-    def n_fired_S(self) -> Int[Tensor, " S"]:
-        """The number of rows in which each latent fires."""
-        return self.by_latent.start_S1.diff()
-
     def split(self, end_P: Int[Tensor, " P"]) -> "Index":
         """Splits each row into P rows: latents below end[0], from there below end[1], and so on."""
         P = len(end_P)
@@ -100,7 +95,7 @@ def n_positive(f_BS: Float[Tensor, "B S"]) -> Int[Tensor, " S"]:
     if not kernels.available(f_BS):
         return (f_BS > 0).sum(dim=0)
     array = f_BS.detach().numpy()
-    parts = compiled.in_threads(lambda i, j: kernels.n_positive(array, i, j), len(array))
+    parts = compiled.in_threads(functools.partial(kernels.n_positive, array), len(array))
     return torch.from_numpy(np.sum(parts, axis=0))
 
 
@@ -126,22 +121,14 @@ def bag_dot(a_OD: Tensor, table_RD: Tensor, index: Index) -> Float[Tensor, " n"]
         return triton_kernels.bag_dot(a_OD, table_RD, index.latent_n, index.start_O1)
     if not kernels.available(table_RD):
         return (a_OD[index.row_n] * table_RD[index.latent_n]).sum(dim=1)
-    out_n = np.empty(len(index.latent_n), table_RD.detach().numpy().dtype)
-    a, table = a_OD.detach().contiguous().numpy(), table_RD.detach().contiguous().numpy()
-    latent_n, start_O1 = index.latent_n.numpy(), index.start_O1.numpy()
-    compiled.in_threads(
-        lambda first, last: kernels.bag_dot(a, table, latent_n, start_O1, first, last, out_n), index.n_rows
-    )
-    return torch.from_numpy(out_n)
+    out_n = table_RD.new_empty(len(index.latent_n))
+    inputs = (a_OD.contiguous(), table_RD.contiguous(), index.latent_n, index.start_O1, out_n)
+    arrays = [t.detach().numpy() for t in inputs]
+    compiled.in_threads(functools.partial(kernels.bag_dot, *arrays), index.n_rows)
+    return out_n
 
 
 def latent_bags(table_OD: Tensor, weight_n: Tensor, index: Index) -> Float[Tensor, "S D"]:
     """Sums, for each latent, weight x table row over the rows in which the latent fires."""
     order_n, row_n, start_S1 = index.by_latent
     return bag(table_OD, row_n, weight_n[order_n], start_S1)
-
-
-def latent_sums(g_n: Tensor, index: Index) -> Float[Tensor, " S"]:
-    """Sums a value per code over each latent's codes."""
-    order_n, _, start_S1 = index.by_latent
-    return torch.segment_reduce(g_n[order_n], "sum", offsets=start_S1.long(), initial=0)

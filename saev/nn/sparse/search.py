@@ -79,9 +79,10 @@ def _search(encoder: Encoder, xc_BD: Tensor, find: collections.abc.Callable[[int
     return compiled.each_in_threads(part, list(range(0, B, size)))
 
 
-def _index(latent_n: np.ndarray, n_B: np.ndarray, n_latents: int) -> Index:
+def _codes(value_n: np.ndarray, latent_n: np.ndarray, n_B: np.ndarray, n_latents: int) -> Codes:
     start_B1 = np.concatenate([[0], np.cumsum(n_B)]).astype(np.int32)
-    return Index(torch.from_numpy(latent_n), torch.from_numpy(start_B1), n_latents)
+    index = Index(torch.from_numpy(latent_n), torch.from_numpy(start_B1), n_latents)
+    return Codes(torch.from_numpy(value_n), index)
 
 
 @torch.no_grad()
@@ -94,7 +95,10 @@ def top_k(encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int, keep_negative: 
     k = min(k, S)
     if not kernels.available(xc_BD):
         value_BK, latent_BK = _dense_top_k(encoder, xc_BD, k)
-        return _at_top_k(value_BK if keep_negative else value_BK.relu(), latent_BK, S)
+        value_BK = value_BK if keep_negative else value_BK.relu()
+        # Places that do not fire stay as zeros: counting the others would wait for the GPU.
+        start_B1 = torch.arange(0, B * k + 1, k, dtype=torch.int32, device=xc_BD.device)
+        return Codes(value_BK.flatten(), Index(latent_BK.flatten(), start_B1, S))
     n_B = np.empty(B, np.int32)
     value_BK = np.empty((B, k), xc_BD.numpy().dtype)
     latent_BK = np.empty((B, k), np.int32)
@@ -109,10 +113,8 @@ def top_k(encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int, keep_negative: 
         for part_R in np.array_split(short_R, -(-len(short_R) * S * 4 // PART_BYTES) or 1):
             value_RK, latent_RK = _dense_top_k(encoder, xc_BD[part_R], k)
             value_BK[part_R], latent_BK[part_R], n_B[part_R] = (value_RK.numpy(), latent_RK.numpy(), k)
-    if B == 0 or n_B.min() == k:
-        return Codes(torch.from_numpy(value_BK.ravel()), _index(latent_BK.ravel(), n_B, S))
     fires_BK = np.arange(k) < n_B[:, None]
-    return Codes(torch.from_numpy(value_BK[fires_BK]), _index(latent_BK[fires_BK], n_B, S))
+    return _codes(value_BK[fires_BK], latent_BK[fires_BK], n_B, S)
 
 
 def _dense_top_k(encoder: Encoder, xc_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -120,13 +122,6 @@ def _dense_top_k(encoder: Encoder, xc_BD: Tensor, k: int) -> tuple[Tensor, Tenso
     value_BK, latent_BK = dense(encoder, xc_BD).topk(k, dim=1, sorted=False)
     latent_BK, order_BK = latent_BK.int().sort(dim=1)
     return value_BK.gather(1, order_BK), latent_BK
-
-
-def _at_top_k(value_BK: Tensor, latent_BK: Tensor, n_latents: int) -> Codes:
-    """Codes on a GPU. Places that do not fire stay as zeros: counting the others would wait for the GPU."""
-    B, K = value_BK.shape
-    start_B1 = torch.arange(0, B * K + 1, K, dtype=torch.int32, device=value_BK.device)
-    return Codes(value_BK.flatten(), Index(latent_BK.flatten(), start_B1, n_latents))
 
 
 @torch.no_grad()
@@ -141,7 +136,10 @@ def above(
     S = len(encoder.W_SD)
     if not kernels.available(xc_BD):
         pre_BS = dense(encoder, xc_BD)
-        return _selected(pre_BS, pre_BS > cutoff_S)
+        fires_BS = pre_BS > cutoff_S
+        row_n, latent_n = fires_BS.nonzero(as_tuple=True)
+        start_B1 = torch.nn.functional.pad(fires_BS.sum(dim=1).cumsum(0), (1, 0)).int()
+        return Codes(pre_BS[row_n, latent_n], Index(latent_n.int(), start_B1, S))
     n_B = np.empty(len(xc_BD), np.int32)
     cutoff = cutoff_S.to(xc_BD.dtype).numpy()
 
@@ -156,13 +154,7 @@ def above(
 
     found = _search(encoder, xc_BD, find)
     value_n, latent_n = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return Codes(torch.from_numpy(value_n), _index(latent_n, n_B, S))
-
-
-def _selected(pre_BS: Tensor, fires_BS: Tensor) -> Codes:
-    row_n, latent_n = fires_BS.nonzero(as_tuple=True)
-    start_B1 = torch.nn.functional.pad(fires_BS.sum(dim=1).cumsum(0), (1, 0)).int()
-    return Codes(pre_BS[row_n, latent_n], Index(latent_n.int(), start_B1, pre_BS.shape[1]))
+    return _codes(value_n, latent_n, n_B, S)
 
 
 def dense(encoder: Encoder, xc_BD: Tensor) -> Float[Tensor, "B S"]:
@@ -223,11 +215,9 @@ def _at_least(codes: Codes, smallest: float) -> Codes:
     index = codes.index
     if not kernels.available(codes.value_n):
         keep_n = codes.value_n >= smallest
-        n_B = torch.segment_reduce(keep_n.float(), "sum", offsets=index.start_O1.long(), initial=0)
-        start_B1 = torch.nn.functional.pad(n_B.cumsum(0), (1, 0)).int()
-        kept = Index(index.latent_n[keep_n], start_B1, index.n_latents)
-        return Codes(codes.value_n[keep_n], kept)
+        start_B1 = torch.nn.functional.pad(keep_n.cumsum(0), (1, 0))[index.start_O1].int()
+        return Codes(codes.value_n[keep_n], Index(index.latent_n[keep_n], start_B1, index.n_latents))
     value_n, latent_n = codes.value_n.numpy(), index.latent_n.numpy()
     n_B = index.start_O1.diff().numpy()
     n = kernels.keep_from(value_n, latent_n, n_B, value_n.dtype.type(smallest))
-    return Codes(torch.from_numpy(value_n[:n]), _index(latent_n[:n], n_B, index.n_latents))
+    return _codes(value_n[:n], latent_n[:n], n_B, index.n_latents)
