@@ -90,6 +90,7 @@ def test_the_bug_that_made_a_table_of_0_86() -> None:
         check.refuse_implausible(wrong, "cub")
 
 
+@pytest.mark.slow
 def test_the_real_set_has_a_narrow_window() -> None:
     labels = planted(*check.REAL, n_classes=200)
     is_train_N = np.random.default_rng(0).permutation(len(labels.class_N)) < check.REAL_TRAIN

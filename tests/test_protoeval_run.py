@@ -117,6 +117,7 @@ def test_new_activations_with_old_metadata_are_fitted_anew(tmp_path: pathlib.Pat
     assert not torch.equal(a.vectors_KD, b.vectors_KD)
 
 
+@pytest.mark.slow
 def test_what_decides_the_result_is_in_its_name(cfg: config.ProtoEval, tmp_path: pathlib.Path) -> None:
     layer_7 = dataclasses.replace(cfg.train_data, layer=7)
     changes: list[dict[str, object]] = [

@@ -56,6 +56,7 @@ def test_nearest_equals_a_plain_argmin(
     torch.testing.assert_close(distance_B.double(), want_BK.amin(dim=1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_plus_plus_takes_the_best_of_draws_by_squared_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     """For five points on a line, the third centre (the better of two draws) has known probabilities given the first two."""
     monkeypatch.setattr(kmeans, "TRIED", 2)
@@ -84,6 +85,7 @@ def test_plus_plus_takes_the_best_of_draws_by_squared_distance(monkeypatch: pyte
     assert checked >= 3
 
 
+@pytest.mark.slow
 def test_plus_plus_starts_as_low_as_sklearns() -> None:
     """Compares the sum of squared distances to 60 centres, averaged over seeds. Plain k-means++ is about 10% worse."""
     x_BD = rand(800, D)
@@ -146,6 +148,7 @@ def test_fits_on_a_gpu_equal_those_on_a_cpu(cfg: config.Scorer, data: Made) -> N
     torch.testing.assert_close(there.vectors_KD, here.vectors_KD, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_inertia_is_not_worse_than_sklearns(data: Made) -> None:
     cfg, acts_BD = data
 

@@ -183,6 +183,7 @@ def test_a_value_that_looks_like_a_subcommand_is_none(parse) -> None:
     assert cfg.ckpt_to == "sae:x" and cfg.sae == nn_config.TopK()
 
 
+@pytest.mark.slow
 def test_a_hundred_configurations_parse_quickly(parse) -> None:
     start_s = time.process_time()
     toml = f"seed = {list(range(10))}\nlr = {[1e-5 * i for i in range(1, 11)]}"

@@ -58,6 +58,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MODES)
 def test_wandb_mode(case: str, tmp_path: pathlib.Path) -> None:
     env, netrc, mode = MODES[case]
@@ -69,6 +70,7 @@ def test_wandb_mode(case: str, tmp_path: pathlib.Path) -> None:
     assert (done.stdout, done.stderr) == (f"{mode}\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bad", "gone", "."])
 def test_a_netrc_that_cannot_be_read_is_no_key(tmp_path: pathlib.Path, name: str) -> None:
     (tmp_path / "bad").write_text("machina api.wandb.ai")
@@ -219,6 +221,7 @@ def descendants(pid: int) -> list[int]:
     return [pid, *(d for child in map(int, children) for d in descendants(child))]
 
 
+@pytest.mark.slow
 def test_a_sigterm_to_the_whole_job_ends_it_with_its_own_exit_code(tmp_path: pathlib.Path) -> None:
     """As Slurm sends it at a time limit: to wandb's own processes too. The data lies where the line said."""
     code = TRAIN.replace("FROM", "0").replace("sys.exit(7)", "print('up', flush=True); time.sleep(50)")
