@@ -39,7 +39,7 @@ def keys(batch: shuffled.Batch) -> list[tuple[int, int]]:
     return list(zip(batch.image_i_B.tolist(), batch.patch_i_B.tolist(), strict=True))
 
 
-def take(cfg: config.Shards, n: int, **kwargs: int) -> list[shuffled.Batch]:
+def take(cfg: config.Shards | activations.Activations, n: int, **kwargs: int) -> list[shuffled.Batch]:
     return list(itertools.islice(shuffled.Shuffled(cfg, **kwargs), n))
 
 
@@ -219,7 +219,7 @@ def test_batch_larger_than_the_data(small) -> None:
 def test_a_full_pool_is_a_uniform_shuffle(make_shards) -> None:
     """Over many seeds each activation comes first equally often: chi-squared of 36 places, 35 degrees of freedom."""
     dpath, _ = make_shards(n_imgs=9, n_patches=4, d_vit=1, layers=(0,))
-    cfg = config.Shards(str(dpath))
+    cfg = activations.Activations(config.Shards(str(dpath)))
     n = 1000
     first = collections.Counter(keys(take(cfg, 1, batch_size=1, seed=s)[0])[0] for s in range(n))
     chi2 = sum((first[divmod(i, 4)] - n / 36) ** 2 / (n / 36) for i in range(36))

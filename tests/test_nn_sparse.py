@@ -1,6 +1,7 @@
 """Sparse codes against dense ones, and kernels against torch and plain loops. B batch, D d_vit, S latents, n codes."""
 
 import dataclasses
+import functools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -96,6 +97,7 @@ def clip(sae: nn.SparseAutoencoder, max_norm: float) -> float:
     return norm.item()
 
 
+@functools.cache
 def train_plainly(cfg: config.Sae, objective: config.Objective, dtype: torch.dtype) -> nn.SparseAutoencoder:
     sae = make(cfg, dtype)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4)
