@@ -231,7 +231,7 @@ def _summary(ids: list[str], outcomes: dict[str, Outcome], queue: dict[str, Queu
         job = (queue or {}).get(job_id, Queued("", ""))
         state = "waiting for its result" if job.state in ENDED else job.state.lower()
         counts[f"{state} ({job.reason})" if job.state == "PENDING" else state] += 1
-    return f"{len(counts) and sum(counts.values())} job(s): " + ", ".join(
+    return f"{sum(counts.values())} job(s): " + ", ".join(
         f"{n} {state}" for state, n in sorted(counts.items())
     )
 
