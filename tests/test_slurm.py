@@ -272,10 +272,14 @@ def test_more_jobs_than_an_array_may_have(slurm: launch.SlurmConfig, monkeypatch
 
 
 def test_a_refused_job_leaves_no_files(slurm: launch.SlurmConfig) -> None:
+    """Files of another command, which is submitting to the same folder, stay."""
+    other = pathlib.Path(slurm.log_to) / ".submission_file_of_another.sh"
+    other.parent.mkdir()
+    other.touch()
     wrong = dataclasses.replace(slurm, slurm_partition="nowhere")
     with pytest.raises(errors.UserError, match="Invalid partition"):
         launch.run("tasks:square", [1, 2], wrong, "saev-test")
-    assert not [f for f in pathlib.Path(slurm.log_to).iterdir() if f.is_file()]
+    assert [f for f in pathlib.Path(slurm.log_to).iterdir() if f.is_file()] == [other]
 
 
 # ---- the commands ----

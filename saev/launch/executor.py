@@ -17,7 +17,11 @@ MAX_TIMEOUTS = 1000
 class Executor(submitit.SlurmExecutor):
     """submitit's, but sbatch gets a clean environment, and its answer is read among other output."""
 
+    script: pathlib.Path | None = None
+    """The batch script being submitted. submitit renames it once Slurm has taken the job."""
+
     def _make_submission_command(self, submission_file_path: pathlib.Path) -> list[str]:
+        self.script = submission_file_path
         unset = [f"--unset={name}" for name in inherited()]
         return ["env", *unset, "sbatch", "--parsable", "--export=ALL", str(submission_file_path)]
 
@@ -31,7 +35,7 @@ class Executor(submitit.SlurmExecutor):
 
     def submit_all(self, stages: list[Stage], minutes: int, max_parallel: int) -> list[str]:
         """Submits a job (or several as an array) and returns the ids. On an error, no files are left."""
-        folder = pathlib.Path(self.folder)
+        folder, self.script = pathlib.Path(self.folder), None
         pickles = [folder / f"{uuid.uuid4().hex}.pkl" for _ in stages]
         self.update_parameters(array_parallelism=max_parallel)
         self.parameters.pop("map_count", None)
@@ -47,8 +51,9 @@ class Executor(submitit.SlurmExecutor):
             for fpath, job_id in zip(pickles, ids, strict=True):
                 submitit.core.utils.JobPaths(folder, job_id).move_temporary_file(fpath, "submitted_pickle")
         finally:
-            for fpath in [*pickles, *folder.glob(".submission_file_*.sh")]:
-                if not fpath.is_symlink():
+            # Only this command's own files: another one may be submitting to the same folder.
+            for fpath in [*pickles, self.script]:
+                if fpath is not None and not fpath.is_symlink():
                     fpath.unlink(missing_ok=True)
         return ids
 
