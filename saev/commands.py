@@ -13,6 +13,7 @@ COMMANDS = {
     "visuals": ("saev.visuals.cli", "show the images that fire each latent most"),
     "protoeval": ("saev.protoeval.cli", "evaluate prototypes on CUB-200-2011"),
     "convert": ("saev.compat.cli", "convert SAEs of other libraries"),
+    "jobs": ("saev.jobs", "list, follow, cancel, collect and retry Slurm jobs"),
     "demo": ("saev.demo.__main__", "run the whole experiment on a small data set"),
 }
 """Name -> (module with a `main`, what it does)."""

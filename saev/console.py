@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import select
+import shutil
 import sys
 import typing as tp
 
@@ -31,9 +32,10 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def show(cfgs: collections.abc.Sequence[object]) -> None:
-    """Prints configs, for --dry-run."""
-    lines = [line for i, cfg in enumerate(cfgs, 1) for line in (f"# {i} of {len(cfgs)}", *_lines(cfg, ""))]
+def show(cfgs: collections.abc.Sequence[object], jobs: collections.abc.Sized = ()) -> None:
+    """Prints configs, and how many Slurm jobs they would be, for --dry-run."""
+    lines = [f"# {len(cfgs)} config(s) in {len(jobs)} Slurm job(s)"] if jobs else []
+    lines += [line for i, cfg in enumerate(cfgs, 1) for line in (f"# {i} of {len(cfgs)}", *_lines(cfg, ""))]
     say("\n".join(lines))
 
 
@@ -76,3 +78,28 @@ def _not_written(err: OSError) -> errors.UserError:
 def _discard() -> None:
     """Redirects stdout to nowhere. Python would otherwise retry at exit, and print an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Live:
+    """Lines on a terminal's stderr that are replaced when shown again. Elsewhere it shows nothing."""
+
+    def __init__(self) -> None:
+        self.is_on = sys.stderr is not None and sys.stderr.isatty()
+        self._n_lines = 0
+
+    def show(self, lines: list[str]) -> None:
+        """Replaces the lines."""
+        if self.is_on:
+            self.clear()
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line could not be replaced
+            for line in lines:
+                tell(line[:width])
+            self._n_lines = len(lines)
+
+    def clear(self) -> None:
+        """Removes the lines. Call it before other output."""
+        if self._n_lines:
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"\x1b[{self._n_lines}F\x1b[J")
+                sys.stderr.flush()
+            self._n_lines = 0

@@ -5,6 +5,7 @@ roles are declared with the default: `log_every: int = fields.shared(50)`. Each 
 `settle`, which expands paths and checks numbers.
 """
 
+import collections.abc
 import dataclasses
 import functools
 import os
@@ -24,17 +25,17 @@ WIDEST = "(-9.2e18, 9.2e18)"
 T = tp.TypeVar("T")
 
 
-def stream(default: T | type[T]) -> T:
+def stream(default: T | collections.abc.Callable[[], T]) -> T:
     """Declares a field that determines the stream, and so the result."""
     return _field(default, result=True, stream=True)
 
 
-def shared(default: T | type[T]) -> T:
+def shared(default: T | collections.abc.Callable[[], T]) -> T:
     """Declares a field that is equal for all runs on one stream, and does not change the result."""
     return _field(default, result=False, stream=True)
 
 
-def neither(default: T | type[T]) -> T:
+def neither(default: T | collections.abc.Callable[[], T]) -> T:
     """Declares a field that determines neither the result nor the stream."""
     return _field(default, result=False, stream=False)
 
@@ -42,9 +43,9 @@ def neither(default: T | type[T]) -> T:
 def _field(default: tp.Any, *, result: bool, stream: bool) -> tp.Any:
     """Declares whether a field determines the result, and whether runs on one stream must agree in it.
 
-    default: a value, or a class that is called to make one.
+    default: a value, or a class or function that is called to make one.
     """
-    name = "default_factory" if isinstance(default, type) else "default"
+    name = "default_factory" if callable(default) else "default"
     return dataclasses.field(**{name: default}, metadata={"result": result, "stream": stream})
 
 

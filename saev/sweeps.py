@@ -72,12 +72,27 @@ def parse(cls: type[Cfg], description: str, args: collections.abc.Sequence[str] 
     return list(dict.fromkeys(configs))  # a typed flag can make two configurations equal
 
 
-def group(cfgs: list[Cfg]) -> list[list[Cfg]]:
-    """Splits a sweep into groups that share one stream of activations: one job each."""
+def group(cfgs: list[Cfg], most: int | None = None) -> list[list[Cfg]]:
+    """Splits a sweep into groups that share one stream of activations: one job each.
+
+    most: largest group. Larger ones are divided evenly.
+    """
     groups: dict[tuple[object, ...], list[Cfg]] = {}
     for cfg in cfgs:
         groups.setdefault(fields.stream_of(cfg), []).append(cfg)
-    return list(groups.values())
+    out = []
+    for together in groups.values():
+        n = -(-len(together) // (most or len(together)))
+        ends = [len(together) * i // n for i in range(n + 1)]
+        out += [together[start:end] for start, end in itertools.pairwise(ends)]
+    return out
+
+
+def title(stage: str, cfg: object, what: object) -> str:
+    """The name of a command's Slurm jobs: the stage, then the sweep file's name or `what` it works on."""
+    sweep = pathlib.Path(getattr(cfg, "sweep", "")).stem
+    text = what if isinstance(what, str) else subcommand_name(type(what))
+    return re.sub(r"[^\w.-]+", "-", f"saev-{stage}-{sweep or text}").strip("-")
 
 
 def _read(fpath: pathlib.Path) -> dict[str, object]:

@@ -18,6 +18,7 @@ FLOORS = {
     "saev.fields": 0.25,
     "saev.formats": 0.5,
     "saev.cli": 0.75,
+    "saev.provenance": 0.75,
     "saev.report": 1.0,
     "saev.launch": 1.0,
     "saev.sweeps": 1.0,
@@ -35,6 +36,7 @@ FLOORS = {
     "saev.visuals": 3.0,
     "saev.protoeval": 3.0,
     "saev.commands": 3.5,  # imports the stages by name, when one is run
+    "saev.jobs": 4.0,
     "saev.demo": 4.0,
     "train": 4.0,
     "visuals": 4.0,

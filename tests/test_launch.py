@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -10,9 +11,9 @@ import time
 
 import pytest
 
-from saev import console, errors, launch
+from saev import console, errors, helpers, launch, sweeps
 from saev.data import config as data_config
-from saev.launch import slurm
+from saev.launch import queue, slurm, submissions, watch
 from saev.training import config as training_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -149,8 +150,8 @@ def test_the_exceptions_line_of_a_jobs_traceback() -> None:
         '  File "a.py", line 1, in f\n    raise ValueError(text)\nValueError: first\nsecond\n\n'
         "----------\nYou can check full logs with ...\n  - /logs/1_0_log.out"
     )
-    assert slurm.exception_line(trace) == "ValueError: first"
-    assert slurm.exception_line("nothing like a traceback") == "it raised an exception"
+    assert submissions.exception_line(trace) == "ValueError: first"
+    assert submissions.exception_line("nothing like a traceback") == "it raised an exception"
 
 
 def test_dry_run_into_head() -> None:
@@ -163,9 +164,9 @@ def test_dry_run_into_head() -> None:
 
 def test_each_process_of_a_job_gets_a_gpu() -> None:
     slurm_cfg = launch.SlurmConfig("A", slurm_gpu_type="a100", mem_gb=3)
-    asked = slurm._parameters(slurm_cfg, "x", n_tasks=4, minutes=5)
+    asked = slurm.parameters(slurm_cfg, "x", 4, 5, ROOT)
     assert (asked["gpus_per_node"], asked["ntasks_per_node"], asked["mem"]) == ("a100:4", 4, "3GB")
-    no_gpus = slurm._parameters(launch.SlurmConfig("A", n_gpus=0), "x", n_tasks=4, minutes=5)
+    no_gpus = slurm.parameters(launch.SlurmConfig("A", n_gpus=0), "x", 4, 5, ROOT)
     assert not {"gpus_per_node", "mem", "qos", "setup"} & no_gpus.keys()
 
 
@@ -178,7 +179,7 @@ def test_wrong_slurm_flags() -> None:
 
 
 def test_job_ids_are_shown_in_few_words() -> None:
-    assert slurm._shown(["7_0", "7_1", "7_2", "9", "8_4"]) == "7_[0-2], 9, 8_4"
+    assert slurm.shown(["7_0", "7_1", "7_2", "9", "8_4"]) == "7_[0-2], 9, 8_4"
 
 
 def test_where_a_stage_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,3 +189,165 @@ def test_where_a_stage_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values(target, [0], n_tasks=2) != [here]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert values(target, [0], n_tasks=2) == [here]
+
+
+# ---- the user's defaults ----
+
+
+def defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, text: str) -> launch.SlurmConfig:
+    (tmp_path / "saev").mkdir(exist_ok=True)
+    (tmp_path / "saev" / "slurm.toml").write_text(text)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    return launch.of_user()
+
+
+def test_defaults_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    text = 'slurm_acct = "lab"\nslurm_partition = "gpu"\nn_hours = 2\nslurm_setup = ["module load cuda"]\n'
+    cfg = defaults(monkeypatch, tmp_path, text)
+    assert (cfg.n_hours, cfg.slurm_setup) == (2.0, ("module load cuda",))
+    assert not cfg.is_on and not cfg.slurm_acct  # the file alone sends nothing to Slurm
+    assert launch.SlurmConfig(on_slurm=True).slurm_acct == "lab"
+    typed = launch.SlurmConfig(slurm_partition="cpu")
+    assert (typed.slurm_acct, typed.slurm_partition) == ("lab", "cpu")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "gone"))
+    assert launch.of_user() == launch.SlurmConfig()
+
+
+def test_defaults_are_shown_by_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    defaults(monkeypatch, tmp_path, "mem_gb = 77\n")
+    done = subprocess.run([sys.executable, "train.py", "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert "    mem_gb = 77\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("mem_gb = ", r"slurm.toml: cannot be read \("),
+        ("mem = 3", "slurm.toml: unknown key 'mem'. Valid keys: slurm_acct, "),
+        ("mem_gb = 'much'", "slurm.toml: mem_gb = 'much': must be int"),
+        ("slurm_setup = 'module load cuda'", "must be a list of texts"),
+        ("n_hours = -1", "slurm.toml: --n-hours -1.0: must be more than 0"),
+    ],
+)
+def test_wrong_defaults(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, text: str, error: str
+) -> None:
+    with pytest.raises(errors.UserError, match=error):
+        defaults(monkeypatch, tmp_path, text)
+
+
+# ---- names ----
+
+
+def test_what_distinguishes_jobs() -> None:
+    cfgs = [training_config.Train(lr=lr) for lr in (0.5, 0.25, 0.125)]
+    assert submissions.labels([[cfgs[0]], [cfgs[1], cfgs[2]]]) == ["lr = 0.5", "lr = 0.25 ... lr = 0.125"]
+    dump = data_config.Dump(slurm=launch.SlurmConfig("A"))
+    parts = [data_config.DumpJob(dump, i) for i in (0, 1)]
+    assert submissions.labels(parts) == ["job_i = 0", "job_i = 1"]
+    assert submissions.labels([3, 4]) == ["argument = 3", "argument = 4"]
+
+
+def test_names_of_jobs() -> None:
+    cfg = training_config.Train()
+    assert sweeps.title("train", cfg, cfg.sae) == "saev-train-batch-top-k"
+    assert sweeps.title("train", training_config.Train(sweep="a/lr 1.toml"), cfg.sae) == "saev-train-lr-1"
+    assert sweeps.title("data", data_config.Dump(), "dinov2_vits14") == "saev-data-dinov2_vits14"
+
+
+def test_groups_are_divided_evenly() -> None:
+    cfgs = [training_config.Train(lr=0.1 / (i + 1)) for i in range(7)]
+    assert [len(group) for group in sweeps.group(cfgs)] == [7]
+    assert [len(group) for group in sweeps.group(cfgs, 3)] == [2, 2, 3]
+    assert [cfg for group in sweeps.group(cfgs, 3) for cfg in group] == cfgs
+    other = training_config.Train(seed=1)
+    assert [len(group) for group in sweeps.group([*cfgs, other], 7)] == [7, 1]
+
+
+def test_dry_run_tells_how_many_jobs(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "lr.toml").write_text(f"lr = {[1e-4 * (i + 1) for i in range(40)]}")
+    command = [
+        sys.executable,
+        "train.py",
+        "--sweep",
+        str(tmp_path / "lr.toml"),
+        "--dry-run",
+        "--slurm-acct",
+        "A",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("# 40 config(s) in 3 Slurm job(s)\n")
+
+
+def test_many_errors_are_shortened() -> None:
+    outcomes = [launch.Outcome(error=f"{i} is bad.") for i in range(5)]
+    with pytest.raises(errors.UserError, match=r"^0 is bad. 1 is bad. 2 is bad. 2 more failed; see above.$"):
+        launch.check(outcomes)
+    launch.check([launch.Outcome(1)])
+
+
+# ---- what is shown while jobs run ----
+
+
+def test_live_lines_are_replaced(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    live = console.Live()
+    live.show(["nowhere"])
+    assert not live.is_on and capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    live = console.Live()
+    live.show(["3 pending", "1 running"])
+    live.show(["4 done"])
+    live.clear()
+    assert capsys.readouterr().err == "3 pending\n1 running\n\x1b[2F\x1b[J4 done\n\x1b[1F\x1b[J"
+
+
+def test_states_of_jobs(tmp_path: pathlib.Path) -> None:
+    jobs = [
+        submissions.Job(job_id, job_id or "none", "") for job_id in ("1_0", "1_1", "1_2", "1_3", "1_4", "")
+    ]
+    outcomes = {"1_0": launch.Outcome(3), "1_1": launch.Outcome(error="bad")}
+    rows = {
+        "1_2": queue.Queued("PENDING", "Priority"),
+        "1_3": queue.Queued("PENDING", "BeginTime", n_restarts=1),
+        "1_4": queue.Queued("RUNNING"),
+    }
+    assert watch.count(jobs, outcomes, rows) == {
+        "done": 1,
+        "failed": 1,
+        "not submitted yet (Slurm takes no more)": 1,
+        "pending (Priority)": 1,
+        "requeued (BeginTime)": 1,
+        "running": 1,
+    }
+
+
+def test_progress_is_read_from_the_logs(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    jobs = [submissions.Job(f"1_{i}", str(i), "") for i in range(3)]
+    rows = {job.id: queue.Queued("RUNNING") for job in jobs}
+    line = "[10:00:00] train 1 SAE(s): {}/800 steps, 87.4/s, {} s left\n"
+    (tmp_path / "1_0_0_log.out").write_text(line.format(10, 600) + line.format(80, 240))
+    (tmp_path / "1_1_0_log.out").write_text("x" * 9000 + line.format(400, 125))
+    with caplog.at_level("INFO", "saev"):
+        assert watch.States(tmp_path).show(jobs, {}, rows)
+    assert "3 job(s): 3 running, 10% to 50% done, 4 min left" in caplog.text
+
+
+def test_a_line_of_progress_is_what_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "saev"):
+        list(helpers.progress(range(3), "dump", 3, "batches", every_s=0.0))
+    assert re.search(watch.PROGRESS, caplog.messages[-1])
+
+
+def test_a_job_that_never_begins_is_not_queued_again_for_ever() -> None:
+    source = (
+        "import os\nfrom saev import errors, launch\n"
+        "stage = launch.Stage('operator:neg', 3)\n"
+        "assert stage.checkpoint().function == stage\n"
+        "os.environ['SLURM_RESTART_COUNT'] = '3'\n"
+        "try:\n    stage.checkpoint()\nexcept errors.UserError as err:\n    print(err)\n"
+        "print(stage.run(), stage.checkpoint().function == stage)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "the time limit is shorter than the start of the job. Raise --n-hours\n-3 True\n"

@@ -57,19 +57,24 @@ def test_an_array_returns_its_results_in_order(slurm: launch.SlurmConfig) -> Non
     outcomes = launch.run("tasks:square", [3, 1, 2], slurm, "saev-test")
     assert [outcome.get() for outcome in outcomes] == [9, 1, 4]
     (note,) = [json.loads(f.read_text()) for f in pathlib.Path(slurm.log_to).glob("*_submission.json")]
-    assert [*note["jobs"].values()] == submitted(slurm) and note["command"] == sys.argv
+    assert [job["id"] for job in note["jobs"]] == submitted(slurm) and note["args"] == sys.argv
+    assert [job["label"] for job in note["jobs"]] == ["argument = 3", "argument = 1", "argument = 2"]
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    assert note["commit"] == head.stdout.strip() and isinstance(note["is_changed"], bool)
+    assert note["code"]["commit"] == head.stdout.strip() and isinstance(note["code"]["is_changed"], bool)
 
 
 def test_a_users_mistake_crosses_as_one_line(slurm: launch.SlurmConfig) -> None:
-    with pytest.raises(errors.UserError, match=r"job \d+_\d+: 7 is too large. Pass a smaller one") as err:
+    with pytest.raises(
+        errors.UserError, match=r"job \d+_0 \(argument = 7\): 7 is too large. Pass a smaller one"
+    ) as err:
         next(launch.run("tasks:refuse", [7, 8], slurm, "saev-test")).get()
     assert "\n" not in str(err.value)
 
 
 def test_a_crash_names_its_log(slurm: launch.SlurmConfig) -> None:
-    with pytest.raises(errors.UserError, match=r"job \d+_0 failed: .*bug at 7.* Its log: ") as err:
+    with pytest.raises(
+        errors.UserError, match=r"job \d+_0 \(argument = 7\) failed: .*bug at 7.* Its log: "
+    ) as err:
         next(launch.run("tasks:crash", [7, 8], slurm, "saev-test")).get()
     assert "\n" not in str(err.value)
     assert "RuntimeError: bug at 7" in pathlib.Path(str(err.value).rpartition("Its log: ")[2]).read_text()
@@ -168,7 +173,9 @@ def test_a_cancelled_job_is_over_for_who_waits(
     start_s = time.monotonic()
     cancelled, done = waiting.result(timeout=60)
     assert time.monotonic() - start_s < 40
-    assert re.fullmatch(r"job \d+_0 was cancelled. Run the same .*continues. Its log: \S+", cancelled.error)
+    assert re.fullmatch(
+        r"job \d+_0 \(argument = .*\) was cancelled. Run the same .*continues. Its log: \S+", cancelled.error
+    )
     assert done == launch.Outcome()
 
 
@@ -265,7 +272,7 @@ def test_no_wait(
 
 
 def test_more_jobs_than_an_array_may_have(slurm: launch.SlurmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saev.launch.slurm._max_array_size", lambda: 2)
+    monkeypatch.setattr("saev.launch.queue.max_array_size", lambda: 2)
     outcomes = launch.run("tasks:square", [1, 2, 3], dataclasses.replace(slurm, max_parallel=1), "saev-test")
     assert [outcome.get() for outcome in outcomes] == [1, 4, 9]
     assert len({job_id.partition("_")[0] for job_id in submitted(slurm)}) == 2
@@ -280,6 +287,189 @@ def test_a_refused_job_leaves_no_files(slurm: launch.SlurmConfig) -> None:
     with pytest.raises(errors.UserError, match="Invalid partition"):
         launch.run("tasks:square", [1, 2], wrong, "saev-test")
     assert [f for f in pathlib.Path(slurm.log_to).iterdir() if f.is_file()] == [other]
+
+
+# ---- large and repeated submissions ----
+
+
+def test_only_what_is_missing_is_submitted_again(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    (tmp_path / "b.guarded").touch()
+    good, bad = launch.run("tasks:write", files, slurm, "saev-test", is_lasting=True)
+    assert good.get() == files[0] and re.fullmatch(
+        r"job \d+_1 \(argument = .*b\): b is not allowed.", bad.error
+    )
+    (tmp_path / "b.allowed").touch()
+    again = launch.run("tasks:write", files, slurm, "saev-test", is_lasting=True)
+    assert [outcome.get() for outcome in again] == files
+    assert [pathlib.Path(f).read_text() for f in files] == ["x", "x"] and len(submitted(slurm)) == 3
+    pathlib.Path(files[0]).unlink()  # what a job made must be there
+    again = launch.run("tasks:write", files, slurm, "saev-test", is_lasting=True)
+    assert [outcome.get() for outcome in again] == files and len(submitted(slurm)) == 4
+    again = launch.run("tasks:write", files, slurm, "saev-test")  # an outcome that may not last
+    assert [outcome.get() for outcome in again] == files and len(submitted(slurm)) == 6
+
+
+def test_retry_failed(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    retry = dataclasses.replace(slurm, retry_failed=True)
+    with pytest.raises(
+        errors.UserError, match="--retry-failed: .* has no earlier submission of these configs"
+    ):
+        launch.run("tasks:write", files, retry, "saev-test")
+    (tmp_path / "b.guarded").touch()
+    assert [bool(o.error) for o in launch.run("tasks:write", files, slurm, "saev-test")] == [False, True]
+    (tmp_path / "b.allowed").touch()
+    assert [o.get() for o in launch.run("tasks:write", files, retry, "saev-test")] == files
+    assert (tmp_path / "a").read_text() == "x" and len(submitted(slurm)) == 3
+
+
+def test_more_jobs_than_the_user_may_submit(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    """Quality of service "few": at most 4 at a time. The others follow as these end."""
+    few = dataclasses.replace(slurm, slurm_qos="few", n_cpus=1)
+    files = [str(tmp_path / f"{i}") for i in range(7)]
+    outcomes = launch.run("tasks:write", files, few, "saev-test")
+    assert [outcome.get() for outcome in outcomes] == files
+    assert [pathlib.Path(f).read_text() for f in files] == ["x"] * 7
+    assert len(submitted(slurm)) == 7 and len({j.partition("_")[0] for j in submitted(slurm)}) > 1
+
+
+def test_more_jobs_than_the_user_may_submit_without_waiting(slurm: launch.SlurmConfig) -> None:
+    few = dataclasses.replace(slurm, slurm_qos="few", slurm_wait=False, n_cpus=1)
+    with pytest.raises(
+        errors.UserError, match=r"2 of 6 were not submitted. Run the same command again later"
+    ):
+        launch.run("tasks:square", [1, 2, 3, 4, 5, 6], few, "saev-test")
+    assert len(submitted(slurm)) == 4
+
+
+def test_jobs_run_the_code_that_was_submitted(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    """Code that is edited while the job is pending is not run."""
+    repo = tmp_path / "a repo"
+    shutil.copytree(ROOT / "saev", repo / "saev")
+    (repo / "saev" / "edited.py").write_text("def value(x):\n    return 'as submitted'\n")
+    cfg = f"launch.SlurmConfig('test', 'nextgen', 0.2, n_gpus=0, n_cpus=1, log_to={slurm.log_to!r}"
+    source = (
+        "from saev import launch\n[o] = launch.run('saev.edited:value', [1], {}, 'saev-test')\nprint(o.get())"
+    )
+    late = f"{cfg}, slurm_wait=False, slurm_extra=('begin=now+6',))"
+    subprocess.run([sys.executable, "-c", source.format(late)], cwd=repo, check=True, capture_output=True)
+    (repo / "saev" / "edited.py").write_text("def value(x):\n    return 'edited'\n")
+    command = [sys.executable, "-c", source.format(f"{cfg})")]
+    done = subprocess.run(command, cwd=repo, check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "as submitted\n"
+    (job_id,) = submitted(slurm)
+    assert f"in {slurm.log_to}/code/" in (pathlib.Path(slurm.log_to) / f"{job_id}_0_log.out").read_text()
+
+
+def test_dependent_jobs(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    steps = {"first": (), "second": ("first",)}
+    outcomes = launch.pipeline("tasks", steps, str(tmp_path), slurm, "saev-test")
+    assert [outcome.get() for outcome in outcomes] == [f"{tmp_path}/first", f"{tmp_path}/second"]
+
+
+def test_a_job_whose_predecessor_fails_does_not_run(
+    slurm: launch.SlurmConfig, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "first.guarded").touch()
+    steps = {"first": (), "second": ("first",)}
+    first, second = launch.pipeline("tasks", steps, str(tmp_path), slurm, "saev-test")
+    assert "first is not allowed" in first.error
+    assert re.search(r"cancelled, because a job that it was to follow failed \(Depend", second.error)
+
+
+def test_the_queue_is_shown_while_a_node_is_drained(
+    slurm: launch.SlurmConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = os.uname().nodename.partition(".")[0]
+    subprocess.run(["scontrol", "update", f"node={host}", "state=drain", "reason=test"], check=True)
+    try:
+        with caplog.at_level("INFO", "saev"):
+            waiting = in_thread([3], slurm, "tasks:square")
+            wait_for(
+                lambda: re.search(r"1 job\(s\): 1 pending \(.*(Drain|DRAINED|NotAvail)", caplog.text), 90
+            )
+    finally:
+        subprocess.run(["scontrol", "update", f"node={host}", "state=resume"], check=True)
+    (outcome,) = waiting.result(timeout=90)
+    assert outcome.get() == 9 and "1 job(s): 1 done" in caplog.text
+
+
+def test_from_a_real_allocation(slurm: launch.SlurmConfig) -> None:
+    source = (
+        "from saev import launch\n"
+        f"cfg = launch.SlurmConfig('test', 'nextgen', 0.2, n_gpus=0, n_cpus=1, log_to={slurm.log_to!r})\n"
+        "print([o.get() for o in launch.run('tasks:square', [2, 3], cfg, 'saev-test')])"
+    )
+    command = ["salloc", "--account=test", "--partition=debug", "--ntasks=1", "--mem-per-cpu=300"]
+    done = subprocess.run([*command, sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[4, 9]\n", done.stderr
+
+
+# ---- python -m saev.jobs ----
+
+
+def jobs(slurm: launch.SlurmConfig, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "saev.jobs", *args, "--log-to", slurm.log_to]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_jobs_lists_attaches_and_collects(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    assert "no submissions here" in jobs(slurm).stderr
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(SystemExit):
+        launch.run("tasks:touch_later", files, dataclasses.replace(slurm, slurm_wait=False), "saev-test")
+    (array_id,) = {job_id.partition("_")[0] for job_id in submitted(slurm)}
+    early = jobs(slurm, "collect")
+    assert early.returncode == 2 and "error: not finished: 2 " in early.stderr
+    done = jobs(slurm, "attach", array_id)
+    assert done.returncode == 0 and done.stdout.split() == files
+    assert jobs(slurm, "collect").stdout.split() == files
+    assert re.match(rf"{array_id}  \S+ \S+  saev-test: 2 done\n    in ", jobs(slurm).stdout)
+    assert "7: no such submission" in jobs(slurm, "collect", "7").stderr
+    assert jobs(slurm, "cancel").stdout == "no job is left to cancel\n"
+
+
+def test_jobs_cancels(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(SystemExit):
+        launch.run(
+            "tasks:wait_for_ever",
+            [str(tmp_path / "a")],
+            dataclasses.replace(slurm, slurm_wait=False),
+            "saev-test",
+        )
+    wait_for((tmp_path / "a.started").exists)
+    (job_id,) = submitted(slurm)
+    assert jobs(slurm, "cancel").stdout == f"cancelled {job_id}\n"
+    wait_for(lambda: "was cancelled" in jobs(slurm).stdout, 30)
+    assert re.search(rf"error: job {job_id} was cancelled", jobs(slurm, "collect").stderr)
+
+
+def test_jobs_retries_a_sweep(make_shards, slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    """One of two runs diverges, and does so again; the other is not trained again."""
+    shards, _ = make_shards(n_imgs=30, n_patches=8, d_vit=16, layers=(0,), per_shard=10)
+    (tmp_path / "sweep.toml").write_text("lr = [1e-3, 1e20]")
+    train = [
+        "--n-patches",
+        "2000",
+        "--batch-size",
+        "200",
+        "--ckpt-to",
+        str(tmp_path / "ck"),
+        "--wandb-project",
+        "",
+    ]
+    train += ["--sweep", str(tmp_path / "sweep.toml"), "--data.shard-root", str(shards), "--device", "cpu"]
+    train += ["--max-per-job", "1", *ON_SLURM, "--log-to", slurm.log_to, "sae:relu"]
+    done = subprocess.run([sys.executable, "train.py", *train], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout.strip().endswith("sae.pt") and "is not finite" in done.stderr
+    assert re.search(r"1 done; 1 failed", done.stderr) and len(submitted(slurm)) == 2
+    (name,) = {line.split()[3] for line in jobs(slurm).stdout.splitlines() if line[0] != " "}
+    assert name == "saev-train-sweep:"
+    again = jobs(slurm, "retry")
+    assert again.returncode == 2 and again.stdout == done.stdout and len(submitted(slurm)) == 3
+    run = json.loads((pathlib.Path(done.stdout.strip()).parent / "config.json").read_text())
+    assert run["code"]["job"] == submitted(slurm)[0] and len(run["code"]["commit"]) == 40
 
 
 # ---- the commands ----
@@ -320,7 +510,7 @@ def pipeline(dpath: pathlib.Path, cub: pathlib.Path, n_jobs: int, *where: object
     evaluate = ["--cub-root", cub, "--train-data.shard-root", shards, "--n-prototypes", 8, "--n-train", 8, -1]
     evaluate += ["--dump-to", dpath / "results", "--scorers-to", dpath / "scorers", "--device", "cpu", *where]
     results = pathlib.Path(saev("protoeval.py", *evaluate, "scorer:sae", "--scorer.ckpt", ckpts[0])[-1])
-    made = {f.name: f.read_bytes() for f in pathlib.Path(shards).iterdir()}
+    made = {f.name: f.read_bytes() for f in pathlib.Path(shards).iterdir() if f.name != "code.json"}
     made |= {pathlib.Path(c).parent.name: pathlib.Path(c).read_bytes() for c in ckpts}
     return made | {f.name: f.read_bytes() for f in results.glob("*.csv")}
 
@@ -375,7 +565,9 @@ def test_a_dump_whose_tasks_are_killed_goes_on(tmp_path: pathlib.Path) -> None:
     (here,) = (tmp_path / "here").iterdir()
     there = pathlib.Path(done.stdout.strip())
     assert sorted(f.name for f in here.iterdir()) == sorted(f.name for f in there.iterdir())
-    assert [f.name for f in here.iterdir() if f.read_bytes() != (there / f.name).read_bytes()] == []
+    assert [f.name for f in here.iterdir() if f.read_bytes() != (there / f.name).read_bytes()] == [
+        "code.json"
+    ]
 
 
 # ---- training ----
@@ -434,3 +626,113 @@ def test_two_tasks_share_the_batches_of_one_sae(
     mine, theirs = nn.load(here).state_dict(), nn.load(there).state_dict()
     for name, tensor in mine.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
+
+
+# ---- the demo ----
+
+
+def test_the_demo_as_dependent_jobs(tmp_path: pathlib.Path) -> None:
+    """Its artefacts are those of the same steps here."""
+    demo = ["-m", "saev.demo", "--n-imgs", "40", "--n-patches", "20000", "--device", "cpu"]
+    shown = saev(
+        *demo, "--dump-to", tmp_path / "there", *ON_SLURM, "--n-cpus", "2", "--log-to", tmp_path / "logs"
+    )
+    assert any(line.startswith("| sae") or "sae" in line.lower() for line in shown)
+    names = {json.loads(f.read_text())["name"] for f in (tmp_path / "logs").glob("*_submission.json")}
+    assert names == {f"saev-demo-{step}" for step in ("dump", "train", "fit", "show", "evaluate")}
+    subprocess.run(
+        [sys.executable, *demo, "--dump-to", tmp_path / "here"], cwd=ROOT, check=True, capture_output=True
+    )
+    patterns = ("shards/*/acts*", "checkpoints/*/sae.pt", "visuals/*/latents.csv", "visuals/*/*/*.png")
+    for pattern in patterns:
+        here, there = (
+            {f.relative_to(tmp_path / side): f for f in (tmp_path / side).glob(pattern)}
+            for side in ("here", "there")
+        )
+        assert here.keys() == there.keys() and here, pattern
+        assert [name for name in here if here[name].read_bytes() != there[name].read_bytes()] == []
+    four = [d for d in (tmp_path / "there").glob("results/*") if "sae" in (d / "summary.csv").read_text()]
+    same = tmp_path / "here" / four[0].relative_to(tmp_path / "there")
+    assert (four[0] / "summary.csv").read_bytes() == (same / "summary.csv").read_bytes()
+
+
+# ---- signals in the middle of every stage ----
+
+
+@pytest.mark.parametrize("signum", ["USR2", "KILL"])
+def test_stages_out_of_time_end_with_the_same_files(make_shards, tmp_path: pathlib.Path, signum: str) -> None:
+    """protoeval.py and visuals.py are signalled while they work. Out of time they are requeued; killed, they are not."""
+    cub = tmp_path / "CUB_200_2011"
+    minicub.draw(cub, n_imgs=60)
+    (shards,) = saev(
+        "-m",
+        "saev.data",
+        *VIT,
+        "--device",
+        "cpu",
+        "--dump-to",
+        tmp_path / "sh",
+        "data:cub200",
+        "--data.root",
+        cub,
+    )
+    (ckpt,) = saev(
+        "train.py",
+        "--n-patches",
+        2000,
+        "--batch-size",
+        200,
+        "--ckpt-to",
+        tmp_path / "ck",
+        "--wandb-project",
+        "",
+        "--data.shard-root",
+        shards,
+        "--device",
+        "cpu",
+    )
+    show = ["visuals.py", "--ckpt", ckpt, "--data.shard-root", shards, "--n-latents", 20, "--n-images", 10]
+    show += ["--log-freq-range", -6, 0, "--device", "cpu"]
+    images = ["images:cub200", "--images.root", cub]
+    evaluate = ["protoeval.py", "--cub-root", cub, "--train-data.shard-root", shards, "--n-prototypes", 8, 64]
+    evaluate += ["--n-train", 8, -1, "--n-boot", 20000, "--device", "cpu"]
+    scorer = ["scorer:sae", "--scorer.ckpt", ckpt]
+    made = {}
+    for side in ("here", "there"):
+        where = [] if side == "here" else [*ON_SLURM, "--log-to", tmp_path / "logs"]
+        out = tmp_path / side
+        disturbed([*show, "--dump-to", out / "visuals", *where, *images], where, signum)
+        disturbed(
+            [*evaluate, "--dump-to", out / "results", "--scorers-to", out / "scorers", *where, *scorer],
+            where,
+            signum,
+        )
+        files = [f for f in out.rglob("*") if f.suffix in (".csv", ".png", ".html") and f.name != "chart.png"]
+        made[side] = {str(f.relative_to(out)): f.read_bytes() for f in files}
+    assert made["here"].keys() == made["there"].keys() and len(made["here"]) > 20
+    assert [name for name in made["here"] if made["here"][name] != made["there"][name]] == []
+
+
+def disturbed(command: list[object], where: list[object], signum: str) -> None:
+    """Runs a command. On Slurm, its job gets the signal once it works, and the command is given again if need be."""
+    command = [sys.executable, *map(str, command)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if where:
+        logs = pathlib.Path(where[-1])
+        known = {f.name for f in logs.glob("*_log.out")}
+        wait_for(
+            lambda: any("memory: about" in f.read_text() for f in logs.glob("*.out") if f.name not in known)
+        )
+        (log,) = [f for f in logs.glob("*_log.out") if f.name not in known]
+        job_id = log.name.partition("_")[0]
+        subprocess.run(
+            ["scancel", *(["--full"] if signum == "KILL" else []), f"--signal={signum}", job_id], check=True
+        )
+    _, stderr = process.communicate(timeout=240)
+    if where and signum == "KILL":
+        assert process.returncode == 2 and "Its log: " in stderr
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    else:
+        assert process.returncode == 0, stderr
+        assert not where or "Caught signal SIGUSR2" in log.read_text()

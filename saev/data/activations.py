@@ -20,7 +20,7 @@ from jaxtyping import Float32, Int64, Shaped, jaxtyped
 
 from saev import errors, fields, helpers
 from saev.data import config
-from saev.formats import shards, space
+from saev.formats import shards, space, staging
 from saev.formats.pieces import SUM_BYTES
 
 RUN_BYTES = 2**20
@@ -131,7 +131,7 @@ class Activations:
         self.cfg = cfg
         self.flag = flag
         self.root = cfg.shard_root
-        roots = (cfg.shard_root, *cfg.more_roots)
+        roots = [staging.local(root, cfg.partial, flag) for root in (cfg.shard_root, *cfg.more_roots)]
         is_open = {(part.dpath, acts.cfg.partial): part for acts in among for part in acts.dirs}
         self.dirs = [
             is_open.get((fields.path(root), cfg.partial))

@@ -1,5 +1,7 @@
 """The command `python -m saev.data`."""
 
+import pathlib
+
 from saev import console, launch, sweeps
 from saev.data import config
 
@@ -8,10 +10,13 @@ def main() -> None:
     """Dumps activations and prints the shard directory."""
     (cfg,) = sweeps.parse(config.Dump, "Dumps the activations of a pretrained ViT to shards.")
     if cfg.dry_run:
-        return console.show([cfg])
+        return console.show([cfg], range(cfg.n_jobs) if cfg.slurm.is_on else ())
     jobs = [config.DumpJob(cfg, i) for i in range(cfg.n_jobs)]
-    outcomes = launch.run("saev.data.dump:job", jobs, cfg.slurm, "saev-dump", n_processes=len(jobs))
-    dpath, *_ = [outcome.get() for outcome in outcomes]
+    name = sweeps.title("data", cfg, pathlib.Path(cfg.vit.vit_ckpt).name)
+    outcomes = launch.run("saev.data.dump:job", jobs, cfg.slurm, name, n_processes=len(jobs))
+    outcomes = list(outcomes)
+    launch.check(outcomes)
+    dpath = outcomes[0].get()
     from saev.formats import shards  # imports numpy, which --help does not need
 
     shards.ShardDir.open_unchecked(dpath).finish()

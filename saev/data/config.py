@@ -110,7 +110,7 @@ class Dump:
     dry_run: bool = False
     """Print the config without dumping."""
     slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=launch.SlurmConfig
+        default_factory=launch.of_user
     )
     """Where to run."""
 

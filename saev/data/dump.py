@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saev import devices, errors, helpers
+from saev import devices, errors, helpers, provenance
 from saev.data import config, images, memory, vits
 from saev.formats import shards
 
@@ -68,6 +68,8 @@ def main(cfg: config.Dump, job_i: int = 0) -> str:
     _warn_of_earlier_lists(pathlib.Path(cfg.dump_to), metadata)
     transform = vit.transform.to_dict()
     out = shards.ShardDir.create(pathlib.Path(cfg.dump_to), metadata, records, transform)
+    provenance.write(out.dpath)
+    logger.info("shard directory: %s", out.dpath)
     lock_fpath = out.dpath / f".job{job_i}-of-{cfg.n_jobs}.lock"
     with helpers.locked(lock_fpath, f"it is writing the same dump to {out.dpath}"):
         mine = range(job_i, metadata.n_shards, cfg.n_jobs)

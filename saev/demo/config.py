@@ -1,10 +1,12 @@
 """Config of the demo. Imports no torch."""
 
 import dataclasses
+import typing as tp
 
 import beartype
+import tyro
 
-from saev import errors, fields
+from saev import errors, fields, launch
 
 
 @beartype.beartype
@@ -25,6 +27,12 @@ class Demo:
     """Activations to train the SAE on."""
     device: str = "auto"
     """auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:1, ..."""
+    dry_run: bool = False
+    """Print the config without running anything."""
+    slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=launch.of_user
+    )
+    """Where to run. As Slurm jobs, each step starts when those that it needs have ended."""
 
     def __post_init__(self) -> None:
         if not self.dump_to.isprintable():

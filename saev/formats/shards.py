@@ -11,6 +11,7 @@
         acts000000.xxh3  checksums of the pieces of the shard (`pieces.Pieces`)
         acts000000.json  skipped images; checksums of the shard, its .xxh3 and the files about all images
         complete.json    the same for all shards
+        code.json        which code dumped
 
 A shard is complete once its acts000000.json exists, because that is written last. The directory is complete
 when shards.json lists all images of metadata.json. Several processes may write different shards at the same

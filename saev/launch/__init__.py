@@ -7,13 +7,18 @@ A stage is named by a string ("saev.data.dump:main") and imported only where it 
 import collections.abc
 import os
 
+from saev import errors
 from saev.launch import local
 from saev.launch import slurm as slurm_jobs
-from saev.launch.config import SlurmConfig
+from saev.launch.config import SlurmConfig, of_user
 from saev.launch.entry import entry
+from saev.launch.slurm import pipeline
 from saev.launch.stage import Outcome, Stage
 
-__all__ = ["Outcome", "SlurmConfig", "Stage", "entry", "run"]
+__all__ = ["Outcome", "SlurmConfig", "Stage", "check", "entry", "of_user", "pipeline", "run"]
+
+MOST_SHOWN = 3
+"""Most errors that end a command in full."""
 
 
 def run(
@@ -23,6 +28,7 @@ def run(
     name: str,
     n_processes: int = 1,
     n_tasks: int = 1,
+    is_lasting: bool = False,
 ) -> collections.abc.Iterator[Outcome]:
     """Calls `target` ("module:function") on each argument and yields the outcomes in order.
 
@@ -34,14 +40,28 @@ def run(
             fails ends the others.
         n_tasks: processes that work on each argument together, on one node. The outcome is the first one's.
             Under torchrun, this process is one of them.
+        is_lasting: with Slurm: an outcome stays right until the inputs or the code change. The same command
+            then does not submit it again.
 
     Raises:
         UserError: no Slurm on this machine, or it refuses the jobs.
     """
     if slurm.is_on:
-        return slurm_jobs.run([Stage(target, arg, n_tasks) for arg in args], slurm, name)
+        return slurm_jobs.run([Stage(target, arg, n_tasks) for arg in args], slurm, name, is_lasting)
     if n_processes > 1:
         return iter(local.in_processes([Stage(target, arg) for arg in args]))
     if n_tasks > 1 and "WORLD_SIZE" not in os.environ:
         return (local.share(target, arg, n_tasks) for arg in args)
     return (Stage(target, arg).outcome() for arg in args)
+
+
+def check(outcomes: collections.abc.Iterable[Outcome]) -> None:
+    """Ends a command whose stages have run.
+
+    Raises:
+        UserError: some failed, in all or in part.
+    """
+    wrong = [*dict.fromkeys(outcome.error for outcome in outcomes if outcome.error)]
+    if wrong:
+        more = f" {len(wrong) - MOST_SHOWN} more failed; see above." if len(wrong) > MOST_SHOWN else ""
+        raise errors.UserError(" ".join(wrong[:MOST_SHOWN]) + more)

@@ -1,10 +1,19 @@
 """Where a command runs."""
 
 import dataclasses
+import functools
+import os
+import pathlib
+import tomllib
+import typing as tp
 
 import beartype
+import beartype.door
 
 from saev import errors, fields
+
+WHERE = ("on_slurm", "slurm_acct", "slurm_partition")
+"""Fields that send a command's work to Slurm."""
 
 
 @beartype.beartype
@@ -27,6 +36,8 @@ class SlurmConfig:
     """GPUs of each job. 0 on a cluster without GPUs."""
     log_to: fields.Path = "logs"
     """Folder for job logs."""
+    on_slurm: bool = False
+    """Run as Slurm jobs, with the account and partition of ~/.config/saev/slurm.toml."""
     slurm_qos: str = ""
     """Slurm quality of service. Empty: the account's default."""
     slurm_constraint: str = ""
@@ -39,10 +50,21 @@ class SlurmConfig:
     """Shell lines that each job runs first, such as 'module load cuda'."""
     slurm_extra: tuple[str, ...] = ()
     """Other options of sbatch, each as key=value, such as 'reservation=lab'."""
+    n_nodes: int = 1
+    """Nodes among which the tasks of --data-parallel are divided."""
+    stage_to: str = ""
+    """Folder on a fast disk, such as '$TMPDIR' of a node. Shards are copied there before they are read.
+    Variables are expanded where the job runs."""
     max_parallel: int = 256
     """Jobs of a sweep that run at the same time."""
+    max_per_job: int = 16
+    """Most SAEs of a sweep that one job trains together on one stream of activations."""
+    after: tuple[str, ...] = ()
+    """Job ids. The jobs start when these have ended without an error."""
     slurm_wait: bool = True
     """Wait for the jobs. With --no-slurm-wait the command submits them and ends."""
+    retry_failed: bool = False
+    """Submit only what an earlier submission in --log-to did not complete."""
 
     def __post_init__(self) -> None:
         fields.settle(
@@ -52,18 +74,63 @@ class SlurmConfig:
             n_cpus="[1, 1e5]",
             n_gpus="[0, 1e4]",
             max_parallel="[1, 1e5]",
+            max_per_job="[1, 1e5]",
+            n_nodes="[1, 1e4]",
         )
         for option in self.slurm_extra:
             if not option.partition("=")[0].strip(" -"):
                 raise errors.UserError(f"--slurm-extra {option!r}: must be key=value.")
+        for name in WHERE[1:] if self.is_on else ():
+            if not getattr(self, name):
+                object.__setattr__(self, name, _of_file().get(name, ""))
 
     @property
     def is_on(self) -> bool:
         """Whether the work runs as Slurm jobs."""
-        return bool(self.slurm_acct or self.slurm_partition)
+        return bool(self.on_slurm or self.slurm_acct or self.slurm_partition)
 
     @property
     def extra(self) -> dict[str, str | bool]:
         """`slurm_extra` by key. An option without a value is a switch."""
         pairs = (option.partition("=") for option in self.slurm_extra)
         return {key.strip(" -"): value if sign else True for key, sign, value in pairs}
+
+
+def of_user() -> SlurmConfig:
+    """The defaults of commands: those of the user's file, where it has any.
+
+    Its account and partition count only for commands that run on Slurm, so they are not among them.
+
+    Raises:
+        UserError: the file is not TOML, or has an unknown key or a wrong value.
+    """
+    return SlurmConfig(**{key: value for key, value in _of_file().items() if key not in WHERE})
+
+
+def _of_file() -> dict[str, tp.Any]:
+    home = os.environ.get("XDG_CONFIG_HOME") or str(pathlib.Path("~/.config").expanduser())
+    fpath = pathlib.Path(home) / "saev" / "slurm.toml"
+    return _read(fpath, fpath.stat().st_mtime_ns) if fpath.is_file() else {}
+
+
+@functools.cache
+def _read(fpath: pathlib.Path, _mtime_ns: int) -> dict[str, tp.Any]:
+    try:
+        values = tomllib.loads(fpath.read_text("utf-8"))
+    except (OSError, ValueError) as err:
+        raise errors.UserError(f"{fpath}: cannot be read ({errors.first_line(err)}). Correct it.") from err
+    hints = tp.get_type_hints(SlurmConfig)
+    for key, value in values.items():
+        if key not in hints:
+            raise errors.UserError(f"{fpath}: unknown key {key!r}. Valid keys: {', '.join(hints)}.")
+        values[key] = tuple(value) if isinstance(value, list) else value
+        if hints[key] is float and type(value) is int:
+            values[key] = float(value)
+        if not beartype.door.is_bearable(values[key], hints[key]):
+            kind = "a list of texts" if tp.get_origin(hints[key]) is tuple else hints[key].__name__
+            raise errors.UserError(f"{fpath}: {key} = {value!r}: must be {kind}.")
+    try:
+        SlurmConfig(**{key: value for key, value in values.items() if key not in WHERE})
+    except errors.UserError as err:
+        raise errors.UserError(f"{fpath}: {err}") from err
+    return values

@@ -3,6 +3,8 @@
 import os
 import pathlib
 import re
+import shlex
+import sys
 import uuid
 
 import submitit
@@ -19,6 +21,10 @@ class Executor(submitit.SlurmExecutor):
 
     script: pathlib.Path | None = None
     """The batch script being submitted. submitit renames it once Slurm has taken the job."""
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return shlex.join([sys.executable, "-u", "-m", "saev.launch.job", str(self.folder)])
 
     def _make_submission_command(self, submission_file_path: pathlib.Path) -> list[str]:
         self.script = submission_file_path

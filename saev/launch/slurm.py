@@ -1,144 +1,227 @@
 """Runs stages as Slurm jobs: submits them, watches the queue, and reads their outcomes."""
 
-import collections
 import collections.abc
 import contextlib
+import dataclasses
 import io
 import logging
 import pathlib
-import re
+import shlex
 import shutil
-import subprocess
-import time
-import typing as tp
 
-from saev import console, errors
-from saev.launch import submissions
+from saev import console, errors, provenance
+from saev.launch import queue, submissions, watch
 from saev.launch.config import SlurmConfig
 from saev.launch.stage import Outcome, Stage
+from saev.launch.submissions import Job
 
 logger = logging.getLogger("saev")
 
-MAX_DELAY_S = 10.0
-"""Most seconds between looks at the queue."""
-GRACE_S = 10.0
-"""Seconds that a job may be out of the queue without a result: it may be requeued, or files may come late."""
-ENDED = {
-    "": "left the queue without a result",
-    "BOOT_FAIL": "did not start, because its node did not boot. Run the same command again",
-    "CANCELLED": "was cancelled. Run the same command again; it continues",
-    "COMPLETED": "ended without a result (Slurm state COMPLETED)",
-    "DEADLINE": "reached its deadline. Run the same command again; it continues",
-    "FAILED": "ended without a result (Slurm state FAILED)",
-    "NODE_FAIL": "ended with its node. Run the same command again; it continues",
-    "OUT_OF_MEMORY": "was killed because it used more than its memory. Raise --mem-gb",
-    "PREEMPTED": "was preempted. Run the same command again; it continues",
-    "REVOKED": "was revoked. Run the same command again; it continues",
-    "TIMEOUT": "reached its time limit. Raise --n-hours, or run the same command again; it continues",
-}
-"""Slurm state -> what happened to a job without a result, and what to do."""
-HOPELESS = {
-    "AssocMaxWallDurationPerJobLimit": "--n-hours is above the account's limit",
-    "BadConstraints": "no node has what --slurm-constraint, --n-gpus, --n-cpus and --mem-gb ask for",
-    "InvalidAccount": "--slurm-acct is not valid in this partition",
-    "InvalidQOS": "--slurm-qos is not valid here",
-    "PartitionTimeLimit": "--n-hours is above the partition's limit",
-    "QOSMaxWallDurationPerJobLimit": "--n-hours is above the limit of the quality of service",
-}
-"""Slurm's reason -> why a pending job would never start."""
+TOO_MANY = "MaxSubmitJob"
+"""In sbatch's answer if the user may not submit that many more jobs."""
 
 
-class Queued(tp.NamedTuple):
-    """A job as squeue lists it."""
-
-    state: str
-    reason: str
-
-
-def run(stages: list[Stage], slurm: SlurmConfig, name: str) -> collections.abc.Iterator[Outcome]:
+def run(
+    stages: list[Stage], slurm: SlurmConfig, name: str, is_lasting: bool = False
+) -> collections.abc.Iterator[Outcome]:
     """Submits the stages, waits for all, and returns their outcomes in order.
 
     A stage that an earlier command has submitted to the same --log-to, and whose job is still in the queue,
     is not submitted again.
 
+    Args:
+        is_lasting: an outcome stays right until the inputs or the code change. Such stages are not submitted
+            again either.
+
     Raises:
         UserError: no Slurm on this machine, or it refuses the jobs.
         SystemExit: Ctrl-C, or --no-slurm-wait. The jobs keep running.
     """
-    log_to = pathlib.Path(slurm.log_to).resolve()
-    if shutil.which("sbatch") is None:
-        flag = f"--slurm-acct {slurm.slurm_acct}" if slurm.slurm_acct else ""
-        flag = flag or f"--slurm-partition {slurm.slurm_partition}"
-        raise errors.UserError(
-            f"{flag}: no sbatch on this machine. Run on the cluster's login node, or leave the flag out."
-        )
-    log_to.mkdir(parents=True, exist_ok=True)
-    ids = _submit_new(stages, slurm, name, log_to)
-    cancel = f"scancel {' '.join(dict.fromkeys(job_id.partition('_')[0] for job_id in ids))}"
+    batch = Batch(stages, slurm, name, is_lasting)
+    batch.submit()
+    return iter(_wait(batch.jobs, slurm, batch.submit))
+
+
+def pipeline(
+    module: str,
+    steps: collections.abc.Mapping[str, collections.abc.Sequence[str]],
+    arg: object,
+    slurm: SlurmConfig,
+    name: str,
+) -> list[Outcome]:
+    """Submits functions of a module, each of which waits for those that it needs, and waits for all.
+
+    Args:
+        steps: function -> functions whose jobs must end without an error before its own starts, in an order
+            in which they could run.
+        arg: of each function.
+
+    Raises:
+        UserError, SystemExit: as `run`.
+    """
+    ids: dict[str, str] = {}
+    jobs: list[Job] = []
+    for step, needed in steps.items():
+        after = tuple(ids[other] for other in needed if ids[other]) + slurm.after
+        own = dataclasses.replace(slurm, after=after)
+        batch = Batch([Stage(f"{module}:{step}", arg, label=step)], own, f"{name}-{step}")
+        batch.submit()
+        jobs += batch.jobs
+        ids[step] = batch.jobs[0].id
+    return _wait(jobs, slurm)
+
+
+def _wait(
+    jobs: list[Job], slurm: SlurmConfig, submit: collections.abc.Callable[[], None] = lambda: None
+) -> list[Outcome]:
+    """Waits for the jobs, unless --no-slurm-wait. submit: submits those that are not yet."""
+    ids = [job.id for job in jobs if job.id]
     if not slurm.slurm_wait:
         console.tell(
-            f"The jobs run without this command. Follow them with: squeue --me; cancel them with: {cancel}; "
-            "collect their results with the same command without --no-slurm-wait."
+            "The jobs run without this command. Follow them with: python -m saev.jobs attach --log-to "
+            f"{shlex.quote(slurm.log_to)}; cancel them with: {cancel(ids)}; collect their results with the "
+            "same command without --no-slurm-wait."
         )
+        if left := [job for job in jobs if not job.id]:
+            raise errors.UserError(
+                f"Slurm takes no more jobs of yours now: {len(left)} of {len(jobs)} were not submitted. Run "
+                "the same command again later, or without --no-slurm-wait."
+            )
         raise SystemExit(0)
     try:
-        outcomes = wait(ids, log_to)
+        return watch.wait(jobs, pathlib.Path(slurm.log_to).resolve(), submit)
     except KeyboardInterrupt:
+        ids = [job.id for job in jobs if job.id]
         console.tell(
-            f"\nstopped waiting. These jobs keep running: {_shown(ids)}. Cancel them with: {cancel}. The "
+            f"\nstopped waiting. These jobs keep running: {shown(ids)}. Cancel them with: {cancel(ids)}. The "
             "same command waits for them again."
         )
         raise SystemExit(130) from None
-    return iter(outcomes)
 
 
-# ---- submission ----
+def cancel(ids: list[str]) -> str:
+    """The command that cancels jobs."""
+    return f"scancel {' '.join(dict.fromkeys(job_id.partition('_')[0] for job_id in ids))}"
 
 
-def _submit_new(stages: list[Stage], slurm: SlurmConfig, name: str, log_to: pathlib.Path) -> list[str]:
-    """Submits stages that are not in the queue yet. Returns the job id of each stage."""
-    keys = [submissions.key(stage) for stage in stages]
-    earlier = submissions.job_ids(log_to)
-    known = {earlier[key] for key in keys if key in earlier}
-    queue = (squeue(known) or {}) if known else {}
-    found = {key: earlier[key] for key in keys if _is_queued(queue.get(earlier.get(key, "")))}
-    if found:
-        logger.info("waiting for %d job(s) of an earlier command: %s", len(found), _shown([*found.values()]))
-    new = {key: stage for key, stage in zip(keys, stages, strict=True) if key not in found}
-    if new:
-        ids = _submit([*new.values()], slurm, name, log_to)
-        found |= dict(zip(new, ids, strict=True))
-        submissions.write(log_to, {key: found[key] for key in new})
-        logger.info("submitted %d job(s): %s; logs in %s", len(ids), _shown(ids), slurm.log_to)
-    return [found[key] for key in keys]
+class Batch:
+    """A command's stages and their jobs, of which some may be an earlier command's or not submitted yet."""
 
+    def __init__(self, stages: list[Stage], slurm: SlurmConfig, name: str, is_lasting: bool = False):
+        """Finds the jobs of earlier commands."""
+        if shutil.which("sbatch") is None:
+            acct, partition = slurm.slurm_acct, slurm.slurm_partition
+            flag = f"--slurm-acct {acct}" if acct else f"--slurm-partition {partition}" if partition else ""
+            flag = flag or "--on-slurm"
+            raise errors.UserError(
+                f"{flag}: no sbatch on this machine. Run on the cluster's login node, or leave the flag out."
+            )
+        self.slurm = slurm
+        self.name = name
+        self.log_to = pathlib.Path(slurm.log_to).resolve()
+        self.log_to.mkdir(parents=True, exist_ok=True)
+        self.submission = submissions.Submission.new(name)
+        found = submissions.labels([stage.arg for stage in stages]) if len(stages) > 1 else [stages[0].label]
+        self.stages = [dataclasses.replace(s, label=text) for s, text in zip(stages, found, strict=True)]
+        self.jobs = [Job("", submissions.key(stage), stage.label) for stage in self.stages]
+        self._find(is_lasting or slurm.retry_failed)
 
-def _submit(stages: list[Stage], slurm: SlurmConfig, name: str, log_to: pathlib.Path) -> list[str]:
-    from saev.launch import executor as executors  # imports submitit
+    def _find(self, is_lasting: bool) -> None:
+        """Takes over jobs of earlier commands that are queued or, if `is_lasting`, have a current outcome."""
+        earlier: dict[str, tuple[Job, submissions.Submission]] = {}
+        for submission in submissions.read_all(self.log_to):
+            earlier |= {job.key: (job, submission) for job in submission.jobs}
+        mine = [(job, *earlier[job.key]) for job in self.jobs if job.key in earlier]
+        if self.slurm.retry_failed and not mine:
+            raise errors.UserError(
+                f"--retry-failed: {self.slurm.log_to} has no earlier submission of these configs. Pass its "
+                "--log-to, or leave the flag out."
+            )
+        rows = (queue.squeue(job.id for _, job, _ in mine) or {}) if mine else {}
+        n_queued = n_done = 0
+        for (job, old, submission), stage in zip(mine, self._stages_of(mine), strict=True):
+            row = rows.get(old.id, queue.Queued(""))
+            if not row.is_over and row.user in ("", submission.user):
+                job.id, n_queued = old.id, n_queued + 1
+                continue
+            is_same = self.slurm.retry_failed or submission.code.digest == provenance.code().digest
+            if is_lasting and is_same and self._is_done(old, stage):
+                job.id, n_done = old.id, n_done + 1
+        if n_queued or n_done:
+            ids = shown([job.id for job in self.jobs if job.id])
+            logger.info("of earlier commands: %d job(s) in the queue, %d done: %s", n_queued, n_done, ids)
 
-    executor = executors.Executor(folder=str(log_to), max_num_timeout=executors.MAX_TIMEOUTS)
-    minutes = max(1, round(slurm.n_hours * 60))
-    executor.update_parameters(**_parameters(slurm, name, stages[0].n_tasks, minutes))
-    most, ids = _max_array_size(), []
-    try:
-        for first in range(0, len(stages), most):
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints sbatch's message
-                ids += executor.submit_all(stages[first : first + most], minutes, slurm.max_parallel)
-    except executors.submitit.core.utils.FailedJobError as err:
-        complaint = str(err).strip().splitlines()[-1].removeprefix("sbatch: error: ")
+    def _stages_of(self, mine: list[tuple[Job, Job, submissions.Submission]]) -> list[Stage]:
+        by_key = {job.key: stage for job, stage in zip(self.jobs, self.stages, strict=True)}
+        return [by_key[job.key] for job, _, _ in mine]
+
+    def _is_done(self, old: Job, stage: Stage) -> bool:
+        fpath = self.log_to / f"{old.id}_0_result.pkl"
+        written_s = fpath.stat().st_mtime if fpath.exists() else 0.0
+        return submissions.is_current(submissions.result(old, self.log_to), written_s, stage)
+
+    def submit(self) -> None:
+        """Submits jobs that are not submitted yet, as many as Slurm takes.
+
+        Raises:
+            UserError: it refuses them for another reason. Those of this call are cancelled.
+        """
+        from saev.launch import executor as executors  # imports submitit
+
+        todo = [(job, stage) for job, stage in zip(self.jobs, self.stages, strict=True) if not job.id]
+        todo = [*{job.key: (job, stage) for job, stage in todo}.values()]  # equal stages are one job
+        if not todo:
+            return
+        executor = executors.Executor(folder=str(self.log_to), max_num_timeout=executors.MAX_TIMEOUTS)
+        minutes = max(1, round(self.slurm.n_hours * 60))
+        code = provenance.copy(self.log_to / "code")
+        executor.update_parameters(**parameters(self.slurm, self.name, todo[0][1].n_tasks, minutes, code))
+        most, ids = queue.max_array_size(), []
+        try:
+            while todo and most:
+                part = todo[:most]
+                try:
+                    stages = [stage for _, stage in part]
+                    with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints sbatch's message
+                        new = executor.submit_all(stages, minutes, self.slurm.max_parallel)
+                except executors.submitit.core.utils.FailedJobError as err:
+                    if TOO_MANY not in str(err):
+                        raise
+                    most = len(part) // 2
+                    continue
+                todo, ids = todo[most:], [*ids, *new]
+                self._note(dict(zip([job.key for job, _ in part], new, strict=True)))
+        except executors.submitit.core.utils.FailedJobError as err:
+            if ids:
+                queue.scancel(ids)
+            complaint = str(err).strip().splitlines()[-1].removeprefix("sbatch: error: ")
+            raise errors.UserError(
+                f"sbatch refused the job: {complaint}. Check --slurm-acct, --slurm-partition, --n-gpus, "
+                "--n-cpus, --mem-gb and --n-hours."
+            ) from err
         if ids:
-            _scancel(ids)
-        raise errors.UserError(
-            f"sbatch refused the job: {complaint}. Check --slurm-acct, --slurm-partition, --n-gpus, "
-            "--n-cpus, --mem-gb and --n-hours."
-        ) from err
-    return ids
+            logger.info("submitted %d job(s): %s; logs in %s", len(ids), shown(ids), self.slurm.log_to)
+
+    def _note(self, ids: dict[str, str]) -> None:
+        """Notes the job ids of new stages. ids: by key."""
+        for job in self.jobs:
+            job.id = ids.get(job.key, job.id)
+        new = {job.key: job for job in self.jobs if job.key in ids}
+        self.submission.jobs += new.values()
+        self.submission.write(self.log_to)
 
 
-def _parameters(slurm: SlurmConfig, name: str, n_tasks: int, minutes: int) -> dict[str, object]:
-    """What submitit passes to sbatch. Each task gets a GPU, if the job has any."""
-    n_gpus = max(slurm.n_gpus, n_tasks) if slurm.n_gpus else 0
+def parameters(
+    slurm: SlurmConfig, name: str, n_tasks: int, minutes: int, code: pathlib.Path
+) -> dict[str, object]:
+    """What submitit passes to sbatch. Each task gets a GPU, if the job has any.
+
+    code: where saev is copied.
+    """
+    per_node = -(-n_tasks // slurm.n_nodes)
+    n_gpus = max(slurm.n_gpus, per_node) if slurm.n_gpus else 0
     gpu_type = f"{slurm.slurm_gpu_type}:" if slurm.slurm_gpu_type else ""
+    path = f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
     optional = {
         "account": slurm.slurm_acct,
         "partition": slurm.slurm_partition,
@@ -147,158 +230,23 @@ def _parameters(slurm: SlurmConfig, name: str, n_tasks: int, minutes: int) -> di
         "qos": slurm.slurm_qos,
         "constraint": slurm.slurm_constraint,
         "exclude": slurm.slurm_exclude,
-        "setup": [*slurm.slurm_setup],
+        "dependency": f"afterok:{':'.join(slurm.after)}" if slurm.after else "",
         "additional_parameters": slurm.extra,
     }
     return {
         "job_name": name,
         "time": minutes,
+        "nodes": slurm.n_nodes,
         "cpus_per_task": slurm.n_cpus,
-        "ntasks_per_node": n_tasks,
+        "ntasks_per_node": per_node,
+        "signal_delay_s": min(90, 15 * minutes),
         "stderr_to_stdout": True,
+        "setup": [*slurm.slurm_setup, path],
         **{k: v for k, v in optional.items() if v},
     }
 
 
-def _max_array_size() -> int:
-    """The cluster's limit on the jobs of an array."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _output("scontrol", "show", "config") or "", re.M)
-    return max(1, int(found[1])) if found else 1000
-
-
-# ---- waiting ----
-
-
-def wait(ids: list[str], log_to: pathlib.Path) -> list[Outcome]:
-    """Waits until each job has a result or is out of the queue without one. Logs what changes."""
-    outcomes: dict[str, Outcome] = {}
-    gone_s: dict[str, float] = {}
-    delay_s, shown, answers = 0.5, "", True
-    while True:
-        left = [job_id for job_id in dict.fromkeys(ids) if job_id not in outcomes]
-        queue = squeue(left) if left else {}
-        if (queue is not None) != answers:
-            answers = queue is not None
-            logger.warning("squeue %s", "answers again" if answers else "does not answer; still waiting")
-        for job_id in left:
-            queued = None if queue is None else queue.get(job_id, Queued("", ""))
-            if outcome := _result(job_id, log_to):
-                outcomes[job_id] = outcome
-            elif queued and queued.state == "PENDING" and queued.reason in HOPELESS:
-                _scancel([job_id])
-                why = f"{HOPELESS[queued.reason]} ({queued.reason})"
-                outcomes[job_id] = Outcome(error=f"job {job_id} was cancelled, because {why}.")
-            elif queued is None or _is_queued(queued):
-                gone_s.pop(job_id, None)
-            elif time.monotonic() - gone_s.setdefault(job_id, time.monotonic()) >= GRACE_S:
-                outcomes[job_id] = _lost(job_id, queued.state, log_to)
-            if (outcome := outcomes.get(job_id)) and outcome.error:
-                logger.warning("%s", outcome.error)
-        if (line := _summary(ids, outcomes, queue)) != shown:
-            logger.info("%s", line)
-            shown, delay_s = line, 0.5
-        if len(outcomes) == len(set(ids)):
-            return [outcomes[job_id] for job_id in ids]
-        time.sleep(delay_s)
-        delay_s = min(MAX_DELAY_S, 1.1 * delay_s)
-
-
-def squeue(ids: collections.abc.Iterable[str]) -> dict[str, Queued] | None:
-    """Jobs as Slurm's controller knows them: also those that ended in the last minutes, but no older ones.
-
-    None if it does not answer.
-    """
-    arrays = ",".join(dict.fromkeys(job_id.partition("_")[0] for job_id in ids))
-    command = ["--noheader", "--array", "--states=all", "--format=%i|%T|%r", f"--jobs={arrays}"]
-    text = _output("squeue", *command)
-    if text is None:
-        return None
-    rows = (line.strip().split("|", 2) for line in text.splitlines() if line.count("|") >= 2)
-    return {job_id: Queued(state, reason) for job_id, state, reason in rows}
-
-
-def _is_queued(job: Queued | None) -> bool:
-    return job is not None and job.state not in ENDED
-
-
-def _summary(ids: list[str], outcomes: dict[str, Outcome], queue: dict[str, Queued] | None) -> str:
-    """One line: how many jobs are in each state, with Slurm's reasons for those that are pending."""
-    counts: collections.Counter[str] = collections.Counter()
-    for job_id in dict.fromkeys(ids):
-        if outcome := outcomes.get(job_id):
-            counts["failed" if outcome.error else "done"] += 1
-            continue
-        job = (queue or {}).get(job_id, Queued("", ""))
-        state = "waiting for its result" if job.state in ENDED else job.state.lower()
-        counts[f"{state} ({job.reason})" if job.state == "PENDING" else state] += 1
-    return f"{sum(counts.values())} job(s): " + ", ".join(
-        f"{n} {state}" for state, n in sorted(counts.items())
-    )
-
-
-def _result(job_id: str, log_to: pathlib.Path) -> Outcome | None:
-    """The outcome of a job's first task, or None if it has written none yet."""
-    import submitit.core.utils
-
-    paths = submitit.core.utils.JobPaths(log_to, job_id, 0)
-    try:
-        kind, value = submitit.core.utils.pickle_load(paths.result_pickle)
-    except FileNotFoundError:
-        return None
-    if kind == "success":
-        return value.of(f"job {job_id}")
-    why = exception_line(value).rstrip(".")
-    return Outcome(error=f"job {job_id} failed: {why}. Its log: {paths.stdout}")
-
-
-def _lost(job_id: str, state: str, log_to: pathlib.Path) -> Outcome:
-    """The outcome of a job that ended without a result."""
-    import submitit.core.utils
-
-    log = submitit.core.utils.JobPaths(log_to, job_id, 0).stdout
-    text = (
-        _output("sacct", f"--jobs={job_id}", "--noheader", "--parsable2", "--format=State,ReqMem,MaxRSS")
-        or ""
-    )
-    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
-    known = [row[0].partition(" ")[0] for row in rows]
-    if "OUT_OF_MEMORY" in known:  # Slurm may give only the step this state
-        state = "OUT_OF_MEMORY"
-    elif state not in ENDED or not state:
-        state = next((s for s in known if s in ENDED), "")
-    memory = ""
-    if state == "OUT_OF_MEMORY" and rows:
-        used = [row[2] for row in rows if row[2]]
-        memory = f" (asked: {rows[0][1]}; last seen: {', '.join(used[-1:]) or 'unknown'})"
-    return Outcome(error=f"job {job_id} {ENDED[state]}{memory}. Its log: {log}")
-
-
-def exception_line(message: str) -> str:
-    """Finds the exception's type and first line, which follow the last frame of a traceback."""
-    _, _, after = message.rpartition('\n  File "')
-    lines = [line for line in after.splitlines()[1:] if line and line[0] not in " -"]
-    return next(iter(lines), "it raised an exception")
-
-
-# ---- Slurm's commands ----
-
-
-def _output(*command: str) -> str | None:
-    """What a Slurm command prints. "" if it does not know the job any more; None if it does not answer."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode == 0:
-        return done.stdout
-    return "" if "Invalid job id" in done.stderr else None
-
-
-def _scancel(ids: list[str]) -> None:
-    subprocess.run(["scancel", *ids], capture_output=True, timeout=60, check=False)
-
-
-def _shown(ids: list[str]) -> str:
+def shown(ids: list[str]) -> str:
     """Job ids, those of an array as one: 24_[0-199]."""
     tasks: dict[str, list[int]] = {}
     for job_id in ids:

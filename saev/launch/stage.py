@@ -2,13 +2,21 @@
 
 import dataclasses
 import importlib
+import logging
 import os
 import typing as tp
 
 import beartype
 
-from saev import console, early, errors
+from saev import console, early, errors, provenance
 from saev.launch.entry import configure_logging
+
+logger = logging.getLogger("saev")
+
+MAX_VAIN = 3
+"""Most restarts of a job that did not even begin its stage."""
+_begun: list[str] = []
+"""Stages that this process has begun."""
 
 
 @beartype.beartype
@@ -54,10 +62,16 @@ class Stage:
     """This process's number, unless Slurm sets it."""
     port: int = 0
     """Port on which they connect. 0: Slurm sets it."""
+    label: str = ""
+    """What distinguishes it from the command's other stages, for its log."""
 
     def __call__(self) -> Outcome:
         """As `outcome`, for a separate process: also writes the error to its log."""
         configure_logging()
+        code = provenance.code()
+        changes = " with changes" if code.is_changed else ""
+        logger.info("job %s: %s", provenance.job_id() or "here", self.label or self.target)
+        logger.info("code: %s%s, in %s", code.commit[:12] or "no Git commit", changes, provenance.PACKAGE)
         outcome = self.outcome()
         if outcome.error:
             console.tell(f"error: {outcome.error}")
@@ -90,10 +104,27 @@ class Stage:
         module_name, _, function_name = self.target.partition(":")
         with early.importing():
             module = importlib.import_module(module_name)
-        return getattr(module, function_name)(self.arg)
+        from saev.formats import staging  # imports numpy
+
+        _begun.append(self.target)
+        with staging.to(_stage_to(self.arg)):
+            return getattr(module, function_name)(self.arg)
 
     def checkpoint(self) -> tp.Any:
-        """What submitit resubmits after a time-out or preemption. Stages continue where they stopped."""
+        """What submitit resubmits after a time-out or preemption. Stages continue where they stopped.
+
+        Raises:
+            UserError: the stage has not begun, again and again, so that it would never be done.
+        """
         import submitit.helpers
 
+        if not _begun and int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= MAX_VAIN:
+            raise errors.UserError("the time limit is shorter than the start of the job. Raise --n-hours")
+
         return submitit.helpers.DelayedSubmission(self)
+
+
+def _stage_to(arg: tp.Any) -> str:
+    """--stage-to of a config, or of the first of several."""
+    cfg = arg[0] if isinstance(arg, list) and arg else arg
+    return cfg.slurm.stage_to if hasattr(cfg, "slurm") else ""

@@ -1,33 +1,146 @@
-"""Which jobs run which stages: small files in --log-to, so that the same command finds its running jobs."""
+"""Submissions: small files in --log-to that say which jobs do what.
 
+With them the same command finds its jobs after Ctrl-C or a kill, and `python -m saev.jobs` lists them.
+"""
+
+import collections.abc
 import contextlib
 import dataclasses
+import getpass
 import pathlib
-import subprocess
 import sys
 import typing as tp
 
 import msgspec
 
-from saev import errors, helpers
+from saev import errors, fields, helpers, provenance
 from saev.formats import jsonfile
 from saev.launch.config import SlurmConfig
-from saev.launch.stage import Stage
+from saev.launch.stage import Outcome, Stage
+
+SUFFIX = "_submission.json"
 
 
-class Submission(msgspec.Struct, frozen=True):
+class Job(msgspec.Struct):
+    """A submitted stage."""
+
+    id: str
+    """Job id: 24, or 24_3 in an array."""
+    key: str
+    """Hash of what it does."""
+    label: str
+    """What distinguishes it from the command's other jobs: lr = 0.003."""
+
+    @property
+    def title(self) -> str:
+        return f"job {self.id} ({self.label})" if self.label else f"job {self.id}"
+
+
+class Submission(msgspec.Struct):
     """What one command submitted, and from which code."""
 
-    jobs: dict[str, str]
-    """Stage's key -> job id."""
-    command: list[str]
-    """As it was typed."""
+    name: str
+    """The jobs' name in Slurm."""
+    jobs: list[Job]
+    args: list[str]
+    """The command as it was typed: its program, then its flags."""
     folder: str
     """Where it was run."""
-    commit: str
-    """Git commit of the code. Empty: the code is not in a Git repository."""
-    is_changed: bool
-    """Whether tracked files differed from the commit."""
+    user: str
+    code: provenance.Code
+
+    @classmethod
+    def new(cls, name: str) -> "Submission":
+        """A submission of this process, still without jobs."""
+        return cls(name, [], sys.argv, str(pathlib.Path.cwd()), user(), provenance.code())
+
+    @property
+    def id(self) -> str:
+        """The first job's id, without the array task."""
+        return self.jobs[0].id.partition("_")[0]
+
+    def write(self, log_to: pathlib.Path) -> None:
+        """Writes or replaces its file, which the first job's id names."""
+        helpers.write_text(log_to / f"{self.id}{SUFFIX}", jsonfile.dumps(self, indent=4))
+
+
+def user() -> str:
+    """This user's name. Empty if it has none, as in some containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return ""
+
+
+def read_all(log_to: pathlib.Path) -> list[Submission]:
+    """The submissions of a folder, oldest first. Damaged files are ignored."""
+    out = []
+    for fpath in sorted(log_to.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime_ns):
+        with contextlib.suppress(errors.UserError):
+            submission = jsonfile.read(fpath, Submission, "Delete it.")
+            out += [submission] if submission.jobs else []
+    return out
+
+
+# ---- results ----
+
+
+def result(job: Job, log_to: pathlib.Path) -> Outcome | None:
+    """The outcome of a job's first task, or None if it has written none yet."""
+    import submitit.core.utils
+
+    paths = submitit.core.utils.JobPaths(log_to, job.id, 0)
+    try:
+        kind, value = submitit.core.utils.pickle_load(paths.result_pickle)
+    except FileNotFoundError:
+        return None
+    if kind == "success":
+        return value.of(job.title)
+    why = exception_line(value).rstrip(".")
+    return Outcome(error=f"{job.title} failed: {why}. Its log: {log(job, log_to)}")
+
+
+def log(job: Job, log_to: pathlib.Path) -> pathlib.Path:
+    """The log of a job's first task."""
+    return log_to / f"{job.id}_0_log.out"
+
+
+def exception_line(message: str) -> str:
+    """Finds the exception's type and first line, which follow the last frame of a traceback."""
+    _, _, after = message.rpartition('\n  File "')
+    lines = [line for line in after.splitlines()[1:] if line and line[0] not in " -"]
+    return next(iter(lines), "it raised an exception")
+
+
+def is_current(outcome: Outcome | None, written_s: float, stage: Stage) -> bool:
+    """Whether a stage need not run again: it succeeded, what it made is there, and what it read is older.
+
+    written_s: when the outcome was written.
+    """
+    if outcome is None or outcome.error:
+        return False
+    made = outcome.value if isinstance(outcome.value, list) else [outcome.value]
+    there = all(pathlib.Path(path).exists() for path in made if isinstance(path, str))
+    read = [pathlib.Path(path) for path in _inputs(stage.arg)]
+    return there and all(path.stat().st_mtime < written_s for path in read if path.exists())
+
+
+def _inputs(value: tp.Any) -> collections.abc.Iterator[str]:
+    """Paths in configs, except those of folders to write to (--ckpt-to)."""
+    if isinstance(value, list | tuple):
+        for v in value:
+            yield from _inputs(v)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, SlurmConfig):
+        paths = [name for name in fields.path_fields(type(value)) if not name.endswith("_to")]
+        for field in dataclasses.fields(value):
+            v = getattr(value, field.name)
+            if field.name in paths:
+                yield from filter(None, v if isinstance(v, tuple) else (v,))
+            elif dataclasses.is_dataclass(v):
+                yield from _inputs(v)
+
+
+# ---- what a stage does ----
 
 
 def key(stage: Stage) -> str:
@@ -46,32 +159,33 @@ def _plain(value: tp.Any) -> tp.Any:
     return value if isinstance(value, str | int | float | bool | None) else repr(value)
 
 
-def write(log_to: pathlib.Path, jobs: dict[str, str]) -> None:
-    """Notes the job ids of new stages."""
-    first = next(iter(jobs.values()))
-    submission = Submission(
-        jobs=jobs,
-        command=sys.argv,
-        folder=str(pathlib.Path.cwd()),
-        commit=_git("rev-parse", "HEAD"),
-        is_changed=bool(_git("status", "--porcelain", "--untracked-files=no")),
-    )
-    helpers.write_text(log_to / f"{first}_submission.json", jsonfile.dumps(submission, indent=4))
+def labels(args: collections.abc.Sequence[object]) -> list[str]:
+    """What distinguishes each argument (a config, or a list of configs) from the others: lr = 0.003."""
+    groups = [list(arg) if isinstance(arg, list | tuple) else [arg] for arg in args]
+    flat = [[_flat(cfg) for cfg in group] for group in groups]
+    every = [values for group in flat for values in group]
+    names = dict.fromkeys(name for values in every for name in values)
+    vary = [name for name in names if len({repr(values.get(name)) for values in every}) > 1]
+    out = []
+    for group in flat:
+        texts = [", ".join(f"{name} = {v[name]}" for name in vary if name in v) for v in group]
+        between = f" ... {texts[-1]}" if len(texts) > 1 else ""
+        out.append(f"{texts[0]}{between}" if texts else "")
+    return out
 
 
-def _git(*args: str) -> str:
-    """What Git prints about saev's code; "" without Git or a repository."""
-    command = ["git", "-C", str(pathlib.Path(__file__).parent), *args]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def job_ids(log_to: pathlib.Path) -> dict[str, str]:
-    """Stage's key -> id of its newest job. Damaged files are ignored: their jobs are submitted again."""
-    out: dict[str, str] = {}
-    for fpath in sorted(log_to.glob("*_submission.json"), key=lambda p: p.stat().st_mtime_ns):
-        with contextlib.suppress(errors.UserError):
-            out |= jsonfile.read(fpath, Submission, "Delete it.").jobs
+def _flat(cfg: tp.Any, prefix: str = "") -> dict[str, object]:
+    """A config's values by dotted name; unions also by their class."""
+    if not dataclasses.is_dataclass(cfg):
+        return {"argument": cfg}
+    out: dict[str, object] = {}
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if isinstance(value, SlurmConfig):
+            continue
+        if dataclasses.is_dataclass(value):
+            out[f"{prefix}{field.name}"] = type(value).__name__
+            out |= _flat(value, f"{prefix}{field.name}.")
+        else:
+            out[f"{prefix}{field.name}"] = value
     return out

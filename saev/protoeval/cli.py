@@ -11,7 +11,7 @@ def main() -> None:
     cfgs = sweeps.parse(config.ProtoEval, "Scores prototypes against the attributes of CUB-200-2011.")
     cfg = cfgs[0]
     if cfg.dry_run:
-        return console.show(cfgs)
+        return console.show(cfgs, sweeps.group(cfgs) if cfg.slurm.is_on else ())
     if cfg.report:
         from saev.protoeval import merge  # draws charts, which --help need not wait for
 
@@ -20,9 +20,13 @@ def main() -> None:
         from saev.protoeval import labels
 
         return labels.describe(cfgs, console.say)
-    for outcome in launch.run("saev.protoeval.run:main", sweeps.group(cfgs), cfg.slurm, "saev-protoeval"):
-        _show(outcome.get())
-    return None
+    name = sweeps.title("protoeval", cfg, cfg.scorer)
+    outcomes = []
+    for outcome in launch.run("saev.protoeval.run:main", sweeps.group(cfgs), cfg.slurm, name):
+        outcomes.append(outcome)
+        if outcome.value is not None:
+            _show(outcome.value)
+    return launch.check(outcomes)
 
 
 def _show(dpath: str) -> None:

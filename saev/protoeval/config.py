@@ -70,7 +70,7 @@ class ProtoEval:
     command line override it."""
     dry_run: bool = fields.neither(False)
     """Print the configs without evaluating."""
-    slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = fields.neither(launch.SlurmConfig)
+    slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = fields.neither(launch.of_user)
     """Where to run."""
 
     def __post_init__(self) -> None:

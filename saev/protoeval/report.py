@@ -8,7 +8,7 @@ import pathlib
 
 import polars as pl
 
-from saev import helpers
+from saev import helpers, provenance
 from saev.formats import jsonfile, manifest, results
 from saev.protoeval import config, stats
 from saev.report import charts, frame, tables
@@ -57,6 +57,7 @@ def write(
     """Writes a results directory, with the manifest last. names: the traits' names."""
     configs = [dataclasses.asdict(cfg) | {"scorer_type": type(cfg.scorer).__name__} for cfg in cfgs]
     helpers.write_text(dpath / "config.json", jsonfile.dumps(configs, indent=4))
+    provenance.write(dpath)
     helpers.write_text(dpath / "about.json", jsonfile.dumps(dataclasses.asdict(about), indent=4))
     cells = stats.cells(stats.summary(rows), about)
     traits = stats.traits(rows, cells, [helpers.printable(name) for name in names])

@@ -1,6 +1,6 @@
 """The command train.py."""
 
-from saev import console, errors, launch, sweeps
+from saev import console, launch, sweeps
 from saev.training import config
 
 
@@ -9,14 +9,13 @@ def main() -> None:
     cfgs = sweeps.parse(config.Train, "Trains sparse autoencoders on activation shards.")
     cfg = cfgs[0]
     if cfg.dry_run:
-        return console.show(cfgs)
+        return console.show(cfgs, sweeps.group(cfgs, cfg.slurm.max_per_job) if cfg.slurm.is_on else ())
+    most = cfg.slurm.max_per_job if cfg.slurm.is_on else len(cfgs)
+    groups, name = sweeps.group(cfgs, most), sweeps.title("train", cfg, cfg.sae)
+    n_tasks = cfg.data_parallel
     outcomes = list(
-        launch.run(
-            "saev.training.loop:main", sweeps.group(cfgs), cfg.slurm, "saev-train", n_tasks=cfg.data_parallel
-        )
+        launch.run("saev.training.loop:main", groups, cfg.slurm, name, n_tasks=n_tasks, is_lasting=True)
     )
     for fpath in dict.fromkeys(fpath for outcome in outcomes for fpath in outcome.value or ()):
         console.say(fpath)
-    if wrong := dict.fromkeys(outcome.error for outcome in outcomes if outcome.error):
-        raise errors.UserError(" ".join(wrong))
-    return None
+    return launch.check(outcomes)

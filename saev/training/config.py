@@ -87,7 +87,7 @@ class Train:
     """TOML file of parameters, in which each list is a grid axis. Flags on the command line override it."""
     dry_run: bool = fields.neither(False)
     """Print the configs without training."""
-    slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = fields.neither(launch.SlurmConfig)
+    slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = fields.neither(launch.of_user)
     """Where to run."""
 
     def __post_init__(self) -> None:
@@ -121,6 +121,11 @@ class Train:
         if self.batch_size % self.data_parallel:
             raise errors.UserError(
                 f"--batch-size {self.batch_size}: must be a multiple of --data-parallel {self.data_parallel}."
+            )
+        if self.data_parallel % self.slurm.n_nodes:
+            raise errors.UserError(
+                f"--n-nodes {self.slurm.n_nodes}: --data-parallel {self.data_parallel} must be a multiple of "
+                "it. Each node runs as many tasks as the others."
             )
         if self.n_sparsity_warmup and not hasattr(self.sae, "sparsity_coeff"):
             raise errors.UserError(

@@ -10,7 +10,7 @@ import time
 import torch
 from torch import Tensor
 
-from saev import devices, errors, fields, helpers, nn, tracking
+from saev import devices, errors, fields, helpers, nn, provenance, tracking
 from saev.data import activations, shuffled
 from saev.formats import jsonfile
 from saev.nn import objectives, robust
@@ -150,6 +150,7 @@ def _start_tracker(run: Run, start: int, stream: shuffled.Shuffled) -> tracking.
         "architecture": type(cfg.sae).__name__,
         "objective_name": type(cfg.objective).__name__,
         "activations": stream.acts.space.describe(),
+        "code": provenance.record(),
     }
     helpers.write_text(dpath / "config.json", jsonfile.seal(record))
     (dpath / "failed.json").unlink(missing_ok=True)

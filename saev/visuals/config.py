@@ -43,7 +43,7 @@ class Visuals:
     dry_run: bool = False
     """Print the config without making a gallery."""
     slurm: tp.Annotated[launch.SlurmConfig, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=launch.SlurmConfig
+        default_factory=launch.of_user
     )
     """Where to run."""
 

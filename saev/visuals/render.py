@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float32, jaxtyped
 
-from saev import errors, helpers
+from saev import errors, helpers, provenance
 from saev.data import images
 from saev.formats import jsonfile, shards
 
@@ -140,6 +140,7 @@ def _write(dpath: pathlib.Path, gallery: Gallery, pages: list[Page]) -> None:
     latents = [page.latent for page in pages]
     shown = {"ckpt": gallery.ckpt, "sha256": gallery.sha256, "latents": latents}
     helpers.write_text(dpath / "gallery.json", jsonfile.seal(shown))
+    provenance.write(dpath)
     helpers.write_text(dpath / "index.html", _index(gallery, pages))
 
 

@@ -64,3 +64,30 @@ def execute(source: str) -> None:
 def half(xs: list[int]) -> list[int]:
     """Does the first; the second fails."""
     raise errors.UserError(f"{xs[1]} is too large.", done=xs[:1])
+
+
+def write(fpath: str) -> str:
+    """Needs a file beside it, NAME.allowed, where there is a NAME.guarded."""
+    path = pathlib.Path(fpath)
+    if path.with_suffix(".guarded").exists() and not path.with_suffix(".allowed").exists():
+        raise errors.UserError(f"{path.name} is not allowed.")
+    with path.open("a") as fd:
+        fd.write("x")
+    return fpath
+
+
+def package(_: int) -> str:
+    """Where saev was imported from."""
+    import saev
+
+    return str(saev.__file__)
+
+
+def first(folder: str) -> str:
+    """A step that others need."""
+    return write(f"{folder}/first")
+
+
+def second(folder: str) -> str:
+    assert pathlib.Path(folder, "first").exists()
+    return write(f"{folder}/second")

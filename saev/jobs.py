@@ -1,0 +1,130 @@
+"""The command `python -m saev.jobs`: lists, follows, cancels, collects and retries submissions."""
+
+import dataclasses
+import os
+import pathlib
+import shlex
+import sys
+import time
+import typing as tp
+
+import beartype
+import tyro
+
+from saev import commands, console, errors, fields, sweeps
+from saev.launch import check, queue, slurm, submissions, watch
+from saev.launch.stage import Outcome
+from saev.launch.submissions import Job, Submission
+
+Action = tp.Literal["list", "attach", "collect", "cancel", "retry"]
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Jobs:
+    """Shows and steers the Slurm jobs that saev's commands have submitted."""
+
+    action: tyro.conf.Positional[Action] = "list"
+    """list: show submissions and their states. attach: wait for their jobs. collect: print the results that
+    are there. cancel: cancel their jobs. retry: submit again what failed."""
+    ids: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Submissions, by the ids that `list` shows. Default: all of --log-to."""
+    log_to: fields.Path = "logs"
+    """The --log-to of the commands."""
+
+    def __post_init__(self) -> None:
+        fields.settle(self)
+
+
+def main() -> None:
+    (cfg,) = sweeps.parse(Jobs, "Shows and steers the Slurm jobs that saev's commands have submitted.")
+    log_to = pathlib.Path(cfg.log_to).resolve()
+    chosen = choose(cfg, submissions.read_all(log_to))
+    jobs = [job for submission in chosen for job in submission.jobs]
+    if cfg.action == "list":
+        return console.say("\n".join(line for s in chosen for line in describe(s, log_to)))
+    if cfg.action == "attach":
+        return deliver(watch.wait(jobs, log_to))
+    if cfg.action == "retry":
+        return retry(chosen)
+    outcomes, rows = watch.look(jobs, log_to)
+    if cfg.action == "cancel":
+        return cancel([job for job in jobs if job.id not in outcomes])
+    deliver(outcomes.values())
+    if left := [job for job in jobs if job.id not in outcomes]:
+        states = watch.count(left, {}, rows)
+        raise errors.UserError(
+            f"not finished: {'; '.join(f'{n} {state}' for state, n in states.items())}. Wait for them with: "
+            f"python -m saev.jobs attach --log-to {shlex.quote(cfg.log_to)}"
+        )
+    return None
+
+
+def choose(cfg: Jobs, found: list[Submission]) -> list[Submission]:
+    """The submissions with the chosen ids."""
+    if not found:
+        raise errors.UserError(f"--log-to {cfg.log_to}: no submissions here. Pass the --log-to of a command.")
+    wanted = {job_id.partition("_")[0] for job_id in cfg.ids}
+    own = [({job.id.partition("_")[0] for job in s.jobs}, s) for s in found]
+    if unknown := wanted - set().union(*(ids for ids, _ in own)):
+        known = ", ".join(s.id for s in found)
+        raise errors.UserError(f"{sorted(unknown)[0]}: no such submission in {cfg.log_to}. It has: {known}.")
+    return [s for ids, s in own if ids & wanted or not wanted]
+
+
+def describe(submission: Submission, log_to: pathlib.Path) -> list[str]:
+    """Lines about a submission: its jobs' states, its command, and what failed."""
+    outcomes, rows = watch.look(submission.jobs, log_to)
+    states = watch.count(submission.jobs, outcomes, rows)
+    fpath = log_to / f"{submission.id}{submissions.SUFFIX}"
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(fpath.stat().st_mtime))
+    text = "; ".join(f"{n} {state}" for state, n in states.items())
+    wrong = [outcome.error for outcome in outcomes.values() if outcome.error]
+    return [
+        f"{submission.id}  {when}  {submission.name}: {text}",
+        f"    in {submission.folder}: {shlex.join(submission.args)}",
+        *(f"    {error}" for error in wrong),
+    ]
+
+
+def deliver(outcomes: tp.Iterable[Outcome]) -> None:
+    """Prints what stages returned, which are paths, and raises their errors."""
+    outcomes = list(outcomes)
+    for outcome in outcomes:
+        for path in outcome.value if isinstance(outcome.value, list) else [outcome.value]:
+            if path is not None:
+                console.say(str(path))
+    check(outcomes)
+
+
+def cancel(jobs: list[Job]) -> None:
+    """Cancels jobs that have not ended."""
+    ids = [job.id for job in jobs]
+    if ids:
+        queue.scancel(ids)
+    console.say(f"cancelled {slurm.shown(ids)}" if ids else "no job is left to cancel")
+
+
+def retry(chosen: list[Submission]) -> tp.NoReturn:
+    """Runs a submission's command again, which submits what failed.
+
+    Raises:
+        UserError: several submissions were chosen, or its folder or command is unknown.
+    """
+    if len(chosen) != 1:
+        raise errors.UserError(f"retry: name one of the submissions {', '.join(s.id for s in chosen)}.")
+    (submission,) = chosen
+    command = submission.name.split("-")[1] if "-" in submission.name else ""
+    if command not in commands.COMMANDS or not pathlib.Path(submission.folder).is_dir():
+        raise errors.UserError(
+            f"{submission.id}: its command or folder ({submission.folder}) is unknown here. Run the command "
+            "yourself, with --retry-failed."
+        )
+    args = [*submission.args[1:], *([] if "--retry-failed" in submission.args else ["--retry-failed"])]
+    console.tell(f"in {submission.folder}: saev {shlex.join([command, *args])}")
+    os.chdir(submission.folder)
+    os.execv(sys.executable, [sys.executable, "-m", "saev", command, *args])
+
+
+if __name__ == "__main__":
+    commands.run("jobs")

@@ -1,0 +1,24 @@
+"""What a Slurm job runs: `python -m saev.launch.job FOLDER`. submitit calls the stage."""
+
+import os
+import sys
+
+
+def main() -> None:
+    """Runs this task's stage. Exits with 1 if it failed: Slurm then does not start jobs --after it."""
+    os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"  # it would write its lines to stdout and stderr
+    from saev.launch.entry import configure_logging
+
+    configure_logging()
+    import submitit.core.job_environment
+    import submitit.core.submission
+    import submitit.core.utils
+
+    submitit.core.submission.process_job(sys.argv[1])
+    paths = submitit.core.job_environment.JobEnvironment().paths
+    _, outcome = submitit.core.utils.pickle_load(paths.result_pickle)
+    sys.exit(1 if outcome.error else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Slurm's own commands: what the queue says, why a job ended, what the cluster allows."""
+
+import collections.abc
+import pathlib
+import re
+import subprocess
+import typing as tp
+
+ENDED = {
+    "": "left the queue without a result",
+    "BOOT_FAIL": "did not start, because its node did not boot. Run the same command again",
+    "CANCELLED": "was cancelled. Run the same command again; it continues",
+    "COMPLETED": "ended without a result (Slurm state COMPLETED)",
+    "DEADLINE": "reached its deadline. Run the same command again; it continues",
+    "FAILED": "ended without a result (Slurm state FAILED)",
+    "NODE_FAIL": "ended with its node. Run the same command again; it continues",
+    "OUT_OF_MEMORY": "was killed because it used more than its memory. Raise --mem-gb",
+    "PREEMPTED": "was preempted. Run the same command again; it continues",
+    "REVOKED": "was revoked. Run the same command again; it continues",
+    "TIMEOUT": "reached its time limit. Raise --n-hours, or run the same command again; it continues",
+}
+"""Slurm state -> what happened to a job without a result, and what to do."""
+HOPELESS = {
+    "AssocMaxWallDurationPerJobLimit": "--n-hours is above the account's limit",
+    "BadConstraints": "no node has what --slurm-constraint, --n-gpus, --n-cpus and --mem-gb ask for",
+    "DependencyNeverSatisfied": "a job that it was to follow failed",
+    "InvalidAccount": "--slurm-acct is not valid in this partition",
+    "InvalidQOS": "--slurm-qos is not valid here",
+    "PartitionTimeLimit": "--n-hours is above the partition's limit",
+    "QOSMaxWallDurationPerJobLimit": "--n-hours is above the limit of the quality of service",
+}
+"""Slurm's reason -> why a pending job would never start."""
+COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 8, "UserName": 40, "Reason": 80}
+"""Columns of squeue that are read, with their widths."""
+
+
+class Queued(tp.NamedTuple):
+    """A job as squeue lists it."""
+
+    state: str
+    reason: str = ""
+    n_restarts: int = 0
+    user: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, for the queue."""
+        return self.state in ENDED
+
+
+def squeue(ids: collections.abc.Iterable[str]) -> dict[str, Queued] | None:
+    """Jobs as Slurm's controller knows them: also those that ended in the last minutes, but no older ones.
+
+    None if it does not answer.
+    """
+    arrays = ",".join(dict.fromkeys(job_id.partition("_")[0] for job_id in ids))
+    columns = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())
+    text = output(
+        "squeue", "--noheader", "--array", "--states=all", f"--Format={columns}", f"--jobs={arrays}"
+    )
+    if text is None:
+        return None
+    found = {}
+    for line in text.splitlines():
+        cells, at = [], 0
+        for width in COLUMNS.values():
+            cells.append(line[at : at + width].strip())
+            at += width
+        job_id, state, restarts, user, reason = cells
+        found[job_id] = Queued(state, reason, int(restarts) if restarts.isdecimal() else 0, user)
+    return found
+
+
+def why_lost(job_id: str, state: str) -> str:
+    """What happened to a job that ended without a result, and what to do. state: squeue's last, or ""."""
+    asked = ("sacct", f"--jobs={job_id}", "--noheader", "--parsable2", "--format=State,ReqMem,MaxRSS")
+    rows = [line.split("|") for line in (output(*asked) or "").splitlines() if line.count("|") == 2]
+    known = [row[0].partition(" ")[0] for row in rows]
+    if "OUT_OF_MEMORY" in known:  # Slurm may give only the step this state
+        state = "OUT_OF_MEMORY"
+    elif state not in ENDED or not state:
+        state = next((s for s in known if s in ENDED), "")
+    if state != "OUT_OF_MEMORY" or not rows:
+        return ENDED[state]
+    used = [row[2] for row in rows if row[2]]
+    return f"{ENDED[state]} (asked: {rows[0][1]}; last seen: {', '.join(used[-1:]) or 'unknown'})"
+
+
+def max_array_size() -> int:
+    """The cluster's limit on the jobs of an array."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", output("scontrol", "show", "config") or "", re.M)
+    return max(1, int(found[1])) if found else 1000
+
+
+def scancel(ids: collections.abc.Iterable[str]) -> None:
+    """Cancels jobs. Those that have ended are ignored."""
+    subprocess.run(["scancel", *ids], capture_output=True, timeout=60, check=False)
+
+
+def output(*command: str) -> str | None:
+    """What a Slurm command prints. "" if it does not know the job any more; None if it does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode == 0:
+        return done.stdout
+    return "" if "Invalid job id" in done.stderr else None
+
+
+def last_line(fpath: pathlib.Path, pattern: str, n_bytes: int = 4096) -> re.Match[str] | None:
+    """The last match of a pattern near the end of a log."""
+    try:
+        with fpath.open("rb") as fd:
+            fd.seek(max(0, fd.seek(0, 2) - n_bytes))
+            text = fd.read().decode("utf-8", "replace")
+    except OSError:
+        return None
+    return next(iter([*re.finditer(pattern, text)][-1:]), None)
