@@ -1,5 +1,6 @@
 """The command `python -m saev.jobs`: lists, follows, cancels, collects and retries submissions."""
 
+import collections.abc
 import dataclasses
 import os
 import pathlib
@@ -87,7 +88,7 @@ def describe(submission: Submission, log_to: pathlib.Path) -> list[str]:
     ]
 
 
-def deliver(outcomes: tp.Iterable[Outcome]) -> None:
+def deliver(outcomes: collections.abc.Iterable[Outcome]) -> None:
     """Prints what stages returned, which are paths, and raises their errors."""
     outcomes = list(outcomes)
     for outcome in outcomes:

@@ -64,10 +64,7 @@ def parse(cls: type[Cfg], description: str, args: collections.abc.Sequence[str] 
     if not sweep:
         return [cfg]
     fpath = pathlib.Path(sweep)
-    configs = [
-        cli.parse(cls, args, description, default=_apply(cls, cfg, override, fpath, args))
-        for override in expand(_read(fpath), cls, fpath)
-    ]
+    configs = [_apply(cls, cfg, override, fpath, args) for override in expand(_read(fpath), cls, fpath)]
     _check_shared(configs, fpath)
     return list(dict.fromkeys(configs))  # a typed flag can make two configurations equal
 
@@ -182,7 +179,11 @@ def _table(value: object, key: str, fpath: pathlib.Path) -> dict[str, object]:
 
 
 def _apply(cls: type[Cfg], cfg: Cfg, override: Override, fpath: pathlib.Path, args: list[str]) -> Cfg:
-    """The defaults with the override's values. `type` or the command line picks the member of a union."""
+    """The defaults with the override's values and, above these, the typed flags'.
+
+    `type` or the command line picks the member of a union. cfg: what `args` give without the override.
+    """
+    typed = _typed(args)
     values: dict[str, dict[str, object]] = {}
     for key, value in override.items():
         head, _, rest = key.partition(".")
@@ -194,10 +195,32 @@ def _apply(cls: type[Cfg], cfg: Cfg, override: Override, fpath: pathlib.Path, ar
         if dataclasses.is_dataclass(getattr(cfg, field.name)):
             member = _member(field, getattr(cfg, field.name), given, fpath, args)
             _drop_replaced(field.name, member, given, args)
+            prefix = "" if _flat_members(field) else f"{field.name}."
+            given |= _values(
+                getattr(cfg, field.name), {t.removeprefix(prefix) for t in typed if t.startswith(prefix)}
+            )
             kwargs[field.name] = _build(field, member, given, fpath)
+        elif field.name in typed:
+            kwargs[field.name] = getattr(cfg, field.name)
         elif given:
             kwargs[field.name] = given[""]
     return _construct(cls, kwargs, "", fpath)
+
+
+def _typed(args: list[str]) -> set[str]:
+    """Dotted names of the fields whose flags are on the command line: sae.top_k for --sae.top-k=3.
+
+    A switch (--no-slurm-wait) also gives the name that its flag without `no-` would have.
+    """
+    names = {
+        arg.partition("=")[0].removeprefix("--").replace("-", "_") for arg in args if arg.startswith("--")
+    }
+    return names | {re.sub(r"(^|\.)no_", r"\1", name) for name in names}
+
+
+def _values(cfg: tp.Any, names: set[str]) -> Override:
+    """The values of a config's fields that have one of the names."""
+    return {f.name: getattr(cfg, f.name) for f in _fields(cfg) if f.name in names}
 
 
 def _check_shared(configs: list[Cfg], fpath: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from saev import sweeps
+from saev import cli, jobs, sweeps
 from saev.protoeval import config as protoeval_config
 from saev.training import config as training_config
 
@@ -88,8 +88,8 @@ def readme_commands() -> list[str]:
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_commands_parse(command: str) -> None:
     words = shlex.split(command)
-    if words[:3] == ["python", "-m", "saev.demo"]:
-        assert words[3:] == []
+    if words[:3] == ["python", "-m", "saev.jobs"]:  # which has no --dry-run
+        assert cli.parse(jobs.Jobs, words[3:]).ids in ((), ("1234",))
         return
     program, args = (" ".join(words[1:3]), words[3:]) if words[0] == "python" else (words[0], words[1:])
     assert "= " in dry_run(program, shlex.join(args))

@@ -1,5 +1,6 @@
 """Running a stage, and ending with an exit code that tells the truth."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -167,7 +168,14 @@ def test_each_process_of_a_job_gets_a_gpu() -> None:
     asked = slurm.parameters(slurm_cfg, "x", 4, 5, ROOT)
     assert (asked["gpus_per_node"], asked["ntasks_per_node"], asked["mem"]) == ("a100:4", 4, "3GB")
     no_gpus = slurm.parameters(launch.SlurmConfig("A", n_gpus=0), "x", 4, 5, ROOT)
-    assert not {"gpus_per_node", "mem", "qos", "setup"} & no_gpus.keys()
+    assert not {"gpus_per_node", "mem", "qos", "dependency"} & no_gpus.keys()
+    assert (asked["nodes"], asked["signal_delay_s"]) == (1, 75)
+    two = launch.SlurmConfig("A", n_nodes=2, after=("7", "8_1"))
+    asked = slurm.parameters(two, "x", 4, 60, ROOT)
+    assert (asked["nodes"], asked["ntasks_per_node"], asked["gpus_per_node"]) == (2, 2, "2")
+    assert (asked["dependency"], asked["signal_delay_s"]) == ("afterok:7:8_1", 90)
+    with pytest.raises(errors.UserError, match="--n-nodes 3: --data-parallel 4 must be a multiple of it"):
+        training_config.Train(data_parallel=4, slurm=dataclasses.replace(two, n_nodes=3))
 
 
 def test_wrong_slurm_flags() -> None:
@@ -329,7 +337,7 @@ def test_progress_is_read_from_the_logs(tmp_path: pathlib.Path, caplog: pytest.L
     (tmp_path / "1_1_0_log.out").write_text("x" * 9000 + line.format(400, 125))
     with caplog.at_level("INFO", "saev"):
         assert watch.States(tmp_path).show(jobs, {}, rows)
-    assert "3 job(s): 3 running, 10% to 50% done, 4 min left" in caplog.text
+    assert "3 job(s): 3 running, 10 to 50% done, 4 min left" in caplog.text
 
 
 def test_a_line_of_progress_is_what_is_read(caplog: pytest.LogCaptureFixture) -> None:

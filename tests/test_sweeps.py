@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from saev import errors, launch, sweeps
+from saev import cli, errors, launch, sweeps
 from saev.data import config as data_config
 from saev.demo import config as demo_config
 from saev.nn import config as nn_config
@@ -299,3 +299,37 @@ def test_sweep_files_as_people_have_them(tmp_path: pathlib.Path, data: bytes | N
             sweeps.parse(config.Train, "", ["--sweep", str(fpath)])
     else:
         assert sweeps.parse(config.Train, "", ["--sweep", str(fpath)])[0].seed == 3
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["--lr", "0.25", "--seed=3"],
+        ["--no-slurm-wait", "--slurm-acct", "A", "--n-patches", "1e6"],
+        ["--data.layer", "all", "--data.partial"],
+        ["--data.no-partial", "--wandb-project", "", "sae:relu"],
+        ["--slurm-setup", "a b", "c", "sae:top-k", "--sae.exp-factor", "2"],
+        ["sae:batch-top-k", "--sae.d-sae", "64", "objective:matryoshka", "--objective.n-prefixes", "3"],
+    ],
+    ids=" ".join,
+)
+def test_flags_override_as_when_tyro_parses_each_configuration(
+    tmp_path: pathlib.Path, args: list[str]
+) -> None:
+    """Parsing each configuration's command line with its values as defaults is slower, but plainly right."""
+    fpath = tmp_path / "sweep.toml"
+    fpath.write_text(
+        "lr = [1e-3, 1e-2]\nn_hours = 3.0\n[data]\nlayer = [3, 7]\n[sae]\nexp_factor = [8, 4]\n"
+        "[[paired]]\nbatch_size = 64\nn_patches = 128\n[[paired]]\nbatch_size = 32\nn_patches = 64\n"
+    )
+    typed = ["--sweep", str(fpath), *args]
+    cfg = cli.parse(config.Train, typed)
+    overrides = sweeps.expand(sweeps._read(fpath), config.Train, fpath)
+    if "--sae.d-sae" in args:  # replaces the sweep's exp_factor
+        overrides = [{key: v for key, v in o.items() if key != "sae.exp_factor"} for o in overrides]
+    each = [
+        cli.parse(config.Train, typed, default=sweeps._apply(config.Train, cfg, override, fpath, []))
+        for override in overrides
+    ]
+    assert sweeps.parse(config.Train, "", typed) == list(dict.fromkeys(each))

@@ -13,7 +13,7 @@ from saev.demo import config
 
 STEPS = {"dump": (), "train": ("dump",), "fit": ("dump",), "show": ("train",), "evaluate": ("train", "fit")}
 """Step -> the steps whose results it needs."""
-MADE = ("shards", "checkpoint", "gallery", "results")
+MADE = ("images", "shards", "checkpoint", "gallery", "results")
 
 
 def run(cfg: config.Demo) -> dict[str, str]:

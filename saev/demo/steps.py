@@ -82,7 +82,7 @@ def draw(cfg: config.Demo) -> str:
 
 def dump(cfg: config.Demo) -> str:
     """Draws the inputs, and dumps. Returns the shard directory."""
-    draw(cfg)
+    _keep(cfg, "images", draw(cfg))
     args = ["--vit-family", "dinov2", "--vit-ckpt", "dinov2_vits14", "--vit-weights", _weights(cfg)]
     args += ["--vit-layers", cfg.layer, "--dump-to", _root(cfg) / "shards", "--device", cfg.device]
     args += ["--vit-batch-size", 16, "data:cub200", "--data.root", _cub(cfg)]
