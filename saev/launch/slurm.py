@@ -141,11 +141,12 @@ class Batch:
         n_queued = n_done = 0
         for (job, old, submission), stage in zip(mine, self._stages_of(mine), strict=True):
             row = rows.get(old.id, queue.Queued(""))
-            if not row.is_over and row.user in ("", submission.user):
+            outcome = submissions.result(old, self.log_to)
+            if outcome is None and not row.is_over and row.user in ("", submission.user):
                 job.id, n_queued = old.id, n_queued + 1
                 continue
             is_same = self.slurm.retry_failed or submission.code.digest == provenance.code().digest
-            if is_lasting and is_same and self._is_done(old, stage):
+            if is_lasting and is_same and self._is_current(old, outcome, stage):
                 job.id, n_done = old.id, n_done + 1
         if n_queued or n_done:
             ids = shown([job.id for job in self.jobs if job.id])
@@ -155,10 +156,11 @@ class Batch:
         by_key = {job.key: stage for job, stage in zip(self.jobs, self.stages, strict=True)}
         return [by_key[job.key] for job, _, _ in mine]
 
-    def _is_done(self, old: Job, stage: Stage) -> bool:
-        fpath = self.log_to / f"{old.id}_0_result.pkl"
-        written_s = fpath.stat().st_mtime if fpath.exists() else 0.0
-        return submissions.is_current(submissions.result(old, self.log_to), written_s, stage)
+    def _is_current(self, old: Job, outcome: Outcome | None, stage: Stage) -> bool:
+        if outcome is None:
+            return False
+        written_s = (self.log_to / f"{old.id}_0_result.pkl").stat().st_mtime
+        return submissions.is_current(outcome, written_s, stage)
 
     def submit(self) -> None:
         """Submits jobs that are not submitted yet, as many as Slurm takes.

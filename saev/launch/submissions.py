@@ -112,12 +112,12 @@ def exception_line(message: str) -> str:
     return next(iter(lines), "it raised an exception")
 
 
-def is_current(outcome: Outcome | None, written_s: float, stage: Stage) -> bool:
+def is_current(outcome: Outcome, written_s: float, stage: Stage) -> bool:
     """Whether a stage need not run again: it succeeded, what it made is there, and what it read is older.
 
     written_s: when the outcome was written.
     """
-    if outcome is None or outcome.error:
+    if outcome.error:
         return False
     made = outcome.value if isinstance(outcome.value, list) else [outcome.value]
     there = all(pathlib.Path(path).exists() for path in made if isinstance(path, str))

@@ -19,7 +19,7 @@ MAX_DELAY_S = 10.0
 """Most seconds between looks at the queue."""
 GRACE_S = 10.0
 """Seconds that a job may be out of the queue without a result: it may be requeued, or files may come late."""
-AGAIN_S = 60.0
+AGAIN_S = 15.0
 """Seconds between attempts to submit the rest, if Slurm took only some jobs and none of them ends."""
 PROGRESS_S = 30.0
 """Seconds between looks at the progress in the logs of running jobs, which write it as often."""
