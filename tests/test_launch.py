@@ -359,3 +359,56 @@ def test_a_job_that_never_begins_is_not_queued_again_for_ever() -> None:
         [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "the time limit is shorter than the start of the job. Raise --n-hours\n-3 True\n"
+
+
+# ---- why a job ended ----
+
+
+def slurm_prints(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    """Puts a command of Slurm's into PATH that prints this. It is no Slurm: see test_slurm.py for a real one."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    (tmp_path / "bin" / name).write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
+    (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+
+
+def test_a_memory_kill_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Slurm with cgroups records it: the step, not the job, is OUT_OF_MEMORY."""
+    rows = "FAILED|4G|\nFAILED||12K\nOUT_OF_MEMORY||4190208K\n"
+    slurm_prints(tmp_path, monkeypatch, "sacct", rows)
+    assert queue.why_lost("7", "FAILED") == (
+        "was killed because it used more than its memory. Raise --mem-gb (asked: 4G; last seen: 4190208K)"
+    )
+    slurm_prints(tmp_path, monkeypatch, "sacct", "CANCELLED by 0|4G|\n")
+    assert queue.why_lost("7", "").startswith("was cancelled. ")
+    slurm_prints(tmp_path, monkeypatch, "sacct", "")
+    assert queue.why_lost("7", "NODE_FAIL").startswith("ended with its node. ")
+    assert queue.why_lost("7", "") == "left the queue without a result"
+
+
+def test_a_full_disk_of_the_logs_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm_prints(tmp_path, monkeypatch, "squeue", "")
+    slurm_prints(tmp_path, monkeypatch, "sacct", "")
+    job = submissions.Job("7", "k", "lr = 0.5")
+    error = f"job 7 (lr = 0.5) left the queue without a result. Its log: {tmp_path}/7_0_log.out"
+    assert watch.look([job], tmp_path) == ({"7": launch.Outcome(error=error)}, {})
+    monkeypatch.setattr("saev.launch.watch.shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    (outcome,) = watch.look([job], tmp_path)[0].values()
+    assert f"without a result. The disk of {tmp_path} is full. Its log: " in outcome.error
+
+
+def test_rows_of_squeue(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = {
+        "JobArrayID": "7_3",
+        "State": "PENDING",
+        "RestartCnt": "2",
+        "UserName": "ann",
+        "Reason": "ReqNodeNotAvail, Unavail",
+    }
+    slurm_prints(
+        tmp_path, monkeypatch, "squeue", "".join(cells[c].ljust(w) for c, w in queue.COLUMNS.items()) + "\n"
+    )
+    assert queue.squeue(["7_3"]) == {"7_3": queue.Queued("PENDING", "ReqNodeNotAvail, Unavail", 2, "ann")}
+    slurm_prints(tmp_path, monkeypatch, "squeue", "")
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    assert queue.squeue(["7_3"]) is None

@@ -57,6 +57,16 @@ def second_time_lucky(fpath: str) -> int:
     return n_runs
 
 
+def second_time(fpath: str) -> int:
+    """The first run waits to be killed; a later one returns its number."""
+    with pathlib.Path(fpath).open("a") as fd:
+        fd.write("x")
+    n_runs = len(pathlib.Path(fpath).read_text())
+    if n_runs == 1:
+        time.sleep(120)
+    return n_runs
+
+
 def execute(source: str) -> None:
     exec(source)
 
