@@ -22,6 +22,7 @@ COMMANDS = [
     "protoeval.py",
     "-m saev.compat",
     "-m saev.demo",
+    "-m saev.jobs",
 ]
 OTHERS = ["-m saev"]
 
@@ -34,7 +35,7 @@ def shell(line: str, cwd: pathlib.Path = ROOT, **env: str | None) -> subprocess.
 
 
 @pytest.mark.parametrize(
-    ("command", "delay_s"), list(zip(COMMANDS, (0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0), strict=True))
+    ("command", "delay_s"), list(zip(COMMANDS, (0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0, 0.1), strict=True))
 )
 def test_ctrl_c_while_a_command_starts(command: str, delay_s: float) -> None:
     """A real SIGINT, from the moment that our first module is there (before, Python itself answers)."""
@@ -52,10 +53,14 @@ def test_ctrl_c_while_a_command_starts(command: str, delay_s: float) -> None:
         assert len(rest) == 1 and rest[0].startswith("error: ")
 
 
+INTERNAL = ("saev.mirror", "saev.launch.job")
+"""Run by saev, not by people."""
+
+
 def test_every_command_is_tried() -> None:
     found = [f for f in ROOT.glob("saev/**/*.py") if '__name__ == "__main__"' in f.read_text()]
     names = [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in found]
-    modules = {f"-m {name.removesuffix('.__main__')}" for name in names if name != "saev.mirror"}
+    modules = {f"-m {name.removesuffix('.__main__')}" for name in names if name not in INTERNAL}
     assert modules | {f.name for f in ROOT.glob("*.py")} == {*COMMANDS, *OTHERS}
 
 

@@ -656,8 +656,9 @@ def test_two_tasks_share_the_batches_of_one_sae(
 # ---- the demo ----
 
 
-def test_the_demo_as_dependent_jobs(tmp_path: pathlib.Path) -> None:
+def test_the_demo_as_dependent_jobs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its artefacts are those of the same steps here, in the same folder, which is part of the dump's hash."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     demo = ["-m", "saev.demo", "--n-imgs", "40", "--n-patches", "20000", "--device", "cpu"]
     demo += ["--dump-to", str(tmp_path / "demo")]
     shown = saev(*demo, *ON_SLURM, "--n-cpus", "2", "--log-to", tmp_path / "logs")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from saev import errors, fields, nn, sweeps
+from saev import errors, fields, nn, provenance, sweeps
 from saev.data import activations, shuffled
 from saev.data import config as data_config
 from saev.formats import metricslog
@@ -382,6 +382,7 @@ def test_config_is_written_beside_the_checkpoint(cfg: config.Train) -> None:
     (fpath,) = loop.main([cfg])
     written = json.loads((pathlib.Path(fpath).parent / "config.json").read_text())
     assert (written.pop("sealed"), len(written.pop("xxh3_128"))) == (1, 32)
+    assert written.pop("code") == provenance.record()
     want = json.loads(json.dumps(dataclasses.asdict(cfg)))  # JSON has no tuples
     want |= {"architecture": "TopK", "objective_name": "Vanilla"}
     want["sae"] |= {"d_vit": 8, "exp_factor": None, "d_sae": 32}
