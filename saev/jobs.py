@@ -1,5 +1,10 @@
 """The command `python -m saev.jobs`: lists, follows, cancels, collects and retries submissions."""
 
+if __name__ == "__main__":  # before the imports below, which take time
+    from saev import early
+
+    early.install()
+
 import collections.abc
 import dataclasses
 import os
