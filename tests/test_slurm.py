@@ -403,23 +403,6 @@ def test_a_preempted_job_is_queued_again(slurm: launch.SlurmConfig, tmp_path: pa
     assert (high.get(), outcome.get()) == (9, 2)
 
 
-def test_a_job_outlives_its_node(
-    slurm: launch.SlurmConfig, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Slurm declares the node dead, and queues the job again."""
-    caplog.set_level("INFO", "saev")
-    host = os.uname().nodename.partition(".")[0]
-    waiting = in_thread([str(tmp_path / "runs")], slurm, "tasks:second_time")
-    wait_for((tmp_path / "runs").exists)
-    try:
-        subprocess.run(["scontrol", "update", f"node={host}", "state=down", "reason=test"], check=True)
-        wait_for(lambda: "requeued (" in caplog.text)
-    finally:
-        subprocess.run(["scontrol", "update", f"node={host}", "state=resume"], check=True)
-    (outcome,) = waiting.result(timeout=120)
-    assert outcome.get() == 2
-
-
 def test_from_a_real_allocation(slurm: launch.SlurmConfig) -> None:
     source = (
         "from saev import launch\n"
