@@ -89,7 +89,9 @@ def test_a_failing_read_is_one_error_within_seconds(
         for _ in range(1000):
             next(stream)
     assert time.monotonic() - start_s < 5
-    assert not our_threads()
+    while our_threads():  # they end by themselves
+        assert time.monotonic() - start_s < 10, our_threads()
+        time.sleep(0.01)
 
 
 def test_threads_end_with_their_consumer(many) -> None:

@@ -506,7 +506,7 @@ VIT = [
 
 
 def pipeline(dpath: pathlib.Path, cub: pathlib.Path, n_jobs: int, *where: object) -> dict[str, bytes]:
-    """Dump (4 shards), a sweep of two, protoeval; the contents of what they made, by name."""
+    """Dump (4 shards) and a sweep of two; the contents of what they made, by name."""
     dump = ["--device", "cpu", "--dump-to", dpath / "shards", "--max-patches-per-shard", 170]
     dump += ["--n-jobs", n_jobs, *where]
     (shards,) = saev("-m", "saev.data", *VIT, *dump, "data:cub200", "--data.root", cub)
@@ -515,12 +515,8 @@ def pipeline(dpath: pathlib.Path, cub: pathlib.Path, n_jobs: int, *where: object
     train += ["--sweep", dpath / "sweep.toml", "--data.shard-root", shards, "--device", "cpu", *where]
     ckpts = saev("train.py", *train)
     assert len(ckpts) == 2
-    evaluate = ["--cub-root", cub, "--train-data.shard-root", shards, "--n-prototypes", 8, "--n-train", 8, -1]
-    evaluate += ["--dump-to", dpath / "results", "--scorers-to", dpath / "scorers", "--device", "cpu", *where]
-    results = pathlib.Path(saev("protoeval.py", *evaluate, "scorer:sae", "--scorer.ckpt", ckpts[0])[-1])
     made = {f.name: f.read_bytes() for f in pathlib.Path(shards).iterdir() if f.name != "code.json"}
-    made |= {pathlib.Path(c).parent.name: pathlib.Path(c).read_bytes() for c in ckpts}
-    return made | {f.name: f.read_bytes() for f in results.glob("*.csv")}
+    return made | {pathlib.Path(c).parent.name: pathlib.Path(c).read_bytes() for c in ckpts}
 
 
 def test_the_commands_give_on_slurm_what_they_give_here(tmp_path: pathlib.Path) -> None:
@@ -530,7 +526,7 @@ def test_the_commands_give_on_slurm_what_they_give_here(tmp_path: pathlib.Path) 
     here = pipeline(tmp_path / "here", cub, 1)
     there = pipeline(tmp_path / "there", cub, 3, *where, "--n-hours", 0.2, "--log-to", tmp_path / "logs")
     assert len(list((tmp_path / "logs").glob("*.pkl"))) > 0
-    assert here.keys() == there.keys() and {"summary.csv", "acts000003.bin"} <= here.keys()
+    assert here.keys() == there.keys() and "acts000003.bin" in here and len(here) > 10
     assert [name for name in here if here[name] != there[name]] == []
 
 
@@ -539,7 +535,7 @@ def test_a_dump_whose_tasks_are_killed_goes_on(tmp_path: pathlib.Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
     rng = np.random.default_rng(0)
-    for i in range(200):
+    for i in range(120):
         pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
         PIL.Image.fromarray(pixels).save(root / f"{i:03}.png")
     dump = [sys.executable, "-m", "saev.data", *VIT, "--device", "cpu", "--vit-batch-size", "1"]
@@ -567,7 +563,7 @@ def test_a_dump_whose_tasks_are_killed_goes_on(tmp_path: pathlib.Path) -> None:
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2 and "Its log: " in stderr and "Traceback" not in stderr
     n_done = len(list(tmp_path.glob("there/*/acts*.json")))
-    assert 5 < n_done < 200
+    assert 5 < n_done < 120
 
     done = subprocess.run(dump, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
     (here,) = (tmp_path / "here").iterdir()
