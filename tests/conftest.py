@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 
@@ -36,6 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.option.markexpr != "not slow":
         jaxtyping.install_import_hook("saev", "beartype.beartype")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process for each core, and one that mostly waits for Slurm's jobs, if there is a Slurm."""
+    return len(os.sched_getaffinity(0)) + (shutil.which("sbatch") is not None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
