@@ -30,6 +30,18 @@ if (
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = (
+    "test_slurm",
+    "test_training_resume",
+    "test_demo",
+    "test_training",
+    "test_faults",
+    "test_dump_faults",
+)
+LONGEST += ("test_dump_resume", "test_memory", "test_training_memory")
+"""Files that take more than 20 s, the longest ones first."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """All functions of saev check their arguments' types and shapes, not only those that do so for users.
 
@@ -45,9 +57,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with many slow tests come first, so that no core is left with one at the end."""
+    """The longest files come first, then those with many slow tests, so that no core is left with one at the end."""
     n_slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -n_slow[item.path])
+    place = {name: i - len(LONGEST) for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (place.get(item.path.stem, 0), -n_slow[item.path]))
 
 
 MakeShards = collections.abc.Callable[..., tuple[pathlib.Path, np.ndarray]]

@@ -24,7 +24,7 @@ from saev.scorers import config as scorers_config
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
-SMALL = ["--n-imgs", "320", "--n-patches", "150000"]
+SMALL = ["--n-imgs", "200", "--n-patches", "60000"]
 
 
 def run_demo(dpath: pathlib.Path) -> subprocess.CompletedProcess[str]:
@@ -48,7 +48,7 @@ def first(dpath: pathlib.Path) -> subprocess.CompletedProcess[str]:
 def cfg(first: subprocess.CompletedProcess[str], dpath: pathlib.Path) -> config.ProtoEval:
     (shard_dpath,) = (dpath / "shards").iterdir()
     return config.ProtoEval(
-        cub_root=str(dpath / "320" / "CUB_200_2011"),
+        cub_root=str(dpath / "200" / "CUB_200_2011"),
         train_data=data_config.Shards(str(shard_dpath)),
         n_prototypes=(16, 64, 256),
         n_train=(8, 32, -1),
