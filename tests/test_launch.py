@@ -373,17 +373,25 @@ def slurm_prints(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, name: 
 
 
 def test_a_memory_kill_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Slurm with cgroups records it: the step, not the job, is OUT_OF_MEMORY."""
-    rows = "FAILED|4G|\nFAILED||12K\nOUT_OF_MEMORY||4190208K\n"
-    slurm_prints(tmp_path, monkeypatch, "sacct", rows)
-    assert queue.why_lost("7", "FAILED") == (
-        "was killed because it used more than its memory. Raise --mem-gb (asked: 4G; last seen: 4190208K)"
-    )
+    """As Slurm with cgroups records it (the step, not the job, is OUT_OF_MEMORY), and as others write it to the log."""
+    log, raise_it = tmp_path / "log", "was killed because it used more than its memory. Raise --mem-gb"
+    slurm_prints(tmp_path, monkeypatch, "sacct", "FAILED|4G|\nFAILED||12K\nOUT_OF_MEMORY||4190208K\n")
+    assert queue.why_lost("7", "FAILED", log) == f"{raise_it} (asked: 4G; last seen: 4190208K)"
     slurm_prints(tmp_path, monkeypatch, "sacct", "CANCELLED by 0|4G|\n")
-    assert queue.why_lost("7", "").startswith("was cancelled. ")
+    assert queue.why_lost("7", "", log).startswith("was cancelled. ")
     slurm_prints(tmp_path, monkeypatch, "sacct", "")
-    assert queue.why_lost("7", "NODE_FAIL").startswith("ended with its node. ")
-    assert queue.why_lost("7", "") == "left the queue without a result"
+    assert queue.why_lost("7", "NODE_FAIL", log).startswith("ended with its node. ")
+    assert queue.why_lost("7", "", log) == "left the queue without a result"
+    log.write_text(
+        "slurmstepd-n1: error: StepId=7.0 exceeded memory limit (513683456 > 209715200), being killed\n"
+    )
+    assert queue.why_lost("7", "", log) == f"{raise_it} (asked: 0.2 GB; last seen: 0.5 GB)"
+    log.write_text(
+        "slurmstepd: error: Detected 1 oom_kill event in StepId=7.batch. Some of the step tasks have\n"
+    )
+    assert queue.why_lost("7", "FAILED", log) == f"{raise_it} (asked: unknown; last seen: unknown)"
+    log.write_text("a line of a stage about oom_kill\nsrun: error: n1: task 0: Killed\n")
+    assert queue.why_lost("7", "FAILED", log).startswith("was killed by the system, as when a node has no")
 
 
 def test_a_full_disk_of_the_logs_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

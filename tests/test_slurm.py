@@ -80,11 +80,23 @@ def test_a_crash_names_its_log(slurm: launch.SlurmConfig) -> None:
     assert "RuntimeError: bug at 7" in pathlib.Path(str(err.value).rpartition("Its log: ")[2]).read_text()
 
 
-def test_a_job_that_is_killed_says_what_slurm_knows(slurm: launch.SlurmConfig) -> None:
+def test_a_job_that_is_killed_says_so(slurm: launch.SlurmConfig) -> None:
     with pytest.raises(
-        errors.UserError, match=r"job \d+ ended without a result \(Slurm state FAILED\). Its log: "
+        errors.UserError, match=r"job \d+ was killed by the system, .* Raise --mem-gb. Its log: "
     ):
         next(launch.run("tasks:killed", [7], slurm, "saev-test")).get()
+
+
+def test_a_job_that_takes_more_memory_than_it_asked_for(slurm: launch.SlurmConfig) -> None:
+    """Slurm itself kills it."""
+    (outcome,) = launch.run(
+        "tasks:take_memory", [2_500_000_000], dataclasses.replace(slurm, mem_gb=1), "saev-test"
+    )
+    assert re.match(
+        r"job \d+ was killed because it used more than its memory. Raise --mem-gb \(asked: 1.1 GB; last seen: "
+        r"2.[5-9] GB\). Its log: ",
+        outcome.error,
+    )
 
 
 def test_a_partition_that_does_not_exist(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:

@@ -30,6 +30,9 @@ HOPELESS = {
     "QOSMaxWallDurationPerJobLimit": "--n-hours is above the limit of the quality of service",
 }
 """Slurm's reason -> why a pending job would never start."""
+OUT_OF_MEMORY = r"slurmstepd\S*: error: .*?(?:exceeded memory limit(?: \((\d+) > (\d+)\))?|oom[-_]kill)"
+"""What Slurm writes to the log of a job that it kills for its memory; some give bytes used and asked."""
+KILLED = r"srun: error: \S+: tasks? [\d,-]+: Killed"
 COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 8, "UserName": 40, "Reason": 80}
 """Columns of squeue that are read, with their widths."""
 
@@ -71,19 +74,23 @@ def squeue(ids: collections.abc.Iterable[str]) -> dict[str, Queued] | None:
     return found
 
 
-def why_lost(job_id: str, state: str) -> str:
+def why_lost(job_id: str, state: str, log: pathlib.Path) -> str:
     """What happened to a job that ended without a result, and what to do. state: squeue's last, or ""."""
     asked = ("sacct", f"--jobs={job_id}", "--noheader", "--parsable2", "--format=State,ReqMem,MaxRSS")
     rows = [line.split("|") for line in (output(*asked) or "").splitlines() if line.count("|") == 2]
     known = [row[0].partition(" ")[0] for row in rows]
-    if "OUT_OF_MEMORY" in known:  # Slurm may give only the step this state
-        state = "OUT_OF_MEMORY"
-    elif state not in ENDED or not state:
+    found = last_line(log, OUT_OF_MEMORY)
+    if "OUT_OF_MEMORY" in known or found:  # Slurm may give only the step this state, or none
+        memory = [row[1] for row in rows[:1]], [row[2] for row in rows if row[2]]
+        if found and found[1]:
+            memory = [f"{int(found[2]) / 1e9:.1f} GB"], [f"{int(found[1]) / 1e9:.1f} GB"]
+        asked_for, used = (" ".join(texts[-1:]) or "unknown" for texts in memory)
+        return f"{ENDED['OUT_OF_MEMORY']} (asked: {asked_for}; last seen: {used})"
+    if state not in ENDED or not state:
         state = next((s for s in known if s in ENDED), "")
-    if state != "OUT_OF_MEMORY" or not rows:
-        return ENDED[state]
-    used = [row[2] for row in rows if row[2]]
-    return f"{ENDED[state]} (asked: {rows[0][1]}; last seen: {', '.join(used[-1:]) or 'unknown'})"
+    if state in ("", "FAILED") and last_line(log, KILLED):
+        return "was killed by the system, as when a node has no memory left. Raise --mem-gb"
+    return ENDED[state]
 
 
 def max_array_size() -> int:

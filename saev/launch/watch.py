@@ -97,8 +97,9 @@ def look(jobs: list[Job], log_to: pathlib.Path) -> tuple[dict[str, Outcome], dic
 def _lost(job: Job, state: str, log_to: pathlib.Path) -> Outcome:
     """The outcome of a job that ended without a result."""
     full = f" The disk of {log_to} is full." if shutil.disk_usage(log_to).free < FULL else ""
-    why = queue.why_lost(job.id, state)
-    return Outcome(error=f"{job.title} {why}.{full} Its log: {submissions.log(job, log_to)}")
+    log = submissions.log(job, log_to)
+    why = queue.why_lost(job.id, state, log)
+    return Outcome(error=f"{job.title} {why}.{full} Its log: {log}")
 
 
 class States:

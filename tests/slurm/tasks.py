@@ -21,8 +21,14 @@ def crash(x: int) -> int:
 
 
 def killed(x: int) -> None:
-    """As by the out-of-memory killer."""
+    """As by the kernel's out-of-memory killer, of which Slurm knows nothing."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def take_memory(n_bytes: int) -> None:
+    taken = bytearray(n_bytes)
+    time.sleep(120)
+    del taken
 
 
 def touch_later(fpath: str) -> str:
