@@ -53,7 +53,7 @@ def test_ctrl_c_while_a_command_starts(command: str, delay_s: float) -> None:
         assert len(rest) == 1 and rest[0].startswith("error: ")
 
 
-INTERNAL = ("saev.mirror", "saev.launch.job")
+INTERNAL = ("saev.mirror",)
 """Run by saev, not by people."""
 
 

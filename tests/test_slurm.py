@@ -2,6 +2,7 @@
 
 import collections.abc
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -164,9 +165,70 @@ def in_thread(
 
 def submitted(slurm: launch.SlurmConfig) -> list[str]:
     """Ids of all jobs that were submitted."""
-    return sorted(
-        p.stem.removesuffix("_submitted") for p in pathlib.Path(slurm.log_to).glob("*submitted.pkl")
+    return submitted_to(pathlib.Path(slurm.log_to))
+
+
+def submitted_to(log_to: pathlib.Path) -> list[str]:
+    return sorted(p.stem.removesuffix("_submitted") for p in log_to.glob("*submitted.pkl"))
+
+
+def test_a_warning_before_the_stage_begins(
+    slurm: launch.SlurmConfig, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a short time limit: the job is queued again, but not for ever."""
+    (tmp_path / "sitecustomize.py").write_text(EARLY_WARNING)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{TASKS}")
+    monkeypatch.setenv("N_WARNINGS", "1")
+    (outcome,) = launch.run("tasks:square", [3], slurm, "saev-test")
+    (job_id,) = submitted(slurm)
+    assert outcome.get() == 9 and queue_says(job_id, "RestartCnt") == 1
+    monkeypatch.setenv("N_WARNINGS", "9")
+    (outcome,) = launch.run("tasks:square", [4], slurm, "saev-test")
+    assert (
+        " failed: the time limit is shorter than the start of the job. Raise --n-hours. Its" in outcome.error
     )
+    assert queue_says(max(submitted(slurm), key=int), "RestartCnt") == 3
+
+
+def test_a_time_limit_of_a_minute(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    """Slurm itself sends its warning, 15 seconds or more before the end."""
+    short = dataclasses.replace(slurm, slurm_partition="short", n_hours=1 / 60)
+    (outcome,) = launch.run("tasks:forty_seconds", [str(tmp_path / "seconds")], short, "saev-test")
+    assert outcome.get() >= 2 and (tmp_path / "seconds").stat().st_size == 40
+
+
+def test_the_disk_of_the_logs_is_full(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    disk, fpath = tmp_path / "disk", tmp_path / "done"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("needs to mount a small disk, which is not allowed here")
+    try:
+        full = dataclasses.replace(slurm, log_to=str(disk / "logs"))
+        waiting = in_thread([str(fpath)], full)
+        wait_for(pathlib.Path(f"{fpath}.started").exists)
+        with contextlib.suppress(OSError), (disk / "large").open("wb", buffering=0) as fd:
+            while True:
+                fd.write(bytes(2**12))
+        (outcome,) = waiting.result(timeout=90)
+        assert (
+            outcome.error.startswith("job ")
+            and f"The disk of {disk / 'logs'} is full. Its log" in outcome.error
+        )
+        (disk / "large").unlink()
+        (outcome,) = launch.run("tasks:touch_later", [str(fpath)], full, "saev-test")
+        assert outcome.get() == str(fpath)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+EARLY_WARNING = """
+import os, subprocess
+if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(os.environ["N_WARNINGS"]):
+    subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -USR2 {os.getpid()}"])
+"""
+"""Python runs this when it starts."""
 
 
 @pytest.mark.parametrize("accounting", [True, False])
@@ -630,18 +692,77 @@ def test_training_out_of_time_goes_on_to_the_same_weights(
     assert len([*there.parent.glob("wandb/offline-run-*")]) == 2
 
 
+@pytest.mark.parametrize("nodes", [(), ("--n-nodes", "2", "--slurm-partition", "pair")])
 def test_two_tasks_share_the_batches_of_one_sae(
-    make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    nodes: tuple[str, ...], make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On one node, and on two."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
     few = ("--n-patches", str(60 * 64))
     (here,) = saev(*train_command(shards, tmp_path / "here", *few)[1:])
-    more = (*few, *ON_SLURM, "--log-to", str(tmp_path / "logs"), "--data-parallel", "2")
+    more = (*few, *ON_SLURM, "--log-to", str(tmp_path / "logs"), "--data-parallel", "2", *nodes)
     (there,) = saev(*train_command(shards, tmp_path / "there", *more)[1:])
     mine, theirs = nn.load(here).state_dict(), nn.load(there).state_dict()
     for name, tensor in mine.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
+    (job_id,) = submitted_to(tmp_path / "logs")
+    assert queue_says(job_id, "NumNodes") == (2 if nodes else 1)
+
+
+def queue_says(job_id: str, name: str) -> int:
+    shown = subprocess.run(
+        ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--Format={name}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(shown.stdout)
+
+
+def test_training_goes_on_when_its_node_dies(
+    make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything on the node is killed, Slurm finds it down and queues the job again, and the node comes back."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
+    (here,) = saev(*train_command(shards, tmp_path / "here")[1:])
+    logs, node = tmp_path / "logs", f"{os.uname().nodename.partition('.')[0]}2"
+    command = train_command(
+        shards, tmp_path / "there", *ON_SLURM, "--slurm-partition", "other", "--log-to", str(logs)
+    )
+    command[4:4] = ["--save-every", "0.01"]  # minutes
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: [*tmp_path.glob("there/*/state-*.pt")])
+    (job_id,) = submitted_to(logs)
+    state = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True).stdout
+    pid_fpath = pathlib.Path(re.search(r"^SlurmdPidFile\s*= (\S+)", state, re.M)[1].replace("%n", node))
+    os.kill(int(pid_fpath.read_text()), signal.SIGKILL)
+    for pid in of_job(job_id):
+        os.kill(pid, signal.SIGKILL)
+    try:
+        subprocess.run(["scontrol", "update", f"node={node}", "state=down", "reason=test"], check=True)
+    finally:
+        subprocess.run(["slurmd", "-N", node], check=True)  # a node that was down comes back when it answers
+    stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    assert "continuing after step" in "".join(f.read_text() for f in logs.glob("*.out"))
+    assert pathlib.Path(stdout.strip()).read_bytes() == pathlib.Path(here).read_bytes()
+    assert queue_says(job_id, "RestartCnt") == 1
+
+
+def of_job(job_id: str) -> list[int]:
+    """The processes of a job and the one of Slurm that watches them."""
+    found = []
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+        except OSError:  # it has ended
+            continue
+        is_mine = f"SLURM_JOB_ID={job_id}".encode() in environment.split(b"\0")
+        if is_mine or command.startswith(f"slurmstepd: [{job_id}.".encode()):
+            found.append(int(folder.name))
+    return found
 
 
 # ---- the demo ----
@@ -674,11 +795,13 @@ def files_of(dpath: pathlib.Path, pattern: str) -> dict[str, bytes]:
 
 
 def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> None:
-    """protoeval.py and visuals.py get Slurm's warning while they work, and are queued again."""
+    """saev.data, visuals.py and protoeval.py get Slurm's warning while they work, and are queued again."""
     cub = tmp_path / "CUB_200_2011"
     minicub.draw(cub, n_imgs=60)
     dump = ["--device", "cpu", "--dump-to", tmp_path / "shards", "data:cub200", "--data.root", cub]
     (shards,) = saev("-m", "saev.data", *VIT, *dump)
+    dump = ["-m", "saev.data", *VIT, "--device", "cpu", "--vit-batch-size", 1, "--max-patches-per-shard", 17]
+    data = ["data:cub200", "--data.root", cub]
     train = ["--n-patches", 2000, "--batch-size", 200, "--ckpt-to", tmp_path / "ck", "--wandb-project", ""]
     (ckpt,) = saev("train.py", *train, "--data.shard-root", shards, "--device", "cpu")
     show = ["visuals.py", "--ckpt", ckpt, "--data.shard-root", shards, "--n-latents", 20, "--n-images", 10]
@@ -686,23 +809,21 @@ def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> N
     evaluate = ["protoeval.py", "--cub-root", cub, "--train-data.shard-root", shards, "--n-prototypes", 8, 64]
     evaluate += ["--n-train", 8, -1, "--n-boot", 20000, "--device", "cpu"]
     evaluate += ["--scorers-to", tmp_path / "scorers", "scorer:sae", "--scorer.ckpt", ckpt]
-    for command in (show, evaluate):
-        here, there = tmp_path / f"here-{command[0]}", tmp_path / f"there-{command[0]}"
-        saev(*command, "--dump-to", here)
-        out_of_time([*command, "--dump-to", there, *ON_SLURM, "--log-to", tmp_path / f"logs-{command[0]}"])
+    for name, command, tail in (("dump", dump, data), ("show", show, []), ("evaluate", evaluate, [])):
+        here, there, logs = (tmp_path / f"{side}-{name}" for side in ("here", "there", "logs"))
+        saev(*command, "--dump-to", here, *tail)
+        out_of_time([*command, "--dump-to", there, *ON_SLURM, "--log-to", logs, *tail], logs)
+        patterns = [f"**/*.{kind}" for kind in ("csv", "png", "md", "bin", "jsonl")]
         made = {
-            side: {
-                f: data for p in ("*.csv", "*.png", "*.md") for f, data in files_of(side, f"**/{p}").items()
-            }
+            side: {f: data for p in patterns for f, data in files_of(side, p).items()}
             for side in (here, there)
         }
         assert made[here].keys() == made[there].keys() and len(made[here]) > 2
         assert [name for name in made[here] if made[here][name] != made[there][name]] == []
 
 
-def out_of_time(command: list[object]) -> None:
+def out_of_time(command: list[object], logs: pathlib.Path) -> None:
     """Runs a command on Slurm, whose job is warned once it works."""
-    logs = pathlib.Path(str(command[-1]))
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )

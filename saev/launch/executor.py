@@ -12,6 +12,11 @@ import submitit.core.utils
 
 from saev.launch.stage import Stage
 
+START = (
+    "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2}); "
+    "from saev.launch import job; job.main()"
+)
+"""What a job runs. Slurm's warning waits until the stage begins; it would end a process without a handler."""
 MAX_TIMEOUTS = 1000
 """A long run may reach the time limit this often; each job then continues the last."""
 
@@ -24,7 +29,7 @@ class Executor(submitit.SlurmExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        return shlex.join([sys.executable, "-u", "-m", "saev.launch.job", str(self.folder)])
+        return shlex.join([sys.executable, "-u", "-c", START, str(self.folder)])
 
     def _make_submission_command(self, submission_file_path: pathlib.Path) -> list[str]:
         self.script = submission_file_path

@@ -1,4 +1,4 @@
-"""What a Slurm job runs: `python -m saev.launch.job FOLDER`. submitit calls the stage."""
+"""What a Slurm job runs (see `executor.START`). submitit calls the stage."""
 
 import os
 import sys
@@ -18,7 +18,3 @@ def main() -> None:
     paths = submitit.core.job_environment.JobEnvironment().paths
     _, outcome = submitit.core.utils.pickle_load(paths.result_pickle)
     sys.exit(1 if outcome.error else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import logging
 import os
+import signal
 import typing as tp
 
 import beartype
@@ -67,6 +68,7 @@ class Stage:
 
     def __call__(self) -> Outcome:
         """As `outcome`, for a separate process: also writes the error to its log."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})  # a job blocks it until here
         configure_logging()
         code = provenance.code()
         changes = " with changes" if code.is_changed else ""

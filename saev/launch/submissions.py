@@ -96,7 +96,7 @@ def result(job: Job, log_to: pathlib.Path) -> Outcome | None:
         return None
     if kind == "success":
         return value.of(job.title)
-    why = exception_line(value).rstrip(".")
+    why = exception_line(value).removeprefix("saev.errors.UserError: ").rstrip(".")
     return Outcome(error=f"{job.title} failed: {why}. Its log: {log(job, log_to)}")
 
 
