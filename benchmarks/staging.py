@@ -8,6 +8,7 @@ shuffled epoch. In place it is cold: files larger than memory do not stay in it.
 """
 
 import argparse
+import os
 import pathlib
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--root")
     parser.add_argument("--stage-to", default="/dev/shm")
     args = parser.parse_args()
+    args.stage_to = os.path.expandvars(args.stage_to)
     gb = 0.6 if args.quick else 2.4
     with (
         tempfile.TemporaryDirectory(dir=args.root) as root,
