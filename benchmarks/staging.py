@@ -1,6 +1,6 @@
 """After how many readings of the activations does --stage-to pay?
 
-    uv run python -m benchmarks.staging [--quick] [--root DIR] [--stage-to DIR]
+    uv run python -m benchmarks.staging [--gb GB] [--root DIR] [--stage-to DIR]
 
 --root: a folder on the disk where shards lie (default: the system's temporary one). --stage-to: the fast one (default: /dev/shm,
 which is memory). Run it in a job, with a folder of your scratch and '$TMPDIR', to decide for your cluster. Each reading is a
@@ -20,12 +20,12 @@ from saev.formats import staging
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small files: under 40 s")
+    parser.add_argument("--gb", type=float, default=2.4, help="size of the files")
     parser.add_argument("--root")
     parser.add_argument("--stage-to", default="/dev/shm")
     args = parser.parse_args()
     args.stage_to = os.path.expandvars(args.stage_to)
-    gb = 0.6 if args.quick else 2.4
+    gb = args.gb
     with (
         tempfile.TemporaryDirectory(dir=args.root) as root,
         tempfile.TemporaryDirectory(dir=args.stage_to) as fast,
