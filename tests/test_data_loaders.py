@@ -259,7 +259,7 @@ def test_the_default_pool_mixes_a_large_dump() -> None:
     assert np.mean(n_images) > 0.9 * uniform
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
+@pytest.mark.gpu
 def test_pinned_batches_hold_the_same(small) -> None:
     cfg, _ = small
     plain, pinned = (next(iter(shuffled.Shuffled(cfg, batch_size=8, pin=pin))) for pin in (False, True))

@@ -196,12 +196,12 @@ def test_starts_that_do_not_fit_are_refused(n_starts: int) -> None:
         triton_kernels.bag_dot(a, table, index, torch.zeros(n_starts, dtype=I32))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu() -> None:
     check("cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("D", [384, 768, 1024, 1280])
 def test_on_a_gpu_they_equal_embedding_bag(D: int) -> None:
     lengths = (32,) * 200 + (0, 5000, 1)

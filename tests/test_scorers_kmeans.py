@@ -140,7 +140,7 @@ def test_passes_of_a_gpu_are_those_of_a_cpu(data: Made, monkeypatch: pytest.Monk
         torch.testing.assert_close(scorer.vectors_KD, wanted.vectors_KD, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("cfg", [config.KMeans(n_iters=3), config.Pca()])
 def test_fits_on_a_gpu_equal_those_on_a_cpu(cfg: config.Scorer, data: Made) -> None:
     there, here = (scorers.fit(cfg, data[0], 6, device=torch.device(name)) for name in ("cuda", "cpu"))
