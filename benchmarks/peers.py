@@ -34,6 +34,8 @@ class Task(tp.NamedTuple):
     seed: int
     lr_factor: float = 1.0
     """Times the library's own learning rate."""
+    device: str = "cpu"
+    """Of the batches. Only SAELens's adapter trains elsewhere."""
 
     @property
     def batch_size(self) -> int:
@@ -102,7 +104,7 @@ def sae_lens(task: Task) -> Trained:
     torch.manual_seed(task.seed)
     sae_cls = getattr(lib, f"{task.kind}TrainingSAE")
     cfg_cls = getattr(lib, f"{task.kind}TrainingSAEConfig")
-    sae = sae_cls(cfg_cls(d_in=task.d_vit, d_sae=task.d_sae, k=task.k))
+    sae = sae_cls(cfg_cls(d_in=task.d_vit, d_sae=task.d_sae, k=task.k, device=task.device))
     trainer = SAETrainer(cfg, sae, iter(()))
     for step in range(task.n_steps):
         trainer.step(task.batches(step) * scale)
