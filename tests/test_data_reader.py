@@ -21,13 +21,15 @@ import torch
 
 import saev
 from saev import errors
-from saev.data import activations, config, mixing, ordered, shuffled
+from saev.data import activations, config, mixing, moves, ordered, shuffled
 from saev.data.ahead import ahead
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "shards_1_0_0"
 GOLDEN_NLTD = np.arange(5 * 2 * 5 * 8, dtype=np.float32).reshape(5, 2, 5, 8) / 8
 
 Stream = collections.abc.Iterable[object]
+NO_C = (0, 0, 0, 0)
+"""moves.C where there are no C functions: everything is read by `os.preadv`."""
 
 
 @pytest.fixture
@@ -81,6 +83,7 @@ def test_a_failing_read_is_one_error_within_seconds(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         monkeypatch.setattr(os, "preadv", fail)
+        monkeypatch.setattr(moves, "C", NO_C)
     for fpath in pathlib.Path(cfg.shard_root).glob("acts*.bin"):
         os.truncate(fpath, 100) if fault == "cut" else fpath.unlink() if fault == "gone" else None
     start_s = time.monotonic()
@@ -260,6 +263,7 @@ def test_a_late_start_reads_a_few_pools(make_shards, monkeypatch: pytest.MonkeyP
         return n
 
     monkeypatch.setattr(os, "preadv", count)
+    monkeypatch.setattr(moves, "C", NO_C)
     batches = stream.batches(1250)  # of 1600 in an epoch
     next(batches)
     batches.close()

@@ -370,14 +370,15 @@ class Activations:
         part_G = np.searchsorted(self._firsts, position_G, "right") - 1
         image_i_G = self.image_is_N[position_G]
         out_G3 = np.empty((len(index_G), 3), np.int64)
-        for part_i in np.unique(part_G).tolist():
-            part, mine = self._parts[part_i], np.flatnonzero(part_G == part_i)
+        out_G3[:, 0] = part_G
+        for part_i in set(part_G.tolist()):
+            part, mine_G = self._parts[part_i], part_G == part_i
             metadata = part.dir.metadata
-            shard_g, local_g = np.divmod(image_i_G[mine] - part.first_image, metadata.imgs_per_shard)
-            layer_i_g = np.array(part.layer_is)[layer_G[mine]]
-            token_i_g = layer_i_g * metadata.n_tokens + self.tokens.start + token_G[mine]
-            offset_g = local_g * metadata.img_bytes + token_i_g * self.token_bytes
-            out_G3[mine] = np.stack([np.full_like(mine, part_i), shard_g, offset_g], axis=1)
+            shard_g, local_g = np.divmod(image_i_G[mine_G] - part.first_image, metadata.imgs_per_shard)
+            token_i_g = np.array(part.layer_is)[layer_G[mine_G]] * metadata.n_tokens + token_G[mine_G]
+            out_G3[mine_G, 1] = shard_g
+            out_G3[mine_G, 2] = local_g * metadata.img_bytes
+            out_G3[mine_G, 2] += (self.tokens.start + token_i_g) * self.token_bytes
         return out_G3
 
     def extents(self, index_G: Int64[np.ndarray, " G"], n_G: Int64[np.ndarray, " G"]) -> list[Extent]:
@@ -385,8 +386,8 @@ class Activations:
 
         A run must not leave its image and layer.
         """
-        length_G = n_G * self.token_bytes
-        return [Extent(*x, n) for x, n in zip(self.located(index_G).tolist(), length_G.tolist(), strict=True)]
+        rows = zip(self.located(index_G).tolist(), (n_G * self.token_bytes).tolist(), strict=True)
+        return [Extent(part_i, shard_i, offset, length) for (part_i, shard_i, offset), length in rows]
 
     def files(self, at_G3: Int64[np.ndarray, "G 3"]) -> tuple[list[_File], Int64[np.ndarray, "G 2"]]:
         """Opens the shards of `located` activations: (files, descriptor and address of the checksums).
@@ -396,13 +397,15 @@ class Activations:
         Raises:
             UserError: a shard file disappeared.
         """
-        shard_n2, file_i_G = np.unique(at_G3[:, :2], axis=0, return_inverse=True)
+        _, first_n, file_i_G = np.unique(
+            at_G3[:, 0] << 32 | at_G3[:, 1], return_index=True, return_inverse=True
+        )
         files = []
-        for part_i, shard_i in shard_n2.tolist():
+        for part_i, shard_i, _ in at_G3[first_n].tolist():
             extent = Extent(part_i, shard_i, 0, 0)
             with _ReadErrors(self, extent):
                 files.append(self._open(extent))
-        return files, np.array([(file.fd, file.sums_address) for file in files])[file_i_G.reshape(-1)]
+        return files, np.array([(file.fd, file.sums_address) for file in files])[file_i_G]
 
     def read_extents(self, extents: list[Extent], into: memoryview) -> None:
         """Announces all extents to the kernel, then reads them one by one, in their stored form.

@@ -6,21 +6,24 @@ Shape letters: P pool slots, D d_vit, W bytes of an activation, G blocks, n any 
 """
 
 import ctypes
+import importlib
 import os
 
 import numpy as np
-import xxhash
 
 from saev.compiled import address, big_endian_at, call, jit, prefetch
 from saev.data import activations
 
-_LIBC, _XXHASH = ctypes.CDLL(None), ctypes.CDLL(xxhash._xxhash.__file__)
-C: tuple[int, int, int] = (
+_LIBC = ctypes.CDLL(None)
+_XXHASH = ctypes.CDLL(importlib.import_module("xxhash._xxhash").__file__)
+C: tuple[int, int, int, int] = (
     address(_LIBC, "pread"),
     address(_LIBC, "posix_fadvise"),
     address(_XXHASH, "XXH3_64bits_dispatch", "XXH3_64bits"),
+    address(_LIBC, "memcpy"),
 )
-"""C functions that `read` calls. Without the second it gives no hints; without another it reads nothing."""
+"""C functions that `read` calls; 0 if missing. Without the second it gives no hints, without another it reads
+nothing."""
 WILLNEED = getattr(os, "POSIX_FADV_WILLNEED", 0)
 LINE = 64
 """Bytes of a cache line."""
@@ -87,8 +90,10 @@ def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_re
         first_G: the block's first entry in slot_n.
         slot_n: slot of each activation; negative: discarded.
         start_n: first bytes of the pieces of an image and layer, and their end.
-        staging_n: memory for a block and the rest of the pieces at its ends.
+        staging_n: memory for the pieces that hold a block.
     """
+    if not (c[0] and c[2] and c[3]):
+        return
     W = pool_PW.shape[1]
     pool, staging = pool_PW.ctypes.data, staging_n.ctypes.data
     span_G2 = np.empty((len(run_G2), 2), np.int64)
@@ -113,8 +118,7 @@ def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_re
                 if i + 1 < len(slots):
                     _prefetch(pool + max(slots[i + 1], 0) * W, W)
                 if slots[i] >= 0:
-                    for w in range(W):
-                        pool_PW[slots[i], w] = staging_n[at + w]
+                    call(c[3], (pool + slots[i] * W, staging + at, W))
                 at += W
 
 

@@ -16,6 +16,7 @@ import math
 import os
 import threading
 import typing as tp
+import weakref
 
 import numpy as np
 import torch
@@ -110,9 +111,9 @@ class Shuffled:
 class _Batch:
     """A batch that threads fill with parts of it."""
 
-    def __init__(self, stream: Shuffled):
+    def __init__(self, stream: Shuffled, memory: "_Memory"):
         self.acts, B = stream.acts, stream.batch_size
-        self.act_BD = torch.empty(B, self.acts.d_vit, dtype=stream.dtype, pin_memory=stream.pin)
+        self.act_BD = memory.empty((B, self.acts.d_vit))
         self.bits_BD = _bits(self.act_BD)
         self.image_i_B, self.patch_i_B, self.layer_B = (np.empty(B, np.int64) for _ in range(3))
         self.parts: list[concurrent.futures.Future[bool]] = []
@@ -150,6 +151,27 @@ def _bits(act_BD: Float[torch.Tensor, "B D"]) -> Shaped[np.ndarray, "B D"]:
     return act_BD.view(signed).numpy().view(unsigned)
 
 
+class _Memory:
+    """Memory of batches. It is used again when nothing refers to a batch any more: new memory is slow."""
+
+    def __init__(self, dtype: torch.dtype, pin: bool):
+        self.dtype = dtype
+        self.pin = pin
+        self.free: collections.deque[np.ndarray] = collections.deque(maxlen=mixing.AHEAD + 2)
+
+    def empty(self, shape: tuple[int, int]) -> torch.Tensor:
+        """A tensor with any values."""
+        if self.pin:  # torch keeps page-locked memory itself
+            return torch.empty(shape, dtype=self.dtype, pin_memory=True)
+        try:
+            memory = self.free.pop()
+        except IndexError:
+            memory = np.empty(math.prod(shape) * self.dtype.itemsize, np.uint8)
+        lent = memory[:]  # all tensors of this memory refer to this array
+        weakref.finalize(lent, self.free.append, memory)
+        return torch.from_numpy(lent).view(self.dtype).view(shape)
+
+
 class _Reading:
     """Blocks being read into the pool."""
 
@@ -183,6 +205,7 @@ class _Pool:
         self.acts = acts
         self.layout = layout
         self.plan = mixing.Plan(layout, stream.seed, start)
+        self.memory = _Memory(stream.dtype, stream.pin)
         self.threads = concurrent.futures.ThreadPoolExecutor(stream.n_threads, "saev-read")
         self.local = threading.local()
         unsigned = np.dtype(f"u{acts.token_bytes // acts.d_vit}")
@@ -199,13 +222,15 @@ class _Pool:
 
     def draw(self) -> _Batch:
         """The next batch."""
-        batch, at = _Batch(self.stream), 0
+        batch, at = _Batch(self.stream, self.memory), 0
         for part_n2 in self.plan.draw(self._ready):
             index_n, slot_n = part_n2.T.copy()
             batch.parts.append(self.threads.submit(batch.fill, self, index_n, slot_n, at))
             self.takings.append((batch.parts[-1], slot_n))
             at += len(part_n2)
             self._free(wait=False)
+            if self.n_free * self.acts.token_bytes >= self.stream.n_threads * self.stream.share_bytes:
+                self._read_ahead()
         return batch
 
     def close(self) -> None:
@@ -216,14 +241,13 @@ class _Pool:
         self.threads.shutdown(wait=True)
 
     def _free(self, wait: bool) -> None:
-        """Frees the slots of copies that have ended (`wait`: of at least one), and reads on."""
+        """Frees the slots of copies that have ended. wait: of at least one."""
         while self.takings and (wait or self.takings[0][0].done()):
             taken, slot_n = self.takings.popleft()
             concurrent.futures.wait([taken])  # its error is for the batch's consumer
             self.free_P[self.n_free : self.n_free + len(slot_n)] = slot_n
             self.n_free += len(slot_n)
             wait = False
-        self._read_ahead()
 
     def _ready(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
         """The plan's `mixing.NextBlocks`. If not all of them are being read yet, waits for free slots."""
@@ -235,19 +259,23 @@ class _Pool:
                 if not self.readings[0].is_over:
                     return np.concatenate(parts)
                 self.readings.popleft()
+            if self._read_ahead():
+                continue
             if not self.takings:
                 return np.concatenate(parts)
             self._free(wait=True)
 
-    def _read_ahead(self) -> None:
-        """Starts to read the next blocks, as many as have free slots."""
+    def _read_ahead(self) -> bool:
+        """Starts to read the next blocks, as many as have free slots. Returns whether there was one."""
         block_G = self.plan.cursor.take(self.n_free)
-        if len(block_G):
-            index_n = self.layout.all_in(block_G)
-            slot_n = self._take_slots(len(index_n))
-            row_n2 = np.stack([index_n, slot_n], axis=1)
-            dones = self._read(block_G, slot_n)
-            self.readings.append(_Reading(self.layout.n_in(block_G), row_n2, dones))
+        if not len(block_G):
+            return False
+        index_n = self.layout.all_in(block_G)
+        slot_n = self._take_slots(len(index_n))
+        row_n2 = np.stack([index_n, slot_n], axis=1)
+        dones = self._read(block_G, slot_n)
+        self.readings.append(_Reading(self.layout.n_in(block_G), row_n2, dones))
+        return True
 
     def _take_slots(self, n: int) -> Int64[np.ndarray, " n"]:
         self.n_free -= n
@@ -308,6 +336,5 @@ class _Pool:
     def _staging(self) -> UInt8[np.ndarray, " n"]:
         """This thread's reused memory."""
         if not hasattr(self.local, "staging"):
-            n_bytes = self.layout.max_block * self.acts.token_bytes + 2 * self.acts.pieces.max_bytes
-            self.local.staging = np.empty(n_bytes, np.uint8)
+            self.local.staging = np.empty(self.layout.max_block * self.acts.token_bytes, np.uint8)
         return self.local.staging
