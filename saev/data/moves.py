@@ -29,6 +29,8 @@ LINE = 64
 """Bytes of a cache line."""
 FAR = 4096
 """Bytes of a row that are asked for early; the processor itself asks for the rest."""
+EARLY = 2
+"""Rows between the one that is asked for and the one that is moved."""
 
 
 @jit
@@ -115,8 +117,8 @@ def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_re
             at = run_G2[g, 0] - start
             slots = slot_n[first_G[g] : first_G[g] + run_G2[g, 1]]
             for i in range(len(slots)):
-                if i + 1 < len(slots):
-                    _prefetch(pool + max(slots[i + 1], 0) * W, W)
+                if i + EARLY < len(slots):
+                    _prefetch(pool + max(slots[i + EARLY], 0) * W, W)
                 if slots[i] >= 0:
                     call(c[3], (pool + slots[i] * W, staging + at, W))
                 at += W
@@ -127,55 +129,58 @@ def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_re
 
 SAME, BFLOAT16, FLOAT16 = range(3)
 """How `take` converts: not at all, or from one of these to float32."""
-_LARGEST = np.float32(activations.LARGEST).view(np.uint32)
 CONVERTED = {"bfloat16": BFLOAT16, "float16": FLOAT16}
+_LARGEST = np.float32(activations.LARGEST).view(np.uint32)
 LARGEST = {
-    "float32": (np.uint32(0x7FFFFFFF), _LARGEST),
-    "bfloat16": (np.uint16(0x7FFF), np.uint16(_LARGEST >> 16)),
-    "float16": (np.uint16(0x7FFF), np.finfo(np.float16).max.view(np.uint16)),
+    "float32": _LARGEST,
+    "bfloat16": _LARGEST >> np.uint32(16),
+    "float16": np.uint32(np.finfo(np.float16).max.view(np.uint16)),
 }
-"""Arguments `magnitude` and `largest` of `take`."""
+"""Bits of the largest accepted activation."""
 
 
 @jit
 def _float16(bits):
     """float32's bits. float16 has 5 bits of exponent (bias 15) and 10 of mantissa, float32 8 (127) and 23."""
-    size = np.uint32(bits & np.uint16(0x7FFF))
+    size = np.uint32(bits & np.uint32(0x7FFF))
     wide = np.uint32(size * np.uint32(1 << 13) + np.uint32((127 - 15) << 23))
     tiny = np.float32(np.int32(size)) * np.float32(2.0**-24)  # zero and what has no implicit one
     wide = wide if size >= np.uint32(1 << 10) else np.float32(tiny).view(np.uint32)
     wide = wide | np.uint32(0xFF << 23) if size >= np.uint32(0x1F << 10) else wide
-    return wide | np.uint32(bits & np.uint16(0x8000)) * np.uint32(1 << 16)
+    return wide | np.uint32(bits & np.uint32(0x8000)) * np.uint32(1 << 16)
 
 
 @jit
-def take(kind, pool_PD, slot_n, magnitude, largest, out_nD):
+def take(kind, pool_PD, slot_n, largest, out_nD):
     """Copies activations, which are unsigned integers. Returns whether all are finite and not too large.
 
-    magnitude: the bits of a value without its sign. Compared as integers with those of `largest`, they are
-    ordered as the values' magnitudes are; infinity and NaN come last.
+    largest: of the magnitudes, which are a value's bits without the sign. As integers they are ordered as the
+    values are; infinity and NaN come last.
     """
     D = pool_PD.shape[1]
     pool, row_bytes = pool_PD.ctypes.data, pool_PD.strides[0]
-    is_good = True
+    magnitude = np.uint32(0x7FFFFFFF if pool_PD.itemsize == 4 else 0x7FFF)
+    too_large = np.uint32(0)  # the highest bit: of a difference below zero
     for i in range(len(slot_n)):
-        if i + 1 < len(slot_n):
-            _prefetch(pool + slot_n[i + 1] * row_bytes, row_bytes)
+        if i + EARLY < len(slot_n):
+            _prefetch(pool + slot_n[i + EARLY] * row_bytes, row_bytes)
         slot = slot_n[i]
         if kind == SAME:
             for d in range(D):
-                out_nD[i, d] = pool_PD[slot, d]
+                bits = pool_PD[slot, d]
+                out_nD[i, d] = bits
+                too_large |= np.uint32(largest - (np.uint32(bits) & magnitude))
         elif kind == BFLOAT16:  # the upper half of a float32
             for d in range(D):
-                out_nD[i, d] = np.uint32(pool_PD[slot, d]) * np.uint32(1 << 16)
+                bits = np.uint32(pool_PD[slot, d])
+                out_nD[i, d] = bits * np.uint32(1 << 16)
+                too_large |= np.uint32(largest - (bits & magnitude))
         else:
             for d in range(D):
-                out_nD[i, d] = _float16(pool_PD[slot, d])
-        is_bad = False
-        for d in range(D):
-            is_bad |= (pool_PD[slot, d] & magnitude) > largest
-        is_good &= not is_bad
-    return is_good
+                bits = np.uint32(pool_PD[slot, d])
+                out_nD[i, d] = _float16(bits)
+                too_large |= np.uint32(largest - (bits & magnitude))
+    return too_large < np.uint32(1 << 31)
 
 
 @jit

@@ -130,7 +130,7 @@ class _Batch:
         moves.places(index_n, *sizes, acts.image_is_N, layer_L, *outs)
         out_nD = self.bits_BD[rows]
         kind = moves.SAME if out_nD.dtype == pool.act_PD.dtype else moves.CONVERTED[acts.dtype]
-        return moves.take(kind, pool.act_PD, slot_n, *moves.LARGEST[acts.dtype], out_nD)
+        return moves.take(kind, pool.act_PD, slot_n, moves.LARGEST[acts.dtype], out_nD)
 
     def result(self) -> Batch:
         """The batch, when it is full.
