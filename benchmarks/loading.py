@@ -1,26 +1,35 @@
 """How fast the loaders are, against reading the same files from end to end. N images, X tokens of an image, D d_vit.
 
-    uv run python -m benchmarks.loading [--quick] [--root DIR] [--gb GB]
+    uv run python -m benchmarks.loading [--quick] [--root DIR] [--gb GB] [--breakdown]
 
 Cold: the files are taken out of the page cache before each pass; the reference is one thread that reads them in
 16 MB pieces. Warm: the reference is copying as many bytes in memory. The shuffled loader's time runs from its
 first batch to the moment when it has read the whole epoch: in this span each activation that it hands out is
-paid for by one that it reads, as in a long run. "checksums" cases give each loader's speed as a share of its speed when
-it does not compare what it reads.
+paid for by one that it reads, as in a long run. "kept" is a stream in half precision for a GPU, which converts it itself.
+"checksums" cases give each loader's speed as a share of its speed when it does not compare what it reads.
+
+`per_core` (warm) compares bytes per second of processor time with memcpy's, which disturbances by other programs change
+less than the ratio. Times the number of free cores it bounds the ratio. --breakdown prints the processor time of the
+shuffled loader's parts instead, in milliseconds per batch of 4,096.
 """
 
 import argparse
+import collections
 import collections.abc
+import contextlib
 import functools
 import pathlib
 import tempfile
 import time
+import types
+import typing as tp
 import unittest.mock
 
+import numba
 import numpy as np
 
 from benchmarks import common
-from saev.data import activations, config, ordered, shuffled
+from saev.data import activations, config, mixing, moves, ordered, shuffled
 from saev.formats import shards
 
 N_PATCHES, D, BATCH = 256, 384, 4096
@@ -34,6 +43,9 @@ def main() -> None:
     parser.add_argument("--gb", type=float, help="size of the files")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument(
+        "--breakdown", action="store_true", help="processor time of the shuffled loader's parts"
+    )
     args = parser.parse_args()
     gb = args.gb or (1.2 if args.quick else 4.0)
     n_repeats = args.repeats or 5
@@ -42,9 +54,13 @@ def main() -> None:
     for dtype, size in sizes.items():
         with tempfile.TemporaryDirectory(dir=args.root) as root:
             dpath = write(pathlib.Path(root), size, dtype)
+            if args.breakdown:
+                breakdown(dpath, dtype, size, n_repeats)
+                continue
             for cold in (True, False):
                 cases += measure(dpath, dtype, cold, size, n_repeats, args.threads)
-    common.report(cases)
+    if cases:
+        common.report(cases)
 
 
 def write(root: pathlib.Path, gb: float, dtype: str) -> pathlib.Path:
@@ -98,6 +114,7 @@ def measure(
     fpaths = sorted(dpath.glob("acts*.bin"))
     n_bytes = sum(f.stat().st_size for f in fpaths)
     first_s: list[float] = []
+    loop_cpu_s: list[float] = []
 
     def prepare() -> None:
         if cold:
@@ -115,38 +132,52 @@ def measure(
         stream = ordered.Ordered(cfg)
         return n_bytes / common.seconds(lambda: sum(len(b.image_i_N) for b in stream))
 
-    def shuffle(pool_gb: float) -> float:
+    def shuffle(keep_half: bool) -> float:
         prepare()
-        stream = shuffled.Shuffled(cfg, batch_size=BATCH, pool_bytes=int(pool_gb * 1e9), n_threads=n_threads)
+        pool_bytes = int(pool_gb * 1e9)
+        stream = shuffled.Shuffled(
+            cfg, batch_size=BATCH, pool_bytes=pool_bytes, n_threads=n_threads, keep_half=keep_half
+        )
         layout = stream.layout
         n_batches = (layout.n_acts - layout.n_pool) // BATCH
         start_s = time.perf_counter()
         batches = iter(stream)
         next(batches)
         first_s.append(time.perf_counter() - start_s)
+        start_cpu_s = time.process_time()
         took_s = common.seconds(lambda: [None for _, _ in zip(range(n_batches), batches, strict=False)])
+        loop_cpu_s.append((time.process_time() - start_cpu_s) / (n_batches * BATCH * layout_bytes(stream)))
         batches.close()
         return n_batches * BATCH * layout_bytes(stream) / took_s
 
     def believing(call: collections.abc.Callable[[], float]) -> float:
         """The same loader, without comparing."""
-        with unittest.mock.patch.object(activations._File, "compare", lambda *_: None):
+        with (
+            unittest.mock.patch.object(activations._File, "compare", lambda *_: None),
+            unittest.mock.patch.object(moves, "read", believing_read),
+        ):
             return call()
 
     pool_gb = round(gb / 3, 2)
     calls = {"reference": raw if cold else copy, "ordered": in_order}
-    calls["shuffled"] = lambda: shuffle(pool_gb)
+    calls["shuffled"] = lambda: shuffle(False)
+    if dtype != "float32":
+        calls["shuffled kept"] = lambda: shuffle(True)
     for name in ("ordered", "shuffled"):
         calls[f"{name} without"] = functools.partial(believing, calls[name])
     cpu_s: dict[str, list[float]] = {name: [] for name in calls}
 
     def counted(name: str) -> float:
         start_s = time.process_time()
+        loop_cpu_s.clear()
         rate = calls[name]()
-        cpu_s[name].append(time.process_time() - start_s)
+        whole_s = time.process_time() - start_s
+        cpu_s[name].append(loop_cpu_s[0] * n_bytes if loop_cpu_s else whole_s)
         return rate
 
-    checked = {"ordered": check_ordered(cfg), "shuffled": check_shuffled(cfg, int(pool_gb * 1e9))}
+    checked = {"ordered": check_ordered(cfg), "shuffled": check_shuffled(cfg, int(pool_gb * 1e9), False)}
+    if "shuffled kept" in calls:
+        checked["shuffled kept"] = check_shuffled(cfg, int(pool_gb * 1e9), True)
     if not cold:
         read_all(fpaths)
     rates = common.interleaved({name: functools.partial(counted, name) for name in calls}, n_repeats)
@@ -160,9 +191,10 @@ def measure(
             "reference_mb_per_s": round(float(np.median(rates["reference"])) / 1e6),
             "pool_gb": pool_gb,
             "spread": [round(a / b, 3) for a, b in zip(rates[name], rates["reference"], strict=True)],
+            "per_core": None if cold else round(min(cpu_s["reference"]) / min(cpu_s[name]), 3),
             "checked": checked[name],
         }
-        for name in ("ordered", "shuffled")
+        for name in checked
     ] + [
         {
             "name": f"checksums, {name}, {dtype}, {'cold' if cold else 'warm'}",
@@ -174,6 +206,77 @@ def measure(
         }
         for name in ("ordered", "shuffled")
     ]
+
+
+def _believed(c, start_n, start, n, data, sums):
+    return True
+
+
+believing_read = numba.njit(nogil=True)(
+    types.FunctionType(
+        moves.read.py_func.__code__, vars(moves) | {"_is_intact": numba.njit(nogil=True)(_believed)}
+    )
+)
+"""`moves.read` without comparing."""
+
+
+LABELS = (
+    "plan and hand out (all)",
+    "  draws",
+    "  next blocks",
+    "read into the pool (all)",
+    "  compiled: read, compare, move to slots",
+    "copy into the batch (all)",
+    "  compiled copy, with the check for NaN",
+)
+
+
+def breakdown(dpath: pathlib.Path, dtype: str, gb: float, n_repeats: int) -> None:
+    """Prints the least processor time of each part in `n_repeats` epochs, warm, and of the same bytes' memcpy."""
+    read_all(sorted(dpath.glob("acts*.bin")))
+    took_s: dict[str, float] = collections.defaultdict(float)
+
+    def timed(owner: tp.Any, name: str, label: str) -> tp.Any:
+        call = getattr(owner, name)
+
+        def wrapped(*args: tp.Any) -> tp.Any:
+            start_s = time.thread_time()
+            try:
+                return call(*args)
+            finally:
+                took_s[label] += time.thread_time() - start_s
+
+        return unittest.mock.patch.object(owner, name, wrapped)
+
+    pool, batch = shuffled._Pool, shuffled._Batch
+    measured = [(pool, "draw"), (mixing._Epoch, "draw"), (pool, "_read_ahead"), (pool, "_read_share")]
+    measured += [(moves, "read"), (batch, "fill"), (moves, "take")]
+    parts = [timed(owner, name, label) for (owner, name), label in zip(measured, LABELS, strict=True)]
+    for keep_half in (False, True) if dtype != "float32" else (False,):
+        found: list[dict[str, float]] = []
+        for _ in range(n_repeats):
+            stream = shuffled.Shuffled(
+                config.Shards(str(dpath)), batch_size=BATCH, pool_bytes=int(gb / 3 * 1e9), keep_half=keep_half
+            )
+            n = (stream.layout.n_acts - stream.layout.n_pool) // BATCH
+            with contextlib.ExitStack() as stack:
+                for part in parts:
+                    stack.enter_context(part)
+                batches = stream.batches()
+                next(batches)
+                took_s.clear()
+                start_s = time.process_time()
+                for _, _ in zip(range(n), batches, strict=False):
+                    pass
+                took_s["everything"] = time.process_time() - start_s
+                batches.close()
+            start_s = time.process_time()
+            copy_all(n * BATCH * stream.acts.token_bytes)
+            took_s["memcpy of the same bytes"] = time.process_time() - start_s
+            found.append({name: 1e3 * s / n for name, s in took_s.items()})
+        print(f"\n{dtype}{', kept' if keep_half else ''}: ms of processor time per batch")
+        for name in [*LABELS, "everything", "memcpy of the same bytes"]:
+            print(f"  {name:40}{min(f[name] for f in found):8.3f}")
 
 
 def layout_bytes(stream: shuffled.Shuffled) -> float:
@@ -206,13 +309,13 @@ def check_ordered(cfg: config.Shards) -> str:
     return f"{n} activations at their place"
 
 
-def check_shuffled(cfg: config.Shards, pool_bytes: int) -> str:
+def check_shuffled(cfg: config.Shards, pool_bytes: int, keep_half: bool) -> str:
     """One epoch: each activation once, and where it says."""
-    stream = shuffled.Shuffled(cfg, batch_size=BATCH, pool_bytes=pool_bytes)
+    stream = shuffled.Shuffled(cfg, batch_size=BATCH, pool_bytes=pool_bytes, keep_half=keep_half)
     n_acts = stream.layout.n_acts
     seen = np.zeros(n_acts, np.int64)
     for at, batch in zip(range(0, n_acts, BATCH), stream, strict=False):
-        got = marked(batch.act_BD.numpy())
+        got = marked(batch.act_BD.float().numpy())
         assert (got == batch.image_i_B * N_PATCHES + batch.patch_i_B).all()
         seen[got[: n_acts - at]] += 1
     assert (seen == 1).all()

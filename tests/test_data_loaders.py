@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import os
 import pathlib
 import re
 import tracemalloc
@@ -14,7 +15,7 @@ import torch
 
 import saev
 from saev import errors
-from saev.data import activations, config, mixing, ordered, shuffled
+from saev.data import activations, config, mixing, moves, ordered, shuffled
 
 settings = hypothesis.settings(
     deadline=None, max_examples=30, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
@@ -292,6 +293,86 @@ def test_bad_activations_name_their_image(make_shards, bad: float) -> None:
             for _ in itertools.islice(stream, 10):
                 pass
     list(ordered.Ordered(config.Shards(str(dpath), patches="cls")))  # another token: fine
+
+
+@pytest.mark.parametrize("keep_half", [False, True])
+@pytest.mark.parametrize(("dtype", "bad"), [("bfloat16", 2e15), ("bfloat16", -np.nan), ("float16", np.inf)])
+def test_bad_activations_in_half_precision_name_their_image(
+    make_shards, dtype: str, bad: float, keep_half: bool
+) -> None:
+    acts_NLTD = np.full((7, 1, 5, 6), 65504 if dtype == "float16" else 9.9e14, np.float32)
+    dpath, _ = make_shards(n_imgs=7, n_patches=4, d_vit=6, layers=(8,), acts=acts_NLTD, dtype=dtype)
+    take(config.Shards(str(dpath)), 2, batch_size=28, keep_half=keep_half)  # just not too large
+    acts_NLTD[4, 0, 2, 3] = bad
+    dpath, _ = make_shards(n_imgs=7, n_patches=4, d_vit=6, layers=(8,), acts=acts_NLTD, dtype=dtype)
+    match = "activations up to 2e" if bad == 2e15 else "NaN or infinite"
+    with pytest.raises(errors.UserError, match=f"image 4 has {match}.* at layer 8"):
+        take(config.Shards(str(dpath)), 2, batch_size=28, keep_half=keep_half)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("batch_size", [10, 100])
+def test_half_precision_is_kept_if_asked(make_shards, dtype: str, batch_size: int) -> None:
+    dpath, _ = make_shards(n_imgs=9, n_patches=4, d_vit=6, layers=(8,), dtype=dtype)
+    cfg = config.Shards(str(dpath))
+    converted, kept = (take(cfg, 20, batch_size=batch_size, keep_half=keep) for keep in (False, True))
+    for a, b in zip(converted, kept, strict=True):
+        assert a.act_BD.dtype == torch.float32 and b.act_BD.dtype == getattr(torch, dtype)
+        assert torch.equal(a.act_BD, b.act_BD.float()) and keys(a) == keys(b)
+    assert torch.equal(converted[0].act_BD, wanted_rows(cfg, converted[0]))
+
+
+def wanted_rows(cfg: config.Shards, batch: shuffled.Batch) -> torch.Tensor:
+    """A batch's activations by random access."""
+    acts = saev.data.Indexed(cfg.shard_root, cfg.layer)
+    n = acts.acts.n_per_img
+    return torch.stack([acts[image_i * n + patch_i]["act"] for image_i, patch_i in keys(batch)])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_half_precision_value_is_converted(dtype: str) -> None:
+    bits_PD = np.arange(2**16, dtype=np.uint16).reshape(64, 1024)
+    slot_n = np.random.default_rng(0).permutation(64)
+    out_nD = np.empty((64, 1024), np.uint32)
+    is_good = moves.take(moves.CONVERTED[dtype], bits_PD, slot_n, moves.LARGEST[dtype], out_nD)
+    want_nD = torch.from_numpy(bits_PD[slot_n].view(np.int16)).view(getattr(torch, dtype)).float()
+    np.testing.assert_array_equal(out_nD.view(np.float32), want_nD)  # NaN equals NaN
+    assert not is_good
+    for p in range(64):  # each part of the values by itself
+        row_nD = np.empty((1, 1024), np.uint32)
+        is_good = moves.take(moves.CONVERTED[dtype], bits_PD, np.array([p]), moves.LARGEST[dtype], row_nD)
+        assert is_good == bool((row_nD.view(np.float32).__abs__() <= activations.LARGEST).all())
+
+
+def test_compiled_reads_equal_plain_ones(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled reader reads everything itself; where it cannot, the same comes from `os.preadv`."""
+    dpath, _ = make_shards(n_imgs=40, n_patches=64, d_vit=96, layers=(0, 3), per_shard=7)
+    runs = []
+    for name in ("preadv", "no C functions"):
+        if name == "preadv":
+            patch = (os, "preadv", None)  # would be a TypeError
+        else:
+            monkeypatch.undo()
+            patch = (moves, "C", (0, 0, 0, 0))
+        monkeypatch.setattr(*patch)
+        for patches in PATCHES:
+            cfg = config.Shards(str(dpath), "all", patches)
+            runs.append(take(cfg, 9, batch_size=500, pool_bytes=10**6))
+    for a, b in zip(itertools.chain(*runs[:3]), itertools.chain(*runs[3:]), strict=True):
+        assert keys(a) == keys(b) and torch.equal(a.act_BD, b.act_BD)
+
+
+def test_memory_is_used_again_only_after_its_last_reference(small) -> None:
+    cfg, _ = small
+    stream = shuffled.Shuffled(cfg, batch_size=6).batches()
+    kept, seen = [], set()
+    for i, batch in enumerate(itertools.islice(stream, 60)):
+        seen.add(batch.act_BD.data_ptr())
+        if i % 10 == 0:  # a view of a part of it is enough
+            kept.append((batch.act_BD[2:4, 1:].numpy(), batch.act_BD[2:4, 1:].clone()))
+    assert len(seen) < 6 + 2 * (mixing.AHEAD + 2)
+    for view_nD, copy_nD in kept:
+        np.testing.assert_array_equal(view_nD, copy_nD)
 
 
 @pytest.mark.parametrize("size", [2e15, 1e25])

@@ -21,13 +21,15 @@ import torch
 
 import saev
 from saev import errors
-from saev.data import activations, config, mixing, ordered, shuffled
+from saev.data import activations, config, mixing, moves, ordered, shuffled
 from saev.data.ahead import ahead
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "shards_1_0_0"
 GOLDEN_NLTD = np.arange(5 * 2 * 5 * 8, dtype=np.float32).reshape(5, 2, 5, 8) / 8
 
 Stream = collections.abc.Iterable[object]
+NO_C = (0, 0, 0, 0)
+"""moves.C where there are no C functions: everything is read by `os.preadv`."""
 
 
 @pytest.fixture
@@ -81,6 +83,7 @@ def test_a_failing_read_is_one_error_within_seconds(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         monkeypatch.setattr(os, "preadv", fail)
+        monkeypatch.setattr(moves, "C", NO_C)
     for fpath in pathlib.Path(cfg.shard_root).glob("acts*.bin"):
         os.truncate(fpath, 100) if fault == "cut" else fpath.unlink() if fault == "gone" else None
     start_s = time.monotonic()
@@ -237,6 +240,61 @@ def test_a_plan_delivers_each_activation_once_and_starts_anywhere(
     assert batches(start) == whole[start:]
 
 
+def plain_plan(layout: mixing.Layout, seed: int) -> collections.abc.Iterator[int]:
+    """The stream indices of a plan in the order of their draws, in plain Python, one activation at a time."""
+    blocks = [
+        (epoch, list(range(*(int(x) for x in bounds))))
+        for epoch in range(2)
+        for part_G in layout.order(seed, epoch)
+        for bounds in zip(layout.first_in(part_G), layout.first_in(part_G) + layout.n_in(part_G), strict=True)
+    ]
+    n_batched = 0
+    for epoch in range(2):
+        rng, ready = np.random.default_rng((seed, epoch, 1)), []
+        todo = [block for e, block in blocks if e == epoch]
+        n_drawn = 0
+        while n_drawn < layout.n_acts:
+            while todo and len(ready) + len(todo[0]) <= layout.n_ready:
+                ready += todo.pop(0)
+            n = min(layout.batch_size - n_batched % layout.batch_size, layout.n_acts - n_drawn)
+            if 4 * n > len(ready):
+                places = rng.permutation(len(ready))[:n].tolist()
+            else:
+                found: set[int] = set()
+                while len(found) < n:
+                    found |= set(rng.integers(len(ready), size=n - len(found)).tolist())
+                shuffled_n = np.array(sorted(found))
+                rng.shuffle(shuffled_n)
+                places = shuffled_n.tolist()
+            yield from (ready[i] for i in places)
+            stay = [x for i, x in enumerate(ready) if i >= len(ready) - n and i not in set(places)]
+            for i in places:
+                if i < len(ready) - n:
+                    ready[i] = stay.pop(0)
+            del ready[len(ready) - n :]
+            n_drawn += n
+            n_batched += n
+
+
+@pytest.mark.parametrize("n_fit", [20, 90, 2000])
+@pytest.mark.parametrize("batch_size", [3, 16, 50])
+def test_the_plan_is_that_of_a_plain_loop(batch_size: int, n_fit: int) -> None:
+    """The sequence of a seed is the same in every version."""
+    layout = mixing.Layout.of(
+        [range(a, a + 10) for a in range(0, 40, 10)],
+        n_layers=2,
+        n_tokens=7,
+        n_lead=1,
+        token_bytes=32_768,
+        batch_size=batch_size,
+        n_fit=n_fit,
+    )
+    plan, n_batches = mixing.Plan(layout, 5), 2 * layout.n_acts // batch_size
+    parts = [part_n2[:, 0] for _ in range(n_batches) for part_n2 in plan.draw(plan.without_slots)]
+    want = itertools.islice(plain_plan(layout, 5), n_batches * batch_size)
+    assert np.concatenate(parts).tolist() == list(want)
+
+
 @pytest.mark.parametrize("start", [1, 11, 29, 30, 31, 75])
 def test_a_stream_starts_at_any_batch(many, start: int) -> None:
     cfg, _ = many
@@ -260,6 +318,7 @@ def test_a_late_start_reads_a_few_pools(make_shards, monkeypatch: pytest.MonkeyP
         return n
 
     monkeypatch.setattr(os, "preadv", count)
+    monkeypatch.setattr(moves, "C", NO_C)
     batches = stream.batches(1250)  # of 1600 in an epoch
     next(batches)
     batches.close()

@@ -250,6 +250,28 @@ def test_runs_on_one_stream_equal_runs_alone(cfg: config.Train) -> None:
             assert torch.equal(tensor, weights(fpath)[name]), name
 
 
+def test_half_precision_that_the_device_converts_gives_the_same(
+    make_shards, cfg: config.Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: batches come as they are stored."""
+    dpath, _ = make_shards(n_imgs=40, n_patches=8, d_vit=8, layers=(7,), per_shard=9, dtype="bfloat16")
+    cfg = change(cfg, data=data_config.Shards(str(dpath), 7))
+    (converted,) = loop.main([cfg])
+    made, plain = [], shuffled.Shuffled
+    keep = {"keep_half": True}
+    monkeypatch.setattr(
+        shuffled, "Shuffled", lambda *a, **k: (made.append(plain(*a, **k | keep)), made[-1])[1]
+    )
+    (kept,) = loop.main([change(cfg, ckpt_to=cfg.ckpt_to + "-kept")])
+    assert [stream.dtype for stream in made] == [torch.bfloat16] * 2, "training and evaluation"
+    for name, tensor in weights(converted).items():
+        assert torch.equal(tensor, weights(kept)[name]), name
+    one, other = (
+        json.loads((pathlib.Path(f).parent / "metrics.json").read_text()) for f in (converted, kept)
+    )
+    assert one["normalized_mse"] == other["normalized_mse"]
+
+
 def test_schedules() -> None:
     """200 steps: 20 of warm-up, a plateau, 40 of decay."""
     cfg = config.Train(n_patches=200 * 8, batch_size=8, lr=1.0, n_lr_warmup=20)

@@ -54,6 +54,7 @@ class _File:
         self.shard_i = shard_i
         self.fpath = str(part.acts_fpath(shard_i))
         self.sums = part.sums(shard_i)
+        self.sums_address = np.frombuffer(self.sums, np.uint8).ctypes.data
         self.fd = os.open(self.fpath, os.O_RDONLY)
         _advise(self.fd, 0, 0, advice)
 
@@ -362,27 +363,49 @@ class Activations:
     # ---- runs of tokens ----
 
     @jaxtyped(typechecker=beartype.beartype)
+    def located(self, index_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, "G 3"]:
+        """Directory, shard and offset in the shard's file of the stream's activations index_G."""
+        position_G, x_G = np.divmod(index_G, self.n_per_img)
+        layer_G, token_G = np.divmod(x_G, self.n_tokens)
+        part_G = np.searchsorted(self._firsts, position_G, "right") - 1
+        image_i_G = self.image_is_N[position_G]
+        out_G3 = np.empty((len(index_G), 3), np.int64)
+        out_G3[:, 0] = part_G
+        for part_i in set(part_G.tolist()):
+            part, mine_G = self._parts[part_i], part_G == part_i
+            metadata = part.dir.metadata
+            shard_g, local_g = np.divmod(image_i_G[mine_G] - part.first_image, metadata.imgs_per_shard)
+            token_i_g = np.array(part.layer_is)[layer_G[mine_G]] * metadata.n_tokens + token_G[mine_G]
+            out_G3[mine_G, 1] = shard_g
+            out_G3[mine_G, 2] = local_g * metadata.img_bytes
+            out_G3[mine_G, 2] += (self.tokens.start + token_i_g) * self.token_bytes
+        return out_G3
+
     def extents(self, index_G: Int64[np.ndarray, " G"], n_G: Int64[np.ndarray, " G"]) -> list[Extent]:
         """Locates runs of n_G consecutive tokens that begin with the stream's activation index_G.
 
         A run must not leave its image and layer.
         """
-        position_G, x_G = np.divmod(index_G, self.n_per_img)
-        layer_G, token_G = np.divmod(x_G, self.n_tokens)
-        part_G = np.searchsorted(self._firsts, position_G, "right") - 1
-        image_i_G = self.image_is_N[position_G]
-        out: list[Extent] = [Extent(0, 0, 0, 0)] * len(index_G)
-        for part_i in np.unique(part_G).tolist():
-            part, mine = self._parts[part_i], np.flatnonzero(part_G == part_i)
-            metadata = part.dir.metadata
-            shard_g, local_g = np.divmod(image_i_G[mine] - part.first_image, metadata.imgs_per_shard)
-            layer_i_g = np.array(part.layer_is)[layer_G[mine]]
-            token_i_g = layer_i_g * metadata.n_tokens + self.tokens.start + token_G[mine]
-            offset_g = local_g * metadata.img_bytes + token_i_g * self.token_bytes
-            columns = (mine, shard_g, offset_g, n_G[mine] * self.token_bytes)
-            for g, shard_i, offset, length in zip(*(c.tolist() for c in columns), strict=True):
-                out[g] = Extent(part_i, shard_i, offset, length)
-        return out
+        rows = zip(self.located(index_G).tolist(), (n_G * self.token_bytes).tolist(), strict=True)
+        return [Extent(part_i, shard_i, offset, length) for (part_i, shard_i, offset), length in rows]
+
+    def files(self, at_G3: Int64[np.ndarray, "G 3"]) -> tuple[list[_File], Int64[np.ndarray, "G 2"]]:
+        """Opens the shards of `located` activations: (files, descriptor and address of the checksums).
+
+        The latter are valid as long as the files are referenced.
+
+        Raises:
+            UserError: a shard file disappeared.
+        """
+        _, first_n, file_i_G = np.unique(
+            at_G3[:, 0] << 32 | at_G3[:, 1], return_index=True, return_inverse=True
+        )
+        files = []
+        for part_i, shard_i, _ in at_G3[first_n].tolist():
+            extent = Extent(part_i, shard_i, 0, 0)
+            with _ReadErrors(self, extent):
+                files.append(self._open(extent))
+        return files, np.array([(file.fd, file.sums_address) for file in files])[file_i_G]
 
     def read_extents(self, extents: list[Extent], into: memoryview) -> None:
         """Announces all extents to the kernel, then reads them one by one, in their stored form.

@@ -14,7 +14,7 @@ PATIENCE_S = 5.0
 """Seconds to wait for a thread stuck in a read before abandoning it. As a daemon it does not block exit."""
 
 
-def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Iterator[T]:
+def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Generator[T]:
     """Yields from `items`, which a separate thread computes up to `n` items ahead.
 
     Errors of `items` are raised here. When the consumer stops (break, an exception, Ctrl-C, or garbage

@@ -8,7 +8,7 @@ delivers every activation exactly once. Only the batch at its end can hold activ
 The plan depends only on the seed, the batch size and the pool size. Replaying it from the start of an epoch
 takes a fraction of a millisecond per batch.
 
-Shape letters: B batch, G blocks, R activations ready to be drawn, n any number.
+Shape letters: B batch, G blocks, R activations ready to be drawn, W words of 64 bits, n any number.
 """
 
 import collections.abc
@@ -17,7 +17,9 @@ import math
 import typing as tp
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt64
+
+from saev.compiled import jit
 
 GROUP_SHARDS = 512
 """Shards that are read at the same time."""
@@ -146,8 +148,9 @@ class Layout(tp.NamedTuple):
     def all_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " n"]:
         """Returns the stream indices of all activations of the blocks, block by block."""
         n_G = self.n_in(block_G)
-        before_G = np.cumsum(n_G) - n_G
-        return np.repeat(self.first_in(block_G) - before_G, n_G) + np.arange(n_G.sum())
+        index_n = np.empty(n_G.sum(), np.int64)
+        _count_up(self.first_in(block_G), n_G, index_n)
+        return index_n
 
     def blocks_of(self, index_R: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " G"]:
         """Returns the blocks that hold these activations."""
@@ -196,6 +199,7 @@ class _Epoch:
         self.n_ready = 0
         self.ready_R2 = np.empty((layout.n_ready, 2), np.int64)
         """Stream index and pool slot of the activations that can be drawn: the first `n_ready` rows."""
+        self.is_drawn_W = np.zeros(layout.n_ready // 64 + 1, np.uint64)
 
     @property
     def n_left(self) -> int:
@@ -211,28 +215,85 @@ class _Epoch:
 
     def draw(self, n: int) -> Int64[np.ndarray, "n 2"]:
         """Removes and returns `n` random ready rows. The last rows fill their places."""
-        drawn_n = _sample(self.rng, self.n_ready, n)
-        out_n2 = self.ready_R2[drawn_n]
+        drawn_n = _sample(self.rng, self.n_ready, n, self.is_drawn_W)
+        out_n2 = np.empty((n, 2), np.int64)
+        _remove(self.ready_R2[: self.n_ready], drawn_n, out_n2)
         self.n_ready -= n
-        last_n2 = self.ready_R2[self.n_ready : self.n_ready + n]
-        is_last_n = drawn_n >= self.n_ready
-        stays_n = np.ones(n, bool)
-        stays_n[drawn_n[is_last_n] - self.n_ready] = False
-        self.ready_R2[drawn_n[~is_last_n]] = last_n2[stays_n]
         self.n_drawn += n
         return out_n2
 
 
-def _sample(rng: np.random.Generator, n_all: int, n: int) -> Int64[np.ndarray, " n"]:
-    """Samples `n` of range(n_all) without replacement, in random order. NumPy's `choice` takes O(n_all)."""
+def _sample(
+    rng: np.random.Generator, n_all: int, n: int, is_drawn_W: UInt64[np.ndarray, " W"]
+) -> Int64[np.ndarray, " n"]:
+    """Samples `n` of range(n_all) without replacement, in random order. NumPy's `choice` takes O(n_all).
+
+    is_drawn_W: a bit for each of range(n_all), all zero before and after.
+    """
     if 4 * n > n_all:
         return rng.permutation(n_all)[:n]
-    drawn_n = np.empty(0, np.int64)
-    while (n_missing := n - len(drawn_n)) > 0:  # draw again in place of duplicates
-        drawn_n = np.sort(np.concatenate([drawn_n, rng.integers(n_all, size=n_missing)]))
-        drawn_n = drawn_n[np.diff(drawn_n, prepend=-1) > 0]
+    n_missing = n
+    while n_missing > 0:  # draw again in place of duplicates
+        n_missing -= _mark(rng.integers(n_all, size=n_missing), is_drawn_W)
+    drawn_n = np.empty(n, np.int64)
+    _unmark(is_drawn_W, drawn_n)
     rng.shuffle(drawn_n)
     return drawn_n
+
+
+@jit
+def _count_up(first_G, n_G, out_n):
+    """Writes first_G, first_G + 1, ... (n_G of them) for each block."""
+    at = 0
+    for g in range(len(first_G)):
+        for i in range(n_G[g]):
+            out_n[at + i] = first_G[g] + i
+        at += n_G[g]
+
+
+@jit
+def _mark(drawn_n, is_drawn_W):
+    """Sets the bits of these numbers. Returns how many were not set before."""
+    n_new = 0
+    for number in drawn_n:
+        word, bit = number >> 6, np.uint64(1) << np.uint64(number & 63)
+        n_new += (is_drawn_W[word] & bit) == 0
+        is_drawn_W[word] |= bit
+    return n_new
+
+
+@jit
+def _unmark(is_drawn_W, out_n):
+    """Writes the numbers of all set bits, ascending, and clears the bits."""
+    n = 0
+    for word in range(len(is_drawn_W)):
+        bits = is_drawn_W[word]
+        is_drawn_W[word] = 0
+        while bits:
+            lowest = bits & (~bits + np.uint64(1))
+            exponent = np.float64(lowest).view(np.uint64) >> np.uint64(52)  # of a power of two
+            out_n[n] = (word << 6) + np.int64(exponent) - 1023
+            bits ^= lowest
+            n += 1
+
+
+@jit
+def _remove(ready_R2, drawn_n, out_n2):
+    """Takes the drawn rows out of the ready ones. The last rows that stay fill their places, in order."""
+    n_left = len(ready_R2) - len(drawn_n)
+    stays_n = np.ones(len(drawn_n), np.bool_)
+    for i, row in enumerate(drawn_n):
+        out_n2[i, 0], out_n2[i, 1] = ready_R2[row, 0], ready_R2[row, 1]
+        if row >= n_left:
+            stays_n[row - n_left] = False
+    last = 0
+    for row in drawn_n:
+        if row < n_left:
+            while not stays_n[last]:
+                last += 1
+            ready_R2[row, 0] = ready_R2[n_left + last, 0]
+            ready_R2[row, 1] = ready_R2[n_left + last, 1]
+            last += 1
 
 
 class Plan:

@@ -1,8 +1,9 @@
 """Well-mixed batches of single activations, for training.
 
 `mixing` plans which activation is in which batch. Threads read blocks of neighbouring tokens into a pool of
-bounded size, from which batches are copied. The order does not depend on the threads. To start at any batch,
-a stream first reads the blocks that are then partly in the pool, a few times the pool's size.
+bounded size, from which other tasks of the same threads copy the batches. Compiled code does both (`moves`),
+so that the threads rarely wait for Python's lock. The order does not depend on the threads. To start at any
+batch, a stream first reads the blocks that are then partly in the pool, a few times the pool's size.
 
 Shape letters: B batch, P pool slots, G blocks, R activations ready to be drawn, D d_vit.
 """
@@ -10,27 +11,30 @@ Shape letters: B batch, P pool slots, G blocks, R activations ready to be drawn,
 import collections
 import collections.abc
 import concurrent.futures
+import contextlib
 import math
 import os
 import threading
 import typing as tp
+import weakref
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, Shaped
+from jaxtyping import Float, Int64, Shaped, UInt8
 
-from saev.data import activations, config, mixing
+from saev.data import activations, config, mixing, moves
 from saev.data.ahead import ahead
-from saev.formats import shards
 
 SHARE_BYTES = 4 * 2**20
-"""Bytes that a thread reads at a time, about."""
+"""Bytes that are announced to the kernel and then read by one thread, about."""
+Done = concurrent.futures.Future[None]
 
 
 class Batch(tp.NamedTuple):
     """A batch of activations and where each comes from."""
 
-    act_BD: Float32[torch.Tensor, "B D"]
+    act_BD: Float[torch.Tensor, "B D"]
+    """float32, or as stored (`keep_half`)."""
     image_i_B: Int64[np.ndarray, " B"]
     patch_i_B: Int64[np.ndarray, " B"]
     layer_B: Int64[np.ndarray, " B"]
@@ -45,8 +49,11 @@ class Shuffled:
         seed: of the order.
         pool_bytes: memory for the pool and the batches made ahead. The pool holds at least two batches. The
             order of blocks takes 4 more bytes per block of the shards that are read at the same time.
-        n_threads: threads that read. 0: one per core, at most 4.
-        pin: page-locked batches, so that `.to("cuda", non_blocking=True)` copies in the background.
+        n_threads: threads that read and copy. 0: one per core, at most 4.
+        pin: page-locked batches, so that `.to("cuda", non_blocking=True)` copies in the background. torch
+            uses a batch's memory again when the batch is dropped and such copies of it have ended.
+        keep_half: batches of float16 and bfloat16 dumps in that type, for a GPU that converts them: half the
+            bytes to copy. By default they are converted to float32.
 
     Raises:
         UserError: see `Activations`; while iterating, NaN or infinite activations (the image is named).
@@ -61,12 +68,14 @@ class Shuffled:
         pool_bytes: int = 2 * 10**9,
         n_threads: int = 0,
         pin: bool = False,
+        keep_half: bool = False,
     ):
         self.acts = activations.Activations.open(data).advised(activations.RANDOM)
         self.batch_size = batch_size
         self.seed = seed
         self.n_threads = n_threads or min(4, os.cpu_count() or 1)
         self.pin = pin
+        self.dtype = getattr(torch, self.acts.dtype) if keep_half else torch.float32
         self.share_bytes = min(SHARE_BYTES, pool_bytes // 8 // self.n_threads)
         self.layout = mixing.Layout.of(
             self.acts.shard_positions(),
@@ -82,34 +91,91 @@ class Shuffled:
     def __iter__(self) -> collections.abc.Iterator[Batch]:
         return self.batches()
 
-    def batches(self, start: int = 0) -> collections.abc.Iterator[Batch]:
+    def batches(self, start: int = 0) -> collections.abc.Generator[Batch]:
         """The stream from batch `start` on."""
-        return ahead(self._batches(start), mixing.AHEAD)
+        with contextlib.closing(ahead(self._planned(start), mixing.AHEAD)) as planned:
+            for batch in planned:
+                yield batch.result()
+                del batch  # free the memory for the consumer
 
-    def _batches(self, start: int) -> collections.abc.Iterator[Batch]:
-        pool, acts = _Pool(self, start), self.acts
+    def _planned(self, start: int) -> collections.abc.Generator["_Batch"]:
+        """Batches that the threads may still be copying."""
+        pool = _Pool(self, start)
         try:
             while True:
-                act_BD = torch.empty(self.batch_size, acts.d_vit, pin_memory=self.pin)
-                position_B, x_B = np.divmod(pool.draw(act_BD.numpy()), acts.n_per_img)
-                layer_i_B, token_i_B = np.divmod(x_B, acts.n_tokens)
-                image_i_B = acts.image_is_N[position_B]
-                activations.check_finite(act_BD.numpy(), image_i_B, acts)
-                layer_B = np.array(acts.layers)[layer_i_B]
-                yield Batch(act_BD, image_i_B, token_i_B + acts.first_patch, layer_B)
+                yield pool.draw()
         finally:
             pool.close()
+
+
+class _Batch:
+    """A batch that threads fill with parts of it."""
+
+    def __init__(self, stream: Shuffled, memory: "_Memory"):
+        self.acts, B = stream.acts, stream.batch_size
+        self.act_BD = memory.empty((B, self.acts.d_vit))
+        self.bits_BD = _bits(self.act_BD)
+        self.image_i_B, self.patch_i_B, self.layer_B = (np.empty(B, np.int64) for _ in range(3))
+        self.parts: list[concurrent.futures.Future[bool]] = []
+        """Each says whether its activations are good."""
+
+    def fill(
+        self, pool: "_Pool", index_n: Int64[np.ndarray, " n"], slot_n: Int64[np.ndarray, " n"], at: int
+    ) -> bool:
+        """Copies activations to rows `at`, ... Returns whether all are finite and not too large."""
+        acts, rows = self.acts, slice(at, at + len(slot_n))
+        outs = (self.image_i_B[rows], self.patch_i_B[rows], self.layer_B[rows])
+        layer_L = np.array(acts.layers)
+        sizes = (acts.n_per_img, acts.n_tokens, acts.first_patch)
+        moves.places(index_n, *sizes, acts.image_is_N, layer_L, *outs)
+        out_nD = self.bits_BD[rows]
+        kind = moves.SAME if out_nD.dtype == pool.act_PD.dtype else moves.CONVERTED[acts.dtype]
+        return moves.take(kind, pool.act_PD, slot_n, moves.LARGEST[acts.dtype], out_nD)
+
+    def result(self) -> Batch:
+        """The batch, when it is full.
+
+        Raises:
+            UserError: see `activations.check_finite`.
+        """
+        is_good = [part.result() for part in self.parts]
+        if not all(is_good):
+            act_BD = self.act_BD.to(torch.float32).numpy()
+            activations.check_finite(act_BD, self.image_i_B, self.acts)
+        return Batch(self.act_BD, self.image_i_B, self.patch_i_B, self.layer_B)
+
+
+def _bits(act_BD: Float[torch.Tensor, "B D"]) -> Shaped[np.ndarray, "B D"]:
+    """The same memory as unsigned integers."""
+    signed, unsigned = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}[act_BD.element_size()]
+    return act_BD.view(signed).numpy().view(unsigned)
+
+
+class _Memory:
+    """Memory of batches. It is used again when nothing refers to a batch any more: new memory is slow."""
+
+    def __init__(self, dtype: torch.dtype, pin: bool):
+        self.dtype = dtype
+        self.pin = pin
+        self.free: collections.deque[np.ndarray] = collections.deque(maxlen=mixing.AHEAD + 2)
+
+    def empty(self, shape: tuple[int, int]) -> torch.Tensor:
+        """A tensor with any values."""
+        if self.pin:  # torch keeps page-locked memory itself
+            return torch.empty(shape, dtype=self.dtype, pin_memory=True)
+        try:
+            memory = self.free.pop()
+        except IndexError:
+            memory = np.empty(math.prod(shape) * self.dtype.itemsize, np.uint8)
+        lent = memory[:]  # all tensors of this memory refer to this array
+        weakref.finalize(lent, self.free.append, memory)
+        return torch.from_numpy(lent).view(self.dtype).view(shape)
 
 
 class _Reading:
     """Blocks being read into the pool."""
 
-    def __init__(
-        self,
-        n_G: Int64[np.ndarray, " G"],
-        row_n2: Int64[np.ndarray, "n 2"],
-        dones: list[concurrent.futures.Future[None]],
-    ):
+    def __init__(self, n_G: Int64[np.ndarray, " G"], row_n2: Int64[np.ndarray, "n 2"], dones: list[Done]):
         self.n_before_G = np.concatenate([[0], np.cumsum(n_G)])
         self.row_n2 = row_n2
         self.dones = dones
@@ -131,69 +197,85 @@ class _Reading:
 
 
 class _Pool:
-    """Activations in memory. Each keeps its slot until it is drawn."""
+    """Activations in memory, as stored, in unsigned integers. Each keeps its slot until it is drawn."""
 
     def __init__(self, stream: Shuffled, start: int):
         acts, layout = stream.acts, stream.layout
+        self.stream = stream
         self.acts = acts
         self.layout = layout
         self.plan = mixing.Plan(layout, stream.seed, start)
+        self.memory = _Memory(stream.dtype, stream.pin)
         self.threads = concurrent.futures.ThreadPoolExecutor(stream.n_threads, "saev-read")
-        self.n_threads = stream.n_threads
-        self.share_bytes = stream.share_bytes
         self.local = threading.local()
-        self.act_PD = np.empty((layout.n_pool, acts.d_vit), shards.STORED[acts.dtype])
+        unsigned = np.dtype(f"u{acts.token_bytes // acts.d_vit}")
+        self.act_PD = np.empty((layout.n_pool, acts.d_vit), unsigned)
         self.readings: collections.deque[_Reading] = collections.deque()
+        self.takings: collections.deque[tuple[concurrent.futures.Future[bool], Int64[np.ndarray, " n"]]] = (
+            collections.deque()
+        )
+        """Copies out of the pool that may not have ended, and their slots."""
         self.free_P = np.arange(layout.n_pool)[::-1].copy()  # the last ones go first
         self.n_free = layout.n_pool
         self._reload()
         self._read_ahead()
 
-    def draw(self, out_BD: Float32[np.ndarray, "B D"]) -> Int64[np.ndarray, " B"]:
-        """Fills `out_BD` with the next batch and returns each activation's stream index."""
-        index_parts, at = [], 0
+    def draw(self) -> _Batch:
+        """The next batch."""
+        batch, at = _Batch(self.stream, self.memory), 0
         for part_n2 in self.plan.draw(self._ready):
-            self._move(part_n2[:, 1], out_BD[at : at + len(part_n2)])
-            self._read_ahead()
-            index_parts.append(part_n2[:, 0])
+            index_n, slot_n = part_n2.T.copy()
+            batch.parts.append(self.threads.submit(batch.fill, self, index_n, slot_n, at))
+            self.takings.append((batch.parts[-1], slot_n))
             at += len(part_n2)
-        return np.concatenate(index_parts)
+            self._free(wait=False)
+            if self.n_free * self.acts.token_bytes >= self.stream.n_threads * self.stream.share_bytes:
+                self._read_ahead()
+        return batch
 
     def close(self) -> None:
-        self.threads.shutdown(wait=True, cancel_futures=True)
+        """Leaves out reads that have not begun. Batches that were handed out are filled."""
+        for reading in self.readings:
+            for done in reading.dones:
+                done.cancel()
+        self.threads.shutdown(wait=True)
 
-    def _move(self, slot_n: Int64[np.ndarray, " n"], out_nD: Float32[np.ndarray, "n D"]) -> None:
-        """Copies activations out of the pool and frees their slots."""
-        if self.act_PD.dtype == out_nD.dtype:
-            # clip avoids a buffer for `out`
-            self.act_PD.take(slot_n, axis=0, out=out_nD, mode="clip")
-        else:
-            stored_nD = self._staging(len(slot_n))
-            self.act_PD.take(slot_n, axis=0, out=stored_nD, mode="clip")
-            self.acts.decode_to(stored_nD, out_nD)
-        self.free_P[self.n_free : self.n_free + len(slot_n)] = slot_n
-        self.n_free += len(slot_n)
+    def _free(self, wait: bool) -> None:
+        """Frees the slots of copies that have ended. wait: of at least one."""
+        while self.takings and (wait or self.takings[0][0].done()):
+            taken, slot_n = self.takings.popleft()
+            concurrent.futures.wait([taken])  # its error is for the batch's consumer
+            self.free_P[self.n_free : self.n_free + len(slot_n)] = slot_n
+            self.n_free += len(slot_n)
+            wait = False
 
     def _ready(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
-        """The plan's `mixing.NextBlocks`."""
+        """The plan's `mixing.NextBlocks`. If not all of them are being read yet, waits for free slots."""
         parts = [np.empty((0, 2), np.int64)]
-        while self.readings:
-            parts.append(self.readings[0].take(n_max))
-            n_max -= len(parts[-1])
-            if not self.readings[0].is_over:
-                break
-            self.readings.popleft()
-        return np.concatenate(parts)
+        while True:
+            while self.readings:
+                parts.append(self.readings[0].take(n_max))
+                n_max -= len(parts[-1])
+                if not self.readings[0].is_over:
+                    return np.concatenate(parts)
+                self.readings.popleft()
+            if self._read_ahead():
+                continue
+            if not self.takings:
+                return np.concatenate(parts)
+            self._free(wait=True)
 
-    def _read_ahead(self) -> None:
-        """Starts to read the next blocks, as many as have free slots."""
+    def _read_ahead(self) -> bool:
+        """Starts to read the next blocks, as many as have free slots. Returns whether there was one."""
         block_G = self.plan.cursor.take(self.n_free)
-        if len(block_G):
-            index_n = self.layout.all_in(block_G)
-            slot_n = self._take_slots(len(index_n))
-            row_n2 = np.stack([index_n, slot_n], axis=1)
-            dones = self._read(block_G, slot_n)
-            self.readings.append(_Reading(self.layout.n_in(block_G), row_n2, dones))
+        if not len(block_G):
+            return False
+        index_n = self.layout.all_in(block_G)
+        slot_n = self._take_slots(len(index_n))
+        row_n2 = np.stack([index_n, slot_n], axis=1)
+        dones = self._read(block_G, slot_n)
+        self.readings.append(_Reading(self.layout.n_in(block_G), row_n2, dones))
+        return True
 
     def _take_slots(self, n: int) -> Int64[np.ndarray, " n"]:
         self.n_free -= n
@@ -211,35 +293,48 @@ class _Pool:
         for done in self._read(block_G, slot_n):
             done.result()
 
-    def _read(
-        self, block_G: Int64[np.ndarray, " G"], slot_n: Int64[np.ndarray, " n"]
-    ) -> list[concurrent.futures.Future[None]]:
+    def _read(self, block_G: Int64[np.ndarray, " G"], slot_n: Int64[np.ndarray, " n"]) -> list[Done]:
         """Starts to read blocks into their activations' slots (-1: discarded), in file order."""
         order_G = np.argsort(block_G)
         n_G = self.layout.n_in(block_G)
-        start_G = np.cumsum(n_G) - n_G
-        n_share = max(1, self.share_bytes // (self.layout.max_block * self.acts.token_bytes))
-        n_share = max(1, min(n_share, math.ceil(len(block_G) / self.n_threads)))
+        first_G = np.cumsum(n_G) - n_G
+        n_share = max(1, self.stream.share_bytes // (self.layout.max_block * self.acts.token_bytes))
+        n_share = max(1, min(n_share, math.ceil(len(block_G) / self.stream.n_threads)))
         shares = [order_G[at : at + n_share] for at in range(0, len(order_G), n_share)]
         return [
-            self.threads.submit(
-                self._read_share, block_G[share], [slot_n[start_G[g] : start_G[g] + n_G[g]] for g in share]
-            )
+            self.threads.submit(self._read_share, block_G[share], n_G[share], first_G[share], slot_n)
             for share in shares
         ]
 
-    def _read_share(self, block_G: Int64[np.ndarray, " G"], slots: list[Int64[np.ndarray, " n"]]) -> None:
-        """Reads blocks one by one, then moves all their activations at once, to take Python's lock rarely."""
-        slot_n = np.concatenate(slots)
-        staged_nD = self._staging(len(slot_n))
-        extents = self.acts.extents(self.layout.first_in(block_G), self.layout.n_in(block_G))
-        self.acts.read_extents(extents, staged_nD.data.cast("B"))
-        if slot_n.min() < 0:
-            slot_n, staged_nD = slot_n[slot_n >= 0], staged_nD[slot_n >= 0]
-        self.act_PD[slot_n] = staged_nD
+    def _read_share(
+        self,
+        block_G: Int64[np.ndarray, " G"],
+        n_G: Int64[np.ndarray, " G"],
+        first_G: Int64[np.ndarray, " G"],
+        slot_n: Int64[np.ndarray, " n"],
+    ) -> None:
+        """Reads blocks into slot_n[first_G], ...
 
-    def _staging(self, n: int) -> Shaped[np.ndarray, "n D"]:
+        Raises:
+            UserError: see `Activations.read_extents`.
+        """
+        acts, index_G = self.acts, self.layout.first_in(block_G)
+        at_G3 = acts.located(index_G)
+        files, file_G2 = acts.files(at_G3)
+        run_G2 = np.stack([at_G3[:, 2], n_G], axis=1)
+        is_read_G = np.zeros(len(block_G), bool)
+        pool_PW = self.act_PD.view(np.uint8)
+        pieces = (acts.pieces.start_n, self._staging())
+        moves.read(moves.C, file_G2, run_G2, first_G, slot_n, *pieces, pool_PW, is_read_G)
+        del files  # they were open until here
+        for g in np.flatnonzero(~is_read_G):  # this raises what is wrong with them
+            slots = slot_n[first_G[g] : first_G[g] + n_G[g]]
+            act_nW = np.empty((len(slots), acts.token_bytes), np.uint8)
+            acts.read_extents(acts.extents(index_G[g : g + 1], n_G[g : g + 1]), act_nW.data.cast("B"))
+            pool_PW[slots[slots >= 0]] = act_nW[slots >= 0]
+
+    def _staging(self) -> UInt8[np.ndarray, " n"]:
         """This thread's reused memory."""
-        if len(getattr(self.local, "staging", ())) < n:
-            self.local.staging = np.empty((n, self.acts.d_vit), self.act_PD.dtype)
-        return self.local.staging[:n]
+        if not hasattr(self.local, "staging"):
+            self.local.staging = np.empty(self.layout.max_block * self.acts.token_bytes, np.uint8)
+        return self.local.staging

@@ -10,6 +10,7 @@ import itertools
 import math
 import typing as tp
 
+import numpy as np
 import xxhash
 
 from saev.formats.metadata import Metadata
@@ -47,6 +48,8 @@ class Pieces:
         self.max_bytes = self.n_patches * metadata.token_bytes
         """Size of the longest piece."""
         self.n_per_img = len(metadata.layers) * self._n_per_row
+        self.start_n = np.array([*self._starts, self._row_bytes])
+        """First byte of each piece of an image and layer, and the end of the last, for compiled code."""
 
     def start(self, i: int) -> int:
         """Returns the offset of a piece. For the piece after the last, it is the end of the images."""

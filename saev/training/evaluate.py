@@ -57,13 +57,14 @@ def ensure(dpath: pathlib.Path, cfg: config.Train, acts: activations.Activations
         seed=cfg.seed + 1,
         pool_bytes=int(cfg.pool_gb * 1e9),
         n_threads=cfg.n_threads,
+        keep_half=device.type == "cuda",
     )
     n_batches = math.ceil(n / batch_size)
     first_ND, batches = peek.peek(iter(stream), min(n, peek.n_activations(acts)))
-    sums = Sums(sae, robust.typical(first_ND.to(device)))
+    sums = Sums(sae, robust.typical(first_ND.to(device).float()))
     batches = helpers.progress(batches, f"evaluate {dpath.name}", n_batches, "batches")
     for i, batch in zip(range(n_batches), batches, strict=False):
-        sums.add(batch.act_BD[: n - i * batch_size].to(device))
+        sums.add(batch.act_BD[: n - i * batch_size].to(device).float())
     arrays = sums.latents()
     with helpers.atomic(dpath / "latents.npz") as tmp_fpath, tmp_fpath.open("wb") as fd:
         np.savez(fd, allow_pickle=False, **arrays)

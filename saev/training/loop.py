@@ -84,13 +84,15 @@ def _states(cfg: config.Train, dpath: pathlib.Path, world: parallel.World) -> li
 
 
 def _stream(cfg: config.Train, acts: activations.Activations) -> shuffled.Shuffled:
+    is_on_gpu = devices.pick(cfg.device).type == "cuda"
     return shuffled.Shuffled(
         acts,
         batch_size=cfg.batch_size,
         seed=cfg.seed,
         pool_bytes=int(cfg.pool_gb * 1e9),
         n_threads=cfg.n_threads,
-        pin=devices.pick(cfg.device).type == "cuda",
+        pin=is_on_gpu,
+        keep_half=is_on_gpu,
     )
 
 
@@ -204,7 +206,7 @@ class _Loop:
         """One step of every run, on the same batch."""
         if step == 0:
             self._fit_starts()
-        x_BD = next(self.batches).to(self.device, non_blocking=True)
+        x_BD = next(self.batches).to(self.device, non_blocking=True).float()
         outs = [run.step(step, x_BD) for run, _ in self.runs]
         logs = self.cfg.logs_at(step)
         if logs or self.device.type == "cpu":
@@ -216,7 +218,7 @@ class _Loop:
 
     def _fit_starts(self) -> None:
         """Initialises from data, on many activations. Training then sees these activations too."""
-        x_ND = self.batches.peek(peek.n_activations(self.stream.acts)).to(self.device)
+        x_ND = self.batches.peek(peek.n_activations(self.stream.acts)).to(self.device).float()
         for run, _ in self.runs:
             run.start(x_ND)
         is_clipped = all(run.cfg.max_norm_ratio for run, _ in self.runs)
@@ -291,7 +293,7 @@ class _Timed:
         self.wait_s, self.n, self.start_s = 0.0, 0, time.monotonic()
 
     def peek(self, n: int) -> Tensor:
-        """The next n activations, rounded up to whole batches. `next` gives them again."""
+        """The next n activations, rounded up to whole batches, in the stream's dtype. `next` repeats them."""
         x_ND, self.batches = peek.peek(self.batches, n)
         self.start_s = time.monotonic()
         return x_ND

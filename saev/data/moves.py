@@ -1,0 +1,195 @@
+"""Compiled moves of activations: from the files into the shuffled loader's pool, and from there into batches.
+
+They run without Python's lock. Values are moved as unsigned integers, with the bits that are stored.
+
+Shape letters: P pool slots, D d_vit, W bytes of an activation, G blocks, n any number.
+"""
+
+import ctypes
+import importlib
+import os
+
+import numpy as np
+
+from saev.compiled import address, big_endian_at, call, jit, prefetch
+from saev.data import activations
+
+_LIBC = ctypes.CDLL(None)
+_XXHASH = ctypes.CDLL(importlib.import_module("xxhash._xxhash").__file__)
+C: tuple[int, int, int, int] = (
+    address(_LIBC, "pread"),
+    address(_LIBC, "posix_fadvise"),
+    address(_XXHASH, "XXH3_64bits_dispatch", "XXH3_64bits"),
+    address(_LIBC, "memcpy"),
+)
+"""C functions that `read` calls; 0 if missing. Without the second it gives no hints, without another it reads
+nothing."""
+WILLNEED = getattr(os, "POSIX_FADV_WILLNEED", 0)
+LINE = 64
+"""Bytes of a cache line."""
+FAR = 4096
+"""Bytes of a row that are asked for early; the processor itself asks for the rest."""
+EARLY = 2
+"""Rows between the one that is asked for and the one that is moved."""
+
+
+@jit
+def _prefetch(where, n):
+    for at in range(0, min(n, FAR), LINE):
+        prefetch(where + at)
+
+
+# ---- files to pool ----
+
+
+@jit
+def _piece(start_n, offset):
+    """(first byte of the row, number of the piece in it) of a byte of a shard."""
+    row_bytes = start_n[-1]
+    row = offset // row_bytes
+    return row * row_bytes, np.searchsorted(start_n, offset - row * row_bytes, side="right") - 1
+
+
+@jit
+def _is_filled(c, fd, start, n, target):
+    """Reads n bytes. False: an error, or the file ends."""
+    at = 0
+    while at < n:
+        got = call(c[0], (fd, target + at, n - at, start + at))
+        if got <= 0:
+            return False
+        at += got
+    return True
+
+
+@jit
+def _is_intact(c, start_n, start, n, data, sums):
+    """Compares pieces, which begin at byte `start` of the shard, with their checksums."""
+    row, i = _piece(start_n, start)
+    n_per_row = len(start_n) - 1
+    sums += 8 * (row // start_n[-1] * n_per_row + i)
+    at = 0
+    while at < n:
+        length = start_n[i + 1] - start_n[i]
+        if np.uint64(call(c[2], (data + at, length))) != big_endian_at(sums):
+            return False
+        at += length
+        sums += 8
+        i = (i + 1) % n_per_row
+    return True
+
+
+@jit
+def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_read_G):
+    """Reads blocks, compares them with their checksums, and moves their activations to their slots.
+
+    A block that cannot be read, differs, or is too long for `staging_n` is left out: is_read_G is then false.
+
+    Args:
+        c: C.
+        file_G2: file descriptor; address of the shard's checksums.
+        run_G2: offset in the file; number of activations.
+        first_G: the block's first entry in slot_n.
+        slot_n: slot of each activation; negative: discarded.
+        start_n: first bytes of the pieces of an image and layer, and their end.
+        staging_n: memory for the pieces that hold a block.
+    """
+    if not (c[0] and c[2] and c[3]):
+        return
+    W = pool_PW.shape[1]
+    pool, staging = pool_PW.ctypes.data, staging_n.ctypes.data
+    span_G2 = np.empty((len(run_G2), 2), np.int64)
+    for g in range(len(run_G2)):
+        offset, n = run_G2[g]
+        row, i = _piece(start_n, offset)
+        end, j = _piece(start_n, offset + n * W - 1)
+        span_G2[g, 0], span_G2[g, 1] = row + start_n[i], end + start_n[j + 1]
+        if c[1]:
+            call(c[1], (file_G2[g, 0], span_G2[g, 0], span_G2[g, 1] - span_G2[g, 0], WILLNEED))
+    for g in range(len(run_G2)):
+        start, length = span_G2[g, 0], span_G2[g, 1] - span_G2[g, 0]
+        is_read_G[g] = (
+            length <= len(staging_n)
+            and _is_filled(c, file_G2[g, 0], start, length, staging)
+            and _is_intact(c, start_n, start, length, staging, file_G2[g, 1])
+        )
+        if is_read_G[g]:
+            at = run_G2[g, 0] - start
+            slots = slot_n[first_G[g] : first_G[g] + run_G2[g, 1]]
+            for i in range(len(slots)):
+                if i + EARLY < len(slots):
+                    _prefetch(pool + max(slots[i + EARLY], 0) * W, W)
+                if slots[i] >= 0:
+                    call(c[3], (pool + slots[i] * W, staging + at, W))
+                at += W
+
+
+# ---- pool to batch ----
+
+
+SAME, BFLOAT16, FLOAT16 = range(3)
+"""How `take` converts: not at all, or from one of these to float32."""
+CONVERTED = {"bfloat16": BFLOAT16, "float16": FLOAT16}
+_LARGEST = np.float32(activations.LARGEST).view(np.uint32)
+LARGEST = {
+    "float32": _LARGEST,
+    "bfloat16": _LARGEST >> np.uint32(16),
+    "float16": np.uint32(np.finfo(np.float16).max.view(np.uint16)),
+}
+"""Bits of the largest accepted activation."""
+
+
+@jit
+def _float16(bits):
+    """float32's bits. float16 has 5 bits of exponent (bias 15) and 10 of mantissa, float32 8 (127) and 23."""
+    size = np.uint32(bits & np.uint32(0x7FFF))
+    wide = np.uint32(size * np.uint32(1 << 13) + np.uint32((127 - 15) << 23))
+    tiny = np.float32(np.int32(size)) * np.float32(2.0**-24)  # zero and what has no implicit one
+    wide = wide if size >= np.uint32(1 << 10) else np.float32(tiny).view(np.uint32)
+    wide = wide | np.uint32(0xFF << 23) if size >= np.uint32(0x1F << 10) else wide
+    return wide | np.uint32(bits & np.uint32(0x8000)) * np.uint32(1 << 16)
+
+
+@jit
+def take(kind, pool_PD, slot_n, largest, out_nD):
+    """Copies activations, which are unsigned integers. Returns whether all are finite and not too large.
+
+    largest: of the magnitudes, which are a value's bits without the sign. As integers they are ordered as the
+    values are; infinity and NaN come last.
+    """
+    D = pool_PD.shape[1]
+    pool, row_bytes = pool_PD.ctypes.data, pool_PD.strides[0]
+    magnitude = np.uint32(0x7FFFFFFF if pool_PD.itemsize == 4 else 0x7FFF)
+    too_large = np.uint32(0)  # the highest bit: of a difference below zero
+    for i in range(len(slot_n)):
+        if i + EARLY < len(slot_n):
+            _prefetch(pool + slot_n[i + EARLY] * row_bytes, row_bytes)
+        slot = slot_n[i]
+        if kind == SAME:
+            for d in range(D):
+                bits = pool_PD[slot, d]
+                out_nD[i, d] = bits
+                too_large |= np.uint32(largest - (np.uint32(bits) & magnitude))
+        elif kind == BFLOAT16:  # the upper half of a float32
+            for d in range(D):
+                bits = np.uint32(pool_PD[slot, d])
+                out_nD[i, d] = bits * np.uint32(1 << 16)
+                too_large |= np.uint32(largest - (bits & magnitude))
+        else:
+            for d in range(D):
+                bits = np.uint32(pool_PD[slot, d])
+                out_nD[i, d] = _float16(bits)
+                too_large |= np.uint32(largest - (bits & magnitude))
+    return too_large < np.uint32(1 << 31)
+
+
+@jit
+def places(index_n, n_per_img, n_tokens, first_patch, image_is_N, layer_L, image_i_n, patch_i_n, layer_n):
+    """Fills in image, patch and layer of each of the stream's activations."""
+    for i in range(len(index_n)):
+        position = index_n[i] // n_per_img
+        x = index_n[i] - position * n_per_img
+        layer_i = x // n_tokens
+        image_i_n[i] = image_is_N[position]
+        patch_i_n[i] = x - layer_i * n_tokens + first_patch
+        layer_n[i] = layer_L[layer_i]
