@@ -38,12 +38,14 @@ class Gpu(TorchDispatchMode):
 
     def __init__(self, n_true: collections.abc.Callable[[int], int] = lambda n: min(n, 5)):
         super().__init__()
+        self.mode = FakeTensorMode()
         self.n_true = n_true
         self.answer = {torch.bool: True}
         self.waits: collections.Counter[str] = collections.Counter()
         self.live = self.peak = 0
         self.launched: collections.Counter[str] = collections.Counter()
         self.seen: weakref.WeakSet[tp.Any] = weakref.WeakSet()
+        self.used: list[list[Tensor]] = []
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Gpu":
@@ -51,18 +53,21 @@ class Gpu(TorchDispatchMode):
         # a deep copy of a tensor belongs to the same mode
         keeps = patch(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True)
         self.stack.enter_context(keeps)
-        self.stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
+        self.stack.enter_context(self.mode)
         for target, name, fake in (
-            (torch.Tensor, "backward", backward),
-            (torch.Tensor, "numpy", self._numpy),
+            (torch.Tensor, "backward", lambda loss: self._backward(loss)),
+            (torch.Tensor, "numpy", lambda tensor, **_: self._numpy(tensor)),
             (torch.nn.Module, "_apply", _apply),
             (torch.cuda, "device_of", lambda _: contextlib.nullcontext()),
             (torch.cuda, "Event", _Event),
+            (torch.cuda, "is_bf16_supported", lambda: True),
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "current_stream", lambda device=None: torch.device(device or "cuda:0")),
             (torch.cuda, "mem_get_info", lambda *_: (80 * 10**9, 80 * 10**9)),
             (triton_kernels, "_kernels", lambda: (self._launcher("bag"), self._launcher("bag_dot"))),
         ):
             self.stack.enter_context(patch(target, name, fake))
+        self.stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: [t], self._unpacked))
         return super().__enter__()
 
     def __exit__(self, *args: tp.Any) -> None:
@@ -76,6 +81,10 @@ class Gpu(TorchDispatchMode):
         self.peak = self.live
         yield self.waits
 
+    def adopt(self, module: torch.nn.Module) -> None:
+        """Makes a real module's parameters and buffers fake ones."""
+        _apply(module, self.mode.from_tensor)
+
     # ---- operations ----
 
     def __torch_dispatch__(
@@ -87,7 +96,7 @@ class Gpu(TorchDispatchMode):
     ) -> tp.Any:
         kwargs = kwargs or {}
         name = func.overloadpacket
-        if name is aten._local_scalar_dense:
+        if name in (aten._local_scalar_dense, aten.item, aten.is_nonzero):
             self._wait("item", args[0])
             return self._value(args[0].dtype)
         if name is aten.equal:
@@ -106,7 +115,10 @@ class Gpu(TorchDispatchMode):
             return self._tracked(
                 aten.new_empty(args[0], (kwargs.get("minlength", args[-1]),), dtype=torch.int64)
             )
-        if name is aten._pin_memory:
+        if name is aten.repeat_interleave and kwargs.get("output_size") is None:
+            self._wait("repeat", args[0])
+            return self._tracked(aten.new_empty(args[0], (self.n_true(args[0].numel()),)))
+        if name in (aten.pin_memory, aten._pin_memory):
             return aten.clone(args[0])
         if name in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index):
             args = (args[0], [self._rows(args[0], i) for i in args[1]], *args[2:])
@@ -152,12 +164,50 @@ class Gpu(TorchDispatchMode):
 
     # ---- what leaves torch ----
 
-    def _numpy(self, tensor: Tensor, **_: tp.Any) -> np.ndarray:
+    def _numpy(self, tensor: Tensor) -> np.ndarray:
         if not isinstance(tensor, FakeTensor):
             return NUMPY(tensor)
         if tensor.is_cuda or tensor.requires_grad:
             raise TypeError(f"can't convert a tensor on {tensor.device} to numpy")
         return np.ones(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    # ---- gradients ----
+
+    def _backward(self, loss: Tensor) -> None:
+        """`loss.backward()` by the nodes of the graph. torch's own engine asks the driver for the device."""
+        pending: dict[tp.Any, list[Tensor | None]] = {}
+        n_users = _n_users(loss.grad_fn)
+        ready = [(loss.grad_fn, [torch.ones_like(loss)])]
+        while ready:
+            node, grads = ready.pop()
+            if hasattr(node, "variable"):
+                old = node.variable.grad
+                node.variable.grad = grads[0] if old is None else old + grads[0]
+                continue
+            grads += [None] * (len(node._input_metadata) - len(grads))
+            with torch.no_grad():
+                found = _gradients(node, grads)
+            self._release()
+            for (after, at), grad in found:
+                sums = pending.setdefault(after, [])
+                sums += [None] * (at + 1 - len(sums))
+                if grad is not None:
+                    grad = grad.sum_to_size(tuple(after._input_metadata[at].shape))
+                    sums[at] = grad if sums[at] is None else _added(sums[at], grad)
+                n_users[after] -= 1
+                if n_users[after] == 0:
+                    ready.append((after, pending.pop(after)))
+            grads = found = sums = grad = None
+
+    def _unpacked(self, saved: list[Tensor]) -> Tensor:
+        self.used.append(saved)
+        return saved[0]
+
+    def _release(self) -> None:
+        """Frees what a node saved for its backward pass, as torch's engine does."""
+        for saved in self.used:
+            saved.clear()
+        self.used.clear()
 
     # ---- Triton ----
 
@@ -194,11 +244,10 @@ class _Grids:
         return lambda *args, **kwargs: self.launch(grid, *args, **kwargs)
 
 
-def backward(loss: Tensor) -> None:
-    """`loss.backward()` by the nodes of the graph. torch's own engine asks the driver for the device."""
-    pending: dict[tp.Any, list[Tensor | None]] = {}
+def _n_users(last: tp.Any) -> collections.Counter[tp.Any]:
+    """How many edges lead to each node of the graph."""
     n_users: collections.Counter[tp.Any] = collections.Counter()
-    todo, known = [loss.grad_fn], {loss.grad_fn}
+    todo, known = [last], {last}
     while todo:
         for user, _ in todo.pop().next_functions:
             if user is not None:
@@ -206,24 +255,16 @@ def backward(loss: Tensor) -> None:
                 if user not in known:
                     known.add(user)
                     todo.append(user)
-    ready = [(loss.grad_fn, [torch.ones_like(loss)])]
+    return n_users
+
+
+def _added(total: Tensor, grad: Tensor) -> Tensor:
+    """In place where torch's engine does so: if the sum has memory of its own."""
     with torch.no_grad():
-        while ready:
-            node, grads = ready.pop()
-            if hasattr(node, "variable"):
-                old = node.variable.grad
-                node.variable.grad = grads[0] if old is None else old + grads[0]
-                continue
-            grads += [None] * (len(node._input_metadata) - len(grads))
-            for (after, at), grad in _gradients(node, grads):
-                sums = pending.setdefault(after, [])
-                sums += [None] * (at + 1 - len(sums))
-                if grad is not None:
-                    grad = grad.sum_to_size(tuple(after._input_metadata[at].shape))
-                    sums[at] = grad if sums[at] is None else sums[at] + grad
-                n_users[after] -= 1
-                if n_users[after] == 0:
-                    ready.append((after, pending.pop(after)))
+        is_own = (
+            total._base is None and total.numel() * total.element_size() == total.untyped_storage().nbytes()
+        )
+        return total.add_(grad) if is_own else total + grad
 
 
 def _gradients(node: tp.Any, grads: list[Tensor | None]) -> list[tuple[tuple[tp.Any, int], Tensor | None]]:

@@ -52,7 +52,7 @@ class Objective:
         cfg: vanilla or Matryoshka.
         gather: see `sparse.BatchSearch`.
         n_processes: the number of processes that share each batch.
-        gpu_bytes: see `sparse.Encoder`.
+        search_bytes: see `sparse.Encoder`.
         is_bfloat16: compute the encoder's product in bfloat16 (mixed precision).
         way: forces sparse or dense codes.
     """
@@ -65,14 +65,14 @@ class Objective:
         gather: sparse.Gather = lambda value_n: value_n,
         n_processes: int = 1,
         is_bfloat16: bool = False,
-        gpu_bytes: int = 2**33,
+        search_bytes: int = 2**33,
         way: tp.Literal["auto", "dense", "sparse"] = "auto",
     ):
         self.sae = sae
         self.cfg = cfg
         self.search = sparse.BatchSearch(gather, n_processes)
         self.is_bfloat16 = is_bfloat16
-        self.gpu_bytes = gpu_bytes
+        self.search_bytes = search_bytes
         self.way = way
         self.density = 1.0
         self.codes_BS: Tensor | None = None
@@ -162,7 +162,7 @@ class Objective:
     def _find(self, x_BD: Tensor) -> sparse.Codes:
         sae, architecture = self.sae, self.sae.architecture
         W_SD = sae.W_enc.detach().T.contiguous()
-        encoder = sparse.Encoder(W_SD, sae.b_enc.detach(), self.is_bfloat16, self.gpu_bytes)
+        encoder = sparse.Encoder(W_SD, sae.b_enc.detach(), self.is_bfloat16, self.search_bytes)
         n_all = len(x_BD) * sae.d_sae
         n_expected = int(min(self.density, 1.0) * n_all)
         codes = architecture.find(sae, encoder, x_BD - sae.b_dec.detach(), n_expected, self.search)

@@ -27,6 +27,7 @@ class Run:
     Args:
         cfg: with sae.d_vit set.
         world: the processes among which its batches are divided.
+        search_bytes: see `sparse.Encoder`.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Run:
         dpath: pathlib.Path,
         device: torch.device,
         world: parallel.World = parallel.World(),  # noqa: B008
+        search_bytes: int = 2**33,
     ):
         self.cfg = cfg
         self.dpath = dpath
@@ -48,6 +50,7 @@ class Run:
             gather=world.all_values,
             n_processes=world.size,
             is_bfloat16=cfg.precision == "bfloat16",
+            search_bytes=search_bytes,
         )
         zero = torch.zeros((), device=device)
         self.around = robust.Typical(zero.repeat(self.sae.d_vit), zero, zero)
@@ -78,14 +81,14 @@ class Run:
         if self._resamples_at(step):
             self.resample(step, x_BD)
         mine_BD = self.world.share(x_BD)
+        for parameter in self.sae.parameters():
+            parameter.grad = None
         out = self.objective(
             mine_BD, sparsity=self.cfg.sparsity_at(step), end_P=self._prefixes(step), dead_C=self._dead(step)
         )
         self.is_finite &= ~self.world.any(~out.loss.detach().isfinite())
         if not self.is_finite.is_cuda and not self.is_finite:
             return out
-        for parameter in self.sae.parameters():
-            parameter.grad = None
         out.loss.backward()
         self.world.mean(*(p.grad for p in self.sae.parameters() if p.grad is not None))
         self.grad_norm = self.optimizer.step(self.cfg.lr_at(step))

@@ -42,7 +42,7 @@ class Encoder(tp.NamedTuple):
     b_S: Float[Tensor, " S"]
     is_bfloat16: bool
     """Pre-activations are products in bfloat16, without exact rescoring."""
-    gpu_bytes: int = 2**33
+    search_bytes: int = 2**33
     """Most bytes of pre-activations that a GPU holds at once."""
 
 
@@ -176,7 +176,7 @@ def parts(encoder: Encoder, xc_BD: Tensor) -> tuple[Tensor, ...]:
     A part has less than 2^31 pre-activations, so that 32-bit offsets suffice.
     """
     S = len(encoder.W_SD)
-    n_rows = min(encoder.gpu_bytes // (PRE_BYTES * S), (2**31 - 1) // S)
+    n_rows = min(encoder.search_bytes // (PRE_BYTES * S), (2**31 - 1) // S)
     return xc_BD.split(max(1, n_rows))
 
 
