@@ -33,7 +33,8 @@ class Gpu(TorchDispatchMode):
         waits: reason -> how often the host waited for the device since `count` began.
         live, peak: bytes of tensors on the device, now and at most.
         n_true: how many entries of a mask with so many entries are true.
-        answer: what `.item()`, `bool()` and `torch.equal` give, by dtype.
+        answer: what `.item()` and `bool()` give, by dtype.
+        equal: what `torch.equal` gives.
     """
 
     def __init__(self, n_true: collections.abc.Callable[[int], int] = lambda n: min(n, 5)):
@@ -41,6 +42,7 @@ class Gpu(TorchDispatchMode):
         self.mode = FakeTensorMode()
         self.n_true = n_true
         self.answer = {torch.bool: True}
+        self.equal = False
         self.waits: collections.Counter[str] = collections.Counter()
         self.live = self.peak = 0
         self.launched: collections.Counter[str] = collections.Counter()
@@ -101,7 +103,7 @@ class Gpu(TorchDispatchMode):
             return self._value(args[0].dtype)
         if name is aten.equal:
             self._wait("equal", args[0])
-            return False
+            return self.equal
         if name is aten.nonzero:
             self._wait("nonzero", args[0])
             return self._tracked(

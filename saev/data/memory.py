@@ -13,8 +13,8 @@ LIBRARIES = 100 * 10**6
 """Bytes of timm and open_clip, which build the ViT."""
 IN_FORWARD = 20
 """A batch's memory in the ViT, in multiples of its residual stream."""
-IN_GPU_FORWARD = 14
-"""The same on a GPU."""
+IN_GPU_FORWARD, BESIDES_RECORDED = 16, 10
+"""The same on a GPU, at least, and besides the recorded activations."""
 PREFETCH = 3
 """Batches of images decoded ahead of the ViT."""
 UNWRITTEN = 2
@@ -51,5 +51,6 @@ def gpu_peak(cfg: config.Dump, vit: Sizes) -> int:
     """Peak bytes of a GPU's tensors in one job of a dump."""
     imgs = 12 * vit.pixels * cfg.vit_batch_size
     layer = 4 * vit.n_tokens * vit.d_vit * cfg.vit_batch_size
-    # the activations recorded so far, stacked, and those of the batch before
-    return vit.weights + imgs + IN_GPU_FORWARD * layer + 3 * vit.n_layers * layer
+    # recorded and stacked activations, also of the batch before
+    n_layers = max(IN_GPU_FORWARD, BESIDES_RECORDED + 2 * vit.n_layers, 4 * vit.n_layers)
+    return vit.weights + imgs + n_layers * layer

@@ -109,8 +109,10 @@ def gpu_scoring(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) 
     one = 4 * (5 * sizes.n_tokens * sizes.d_vit + 2 * sum(ks))
     n_imgs = max(1, min(SCORE_BLOCK, int(cfgs[0].memory_gb * 1e9 / one)))
     block = 4 * n_imgs * (sizes.n_tokens * sizes.d_vit + 2 * sum(ks))
-    tile = 3 * 4 * min(TILE_ROWS, n_imgs * sizes.n_tokens) * sizes.d_vit + TILE_BYTES
-    unit_vectors = 4 * max(ks) * sizes.d_vit
+    n_rows = min(TILE_ROWS, n_imgs * sizes.n_tokens)
+    tile = 12 * n_rows * sizes.d_vit + min(2 * TILE_BYTES, 4 * n_rows * max(ks))  # prepared, and scores
+    compared = [k for cfg, k in zip(cfgs, ks, strict=True) if not isinstance(cfg.scorer, scorers_config.Sae)]
+    unit_vectors = 4 * max(compared, default=0) * sizes.d_vit
     return held + block + tile + unit_vectors
 
 
@@ -122,8 +124,8 @@ def gpu_fit(cfg: config.ProtoEval, sizes: Sizes) -> int:
         case scorers_config.KMeans(n_samples=n):
             sample = 4 * d_vit * min(n, sizes.n_fit)
             distances = min(DISTANCES, 4 * k * FIT_BLOCK * sizes.n_tokens)
-            return max(sample + 2 * DISTANCES, sample + 24 * k * d_vit + distances + 3 * block)
+            return sample + max(sample, 2 * DISTANCES, 24 * k * d_vit + distances + 2 * block)
         case scorers_config.Pca():
-            return 28 * d_vit**2 + 2 * block
+            return max(24 * d_vit**2 + block, 8 * d_vit**2 + 2 * block)
         case _:
             return 0

@@ -107,7 +107,7 @@ def search_bytes(cfgs: collections.abc.Sequence[config.Train], gpu_bytes: int) -
     others = max(3 * _acts(cfg) + _gpu_codes(cfg) for cfg in cfgs)
     left = gpu_bytes - sum(_gpu_kept(cfg) for cfg in cfgs) - others
     least, most = SEARCH_BYTES
-    return min(most, max(least, 1 << max(0, left.bit_length() - 1)))
+    return min(most, max(least, 1 << max(1, left).bit_length() - 1))
 
 
 def _acts(cfg: config.Train) -> int:
@@ -132,8 +132,9 @@ def _gpu_passing(cfg: config.Train, search: int, is_costly: bool) -> int:
     update = W / 2 + 3 * A + _gpu_codes(cfg)
     if cfg.sae.GPU_CODES:
         gradients = cfg.sae.GPU_CODES * C + (P + 2) * A - W / 2
-    else:  # 5 of 8 bytes: see `sparse.search.PRE_BYTES`
-        gradients = max(5 / 8 * min(2 * C, search), 5 * P * A) + 3 * A + _gpu_codes(cfg) - W
+    else:  # of the 8 bytes of `sparse.search.PRE_BYTES`
+        n_bytes = 6 if cfg.precision == "bfloat16" else 5
+        gradients = max(n_bytes / 8 * min(2 * C, search), 5 * P * A) + 3 * A + _gpu_codes(cfg) - W
     measured = max(2 * C, W / 2) + 12 * COMPARED * cfg.sae.n_latents + 3 * A if is_costly else 0
     return int(max(update, gradients, measured))
 

@@ -5,6 +5,9 @@ Tests compare the estimates with processes, and with tensors on a fake GPU.
 
 from saev.data import memory
 
+MAX_CODES = 2**26
+"""Most codes held at a time (256 MB in float32). Bounds the images in a block."""
+
 
 def peak(n_images: int, n_block: int, n_patches: int, d_vit: int, d_sae: int) -> int:
     """Estimates the peak memory in bytes.
