@@ -97,8 +97,13 @@ class Gpu(TorchDispatchMode):
         kwargs: dict[str, tp.Any] | None = None,
     ) -> tp.Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and func.namespace == "aten":  # some operations are still whole
+            with _again(self):
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         name = func.overloadpacket
-        if name in (aten._local_scalar_dense, aten.item, aten.is_nonzero):
+        if name is aten._local_scalar_dense:
             self._wait("item", args[0])
             return self._value(args[0].dtype)
         if name is aten.equal:
@@ -120,7 +125,7 @@ class Gpu(TorchDispatchMode):
         if name is aten.repeat_interleave and kwargs.get("output_size") is None:
             self._wait("repeat", args[0])
             return self._tracked(aten.new_empty(args[0], (self.n_true(args[0].numel()),)))
-        if name in (aten.pin_memory, aten._pin_memory):
+        if name is aten._pin_memory:
             return aten.clone(args[0])
         if name in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index):
             args = (args[0], [self._rows(args[0], i) for i in args[1]], *args[2:])
@@ -226,6 +231,16 @@ class Gpu(TorchDispatchMode):
             self.launched[name] += 1
 
         return _Grids(launch)
+
+
+@contextlib.contextmanager
+def _again(mode: TorchDispatchMode) -> collections.abc.Generator[None]:
+    """A mode is off inside its own dispatch. This turns it on."""
+    TorchDispatchMode.__enter__(mode)
+    try:
+        yield
+    finally:
+        TorchDispatchMode.__exit__(mode, None, None, None)
 
 
 class _Event:

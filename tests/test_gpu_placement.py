@@ -4,6 +4,7 @@ B batch, D d_vit, S latents, K prototypes, P patches.
 """
 
 import collections.abc
+import dataclasses
 import pathlib
 import typing as tp
 import unittest.mock
@@ -202,13 +203,25 @@ def test_steps_of_the_loop_do_not_wait(
         assert tracker.log.call_count == 2
 
 
-def test_waits_of_resampling() -> None:
-    """The dead latents, the losses to draw from, the drawn rows, and the alive ones."""
+def test_the_docs_say_how_often_a_step_waits() -> None:
+    names = {"ReLU": "relu", "TopK": "top-k", "JumpReLU": "jump-relu", "BatchTopK": "batch-top-k"}
+    text = (pathlib.Path(__file__).parent.parent / "docs/training.md").read_text()
+    for said, name in names.items():
+        assert f"| {said} | {WAITS_PER_STEP[name]} | {WAITS_PER_STEP[name]} |" in text
+
+
+def test_waits_of_log_steps_and_of_resampling() -> None:
+    """The docs say about 30, and 5: the dead latents, losses to draw from, the drawn rows, and twice the alive latents."""
     with a_gpu() as gpu:
         run = a_run(SAES["relu"], OBJECTIVES["vanilla"])
+        out = run.step(1, on_gpu(B, D))
+        with gpu.count() as waits:
+            run.cfg = dataclasses.replace(run.cfg, costly_every=10**6)
+            run.measure(1, on_gpu(B, D), out)
+        assert 20 <= waits.total() <= 35
         with gpu.count() as waits:
             run.resample(1, on_gpu(B, D))
-        assert waits.total() <= 5 and waits["nonzero"] == 1
+        assert waits.total() == 5 and waits["nonzero"] == 1
         assert on_gpu_only(run.sae.state_dict()) and on_gpu_only(run.optimizer.state_dict())
 
 
