@@ -4,6 +4,7 @@ B batch, D d_vit, S latents, K prototypes, P patches.
 """
 
 import collections.abc
+import copy
 import dataclasses
 import pathlib
 import typing as tp
@@ -257,6 +258,45 @@ def test_a_run_continues_on_a_gpu_from_a_cpus_state() -> None:
         assert run.dead_C is not None and len(run.dead_C) == 5
         run.step(20, on_gpu(B, D))
         assert len(run.dead_C) == 3
+
+
+class Copied:
+    """`devices.OnItsWay` on a CPU."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.host = tensor.clone()
+
+    def arrived(self) -> torch.Tensor:
+        return self.host
+
+
+def test_dead_latents_of_ten_steps_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's operations, on the CPU: which list a step uses, and that a run that continues reaches the same weights."""
+    monkeypatch.setattr("saev.nn.kernels.available", lambda _: False)
+    monkeypatch.setattr(devices, "OnItsWay", Copied)
+    sae = dataclasses.replace(SAES["top-k"], aux_coeff=1.0)
+    cfg = config.Train(sae=sae, batch_size=B, n_patches=100 * B, dead_window=4 * B, device="cpu")
+    x_NBD = torch.randn(40, B, D, generator=torch.Generator().manual_seed(0))
+    x_NBD[:, :, 8:] = 0  # so that many latents never fire
+    run = training_run.Run(cfg, pathlib.Path("run"), torch.device("cpu"))
+    dead, used, states = {}, {}, {}
+    for step, x_BD in enumerate(x_NBD):
+        dead[step] = run._is_dead_S().nonzero().flatten()
+        run.step(step, x_BD)
+        used[step] = run.dead_C
+        if step in (14, 19):
+            states[step] = copy.deepcopy(run.state())
+    assert len(used[0]) == len(used[19]) == 0, "at first none is dead"
+    for step in (20, 29, 30, 39):
+        assert torch.equal(used[step], dead[step // 10 * 10 - 10]) and len(used[step]) > 3
+    assert not torch.equal(dead[10], dead[20]), "the lists differ, so a run that mixes them up is seen"
+    for step, state in states.items():
+        other = training_run.Run(cfg, pathlib.Path("run"), torch.device("cpu"))
+        other.restore(state)
+        for i in range(step + 1, 40):
+            other.step(i, x_NBD[i])
+        for name, want in run.sae.state_dict().items():
+            assert torch.equal(other.sae.state_dict()[name], want), (step, name)
 
 
 @pytest.mark.parametrize("name", SAES)

@@ -13,7 +13,7 @@ from torch import Tensor
 from saev import devices, errors, nn
 from saev.formats import tensors
 from saev.nn import config as nn_config
-from saev.nn import metrics, objectives, optim, robust
+from saev.nn import kernels, metrics, objectives, optim, robust
 from saev.training import config, parallel
 
 DEAD_EVERY = 10
@@ -120,7 +120,7 @@ class Run:
 
     def _updated_dead(self) -> Tensor:
         is_dead_S = self._is_dead_S()
-        if not is_dead_S.is_cuda:
+        if kernels.available(is_dead_S):
             return is_dead_S.nonzero().flatten()
         last, self.next_dead = self.next_dead, devices.OnItsWay(is_dead_S)
         if last is None:
@@ -244,7 +244,7 @@ class Run:
         self.tokens_since_fired_S.copy_(state["tokens_since_fired_S"])
         self.dead_C = None if state["dead_C"] is None else state["dead_C"].to(self.device)
         self.next_dead = None
-        if state["next_dead_C"] is not None and self.device.type == "cuda":
+        if state["next_dead_C"] is not None and not kernels.available(self.fired_S):
             is_dead_S = torch.zeros_like(self.fired_S)
             is_dead_S[state["next_dead_C"].to(self.device)] = True
             self.next_dead = devices.OnItsWay(is_dead_S)
