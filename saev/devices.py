@@ -1,4 +1,4 @@
-"""Chooses a stage's device."""
+"""Chooses a stage's device, and copies to it."""
 
 import torch
 
@@ -20,3 +20,26 @@ def pick(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise errors.UserError(f"--device {name}: torch sees no GPU. Pass --device cpu.")
     return device
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a small tensor to the device. Does not wait for a GPU, unlike `tensor.to(device)`."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class OnItsWay:
+    """A GPU's tensor being copied to the CPU, while the GPU and the caller go on."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.host.copy_(tensor, non_blocking=True)
+        self.copied = torch.cuda.Event()
+        # not the current GPU's stream, which may be another GPU's
+        self.copied.record(torch.cuda.current_stream(tensor.device))
+
+    def arrived(self) -> torch.Tensor:
+        """Waits until it has arrived."""
+        self.copied.synchronize()
+        return self.host

@@ -132,9 +132,9 @@ def test_heat_maps_are_the_codes(cfg: config.Visuals, acts_NPD: np.ndarray) -> N
 def test_a_block_of_codes_has_a_bound(cfg: config.Visuals, monkeypatch: pytest.MonkeyPatch) -> None:
     sae = nn.load(cfg.ckpt)
     assert collect._stream(cfg, sae).block == 64
-    monkeypatch.setattr(collect, "MAX_CODES", 3 * P * S + 1)
+    monkeypatch.setattr(collect.memory, "MAX_CODES", 3 * P * S + 1)
     assert collect._stream(cfg, sae).block == 3
-    monkeypatch.setattr(collect, "MAX_CODES", 1)
+    monkeypatch.setattr(collect.memory, "MAX_CODES", 1)
     assert collect._stream(cfg, sae).block == 1
 
 

@@ -200,27 +200,18 @@ class _Dumper:
         On a GPU, the copy to the host overlaps with the next forward pass.
         """
         on_gpu = self.device.type == "cuda"
-        waiting: tuple[Loaded, Tensor, tp.Any] | None = None
+        waiting: tuple[Loaded, devices.OnItsWay] | None = None
         for batch in loaded:
             imgs_BCHW = batch.imgs_BCHW.pin_memory() if on_gpu else batch.imgs_BCHW
             acts_BLTD = self.vit(imgs_BCHW.to(self.device, non_blocking=True), self.out.metadata.layers)
             if not on_gpu:
                 yield batch, acts_BLTD.contiguous().numpy()
                 continue
-            host_BLTD = torch.empty(acts_BLTD.shape, pin_memory=True)
-            host_BLTD.copy_(acts_BLTD, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-            if waiting is not None:
-                yield self._arrived(*waiting)
-            waiting = batch, host_BLTD, copied
+            before, waiting = waiting, (batch, devices.OnItsWay(acts_BLTD))
+            if before is not None:
+                yield before[0], before[1].arrived().numpy()
         if waiting is not None:
-            yield self._arrived(*waiting)
-
-    @staticmethod
-    def _arrived(batch: Loaded, host_BLTD: Tensor, copied: tp.Any) -> tuple[Loaded, np.ndarray]:
-        copied.synchronize()
-        return batch, host_BLTD.numpy()
+            yield waiting[0], waiting[1].arrived().numpy()
 
     def _write_shard(
         self,

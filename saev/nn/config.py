@@ -41,6 +41,8 @@ class Architecture:
     """Is memory for a batch's dense codes kept between steps?"""
     CODES_IN_STEP: tp.ClassVar[float] = 2
     """Peak memory of a training step, as a multiple of a batch's dense codes."""
+    GPU_CODES: tp.ClassVar[float] = 0
+    """The same on a GPU. 0: its codes are sparse there."""
     INTERVALS: tp.ClassVar = dict.fromkeys(("d_vit", "exp_factor", "d_sae"), AT_LEAST_1)
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ class Relu(Architecture):
 
     KEEPS_CODES: tp.ClassVar[bool] = True
     CODES_IN_STEP: tp.ClassVar[float] = 1.3
+    GPU_CODES: tp.ClassVar[float] = 3
     INTERVALS = Architecture.INTERVALS | {"sparsity_coeff": AT_LEAST_0, "resample_every": AT_LEAST_0}
 
     def default_lr(self, n_steps: int) -> float:
@@ -165,6 +168,7 @@ class JumpRelu(Architecture):
     or lower if fewer than one latent per activation would fire."""
 
     CODES_IN_STEP: tp.ClassVar[float] = 5.5
+    GPU_CODES: tp.ClassVar[float] = 5.5
     INTERVALS = Architecture.INTERVALS | {
         "sparsity_coeff": AT_LEAST_0,
         "bandwidth": "(0, 1e12)",

@@ -52,6 +52,7 @@ class Objective:
         cfg: vanilla or Matryoshka.
         gather: see `sparse.BatchSearch`.
         n_processes: the number of processes that share each batch.
+        search_bytes: see `sparse.Encoder`.
         is_bfloat16: compute the encoder's product in bfloat16 (mixed precision).
         way: forces sparse or dense codes.
     """
@@ -64,12 +65,14 @@ class Objective:
         gather: sparse.Gather = lambda value_n: value_n,
         n_processes: int = 1,
         is_bfloat16: bool = False,
+        search_bytes: int = 2**33,
         way: tp.Literal["auto", "dense", "sparse"] = "auto",
     ):
         self.sae = sae
         self.cfg = cfg
         self.search = sparse.BatchSearch(gather, n_processes)
         self.is_bfloat16 = is_bfloat16
+        self.search_bytes = search_bytes
         self.way = way
         self.density = 1.0
         self.codes_BS: Tensor | None = None
@@ -92,6 +95,7 @@ class Objective:
             x_BD: raw activations.
             sparsity: warm-up factor of the sparsity coefficient.
             end_P: the prefixes' lengths, increasing, the last one d_sae. None: only the whole dictionary.
+                On the CPU: reading them from a GPU would wait for it.
             dead_C: latents for the AuxK loss.
         """
         sae = self.sae
@@ -100,7 +104,7 @@ class Objective:
             return self._dense_step(scaled_BD, sparsity)
         (f, penalty), index = self._encode(scaled_BD)
         if end_P is None:
-            end_P = torch.tensor([sae.d_sae], device=x_BD.device)
+            end_P = torch.tensor([sae.d_sae])
         if index is None:
             reconstruction, x_hat_BD = self._reconstruct_densely(f, scaled_BD, end_P)
         else:
@@ -158,7 +162,7 @@ class Objective:
     def _find(self, x_BD: Tensor) -> sparse.Codes:
         sae, architecture = self.sae, self.sae.architecture
         W_SD = sae.W_enc.detach().T.contiguous()
-        encoder = sparse.Encoder(W_SD, sae.b_enc.detach(), self.is_bfloat16)
+        encoder = sparse.Encoder(W_SD, sae.b_enc.detach(), self.is_bfloat16, self.search_bytes)
         n_all = len(x_BD) * sae.d_sae
         n_expected = int(min(self.density, 1.0) * n_all)
         codes = architecture.find(sae, encoder, x_BD - sae.b_dec.detach(), n_expected, self.search)

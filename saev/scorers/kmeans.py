@@ -26,13 +26,13 @@ from saev.scorers import base, config, random
 logger = logging.getLogger("saev")
 
 CHUNK = 2**15
-"""Activations whose distances a GPU computes at once."""
+"""Activations whose distances a GPU computes at once, at most."""
 SUMMED, MIN_SUMMED = 128, 2**16
 """k-means++ compares candidates on max(MIN_SUMMED, SUMMED x centres) activations (logbook 012)."""
 TRIED = 16
 """Candidates per centre in k-means++."""
 TILE = {"cpu": 2**20, "cuda": 2**28}
-"""Squared distances that k-means++ computes at once. On a CPU they fit in its cache."""
+"""Squared distances that are computed at once. On a CPU k-means++ keeps them in its cache."""
 WARM_UP, WARM_UP_SAMPLES = 4, 128
 """Lloyd iterations on the sample before the first pass, and their activations per centre."""
 CANCELS = 1e-2
@@ -134,7 +134,8 @@ def nearest(
     lift = (-1.01 * lowest).clamp(min=0)
     bias_K = lift - 0.5 * square_K
     if not kernels.available(x_BD):
-        parts = [torch.addmm(bias_K, x_CD, center_KD.T).max(dim=1) for x_CD in x_BD.split(CHUNK)]
+        n_rows = max(1, min(CHUNK, TILE["cuda"] // len(center_KD)))
+        parts = [torch.addmm(bias_K, x_CD, center_KD.T).max(dim=1) for x_CD in x_BD.split(n_rows)]
         value_B, at_B = (torch.cat(p) for p in zip(*parts, strict=True))
     else:
         codes = sparse.top_k(sparse.Encoder(center_KD, bias_K, False), x_BD, 1)

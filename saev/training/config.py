@@ -11,6 +11,9 @@ from saev import errors, fields, launch
 from saev.data import config as data_config
 from saev.nn import config as nn_config
 
+MOST_CODES = 2**30
+"""Positions of codes are 32-bit integers, and BatchTopK may find twice as many as it keeps."""
+
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Train:
     stream), more with large batches. The total is logged at the start."""
     n_threads: int = fields.shared(0)
     """Threads that read activations. 0: one per core, at most 4. Does not change the order of activations."""
+    gpu_gb: float = fields.shared(0.0)
+    """Memory of a GPU that training may take, in GB. TopK and BatchTopK then search a batch in parts whose
+    pre-activations fit. 0: what is free at the start."""
     dead_window: int | None = None
     """A latent that has not fired for this many activations is dead (for AuxK, resampling and
     dead_frac_window). Default: 1,000,000 or a tenth of --n-patches, whichever is less, but at least one
@@ -106,6 +112,7 @@ class Train:
             seed="[0, 4294967296)",
             pool_gb="(0, 1e5]",
             n_threads="[0, 1024]",
+            gpu_gb="[0, 1e5]",
             dead_window="[1, 1e13]",
             log_every="[1, 1e13]",
             costly_every="[1, 1e13]",
@@ -117,6 +124,12 @@ class Train:
             raise errors.UserError(
                 f"--n-patches {self.n_patches}: is less than one batch (--batch-size {self.batch_size}). "
                 "Raise it or lower --batch-size."
+            )
+        top_k = getattr(self.sae, "top_k", 0)
+        if self.batch_size * top_k > MOST_CODES:
+            raise errors.UserError(
+                f"--batch-size {self.batch_size}: with --sae.top-k {top_k} a batch has more than "
+                f"{MOST_CODES:,} codes, whose positions are 32-bit integers. Lower one of them."
             )
         if self.batch_size % self.data_parallel:
             raise errors.UserError(

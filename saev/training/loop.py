@@ -66,14 +66,22 @@ def _train_all(
     todo = {dpath: cfg for dpath, cfg in cfgs.items() if not (dpath / "sae.pt").exists()}
     for dpath in (d for d in cfgs if d not in todo):
         logger.info("%s: already trained. To train again, pass another --seed or --ckpt-to.", dpath)
-    if todo and world.is_first and not stream.pin:  # the formula holds on a CPU
-        acts = stream.acts
-        n_bytes = memory.peak(list(todo.values()), len(acts), acts.token_bytes)
-        logger.info("memory: about %.1f GB (docs/memory.md)", n_bytes / 1e9)
+    if todo and world.is_first:
+        _log_memory(list(todo.values()), stream)
     lost: list[str] = []
     for start, together in state.starts({d: _states(c, d, world) for d, c in todo.items()}):
         lost += _train(stream, {d: todo[d] for d in together}, start, world)
     return lost
+
+
+def _log_memory(cfgs: list[config.Train], stream: shuffled.Shuffled) -> None:
+    device = devices.pick(cfgs[0].device)
+    if device.type == "cuda":
+        search = memory.search_bytes(cfgs, _gpu_bytes(cfgs[0], device))
+        logger.info("GPU memory: about %.1f GB (docs/memory.md)", memory.gpu_peak(cfgs, search) / 1e9)
+        return
+    n_bytes = memory.peak(cfgs, len(stream.acts), stream.acts.token_bytes)
+    logger.info("memory: about %.1f GB (docs/memory.md)", n_bytes / 1e9)
 
 
 def _states(cfg: config.Train, dpath: pathlib.Path, world: parallel.World) -> list[int]:
@@ -130,7 +138,8 @@ def _train(
 ) -> list[str]:
     """Trains runs that have all done `start` steps. Returns an error line for each run that diverged."""
     device = devices.pick(next(iter(cfgs.values())).device)
-    runs = [Run(cfg, dpath, device, world) for dpath, cfg in cfgs.items()]
+    search_bytes = memory.search_bytes([*cfgs.values()], _gpu_bytes(next(iter(cfgs.values())), device))
+    runs = [Run(cfg, dpath, device, world, search_bytes) for dpath, cfg in cfgs.items()]
     if start:
         logger.info("continuing after step %d: %s", start, ", ".join(d.name for d in cfgs))
     for run in runs if start else []:
@@ -142,6 +151,13 @@ def _train(
             trackers.callback(tracker.finish)
             started.append((run, tracker))
         return _Loop(stream, started, start, device, world).run()
+
+
+def _gpu_bytes(cfg: config.Train, device: torch.device) -> int:
+    """--gpu-gb, or what the GPU has free, less a tenth for what torch's allocator leaves unused."""
+    if cfg.gpu_gb or device.type != "cuda":
+        return int(cfg.gpu_gb * 1e9)
+    return int(0.9 * torch.cuda.mem_get_info(device)[0])
 
 
 def _start_tracker(run: Run, start: int, stream: shuffled.Shuffled) -> tracking.Tracker:

@@ -1,6 +1,6 @@
-"""Predicts the peak memory of training on a CPU from its config. Imports no torch.
+"""Predicts the peak memory of training from its config, on a CPU and on a GPU. Imports no torch.
 
-A test compares the prediction with the measured memory of processes.
+Tests compare the predictions with the measured memory of processes, and with tensors on a fake GPU.
 """
 
 import collections.abc
@@ -18,8 +18,16 @@ INDEX_BYTES, N_AHEAD = 40, 4
 """Index bytes per activation in the stream's pool, and batches outside the pool."""
 
 
+COMPARED = 1024
+"""Latents whose products with all others are in memory at once (`metrics.CHUNK`)."""
+SPARSE_CODE = 24
+"""Bytes of a sparse code on a GPU: value, latent, order by latent, gradients."""
+SEARCH_BYTES = 2**26, 2**40
+"""Least and most memory for a search."""
+
+
 def peak(cfgs: collections.abc.Sequence[config.Train], n_acts: int, token_bytes: int) -> int:
-    """Peak bytes of training one group of runs, without AuxK's 12 x batch size x dead latents.
+    """Peak bytes of training one group of runs on a CPU, without AuxK's 12 x batch size x dead latents.
 
     Args:
         cfgs: with sae.d_vit set.
@@ -70,3 +78,75 @@ def _evaluation(cfg: config.Train) -> int:
     codes = min(rows * _codes(cfg), EVALUATED_CODES)
     tables = 4 * 8 * min(cfg.sae.n_latents, CORRELATED) ** 2
     return int(2 * _weights(cfg) + 5 * codes + tables)
+
+
+# ---- on a GPU ----
+
+
+def gpu_peak(cfgs: collections.abc.Sequence[config.Train], search: int, is_costly: bool = True) -> int:
+    """Peak bytes of a GPU's tensors in training one group of runs.
+
+    Without AuxK's 12 x batch size x dead latents. CUDA itself takes about 0.5 GB more, and torch's allocator
+    keeps some unused.
+
+    Args:
+        cfgs: with sae.d_vit set.
+        search: bytes for pre-activations in a search, see `search_bytes`.
+        is_costly: metrics that cost d_sae squared are measured.
+    """
+    passing = max(_gpu_passing(cfg, search, is_costly) for cfg in cfgs)
+    results = sum(_acts(cfg) + _gpu_codes(cfg) for cfg in cfgs[1:])  # of the other runs' steps
+    return sum(_gpu_kept(cfg) for cfg in cfgs) + results + passing
+
+
+def search_bytes(cfgs: collections.abc.Sequence[config.Train], gpu_bytes: int) -> int:
+    """Bytes for pre-activations in a search, if training may take `gpu_bytes` of a GPU's memory.
+
+    A power of two, so that the parts in which a batch is searched rarely depend on what else is on the GPU.
+    """
+    others = max(3 * _acts(cfg) + _gpu_codes(cfg) for cfg in cfgs)
+    left = gpu_bytes - sum(_gpu_kept(cfg) for cfg in cfgs) - others
+    least, most = SEARCH_BYTES
+    return min(most, max(least, 1 << max(1, left).bit_length() - 1))
+
+
+def _acts(cfg: config.Train) -> int:
+    return 4 * cfg.batch_size * (cfg.sae.d_vit or 0)
+
+
+def _gpu_kept(cfg: config.Train) -> int:
+    """Weights, gradients, Adam's moments, EMA weights."""
+    return (5 if cfg.ema else 4) * _weights(cfg)
+
+
+def _gpu_codes(cfg: config.Train) -> int:
+    """A batch's codes."""
+    if cfg.sae.GPU_CODES:
+        return _codes(cfg) // cfg.data_parallel
+    return SPARSE_CODE * getattr(cfg.sae, "top_k", 0) * cfg.batch_size // cfg.data_parallel
+
+
+def _gpu_passing(cfg: config.Train, search: int, is_costly: bool) -> int:
+    """Bytes that one run needs within a step. The gradients are freed at its start."""
+    W, A, C, P = _weights(cfg), _acts(cfg), _codes(cfg) // cfg.data_parallel, _n_prefixes(cfg)
+    update = W / 2 + 3 * A + _gpu_codes(cfg)
+    if cfg.sae.GPU_CODES:
+        gradients = cfg.sae.GPU_CODES * C + (P + 2) * A - W / 2
+    else:  # of the 8 bytes of `sparse.search.PRE_BYTES`
+        n_bytes = 6 if cfg.precision == "bfloat16" else 5
+        gradients = max(n_bytes / 8 * min(2 * C, search), 5 * P * A) + 3 * A + _gpu_codes(cfg) - W
+    measured = max(2 * C, W / 2) + 12 * COMPARED * cfg.sae.n_latents + 3 * A if is_costly else 0
+    return int(max(update, gradients, measured))
+
+
+def _n_prefixes(cfg: config.Train) -> int:
+    return getattr(cfg.objective, "n_prefixes", 1)
+
+
+def gpu_evaluation(cfg: config.Train) -> int:
+    """Peak bytes of a GPU's tensors in the evaluation after training."""
+    d_vit, n_latents = cfg.sae.d_vit or 0, cfg.sae.n_latents
+    first = 4 * d_vit * n_read_first(d_vit, cfg.n_val_patches)
+    coherence = _weights(cfg) // 2 + 12 * COMPARED * n_latents
+    tables = 8 * min(n_latents, CORRELATED) ** 2
+    return _weights(cfg) + max(first, coherence + tables, 3 * EVALUATED_CODES)

@@ -10,14 +10,15 @@ import torch
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
-from saev import errors, nn
+from saev import devices, errors, nn
 from saev.formats import tensors
 from saev.nn import config as nn_config
-from saev.nn import metrics, objectives, optim, robust
+from saev.nn import kernels, metrics, objectives, optim, robust
 from saev.training import config, parallel
 
 DEAD_EVERY = 10
-"""Steps between updates of AuxK's list of dead latents, each of which waits for the GPU."""
+"""Steps between updates of AuxK's list of dead latents. On a GPU, each takes the list of the update before,
+whose copy to the CPU has arrived by then: the length of a new one would have to be waited for."""
 
 
 class Run:
@@ -26,6 +27,7 @@ class Run:
     Args:
         cfg: with sae.d_vit set.
         world: the processes among which its batches are divided.
+        search_bytes: see `sparse.Encoder`.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Run:
         dpath: pathlib.Path,
         device: torch.device,
         world: parallel.World = parallel.World(),  # noqa: B008
+        search_bytes: int = 2**33,
     ):
         self.cfg = cfg
         self.dpath = dpath
@@ -47,12 +50,15 @@ class Run:
             gather=world.all_values,
             n_processes=world.size,
             is_bfloat16=cfg.precision == "bfloat16",
+            search_bytes=search_bytes,
         )
         zero = torch.zeros((), device=device)
         self.around = robust.Typical(zero.repeat(self.sae.d_vit), zero, zero)
         self.optimizer = optim.Adam(self.sae, cfg.max_grad_norm)
         self.tokens_since_fired_S = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
         self.dead_C: Tensor | None = None
+        self.next_dead: devices.OnItsWay | None = None
+        """On a GPU: which latents were dead at the last update of the list."""
         self.fired_S = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=device)
         self.grad_norm = torch.zeros(())
         self.is_finite = torch.ones((), dtype=torch.bool, device=device)
@@ -75,14 +81,14 @@ class Run:
         if self._resamples_at(step):
             self.resample(step, x_BD)
         mine_BD = self.world.share(x_BD)
+        for parameter in self.sae.parameters():
+            parameter.grad = None
         out = self.objective(
             mine_BD, sparsity=self.cfg.sparsity_at(step), end_P=self._prefixes(step), dead_C=self._dead(step)
         )
         self.is_finite &= ~self.world.any(~out.loss.detach().isfinite())
         if not self.is_finite.is_cuda and not self.is_finite:
             return out
-        for parameter in self.sae.parameters():
-            parameter.grad = None
         out.loss.backward()
         self.world.mean(*(p.grad for p in self.sae.parameters() if p.grad is not None))
         self.grad_norm = self.optimizer.step(self.cfg.lr_at(step))
@@ -102,15 +108,26 @@ class Run:
 
     def _prefixes(self, step: int) -> Tensor | None:
         lengths = objectives.prefixes(self.cfg.objective, self.sae.d_sae, self.cfg.seed, step)
-        return None if lengths is None else torch.tensor(lengths, device=self.device)
+        return None if lengths is None else torch.tensor(lengths)
 
     def _dead(self, step: int) -> Tensor | None:
         """Dead latents for AuxK, or None without AuxK."""
         if not getattr(self.cfg.sae, "aux_coeff", 0):
             return None
         if step % DEAD_EVERY == 0 or self.dead_C is None:
-            self.dead_C = self._is_dead_S().nonzero().flatten()
+            self.dead_C = self._updated_dead()
         return self.dead_C
+
+    def _updated_dead(self) -> Tensor:
+        is_dead_S = self._is_dead_S()
+        if kernels.available(is_dead_S):
+            return is_dead_S.nonzero().flatten()
+        last, self.next_dead = self.next_dead, devices.OnItsWay(is_dead_S)
+        if last is None:
+            return (
+                torch.zeros(0, dtype=torch.int64, device=self.device) if self.dead_C is None else self.dead_C
+            )
+        return devices.send(last.arrived().nonzero().flatten(), self.device)
 
     def _is_dead_S(self) -> Tensor:
         return self.tokens_since_fired_S >= self.cfg.window
@@ -201,6 +218,7 @@ class Run:
             "density": self.objective.density,
             "tokens_since_fired_S": self.tokens_since_fired_S.cpu(),
             "dead_C": None if self.dead_C is None else self.dead_C.cpu(),
+            "next_dead_C": self.next_dead and self.next_dead.arrived().nonzero().flatten(),
         }
 
     def restore(self, state: dict[str, tp.Any]) -> None:
@@ -209,20 +227,27 @@ class Run:
         Raises:
             ValueError: it is of another kind of run. Nothing is changed then.
         """
-        state = {"density": 1.0, **state}  # older states lack it
-        mine, dead_C = self.state(), state.get("dead_C")
-        if isinstance(dead_C, Tensor):  # of any length
-            mine["dead_C"] = torch.zeros(dead_C.numel(), dtype=torch.int64)
-            if not all(0 <= latent < self.sae.d_sae for latent in dead_C.flatten().tolist()):
-                raise ValueError("dead_C names latents that do not exist")
-        tensors.check_like(state, mine | ({"dead_C": None} if dead_C is None else {}))
+        state = {"density": 1.0, "next_dead_C": None, **state}  # older states lack them
+        mine = self.state()
+        for name in ("dead_C", "next_dead_C"):
+            mine[name] = None
+            if isinstance(latent_C := state.get(name), Tensor):  # of any length
+                mine[name] = torch.zeros(latent_C.numel(), dtype=torch.int64)
+                if not all(0 <= latent < self.sae.d_sae for latent in latent_C.flatten().tolist()):
+                    raise ValueError(f"{name} names latents that do not exist")
+        tensors.check_like(state, mine)
         self.sae.load_state_dict(state["sae"])
         self.averaged = state["averaged"] and {k: v.to(self.device) for k, v in state["averaged"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.around = robust.Typical(**{k: v.to(self.device) for k, v in state["around"].items()})
         self.objective.density = state["density"]
         self.tokens_since_fired_S.copy_(state["tokens_since_fired_S"])
-        self.dead_C = None if dead_C is None else dead_C.to(self.device)
+        self.dead_C = None if state["dead_C"] is None else state["dead_C"].to(self.device)
+        self.next_dead = None
+        if state["next_dead_C"] is not None and not kernels.available(self.fired_S):
+            is_dead_S = torch.zeros_like(self.fired_S)
+            is_dead_S[state["next_dead_C"].to(self.device)] = True
+            self.next_dead = devices.OnItsWay(is_dead_S)
 
     def finished(self) -> nn.SparseAutoencoder:
         """A copy of the model as it is saved: with averaged weights if --ema is set, in evaluation mode."""

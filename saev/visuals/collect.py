@@ -20,8 +20,6 @@ from saev.visuals import config, memory, render
 
 logger = logging.getLogger("saev")
 
-MAX_CODES = 2**26
-"""Most codes held at a time (256 MB in float32). Bounds the images in a block."""
 MAX_CHECKED = 10_000
 """Number of image paths that are checked before the pass, about."""
 
@@ -69,10 +67,10 @@ def main(cfg: config.Visuals) -> str:
 
 
 def _stream(cfg: config.Visuals, sae: nn.SparseAutoencoder) -> ordered.Ordered:
-    """The image patches in order, in blocks whose codes fit in MAX_CODES."""
+    """The image patches in order, in blocks whose codes fit in memory.MAX_CODES."""
     acts = activations.Activations.open(dataclasses.replace(cfg.data, patches="image"))
     sae.check_fits(acts.space, cfg.ckpt, acts.given)
-    n_imgs = max(1, min(64, MAX_CODES // (acts.n_tokens * sae.d_sae)))
+    n_imgs = max(1, min(64, memory.MAX_CODES // (acts.n_tokens * sae.d_sae)))
     return ordered.Ordered(acts, n_imgs=n_imgs)
 
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int, jaxtyped
 from torch import Tensor
 
-from saev import compiled
+from saev import compiled, devices
 from saev.nn import kernels
 from saev.nn.sparse.codes import Index, bag, bag_dot, latent_bags
 from saev.nn.sparse.search import Encoder, dense
@@ -85,7 +85,7 @@ def reconstruct(
     index: Index,
     end_P: Int[Tensor, " P"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "B D"]]:
-    """Reconstructs x by each prefix of the dictionary; prefix p holds the latents below end[p].
+    """Reconstructs x by each prefix of the dictionary; prefix p holds the latents below end[p] (on the CPU).
 
     Returns:
         The mean squared error over samples, prefixes and dimensions, differentiable in the codes, W_dec and
@@ -93,7 +93,7 @@ def reconstruct(
     """
     if not kernels.available(x_BD):
         B, P = len(x_BD), len(end_P)
-        parts = index.split(end_P) if P > 1 else index
+        parts = index.split(devices.send(end_P, x_BD.device)) if P > 1 else index
         x_hat_BPD = decode(value_n, W_dec, parts).unflatten(0, (B, P)).cumsum(dim=1) + b_dec
         return (x_hat_BPD - x_BD[:, None]).square().mean(), x_hat_BPD[:, -1].detach()
     return _Reconstruct.apply(value_n, W_dec, b_dec, x_BD, index, end_P)

@@ -39,9 +39,10 @@ class Index:
     def by_latent(self) -> "ByLatent":
         """The same codes sorted by latent, then by row."""
         if not kernels.available(self.latent_n):
-            order_n = torch.sort(self.latent_n, stable=True).indices
-            n_S = torch.bincount(self.latent_n, minlength=self.n_latents)
-            start_S1 = torch.nn.functional.pad(n_S.cumsum(0), (1, 0)).int()
+            sorted_n, order_n = torch.sort(self.latent_n, stable=True)
+            # not bincount, which waits for the GPU
+            latent_S1 = torch.arange(self.n_latents + 1, dtype=sorted_n.dtype, device=sorted_n.device)
+            start_S1 = torch.searchsorted(sorted_n, latent_S1, out_int32=True)
             return ByLatent(order_n, self.row_n[order_n], start_S1)
         start_S1 = np.empty(self.n_latents + 1, np.int32)
         order_n, row_n = np.empty((2, len(self.latent_n)), np.int32)

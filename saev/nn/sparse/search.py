@@ -19,6 +19,9 @@ at most PART_BYTES, so they stay in a core's cache. The parts do not depend on t
 result does.
 """
 
+PRE_BYTES = 8
+"""Bytes of a pre-activation on a GPU: the product, a copy in bfloat16 or a mask, and room for selecting."""
+
 T = tp.TypeVar("T")
 
 Gather = collections.abc.Callable[[Tensor], Tensor]
@@ -39,6 +42,8 @@ class Encoder(tp.NamedTuple):
     b_S: Float[Tensor, " S"]
     is_bfloat16: bool
     """Pre-activations are products in bfloat16, without exact rescoring."""
+    search_bytes: int = 2**33
+    """Most bytes of pre-activations that a GPU holds at once."""
 
 
 class _Rows(tp.NamedTuple):
@@ -55,7 +60,7 @@ class _Rows(tp.NamedTuple):
 
 def _search(encoder: Encoder, xc_BD: Tensor, find: collections.abc.Callable[[int, int, _Rows], T]) -> list[T]:
     """Calls `find(first, last, rows)` on parts of a batch on a CPU, in threads."""
-    W_SD, b_S, is_bfloat16 = encoder
+    W_SD, b_S, is_bfloat16, _ = encoder
     is_screened = xc_BD.dtype == torch.float32 and _multiplies_bfloat16() and not is_bfloat16
     low = is_screened or is_bfloat16
     w_SD, x_BD = (W_SD.bfloat16(), xc_BD.bfloat16()) if low else (W_SD, xc_BD)
@@ -94,7 +99,8 @@ def top_k(encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int, keep_negative: 
     B, S = len(xc_BD), len(encoder.W_SD)
     k = min(k, S)
     if not kernels.available(xc_BD):
-        value_BK, latent_BK = _dense_top_k(encoder, xc_BD, k)
+        found = [_dense_top_k(encoder, x_CD, k) for x_CD in parts(encoder, xc_BD)]
+        value_BK, latent_BK = (torch.cat(each) for each in zip(*found, strict=True))
         value_BK = value_BK if keep_negative else value_BK.relu()
         # Places that do not fire stay as zeros: counting the others would wait for the GPU.
         start_B1 = torch.arange(0, B * k + 1, k, dtype=torch.int32, device=xc_BD.device)
@@ -135,11 +141,10 @@ def above(
     """
     S = len(encoder.W_SD)
     if not kernels.available(xc_BD):
-        pre_BS = dense(encoder, xc_BD)
-        fires_BS = pre_BS > cutoff_S
-        row_n, latent_n = fires_BS.nonzero(as_tuple=True)
-        start_B1 = torch.nn.functional.pad(fires_BS.sum(dim=1).cumsum(0), (1, 0)).int()
-        return Codes(pre_BS[row_n, latent_n], Index(latent_n.int(), start_B1, S))
+        found = [_dense_above(encoder, x_CD, cutoff_S) for x_CD in parts(encoder, xc_BD)]
+        value_n, latent_n, n_B = (torch.cat(each) for each in zip(*found, strict=True))
+        start_B1 = torch.nn.functional.pad(n_B.cumsum(0), (1, 0)).int()
+        return Codes(value_n, Index(latent_n, start_B1, S))
     n_B = np.empty(len(xc_BD), np.int32)
     cutoff = cutoff_S.to(xc_BD.dtype).numpy()
 
@@ -157,10 +162,28 @@ def above(
     return _codes(value_n, latent_n, n_B, S)
 
 
+def _dense_above(encoder: Encoder, xc_BD: Tensor, cutoff_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and latents above the cutoff, and their number in each row. Waits for the GPU once."""
+    pre_BS = dense(encoder, xc_BD)
+    fires_BS = pre_BS > cutoff_S
+    row_n, latent_n = fires_BS.nonzero(as_tuple=True)
+    return pre_BS[row_n, latent_n], latent_n.int(), fires_BS.sum(dim=1)
+
+
+def parts(encoder: Encoder, xc_BD: Tensor) -> tuple[Tensor, ...]:
+    """Divides a batch into parts, which a GPU searches one after the other.
+
+    A part has less than 2^31 pre-activations, so that 32-bit offsets suffice.
+    """
+    S = len(encoder.W_SD)
+    n_rows = min(encoder.search_bytes // (PRE_BYTES * S), (2**31 - 1) // S)
+    return xc_BD.split(max(1, n_rows))
+
+
 def dense(encoder: Encoder, xc_BD: Tensor) -> Float[Tensor, "B S"]:
     """Computes the pre-activations of all latents."""
     if encoder.is_bfloat16:
-        return (xc_BD.bfloat16() @ encoder.W_SD.bfloat16().T).float() + encoder.b_S
+        return (xc_BD.bfloat16() @ encoder.W_SD.bfloat16().T).float().add_(encoder.b_S)
     return torch.addmm(encoder.b_S, xc_BD, encoder.W_SD.T)
 
 
@@ -174,7 +197,7 @@ class BatchSearch:
     """
 
     def __init__(self, gather: Gather = lambda value_n: value_n, n_processes: int = 1):
-        self.guess = -1.0
+        self.guess: float | Tensor | None = None
         self.slack = 0.03
         self.gather = gather
         self.n_processes = n_processes
@@ -183,11 +206,11 @@ class BatchSearch:
     def __call__(self, encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int) -> Codes:
         B, S = len(xc_BD), len(encoder.W_SD)
         n_wanted = min(k, S) * B * self.n_processes
-        if self.guess < 0:
+        if self.guess is None:
             self.guess = self._sampled(encoder, xc_BD, min(k, S))
         guess = self.guess
         while True:
-            cutoff_S = torch.full((S,), guess, dtype=xc_BD.dtype, device=xc_BD.device)
+            cutoff_S = xc_BD.new_zeros(S) + guess
             codes = above(encoder, xc_BD, cutoff_S, n_wanted // self.n_processes)
             all_n = self.gather(codes.value_n)
             if len(all_n) >= n_wanted or guess == 0:
@@ -196,27 +219,33 @@ class BatchSearch:
             guess = 0.0 if guess < 1e-3 else guess * (1 - self.slack)
         smallest = 0.0
         if len(all_n) >= n_wanted:
-            smallest = all_n.kthvalue(len(all_n) - n_wanted + 1).values.item()
+            smallest = _number(all_n.kthvalue(len(all_n) - n_wanted + 1).values)
             codes = _at_least(codes, smallest)
         self.slack = max(0.02, 0.9 * self.slack)
-        self.guess = max(0.0, smallest * (1 - self.slack))
+        self.guess = smallest * (1 - self.slack)
         return codes
 
-    def _sampled(self, encoder: Encoder, xc_BD: Tensor, k: int) -> float:
+    def _sampled(self, encoder: Encoder, xc_BD: Tensor, k: int) -> float | Tensor:
         """A guess from the first 64 rows: the smallest of their 1.5 k largest values per row."""
         pre_bS = dense(encoder, xc_BD[:64])
         n_drop = max(0, pre_bS.numel() - 3 * k * len(pre_bS) // 2)
         guess = pre_bS.flatten().kthvalue(n_drop + 1).values
-        return max(0.0, self.gather(guess[None]).min().item())
+        return _number(self.gather(guess[None]).min().clamp(min=0))
 
 
-def _at_least(codes: Codes, smallest: float) -> Codes:
-    """Keeps the codes whose value is at least `smallest`. Reuses their memory on a CPU."""
+def _number(value: Tensor) -> float | Tensor:
+    """A number as it is compared with codes. A GPU keeps it, because reading it would wait."""
+    return value.item() if kernels.available(value) else value
+
+
+def _at_least(codes: Codes, smallest: float | Tensor) -> Codes:
+    """Keeps the codes whose value is at least `smallest`. Reuses their memory on a CPU.
+
+    On a GPU the others stay as zeros: counting those that are kept would wait for it.
+    """
     index = codes.index
     if not kernels.available(codes.value_n):
-        keep_n = codes.value_n >= smallest
-        start_B1 = torch.nn.functional.pad(keep_n.cumsum(0), (1, 0))[index.start_O1].int()
-        return Codes(codes.value_n[keep_n], Index(index.latent_n[keep_n], start_B1, index.n_latents))
+        return Codes(torch.where(codes.value_n >= smallest, codes.value_n, 0.0), index)
     value_n, latent_n = codes.value_n.numpy(), index.latent_n.numpy()
     n_B = index.start_O1.diff().numpy()
     n = kernels.keep_from(value_n, latent_n, n_B, value_n.dtype.type(smallest))

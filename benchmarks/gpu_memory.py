@@ -1,0 +1,115 @@
+"""Prints docs/memory.md's table of peak GPU memory per stage, from the formulas of `saev/*/memory.py`. Needs no GPU.
+
+uv run python -m benchmarks.gpu_memory
+"""
+
+import functools
+import typing as tp
+
+from saev.data import config as data_config
+from saev.data import memory as data_memory
+from saev.nn import config as nn_config
+from saev.protoeval import config as protoeval_config
+from saev.protoeval import memory as protoeval_memory
+from saev.scorers import config as scorers_config
+from saev.training import config as training_config
+from saev.training import memory as training_memory
+from saev.visuals import memory as visuals_memory
+
+GPU_GB = 72.0
+"""What an 80 GB card has free, less a tenth."""
+N_PATCHES, N_IMAGES, K = 256, 25, 64
+"""Patches per image, images shown per latent, --sae.top-k."""
+
+
+class Size(tp.NamedTuple):
+    """A dictionary and a batch."""
+
+    d_vit: int
+    d_sae: int
+    batch: int
+
+
+SIZES = [Size(1024, 16_384, 4096), Size(1024, 32_768, 16_384), Size(4096, 131_072, 16_384)]
+MATRYOSHKA = nn_config.Matryoshka()
+SAES: dict[str, tuple[tp.Any, tp.Any, bool]] = {
+    "TopK": (functools.partial(nn_config.TopK, top_k=K), nn_config.Vanilla(), False),
+    "BatchTopK": (functools.partial(nn_config.BatchTopK, top_k=K), nn_config.Vanilla(), False),
+    "TopK, Matryoshka": (functools.partial(nn_config.TopK, top_k=K), MATRYOSHKA, False),
+    "ReLU": (nn_config.Relu, nn_config.Vanilla(), False),
+    "JumpReLU": (nn_config.JumpRelu, nn_config.Vanilla(), False),
+    "TopK, costly metrics": (functools.partial(nn_config.TopK, top_k=K), nn_config.Vanilla(), True),
+}
+"""Stage -> SAE, objective, and whether the step measures costly metrics."""
+VIT = data_memory.Sizes(1_212_715_008, 224 * 224, N_PATCHES + 1, 1024, 4)
+"""ViT-L/14 at 224 pixels with four recorded layers."""
+
+
+def train(name: str, size: Size) -> training_config.Train:
+    sae, objective, _ = SAES[name]
+    made = sae(d_vit=size.d_vit, d_sae=size.d_sae)
+    return training_config.Train(sae=made, objective=objective, batch_size=size.batch, n_patches=10**9)
+
+
+def search_bytes(name: str, size: Size) -> int:
+    return training_memory.search_bytes([train(name, size)], int(GPU_GB * 1e9))
+
+
+def evaluation(
+    scorer: tp.Any, size: Size, k: int
+) -> tuple[protoeval_config.ProtoEval, protoeval_memory.Sizes]:
+    ckpt = 8 * size.d_vit * size.d_sae
+    sizes = protoeval_memory.Sizes(5994, 5794, 312, N_PATCHES, size.d_vit, 5994 * N_PATCHES, ckpt)
+    return protoeval_config.ProtoEval(scorer=scorer, n_prototypes=(k,)), sizes
+
+
+def rows() -> dict[str, list[int]]:
+    """Stage -> peak bytes at each of SIZES."""
+    out = {}
+    for name, (_, _, is_costly) in SAES.items():
+        peaks = [
+            training_memory.gpu_peak([train(name, size)], search_bytes(name, size), is_costly)
+            for size in SIZES
+        ]
+        out[f"training step: {name}"] = peaks
+    out["evaluation after training"] = [training_memory.gpu_evaluation(train("TopK", size)) for size in SIZES]
+    out["visuals"] = [
+        visuals_memory.gpu_peak(N_IMAGES, n_block(size), N_PATCHES, size.d_vit, size.d_sae) for size in SIZES
+    ]
+    kinds = {
+        "SAE": (scorers_config.Sae("sae.pt"), None),
+        "8,192 random activations": (scorers_config.Random(), 8192),
+    }
+    for name, (scorer, k) in kinds.items():
+        found = [evaluation(scorer, size, k or size.d_sae) for size in SIZES]
+        out[f"scoring: {name}"] = [protoeval_memory.gpu_scoring([cfg], sizes) for cfg, sizes in found]
+    fits = {"8,192 centroids": scorers_config.KMeans(), "PCA": scorers_config.Pca()}
+    for name, scorer in fits.items():
+        found = [evaluation(scorer, size, 8192) for size in SIZES]
+        out[f"fit: {name}"] = [protoeval_memory.gpu_fit(cfg, sizes) for cfg, sizes in found]
+    return out
+
+
+def n_block(size: Size) -> int:
+    """Images of a gallery's block."""
+    return max(1, min(64, visuals_memory.MAX_CODES // (N_PATCHES * size.d_sae)))
+
+
+def dump() -> int:
+    """Peak bytes of a dump with batches of 64."""
+    vit = data_config.Vit("clip", "ViT-L-14/openai")
+    cfg = data_config.Dump(vit=vit, data=data_config.ImageFolder("images"), vit_batch_size=64)
+    return data_memory.gpu_peak(cfg, VIT)
+
+
+def table() -> str:
+    head = " | ".join(f"{size.d_vit:,} / {size.d_sae:,} / {size.batch:,}" for size in SIZES)
+    lines = [f"| d_vit / d_sae / `--batch-size` | {head} |", "|---" * (1 + len(SIZES)) + "|"]
+    for name, peaks in rows().items():
+        lines.append(f"| {name} | {' | '.join(f'{n / 1e9:.1f} GB' for n in peaks)} |")
+    lines.append(f"| dump: ViT-L/14, 4 layers, batches of 64 | {dump() / 1e9:.1f} GB | | |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,312 @@
+"""Memory and indices at a GPU's sizes: the formulas against tensors on a fake GPU, and searches in parts.
+
+B batch, D d_vit, S latents, K top k.
+"""
+
+import collections.abc
+import pathlib
+import re
+import types
+import typing as tp
+import unittest.mock
+
+import fake_gpu
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import gpu_memory
+from saev import errors, nn
+from saev.data import config as data_config
+from saev.data import dump, vits
+from saev.data import memory as data_memory
+from saev.formats import shards
+from saev.nn import config as nn_config
+from saev.nn import robust, sparse, triton_kernels
+from saev.protoeval import memory as protoeval_memory
+from saev.scorers import base, kmeans, pca
+from saev.scorers import config as scorers_config
+from saev.scorers import sae as sae_scorer
+from saev.training import config, evaluate, memory, run
+from saev.visuals import collect
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
+    pytest.mark.skipif(not triton_kernels.IS_INSTALLED, reason="needs Triton"),
+]
+
+ROOT = pathlib.Path(__file__).parent.parent
+LEAST, MOST = 0.95, 1.35
+"""A formula divided by what is measured. It is rather too large than too small: kernels also need scratch memory."""
+P = gpu_memory.N_PATCHES
+LARGEST = gpu_memory.SIZES[-1]
+
+
+def a_gpu(d_sae: int = 10**9, k: int = gpu_memory.K) -> fake_gpu.Gpu:
+    """Of pre-activations, a few more than the k largest of each row are above BatchTopK's guess."""
+    return fake_gpu.Gpu(lambda n: int(1.03 * k * (n // d_sae)) if n >= 1000 * d_sae else 5)
+
+
+def on_gpu(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, device=fake_gpu.DEVICE)
+
+
+class Blocks:
+    """A few blocks of images."""
+
+    block = 1
+
+    def __init__(self, n_imgs: int, d_vit: int):
+        self.n_imgs, self.d_vit, self.acts = n_imgs, d_vit, range(4 * n_imgs)
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> collections.abc.Iterator[tuple[np.ndarray, np.ndarray]]:
+        for _ in range(3):
+            yield np.arange(self.n_imgs), np.empty((self.n_imgs, P, self.d_vit), np.float32)
+
+
+# ---- the table ----
+
+
+def trained(name: str, size: gpu_memory.Size) -> int:
+    is_costly = gpu_memory.SAES[name][2]
+    with a_gpu(size.d_sae) as gpu:
+        cfg = gpu_memory.train(name, size)
+        made = run.Run(
+            cfg, pathlib.Path("run"), fake_gpu.DEVICE, search_bytes=gpu_memory.search_bytes(name, size)
+        )
+        x_BD = on_gpu(size.batch, size.d_vit)
+        made.step(0, x_BD)
+        with gpu.count():
+            out = made.step(1, x_BD)
+            if is_costly:
+                made.measure(0, x_BD, out)
+            return gpu.peak
+
+
+def evaluated(size: gpu_memory.Size) -> int:
+    with a_gpu() as gpu:
+        sae = an_sae(size)
+        around = robust.typical(on_gpu(memory.n_read_first(size.d_vit, 10**9), size.d_vit))
+        sums = evaluate.Sums(sae, around)
+        n_rows = memory.EVALUATED_CODES // (4 * size.d_sae)
+        for _ in range(2):
+            sums.add(on_gpu(n_rows, size.d_vit))
+        sums.metrics()
+        return gpu.peak
+
+
+def an_sae(size: gpu_memory.Size, cls: tp.Any = nn_config.TopK) -> nn.SparseAutoencoder:
+    cfg = cls(d_vit=size.d_vit, d_sae=size.d_sae, top_k=gpu_memory.K)
+    return nn.SparseAutoencoder(cfg).to(fake_gpu.DEVICE).eval().requires_grad_(False)
+
+
+def shown(size: gpu_memory.Size) -> int:
+    with a_gpu() as gpu:
+        stream = Blocks(gpu_memory.n_block(size), size.d_vit)
+        collect.collect.__wrapped__(an_sae(size), stream, gpu_memory.N_IMAGES)
+        return gpu.peak
+
+
+def scored(scorer: tp.Any, k: int, size: gpu_memory.Size) -> int:
+    cfg, sizes = gpu_memory.evaluation(scorer, size, k)
+    one = 4 * (5 * P * size.d_vit + 2 * k)
+    n_imgs = max(1, min(protoeval_memory.SCORE_BLOCK, int(cfg.memory_gb * 1e9 / one)))
+    with a_gpu() as gpu:
+        if isinstance(scorer, scorers_config.Sae):
+            # whose codes are elementwise: others are scored in smaller parts
+            made: tp.Any = sae_scorer.SaeLatents(an_sae(size, nn_config.BatchTopK), k)
+        else:
+            made = base.Prototypes.of(torch.empty(k, size.d_vit), torch.empty(size.d_vit), "cosine")
+            made = made.to(fake_gpu.DEVICE)
+        for _ in range(2):
+            best_BK = torch.cat([made.of_images(on_gpu(n_imgs, P, size.d_vit))], dim=1)
+        assert best_BK.shape == (n_imgs, k) and sizes.d_vit == size.d_vit
+        return gpu.peak
+
+
+def fitted(scorer: tp.Any, size: gpu_memory.Size) -> int:
+    k, D = 8192, size.d_vit
+    with a_gpu() as gpu:
+        if isinstance(scorer, scorers_config.Pca):
+            with unittest.mock.patch.object(pca.ordered, "Ordered", lambda _: Blocks(64, D)):
+                pca.moments.__wrapped__(types.SimpleNamespace(d_vit=D), fake_gpu.DEVICE)
+            return gpu.peak
+        x_BD = on_gpu(scorer.n_samples, D)
+        square_B = x_BD.square().sum(dim=1)
+        kmeans._updated(square_B, x_BD, square_B, x_BD[: k // 16])
+        kmeans._gains(x_BD, square_B, square_B, x_BD[:k])  # the largest draw of candidates
+        del square_B
+        sums = kmeans._Sums(kmeans.State(on_gpu(D), on_gpu(k, D)))
+        for _ in range(3):
+            sums.add(on_gpu(protoeval_memory.FIT_BLOCK * P, D))
+        sums.finish(scorer)
+        return gpu.peak
+
+
+def measured(stage: str, size: gpu_memory.Size) -> int:
+    kind, _, name = stage.partition(": ")
+    match kind, name:
+        case "training step", _:
+            return trained(name, size)
+        case "evaluation after training", _:
+            return evaluated(size)
+        case "visuals", _:
+            return shown(size)
+        case "scoring", "SAE":
+            return scored(scorers_config.Sae("sae.pt"), size.d_sae, size)
+        case "scoring", _:
+            return scored(scorers_config.Random(), 8192, size)
+        case _:
+            return fitted({"PCA": scorers_config.Pca()}.get(name, scorers_config.KMeans()), size)
+
+
+@pytest.mark.parametrize("stage", gpu_memory.rows())
+def test_a_stages_formula(stage: str) -> None:
+    for size, want in zip(gpu_memory.SIZES, gpu_memory.rows()[stage], strict=True):
+        found = measured(stage, size)
+        assert LEAST <= want / found <= MOST, (size, want / 1e9, found / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "autocast", "n_imgs"),
+    [
+        ("vit_large_patch14_clip_224", (5, 11, 17, 23), "off", 64),
+        pytest.param("vit_large_patch14_clip_224", (23,), "bfloat16", 16, marks=pytest.mark.slow),
+        pytest.param("vit_base_patch16_224", tuple(range(12)), "bfloat16", 16, marks=pytest.mark.slow),
+    ],
+)
+def test_the_formula_of_a_dump(name: str, layers: tuple[int, ...], autocast: tp.Any, n_imgs: int) -> None:
+    cfg = data_config.Vit("timm", name, "random", autocast=autocast)
+    with fake_gpu.Gpu() as gpu:
+        gpu.equal = True  # the recorded activations are those of the block
+        vit = vits.load(cfg)
+        asked = data_config.Dump(
+            vit=cfg, data=data_config.ImageFolder("x"), vit_batch_size=n_imgs, vit_layers=layers
+        )
+        out = unittest.mock.Mock(shards.ShardDir, metadata=unittest.mock.Mock(layers=layers))
+        dumper = dump._Dumper(asked, vit, out, [], fake_gpu.DEVICE)
+        batch = dump.Loaded(range(n_imgs), torch.empty(n_imgs, 3, *vit.transform.size), [])
+        sizes = data_memory.Sizes(gpu.live, 224 * 224, vit.n_patches + 1, vit.d_vit, len(layers))
+        assert len(list(dumper._compute([batch] * 3))) == 3
+        if (len(layers), n_imgs) == (4, 64):
+            assert sizes.weights == pytest.approx(gpu_memory.VIT.weights, rel=0.01)
+        assert LEAST <= data_memory.gpu_peak(asked, sizes) / gpu.peak <= MOST
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sae", [nn_config.TopK, nn_config.BatchTopK, nn_config.Relu, nn_config.JumpRelu])
+@pytest.mark.parametrize(
+    "shape", [(16_384, 16_384, 1024, 32), (65_536, 8192, 256, 32), (1024, 65_536, 4096, 8)]
+)
+def test_training_at_other_sizes(sae: tp.Any, shape: tuple[int, int, int, int]) -> None:
+    batch_size, d_sae, d_vit, k = shape
+    some = {"top_k": k} if hasattr(sae, "top_k") else {}
+    for n_prefixes, ema, precision in ((0, 0.0, "float32"), (4, 0.9, "bfloat16"), (10, 0.0, "float32")):
+        objective = nn_config.Matryoshka(n_prefixes=n_prefixes) if n_prefixes else nn_config.Vanilla()
+        cfg = config.Train(
+            sae=sae(d_vit=d_vit, d_sae=d_sae, **some),
+            objective=objective,
+            batch_size=batch_size,
+            ema=ema,
+            precision=tp.cast(tp.Any, precision),
+        )
+        with a_gpu(d_sae, k) as gpu:
+            made = run.Run(cfg, pathlib.Path("run"), fake_gpu.DEVICE)
+            for step in range(2):
+                made.step(step, on_gpu(batch_size, d_vit))
+            assert LEAST <= memory.gpu_peak([cfg], 2**33, False) / gpu.peak <= MOST, (n_prefixes, precision)
+
+
+def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
+    assert gpu_memory.table() in (ROOT / "docs/memory.md").read_text()
+
+
+# ---- searches in parts ----
+
+
+def an_encoder(n_latents: int, d: int, search_bytes: int) -> tuple[sparse.Encoder, torch.Tensor]:
+    """In float64, so that products of any number of rows have the same largest values."""
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(*n, generator=generator).double() for n in ((n_latents, d), (n_latents,), (37, d))]
+    return sparse.Encoder(draw[0], draw[1], False, search_bytes), draw[2]
+
+
+@pytest.mark.parametrize("n_rows", [1, 5, 36, 37])
+def test_parts_find_what_the_whole_batch_finds(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's operations, on the CPU."""
+    monkeypatch.setattr("saev.nn.kernels.available", lambda _: False)
+    monkeypatch.setattr("saev.nn.triton_kernels.available", lambda _: False)
+    whole, x_BD = an_encoder(60, 9, 2**33)
+    parts = whole._replace(search_bytes=n_rows * 60 * sparse.search.PRE_BYTES)
+    assert len(sparse.search.parts(parts, x_BD)[0]) == n_rows
+    assert len(sparse.search.parts(whole, x_BD)) == 1
+    for find in (
+        lambda encoder: sparse.top_k(encoder, x_BD, 7),
+        lambda encoder: sparse.top_k(encoder, x_BD, 50, keep_negative=True),
+        lambda encoder: sparse.above(encoder, x_BD, torch.linspace(0, 2, 60), 10),
+        lambda encoder: sparse.BatchSearch()(encoder, x_BD, 7),
+    ):
+        want, got = find(whole), find(parts)
+        assert torch.equal(got.index.start_O1, want.index.start_O1)
+        assert torch.equal(got.index.latent_n, want.index.latent_n)
+        torch.testing.assert_close(got.value_n, want.value_n, rtol=1e-12, atol=1e-12)
+        for one, other in zip(got.index.by_latent, want.index.by_latent, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("gpu_gb", [20.0, 24.0, 40.0, 300.0])
+def test_a_search_fits_into_what_is_left(gpu_gb: float) -> None:
+    """B x S is 2^31 here: 8.6 GB of pre-activations."""
+    for name in ("TopK", "BatchTopK"):
+        cfg = gpu_memory.train(name, LARGEST)
+        search = memory.search_bytes([cfg], int(gpu_gb * 1e9))
+        assert search & (search - 1) == 0, "a power of two"
+        with a_gpu(LARGEST.d_sae) as gpu:
+            made = run.Run(cfg, pathlib.Path("run"), fake_gpu.DEVICE, search_bytes=search)
+            x_BD = on_gpu(LARGEST.batch, LARGEST.d_vit)
+            encoder = sparse.Encoder(made.sae.W_enc.T, made.sae.b_enc, False, search)
+            parts = sparse.search.parts(encoder, x_BD)
+            assert max(len(x_CD) for x_CD in parts) * LARGEST.d_sae < 2**31
+            for step in range(2):
+                with gpu.count() as waits:
+                    made.step(step, x_BD)
+            assert gpu.peak <= gpu_gb * 1e9
+            assert waits.total() == (len(parts) if name == "BatchTopK" else 0)
+
+
+def test_what_a_search_gets() -> None:
+    """The memory of all runs of the stream is subtracted, and a search never gets less than a little."""
+    cfg = gpu_memory.train("TopK", LARGEST)
+    few, many = (memory.search_bytes([cfg] * n, 72 * 10**9) for n in (1, 5))
+    assert (few, many) == (2**35, memory.SEARCH_BYTES[0])
+    assert memory.search_bytes([cfg], 10**15) == memory.SEARCH_BYTES[1]
+
+
+# ---- indices ----
+
+
+def test_more_codes_than_positions_are_refused() -> None:
+    sae = nn_config.TopK(d_vit=8, d_sae=1024, top_k=128)
+    config.Train(sae=sae, batch_size=2**23, n_patches=2**24)
+    with pytest.raises(
+        errors.UserError, match=re.escape("--batch-size 16777216: with --sae.top-k 128 a batch")
+    ):
+        config.Train(sae=sae, batch_size=2**24, n_patches=2**24)
+
+
+def test_launches_at_the_largest_width() -> None:
+    """A grid's second dimension is at most 65,535: blocks of 256 dimensions reach d_vit 16,776,960.
+
+    The fake launcher refuses a larger one, and numbers that do not fit into 32 bits.
+    """
+    with a_gpu() as gpu:
+        index_n, start_O1 = torch.zeros(3, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
+        index_n, start_O1 = index_n.to(fake_gpu.DEVICE), start_O1.to(fake_gpu.DEVICE)
+        triton_kernels.bag(on_gpu(2, 65_535 * 256), index_n, on_gpu(3), start_O1)
+        with pytest.raises(AssertionError):
+            triton_kernels.bag(on_gpu(2, 65_535 * 256 + 1), index_n, on_gpu(3), start_O1)
+        triton_kernels.bag(on_gpu(2**19, 4096), index_n, on_gpu(3), start_O1)  # a table of 2^31 numbers
+        assert gpu.launched["bag"] == 2
