@@ -17,6 +17,16 @@ def jit(function):
     return triton.jit(inspect.unwrap(function))
 
 
+def jit_any_size(function):
+    """Compiles once for numbers of any size, so that loads are of one number per thread.
+
+    Wider loads would have each thread hold neighbours, which scattered writes then move to other threads.
+    """
+    kernel = inspect.unwrap(function)
+    sizes = [name for name in inspect.signature(kernel).parameters if name in ("S", "G", "n", "K", "shift")]
+    return triton.jit(do_not_specialize=sizes)(kernel)
+
+
 @jit
 def key_of(value):
     """Integers in the order of the floats."""
@@ -37,7 +47,7 @@ def group_max(source, out, S, G, L: tl.constexpr, TILE: tl.constexpr, IS_KEY: tl
     tl.store(out + row * G + g, tl.max(key, axis=1), mask=g < G)
 
 
-@jit
+@jit_any_size
 def select(
     source, group, place, value, S, n, K, L: tl.constexpr, N: tl.constexpr,
     IS_KEY: tl.constexpr,
@@ -94,7 +104,7 @@ def values_of(begin, last, pre, listed, S, G, L: tl.constexpr, BLOCK: tl.constex
     return row, s, found
 
 
-@jit
+@jit_any_size
 def histogram(
     key_n, size, pre, listed, S, G, state, count, shift, L: tl.constexpr,
     DIGITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -106,6 +116,7 @@ def histogram(
     first, last = part(tl.load(size), BLOCK)
     prefix = tl.load(state)
     total = tl.zeros((DIGITS,), dtype=tl.int32)
+    n_others = 0  # among the zeros
     for begin in range(first, last, BLOCK):
         if L == 0:
             i = begin + tl.arange(0, BLOCK)
@@ -114,9 +125,12 @@ def histogram(
             found = values_of(begin, last, pre, listed, S, G, L, BLOCK)[2]
             key = tl.reshape(key_of(found), (BLOCK * L,))
         digits = key >> shift
-        wanted = (key > 0) & (digits // DIGITS == prefix)
-        total += tl.histogram(digits % DIGITS, DIGITS, mask=wanted)
-    tl.atomic_add(count + tl.arange(0, DIGITS), total, mask=total > 0)
+        is_counted = (key > 0) & (digits // DIGITS == prefix)
+        total += tl.histogram(tl.where(is_counted, digits % DIGITS, 0), DIGITS)
+        n_others += tl.sum((~is_counted).to(tl.int32), axis=0)  # pyrefly: ignore[unsupported-operation]  # tl.sum has a wrong type
+    digit = tl.arange(0, DIGITS)
+    total -= tl.where(digit == 0, n_others, 0)
+    tl.atomic_add(count + digit, total, mask=total > 0)
 
 
 @jit
@@ -135,7 +149,7 @@ def pick(state, count, DIGITS: tl.constexpr):
     tl.store(count + digit, tl.zeros_like(count_d))
 
 
-@jit
+@jit_any_size
 def reach(
     key_n, size, pre, listed, S, G, bound, end, place, latent, value, L: tl.constexpr,
     BLOCK: tl.constexpr, IS_COUNT: tl.constexpr,

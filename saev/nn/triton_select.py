@@ -140,7 +140,7 @@ def _places(source_BS: Tensor, k: int, value_BK: Tensor | None) -> Tensor:
 
 def n_warps(N: int) -> int:
     """Warps of a program of `select` that holds N candidates."""
-    return 4 if N <= 1024 else 8 if N == 2048 else 16
+    return 4 if N <= 1024 else 8
 
 
 # ---- batch ----
