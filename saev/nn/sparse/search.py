@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saev import compiled
-from saev.nn import kernels
+from saev.nn import kernels, triton_select
 from saev.nn.sparse.codes import Codes, Index
 
 PART_BYTES, N_PARTS = 2 * 2**20, 16
@@ -94,7 +94,7 @@ def _codes(value_n: np.ndarray, latent_n: np.ndarray, n_B: np.ndarray, n_latents
 def top_k(encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int, keep_negative: bool = False) -> Codes:
     """Finds the k largest pre-activations of each row; only positive ones unless `keep_negative`.
 
-    Ties: a CPU keeps the lowest latents; a GPU keeps any.
+    Ties: the lowest latents are kept, except on a GPU where `triton_select` is not available: it keeps any.
     """
     B, S = len(xc_BD), len(encoder.W_SD)
     k = min(k, S)
@@ -125,9 +125,15 @@ def top_k(encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int, keep_negative: 
 
 def _dense_top_k(encoder: Encoder, xc_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and latents of the k largest pre-activations of each row, sorted by latent."""
-    value_BK, latent_BK = dense(encoder, xc_BD).topk(k, dim=1, sorted=False)
-    latent_BK, order_BK = latent_BK.int().sort(dim=1)
-    return value_BK.gather(1, order_BK), latent_BK
+    pre_BS = dense(encoder, xc_BD)
+    if triton_select.available(pre_BS, k):
+        return triton_select.top_k(pre_BS, k)
+    if kernels.available(pre_BS):
+        latent_BK = pre_BS.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    else:
+        latent_BK = pre_BS.topk(k, dim=1, sorted=False).indices
+    latent_BK = latent_BK.sort(dim=1).values
+    return pre_BS.gather(1, latent_BK), latent_BK.int()
 
 
 @torch.no_grad()
@@ -191,6 +197,7 @@ class BatchSearch:
     """Finds the k x B largest positive pre-activations of a batch, and all ties with the smallest of them.
 
     It starts from about the smallest one of the last batch, which saves time and does not change the result.
+    Triton's kernels need no start.
 
     Args:
         gather: with several processes, each of which has a part of the batch, collects the values of all.
@@ -205,6 +212,11 @@ class BatchSearch:
     @torch.no_grad()
     def __call__(self, encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int) -> Codes:
         B, S = len(xc_BD), len(encoder.W_SD)
+        if triton_select.available(xc_BD):
+            found = triton_select.batch_top_k(
+                dense(encoder, xc_BD), min(k, S) * B, self.gather, self.n_processes
+            )
+            return Codes(found[0], Index(*found[1:], S))
         n_wanted = min(k, S) * B * self.n_processes
         if self.guess is None:
             self.guess = self._sampled(encoder, xc_BD, min(k, S))

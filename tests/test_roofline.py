@@ -1,0 +1,100 @@
+"""docs/gpu.md shows what benchmarks.roofline prints, and its counts of passes are those of a step."""
+
+import collections
+import pathlib
+import typing as tp
+import unittest.mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import roofline
+from saev.nn import config, kernels, objectives, optim, sae, triton_select
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+
+
+def test_the_tables_are_those_of_the_command() -> None:
+    text = (DOCS / "gpu.md").read_text()
+    shown = text.split("<!-- tables -->\n")[1].split("<!-- end -->")[0].strip()
+    assert shown == "\n\n".join(roofline.tables())
+
+
+def test_a_kernel_takes_the_larger_of_its_times() -> None:
+    card = roofline.Card("a card", {"float32": 2.0}, 0.5)
+    assert roofline.Kernel("few bytes", 4e12, 1e9).ms(card) == 2000
+    assert roofline.Kernel("many bytes", 4e9, 1e12).ms(card) == 2000
+    h100 = roofline.CARDS[1]
+    assert roofline.product(32768, 16384, "TF32").ms(h100) == pytest.approx(2 * 2**15 * 2**14 * 2**10 / 495e9)
+
+
+B, S, D, K = 48, 320, 20, 4
+NO_PASS = {
+    "alias",
+    "permute",
+    "squeeze",
+    "as_strided",
+    "empty_like",
+    "detach",
+    "t",
+    "transpose",
+    "expand",
+    "unsqueeze",
+    "view",
+    "select",
+    "slice",
+    "_unsafe_view",
+}
+PRODUCTS = {"addmm", "mm", "mv", "index", "topk", "_embedding_bag", "_embedding_bag_forward_only"}
+
+
+class Passes(TorchDispatchMode):
+    """Counts B x D and S x D tensors that operations read or write, except products and views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n: collections.Counter[int] = collections.Counter()
+
+    def __torch_dispatch__(
+        self, func: tp.Any, types: tp.Any, args: tp.Any = (), kwargs: tp.Any = None
+    ) -> tp.Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in NO_PASS | PRODUCTS:
+            reads = {
+                id(x): x
+                for x in torch.utils._pytree.tree_leaves((args, kwargs))
+                if isinstance(x, torch.Tensor)
+            }
+            writes = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+            self.n.update(x.numel() for x in (*reads.values(), *writes))
+        return out
+
+
+@pytest.mark.slow
+def test_passes_are_those_of_a_step() -> None:
+    """On a CPU, by the operations that a GPU uses."""
+    torch.manual_seed(0)
+    model = sae.SparseAutoencoder(config.TopK(d_vit=D, d_sae=S, top_k=K)).train()
+    objective, optimiser, x_BD = (
+        objectives.Objective(model, config.Vanilla()),
+        optim.Adam(model),
+        torch.randn(B, D),
+    )
+    with unittest.mock.patch.object(kernels, "available", lambda t: False):
+        with Passes() as step:
+            objective(x_BD).loss.backward()
+        with Passes() as adam:
+            optimiser.step(1e-3)
+    assert step.n[B * D] == roofline.BATCH_PASSES
+    assert step.n[S * D] == 0
+    assert adam.n[S * D] == roofline.ADAM_PASSES
+
+
+def test_selection_is_read_once() -> None:
+    """At the sizes of the tables, selection moves little more than one read of the pre-activations."""
+    for n_latents, n_batch in roofline.SIZES:
+        read = 4 * n_batch * n_latents
+        assert read < roofline.top_k(n_latents, n_batch).n_bytes < 1.25 * read
+        assert read < roofline.batch_top_k(n_latents, n_batch).n_bytes < 1.7 * read
+    assert triton_select._group(32768, roofline.K) == 32
