@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saev.nn import triton_kernels
+from saev.nn import triton_kernels, triton_select
 
 DEVICE = torch.device("cuda:0")
 aten = torch.ops.aten
@@ -66,6 +66,7 @@ class Gpu(TorchDispatchMode):
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "current_stream", lambda device=None: torch.device(device or "cuda:0")),
             (torch.cuda, "mem_get_info", lambda *_: (80 * 10**9, 80 * 10**9)),
+            (triton_select, "launch", lambda name, grid, *args, **_: self._launcher(name)[grid](*args)),
             (triton_kernels, "_kernels", lambda: (self._launcher("bag"), self._launcher("bag_dot"))),
         ):
             self.stack.enter_context(patch(target, name, fake))

@@ -68,7 +68,9 @@ def test_gradients_in_bfloat16(architecture: str, device: torch.device) -> None:
         assert difference < 0.1, name
 
 
-def test_a_saved_state_goes_on_to_the_same_weights(device: torch.device, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_saved_state_goes_on_to_the_same_weights(name: str, tmp_path: pathlib.Path) -> None:
+    device = torch.device(name)
     cfg = training_config.Train(sae=sparse_cases.ARCHITECTURES["batch-top-k"], batch_size=40, n_patches=4000)
     whole, half = (run.Run(cfg, tmp_path, device) for _ in range(2))
     for one in (whole, half):
@@ -80,8 +82,8 @@ def test_a_saved_state_goes_on_to_the_same_weights(device: torch.device, tmp_pat
     for step in range(20, 30):
         for one in (whole, again):
             one.step(step, sparse_cases.batch(step).to(device))
-    for name, tensor in whole.finished().state_dict().items():
-        assert torch.equal(tensor, again.finished().state_dict()[name]), name
+    for key, tensor in whole.finished().state_dict().items():
+        assert torch.equal(tensor, again.finished().state_dict()[key]), key
 
 
 # ---- scores and fits ----

@@ -44,6 +44,7 @@ NO_PASS = {
     "view",
     "select",
     "slice",
+    "split",
     "_unsafe_view",
 }
 PRODUCTS = {"addmm", "mm", "mv", "index", "topk", "_embedding_bag", "_embedding_bag_forward_only"}

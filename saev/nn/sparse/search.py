@@ -197,7 +197,7 @@ class BatchSearch:
     """Finds the k x B largest positive pre-activations of a batch, and all ties with the smallest of them.
 
     It starts from about the smallest one of the last batch, which saves time and does not change the result.
-    Triton's kernels need no start.
+    Triton's kernels need no start, but the whole batch at once.
 
     Args:
         gather: with several processes, each of which has a part of the batch, collects the values of all.
@@ -212,7 +212,7 @@ class BatchSearch:
     @torch.no_grad()
     def __call__(self, encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int) -> Codes:
         B, S = len(xc_BD), len(encoder.W_SD)
-        if triton_select.available(xc_BD):
+        if triton_select.available(xc_BD) and len(parts(encoder, xc_BD)) == 1:
             found = triton_select.batch_top_k(
                 dense(encoder, xc_BD), min(k, S) * B, self.gather, self.n_processes
             )
