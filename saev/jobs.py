@@ -47,6 +47,8 @@ def main() -> None:
     log_to = pathlib.Path(cfg.log_to).resolve()
     chosen = choose(cfg, submissions.read_all(log_to))
     jobs = [job for submission in chosen for job in submission.jobs]
+    if not cfg.ids:  # what was submitted again later counts
+        jobs = [*{job.key: job for job in jobs}.values()]
     if cfg.action == "list":
         return console.say("\n".join(line for s in chosen for line in describe(s, log_to)))
     if cfg.action == "attach":

@@ -25,7 +25,7 @@ class Code(msgspec.Struct, frozen=True):
     commit: str
     """Git commit. Empty: the code is not in a Git repository."""
     is_changed: bool
-    """Whether tracked files differ from the commit."""
+    """Whether tracked files differ from the commit, or the package has untracked ones."""
     digest: str
     """Hash of the package's files."""
 
@@ -38,7 +38,8 @@ def code() -> Code:
         return jsonfile.read(fpath, Code, "Submit the job again.")
     return Code(
         commit=_git("rev-parse", "HEAD"),
-        is_changed=bool(_git("status", "--porcelain", "--untracked-files=no")),
+        is_changed=bool(_git("status", "--porcelain", "--untracked-files=no"))
+        or bool(_git("status", "--porcelain", "--", ".")),
         digest=_digest(),
     )
 
@@ -62,11 +63,11 @@ def job_id() -> str:
 
 @beartype.beartype
 def copy(folder: pathlib.Path) -> pathlib.Path:
-    """Copies the package to <folder>/<digest>/saev, unless it is there, and returns <folder>/<digest>.
+    """Copies the package to <folder>/<hash>/saev, unless it is there, and returns <folder>/<hash>.
 
     File times are kept, so that Python's and numba's compiled files, which are copied too, stay valid.
     """
-    dpath = folder / code().digest[:12]
+    dpath = folder / helpers.hash_of(msgspec.structs.asdict(code()))[:12]
     if not dpath.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with helpers.atomic_folder(dpath) as tmp_dpath:

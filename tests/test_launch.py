@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 
+import beartype
 import pytest
 
-from saev import console, errors, helpers, launch, sweeps
+from saev import console, errors, fields, helpers, launch, sweeps
 from saev.data import config as data_config
 from saev.launch import queue, slurm, submissions, watch
 from saev.training import config as training_config
@@ -420,3 +421,76 @@ def test_rows_of_squeue(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch)
     slurm_prints(tmp_path, monkeypatch, "squeue", "")
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
     assert queue.squeue(["7_3"]) is None
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """A config with a path."""
+
+    root: fields.Path = ""
+    n: int = 0
+
+
+def test_the_same_words_elsewhere_are_another_job(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path in another folder, and a link that leads elsewhere."""
+    for name in ("a", "b"):
+        (tmp_path / name / "shards").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "shards")
+
+    def key(folder: str, root: str) -> str:
+        monkeypatch.chdir(tmp_path / folder)
+        return submissions.key(launch.Stage("m:f", Reads(root)))
+
+    a, b = key("a", "shards"), key("b", "shards")
+    assert a != b and key("a", "../a/shards/") == a == key("b", "../link")
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "b" / "shards")
+    assert key("a", "../link") == b and key("a", "") not in (a, b)
+
+
+def test_a_folder_that_took_anothers_place_is_new(tmp_path: pathlib.Path) -> None:
+    old, new, made = (tmp_path / name for name in ("old", "new", "made"))
+    for dpath in (old, new, made):
+        dpath.mkdir()
+        os.utime(dpath, (0, 0))  # as if years ago
+    time.sleep(0.05)
+    outcome, stage = launch.Outcome([str(made)]), launch.Stage("m:f", Reads(str(old)))
+    written_s = time.time()
+    assert submissions.is_current(outcome, written_s, stage)
+    time.sleep(0.05)
+    old.rename(tmp_path / "aside")
+    new.rename(old)
+    assert not submissions.is_current(outcome, written_s, stage)
+
+
+@pytest.mark.parametrize("name", ["12:30", "%j", ""])
+def test_logs_in_a_folder_that_jobs_cannot_use(
+    name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.UserError, match="--log-to .*: must be a folder without : and %"):
+        launch.run("m:f", [1], launch.SlurmConfig("a", log_to=name), "saev-test")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_saev_sets() -> None:
+    for option in ("array=0-1", "job_name=x", "--output=y"):
+        with pytest.raises(errors.UserError, match="saev sets this itself"):
+            launch.SlurmConfig("a", slurm_extra=(option,))
+
+
+def test_a_cut_result_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "7_0_result.pkl").touch()
+    outcome = submissions.result(submissions.Job("7", "k", ""), tmp_path)
+    assert outcome is not None and "7_0_result.pkl is cut off. Run the same command again" in outcome.error
+
+
+def test_ctrl_c_waits_for_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), slurm.interrupted_later():
+        signal.raise_signal(signal.SIGINT)
+        done.append("noted")
+    assert done == ["noted"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler

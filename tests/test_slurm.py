@@ -488,6 +488,74 @@ def test_from_a_real_allocation(slurm: launch.SlurmConfig) -> None:
     assert done.stdout == "[4, 9]\n", done.stderr
 
 
+# ---- what was submitted is what a result is of ----
+
+
+def test_results_of_another_job_with_the_same_id(slurm: launch.SlurmConfig) -> None:
+    """As where two clusters share a disk, or Slurm counts anew."""
+    (outcome,) = launch.run("tasks:square", [5], slurm, "saev-test")
+    (job_id,) = submitted(slurm)
+    log_to = pathlib.Path(slurm.log_to)
+    for i in range(1, 30):
+        shutil.copy(log_to / f"{job_id}_0_result.pkl", log_to / f"{int(job_id) + i}_0_result.pkl")
+    (other,) = launch.run("tasks:square", [9], slurm, "saev-test")
+    assert (outcome.get(), other.get()) == (25, 81)
+
+
+def test_only_jobs_that_can_be_waited_for(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    list(launch.run("tasks:square", [3], slurm, "saev-test"))
+    list(launch.run("tasks:crash", [3], slurm, "saev-test"))
+    right, failed = sorted(submitted(slurm), key=int)
+
+    def after(job_id: str) -> list[launch.Outcome]:
+        return list(launch.run("tasks:square", [4], dataclasses.replace(slurm, after=(job_id,)), "saev-test"))
+
+    assert after(right)[0].get() == 16
+    for job_id, why in (("99999999", "knows no such job"), (f"{right}_7", "knows no"), (failed, "this job")):
+        with pytest.raises(errors.UserError, match=f"--after {job_id}: .*{why}"):
+            after(job_id)
+
+
+def test_two_equal_commands_at_once_submit_one_job(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    fpath = tmp_path / "done"
+    both = [in_thread([str(fpath)], slurm) for _ in range(2)]
+    assert [outcome.get() for waiting in both for outcome in waiting.result(60)] == [str(fpath)] * 2
+    assert len(submitted(slurm)) == 1
+
+
+def test_a_task_that_dies_fails_its_job(slurm: launch.SlurmConfig) -> None:
+    for argument, why in (
+        ("killed", "was killed by the system|without a result"),
+        ("refused", "is too large"),
+    ):
+        (outcome,) = launch.run("tasks:second_task", [argument], slurm, "saev-test", n_tasks=2)
+        assert re.search(why, outcome.error) and outcome.value is None
+
+
+def test_variables_of_sbatch_do_not_override_flags(
+    slurm: launch.SlurmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_PARTITION", "other")
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "7")
+    (outcome,) = launch.run("tasks:variable", ["SLURM_JOB_PARTITION"], slurm, "saev-test")
+    assert outcome.get() == "nextgen"
+    unsaid = dataclasses.replace(slurm, slurm_partition="")
+    (outcome,) = launch.run("tasks:variable", ["SLURM_JOB_PARTITION"], unsaid, "saev-test")
+    assert outcome.get() == "other"
+
+
+def test_a_job_that_no_node_can_run(slurm: launch.SlurmConfig) -> None:
+    """It is cancelled; where nobody waited, the command with the right flag cancels it and submits another."""
+    large = dataclasses.replace(slurm, n_cpus=64)
+    (outcome,) = launch.run("tasks:square", [3], large, "saev-test")
+    assert "was cancelled, because no node" in outcome.error and "--n-cpus" in outcome.error
+    with pytest.raises(SystemExit):
+        launch.run("tasks:square", [4], dataclasses.replace(large, slurm_wait=False), "saev-test")
+    wait_for(lambda: queue_says(max(submitted(slurm), key=int), "Reason", str) == "PartitionConfig")
+    (outcome,) = launch.run("tasks:square", [4], slurm, "saev-test")
+    assert outcome.get() == 16
+
+
 # ---- python -m saev.jobs ----
 
 
@@ -710,14 +778,14 @@ def test_two_tasks_share_the_batches_of_one_sae(
     assert queue_says(job_id, "NumNodes") == (2 if nodes else 1)
 
 
-def queue_says(job_id: str, name: str) -> int:
+def queue_says(job_id: str, name: str, kind: type = int) -> object:
     shown = subprocess.run(
         ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--Format={name}"],
         capture_output=True,
         text=True,
         check=True,
     )
-    return int(shown.stdout)
+    return kind(shown.stdout.strip())
 
 
 def test_training_goes_on_when_its_node_dies(

@@ -45,6 +45,8 @@ from saev.formats.writing import ShardWriter, WritableShards
 
 __all__ = ["STORED", "Metadata", "Record", "ShardDir", "ShardWriter", "Skipped", "encode", "stored_as"]
 
+COPIES = "saev-shards"
+"""Name of the folder of copies (`staging`)."""
 DUMP_ANEW = "Delete it and its .json, and run the same `python -m saev.data` command again."
 N_THREADS = 4
 """Threads that compute checksums on first use."""
@@ -114,6 +116,8 @@ class ShardDir(WritableShards):
     @property
     def remedy(self) -> str:
         """What the user should do about a damaged shard."""
+        if COPIES in self.dpath.parts:
+            return f"Delete {self.dpath}, a copy of --stage-to. The next job makes a new one."
         return DUMP_ANEW if self.is_ours else "Restore it, or dump it again."
 
     def _check_metadata(self, data: bytes) -> None:

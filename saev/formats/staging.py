@@ -52,7 +52,7 @@ def local(root: str, partial: bool = False, flag: str = "--data") -> str:
         return root
     source = shards.ShardDir.open(root, flag=flag)
     # The fingerprint is of the contents, so a dump made anew gets a new copy. The name is a hash of metadata.
-    dpath = _folder / "saev-shards" / source.fingerprint[:16] / source.metadata.hash
+    dpath = _folder / shards.COPIES / source.fingerprint[:16] / source.metadata.hash
     with helpers.locked(dpath.with_name(".copying.lock"), f"it copies {root} to {dpath}"):
         dpath.mkdir(exist_ok=True)
         helpers.sweep(dpath)

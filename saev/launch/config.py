@@ -14,6 +14,19 @@ from saev import errors, fields
 
 WHERE = ("on_slurm", "slurm_acct", "slurm_partition")
 """Fields that send a command's work to Slurm."""
+OWN = {
+    "array",
+    "dependency",
+    "error",
+    "export",
+    "job-name",
+    "open-mode",
+    "output",
+    "parsable",
+    "signal",
+    "wrap",
+}
+"""Options of sbatch that saev sets without a flag, or by another one."""
 
 
 @beartype.beartype
@@ -80,6 +93,8 @@ class SlurmConfig:
         for option in self.slurm_extra:
             if not option.partition("=")[0].strip(" -"):
                 raise errors.UserError(f"--slurm-extra {option!r}: must be key=value.")
+        if own := OWN & {key.replace("_", "-") for key in self.extra}:
+            raise errors.UserError(f"--slurm-extra {own.pop()}: saev sets this itself. Leave it out.")
         for name in WHERE[1:] if self.is_on else ():
             if not getattr(self, name):
                 object.__setattr__(self, name, _of_file().get(name, ""))

@@ -1,5 +1,6 @@
 """Submits pickled stages with sbatch. submitit writes the batch script and runs the stages in the jobs."""
 
+import collections.abc
 import os
 import pathlib
 import re
@@ -17,6 +18,7 @@ START = (
     "from saev.launch import job; job.main()"
 )
 """What a job runs. Slurm's warning waits until the stage begins; it would end a process without a handler."""
+PREFERENCES = ("account", "partition", "qos", "constraint")
 MAX_TIMEOUTS = 1000
 """A long run may reach the time limit this often; each job then continues the last."""
 
@@ -33,8 +35,15 @@ class Executor(submitit.SlurmExecutor):
 
     def _make_submission_command(self, submission_file_path: pathlib.Path) -> list[str]:
         self.script = submission_file_path
-        unset = [f"--unset={name}" for name in inherited()]
-        return ["env", *unset, "sbatch", "--parsable", "--export=ALL", str(submission_file_path)]
+        unset = [f"--unset={name}" for name in inherited(self.parameters)]
+        command = ["env", *unset, "sbatch", "--parsable", "--export=ALL", str(submission_file_path)]
+        return [
+            "sh",
+            "-c",
+            "trap '' INT; exec \"$@\"",
+            "sh",
+            *command,
+        ]  # Ctrl-C waits for the id (see `Batch`)
 
     @staticmethod
     def _get_job_id_from_submission_command(string: str | bytes) -> str:
@@ -59,6 +68,8 @@ class Executor(submitit.SlurmExecutor):
                 delayed.dump(fpath)
             first = self._submit_command(self._submitit_command_str).job_id
             ids = [f"{first}_{i}" for i in range(len(stages))] if len(stages) > 1 else [first]
+            for stale in (f for job_id in ids for f in folder.glob(f"{job_id}_*_result.pkl")):
+                stale.unlink()  # of another job with this id: another cluster's, or before Slurm counted anew
             for fpath, job_id in zip(pickles, ids, strict=True):
                 submitit.core.utils.JobPaths(folder, job_id).move_temporary_file(fpath, "submitted_pickle")
         finally:
@@ -69,11 +80,12 @@ class Executor(submitit.SlurmExecutor):
         return ids
 
 
-def inherited() -> list[str]:
-    """Variables of a job around this process that would change a new job. Slurm's own settings stay."""
-    return [
-        name
-        for name in os.environ
-        if (name.startswith("SLURM_") and name not in ("SLURM_CONF", "SLURM_CLUSTERS"))
-        or name in ("SBATCH_EXPORT", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_NODE", "SBATCH_ARRAY_INX")
-    ]
+def inherited(parameters: collections.abc.Mapping[str, object]) -> list[str]:
+    """Variables that would change a new job: those of a job around this process, and options of sbatch.
+
+    Slurm's own settings stay, and what the user prefers where no flag says otherwise. (To sbatch, variables
+    count more than the script's options.)
+    """
+    kept = {f"SBATCH_{name.upper()}" for name in PREFERENCES if not parameters.get(name)}
+    kept |= {"SLURM_CONF", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SBATCH_RESERVATION", "SBATCH_WCKEY"}
+    return [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_")) and name not in kept]

@@ -26,6 +26,7 @@ HOPELESS = {
     "DependencyNeverSatisfied": "a job that it was to follow failed",
     "InvalidAccount": "--slurm-acct is not valid in this partition",
     "InvalidQOS": "--slurm-qos is not valid here",
+    "PartitionConfig": "no node of the partition has what --n-gpus, --n-cpus, --mem-gb and --n-nodes ask for",
     "PartitionTimeLimit": "--n-hours is above the partition's limit",
     "QOSMaxWallDurationPerJobLimit": "--n-hours is above the limit of the quality of service",
 }
@@ -91,6 +92,22 @@ def why_lost(job_id: str, state: str, log: pathlib.Path) -> str:
     if state in ("", "FAILED") and last_line(log, KILLED):
         return "was killed by the system, as when a node has no memory left. Raise --mem-gb"
     return ENDED[state]
+
+
+def why_not_after(ids: collections.abc.Iterable[str]) -> str:
+    """Why jobs cannot be waited for (--after): Slurm does not know one, or it failed. Empty if they can."""
+    for job_id in ids:
+        rows = {k: row for k, row in (squeue([job_id]) or {}).items() if job_id in (k, k.partition("_")[0])}
+        states = {row.state for row in rows.values()}
+        if not rows:
+            asked = ("sacct", f"--jobs={job_id}", "--allocations", "--noheader", "--parsable2")
+            text = output(*asked, "--format=State") or ""
+            states = {line.partition(" ")[0] for line in text.splitlines()}
+        if not states:
+            return f"{job_id}: Slurm knows no such job"
+        if bad := states & ENDED.keys() - {"COMPLETED"}:
+            return f"{job_id}: this job {ENDED[bad.pop()].partition('.')[0]}"
+    return ""
 
 
 def max_array_size() -> int:

@@ -8,8 +8,10 @@ import logging
 import pathlib
 import shlex
 import shutil
+import signal
+import threading
 
-from saev import console, errors, provenance
+from saev import console, errors, helpers, provenance
 from saev.launch import queue, submissions, watch
 from saev.launch.config import SlurmConfig
 from saev.launch.stage import Outcome, Stage
@@ -17,8 +19,9 @@ from saev.launch.submissions import Job
 
 logger = logging.getLogger("saev")
 
-TOO_MANY = "MaxSubmitJob"
-"""In sbatch's answer if the user may not submit that many more jobs."""
+TOO_MANY = "SubmitJob"
+"""In sbatch's answer if the user or the account may not submit that many more jobs (AssocMaxSubmitJobLimit,
+AssocGrpSubmitJobsLimit, QOSMaxSubmitJobPerUserLimit, ...)."""
 
 
 def run(
@@ -37,8 +40,9 @@ def run(
         UserError: no Slurm on this machine, or it refuses the jobs.
         SystemExit: Ctrl-C, or --no-slurm-wait. The jobs keep running.
     """
-    batch = Batch(stages, slurm, name, is_lasting)
-    batch.submit()
+    with submitting(slurm):
+        batch = Batch(stages, slurm, name, is_lasting)
+        batch.submit()
     return iter(_wait(batch.jobs, slurm, batch.submit))
 
 
@@ -61,13 +65,14 @@ def pipeline(
     """
     ids: dict[str, str] = {}
     jobs: list[Job] = []
-    for step, needed in steps.items():
-        after = tuple(ids[other] for other in needed if ids[other]) + slurm.after
-        own = dataclasses.replace(slurm, after=after)
-        batch = Batch([Stage(f"{module}:{step}", arg, label=step)], own, f"{name}-{step}")
-        batch.submit()
-        jobs += batch.jobs
-        ids[step] = batch.jobs[0].id
+    with submitting(slurm):
+        for step, needed in steps.items():
+            after = tuple(ids[other] for other in needed if ids[other]) + slurm.after
+            own = dataclasses.replace(slurm, after=after)
+            batch = Batch([Stage(f"{module}:{step}", arg, label=step)], own, f"{name}-{step}")
+            batch.submit()
+            jobs += batch.jobs
+            ids[step] = batch.jobs[0].id
     return _wait(jobs, slurm)
 
 
@@ -99,6 +104,23 @@ def _wait(
         raise SystemExit(130) from None
 
 
+@contextlib.contextmanager
+def submitting(slurm: SlurmConfig) -> collections.abc.Generator[None]:
+    """While a command looks for its jobs and submits others: another one with this --log-to waits.
+
+    Raises:
+        UserError: --log-to is no folder that jobs can use, or a job of --after is unknown or failed.
+    """
+    if not slurm.log_to or set(":%") & set(str(pathlib.Path(slurm.log_to).resolve())):
+        # PYTHONPATH divides its folders by colons; sbatch replaces %j and the like
+        raise errors.UserError(f"--log-to {slurm.log_to!r}: must be a folder without : and % in its path.")
+    log_to = pathlib.Path(slurm.log_to)
+    with helpers.locked(log_to / ".submitting.lock", f"it submits jobs with --log-to {log_to}"):
+        if slurm.after and (why := queue.why_not_after(slurm.after)):
+            raise errors.UserError(f"--after {why}. Pass jobs that are in the queue or completed.")
+        yield
+
+
 def cancel(ids: list[str]) -> str:
     """The command that cancels jobs."""
     return f"scancel {' '.join(dict.fromkeys(job_id.partition('_')[0] for job_id in ids))}"
@@ -123,8 +145,9 @@ class Batch:
         self.submission = submissions.Submission.new(name)
         found = submissions.labels([stage.arg for stage in stages]) if len(stages) > 1 else [stages[0].label]
         self.stages = [dataclasses.replace(s, label=text) for s, text in zip(stages, found, strict=True)]
-        self.jobs = [Job("", submissions.key(stage), stage.label) for stage in self.stages]
-        self._find(is_lasting or slurm.retry_failed)
+        self.jobs = [Job("", submissions.key(s), s.label, s.n_tasks) for s in self.stages]
+        # what was made before the jobs of --after have ended may not be what is wanted
+        self._find((is_lasting and not slurm.after) or slurm.retry_failed)
 
     def _find(self, is_lasting: bool) -> None:
         """Takes over jobs of earlier commands that are queued or, if `is_lasting`, have a current outcome."""
@@ -139,18 +162,34 @@ class Batch:
             )
         rows = (queue.squeue(job.id for _, job, _ in mine) or {}) if mine else {}
         n_queued = n_done = 0
+        hopeless, older = [], []
         for (job, old, submission), stage in zip(mine, self._stages_of(mine), strict=True):
             row = rows.get(old.id, queue.Queued(""))
             outcome = submissions.result(old, self.log_to)
+            is_same = submission.code.digest == provenance.code().digest
             if outcome is None and not row.is_over and row.user in ("", submission.user):
+                if row.state == "PENDING" and row.reason in queue.HOPELESS:
+                    hopeless.append(old.id)
+                    continue
                 job.id, n_queued = old.id, n_queued + 1
+                older += [] if is_same else [old.id]
                 continue
-            is_same = self.slurm.retry_failed or submission.code.digest == provenance.code().digest
+            is_same = is_same or self.slurm.retry_failed
             if is_lasting and is_same and self._is_current(old, outcome, stage):
                 job.id, n_done = old.id, n_done + 1
         if n_queued or n_done:
             ids = shown([job.id for job in self.jobs if job.id])
             logger.info("of earlier commands: %d job(s) in the queue, %d done: %s", n_queued, n_done, ids)
+        if older:
+            logger.warning(
+                "The code has changed since these jobs were submitted, and they run the earlier code: %s. "
+                "For the new code, cancel them (%s) and run the same command again.",
+                shown(older),
+                cancel(older),
+            )
+        if hopeless:
+            queue.scancel(hopeless)
+            logger.info("cancelled earlier jobs that would never start: %s", shown(hopeless))
 
     def _stages_of(self, mine: list[tuple[Job, Job, submissions.Submission]]) -> list[Stage]:
         by_key = {job.key: stage for job, stage in zip(self.jobs, self.stages, strict=True)}
@@ -159,7 +198,7 @@ class Batch:
     def _is_current(self, old: Job, outcome: Outcome | None, stage: Stage) -> bool:
         if outcome is None:
             return False
-        written_s = (self.log_to / f"{old.id}_0_result.pkl").stat().st_mtime
+        written_s = submissions.result_fpath(old.id, self.log_to).stat().st_mtime
         return submissions.is_current(outcome, written_s, stage)
 
     def submit(self) -> None:
@@ -184,22 +223,25 @@ class Batch:
                 part = todo[:most]
                 try:
                     stages = [stage for _, stage in part]
-                    with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints sbatch's message
+                    # submitit also prints sbatch's message
+                    with interrupted_later(), contextlib.redirect_stderr(io.StringIO()):
                         new = executor.submit_all(stages, minutes, self.slurm.max_parallel)
+                        self._note(dict(zip([job.key for job, _ in part], new, strict=True)))
                 except executors.submitit.core.utils.FailedJobError as err:
                     if TOO_MANY not in str(err):
                         raise
                     most = len(part) // 2
                     continue
                 todo, ids = todo[most:], [*ids, *new]
-                self._note(dict(zip([job.key for job, _ in part], new, strict=True)))
         except executors.submitit.core.utils.FailedJobError as err:
             if ids:
                 queue.scancel(ids)
-            complaint = str(err).strip().splitlines()[-1].removeprefix("sbatch: error: ")
+            lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(err).splitlines()]
+            lines = [line.strip(" .") for line in lines if line.strip() and not line.startswith("Try ")]
             raise errors.UserError(
-                f"sbatch refused the job: {complaint}. Check --slurm-acct, --slurm-partition, --n-gpus, "
-                "--n-cpus, --mem-gb and --n-hours."
+                f"sbatch refused the job: {'; '.join(lines[-2:])}. Check the flags that say where it runs "
+                "(account, partition, qos, constraint, exclude, extra) and what it needs (--n-gpus, 0 if the "
+                "cluster has none; --n-cpus, --mem-gb, --n-hours)."
             ) from err
         if ids:
             logger.info("submitted %d job(s): %s; logs in %s", len(ids), shown(ids), self.slurm.log_to)
@@ -213,6 +255,22 @@ class Batch:
         self.submission.write(self.log_to)
 
 
+@contextlib.contextmanager
+def interrupted_later() -> collections.abc.Generator[None]:
+    """Ctrl-C is raised when this ends, so that no job is submitted whose id is not noted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda signum, _: asked.append(signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
+
+
 def parameters(
     slurm: SlurmConfig, name: str, n_tasks: int, minutes: int, code: pathlib.Path
 ) -> dict[str, object]:
@@ -224,6 +282,8 @@ def parameters(
     n_gpus = max(slurm.n_gpus, per_node) if slurm.n_gpus else 0
     gpu_type = f"{slurm.slurm_gpu_type}:" if slurm.slurm_gpu_type else ""
     path = f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
+    gone = shlex.quote(f"error: the code of this job, {code}, is gone. Run the same command again.")
+    there = f"[ -d {shlex.quote(f'{code}/saev')} ] || {{ echo {gone}; exit 1; }}"
     optional = {
         "account": slurm.slurm_acct,
         "partition": slurm.slurm_partition,
@@ -243,7 +303,7 @@ def parameters(
         "ntasks_per_node": per_node,
         "signal_delay_s": min(90, 15 * minutes),
         "stderr_to_stdout": True,
-        "setup": [*slurm.slurm_setup, path],
+        "setup": [*slurm.slurm_setup, there, path],
         **{k: v for k, v in optional.items() if v},
     }
 

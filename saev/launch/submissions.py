@@ -7,7 +7,9 @@ import collections.abc
 import contextlib
 import dataclasses
 import getpass
+import os
 import pathlib
+import pickle
 import sys
 import typing as tp
 
@@ -30,6 +32,8 @@ class Job(msgspec.Struct):
     """Hash of what it does."""
     label: str
     """What distinguishes it from the command's other jobs: lr = 0.003."""
+    n_tasks: int = 1
+    """Processes that work on it together."""
 
     @property
     def title(self) -> str:
@@ -86,14 +90,27 @@ def read_all(log_to: pathlib.Path) -> list[Submission]:
 
 
 def result(job: Job, log_to: pathlib.Path) -> Outcome | None:
-    """The outcome of a job's first task, or None if it has written none yet."""
+    """The outcome of a job's first task, or of the first that failed. None if one has written none yet."""
+    found = [_of_task(job, task, log_to) for task in range(job.n_tasks)]
+    failed = next((outcome for outcome in found if outcome and outcome.error), None)
+    return failed or (None if None in found else found[0])
+
+
+def result_fpath(job_id: str, log_to: pathlib.Path, task: int | str = 0) -> pathlib.Path:
+    """Where submitit writes the outcome of a task."""
+    return log_to / f"{job_id}_{task}_result.pkl"
+
+
+def _of_task(job: Job, task: int, log_to: pathlib.Path) -> Outcome | None:
     import submitit.core.utils
 
-    paths = submitit.core.utils.JobPaths(log_to, job.id, 0)
+    fpath = result_fpath(job.id, log_to, task)
     try:
-        kind, value = submitit.core.utils.pickle_load(paths.result_pickle)
+        kind, value = submitit.core.utils.pickle_load(fpath)
     except FileNotFoundError:
         return None
+    except (EOFError, pickle.UnpicklingError):
+        return Outcome(error=f"{job.title}: {fpath} is cut off. Run the same command again.")
     if kind == "success":
         return value.of(job.title)
     why = exception_line(value).removeprefix("saev.errors.UserError: ").rstrip(".")
@@ -122,7 +139,8 @@ def is_current(outcome: Outcome, written_s: float, stage: Stage) -> bool:
     made = outcome.value if isinstance(outcome.value, list) else [outcome.value]
     there = all(pathlib.Path(path).exists() for path in made if isinstance(path, str))
     read = [pathlib.Path(path) for path in _inputs(stage.arg)]
-    return there and all(path.stat().st_mtime < written_s for path in read if path.exists())
+    # not st_mtime, which a folder that is moved to another name keeps
+    return there and all(path.stat().st_ctime < written_s for path in read if path.exists())
 
 
 def _inputs(value: tp.Any) -> collections.abc.Iterator[str]:
@@ -149,14 +167,22 @@ def key(stage: Stage) -> str:
 
 
 def _plain(value: tp.Any) -> tp.Any:
+    """Paths are real ones: the same words in another folder, or a link elsewhere, mean something else."""
     if isinstance(value, SlurmConfig):
         return None
     if dataclasses.is_dataclass(value):
-        values = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return [type(value).__name__, values]
+        paths = fields.path_fields(type(value))
+        values = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return [type(value).__name__, {k: _real(v) if k in paths else _plain(v) for k, v in values.items()}]
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def _real(value: tp.Any) -> tp.Any:
+    if isinstance(value, list | tuple):
+        return [_real(v) for v in value]
+    return os.path.realpath(value) if value else value
 
 
 def labels(args: collections.abc.Sequence[object]) -> list[str]:

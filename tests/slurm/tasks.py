@@ -25,6 +25,14 @@ def killed(x: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def second_task(how: str) -> str:
+    """The second task dies, or refuses; the first is fine."""
+    if os.environ["SLURM_PROCID"] == "1":
+        killed(0) if how == "killed" else refuse(0)
+    time.sleep(1)
+    return how
+
+
 def take_memory(n_bytes: int) -> None:
     taken = bytearray(n_bytes)
     time.sleep(120)
