@@ -54,7 +54,8 @@ class _File:
         self.shard_i = shard_i
         self.fpath = str(part.acts_fpath(shard_i))
         self.sums = part.sums(shard_i)
-        self.sums_address = np.frombuffer(self.sums, np.uint8).ctypes.data
+        is_long_enough = len(self.sums) >= SUM_BYTES * part.n_pieces(shard_i)
+        self.sums_address = np.frombuffer(self.sums, np.uint8).ctypes.data if is_long_enough else 0
         self.fd = os.open(self.fpath, os.O_RDONLY)
         _advise(self.fd, 0, 0, advice)
 

