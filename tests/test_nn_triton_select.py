@@ -314,7 +314,7 @@ def test_programs_fit_a_gpu(compiles, arch: int, dtype: torch.dtype, sizes: list
         needs = kernel_resources.compiled(launch, arch)
         assert needs.stack == 0, launch
         assert needs.shared <= 16 * 1024, launch
-        assert needs.registers <= 176, launch
+        assert needs.registers <= 192, launch
         assert needs.resident(arch) >= 8, launch
         assert ".ftz" not in needs.ptx
         atomics = set(re.findall(r"^\s*(?:@\S+ )?((?:atom|red)\.\S+)", needs.ptx, re.MULTILINE))
