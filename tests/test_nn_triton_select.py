@@ -185,6 +185,17 @@ def check_bits(device: str) -> None:
     assert triton_select.top_k(zeros_BS[:0], 3)[0].shape == (0, 3)
 
 
+def check_ends_of_rows(device: str) -> None:
+    """The last group of a row is shorter; the next row's large values are not in it."""
+    x_BS = torch.zeros(2, 1500)
+    x_BS[0, 1499] = 1
+    x_BS[1, :10] = 5
+    check_rows(device, x_BS, 3)
+    check_batch(device, x_BS[:, :1499], 3)
+    assert triton_select.batch_top_k(x_BS.to(device), 11)[1].tolist() == [1499, *range(10)]
+    check_rows(device, x_BS.roll(7, dims=1), 1)
+
+
 def check_not_a_number(device: str) -> None:
     """NaN is found, so that a run that diverges is noticed, and nothing else goes wrong."""
     x_BS = normal(torch.Generator().manual_seed(4), 2, 1100)
@@ -261,6 +272,7 @@ def check(device: str) -> None:
     for kind in KINDS[:2]:
         check_processes(device, kind(torch.Generator().manual_seed(9), 3, 500), 8)
     check_bits(device)
+    check_ends_of_rows(device)
     check_not_a_number(device)
     check_levels(device)
     for n_programs in (1, 3):
