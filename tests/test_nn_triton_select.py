@@ -185,6 +185,19 @@ def check_bits(device: str) -> None:
     assert triton_select.top_k(zeros_BS[:0], 3)[0].shape == (0, 3)
 
 
+def check_ends_of_rows(device: str) -> None:
+    """The last group of a row is shorter; the next row's large values are not in it."""
+    x_BS = torch.zeros(2, 1500)
+    x_BS[0, 1499] = 1
+    x_BS[1, :10] = 5
+    check_rows(device, x_BS, 3)
+    check_batch(device, x_BS[:, :1499], 3)
+    assert triton_select.batch_top_k(x_BS.to(device), 11)[1].tolist() == [1499, *range(10)]
+    x_BS[0] = torch.where(torch.arange(1500) < 1400, -1.0, -3.0)  # what is beyond it is not larger
+    check_rows(device, x_BS, 1)
+    check_rows(device, x_BS[:1], 1)
+
+
 def check_not_a_number(device: str) -> None:
     """NaN is found, so that a run that diverges is noticed, and nothing else goes wrong."""
     x_BS = normal(torch.Generator().manual_seed(4), 2, 1100)
@@ -261,6 +274,7 @@ def check(device: str) -> None:
     for kind in KINDS[:2]:
         check_processes(device, kind(torch.Generator().manual_seed(9), 3, 500), 8)
     check_bits(device)
+    check_ends_of_rows(device)
     check_not_a_number(device)
     check_levels(device)
     for n_programs in (1, 3):
@@ -314,7 +328,7 @@ def test_programs_fit_a_gpu(compiles, arch: int, dtype: torch.dtype, sizes: list
         needs = kernel_resources.compiled(launch, arch)
         assert needs.stack == 0, launch
         assert needs.shared <= 16 * 1024, launch
-        assert needs.registers <= 176, launch
+        assert needs.registers <= 192, launch
         assert needs.resident(arch) >= 8, launch
         assert ".ftz" not in needs.ptx
         atomics = set(re.findall(r"^\s*(?:@\S+ )?((?:atom|red)\.\S+)", needs.ptx, re.MULTILINE))

@@ -47,7 +47,7 @@ DIGIT_BITS = 8
 
 
 def available(pre_BS: Tensor, k: int = 1) -> bool:
-    """Can the kernels search these pre-activations? Not float64, nor k above about 4,096."""
+    """Can the kernels search these pre-activations? Not float64; k up to 4,096, or rows up to 8,192."""
     if not triton_kernels.available(pre_BS):
         return False
     S = pre_BS.shape[1]
@@ -88,17 +88,8 @@ def _group_max(source_BS: Tensor, L: int) -> Tensor:
     G = -(-S // L)
     max_BG = torch.empty(B, G, dtype=torch.int32, device=source_BS.device)
     tile = min(TILE // L, _pow2(G))
-    launch(
-        "group_max",
-        (B, -(-G // tile)),
-        source_BS,
-        max_BG,
-        S,
-        G,
-        L=L,
-        TILE=tile,
-        IS_KEY=not source_BS.is_floating_point(),
-    )
+    is_key = not source_BS.is_floating_point()
+    launch("group_max", (B, -(-G // tile)), source_BS, max_BG, S, G, L=L, TILE=tile, IS_KEY=is_key)
     return max_BG
 
 
