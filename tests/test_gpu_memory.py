@@ -4,6 +4,7 @@ B batch, D d_vit, S latents, K top k.
 """
 
 import collections.abc
+import dataclasses
 import pathlib
 import re
 import types
@@ -16,9 +17,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_memory
-from saev import errors, nn
+from saev import errors, nn, tracking
 from saev.data import config as data_config
-from saev.data import dump, vits
+from saev.data import dump, shuffled, vits
 from saev.data import memory as data_memory
 from saev.formats import shards
 from saev.nn import config as nn_config
@@ -27,7 +28,7 @@ from saev.protoeval import memory as protoeval_memory
 from saev.scorers import base, kmeans, pca
 from saev.scorers import config as scorers_config
 from saev.scorers import sae as sae_scorer
-from saev.training import config, evaluate, memory, run
+from saev.training import config, evaluate, loop, memory, parallel, run
 from saev.visuals import collect
 
 pytestmark = [
@@ -283,6 +284,24 @@ def test_what_a_search_gets() -> None:
     few, many = (memory.search_bytes([cfg] * n, 72 * 10**9) for n in (1, 5))
     assert (few, many) == (2**35, memory.SEARCH_BYTES[0])
     assert memory.search_bytes([cfg], 10**15) == memory.SEARCH_BYTES[1]
+
+
+@pytest.mark.parametrize(("gpu_gb", "want"), [(0.0, 72 * 10**9), (24.0, 24 * 10**9)])
+def test_the_search_of_a_training_gets_what_the_flag_leaves(
+    gpu_gb: float, want: int, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """Of a card with 80 GB free, 0.9 are used."""
+    cfg = dataclasses.replace(gpu_memory.train("TopK", LARGEST), gpu_gb=gpu_gb, wandb_project="")
+    made: list[run.Run] = []
+    monkeypatch.setattr(loop.devices, "pick", lambda _: fake_gpu.DEVICE)
+    monkeypatch.setattr(loop, "_start_tracker", lambda *_: unittest.mock.Mock(tracking.Tracker))
+    monkeypatch.setattr(loop._Loop, "__init__", lambda _, stream, runs, *__: made.extend(r for r, _ in runs))
+    monkeypatch.setattr(loop._Loop, "run", lambda _: [])
+    with a_gpu(LARGEST.d_sae):
+        stream = unittest.mock.Mock(shuffled.Shuffled)
+        assert loop._train(stream, {tmp_path: cfg}, 0, parallel.World()) == []
+        assert made[0].objective.search_bytes == memory.search_bytes([cfg], want)
+        made[0].step(0, on_gpu(LARGEST.batch, LARGEST.d_vit))
 
 
 # ---- indices ----
