@@ -37,8 +37,9 @@ pytestmark = [
 ]
 
 ROOT = pathlib.Path(__file__).parent.parent
-LEAST, MOST = 0.95, 1.35
-"""A formula divided by what is measured. It is rather too large than too small: kernels also need scratch memory."""
+LEAST, MOST = 0.9, 1.35
+"""A formula divided by what is measured. It is rather too large than too small: kernels also need scratch memory.
+The type checks of all functions, which full tests switch on, keep some tensors longer."""
 P = gpu_memory.N_PATCHES
 LARGEST = gpu_memory.SIZES[-1]
 
