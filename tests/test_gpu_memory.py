@@ -7,7 +7,6 @@ import collections.abc
 import dataclasses
 import pathlib
 import re
-import types
 import typing as tp
 import unittest.mock
 
@@ -18,8 +17,8 @@ import torch
 
 from benchmarks import gpu_memory
 from saev import errors, nn, tracking
+from saev.data import activations, dump, ordered, shuffled, vits
 from saev.data import config as data_config
-from saev.data import dump, shuffled, vits
 from saev.data import memory as data_memory
 from saev.formats import shards
 from saev.nn import config as nn_config
@@ -53,13 +52,23 @@ def on_gpu(*shape: int) -> torch.Tensor:
     return torch.empty(*shape, device=fake_gpu.DEVICE)
 
 
-class Blocks:
+class Acts(activations.Activations):
+    """Activations that are nowhere."""
+
+    d_vit = 0
+
+    def __init__(self, d_vit: int):
+        self.d_vit = d_vit
+
+    def __len__(self) -> int:
+        return 10**6
+
+
+class Blocks(ordered.Ordered):
     """A few blocks of images."""
 
-    block = 1
-
     def __init__(self, n_imgs: int, d_vit: int):
-        self.n_imgs, self.d_vit, self.acts = n_imgs, d_vit, range(4 * n_imgs)
+        self.n_imgs, self.d_vit, self.acts = n_imgs, d_vit, Acts(d_vit)
 
     def __len__(self) -> int:
         return 3
@@ -108,7 +117,7 @@ def an_sae(size: gpu_memory.Size, cls: tp.Any = nn_config.TopK) -> nn.SparseAuto
 def shown(size: gpu_memory.Size) -> int:
     with a_gpu() as gpu:
         stream = Blocks(gpu_memory.n_block(size), size.d_vit)
-        collect.collect.__wrapped__(an_sae(size), stream, gpu_memory.N_IMAGES)
+        collect.collect(an_sae(size), stream, gpu_memory.N_IMAGES)
         return gpu.peak
 
 
@@ -134,7 +143,7 @@ def fitted(scorer: tp.Any, size: gpu_memory.Size) -> int:
     with a_gpu() as gpu:
         if isinstance(scorer, scorers_config.Pca):
             with unittest.mock.patch.object(pca.ordered, "Ordered", lambda _: Blocks(64, D)):
-                pca.moments.__wrapped__(types.SimpleNamespace(d_vit=D), fake_gpu.DEVICE)
+                pca.moments(Acts(D), fake_gpu.DEVICE)
             return gpu.peak
         x_BD = on_gpu(scorer.n_samples, D)
         square_B = x_BD.square().sum(dim=1)
