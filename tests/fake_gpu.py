@@ -98,12 +98,17 @@ class Gpu(TorchDispatchMode):
         kwargs: dict[str, tp.Any] | None = None,
     ) -> tp.Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled() and func.namespace == "aten":  # some operations are still whole
+        name = func.overloadpacket
+        # Inference mode leaves some operations whole. For attention a GPU has a kernel that needs no more memory.
+        if (
+            torch.is_inference_mode_enabled()
+            and func.namespace == "aten"
+            and name is not aten.scaled_dot_product_attention
+        ):
             with _again(self):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        name = func.overloadpacket
         if name is aten._local_scalar_dense:
             self._wait("item", args[0])
             return self._value(args[0].dtype)

@@ -516,11 +516,11 @@ def test_roles() -> None:
     """What a run's id and its group were made of before roles were declared, but for n_patches: n_steps decided the stream."""
     ignored = {"data", "val_data", "n_val_patches", "ckpt_to", "wandb_project", "device", "sweep"}
     ignored |= {"dry_run", "slurm", "log_every", "costly_every", "save_every", "keep_last"}
-    ignored |= {"n_threads", "data_parallel"}
+    ignored |= {"n_threads", "data_parallel", "gpu_gb"}
     names = {f.name for f in dataclasses.fields(config.Train)}
     assert set(fields.result_names(config.Train)) == names - ignored
     cfg = config.Train(n_patches=8192, batch_size=2048, seed=5, n_threads=3, device="cpu")
-    assert fields.stream_of(cfg) == (cfg.data, 8192, 2048, 5, 2.0, 3, 50, 1, "cpu")
+    assert fields.stream_of(cfg) == (cfg.data, 8192, 2048, 5, 2.0, 3, 0.0, 50, 1, "cpu")
 
 
 def test_finished_runs_are_left_alone(cfg: config.Train) -> None:
