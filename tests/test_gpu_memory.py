@@ -45,7 +45,9 @@ LARGEST = gpu_memory.SIZES[-1]
 
 def a_gpu(d_sae: int = 10**9, k: int = gpu_memory.K) -> fake_gpu.Gpu:
     """Of pre-activations, a few more than the k largest of each row are above BatchTopK's guess."""
-    return fake_gpu.Gpu(lambda n: int(1.03 * k * (n // d_sae)) if n >= 1000 * d_sae else 5)
+    gpu = fake_gpu.Gpu(lambda n: int(1.03 * k * (n // d_sae)) if n >= 1000 * d_sae else 5)
+    gpu.answer[torch.int32] = k * LARGEST.batch  # BatchTopK's number of codes, at most
+    return gpu
 
 
 def on_gpu(*shape: int) -> torch.Tensor:
