@@ -39,6 +39,7 @@ from saev.nn import config as nn_config
 from saev.protoeval import ap, score
 from saev.scorers import config as scorers_config
 from saev.scorers import kmeans, pca
+from saev.training import memory
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -219,6 +220,8 @@ def _step(here: Here, case: train_step.Case, precision: str) -> dict[str, object
     step_s = here.seconds(step)
     gb = here.peak_gb(step)
     del step
+    cfg = train_step.config_of(case, precision)
+    search = memory.search_bytes([cfg], 80 * 10**9)
     return {
         "ratio": step_s / product_s,
         "reference": f"one encoder product, {precision}",
@@ -226,6 +229,7 @@ def _step(here: Here, case: train_step.Case, precision: str) -> dict[str, object
         "tokens_per_s": round(case.batch_size / step_s),
         "dense_ratio": _dense_s(here, case, precision) / product_s,
         "peak_gb": gb,
+        "formula_gb": round(memory.gpu_peak([cfg], search, is_costly=False) / 1e9, 3),
     }
 
 
@@ -362,10 +366,10 @@ def _loader(here: Here, dpath: pathlib.Path, n_saes: int) -> dict[str, object]:
     batch_size = here.size(16_384, 256)
     is_gpu = here.device.type == "cuda"
     acts = activations.Activations(data_config.Shards(str(dpath)))
-    loader = shuffled.Shuffled(acts, batch_size=batch_size, pool_bytes=int(3e8), pin=is_gpu)
+    loader = shuffled.Shuffled(acts, batch_size=batch_size, pool_bytes=int(3e8), pin=is_gpu, keep_half=is_gpu)
     case = train_step.Case("TopK", nn_config.TopK(d_vit=acts.d_vit, d_sae=here.size(16_384, 256)), batch_size)
     batches = iter(loader)
-    x = [next(batches).act_BD.to(here.device) for _ in range(4)]
+    x = [next(batches).act_BD.to(here.device).float() for _ in range(4)]
     runs = [train_step.start(case, x, str(here.device), "bfloat16") for _ in range(n_saes)]
     n_steps, waited_s = here.size(300, 4), 0.0
     for i in range(min(5, n_steps)):
@@ -377,7 +381,7 @@ def _loader(here: Here, dpath: pathlib.Path, n_saes: int) -> dict[str, object]:
         asked_s = time.perf_counter()
         batch_BD = next(batches).act_BD
         waited_s += time.perf_counter() - asked_s
-        x_BD = batch_BD.to(here.device, non_blocking=True)
+        x_BD = batch_BD.to(here.device, non_blocking=True).float()
         for run in runs:
             run.step(5 + i, x_BD)
     here.wait()

@@ -99,9 +99,8 @@ def batches(d_vit: int, batch_size: int, device: str = "cpu") -> list[Tensor]:
     return out
 
 
-def start(case: Case, x: list[Tensor], device: str = "cpu", precision: str = "float32") -> run.Run:
-    """A run before its first step."""
-    cfg = config.Train(
+def config_of(case: Case, precision: str = "float32") -> config.Train:
+    return config.Train(
         sae=case.sae,
         objective=case.objective,
         batch_size=case.batch_size,
@@ -109,7 +108,11 @@ def start(case: Case, x: list[Tensor], device: str = "cpu", precision: str = "fl
         dead_window=10**12,
         precision=tp.cast(tp.Any, precision),
     )
-    out = run.Run(cfg, pathlib.Path(), torch.device(device))
+
+
+def start(case: Case, x: list[Tensor], device: str = "cpu", precision: str = "float32") -> run.Run:
+    """A run before its first step."""
+    out = run.Run(config_of(case, precision), pathlib.Path(), torch.device(device))
     out.start(x[0])
     if case.density is not None:
         with torch.no_grad():
