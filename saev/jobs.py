@@ -119,9 +119,10 @@ def retry(chosen: list[Submission]) -> tp.NoReturn:
     Raises:
         UserError: several submissions were chosen, or its folder or command is unknown.
     """
-    if len(chosen) != 1:
+    commands_of = {(submission.folder, *submission.args): submission for submission in chosen}
+    if len(commands_of) != 1:  # (the demo's steps are submissions of one command)
         raise errors.UserError(f"retry: name one of the submissions {', '.join(s.id for s in chosen)}.")
-    (submission,) = chosen
+    (submission,) = commands_of.values()
     command = submission.name.split("-")[1] if "-" in submission.name else ""
     if command not in commands.COMMANDS or not pathlib.Path(submission.folder).is_dir():
         raise errors.UserError(

@@ -13,7 +13,7 @@ import time
 import beartype
 import pytest
 
-from saev import console, errors, fields, helpers, launch, sweeps
+from saev import console, errors, fields, helpers, jobs, launch, sweeps
 from saev.data import config as data_config
 from saev.launch import queue, slurm, submissions, watch
 from saev.training import config as training_config
@@ -233,6 +233,7 @@ def test_defaults_are_shown_by_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path
     [
         ("mem_gb = ", r"slurm.toml: cannot be read \("),
         ("mem = 3", "slurm.toml: unknown key 'mem'. Valid keys: slurm_acct, "),
+        ("on_slurm = true", "slurm.toml: unknown key 'on_slurm'"),
         ("mem_gb = 'much'", "slurm.toml: mem_gb = 'much': must be int"),
         ("slurm_setup = 'module load cuda'", "must be a list of texts"),
         ("n_hours = -1", "slurm.toml: --n-hours -1.0: must be more than 0"),
@@ -494,3 +495,25 @@ def test_ctrl_c_waits_for_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
         signal.raise_signal(signal.SIGINT)
         done.append("noted")
     assert done == ["noted"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_retry_needs_one_command(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """The demo submits each step by itself; they are one command."""
+
+    class Started(Exception):
+        pass
+
+    def execv(_: str, words: list[str]) -> None:
+        raise Started(*words)
+
+    monkeypatch.setattr("saev.jobs.os.execv", execv)
+    monkeypatch.chdir(tmp_path)
+    steps = [submissions.Submission.new(f"saev-demo-{step}") for step in ("dump", "train")]
+    for i, submission in enumerate(steps):
+        submission.args, submission.jobs = ["demo", "--n-imgs", "40"], [submissions.Job(str(i), "k", "")]
+    with pytest.raises(Started) as started:
+        jobs.retry(steps)
+    assert started.value.args[2:] == ("saev", "demo", "--n-imgs", "40", "--retry-failed")
+    steps[1].args = ["demo", "--n-imgs", "80"]
+    with pytest.raises(errors.UserError, match="retry: name one of the submissions 0, 1"):
+        jobs.retry(steps)

@@ -14,6 +14,8 @@ from saev import errors, fields
 
 WHERE = ("on_slurm", "slurm_acct", "slurm_partition")
 """Fields that send a command's work to Slurm."""
+PER_COMMAND = ("on_slurm", "after", "retry_failed")
+"""Fields that are no defaults for other commands."""
 OWN = {
     "array",
     "dependency",
@@ -134,7 +136,7 @@ def _read(fpath: pathlib.Path, _mtime_ns: int) -> dict[str, tp.Any]:
         values = tomllib.loads(fpath.read_text("utf-8"))
     except (OSError, ValueError) as err:
         raise errors.UserError(f"{fpath}: cannot be read ({errors.first_line(err)}). Correct it.") from err
-    hints = tp.get_type_hints(SlurmConfig)
+    hints = {k: hint for k, hint in tp.get_type_hints(SlurmConfig).items() if k not in PER_COMMAND}
     for key, value in values.items():
         if key not in hints:
             raise errors.UserError(f"{fpath}: unknown key {key!r}. Valid keys: {', '.join(hints)}.")

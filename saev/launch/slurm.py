@@ -158,7 +158,7 @@ class Batch:
         if self.slurm.retry_failed and not mine:
             raise errors.UserError(
                 f"--retry-failed: {self.slurm.log_to} has no earlier submission of these configs. Pass its "
-                "--log-to, or leave the flag out."
+                "--log-to and --max-per-job, or leave the flag out."
             )
         rows = (queue.squeue(job.id for _, job, _ in mine) or {}) if mine else {}
         n_queued = n_done = 0
