@@ -500,18 +500,18 @@ def test_ctrl_c_waits_for_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_retry_needs_one_command(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """The demo submits each step by itself; they are one command."""
 
-    class Started(Exception):
+    class StartedError(Exception):
         pass
 
     def execv(_: str, words: list[str]) -> None:
-        raise Started(*words)
+        raise StartedError(*words)
 
     monkeypatch.setattr("saev.jobs.os.execv", execv)
     monkeypatch.chdir(tmp_path)
     steps = [submissions.Submission.new(f"saev-demo-{step}") for step in ("dump", "train")]
     for i, submission in enumerate(steps):
         submission.args, submission.jobs = ["demo", "--n-imgs", "40"], [submissions.Job(str(i), "k", "")]
-    with pytest.raises(Started) as started:
+    with pytest.raises(StartedError) as started:
         jobs.retry(steps)
     assert started.value.args[2:] == ("saev", "demo", "--n-imgs", "40", "--retry-failed")
     steps[1].args = ["demo", "--n-imgs", "80"]
