@@ -29,6 +29,14 @@ def test_a_kernel_takes_the_larger_of_its_times() -> None:
     assert roofline.product(32768, 16384, "TF32").ms(h100) == pytest.approx(2 * 2**15 * 2**14 * 2**10 / 495e9)
 
 
+def test_bfloat16_halves_rows_and_adds_copies() -> None:
+    n_latents, n_batch = 2**14, 2**12
+    rows, copy = n_batch * roofline.K * roofline.D, 6 * roofline.D
+    pairs = zip(*(roofline.gathers(n_latents, n_batch, p) for p in ("float32", "bfloat16")), strict=True)
+    saved = [exact.n_bytes - rough.n_bytes for exact, rough in pairs]
+    assert saved == [2 * rows - copy * n_latents, 2 * rows, 4 * rows - 2 * copy * n_batch]
+
+
 B, S, D, K = 48, 320, 20, 4
 NO_PASS = {
     "alias",
