@@ -2,7 +2,7 @@
 
     uv run python -m benchmarks.kernel_resources [--quick]
 
-The kernels are those that TopK and BatchTopK steps start, with the same types and constants: launches are recorded
+The kernels are those that TopK's and BatchTopK's steps start, with the same types and constants: launches are recorded
 instead of made. Registers (per thread) and the stack (bytes per thread, spilled registers) are read from the machine
 code by Triton's cuobjdump; shared memory (bytes per program) is what Triton asks for. `resident`: how many warps an SM
 holds at once, of 64, as far as registers and shared memory allow.
@@ -21,7 +21,7 @@ import unittest.mock
 import torch
 from torch import Tensor
 
-from saev.nn import triton_kernels, triton_select
+from saev.nn import optim, triton_kernels, triton_select
 
 ARCHS = {80: "A100", 90: "H100", 100: "B200"}
 SHARED_KIB = {80: 164, 90: 228, 100: 228}
@@ -41,7 +41,9 @@ class Launch(tp.NamedTuple):
 
     @property
     def label(self) -> str:
-        shown = [f"{key}={int(value)}" for key, value in self.constants if key in ("L", "N", "IS_COUNT")]
+        shown = [
+            f"{key}={int(value)}" for key, value in self.constants if key in ("L", "N", "IS_COUNT", "IS_UNIT")
+        ]
         pointers = [kind for _, kind in self.types if kind.startswith("*f") or kind.startswith("*b")]
         return " ".join([self.name, *pointers[:1], *shown])
 
@@ -64,7 +66,7 @@ class Needs(tp.NamedTuple):
 def kernels() -> dict[str, tp.Any]:
     from saev.nn import triton_programs
 
-    names = ("group_max", "select", "histogram", "pick", "reach")
+    names = ("group_max", "select", "histogram", "pick", "reach", "row_dots", "adam_rows")
     found = {name: getattr(triton_programs, name) for name in names}
     return found | dict(zip(("bag", "bag_dot"), triton_kernels._kernels(), strict=True))
 
@@ -92,6 +94,23 @@ def launches(S: int, k: int, dtype: torch.dtype) -> list[Launch]:
         triton_select.top_k(pre_BS, k)
         triton_select.batch_top_k(pre_BS, 2 * k)
     return list(dict.fromkeys(out))
+
+
+def adam(d_vit: int) -> list[Launch]:
+    """Adam on both matrices."""
+    tensors = [(name, "*fp32") for name in ("w", "g", "m", "v", "along", "clip")]
+    rest = [("step", "fp32"), ("correction", "fp32"), ("D", "i32")]
+    block = ("BLOCK", min(1024, triton_select.pow2(d_vit)))
+    constants = (("BETA1", optim.BETA1), ("BETA2", optim.BETA2), ("EPS", optim.EPS), block)
+    dots = [(name, "*fp32") for name in ("w", "g", "along", "square")]
+    aligned = ("w", "g", "m", "v", "along", "clip", "D")
+    return [
+        Launch("row_dots", (*dots, rest[2]), ("w", "g", "along", "square", "D"), (block,)),
+        *(
+            Launch("adam_rows", (*tensors, *rest), aligned, (("IS_UNIT", is_unit), *constants))
+            for is_unit in (False, True)
+        ),
+    ]
 
 
 def bags(dtype: str) -> list[Launch]:
@@ -137,7 +156,7 @@ def cases(sizes: list[tuple[int, int]]) -> collections.abc.Iterator[Launch]:
     for dtype in (torch.float32, torch.bfloat16):
         for launch in (*bags(TYPES[dtype]), *(x for S, k in sizes for x in launches(S, k, dtype))):
             wanted.setdefault(launch, launch)
-    yield from wanted.values()
+    yield from (*wanted.values(), *adam(1024))
 
 
 def main() -> None:

@@ -1,5 +1,8 @@
 """Chooses a stage's device, and copies to it."""
 
+import collections.abc
+import contextlib
+
 import torch
 
 from saev import errors
@@ -27,6 +30,21 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def tf32(is_allowed: bool) -> collections.abc.Generator[None]:
+    """Inside, a GPU's float32 matrix products round what they multiply to TF32, or not. Then as before."""
+    matmul = torch.backends.cuda.matmul
+    name, yes, no = ("allow_tf32", True, False)
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, which refuses a mix of both
+        name, yes, no = ("fp32_precision", "tf32", "ieee")
+    before = getattr(matmul, name)
+    setattr(matmul, name, yes if is_allowed else no)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 class OnItsWay:

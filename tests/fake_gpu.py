@@ -233,7 +233,7 @@ class Gpu(TorchDispatchMode):
                 if isinstance(arg, Tensor):
                     assert arg.device == DEVICE and arg.is_contiguous(), (name, arg)
                 else:
-                    assert isinstance(arg, int) and abs(arg) < 2**31, (name, arg)
+                    assert isinstance(arg, int | float) and abs(arg) < 2**31, (name, arg)
             self.launched[name] += 1
 
         return _Grids(launch)

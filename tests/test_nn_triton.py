@@ -6,13 +6,14 @@ import pathlib
 import re
 import subprocess
 import sys
+import unittest.mock
 
 import jaxtyping
 import pytest
 import torch
 from torch import Tensor
 
-from saev.nn import triton_kernels
+from saev.nn import kernels, triton_kernels
 
 pytestmark = pytest.mark.slow
 
@@ -126,10 +127,22 @@ def check(device: str) -> None:
     check_rows_not_asked_for(device)
 
 
+def check_precision() -> None:
+    """Sparse codes on tables in bfloat16, as the device code of a GPU computes them."""
+    import test_precision  # not where it is collected
+
+    with (
+        unittest.mock.patch.object(triton_kernels, "available", lambda t: True),
+        unittest.mock.patch.object(kernels, "available", lambda t: False),
+    ):
+        test_precision.check_tables()
+
+
 def test_in_the_interpreter() -> None:
     """In a separate process, because Triton chooses its interpreter at import."""
     pytest.importorskip("triton")
-    code = "import sys; sys.path.insert(0, 'tests'); import test_nn_triton as t; t.check('cpu'); print('checked')"
+    code = "import sys; sys.path.insert(0, 'tests'); import test_nn_triton as t; t.check('cpu'); t.check_precision()"
+    code += "; print('checked')"
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "checked\n", done.stderr

@@ -1,6 +1,7 @@
 """docs/gpu.md shows what benchmarks.roofline prints, and its counts of passes are those of a step."""
 
 import collections
+import inspect
 import pathlib
 import typing as tp
 import unittest.mock
@@ -10,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import roofline
-from saev.nn import config, kernels, objectives, optim, sae, triton_select
+from saev.nn import config, kernels, objectives, sae, triton_select
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
@@ -27,6 +28,14 @@ def test_a_kernel_takes_the_larger_of_its_times() -> None:
     assert roofline.Kernel("many bytes", 4e9, 1e12).ms(card) == 2000
     h100 = roofline.CARDS[1]
     assert roofline.product(32768, 16384, "TF32").ms(h100) == pytest.approx(2 * 2**15 * 2**14 * 2**10 / 495e9)
+
+
+def test_bfloat16_halves_rows_and_adds_copies() -> None:
+    n_latents, n_batch = 2**14, 2**12
+    rows, copy = n_batch * roofline.K * roofline.D, 6 * roofline.D
+    pairs = zip(*(roofline.gathers(n_latents, n_batch, p) for p in ("float32", "bfloat16")), strict=True)
+    saved = [exact.n_bytes - rough.n_bytes for exact, rough in pairs]
+    assert saved == [2 * rows - copy * n_latents, 2 * rows, 4 * rows - 2 * copy * n_batch]
 
 
 B, S, D, K = 48, 320, 20, 4
@@ -77,19 +86,21 @@ def test_passes_are_those_of_a_step() -> None:
     """On a CPU, by the operations that a GPU uses."""
     torch.manual_seed(0)
     model = sae.SparseAutoencoder(config.TopK(d_vit=D, d_sae=S, top_k=K)).train()
-    objective, optimiser, x_BD = (
-        objectives.Objective(model, config.Vanilla()),
-        optim.Adam(model),
-        torch.randn(B, D),
-    )
-    with unittest.mock.patch.object(kernels, "available", lambda t: False):
-        with Passes() as step:
-            objective(x_BD).loss.backward()
-        with Passes() as adam:
-            optimiser.step(1e-3)
+    objective, x_BD = objectives.Objective(model, config.Vanilla()), torch.randn(B, D)
+    with unittest.mock.patch.object(kernels, "available", lambda t: False), Passes() as step:
+        objective(x_BD).loss.backward()
     assert step.n[B * D] == roofline.BATCH_PASSES
     assert step.n[S * D] == 0
-    assert adam.n[S * D] == roofline.ADAM_PASSES
+
+
+def test_passes_of_adam() -> None:
+    """Loads and stores of rows in its programs, and one of W_enc's gradient for its norm."""
+    pytest.importorskip("triton")
+    from saev.nn import triton_programs
+
+    dots, adam = (inspect.getsource(p.fn) for p in (triton_programs.row_dots, triton_programs.adam_rows))
+    each, unit = (part.count("mask=d < D") for part in adam.split("    if IS_UNIT:"))
+    assert dots.count("mask=d < D") + 2 * each + unit + 1 == roofline.ADAM_PASSES
 
 
 def test_selection_is_read_once() -> None:

@@ -53,7 +53,8 @@ class Objective:
         gather: see `sparse.BatchSearch`.
         n_processes: the number of processes that share each batch.
         search_bytes: see `sparse.Encoder`.
-        is_bfloat16: compute the encoder's product in bfloat16 (mixed precision).
+        is_bfloat16: mixed precision: the encoder's product is in bfloat16, and on a GPU so are the rows that
+            sparse codes select.
         way: forces sparse or dense codes.
     """
 
@@ -108,7 +109,9 @@ class Objective:
         if index is None:
             reconstruction, x_hat_BD = self._reconstruct_densely(f, scaled_BD, end_P)
         else:
-            reconstruction, x_hat_BD = sparse.reconstruct(f, sae.W_dec, sae.b_dec, scaled_BD, index, end_P)
+            reconstruction, x_hat_BD = sparse.reconstruct(
+                f, sae.W_dec, sae.b_dec, scaled_BD, index, end_P, self.is_bfloat16
+            )
         loss = reconstruction
         if penalty is not None:
             loss = loss + sparsity * sae.architecture.cfg.sparsity_coeff * penalty
@@ -142,7 +145,7 @@ class Objective:
         weights = (sae.W_enc, sae.b_enc, sae.b_dec)
         if self._is_sparse(x_BD):
             found = self._find(x_BD)
-            pre_n = sparse.encode_at(*weights, x_BD, found.index, found.value_n)
+            pre_n = sparse.encode_at(*weights, x_BD, found.index, found.value_n, self.is_bfloat16)
             return architecture.encode_sparse(sae, pre_n, found.index), found.index
         pre_BS = sparse.pre_activations(*weights, x_BD, is_bfloat16=self.is_bfloat16)
         coded = architecture.encode_dense(sae, pre_BS)
@@ -162,6 +165,8 @@ class Objective:
     def _find(self, x_BD: Tensor) -> sparse.Codes:
         sae, architecture = self.sae, self.sae.architecture
         W_SD = sae.W_enc.detach().T.contiguous()
+        if self.is_bfloat16 and not kernels.available(x_BD):
+            W_SD = W_SD.bfloat16()  # once, not for each part of the batch
         encoder = sparse.Encoder(W_SD, sae.b_enc.detach(), self.is_bfloat16, self.search_bytes)
         n_all = len(x_BD) * sae.d_sae
         n_expected = int(min(self.density, 1.0) * n_all)

@@ -1,7 +1,8 @@
 """The optimiser of sparse autoencoders.
 
 A step removes each decoder row's gradient along the row, clips by the norm of all gradients, applies Adam and
-normalises the decoder rows. On a CPU this takes two passes over the weights; on a GPU it uses torch.
+normalises the decoder rows. On a CPU, and on a GPU with Triton, this takes two passes over the weights.
+Otherwise it uses torch.
 """
 
 import collections.abc
@@ -15,7 +16,7 @@ from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 from saev import compiled
-from saev.nn import kernels
+from saev.nn import kernels, triton_kernels, triton_select
 from saev.nn.sae import SparseAutoencoder
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -47,6 +48,8 @@ class Adam:
         self.t += 1
         parameters = self.sae.named_parameters()
         with_grad = {n: (p, p.grad) for n, p in parameters if p.grad is not None}
+        if triton_kernels.available(self.sae.W_dec) and self.sae.W_enc.T.is_contiguous():
+            return self._step_triton(with_grad, lr)
         if not kernels.available(self.sae.W_dec):
             return self._step_torch(with_grad, lr)
         return self._step_kernels(with_grad, lr)
@@ -76,18 +79,40 @@ class Adam:
         clip = self.max_norm / norm if 0 < self.max_norm < norm else 1.0
         return clip, lr / (1 - BETA1**self.t), BETA1, BETA2, EPS, (1 - BETA2**self.t) ** -0.5
 
+    def _step_triton(self, with_grad: WithGrad, lr: float) -> Tensor:
+        S, D = self.sae.W_dec.shape
+        along_S, square_S = torch.empty(2, S, device=self.sae.W_dec.device)
+        constants = {"BLOCK": min(1024, triton_select.pow2(D))}
+        grad_SD = with_grad["W_dec"][1].contiguous()
+        triton_select.launch("row_dots", (S,), self.sae.W_dec, grad_SD, along_S, square_S, D, **constants)
+        norms = [torch.linalg.vector_norm(g) for name, (_, g) in with_grad.items() if name != "W_dec"]
+        norm = torch.linalg.vector_norm(torch.stack([*norms, square_S.sum().clamp(min=0).sqrt()]))
+        _, step, beta1, beta2, eps, correction = self._factors(lr, 0.0)
+        clip = (self.max_norm / norm).clamp(max=1.0) if self.max_norm else torch.ones_like(norm)
+        constants |= {"BETA1": beta1, "BETA2": beta2, "EPS": eps}
+        for name, (p, g) in with_grad.items():
+            if p.ndim == 1:
+                self._update(name, p, g.mul_(clip), lr)
+                continue
+            rows = [t.T if name == "W_enc" else t for t in (p, g, self.m[name], self.v[name])]
+            rows[1] = rows[1].contiguous()
+            args = (*rows, along_S, clip, step, correction, D)
+            triton_select.launch("adam_rows", (S,), *args, IS_UNIT=name == "W_dec", **constants)
+        return norm
+
+    def _update(self, name: str, p: Tensor, g: Tensor, lr: float) -> None:
+        _, step, beta1, beta2, eps, correction = self._factors(lr, 0.0)
+        self.m[name].lerp_(g, 1 - beta1)
+        self.v[name].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        p.addcdiv_(self.m[name], self.v[name].sqrt().mul_(correction).add_(eps), value=-step)
+
     def _step_torch(self, with_grad: WithGrad, lr: float) -> Tensor:
         self.sae.remove_parallel_grad()
         norms = [torch.linalg.vector_norm(g) for _, g in with_grad.values()]
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        _, step, beta1, beta2, eps, correction = self._factors(lr, 0.0)
         clip = (self.max_norm / norm).clamp(max=1.0) if self.max_norm else None
         for name, (p, g) in with_grad.items():
-            if clip is not None:
-                g.mul_(clip)
-            self.m[name].lerp_(g, 1 - beta1)
-            self.v[name].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            p.addcdiv_(self.m[name], self.v[name].sqrt().mul_(correction).add_(eps), value=-step)
+            self._update(name, p, g if clip is None else g.mul_(clip), lr)
         self.sae.normalize_decoder()
         return norm
 

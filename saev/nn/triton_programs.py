@@ -1,6 +1,7 @@
-"""The GPU programs of `triton_select`, which says what they are for. Importing this needs Triton.
+"""The GPU programs of `triton_select`, which says what they are for, and of `optim`.
 
-Offsets into pre-activations are int64. Shape letters: as there, and i candidates, d values of a digit.
+Importing this needs Triton. Offsets into pre-activations and weights are int64. Shape letters: as in
+`triton_select`, and i candidates, d values of a digit or dimensions of a row.
 """
 
 import inspect
@@ -183,3 +184,53 @@ def reach(
             n += tl.sum(n_kept, axis=0)  # pyrefly: ignore[unsupported-operation]  # tl.sum has a wrong type
     if IS_COUNT:
         tl.store(end + p, n)
+
+
+@jit
+def row_dots(w, g, along, square, D, BLOCK: tl.constexpr):
+    """Writes a row's g . w, and the squared norm of g - (g . w) w."""
+    row = tl.program_id(0).to(tl.int64)
+    gw = tl.zeros((BLOCK,), dtype=tl.float32)
+    gg = tl.zeros((BLOCK,), dtype=tl.float32)
+    ww = tl.zeros((BLOCK,), dtype=tl.float32)
+    for begin in range(0, D, BLOCK):
+        d = begin + tl.arange(0, BLOCK)
+        w_d = tl.load(w + row * D + d, mask=d < D, other=0.0)
+        g_d = tl.load(g + row * D + d, mask=d < D, other=0.0)
+        gw += g_d * w_d
+        gg += g_d * g_d
+        ww += w_d * w_d
+    dot = tl.sum(gw, axis=0)
+    tl.store(along + row, dot)
+    rest = gg + dot * (dot * ww - 2 * gw)
+    tl.store(square + row, tl.sum(rest, axis=0))
+
+
+@jit
+def adam_rows(
+    w, g, m, v, along, clip, step, correction, D, IS_UNIT: tl.constexpr, BETA1: tl.constexpr,
+    BETA2: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`kernels.adam_rows` on one row. IS_UNIT: removes the gradient along the row, and normalises."""
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(clip)
+    dot = tl.load(along + row) if IS_UNIT else 0.0
+    norm2 = tl.zeros((BLOCK,), dtype=tl.float32)
+    for begin in range(0, D, BLOCK):
+        d = begin + tl.arange(0, BLOCK)
+        at = row * D + d
+        w_d = tl.load(w + at, mask=d < D, other=0.0)
+        g_d = factor * (tl.load(g + at, mask=d < D, other=0.0) - dot * w_d)
+        m_d = BETA1 * tl.load(m + at, mask=d < D, other=0.0) + (1 - BETA1) * g_d
+        v_d = BETA2 * tl.load(v + at, mask=d < D, other=0.0) + (1 - BETA2) * g_d * g_d
+        w_d -= step * tl.div_rn(m_d, tl.sqrt_rn(v_d) * correction + EPS)
+        tl.store(m + at, m_d, mask=d < D)
+        tl.store(v + at, v_d, mask=d < D)
+        tl.store(w + at, w_d, mask=d < D)
+        norm2 += w_d * w_d
+    if IS_UNIT:
+        norm = tl.maximum(tl.sqrt_rn(tl.sum(norm2, axis=0)), 1e-8)
+        for begin in range(0, D, BLOCK):  # the same threads' numbers, from the cache
+            d = begin + tl.arange(0, BLOCK)
+            w_d = tl.load(w + row * D + d, mask=d < D, other=0.0)
+            tl.store(w + row * D + d, tl.div_rn(w_d, norm), mask=d < D)

@@ -54,7 +54,7 @@ def available(pre_BS: Tensor, k: int = 1) -> bool:
     return _group(S, min(k, S)) is not None
 
 
-def _pow2(n: int) -> int:
+def pow2(n: int) -> int:
     """The smallest power of two that is at least n and 16."""
     return 1 << max(4, (n - 1).bit_length())
 
@@ -67,8 +67,8 @@ def _group(S: int, k: int) -> int | None:
     """
     if S <= FEW_LATENTS:
         return 1
-    sizes = {L: max(_pow2(-(-S // L)), _pow2(k * L)) for L in (2, 4, 8, 16, 32, 64) if k <= S // L}
-    fits = {L: size for L, size in sizes.items() if _pow2(k * L) <= MAX_N}
+    sizes = {L: max(pow2(-(-S // L)), pow2(k * L)) for L in (2, 4, 8, 16, 32, 64) if k <= S // L}
+    fits = {L: size for L, size in sizes.items() if pow2(k * L) <= MAX_N}
     if not fits:
         return 1 if S <= MAX_N else None
     return min(fits, key=lambda L: fits[L])
@@ -87,7 +87,7 @@ def _group_max(source_BS: Tensor, L: int) -> Tensor:
     B, S = source_BS.shape
     G = -(-S // L)
     max_BG = torch.empty(B, G, dtype=torch.int32, device=source_BS.device)
-    tile = min(TILE // L, _pow2(G))
+    tile = min(TILE // L, pow2(G))
     is_key = not source_BS.is_floating_point()
     launch("group_max", (B, -(-G // tile)), source_BS, max_BG, S, G, L=L, TILE=tile, IS_KEY=is_key)
     return max_BG
@@ -124,7 +124,7 @@ def _places(source_BS: Tensor, k: int, value_BK: Tensor | None) -> Tensor:
     group_BK = _places(_group_max(source_BS, L), k, None) if L > 1 else place_BK
     n = k * L if L > 1 else S
     args = (source_BS, group_BK, place_BK, place_BK if value_BK is None else value_BK, S, n, k)
-    constants = {"L": L, "N": _pow2(n), "IS_KEY": value_BK is None, "num_warps": n_warps(_pow2(n))}
+    constants = {"L": L, "N": pow2(n), "IS_KEY": value_BK is None, "num_warps": n_warps(pow2(n))}
     launch("select", (B,), *args, **constants)
     return place_BK
 

@@ -54,8 +54,10 @@ class Train:
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, with a warm-up. If above 0, the average is saved
     and evaluated instead of the last weights."""
-    precision: tp.Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: the encoder's matrix product is in bfloat16; weights and sums stay float32."""
+    precision: tp.Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Rounding of what products multiply (docs/training.md). tf32: on a GPU, to TF32; on a CPU, as float32.
+    bfloat16: the encoder's product is in bfloat16, and on a GPU all matrices that codes select from are read
+    in bfloat16. Weights, sums, gradients and Adam are always float32."""
     seed: int = fields.stream(0)
     """Seed of the initial weights and of the order of the activations."""
     pool_gb: float = fields.stream(2.0)

@@ -133,8 +133,8 @@ def _gpu_passing(cfg: config.Train, search: int, is_costly: bool) -> int:
     if cfg.sae.GPU_CODES:
         gradients = cfg.sae.GPU_CODES * C + (P + 2) * A - W / 2
     else:  # of the 8 bytes of `sparse.search.PRE_BYTES`
-        n_bytes = 6 if cfg.precision == "bfloat16" else 5
-        gradients = max(n_bytes / 8 * min(2 * C, search), 5 * P * A) + 3 * A + _gpu_codes(cfg) - W
+        copies = W / 4 + A / 2 if cfg.precision == "bfloat16" else 0  # of a matrix and the batch
+        gradients = max(5 / 8 * min(2 * C, search), 5 * P * A) + 3 * A + copies + _gpu_codes(cfg) - W
     measured = max(2 * C, W / 2) + 12 * COMPARED * cfg.sae.n_latents + 3 * A if is_costly else 0
     return int(max(update, gradients, measured))
 

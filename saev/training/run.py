@@ -77,6 +77,10 @@ class Run:
         `is_finite` becomes False if the loss or gradient is not finite in any process. On a CPU nothing is
         updated then; on a GPU the update goes on, because a check would wait for the device.
         """
+        with devices.tf32(self.cfg.precision != "float32"):
+            return self._step(step, x_BD)
+
+    def _step(self, step: int, x_BD: Tensor) -> objectives.Output:
         x_BD = self.clip(x_BD)
         if self._resamples_at(step):
             self.resample(step, x_BD)

@@ -5,6 +5,9 @@ Shape letters: B batch, D d_vit, S latents, O rows of codes, P prefixes, n codes
 A step reads only the rows of W_dec whose latents fire. Its gradient needs <g, W_dec[s]> only where latent s
 fires, and the gradients of both weight matrices are sums over the samples in which a latent fires. So nothing
 here costs B x S except the encoder's product. Results equal those of dense autograd.
+
+On a GPU, `is_bfloat16` rounds the tables whose rows codes select to bfloat16: W_dec, and for the gradients of
+the matrices the batch and its error. Reading them is most of the cost. Factors, sums and results are float32.
 """
 
 import functools
@@ -23,24 +26,32 @@ from saev.nn.sparse.search import Encoder, dense
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: tp.Any, value_n: Tensor, W_dec: Tensor, index: Index) -> Tensor:
-        ctx.save_for_backward(value_n, W_dec)
-        ctx.index = index
-        return bag(W_dec, index.latent_n, value_n, index.start_O1)
+    def forward(ctx: tp.Any, value_n: Tensor, W_dec: Tensor, index: Index, is_bfloat16: bool) -> Tensor:
+        table_SD = _table(W_dec, is_bfloat16)
+        ctx.save_for_backward(value_n, table_SD)
+        ctx.index, ctx.is_bfloat16 = index, is_bfloat16
+        return bag(table_SD, index.latent_n, value_n, index.start_O1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     # pyrefly: ignore[bad-override]  # torch passes one gradient per output
-    def backward(ctx: tp.Any, g_OD: Tensor) -> tuple[Tensor, Tensor, None]:
-        value_n, W_dec = ctx.saved_tensors
+    def backward(ctx: tp.Any, g_OD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        value_n, table_SD = ctx.saved_tensors
         g_OD = g_OD.contiguous()
-        return bag_dot(g_OD, W_dec, ctx.index), latent_bags(g_OD, value_n, ctx.index), None
+        g_n = bag_dot(g_OD, table_SD, ctx.index)
+        return g_n, latent_bags(_table(g_OD, ctx.is_bfloat16), value_n, ctx.index), None, None
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def decode(value_n: Float[Tensor, " n"], W_dec: Float[Tensor, "S D"], index: Index) -> Float[Tensor, "O D"]:
+def decode(
+    value_n: Float[Tensor, " n"], W_dec: Float[Tensor, "S D"], index: Index, is_bfloat16: bool = False
+) -> Float[Tensor, "O D"]:
     """f W_dec. Differentiable in the codes and W_dec."""
-    return _Decode.apply(value_n, W_dec, index)
+    return _Decode.apply(value_n, W_dec, index, is_bfloat16)
+
+
+def _table(rows_RD: Tensor, is_bfloat16: bool) -> Tensor:
+    return rows_RD.bfloat16() if is_bfloat16 else rows_RD
 
 
 class _Reconstruct(torch.autograd.Function):
@@ -84,6 +95,7 @@ def reconstruct(
     x_BD: Float[Tensor, "B D"],
     index: Index,
     end_P: Int[Tensor, " P"],
+    is_bfloat16: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "B D"]]:
     """Reconstructs x by each prefix of the dictionary; prefix p holds the latents below end[p] (on the CPU).
 
@@ -94,7 +106,7 @@ def reconstruct(
     if not kernels.available(x_BD):
         B, P = len(x_BD), len(end_P)
         parts = index.split(devices.send(end_P, x_BD.device)) if P > 1 else index
-        x_hat_BPD = decode(value_n, W_dec, parts).unflatten(0, (B, P)).cumsum(dim=1) + b_dec
+        x_hat_BPD = decode(value_n, W_dec, parts, is_bfloat16).unflatten(0, (B, P)).cumsum(dim=1) + b_dec
         return (x_hat_BPD - x_BD[:, None]).square().mean(), x_hat_BPD[:, -1].detach()
     return _Reconstruct.apply(value_n, W_dec, b_dec, x_BD, index, end_P)
 
@@ -127,9 +139,11 @@ def encode_at(
     x_BD: Float[Tensor, "B D"],
     index: Index,
     value_n: Float[Tensor, " n"],
+    is_bfloat16: bool = False,
 ) -> Float[Tensor, " n"]:
     """Makes value_n, which is (x - b_dec) W_enc + b_enc at the index, differentiable in the parameters."""
-    return _Encode.apply(W_enc, b_enc, b_dec, x_BD - b_dec.detach(), index, value_n)
+    xc_BD = _table(x_BD - b_dec.detach(), is_bfloat16 and not kernels.available(x_BD))
+    return _Encode.apply(W_enc, b_enc, b_dec, xc_BD, index, value_n)
 
 
 class _Linear(torch.autograd.Function):

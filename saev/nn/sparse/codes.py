@@ -101,9 +101,10 @@ def n_positive(f_BS: Float[Tensor, "B S"]) -> Int[Tensor, " S"]:
 
 
 def bag(table_RD: Tensor, index_n: Tensor, weight_n: Tensor, start_O1: Tensor) -> Float[Tensor, "O D"]:
-    """out[o] = sum over j in start[o] .. start[o + 1] of weight[j] table[index[j]]."""
+    """out[o] = sum over j in start[o] .. start[o + 1] of weight[j] table[index[j]], in the weights' dtype."""
     if triton_kernels.available(table_RD):
         return triton_kernels.bag(table_RD, index_n, weight_n, start_O1)
+    table_RD = table_RD.to(weight_n.dtype)
     if len(index_n) == 0:  # embedding_bag refuses an empty index
         return table_RD.new_zeros(len(start_O1) - 1, table_RD.shape[1])
     return torch.nn.functional.embedding_bag(

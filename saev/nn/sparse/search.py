@@ -20,7 +20,10 @@ result does.
 """
 
 PRE_BYTES = 8
-"""Bytes of a pre-activation on a GPU: the product, a copy in bfloat16 or a mask, and room for selecting."""
+"""Bytes of a pre-activation on a GPU: the product, a mask, and room for selecting."""
+
+HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
+"""Can a product in bfloat16 be written in float32? Since torch 2.8, on a GPU."""
 
 T = tp.TypeVar("T")
 
@@ -41,7 +44,7 @@ class Encoder(tp.NamedTuple):
     W_SD: Float[Tensor, "S D"]
     b_S: Float[Tensor, " S"]
     is_bfloat16: bool
-    """Pre-activations are products in bfloat16, without exact rescoring."""
+    """Pre-activations are products in bfloat16, without exact rescoring. W may be in bfloat16 then."""
     search_bytes: int = 2**33
     """Most bytes of pre-activations that a GPU holds at once."""
 
@@ -187,9 +190,12 @@ def parts(encoder: Encoder, xc_BD: Tensor) -> tuple[Tensor, ...]:
 
 
 def dense(encoder: Encoder, xc_BD: Tensor) -> Float[Tensor, "B S"]:
-    """Computes the pre-activations of all latents."""
+    """Computes the pre-activations of all latents. In bfloat16, a CPU rounds the products, a GPU does not."""
     if encoder.is_bfloat16:
-        return (xc_BD.bfloat16() @ encoder.W_SD.bfloat16().T).float().add_(encoder.b_S)
+        x_BD, W_DS = xc_BD.bfloat16(), encoder.W_SD.bfloat16().T
+        if xc_BD.is_cuda and HAS_OUT_DTYPE:  # torch.addmm would copy the bias to all rows first
+            return torch.mm(x_BD, W_DS, out_dtype=torch.float32).add_(encoder.b_S)
+        return (x_BD @ W_DS).float().add_(encoder.b_S)
     return torch.addmm(encoder.b_S, xc_BD, encoder.W_SD.T)
 
 
