@@ -100,7 +100,7 @@ def test_programs_fit_a_gpu(
     assert [launch.name for launch in launches] == ["row_dots", "adam_rows", "adam_rows"]
     for launch in launches:
         needs = kernel_resources.compiled(launch, arch)
-        assert needs.stack == 0 and needs.shared <= 16 * 1024 and needs.registers <= 176, launch
+        assert needs.stack == 0 and needs.shared <= 16 * 1024 and needs.registers <= 192, launch
         assert ".ftz" not in needs.ptx
         assert not re.search(r"^\s*(@\S+ )?(atom|red)\.", needs.ptx, re.MULTILINE)
         assert "mul.lo.s64" in needs.ptx and "mul.lo.s32" not in needs.ptx

@@ -86,13 +86,14 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def check_tables() -> None:
+def check_tables(device: str = "cpu") -> None:
     """Decoding, encoding and all gradients, against float64 on rounded tables: with float32's error only."""
-    sae, x_BD, g_BD = sparse_cases.make(ARCHITECTURES["top-k"]), sparse_cases.batch(1), drawn(2, B, D)
+    sae = sparse_cases.make(ARCHITECTURES["top-k"]).to(device)
+    x_BD, g_BD = sparse_cases.batch(1).to(device), drawn(2, B, D).to(device)
     encoder = sparse.Encoder(sae.W_enc.detach().T, sae.b_enc.detach(), True)
     xc_BD = x_BD - sae.b_dec.detach()
     codes = sparse.top_k(encoder, xc_BD, 5)
-    index, g_n = codes.index, drawn(3, len(codes.value_n))
+    index, g_n = codes.index, drawn(3, len(codes.value_n)).to(device)
 
     value_n = codes.value_n.clone().requires_grad_()
     x_hat_BD = sparse.decode(value_n, sae.W_dec, index, is_bfloat16=True)
@@ -116,6 +117,26 @@ def check_tables() -> None:
         assert got is not None and got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
         assert (got.double() - want).norm() < 1e-6 * want.norm(), "rounding to bfloat16 costs 1e-3"
+
+
+@pytest.mark.gpu
+def test_tables_on_a_gpu() -> None:
+    check_tables("cuda")
+
+
+@pytest.mark.gpu
+def test_the_encoders_product_on_a_gpu() -> None:
+    """In bfloat16: rounded factors, sums and results in float32. TF32 has an error of 2^-11 in each factor, float32 much less."""
+    x_BD, W_SD, b_S = (drawn(i, *n).cuda() for i, n in enumerate([(64, 512), (96, 512), (96,)]))
+    rounded = x_BD.bfloat16().double() @ W_SD.bfloat16().double().T + b_S.double()
+    got = sparse.search.dense(sparse.Encoder(W_SD, b_S, True), x_BD)
+    assert got.dtype == torch.float32 and (got - rounded).norm() < 1e-5 * rounded.norm()
+    want, errors = x_BD.double() @ W_SD.double().T + b_S.double(), []
+    for is_allowed in (False, True):
+        with devices.tf32(is_allowed):
+            got = sparse.search.dense(sparse.Encoder(W_SD, b_S, False), x_BD)
+        errors.append(((got - want).norm() / want.norm()).item())
+    assert errors[0] < 1e-5 < errors[1] < 1e-3
 
 
 def test_tables_are_rounded_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
