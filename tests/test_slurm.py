@@ -548,7 +548,9 @@ def test_a_job_that_no_node_can_run(slurm: launch.SlurmConfig) -> None:
     """It is cancelled; where nobody waited, the command with the right flag cancels it and submits another."""
     large = dataclasses.replace(slurm, n_cpus=64)
     (outcome,) = launch.run("tasks:square", [3], large, "saev-test")
-    assert "was cancelled, because no node" in outcome.error and "--n-cpus" in outcome.error
+    assert (
+        "was cancelled, because the partition has less than" in outcome.error and "--n-cpus" in outcome.error
+    )
     with pytest.raises(SystemExit):
         launch.run("tasks:square", [4], dataclasses.replace(large, slurm_wait=False), "saev-test")
     wait_for(lambda: queue_says(max(submitted(slurm), key=int), "Reason", str) == "PartitionConfig")

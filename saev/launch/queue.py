@@ -26,7 +26,7 @@ HOPELESS = {
     "DependencyNeverSatisfied": "a job that it was to follow failed",
     "InvalidAccount": "--slurm-acct is not valid in this partition",
     "InvalidQOS": "--slurm-qos is not valid here",
-    "PartitionConfig": "no node of the partition has what --n-gpus, --n-cpus, --mem-gb and --n-nodes ask for",
+    "PartitionConfig": "the partition has less than --n-cpus, --mem-gb, --n-gpus or --n-nodes ask for",
     "PartitionTimeLimit": "--n-hours is above the partition's limit",
     "QOSMaxWallDurationPerJobLimit": "--n-hours is above the limit of the quality of service",
 }

@@ -19,6 +19,8 @@ MAX_DELAY_S = 10.0
 """Most seconds between looks at the queue."""
 GRACE_S = 10.0
 """Seconds that a job may be out of the queue without a result: it may be requeued, or files may come late."""
+VAIN_S = 3.0
+"""Seconds that a job may be pending for a reason that never passes."""
 AGAIN_S = 15.0
 """Seconds between attempts to submit the rest, if Slurm took only some jobs and none of them ends."""
 PROGRESS_S = 30.0
@@ -42,6 +44,7 @@ def wait(
     """
     outcomes: dict[str, Outcome] = {}
     gone_s: dict[str, float] = {}
+    vain_s: dict[tuple[str, str], float] = {}
     delay_s, answers, tried_s = 0.5, True, time.monotonic()
     states, n_seen = States(log_to), 0
     while True:
@@ -56,6 +59,9 @@ def wait(
             if outcome := submissions.result(job, log_to):
                 outcomes[job.id] = outcome
             elif row and row.state == "PENDING" and row.reason in queue.HOPELESS:
+                # Slurm may have a more exact reason soon
+                if time.monotonic() - vain_s.setdefault((job.id, row.reason), time.monotonic()) < VAIN_S:
+                    continue
                 queue.scancel([job.id])
                 why = f"{queue.HOPELESS[row.reason]} ({row.reason})"
                 outcomes[job.id] = Outcome(error=f"{job.title} was cancelled, because {why}.")
