@@ -33,6 +33,7 @@ import torch
 
 from benchmarks import common, dump, loading, peers, train_step
 from benchmarks import protoeval as grid
+from saev import devices
 from saev.data import activations, ordered, shuffled
 from saev.data import config as data_config
 from saev.nn import config as nn_config
@@ -175,7 +176,8 @@ def steps(here: Here) -> Cases:
     for d_sae, batch_size in shapes[: 1 if here.small else None]:
         d_sae, batch_size = here.size(d_sae, 256), here.size(batch_size, 64)
         for name, cls in kinds.items():
-            for precision in ("bfloat16", "float32"):
+            sparse = name in ("TopK", "BatchTopK")
+            for precision in ("bfloat16", "float32", "tf32") if sparse else ("bfloat16", "float32"):
                 case = train_step.Case(f"{name} {d_sae}", cls(d_vit=d_vit, d_sae=d_sae), batch_size)
                 title = f"{name}, S {d_sae}, B {batch_size}, {precision}"
                 yield title, lambda c=case, p=precision: _step(here, c, p)
@@ -203,7 +205,8 @@ def _product_s(here: Here, case: train_step.Case, precision: str) -> float:
     d_vit, d_sae = tp.cast(int, case.sae.d_vit), case.sae.n_latents
     x_BD = torch.randn(case.batch_size, d_vit, device=here.device).to(dtype)
     W_DS = torch.randn(d_sae, d_vit, device=here.device).to(dtype).T
-    return here.seconds(lambda: torch.mm(x_BD, W_DS))
+    with devices.tf32(precision == "tf32"):
+        return here.seconds(lambda: torch.mm(x_BD, W_DS))
 
 
 def _ours(here: Here, case: train_step.Case, precision: str) -> collections.abc.Callable[[], object]:
@@ -242,7 +245,8 @@ def _dense(here: Here, case: train_step.Case, precision: str) -> collections.abc
 
     def step() -> None:
         i = next(n)
-        with torch.autocast(here.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        low = torch.autocast(here.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+        with low, devices.tf32(precision == "tf32"):
             train_step.dense_step(theirs, optimizer, i, x[i % len(x)])
 
     return step
