@@ -57,7 +57,7 @@ def test_a_case_that_fails_leaves_the_others(
 
 @pytest.mark.slow
 def test_cases_of_a_gpu_run_on_a_cpu() -> None:
-    """At toy sizes: many SAEs on one stream, and everything that scores."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--device", "cpu", "--only", "df"]
+    """At toy sizes: many SAEs on one stream."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--device", "cpu", "--only", "d"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "CPU: 15 of 15 cases" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "CPU: 6 of 6 cases" in done.stdout, done.stdout + done.stderr

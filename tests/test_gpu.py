@@ -37,7 +37,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     ("architecture", "objective"),
     [*((name, "vanilla") for name in sparse_cases.ARCHITECTURES), ("top-k", "sampled"), ("relu", "fixed")],
 )
-def test_50_steps(architecture: str, objective: str, device: torch.device) -> None:
+@pytest.mark.gpu
+def test_50_steps(architecture: str, objective: str) -> None:
+    """`test_nn_sparse` does the same on a CPU, with torch's operations too."""
+    device = torch.device("cuda")
     cfg, goal = sparse_cases.ARCHITECTURES[architecture], sparse_cases.OBJECTIVES[objective]
     sae = sparse_cases.make(cfg).to(device)
     loss, adam = objectives.Objective(sae, goal), optim.Adam(sae, max_norm=0.3)

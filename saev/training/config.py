@@ -12,7 +12,7 @@ from saev.data import config as data_config
 from saev.nn import config as nn_config
 
 MOST_CODES = 2**30
-"""Positions of codes are 32-bit integers, and BatchTopK may find twice as many as it keeps."""
+"""Positions of codes are 32-bit integers, and a search over the batch may find twice as many as it keeps."""
 
 
 @beartype.beartype
@@ -67,7 +67,7 @@ class Train:
     n_threads: int = fields.shared(0)
     """Threads that read activations. 0: one per core, at most 4. Does not change the order of activations."""
     gpu_gb: float = fields.shared(0.0)
-    """Memory of a GPU that training may take, in GB. TopK and BatchTopK then search a batch in parts whose
+    """Memory of a GPU that training may take, in GB. Sparse codes are searched in parts of the batch whose
     pre-activations fit. 0: what is free at the start."""
     dead_window: int | None = None
     """A latent that has not fired for this many activations is dead (for AuxK, resampling and

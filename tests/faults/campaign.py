@@ -214,9 +214,9 @@ def _drawn(items: list[T], n: int, seed: int) -> list[T]:
 class Size(tp.NamedTuple):
     """How much is tried. Where each attempt runs a whole command, a twentieth of the flips and contents."""
 
-    n_flips: int = 24
+    n_flips: int = 20
     """Flipped bits of each file."""
-    n_crafted: int = 24
+    n_crafted: int = 20
     """Other contents of each file."""
     n_each: int = 1
     """Times that each command is killed and run to its end."""
