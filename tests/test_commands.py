@@ -74,12 +74,12 @@ def test_promised_commands_parse_without_torch(args: str) -> None:
     assert [line for line in expected if line not in out] == []
 
 
-def readme_commands() -> list[str]:
+def readme_commands() -> list[object]:
     """Indented `uv run ...` lines of README.md and docs/slurm.md, continuation lines joined."""
     fpaths = (ROOT / "README.md", ROOT / "docs" / "slurm.md")
     text = "".join(fpath.read_text() for fpath in fpaths).replace("\\\n", " ")
     return [
-        c
+        pytest.param(c, marks=pytest.mark.slow) if "benchmarks." in c else c
         for c in re.findall(r"^    (?:pip install uv && )?uv run (.*)$", text, re.M)
         if not c.startswith("pytest")
     ]
