@@ -74,18 +74,21 @@ def test_promised_commands_parse_without_torch(args: str) -> None:
     assert [line for line in expected if line not in out] == []
 
 
-def readme_commands() -> list[object]:
+def readme_commands() -> list[str]:
     """Indented `uv run ...` lines of README.md and docs/slurm.md, continuation lines joined."""
     fpaths = (ROOT / "README.md", ROOT / "docs" / "slurm.md")
     text = "".join(fpath.read_text() for fpath in fpaths).replace("\\\n", " ")
     return [
-        pytest.param(c, marks=pytest.mark.slow) if "benchmarks." in c else c
+        c
         for c in re.findall(r"^    (?:pip install uv && )?uv run (.*)$", text, re.M)
         if not c.startswith("pytest")
     ]
 
 
-@pytest.mark.parametrize("command", readme_commands())
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=pytest.mark.slow) if "benchmarks." in c else c for c in readme_commands()],
+)
 def test_readme_commands_parse(command: str, tmp_path: pathlib.Path) -> None:
     words = shlex.split(command)
     if words[2:3] == ["benchmarks.staging"]:  # which has none either
