@@ -2,7 +2,9 @@
 
 import collections
 import inspect
+import math
 import pathlib
+import re
 import typing as tp
 import unittest.mock
 
@@ -110,3 +112,18 @@ def test_selection_is_read_once() -> None:
         assert read < roofline.top_k(n_latents, n_batch).n_bytes < 1.25 * read
         assert read < roofline.batch_top_k(n_latents, n_batch).n_bytes < 1.7 * read
     assert triton_select._group(32768, roofline.K) == 32
+
+
+def test_how_many_saes_a_stream_feeds_follows_from_the_tables() -> None:
+    shown = (DOCS / "gpu.md").read_text()
+    lines = [
+        line for line in (DOCS / "training.md").read_text().splitlines() if re.match(r"\| [AH]100, ", line)
+    ]
+    assert len(lines) == 4
+    for line in lines:
+        _, step_ms, rate, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert f" {step_ms} = " in shown
+        r = 16_384 / float(step_ms) * 1e3
+        assert rate == f"{r / 1e6:.2f} M/s"
+        want = [[math.ceil(r * a / R) for a in (2048, 4096)] for R in (1e9, 3e9, 1e10)]
+        assert [[int(n) for n in cell.split(" / ")] for cell in cells] == want

@@ -9,7 +9,7 @@ import pytest
 from saev import errors, launch
 from saev.data import activations
 from saev.data import config as data_config
-from saev.formats import staging
+from saev.formats import shards, staging
 from saev.training import config as training_config
 
 
@@ -104,4 +104,17 @@ def test_the_flag_expands_where_the_stage_runs(
         launch.Stage("tests.test_staging:roots", [cfg]).run()
     monkeypatch.setenv("OF_THE_NODE", str(tmp_path / "node"))
     (root,) = launch.Stage("tests.test_staging:roots", [cfg]).run()
-    assert root.startswith(f"{tmp_path}/node/x/saev-shards/")
+    assert root.startswith(f"{tmp_path}/node/x/saev-staged/")
+
+
+def test_a_damaged_copy_may_be_deleted_but_not_a_dump_in_a_folder_of_that_name(
+    make_shards, tmp_path: pathlib.Path
+) -> None:
+    dpath, _ = make_shards()
+    with staging.to(str(tmp_path / "node")):
+        copy = shards.ShardDir.open(staging.local(str(dpath)))
+    assert copy.remedy == f"Delete {copy.dpath}, a copy of --stage-to. The next job makes a new one."
+    mine = tmp_path / shards.COPIES / dpath.name
+    mine.parent.mkdir()
+    dpath.rename(mine)
+    assert "run the same `python -m saev.data` command again" in shards.ShardDir.open(mine).remedy

@@ -45,7 +45,7 @@ from saev.formats.writing import ShardWriter, WritableShards
 
 __all__ = ["STORED", "Metadata", "Record", "ShardDir", "ShardWriter", "Skipped", "encode", "stored_as"]
 
-COPIES = "saev-shards"
+COPIES = "saev-staged"
 """Name of the folder of copies (`staging`)."""
 DUMP_ANEW = "Delete it and its .json, and run the same `python -m saev.data` command again."
 N_THREADS = 4
@@ -116,7 +116,7 @@ class ShardDir(WritableShards):
     @property
     def remedy(self) -> str:
         """What the user should do about a damaged shard."""
-        if COPIES in self.dpath.parts:
+        if self.dpath.parent.parent.name == COPIES:
             return f"Delete {self.dpath}, a copy of --stage-to. The next job makes a new one."
         return DUMP_ANEW if self.is_ours else "Restore it, or dump it again."
 

@@ -19,6 +19,7 @@ START = (
 )
 """What a job runs. Slurm's warning waits until the stage begins; it would end a process without a handler."""
 PREFERENCES = ("account", "partition", "qos", "constraint")
+"""Options of sbatch that a user may set by variables, if no flag sets them."""
 MAX_TIMEOUTS = 1000
 """A long run may reach the time limit this often; each job then continues the last."""
 
@@ -37,13 +38,8 @@ class Executor(submitit.SlurmExecutor):
         self.script = submission_file_path
         unset = [f"--unset={name}" for name in inherited(self.parameters)]
         command = ["env", *unset, "sbatch", "--parsable", "--export=ALL", str(submission_file_path)]
-        return [
-            "sh",
-            "-c",
-            "trap '' INT; exec \"$@\"",
-            "sh",
-            *command,
-        ]  # Ctrl-C waits for the id (see `Batch`)
+        shielded = "trap '' INT; exec \"$@\""  # Ctrl-C waits for the id (see `slurm.interrupted_later`)
+        return ["sh", "-c", shielded, "sh", *command]
 
     @staticmethod
     def _get_job_id_from_submission_command(string: str | bytes) -> str:

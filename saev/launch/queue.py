@@ -34,6 +34,7 @@ HOPELESS = {
 OUT_OF_MEMORY = r"slurmstepd\S*: error: .*?(?:exceeded memory limit(?: \((\d+) > (\d+)\))?|oom[-_]kill)"
 """What Slurm writes to the log of a job that it kills for its memory; some give bytes used and asked."""
 KILLED = r"srun: error: \S+: tasks? [\d,-]+: Killed"
+"""What srun writes to the log if something else killed a task."""
 COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 8, "UserName": 40, "Reason": 80}
 """Columns of squeue that are read, with their widths."""
 

@@ -96,7 +96,7 @@ def result(job: Job, log_to: pathlib.Path) -> Outcome | None:
     return failed or (None if None in found else found[0])
 
 
-def result_fpath(job_id: str, log_to: pathlib.Path, task: int | str = 0) -> pathlib.Path:
+def result_fpath(job_id: str, log_to: pathlib.Path, task: int = 0) -> pathlib.Path:
     """Where submitit writes the outcome of a task."""
     return log_to / f"{job_id}_{task}_result.pkl"
 
