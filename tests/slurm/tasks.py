@@ -71,12 +71,12 @@ def second_time_lucky(fpath: str) -> int:
     return n_runs
 
 
-def forty_seconds(fpath: str) -> int:
-    """Works for 40 s in all, and continues where it was stopped. Returns the number of its starts."""
+def sixty_seconds(fpath: str) -> int:
+    """Works for 60 s in all, and continues where it was stopped. Returns the number of its starts."""
     done, starts = pathlib.Path(fpath), pathlib.Path(fpath + ".starts")
     with starts.open("a") as fd:
         fd.write(".")
-    while not done.exists() or done.stat().st_size < 40:
+    while not done.exists() or done.stat().st_size < 60:
         time.sleep(1)
         with done.open("a") as fd:
             fd.write(".")
