@@ -1,0 +1,36 @@
+"""The gallery's data files: text that JavaScript's parser and JSON's read alike, and numbers as they were."""
+
+import base64
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from saev.visuals import scripts
+
+
+def test_text_cannot_end_the_script(tmp_path: pathlib.Path) -> None:
+    name = "</script><script>alert('1')</script> \u2028 & \u202e \"quoted\""
+    scripts.write(tmp_path, "latents/000", {"name": name})
+    text = (tmp_path / "data/latents/000.js").read_text()
+    assert text.startswith('saev.put("latents/000", {') and text.endswith("});\n")
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text[text.index("{") : -3]) == {"name": name}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [("u1", [0, 255]), ("u2", [[1, 65535]]), ("u4", [2**32 - 1]), ("i4", [-1, 5]), ("f4", [0.5, np.nan])],
+)
+def test_packed_numbers_return(kind: str, values: list) -> None:
+    out = scripts.packed(values, kind)
+    back = np.frombuffer(base64.b64decode(str(out["b"])), "<" + kind)
+    assert out["n"] == list(np.shape(values))
+    np.testing.assert_array_equal(back.reshape(np.shape(values)), np.asarray(values, back.dtype))
+
+
+@pytest.mark.parametrize(("kind", "value"), [("u1", 256), ("u2", -1), ("u4", 0.5), ("i4", np.nan)])
+def test_numbers_that_do_not_fit_are_refused(kind: str, value: float) -> None:
+    with np.errstate(invalid="ignore"), pytest.raises(OverflowError, match=f"do not fit in {kind}"):
+        scripts.packed([value], kind)
