@@ -1,13 +1,15 @@
 """--stage-to: shards are read from a copy on a fast disk."""
 
+import itertools
 import multiprocessing
+import os
 import pathlib
 
 import numpy as np
 import pytest
 
 from saev import errors, launch
-from saev.data import activations
+from saev.data import activations, shuffled
 from saev.data import config as data_config
 from saev.formats import shards, staging
 from saev.training import config as training_config
@@ -51,13 +53,52 @@ def test_a_flipped_bit_in_the_original_is_found(make_shards, tmp_path: pathlib.P
     assert not [*tmp_path.glob("fast/**/acts000001.bin"), *tmp_path.glob("fast/**/metadata.json")]
 
 
-def test_a_flipped_bit_in_the_copy_is_found(make_shards, tmp_path: pathlib.Path) -> None:
+def test_a_damaged_copy_is_replaced(
+    make_shards, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the readers of whole images and of single activations, and by the shuffled loader."""
     shards, _ = make_shards(n_imgs=7, n_patches=4, d_vit=8, layers=(0,), per_shard=3)
-    flip(copy_of(shards, tmp_path / "fast") / "acts000001.bin")
+    here = activations.Activations.open(data_config.Shards(str(shards)))
+    with staging.to(str(tmp_path / "fast")):
+        there = activations.Activations.open(data_config.Shards(str(shards)))
+        damaged = there.dirs[0].dpath / "acts000001.bin"
+
+        def one(acts: activations.Activations) -> bytes:
+            data = bytearray(8 * 4)
+            acts.read_extents(acts.extents(np.array([14]), np.array([1])), memoryview(data))
+            return bytes(data)
+
+        def shuffled_of(acts: activations.Activations) -> np.ndarray:
+            batches = shuffled.Shuffled(acts, batch_size=4, seed=0, n_threads=2)
+            return np.concatenate([np.asarray(batch.act_BD) for batch in itertools.islice(batches, 7)])
+
+        for read in (lambda acts: acts.read(0, 7), one, shuffled_of):
+            flip(damaged)
+            caplog.clear()
+            np.testing.assert_array_equal(read(there), read(here))
+            assert caplog.text.count("acts000001.bin differed from its checksum, and was copied again") == 1
+            assert damaged.read_bytes() == (shards / "acts000001.bin").read_bytes()
+
+
+def test_a_copy_whose_original_is_damaged_too(make_shards, tmp_path: pathlib.Path) -> None:
+    shards, _ = make_shards(n_imgs=7, n_patches=4, d_vit=8, layers=(0,), per_shard=3)
     with staging.to(str(tmp_path / "fast")):
         acts = activations.Activations.open(data_config.Shards(str(shards)))
-        with pytest.raises(errors.UserError, match=r"fast/.*/acts000001.bin: .* differ"):
+        for dpath in (shards, acts.dirs[0].dpath):
+            flip(dpath / "acts000001.bin")
+        with pytest.raises(errors.UserError, match=rf"{shards}/acts000001.bin: differs from its checksum"):
             acts.read(0, 7)
+
+
+def test_padding_takes_no_space(make_shards, tmp_path: pathlib.Path) -> None:
+    """Other tools write shards of full length, of which the last may be mostly holes."""
+    shards, _ = make_shards(n_imgs=7, n_patches=4, d_vit=8, layers=(0,), per_shard=3)
+    last = shards / "acts000002.bin"
+    data = last.read_bytes()
+    os.truncate(last, 2**24)
+    copy = copy_of(shards, tmp_path / "fast") / last.name
+    assert copy.stat().st_size == 2**24 and copy.read_bytes() == data + bytes(2**24 - len(data))
+    assert copy.stat().st_blocks * 512 < 2**22
 
 
 def flip(fpath: pathlib.Path) -> None:

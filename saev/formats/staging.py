@@ -18,8 +18,11 @@ from saev.formats import shards
 logger = logging.getLogger("saev")
 
 _folder: pathlib.Path | None = None
-BLOCK = 2**22
+_sources: dict[pathlib.Path, shards.ShardDir] = {}
+"""Copy -> its original."""
+BLOCK = 2**20
 """Bytes that are read at once."""
+ZEROS = bytes(BLOCK)
 
 
 @contextlib.contextmanager
@@ -68,9 +71,34 @@ def local(root: str, partial: bool = False, flag: str = "--data") -> str:
             )
         for fpath in helpers.progress(todo, f"copy to {_folder}", len(todo), "files"):
             _copy(source, fpath, dpath / fpath.name)
+    _sources[dpath] = source
     if todo:
         logger.info("--stage-to: copied %.2f GB of %s to %s", n_bytes / 1e9, root, dpath)
     return str(dpath)
+
+
+@beartype.beartype
+def renew(copy: shards.ShardDir, shard_i: int, is_right: collections.abc.Callable[[], bool]) -> bool:
+    """Copies a damaged shard again, unless another thread or process has done so.
+
+    Args:
+        is_right: reads the copy anew and compares it with its checksums.
+
+    Returns:
+        Whether it is right now. False also if this process did not ask for the copy.
+
+    Raises:
+        UserError: the original differs from its checksum too.
+    """
+    if (source := _sources.get(copy.dpath)) is None:
+        return False
+    fpath = copy.acts_fpath(shard_i)
+    with helpers.locked(copy.dpath.with_name(".copying.lock"), f"it copies {source.dpath} to {copy.dpath}"):
+        if is_right():
+            return True
+        _copy(source, source.acts_fpath(shard_i), fpath)
+    logger.warning("--stage-to: %s differed from its checksum, and was copied again", fpath)
+    return is_right()
 
 
 def _is_copied(fpath: pathlib.Path, dpath: pathlib.Path) -> bool:
@@ -80,14 +108,21 @@ def _is_copied(fpath: pathlib.Path, dpath: pathlib.Path) -> bool:
 
 
 def _copy(source: shards.ShardDir, fpath: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a file atomically. What was read of a shard is compared with the shard's checksum."""
+    """Copies a file atomically. What was read of a shard is compared with the shard's checksum.
+
+    Blocks of zeros become holes, so that padding takes no space.
+    """
     shard_i = next((i for i in source.shard_is if source.acts_fpath(i) == fpath), None)
     total, left = xxhash.xxh3_128(), 0 if shard_i is None else source.n_bytes(shard_i)
     with helpers.atomic(target) as tmp_fpath, fpath.open("rb") as fd, tmp_fpath.open("wb") as out:
         while block := fd.read(BLOCK):
-            out.write(block)
+            if block == ZEROS[: len(block)]:
+                out.seek(len(block), 1)
+            else:
+                out.write(block)
             total.update(block[:left])  # a shard's padding is not in its checksum
             left -= min(left, len(block))
+        out.truncate()
         sidecar = None if shard_i is None else source.sidecars.get(shard_i)
         if sidecar and sidecar.xxh3_128 != total.hexdigest():
             raise errors.UserError(f"{fpath}: differs from its checksum. {source.remedy}")
