@@ -18,10 +18,12 @@ import beartype
 import tyro
 
 from saev import commands, console, errors, fields, sweeps
-from saev.launch import check, queue, slurm, submissions, watch
+from saev.launch import check, of_user, queue, slurm, submissions, watch
 from saev.launch.stage import Outcome
 from saev.launch.submissions import Job, Submission
 
+MOST_ERRORS = 10
+"""Most failed jobs of a submission that `list` shows."""
 Action = tp.Literal["list", "attach", "collect", "cancel", "retry"]
 
 
@@ -35,7 +37,7 @@ class Jobs:
     are there. cancel: cancel their jobs. retry: submit again what failed."""
     ids: tyro.conf.Positional[tuple[str, ...]] = ()
     """Submissions, by the ids that `list` shows. Default: all of --log-to."""
-    log_to: fields.Path = "logs"
+    log_to: fields.Path = dataclasses.field(default_factory=lambda: of_user().log_to)
     """The --log-to of the commands."""
 
     def __post_init__(self) -> None:
@@ -45,19 +47,26 @@ class Jobs:
 def main() -> None:
     (cfg,) = sweeps.parse(Jobs, "Shows and steers the Slurm jobs that saev's commands have submitted.")
     log_to = pathlib.Path(cfg.log_to).resolve()
-    chosen = choose(cfg, submissions.read_all(log_to))
-    jobs = [job for submission in chosen for job in submission.jobs]
-    if not cfg.ids:  # what was submitted again later counts
-        jobs = [*{job.key: job for job in jobs}.values()]
+    found = submissions.read_all(log_to)
+    chosen, newest = choose(cfg, found), submissions.newest(found)
+    own = [job for submission in chosen for job in submission.jobs]
     if cfg.action == "list":
-        return console.say("\n".join(line for s in chosen for line in describe(s, log_to)))
-    if cfg.action == "attach":
-        return deliver(watch.wait(jobs, log_to))
+        return console.say("\n".join(line for s in chosen for line in describe(s, newest, log_to)))
     if cfg.action == "retry":
         return retry(chosen)
-    outcomes, rows = watch.look(jobs, log_to)
     if cfg.action == "cancel":
-        return cancel([job for job in jobs if job.id not in outcomes])
+        outcomes, _ = watch.look(own, log_to)
+        return cancel([job for job in own if job.id not in outcomes])
+    # what was submitted again later counts
+    jobs = [*{job.id: job for old in own for part in old.parts for job, _ in [newest[part]]}.values()]
+    if cfg.action == "attach":
+        with slurm.leaving(jobs, cfg.log_to):
+            outcomes = watch.wait(jobs, log_to)
+        return deliver(outcomes)
+    outcomes, rows = watch.look(jobs, log_to)
+    if len(wrong := [outcome.error for outcome in outcomes.values() if outcome.error]) > 1:
+        for error in wrong:
+            console.tell(error)
     deliver(outcomes.values())
     if left := [job for job in jobs if job.id not in outcomes]:
         states = watch.count(left, {}, rows)
@@ -80,18 +89,29 @@ def choose(cfg: Jobs, found: list[Submission]) -> list[Submission]:
     return [s for ids, s in own if ids & wanted or not wanted]
 
 
-def describe(submission: Submission, log_to: pathlib.Path) -> list[str]:
+def describe(
+    submission: Submission, newest: dict[str, tuple[Job, Submission]], log_to: pathlib.Path
+) -> list[str]:
     """Lines about a submission: its jobs' states, its command, and what failed."""
     outcomes, rows = watch.look(submission.jobs, log_to)
-    states = watch.count(submission.jobs, outcomes, rows)
+    later = {job.id: {newest[part][0].id for part in job.parts} - {job.id} for job in submission.jobs}
+    again = [job for job in submission.jobs if later[job.id] and getattr(outcomes.get(job.id), "error", "")]
+    states = watch.count([job for job in submission.jobs if job not in again], outcomes, rows)
+    if again:
+        ids = sorted({job_id for job in again for job_id in later[job.id]})
+        states[f"submitted again as {slurm.shown(ids)}"] = len(again)
     fpath = log_to / f"{submission.id}{submissions.SUFFIX}"
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(fpath.stat().st_mtime))
     text = "; ".join(f"{n} {state}" for state, n in states.items())
-    wrong = [outcome.error for outcome in outcomes.values() if outcome.error]
+    mended = {job.id for job in again}
+    wrong = [o.error for job_id, o in outcomes.items() if o.error and job_id not in mended]
+    more = [f"{len(wrong) - MOST_ERRORS} more failed"] if len(wrong) > MOST_ERRORS else []
+    program, *args = submission.args
+    program = program if program.startswith("saev ") else shlex.quote(program)
     return [
         f"{submission.id}  {when}  {submission.name}: {text}",
-        f"    in {submission.folder}: {shlex.join(submission.args)}",
-        *(f"    {error}" for error in wrong),
+        f"    in {submission.folder}: {program} {shlex.join(args)}",
+        *(f"    {line}" for line in [*wrong[:MOST_ERRORS], *more]),
     ]
 
 

@@ -19,6 +19,8 @@ __all__ = ["Outcome", "SlurmConfig", "Stage", "check", "entry", "of_user", "pipe
 
 MOST_SHOWN = 3
 """Most errors that end a command in full."""
+MOST_NAMED = 20
+"""Most failed jobs that end a command by name."""
 
 
 def run(
@@ -61,7 +63,15 @@ def check(outcomes: collections.abc.Iterable[Outcome]) -> None:
     Raises:
         UserError: some failed, in all or in part.
     """
-    wrong = [*dict.fromkeys(outcome.error for outcome in outcomes if outcome.error)]
+    outcomes = list(outcomes)
+    wrong = {outcome.error: outcome.job for outcome in outcomes if outcome.error}
+    if len(wrong) > 1 and all(wrong.values()):  # their errors were shown when they came
+        names = [*wrong.values()]
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        raise errors.UserError(
+            f"{len(wrong)} of {len(outcomes)} jobs failed, as shown above: {', '.join(names[:MOST_NAMED])}"
+            f"{more}. To submit only these again, add --retry-failed to the command."
+        )
     if wrong:
         more = f" {len(wrong) - MOST_SHOWN} more failed; see above." if len(wrong) > MOST_SHOWN else ""
-        raise errors.UserError(" ".join(wrong[:MOST_SHOWN]) + more)
+        raise errors.UserError(" ".join([*wrong][:MOST_SHOWN]) + more)

@@ -1,16 +1,18 @@
 """Where a command runs."""
 
+import atexit
 import dataclasses
 import functools
 import os
 import pathlib
+import sys
 import tomllib
 import typing as tp
 
 import beartype
 import beartype.door
 
-from saev import errors, fields
+from saev import console, errors, fields
 
 WHERE = ("on_slurm", "slurm_acct", "slurm_partition")
 """Fields that send a command's work to Slurm."""
@@ -119,9 +121,22 @@ def of_user() -> SlurmConfig:
     Its account and partition count only for commands that run on Slurm, so they are not among them.
 
     Raises:
-        UserError: the file is not TOML, or has an unknown key or a wrong value.
+        UserError: the file is not TOML, or has an unknown key or a wrong value. For --help, this is a warning
+            below the help.
     """
-    return SlurmConfig(**{key: value for key, value in _of_file().items() if key not in WHERE})
+    try:
+        values = _of_file()
+    except errors.UserError as err:
+        if not {"-h", "--help"} & set(sys.argv):
+            raise
+        _warn_at_exit(str(err))
+        return SlurmConfig()
+    return SlurmConfig(**{key: value for key, value in values.items() if key not in WHERE})
+
+
+@functools.cache
+def _warn_at_exit(text: str) -> None:
+    atexit.register(console.tell, f"warning: {text}")
 
 
 def _of_file() -> dict[str, tp.Any]:

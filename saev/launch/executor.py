@@ -38,7 +38,7 @@ class Executor(submitit.SlurmExecutor):
         self.script = submission_file_path
         unset = [f"--unset={name}" for name in inherited(self.parameters)]
         command = ["env", *unset, "sbatch", "--parsable", "--export=ALL", str(submission_file_path)]
-        shielded = "trap '' INT; exec \"$@\""  # Ctrl-C waits for the id (see `slurm.interrupted_later`)
+        shielded = "trap '' INT TERM; exec \"$@\""  # signals wait for the id (see `slurm.interrupted_later`)
         return ["sh", "-c", shielded, "sh", *command]
 
     @staticmethod

@@ -31,6 +31,19 @@ HOPELESS = {
     "QOSMaxWallDurationPerJobLimit": "--n-hours is above the limit of the quality of service",
 }
 """Slurm's reason -> why a pending job would never start."""
+REFUSED = {
+    r"invalid account": "--slurm-acct",
+    r"partition": "--slurm-partition",
+    r"qos": "--slurm-qos",
+    r"feature": "--slurm-constraint",
+    r"generic resource|gres": "--n-gpus (0 if the cluster has none) and --slurm-gpu-type",
+    r"memory": "--mem-gb",
+    r"time limit": "--n-hours",
+    r"node name": "--slurm-exclude",
+    r"option|reservation": "--slurm-extra",
+    r"node count|node configuration": "--n-nodes, --n-cpus, --mem-gb and --n-gpus",
+}
+"""Pattern in sbatch's message -> flags that it may be about."""
 OUT_OF_MEMORY = r"slurmstepd\S*: error: .*?(?:exceeded memory limit(?: \((\d+) > (\d+)\))?|oom[-_]kill)"
 """What Slurm writes to the log of a job that it kills for its memory; some give bytes used and asked."""
 KILLED = r"srun: error: \S+: tasks? [\d,-]+: Killed"
@@ -51,6 +64,11 @@ class Queued(tp.NamedTuple):
     def is_over(self) -> bool:
         """Whether it has ended, for the queue."""
         return self.state in ENDED
+
+
+def row_of(job_id: str, rows: collections.abc.Mapping[str, Queued]) -> Queued:
+    """What the queue says of a job. If all tasks are cancelled before they begin, it lists only the array."""
+    return rows.get(job_id) or rows.get(job_id.partition("_")[0]) or Queued("")
 
 
 def squeue(ids: collections.abc.Iterable[str]) -> dict[str, Queued] | None:
@@ -78,8 +96,7 @@ def squeue(ids: collections.abc.Iterable[str]) -> dict[str, Queued] | None:
 
 def why_lost(job_id: str, state: str, log: pathlib.Path) -> str:
     """What happened to a job that ended without a result, and what to do. state: squeue's last, or ""."""
-    asked = ("sacct", f"--jobs={job_id}", "--noheader", "--parsable2", "--format=State,ReqMem,MaxRSS")
-    rows = [line.split("|") for line in (output(*asked) or "").splitlines() if line.count("|") == 2]
+    rows = _accounted(job_id, "State,ReqMem,MaxRSS")
     known = [row[0].partition(" ")[0] for row in rows]
     found = last_line(log, OUT_OF_MEMORY)
     if "OUT_OF_MEMORY" in known or found:  # Slurm may give only the step this state, or none
@@ -92,7 +109,38 @@ def why_lost(job_id: str, state: str, log: pathlib.Path) -> str:
         state = next((s for s in known if s in ENDED), "")
     if state in ("", "FAILED") and last_line(log, KILLED):
         return "was killed by the system, as when a node has no memory left. Raise --mem-gb"
+    if not state and "_" in job_id and _was_cancelled_before_it_began(job_id):
+        state = "CANCELLED"
     return ENDED[state]
+
+
+def _was_cancelled_before_it_began(job_id: str) -> bool:
+    """Accounting has one row for such tasks of an array: 24_[0-3,7%2]."""
+    array, _, task = job_id.partition("_")
+    for name, state in _accounted(array, "JobID,State"):
+        listed = re.fullmatch(r"\d+_\[([\d,-]+)(%\d+)?\]", name)
+        for first, last in re.findall(r"(\d+)(?:-(\d+))?", listed[1]) if listed else ():
+            if state.startswith("CANCELLED") and int(first) <= int(task) <= int(last or first):
+                return True
+    return False
+
+
+def _accounted(job_id: str, columns: str) -> list[list[str]]:
+    """Rows of accounting: the job, then its steps. Empty without accounting."""
+    text = output("sacct", f"--jobs={job_id}", "--noheader", "--parsable2", f"--format={columns}") or ""
+    return [line.split("|") for line in text.splitlines() if line.count("|") == columns.count(",")]
+
+
+def why_refused(message: str) -> str:
+    """What sbatch says about a job that it does not take, on one line, and which flags to check."""
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in message.splitlines()]
+    lines = [line.strip(" .") for line in lines if line.strip() and not line.startswith("Try ")][-2:]
+    flags = [flag for pattern, flag in REFUSED.items() if re.search(pattern, " ".join(lines), re.IGNORECASE)]
+    others = (
+        "the flags that say where it runs (account, partition, qos, constraint, exclude, extra) and what it "
+        "needs (--n-gpus, 0 if the cluster has none; --n-cpus, --mem-gb, --n-hours)"
+    )
+    return f"{'; '.join(lines)}. Check {', '.join(flags) or others}."
 
 
 def why_not_after(ids: collections.abc.Iterable[str]) -> str:

@@ -42,7 +42,8 @@ def run(
     """
     with submitting(slurm):
         batch = Batch(stages, slurm, name, is_lasting)
-        batch.submit()
+        with leaving(batch.jobs, slurm.log_to):
+            batch.submit()
     return iter(_wait(batch.jobs, slurm, batch.submit))
 
 
@@ -65,13 +66,13 @@ def pipeline(
     """
     ids: dict[str, str] = {}
     jobs: list[Job] = []
-    with submitting(slurm):
+    with submitting(slurm), leaving(jobs, slurm.log_to):
         for step, needed in steps.items():
             after = tuple(ids[other] for other in needed if ids[other]) + slurm.after
             own = dataclasses.replace(slurm, after=after)
             batch = Batch([Stage(f"{module}:{step}", arg, label=step)], own, f"{name}-{step}")
-            batch.submit()
             jobs += batch.jobs
+            batch.submit()
             ids[step] = batch.jobs[0].id
     return _wait(jobs, slurm)
 
@@ -93,15 +94,32 @@ def _wait(
                 "the same command again later, or without --no-slurm-wait."
             )
         raise SystemExit(0)
-    try:
+    with leaving(jobs, slurm.log_to):
         return watch.wait(jobs, pathlib.Path(slurm.log_to).resolve(), submit)
-    except KeyboardInterrupt:
-        ids = [job.id for job in jobs if job.id]
+
+
+@contextlib.contextmanager
+def leaving(jobs: list[Job], log_to: str) -> collections.abc.Generator[None]:
+    """Inside, a command that Ctrl-C or SIGTERM ends says which of its jobs go on.
+
+    jobs: may grow inside.
+
+    Raises:
+        SystemExit: instead of KeyboardInterrupt, if any job goes on.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as err:
+        found = [job for job in jobs if job.id]
+        ids = [job.id for job in found if submissions.result(job, pathlib.Path(log_to).resolve()) is None]
+        if not ids:
+            raise
+        where = f"--log-to {shlex.quote(log_to)}"
         console.tell(
             f"\nstopped waiting. These jobs keep running: {shown(ids)}. Cancel them with: {cancel(ids)}. The "
-            "same command waits for them again."
+            f"same command waits for them again, as does: python -m saev.jobs attach {where}"
         )
-        raise SystemExit(130) from None
+        raise SystemExit(130 if isinstance(err, KeyboardInterrupt) else err.code) from None
 
 
 @contextlib.contextmanager
@@ -140,46 +158,100 @@ class Batch:
             )
         self.slurm = slurm
         self.name = name
+        self.is_lasting = is_lasting
         self.log_to = pathlib.Path(slurm.log_to).resolve()
         self.log_to.mkdir(parents=True, exist_ok=True)
         self.submission = submissions.Submission.new(name)
-        found = submissions.labels([stage.arg for stage in stages]) if len(stages) > 1 else [stages[0].label]
-        self.stages = [dataclasses.replace(s, label=text) for s, text in zip(stages, found, strict=True)]
-        self.jobs = [Job("", submissions.key(s), s.label, s.n_tasks) for s in self.stages]
-        # what was made before the jobs of --after have ended may not be what is wanted
-        self._find((is_lasting and not slurm.after) or slurm.retry_failed)
+        self.stages: dict[str, Stage] = {}
+        """Stages of new jobs, by key."""
+        self.jobs: list[Job] = []
+        """In the order of the stages. Earlier jobs that do parts of a stage precede the new one."""
+        parts = [submissions.parts(stage, is_lasting) for stage in stages]
+        todo = {part: member for own in parts for part, member in own.items()}
+        taken, labels = self._find(todo), submissions.labels([stage.arg for stage in stages])
+        for i, (stage, own) in enumerate(zip(stages, parts, strict=True)):
+            label = labels[i] if len(stages) > 1 else stage.label
+            self._take({taken[part].id: taken[part] for part in own if part in taken}, [*own], label)
+            if left := [part for part in own if part not in taken]:
+                if len(left) < len(own):
+                    stage = dataclasses.replace(stage, arg=[todo[part] for part in left])
+                    *_, label = submissions.labels([*(s.arg for s in stages), stage.arg])
+                key = submissions.key(stage)
+                self.stages[key] = dataclasses.replace(stage, label=label)
+                self.jobs.append(Job("", key, label, stage.n_tasks, left))
 
-    def _find(self, is_lasting: bool) -> None:
-        """Takes over jobs of earlier commands that are queued or, if `is_lasting`, have a current outcome."""
-        earlier: dict[str, tuple[Job, submissions.Submission]] = {}
-        for submission in submissions.read_all(self.log_to):
-            earlier |= {job.key: (job, submission) for job in submission.jobs}
-        mine = [(job, *earlier[job.key]) for job in self.jobs if job.key in earlier]
-        if self.slurm.retry_failed and not mine:
+    def _take(self, olds: dict[str, Job], parts: list[str], label: str) -> None:
+        """Adds earlier jobs that do some of these parts, unless another stage has added them."""
+        mine = {job.id for job in self.jobs}
+        for old in olds.values():
+            if old.parts == parts:
+                self.jobs.append(Job(old.id, old.key, label, old.n_tasks, parts))
+            elif old.id not in mine:
+                self.jobs.append(old)
+
+    def _find(self, todo: dict[str, object]) -> dict[str, Job]:
+        """Finds earlier jobs that are queued or, if that is enough, have a current outcome: part -> job.
+
+        A job that also does other work is left alone.
+
+        Args:
+            todo: part -> its config.
+        """
+        newest = submissions.newest(submissions.read_all(self.log_to))
+        found = {newest[part][0].id: newest[part] for part in todo if part in newest}
+        if self.slurm.retry_failed and not found:
             raise errors.UserError(
                 f"--retry-failed: {self.slurm.log_to} has no earlier submission of these configs. Pass its "
-                "--log-to and --max-per-job, or leave the flag out."
+                "--log-to, or leave the flag out."
             )
-        rows = (queue.squeue(job.id for _, job, _ in mine) or {}) if mine else {}
-        n_queued = n_done = 0
-        hopeless, older = [], []
-        for (job, old, submission), stage in zip(mine, self._stages_of(mine), strict=True):
-            row = rows.get(old.id, queue.Queued(""))
+        rows = (queue.squeue(found) or {}) if found else {}
+        taken: dict[str, Job] = {}
+        queued, done, older, hopeless, larger = [], [], [], [], []
+        for old, submission in found.values():
+            row = queue.row_of(old.id, rows)
+            is_whole = all(part in todo and newest[part][0] is old for part in old.parts)
             outcome = submissions.result(old, self.log_to)
-            is_same = submission.code.digest == provenance.code().digest
             if outcome is None and not row.is_over and row.user in ("", submission.user):
-                if row.state == "PENDING" and row.reason in queue.HOPELESS:
+                if is_whole and row.state == "PENDING" and row.reason in queue.HOPELESS:
                     hopeless.append(old.id)
                     continue
-                job.id, n_queued = old.id, n_queued + 1
-                older += [] if is_same else [old.id]
+                (queued if is_whole else larger).append(old.id)
+                older += [] if submission.code.digest == provenance.code().digest else [old.id]
+            elif is_whole and self._is_enough(old, submission, outcome, [todo[part] for part in old.parts]):
+                done.append(old.id)
+            else:
                 continue
-            is_same = is_same or self.slurm.retry_failed
-            if is_lasting and is_same and self._is_current(old, outcome, stage):
-                job.id, n_done = old.id, n_done + 1
-        if n_queued or n_done:
-            ids = shown([job.id for job in self.jobs if job.id])
+            taken |= dict.fromkeys(old.parts, old) if is_whole else {}
+        self._tell_found(queued, done, older, larger)
+        if hopeless:
+            queue.scancel(hopeless)
+            logger.info("cancelled earlier jobs that would never start: %s", shown(hopeless))
+        return taken
+
+    def _is_enough(
+        self, old: Job, submission: submissions.Submission, outcome: Outcome | None, arg: list[object]
+    ) -> bool:
+        """Whether an earlier outcome is taken for the work's."""
+        # what was made before the jobs of --after have ended may not be what is wanted
+        is_lasting = (self.is_lasting and not self.slurm.after) or self.slurm.retry_failed
+        is_same = self.slurm.retry_failed or submission.code.digest == provenance.code().digest
+        if not (is_lasting and is_same) or outcome is None:
+            return False
+        written_s = submissions.result_fpath(old.id, self.log_to).stat().st_mtime
+        return submissions.is_current(outcome, written_s, arg)
+
+    def _tell_found(self, queued: list[str], done: list[str], older: list[str], larger: list[str]) -> None:
+        if queued or done:
+            n_queued, n_done, ids = len(queued), len(done), shown([*queued, *done])
             logger.info("of earlier commands: %d job(s) in the queue, %d done: %s", n_queued, n_done, ids)
+        if larger:
+            logger.warning(
+                "Jobs of earlier commands do some of this together with other work: %s. New jobs wait where "
+                "both train the same run. To wait for the earlier jobs instead, press Ctrl-C and run: "
+                "python -m saev.jobs attach --log-to %s",
+                shown(larger),
+                shlex.quote(self.slurm.log_to),
+            )
         if older:
             logger.warning(
                 "The code has changed since these jobs were submitted, and they run the earlier code: %s. "
@@ -187,19 +259,6 @@ class Batch:
                 shown(older),
                 cancel(older),
             )
-        if hopeless:
-            queue.scancel(hopeless)
-            logger.info("cancelled earlier jobs that would never start: %s", shown(hopeless))
-
-    def _stages_of(self, mine: list[tuple[Job, Job, submissions.Submission]]) -> list[Stage]:
-        by_key = {job.key: stage for job, stage in zip(self.jobs, self.stages, strict=True)}
-        return [by_key[job.key] for job, _, _ in mine]
-
-    def _is_current(self, old: Job, outcome: Outcome | None, stage: Stage) -> bool:
-        if outcome is None:
-            return False
-        written_s = submissions.result_fpath(old.id, self.log_to).stat().st_mtime
-        return submissions.is_current(outcome, written_s, stage)
 
     def submit(self) -> None:
         """Submits jobs that are not submitted yet, as many as Slurm takes.
@@ -209,8 +268,8 @@ class Batch:
         """
         from saev.launch import executor as executors  # imports submitit
 
-        todo = [(job, stage) for job, stage in zip(self.jobs, self.stages, strict=True) if not job.id]
-        todo = [*{job.key: (job, stage) for job, stage in todo}.values()]  # equal stages are one job
+        # equal stages are one job
+        todo = [*{job.key: (job, self.stages[job.key]) for job in self.jobs if not job.id}.values()]
         if not todo:
             return
         executor = executors.Executor(folder=str(self.log_to), max_num_timeout=executors.MAX_TIMEOUTS)
@@ -223,6 +282,7 @@ class Batch:
                 part = todo[:most]
                 try:
                     stages = [stage for _, stage in part]
+                    executor.parameters["dependency"] = self._dependency(len(part)) or None
                     # submitit also prints sbatch's message
                     with interrupted_later(), contextlib.redirect_stderr(io.StringIO()):
                         new = executor.submit_all(stages, minutes, self.slurm.max_parallel)
@@ -236,15 +296,19 @@ class Batch:
         except executors.submitit.core.utils.FailedJobError as err:
             if ids:
                 queue.scancel(ids)
-            lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(err).splitlines()]
-            lines = [line.strip(" .") for line in lines if line.strip() and not line.startswith("Try ")]
-            raise errors.UserError(
-                f"sbatch refused the job: {'; '.join(lines[-2:])}. Check the flags that say where it runs "
-                "(account, partition, qos, constraint, exclude, extra) and what it needs (--n-gpus, 0 if the "
-                "cluster has none; --n-cpus, --mem-gb, --n-hours)."
-            ) from err
+            raise errors.UserError(f"sbatch refused the job: {queue.why_refused(str(err))}") from err
         if ids:
             logger.info("submitted %d job(s): %s; logs in %s", len(ids), shown(ids), self.slurm.log_to)
+
+    def _dependency(self, n_new: int) -> str:
+        """After which jobs an array starts: those of --after, and another part of this batch if both together
+        were more than --max-parallel, which Slurm applies to each array."""
+        own = self.submission.jobs
+        n_left = sum(submissions.result(job, self.log_to) is None for job in own)
+        after = [f"afterok:{':'.join(self.slurm.after)}"] if self.slurm.after else []
+        if n_left and n_left + n_new > self.slurm.max_parallel:
+            after.append(f"afterany:{own[-1].id.partition('_')[0]}")
+        return ",".join(after)
 
     def _note(self, ids: dict[str, str]) -> None:
         """Notes the job ids of new stages. ids: by key."""
@@ -257,18 +321,22 @@ class Batch:
 
 @contextlib.contextmanager
 def interrupted_later() -> collections.abc.Generator[None]:
-    """Ctrl-C is raised when this ends, so that no job is submitted whose id is not noted."""
+    """Ctrl-C and SIGTERM arrive when this ends, so that no job is submitted whose id is not noted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     asked: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda signum, _: asked.append(signum))
+    before = {
+        signum: signal.signal(signum, lambda signum, _: asked.append(signum))
+        for signum in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if asked:
-        raise KeyboardInterrupt
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        if asked:
+            signal.raise_signal(asked[0])
 
 
 def parameters(
@@ -292,7 +360,6 @@ def parameters(
         "qos": slurm.slurm_qos,
         "constraint": slurm.slurm_constraint,
         "exclude": slurm.slurm_exclude,
-        "dependency": f"afterok:{':'.join(slurm.after)}" if slurm.after else "",
         "additional_parameters": slurm.extra,
     }
     return {
@@ -309,12 +376,18 @@ def parameters(
 
 
 def shown(ids: list[str]) -> str:
-    """Job ids, those of an array as one: 24_[0-199]."""
+    """Job ids, those of an array as one: 24_[0-3,7]."""
     tasks: dict[str, list[int]] = {}
-    for job_id in ids:
+    for job_id in dict.fromkeys(ids):
         array, _, task = job_id.partition("_")
         tasks.setdefault(array, []).extend([int(task)] if task else [])
-    return ", ".join(
-        array if not own else f"{array}_[{min(own)}-{max(own)}]" if len(own) > 1 else f"{array}_{own[0]}"
-        for array, own in tasks.items()
-    )
+    return ", ".join(array + _task_list(sorted(own)) for array, own in tasks.items())
+
+
+def _task_list(tasks: list[int]) -> str:
+    if len(tasks) < 2:
+        return "".join(f"_{task}" for task in tasks)
+    firsts = [task for task in tasks if task - 1 not in tasks]
+    lasts = [task for task in tasks if task + 1 not in tasks]
+    runs = (str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
+    return f"_[{','.join(runs)}]"

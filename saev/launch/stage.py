@@ -28,6 +28,8 @@ class Outcome:
     value: tp.Any = None
     error: str = ""
     """Message for the user. Empty: success."""
+    job: str = dataclasses.field(default="", compare=False)
+    """Name of the Slurm job whose outcome this is."""
 
     @property
     def failed(self) -> bool:

@@ -34,6 +34,11 @@ class Job(msgspec.Struct):
     """What distinguishes it from the command's other jobs: lr = 0.003."""
     n_tasks: int = 1
     """Processes that work on it together."""
+    parts: list[str] = []
+    """Hashes of what it does, one for each config, if a later job may do some of it."""
+
+    def __post_init__(self) -> None:
+        self.parts = self.parts or [self.key]
 
     @property
     def title(self) -> str:
@@ -86,6 +91,11 @@ def read_all(log_to: pathlib.Path) -> list[Submission]:
     return out
 
 
+def newest(found: list[Submission]) -> dict[str, tuple[Job, Submission]]:
+    """The last job that was submitted for each part of the work."""
+    return {part: (job, s) for s in found for job in s.jobs for part in job.parts}
+
+
 # ---- results ----
 
 
@@ -110,11 +120,11 @@ def _of_task(job: Job, task: int, log_to: pathlib.Path) -> Outcome | None:
     except FileNotFoundError:
         return None
     except (EOFError, pickle.UnpicklingError):
-        return Outcome(error=f"{job.title}: {fpath} is cut off. Run the same command again.")
+        return Outcome(None, f"{job.title}: {fpath} is cut off. Run the same command again.", job.title)
     if kind == "success":
-        return value.of(job.title)
+        return dataclasses.replace(value.of(job.title), job=job.title)
     why = exception_line(value).removeprefix("saev.errors.UserError: ").rstrip(".")
-    return Outcome(error=f"{job.title} failed: {why}. Its log: {log(job, log_to)}")
+    return Outcome(None, f"{job.title} failed: {why}. Its log: {log(job, log_to)}", job.title)
 
 
 def log(job: Job, log_to: pathlib.Path) -> pathlib.Path:
@@ -129,16 +139,16 @@ def exception_line(message: str) -> str:
     return next(iter(lines), "it raised an exception")
 
 
-def is_current(outcome: Outcome, written_s: float, stage: Stage) -> bool:
+def is_current(outcome: Outcome, written_s: float, arg: object) -> bool:
     """Whether a stage need not run again: it succeeded, what it made is there, and what it read is older.
 
-    written_s: when the outcome was written.
+    written_s: when the outcome was written. arg: the stage's.
     """
     if outcome.error:
         return False
     made = outcome.value if isinstance(outcome.value, list) else [outcome.value]
     there = all(pathlib.Path(path).exists() for path in made if isinstance(path, str))
-    read = [pathlib.Path(path) for path in _inputs(stage.arg)]
+    read = [pathlib.Path(path) for path in _inputs(arg)]
     # not st_mtime, which a folder that is moved to another name keeps
     return there and all(path.stat().st_ctime < written_s for path in read if path.exists())
 
@@ -164,6 +174,13 @@ def _inputs(value: tp.Any) -> collections.abc.Iterator[str]:
 def key(stage: Stage) -> str:
     """A hash of what a stage does, without where it runs."""
     return helpers.hash_of([stage.target, stage.n_tasks, _plain(stage.arg)])
+
+
+def parts(stage: Stage, is_lasting: bool) -> dict[str, object]:
+    """What later jobs may do one by one, by hash: the members of a lasting stage's list, else all of it."""
+    if not (is_lasting and isinstance(stage.arg, list)):
+        return {key(stage): stage.arg}
+    return {key(dataclasses.replace(stage, arg=[member])): member for member in stage.arg}
 
 
 def _plain(value: tp.Any) -> tp.Any:

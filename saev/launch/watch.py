@@ -55,7 +55,7 @@ def wait(
             states.live.clear()
             logger.warning("squeue %s", "answers again" if answers else "does not answer; still waiting")
         for job in left.values():
-            row = None if rows is None else rows.get(job.id, Queued(""))
+            row = None if rows is None else queue.row_of(job.id, rows)
             if outcome := submissions.result(job, log_to):
                 outcomes[job.id] = outcome
             elif row and row.state == "PENDING" and row.reason in queue.HOPELESS:
@@ -64,7 +64,7 @@ def wait(
                     continue
                 queue.scancel([job.id])
                 why = f"{queue.HOPELESS[row.reason]} ({row.reason})"
-                outcomes[job.id] = Outcome(error=f"{job.title} was cancelled, because {why}.")
+                outcomes[job.id] = Outcome(None, f"{job.title} was cancelled, because {why}.", job.title)
             elif row is None or not row.is_over:
                 gone_s.pop(job.id, None)
             elif time.monotonic() - gone_s.setdefault(job.id, time.monotonic()) >= GRACE_S:
@@ -94,7 +94,7 @@ def look(jobs: list[Job], log_to: pathlib.Path) -> tuple[dict[str, Outcome], dic
     if rows is None:
         return outcomes, {}
     for job in left.values():
-        row = rows.get(job.id, Queued(""))
+        row = queue.row_of(job.id, rows)
         if row.is_over:
             outcomes[job.id] = _lost(job, row.state, log_to)
     return outcomes, rows
@@ -105,7 +105,7 @@ def _lost(job: Job, state: str, log_to: pathlib.Path) -> Outcome:
     full = f" The disk of {log_to} is full." if shutil.disk_usage(log_to).free < FULL else ""
     log = submissions.log(job, log_to)
     why = queue.why_lost(job.id, state, log)
-    return Outcome(error=f"{job.title} {why}.{full} Its log: {log}")
+    return Outcome(None, f"{job.title} {why}.{full} Its log: {log}", job.title)
 
 
 class States:
@@ -122,7 +122,7 @@ class States:
         counts = count(jobs, outcomes, rows)
         is_new = counts != self.shown
         now_s = time.monotonic()
-        if now_s - self.looked_s >= PROGRESS_S:
+        if is_new or now_s - self.looked_s >= PROGRESS_S:
             running = [job for job in jobs if job.id not in outcomes and _state(job, rows) == "RUNNING"]
             self.progress, self.looked_s = self._progress(running), now_s
         lines = [f"{n} {state}{self.progress if state == 'running' else ''}" for state, n in counts.items()]
@@ -142,27 +142,29 @@ class States:
         shares = [100 * done // max(1, total) for done, total, _ in known]
         low, high = min(shares), max(shares)
         done = f"{low}%" if low == high else f"{low} to {high}%"
-        return f", {done} done, {max(left for _, _, left in known) / 60:.0f} min left"
+        minutes = round(max(left for _, _, left in known) / 60)
+        return f", {done} done, {minutes or 'less than 1'} min left"
 
 
 def _state(job: Job, rows: dict[str, Queued]) -> str:
-    return rows[job.id].state if job.id in rows else ""
+    return queue.row_of(job.id, rows).state
 
 
 def count(jobs: list[Job], outcomes: dict[str, Outcome], rows: dict[str, Queued]) -> dict[str, int]:
     """The number of jobs in each state."""
     counts: collections.Counter[str] = collections.Counter()
-    for job in {job.key: job for job in jobs}.values():
+    for job in {(job.id, *job.parts): job for job in jobs}.values():
         if outcome := outcomes.get(job.id):
             counts["failed" if outcome.error else "done"] += 1
             continue
-        row = rows.get(job.id, Queued(""))
+        row = queue.row_of(job.id, rows)
         if not job.id:
             counts["not submitted yet (Slurm takes no more)"] += 1
         elif row.is_over:
             counts["waiting for the result"] += 1
         elif row.state == "PENDING":
-            counts[f"{'requeued' if row.n_restarts else 'pending'} ({row.reason})"] += 1
+            reason = f" ({row.reason})" if row.reason not in ("", "None") else ""
+            counts[f"{'requeued' if row.n_restarts else 'pending'}{reason}"] += 1
         else:
             counts[row.state.lower()] += 1
     return dict(sorted(counts.items()))
