@@ -8,6 +8,7 @@ from saev import early
 COMMANDS = {
     "data": ("saev.data.cli", "dump the activations of a pretrained ViT"),
     "verify": ("saev.data.verify", "compare shard directories with their checksums"),
+    "labels": ("saev.labels.cli", "label patches by segmentation masks"),
     "train": ("saev.training.cli", "train sparse autoencoders"),
     "report": ("saev.training.report", "show training runs as a table"),
     "visuals": ("saev.visuals.cli", "show the images that fire each latent most"),
