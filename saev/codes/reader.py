@@ -61,7 +61,7 @@ class Rows:
             start_R1, latent_n = self.start_R1.astype(np.int64), self.latent_n.astype(np.int64)
             parts = (start_R1, latent_n, np.array(self.value_n))
             start, latent, value = map(torch.from_numpy, parts)
-            return torch.sparse_csr_tensor(start, latent, value, size=self.shape)
+            return torch.sparse_csr_tensor(start, latent, value, size=self.shape, check_invariants=True)
 
     def dense(self) -> Float[np.ndarray, "R C"]:
         """All values, with zeros where there is no code, in the type that is stored."""
