@@ -1,6 +1,6 @@
 """Sparse autoencoders for vision transformers: dump activations, train, show images, evaluate.
 
-`saev.nn`, `saev.data`, `saev.scorers` and `saev.protoeval` are imported when first used.
+`saev.nn`, `saev.data`, `saev.scorers`, `saev.codes` and `saev.protoeval` are imported when first used.
 """
 
 import typing as tp
@@ -10,9 +10,11 @@ from saev import lazy
 __version__ = "0.1.0"
 
 if tp.TYPE_CHECKING:
+    from saev import codes as codes
     from saev import data as data
     from saev import nn as nn
     from saev import protoeval as protoeval
     from saev import scorers as scorers
 else:
-    __getattr__, __dir__ = lazy.attributes(__name__, {"data": "", "nn": "", "protoeval": "", "scorers": ""})
+    names = ("codes", "data", "nn", "protoeval", "scorers")
+    __getattr__, __dir__ = lazy.attributes(__name__, dict.fromkeys(names, ""))

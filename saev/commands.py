@@ -8,9 +8,11 @@ from saev import early
 COMMANDS = {
     "data": ("saev.data.cli", "dump the activations of a pretrained ViT"),
     "verify": ("saev.data.verify", "compare shard directories with their checksums"),
+    "labels": ("saev.labels.cli", "label patches by segmentation masks"),
     "train": ("saev.training.cli", "train sparse autoencoders"),
     "report": ("saev.training.report", "show training runs as a table"),
     "visuals": ("saev.visuals.cli", "show the images that fire each latent most"),
+    "codes": ("saev.codes.cli", "write codes of patches and images to files"),
     "protoeval": ("saev.protoeval.cli", "evaluate prototypes on CUB-200-2011"),
     "convert": ("saev.compat.cli", "convert SAEs of other libraries"),
     "jobs": ("saev.jobs", "list, follow, cancel, collect and retry Slurm jobs"),

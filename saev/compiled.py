@@ -76,17 +76,47 @@ def big_endian_at(_, where):
 
 @intrinsic
 def prefetch(_, where):
-    """Asks for the cache line of an address, without waiting for it."""
+    """Asks for the cache line of an address, without waiting for it. It comes into the second level: the
+    first can wait for only a few lines at a time."""
 
     def generate(context, builder, signature, args):
         pointer = BYTE.as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [pointer, INT, INT, INT])
         function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
-        to_read, keep, data = INT(0), INT(3), INT(1)
-        builder.call(function, [builder.inttoptr(args[0], pointer), to_read, keep, data])
+        to_read, second_level, data = INT(0), INT(2), INT(1)
+        builder.call(function, [builder.inttoptr(args[0], pointer), to_read, second_level, data])
         return context.get_dummy_value()
 
     return numba.types.void(numba.types.intp), generate
+
+
+LINE = 64
+"""Bytes of a cache line."""
+
+
+@intrinsic
+def copy_line(_, target, source):
+    """Copies LINE bytes past the cache, to an address that is a multiple of LINE. See `stores_done`."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.VectorType(WORD, LINE // 8).as_pointer()
+        line = builder.load(builder.inttoptr(args[1], kind), align=1)
+        store = builder.store(line, builder.inttoptr(args[0], kind), align=LINE)
+        store.set_metadata("nontemporal", builder.module.add_metadata([INT(1)]))
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.intp, numba.types.intp), generate
+
+
+@intrinsic
+def stores_done(_):
+    """Other threads see the lines copied before, once they see what this thread writes next."""
+
+    def generate(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return numba.types.void(), generate
 
 
 # ---- threads ----

@@ -126,6 +126,7 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
         dtype: str = "float32",
         name: str = "made-up",
         skip: tuple[int, ...] = (),
+        transform: dict[str, object] | None = None,
     ) -> tuple[pathlib.Path, np.ndarray]:
         n_tokens = n_patches + cls_token
         if acts is None:
@@ -145,7 +146,7 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
         )
         records = [shards.Record(f"class{i % 3}/{i:04}.jpg", f"class{i % 3}") for i in range(n_imgs)]
         dump_to = tmp_path / f"shards{next(numbers)}"
-        out = shards.ShardDir.create(dump_to, metadata, records, {})
+        out = shards.ShardDir.create(dump_to, metadata, records, transform or {})
         for shard_i in range(metadata.n_shards):
             image_is = metadata.imgs_in(shard_i)
             with out.writing(shard_i) as writer:

@@ -75,8 +75,8 @@ def test_promised_commands_parse_without_torch(args: str) -> None:
 
 
 def readme_commands() -> list[str]:
-    """Indented `uv run ...` lines of README.md and docs/slurm.md, continuation lines joined."""
-    fpaths = (ROOT / "README.md", ROOT / "docs" / "slurm.md")
+    """Indented `uv run ...` lines of README.md and some pages, continuation lines joined."""
+    fpaths = (ROOT / "README.md", ROOT / "docs" / "slurm.md", ROOT / "docs" / "patch-labels.md")
     text = "".join(fpath.read_text() for fpath in fpaths).replace("\\\n", " ")
     return [
         c

@@ -87,7 +87,7 @@ def test_labels_on_disk_are_those_of_the_pictures(root: pathlib.Path) -> None:
 
 def colour_at(bird: minicub.Bird, x: int, y: int) -> np.ndarray:
     """Median RGB around a point of the bird's own canvas."""
-    layer = np.asarray(minicub._plumage(bird, np.random.default_rng(0)))
+    layer = np.asarray(minicub._plumage(bird, np.random.default_rng(0))[0])
     return np.median(layer[y - 9 : y + 9, x - 9 : x + 9, :3].reshape(-1, 3), axis=0)
 
 

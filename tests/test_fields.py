@@ -17,6 +17,7 @@ from saev.training import report
 ROOT = pathlib.Path(saev.__file__).parent
 NOT_PATHS = {"device", "wandb_project", "slurm_acct", "slurm_partition", "slurm_qos", "slurm_constraint"}
 NOT_PATHS |= {"slurm_gpu_type", "slurm_exclude", "slurm_setup", "slurm_extra", "after", "stage_to"}
+NOT_PATHS |= {"suffix"}
 """Fields of type str that hold something else."""
 MAY_BE_NEGATIVE = {"layer", "vit_layers", "n_train", "log_freq_range", "log_value_range"}
 
@@ -72,6 +73,10 @@ def test_paths_are_expanded(
     """A field of type str is a path, or named above."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SCRATCH", "scratch")
+    if name == "name":  # part of a file's name
+        with pytest.raises(errors.UserError, match="--name .*: use letters, digits and underscores"):
+            make(cls, name="../x")
+        return
     got = getattr(make(cls, **{name: shaped(cls, name, "~/$SCRATCH/x${SCRATCH}")}), name)
     if name in NOT_PATHS:
         assert got == shaped(cls, name, "~/$SCRATCH/x${SCRATCH}")

@@ -18,7 +18,7 @@ from saev.data import config, cub, walk
 from saev.data.pixels import BadImage, open_rgb
 from saev.formats.shards import Record
 
-__all__ = ["BadImage", "Transform", "image_root", "list_images", "open_rgb"]
+__all__ = ["BadImage", "Transform", "grid", "image_root", "list_images", "open_rgb"]
 
 logger = logging.getLogger("saev")
 
@@ -190,6 +190,24 @@ class Transform:
             raise errors.UserError(
                 f"transform.json: not a transform ({errors.first_line(err)}). Dump again."
             ) from err
+
+
+def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Returns the (rows, columns) of square patches on an input of `size` (height, width). None means a
+    square input.
+
+    Raises:
+        UserError: no such grid has `n_patches` patches.
+    """
+    height, width = size or (math.isqrt(n_patches), math.isqrt(n_patches))
+    for side in range(1, min(height, width) + 1):
+        if (height // side) * (width // side) == n_patches:
+            return height // side, width // side
+    what = f"an input of {height} x {width} pixels" if size else "a square input"
+    raise errors.UserError(
+        f"{n_patches} patches do not form a grid on {what}, so it is unknown where they lie. "
+        "Dump the images again."
+    )
 
 
 def _resize(img: PIL.Image.Image, size: tuple[int, int], resample: PIL.Image.Resampling) -> PIL.Image.Image:

@@ -10,8 +10,9 @@ import importlib
 import os
 
 import numpy as np
+from jaxtyping import UInt8
 
-from saev.compiled import address, big_endian_at, call, jit, prefetch
+from saev.compiled import LINE, address, big_endian_at, call, copy_line, jit, prefetch, stores_done
 from saev.data import activations
 
 _LIBC = ctypes.CDLL(None)
@@ -25,18 +26,32 @@ C: tuple[int, int, int, int] = (
 """C functions that `read` calls; 0 if missing. Without the second it gives no hints, without another it reads
 nothing."""
 WILLNEED = getattr(os, "POSIX_FADV_WILLNEED", 0)
-LINE = 64
-"""Bytes of a cache line."""
 FAR = 4096
 """Bytes of a row that are asked for early; the processor itself asks for the rest."""
-EARLY = 2
-"""Rows between the one that is asked for and the one that is moved."""
+EARLY_BYTES = 12 * 2**10
+"""About how much is asked for before it is copied."""
+
+
+def aligned(n: int) -> UInt8[np.ndarray, " n"]:
+    """New memory that begins with a cache line."""
+    memory = np.empty(n + LINE, np.uint8)
+    return memory[-memory.ctypes.data % LINE :][:n]
 
 
 @jit
 def _prefetch(where, n):
     for at in range(0, min(n, FAR), LINE):
         prefetch(where + at)
+
+
+@jit
+def _move(c, target, source, n):
+    """Copies n bytes that are not read soon: past the cache, if whole lines are written."""
+    if (target | n) % LINE:
+        call(c[3], (target, source, n))
+    else:
+        for at in range(0, n, LINE):
+            copy_line(target + at, source + at)
 
 
 # ---- files to pool ----
@@ -117,12 +132,11 @@ def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_re
         if is_read_G[g]:
             at = run_G2[g, 0] - start
             slots = slot_n[first_G[g] : first_G[g] + run_G2[g, 1]]
-            for i in range(len(slots)):
-                if i + EARLY < len(slots):
-                    _prefetch(pool + max(slots[i + EARLY], 0) * W, W)
-                if slots[i] >= 0:
-                    call(c[3], (pool + slots[i] * W, staging + at, W))
+            for slot in slots:
+                if slot >= 0:
+                    _move(c, pool + slot * W, staging + at, W)
                 at += W
+    stores_done()
 
 
 # ---- pool to batch ----
@@ -134,8 +148,8 @@ CONVERTED = {"bfloat16": BFLOAT16, "float16": FLOAT16}
 _LARGEST = np.float32(activations.LARGEST).view(np.uint32)
 LARGEST = {
     "float32": _LARGEST,
-    "bfloat16": _LARGEST >> np.uint32(16),
-    "float16": np.uint32(np.finfo(np.float16).max.view(np.uint16)),
+    "bfloat16": np.uint16(_LARGEST >> np.uint32(16)),
+    "float16": np.finfo(np.float16).max.view(np.uint16),
 }
 """Bits of the largest accepted activation."""
 
@@ -160,28 +174,27 @@ def take(kind, pool_PD, slot_n, largest, out_nD):
     """
     D = pool_PD.shape[1]
     pool, row_bytes = pool_PD.ctypes.data, pool_PD.strides[0]
-    magnitude = np.uint32(0x7FFFFFFF if pool_PD.itemsize == 4 else 0x7FFF)
-    too_large = np.uint32(0)  # the highest bit: of a difference below zero
+    stored = pool_PD.dtype.type  # sums of this type: with a wider one, a vector holds fewer values
+    sign = stored(1 << (8 * pool_PD.itemsize - 1))
+    too_large = stored(0)  # the highest bit: of a difference below zero
+    early = max(1, EARLY_BYTES // row_bytes)
     for i in range(len(slot_n)):
-        if i + EARLY < len(slot_n):
-            _prefetch(pool + slot_n[i + EARLY] * row_bytes, row_bytes)
-        slot = slot_n[i]
+        if i + early < len(slot_n):
+            _prefetch(pool + slot_n[i + early] * row_bytes, row_bytes)
+        row_D = pool_PD[slot_n[i]]
         if kind == SAME:
             for d in range(D):
-                bits = pool_PD[slot, d]
-                out_nD[i, d] = bits
-                too_large |= np.uint32(largest - (np.uint32(bits) & magnitude))
+                out_nD[i, d] = row_D[d]
+                too_large = stored(too_large | stored(largest - stored(row_D[d] & stored(~sign))))
         elif kind == BFLOAT16:  # the upper half of a float32
             for d in range(D):
-                bits = np.uint32(pool_PD[slot, d])
-                out_nD[i, d] = bits * np.uint32(1 << 16)
-                too_large |= np.uint32(largest - (bits & magnitude))
+                out_nD[i, d] = np.uint32(row_D[d]) * np.uint32(1 << 16)
+                too_large = stored(too_large | stored(largest - stored(row_D[d] & stored(~sign))))
         else:
             for d in range(D):
-                bits = np.uint32(pool_PD[slot, d])
-                out_nD[i, d] = _float16(bits)
-                too_large |= np.uint32(largest - (bits & magnitude))
-    return too_large < np.uint32(1 << 31)
+                out_nD[i, d] = _float16(np.uint32(row_D[d]))
+                too_large = stored(too_large | stored(largest - stored(row_D[d] & stored(~sign))))
+    return too_large < sign
 
 
 @jit

@@ -209,7 +209,7 @@ class _Pool:
         self.threads = concurrent.futures.ThreadPoolExecutor(stream.n_threads, "saev-read")
         self.local = threading.local()
         unsigned = np.dtype(f"u{acts.token_bytes // acts.d_vit}")
-        self.act_PD = np.empty((layout.n_pool, acts.d_vit), unsigned)
+        self.act_PD = moves.aligned(layout.n_pool * acts.token_bytes).view(unsigned).reshape(-1, acts.d_vit)
         self.readings: collections.deque[_Reading] = collections.deque()
         self.takings: collections.deque[tuple[concurrent.futures.Future[bool], Int64[np.ndarray, " n"]]] = (
             collections.deque()

@@ -10,6 +10,7 @@ is halved (which smooths edges) to 256 x 256.
 import collections.abc
 import dataclasses
 import pathlib
+import typing as tp
 
 import numpy as np
 import PIL.Image
@@ -103,6 +104,23 @@ LEAVES = {
 }
 """Parts that a leaf can hide, and their positions."""
 
+PARTS = (
+    "background",
+    "body",
+    "head",
+    "breast",
+    "wing",
+    "crest",
+    "crown",
+    "tail",
+    "bill",
+    "eye",
+    "legs",
+    "leaf",
+)
+"""Classes of the part masks, by id. `background` includes the perch."""
+ID = {name: i for i, name in enumerate(PARTS)}
+
 Traits = dict[str, str]
 
 
@@ -127,10 +145,32 @@ def draw(dpath: pathlib.Path, *, n_imgs: int = 640, seed: int = 0) -> None:
         _write(tmp_dpath, n_imgs, seed)
 
 
-def _write(root: pathlib.Path, n_imgs: int, seed: int) -> None:
+def draw_parts(dpath: pathlib.Path, *, n_imgs: int = 640, seed: int = 0) -> None:
+    """Draws the part masks of the images that `draw` makes of the same number and seed, as index images.
+
+    `dpath` gets a PNG for each image, below the image's folder, and names.txt with the ids of PARTS. It
+    appears whole or not at all. A folder that exists is complete and is left alone.
+    """
+    if dpath.exists():
+        return
+    with helpers.atomic_folder(dpath) as tmp_dpath:
+        _, birds = _birds(n_imgs, seed)
+        for i, bird in enumerate(birds):
+            fpath = (tmp_dpath / _path(bird, i)).with_suffix(".png")
+            fpath.parent.mkdir(parents=True, exist_ok=True)
+            picture(bird, np.random.default_rng((seed, i)))[1].save(fpath)
+        _write_lines(tmp_dpath / "names.txt", (f"{i} {name}" for i, name in enumerate(PARTS)))
+
+
+def _birds(n_imgs: int, seed: int) -> tuple[np.random.Generator, list[Bird]]:
+    """The content of the images, in the order of their file names, and the generator for what follows."""
     rng = np.random.default_rng((seed, 0xB12D))
     profiles = [{g: str(rng.choice(v)) for g, v in GROUPS.items()} for _ in range(N_SPECIES)]
-    birds = [_bird(rng, i % N_SPECIES, profiles[i % N_SPECIES]) for i in range(n_imgs)]
+    return rng, [_bird(rng, i % N_SPECIES, profiles[i % N_SPECIES]) for i in range(n_imgs)]
+
+
+def _write(root: pathlib.Path, n_imgs: int, seed: int) -> None:
+    rng, birds = _birds(n_imgs, seed)
     paths = [_path(bird, i) for i, bird in enumerate(birds)]
     for i, (path, bird) in enumerate(zip(paths, birds, strict=True)):
         fpath = root / "images" / path
@@ -213,19 +253,29 @@ def _label_lines(birds: list[Bird], rng: np.random.Generator) -> collections.abc
 
 def render(bird: Bird, rng: np.random.Generator) -> PIL.Image.Image:
     """Draws the 256 x 256 picture of a bird."""
+    return picture(bird, rng)[0]
+
+
+def picture(bird: Bird, rng: np.random.Generator) -> tuple[PIL.Image.Image, PIL.Image.Image]:
+    """Draws the 256 x 256 picture of a bird, and its mask, whose pixels are ids of PARTS."""
     scale = rng.uniform(*SCALES[bird.traits["has_size"]])
     reach = 0.5 * CANVAS * (1 - scale)
     centre = CANVAS / 2 + rng.uniform(-0.8, 0.8, 2) * reach
     feet_y = int(centre[1] + scale * 134)
     img = _background(bird.traits["has_perch"], feet_y, scale, rng)
-    layer = _plumage(bird, rng).rotate(rng.uniform(-9, 9), PIL.Image.Resampling.BILINEAR)
+    layer, parts = _plumage(bird, rng)
+    angle = rng.uniform(-9, 9)
+    layer, parts = layer.rotate(angle, PIL.Image.Resampling.BILINEAR), parts.rotate(angle)
     if rng.random() < 0.5:
-        layer = layer.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
+        layer, parts = (x.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) for x in (layer, parts))
     side = int(CANVAS * scale)
     layer = layer.resize((side, side), PIL.Image.Resampling.BILINEAR)
+    parts = parts.resize((side, side), PIL.Image.Resampling.NEAREST)
     x, y = (int(c - side / 2) for c in centre)
     img.paste(layer, (x, y), layer)
-    return _photograph(img, rng)
+    mask = PIL.Image.new("L", (CANVAS, CANVAS))
+    mask.paste(parts, (x, y))
+    return _photograph(img, rng), mask.resize((CANVAS // 2, CANVAS // 2), PIL.Image.Resampling.NEAREST)
 
 
 def _photograph(img: PIL.Image.Image, rng: np.random.Generator) -> PIL.Image.Image:
@@ -284,44 +334,57 @@ def _water(pen: PIL.ImageDraw.ImageDraw, y: int, scale: float, rng: np.random.Ge
         pen.line([(x, at), (x + rng.uniform(80, 260), at)], fill=_jitter((150, 192, 208), rng), width=4)
 
 
-def _plumage(bird: Bird, rng: np.random.Generator) -> PIL.Image.Image:
-    """Draws the bird, facing right, on a transparent canvas."""
+class _Pen:
+    """Draws on a picture and, with the id of a part, on its mask."""
+
+    def __init__(self, img: PIL.Image.Image, parts: PIL.Image.Image):
+        self.img, self.parts = img, parts
+        self.pens = PIL.ImageDraw.Draw(img), PIL.ImageDraw.Draw(parts)
+
+    def draw(
+        self, shape: str, part: str, *args: tp.Any, fill: tp.Any, outline: RGB | None = None, **given: tp.Any
+    ) -> None:
+        """Draws a shape (a method of Pillow's pens)."""
+        on_img, on_parts = (getattr(pen, shape) for pen in self.pens)
+        on_img(*args, fill=fill, **given | ({"outline": outline} if outline else {}))
+        on_parts(*args, fill=ID[part], **given)
+
+    def cover(
+        self, part: str, mask: PIL.Image.Image, color: RGB, pattern: str, rng: np.random.Generator
+    ) -> None:
+        _patch(self.img, mask, color, pattern, rng)
+        self.parts.paste(ID[part], (0, 0, *mask.size), mask)
+
+
+def _plumage(bird: Bird, rng: np.random.Generator) -> tuple[PIL.Image.Image, PIL.Image.Image]:
+    """Draws the bird, facing right, on a transparent canvas, and its parts."""
     traits = bird.traits
     colors = {g: _jitter(PALETTE[traits[g]], rng) for g in traits if g.endswith("_color")}
     plain = _jitter([PALETTE["grey"], (160, 140, 112), (104, 96, 92)][rng.integers(3)], rng)
     dark = tuple(int(0.6 * c) for c in plain)
-    img = PIL.Image.new("RGBA", (CANVAS, CANVAS))
-    pen = PIL.ImageDraw.Draw(img)
+    img, parts = PIL.Image.new("RGBA", (CANVAS, CANVAS)), PIL.Image.new("L", (CANVAS, CANVAS))
+    pen = _Pen(img, parts)
     if traits["has_perch"] != "water":
         for x in (258, 292):
-            pen.line([(x, 330), (x + 4, 388), (x + 22, 390)], fill=(110, 80, 50), width=8)
-    pen.polygon(TAILS[traits["has_tail_shape"]], fill=dark)
-    pen.ellipse((150, 188, 376, 346), fill=plain)
-    pen.ellipse((312, 132, 418, 238), fill=plain)
-    _patch(
-        img,
-        _mask(lambda m: m.ellipse((246, 214, 380, 348), fill=255)),
-        colors["has_breast_color"],
-        traits["has_breast_pattern"],
-        rng,
-    )
-    _patch(
-        img,
-        _mask(lambda m: m.polygon(WING, fill=255)),
-        colors["has_wing_color"],
-        traits["has_wing_pattern"],
-        rng,
-    )
+            pen.draw("line", "legs", [(x, 330), (x + 4, 388), (x + 22, 390)], fill=(110, 80, 50), width=8)
+    pen.draw("polygon", "tail", TAILS[traits["has_tail_shape"]], fill=dark)
+    pen.draw("ellipse", "body", (150, 188, 376, 346), fill=plain)
+    pen.draw("ellipse", "head", (312, 132, 418, 238), fill=plain)
+    breast = _mask(lambda m: m.ellipse((246, 214, 380, 348), fill=255))
+    pen.cover("breast", breast, colors["has_breast_color"], traits["has_breast_pattern"], rng)
+    wing = _mask(lambda m: m.polygon(WING, fill=255))
+    pen.cover("wing", wing, colors["has_wing_color"], traits["has_wing_pattern"], rng)
     if traits["has_crest"] == "yes":
         spikes = [(330, 150), (296, 84), (344, 120), (336, 66), (370, 116), (384, 72), (398, 146)]
-        pen.polygon(spikes, fill=colors["has_crown_color"])
-    pen.chord((312, 130, 418, 238), 170, 10, fill=colors["has_crown_color"])
-    pen.polygon(BILLS[traits["has_bill_shape"]], fill=colors["has_bill_color"], outline=(60, 50, 44))
-    pen.ellipse((374, 178, 396, 200), fill=(245, 245, 240))
-    pen.ellipse((378, 182, 392, 196), fill=(10, 10, 10))
+        pen.draw("polygon", "crest", spikes, fill=colors["has_crown_color"])
+    pen.draw("chord", "crown", (312, 130, 418, 238), 170, 10, fill=colors["has_crown_color"])
+    bill = BILLS[traits["has_bill_shape"]]
+    pen.draw("polygon", "bill", bill, fill=colors["has_bill_color"], outline=(60, 50, 44))
+    pen.draw("ellipse", "eye", (374, 178, 396, 200), fill=(245, 245, 240))
+    pen.draw("ellipse", "eye", (378, 182, 392, 196), fill=(10, 10, 10))
     if bird.hidden is not None:
         _leaf(pen, LEAVES[bird.hidden], rng)
-    return img
+    return img, parts
 
 
 def _mask(paint: collections.abc.Callable[[PIL.ImageDraw.ImageDraw], None]) -> PIL.Image.Image:
@@ -348,8 +411,9 @@ def _patch(
     img.paste(fill, (0, 0), mask)
 
 
-def _leaf(pen: PIL.ImageDraw.ImageDraw, at: tuple[int, int], rng: np.random.Generator) -> None:
+def _leaf(pen: _Pen, at: tuple[int, int], rng: np.random.Generator) -> None:
     x, y = at
     tone = _jitter((84, 128, 58), rng)
-    pen.polygon([(x - 92, y + 10), (x - 30, y - 62), (x + 92, y - 20), (x + 34, y + 64)], fill=tone)
-    pen.line([(x - 92, y + 10), (x + 92, y - 20)], fill=(60, 96, 44), width=5)
+    outline = [(x - 92, y + 10), (x - 30, y - 62), (x + 92, y - 20), (x + 34, y + 64)]
+    pen.draw("polygon", "leaf", outline, fill=tone)
+    pen.draw("line", "leaf", [(x - 92, y + 10), (x + 92, y - 20)], fill=(60, 96, 44), width=5)

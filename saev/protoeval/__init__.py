@@ -6,5 +6,7 @@ from saev import lazy
 
 if tp.TYPE_CHECKING:
     from saev.protoeval.ap import average_precision as average_precision
+    from saev.protoeval.logistic import fit_each_latent as fit_each_latent
 else:
-    __getattr__, __dir__ = lazy.attributes(__name__, {"average_precision": "ap"})
+    names = {"average_precision": "ap", "fit_each_latent": "logistic"}
+    __getattr__, __dir__ = lazy.attributes(__name__, names)

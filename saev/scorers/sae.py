@@ -54,12 +54,11 @@ class SaeLatents:
         sae, architecture, (B, P, _) = self.sae, self.sae.architecture, acts_BPD.shape
         x_BPD = acts_BPD * sae.scale - sae.b_dec
         encoder = sparse.Encoder(sae.W_enc.T, sae.b_enc, False)
-        found = architecture.find(sae, encoder, x_BPD.flatten(0, 1), 0, sparse.BatchSearch())
+        found = architecture.infer(sae, encoder, x_BPD.flatten(0, 1), 0)
         image_n = found.index.row_n.div(P, rounding_mode="floor")
         at_n = image_n.long() * sae.d_sae + found.index.latent_n
-        f_n = architecture.encode_sparse(sae, found.value_n, found.index).f
         f_BS = x_BPD.new_full((B, sae.d_sae), -torch.inf if architecture.is_signed else 0.0)
-        f_BS.view(-1).scatter_reduce_(0, at_n, f_n, "amax")
+        f_BS.view(-1).scatter_reduce_(0, at_n, found.value_n, "amax")
         if architecture.is_signed:  # a latent that does not fire in a patch has code 0 there
             n_fired_BS = at_n.bincount(minlength=f_BS.numel()).view_as(f_BS)
             f_BS = torch.where(n_fired_BS < P, f_BS.relu(), f_BS)

@@ -41,7 +41,8 @@ class Architecture(abc.ABC):
     Which methods to implement:
     - always `encode`, `encode_dense` and `encode_sparse`;
     - `largest` if `is_elementwise`, else `find`;
-    - `find` if `is_always_sparse`, else `cutoff`.
+    - `find` if `is_always_sparse`, else `cutoff`;
+    - `infer` if `find` depends on the rest of the batch.
 
     The config class has what must not wait for torch (default learning rate, memory), and switches features
     on: AuxK needs the fields `aux_coeff` and `aux_k`, resampling needs `resample_every`, and a penalty with
@@ -100,14 +101,19 @@ class Architecture(abc.ABC):
     ) -> sparse.Codes:
         """Finds the pre-activations that can fire or get a gradient in a training step.
 
-        If codes are not elementwise, scoring images in evaluation mode calls it too.
-
         Args:
             xc_BD: x - b_dec.
             n_expected: about how many there are.
             search: for architectures that select over the whole batch; it lasts for the whole run.
         """
         return sparse.above(encoder, xc_BD, self.cutoff(sae), n_expected)
+
+    def infer(
+        self, sae: "SparseAutoencoder", encoder: sparse.Encoder, xc_BD: Tensor, n_expected: int
+    ) -> sparse.Codes:
+        """Finds the codes of `encode` in evaluation mode. Some of them may be 0. Arguments as for `find`."""
+        found = self.find(sae, encoder, xc_BD, n_expected, sparse.BatchSearch())
+        return sparse.Codes(self.encode_sparse(sae, found.value_n, found.index).f, found.index)
 
     def largest(self, sae: "SparseAutoencoder", pre_BK: Tensor) -> Tensor:
         """Codes of the first K latents in evaluation mode, from their largest pre-activations in an image."""

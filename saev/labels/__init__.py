@@ -1,0 +1,1 @@
+"""Labels of patches, from segmentation masks."""
