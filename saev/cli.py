@@ -107,7 +107,7 @@ def parse(
                 **kwargs,
             )
     except SystemExit as err:
-        if err.code in (0, None):
+        if err.code != 2:  # the help, or a signal
             raise
     raise errors.UserError(_one_line(complaint.getvalue()))
 

@@ -123,3 +123,15 @@ def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> N
         with contextlib.suppress(errors.UserError):
             cli.parse(config.Train, ["--nope"])
         assert os.environ.get("COLUMNS") == columns
+
+
+def test_a_signal_while_the_command_line_is_read_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM is a SystemExit, and so is tyro's answer to a wrong flag."""
+
+    def terminated(*_: object, **__: object) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr("saev.cli.tyro.cli", terminated)
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(config.Train, [])
+    assert ended.value.code == 143
