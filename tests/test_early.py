@@ -21,6 +21,7 @@ COMMANDS = [
     "visuals.py",
     "protoeval.py",
     "-m saev.compat",
+    "-m saev.compare",
     "-m saev.demo",
     "-m saev.jobs",
 ]
@@ -35,7 +36,7 @@ def shell(line: str, cwd: pathlib.Path = ROOT, **env: str | None) -> subprocess.
 
 
 @pytest.mark.parametrize(
-    ("command", "delay_s"), list(zip(COMMANDS, (0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0, 0.1), strict=True))
+    ("command", "delay_s"), list(zip(COMMANDS, (0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0, 0.1, 0.2), strict=True))
 )
 def test_ctrl_c_while_a_command_starts(command: str, delay_s: float) -> None:
     """A real SIGINT, from the moment that our first module is there (before, Python itself answers)."""

@@ -1,0 +1,26 @@
+"""The command `python -m saev.compare`."""
+
+import pathlib
+
+from saev import console, errors, launch, sweeps
+from saev.compare import config
+
+
+def main() -> None:
+    """Compares, and prints the summary and its results directory.
+
+    Raises:
+        UserError: no dictionaries are named, or a stage failed.
+    """
+    (cfg,) = sweeps.parse(config.Compare, "Matches the latents of dictionaries on the same images.")
+    if cfg.dry_run:
+        return console.show([cfg], [cfg] if cfg.slurm.is_on else ())
+    if not cfg.runs and not (cfg.scorer and cfg.other):
+        raise errors.UserError(
+            "name two dictionaries with --scorer and --other (sae.pt or scorers/NAME.bin), or several with "
+            "--runs."
+        )
+    what = "runs" if cfg.runs else pathlib.Path(cfg.scorer).parent.name
+    (outcome,) = launch.run("saev.compare.run:main", [cfg], cfg.slurm, sweeps.title("compare", cfg, what))
+    dpath = outcome.get()
+    return console.say(f"{(pathlib.Path(dpath) / 'summary.md').read_text('utf-8')}\n{dpath}")
