@@ -1,8 +1,12 @@
 """Comparing dictionaries, against plain NumPy and SciPy. N images, P patches, D d_vit, S and Z latents."""
 
 import dataclasses
+import json
 import pathlib
+import subprocess
+import sys
 
+import inprocess
 import numpy as np
 import polars as pl
 import pytest
@@ -15,6 +19,7 @@ from saev.data import activations
 from saev.data import config as data_config
 from saev.nn import config as nn_config
 from saev.scorers import base
+from saev.scorers import sae as sae_scorer
 
 N, P, D = 40, 9, 12
 
@@ -386,3 +391,158 @@ def test_no_image_in_common(make_shards, tmp_path: pathlib.Path, monkeypatch: py
     monkeypatch.setattr(sides, "_by_path", numbered)
     with pytest.raises(errors.UserError, match="0 images in common"):
         run.main(cfg)
+
+
+# ---- several runs, resuming, the command ----
+
+
+def test_runs_of_two_layers(made, tmp_path: pathlib.Path) -> None:
+    """Each SAE is run on its own layer; pairs are named by what differs."""
+    dpath, acts_NLPD = made
+    sae = trained(tmp_path / "runs" / "a" / "sae.pt", 0)
+    permuted_copy(sae, tmp_path / "runs" / "b" / "sae.pt", np.random.default_rng(0).permutation(sae.d_sae))
+    wider = nn.SparseAutoencoder(nn_config.Relu(d_vit=D, exp_factor=3), seed=2)
+    nn.save(wider, tmp_path / "runs" / "c" / "sae.pt", {"layers": [7]})
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps({"seed": seed}))
+    cfg = configured(dpath, tmp_path, scorer="", other="", runs=(str(tmp_path / "runs"),))
+    out = run.main(cfg)
+    assert read(out, "dictionaries.csv")["layer"].to_list() == [3, 3, 7]
+    pairs = read(out, "pairs.csv")
+    assert pairs["differ"].to_list() == ["seed", "layer, latents, seed", "layer, latents, seed"]
+    pairs = pairs.with_columns(pl.col("mmcs_one", "mmcs_two").cast(pl.Float64))
+    assert pairs["mmcs_one"].is_nan().to_list() == [False, True, True]
+    assert pairs["corr_one"][0] == pytest.approx(1, abs=1e-6) and pairs["mmcs_two"][0] == pytest.approx(
+        1, abs=1e-6
+    )
+    f_RS = sae.encode(torch.from_numpy(np.ascontiguousarray(acts_NLPD[:, 0]))).flatten(0, 1).numpy()
+    g_RZ = wider.encode(torch.from_numpy(np.ascontiguousarray(acts_NLPD[:, 1]))).flatten(0, 1).numpy()
+    best = np.nanmax(plain(f_RS, g_RZ), axis=1)
+    assert pairs["corr_one"][1] == pytest.approx(np.nanmean(best), abs=1e-6)
+    assert not (pathlib.Path(out) / "matches.parquet").exists()
+    text = (pathlib.Path(out) / "summary.md").read_text()
+    assert "| seed | 1 | 100.0% (" in text and text.count("\n| c |") == 2
+    assert run.main(cfg) == out
+
+
+def test_mistakes_are_one_line(made, tmp_path: pathlib.Path) -> None:
+    dpath, _ = made
+    sae = trained(tmp_path / "a" / "sae.pt", 0)
+    nn.save(sae, tmp_path / "b" / "sae.pt", {"layers": [7]})
+    wrong = {
+        "given twice": {"other": str(tmp_path / "a" / "sae.pt")},
+        "no such checkpoint": {"other": str(tmp_path / "none.pt")},
+        "layer 3 instead of 7": {},
+        "holds one dictionary": {"scorer": "", "other": "", "runs": (str(tmp_path / "a"),)},
+        "no checkpoint, run directory": {"scorer": "", "other": "", "runs": (str(tmp_path / "none"),)},
+    }
+    for message, given in wrong.items():
+        with pytest.raises(errors.UserError, match=message):
+            run.main(configured(dpath, tmp_path, **given))
+    flags = {
+        "--runs takes all": {"runs": ("x",)},
+        "not --runs": {"runs": ("x",), "scorer": "", "other": "", "gallery": "x"},
+        "needs --gallery": {"other_gallery": "x"},
+        "name two dictionaries": {"other": ""},
+    }
+    for message, given in flags.items():
+        with pytest.raises(errors.UserError, match=message):
+            configured(dpath, tmp_path, **given).check()
+    assert list(tmp_path.glob("out/*")) == []
+
+
+def test_another_layer_of_the_same_shards(made, tmp_path: pathlib.Path) -> None:
+    cfg = configured(made[0], tmp_path, other_data=data_config.Shards(layer=7))
+    assert cfg.second_data == data_config.Shards(str(made[0]), 7)
+    assert configured(made[0], tmp_path).second_data == cfg.data
+
+
+def encoded(acts: activations.Activations, dpath: pathlib.Path, run_: list) -> list[store.Store]:
+    return store.encode(run_, acts, store.per_patch, dpath, torch.device("cpu"))
+
+
+def test_a_pass_that_stopped_resumes(made, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torn bytes after the last note are cut off, blocks with changed bytes are encoded again."""
+    acts = activations.Activations.open(data_config.Shards(str(made[0]), 3))
+    run_ = [sae_scorer.SaeLatents(trained(tmp_path / f"{i}.pt", i), 2 * D) for i in range(2)]
+    monkeypatch.setattr(store, "MAX_CODES", 5 * P * 2 * D)  # blocks of 5 images
+    monkeypatch.setattr(store, "SAVE_S", 0.0)
+    whole = encoded(acts, tmp_path / "whole", run_)
+    want = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
+    real, n_calls = store._sparse, 0
+
+    def killed(*args):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 8:  # in the fourth block, between the two scorers
+            raise KeyboardInterrupt
+        return real(*args)
+
+    for damage in ("none", "value", "note"):
+        dpath, n_calls = tmp_path / damage, 0
+        monkeypatch.setattr(store, "_sparse", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encoded(acts, dpath, run_)
+        if damage == "value":  # in the second block of the first scorer
+            data = bytearray((dpath / "0.value").read_bytes())
+            data[4 * whole[0].start_R1[5 * P] + 2] ^= 1
+            (dpath / "0.value").write_bytes(bytes(data))
+        if damage == "note":
+            (dpath / "done.json").write_text("{")
+        n_calls = -100
+        found = encoded(acts, dpath, run_)
+        n_encoded = n_calls + 100
+        assert n_encoded == {"none": 2 * 5, "value": 2 * 7, "note": 2 * 8}[damage]
+        assert {f.name: f.read_bytes() for f in dpath.iterdir()} == want
+        np.testing.assert_array_equal(found[1].value_n, whole[1].value_n)
+
+
+@pytest.mark.slow
+def test_a_killed_command_ends_as_an_undisturbed_one(made, tmp_path: pathlib.Path) -> None:
+    """kill -9 in the pass; then the same command."""
+    trained(tmp_path / "a" / "sae.pt", 0)
+    trained(tmp_path / "b" / "sae.pt", 1)
+    words = [
+        "-m",
+        "saev.compare",
+        "--scorer",
+        tmp_path / "a" / "sae.pt",
+        "--other",
+        tmp_path / "b" / "sae.pt",
+    ]
+    words += ["--data.shard-root", made[0], "--data.layer", "3", "--device", "cpu", "--dump-to"]
+    slowed = f"""
+import os, runpy, signal, sys
+from saev.compare import store
+store.MAX_CODES, store.SAVE_S = {3 * P * 2 * D}, 0.0
+real, calls = store._sparse, []
+def sparse(*args):
+    calls.append(1)
+    if len(calls) == 11:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+store._sparse = sparse
+sys.argv = sys.argv[1:]
+runpy.run_module("saev.compare", run_name="__main__", alter_sys=True)
+"""
+    flags = [str(w) for w in words[2:]]
+    done = subprocess.run(
+        [sys.executable, "-c", slowed, "x", *flags, str(tmp_path / "killed")], cwd=inprocess.ROOT
+    )
+    assert done.returncode == -9
+    left = {f.name[-8:] for f in (tmp_path / "killed").iterdir()}
+    assert left == {".partial", "ial.lock"} and list((tmp_path / "killed").glob(".*.partial/0/done.json"))
+    ends = [inprocess.run(*words, tmp_path / name) for name in ("killed", "whole")]
+    assert [end.returncode for end in ends] == [0, 0], ends[0].stderr
+    one, two = (pathlib.Path(end.stdout.splitlines()[-1]) for end in ends)
+    assert one.name == two.name and list((tmp_path / "killed").glob(".*")) == []
+    for name in ("matches.parquet", "curve.csv", "pairs.csv", "summary.md", "dictionaries.csv"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    assert "Correlation" in ends[0].stdout
+
+
+def test_dry_run_and_flags() -> None:
+    done = inprocess.run("-m", "saev.compare", "--dry-run", "--runs", "a", "b", "--slurm-acct", "X")
+    assert done.returncode == 0 and "runs = ('a', 'b')" in done.stdout and "1 Slurm job" in done.stdout
+    done = inprocess.run("-m", "saev.compare", "--scorer", "x")
+    assert done.returncode == 2 and done.stderr.startswith("error: name two dictionaries")

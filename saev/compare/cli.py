@@ -2,7 +2,7 @@
 
 import pathlib
 
-from saev import console, errors, launch, sweeps
+from saev import console, launch, sweeps
 from saev.compare import config
 
 
@@ -10,16 +10,12 @@ def main() -> None:
     """Compares, and prints the summary and its results directory.
 
     Raises:
-        UserError: no dictionaries are named, or a stage failed.
+        UserError: flags that do not go together, or the stage failed.
     """
     (cfg,) = sweeps.parse(config.Compare, "Matches the latents of dictionaries on the same images.")
     if cfg.dry_run:
         return console.show([cfg], [cfg] if cfg.slurm.is_on else ())
-    if not cfg.runs and not (cfg.scorer and cfg.other):
-        raise errors.UserError(
-            "name two dictionaries with --scorer and --other (sae.pt or scorers/NAME.bin), or several with "
-            "--runs."
-        )
+    cfg.check()
     what = "runs" if cfg.runs else pathlib.Path(cfg.scorer).parent.name
     (outcome,) = launch.run("saev.compare.run:main", [cfg], cfg.slurm, sweeps.title("compare", cfg, what))
     dpath = outcome.get()

@@ -61,13 +61,20 @@ class Compare:
         fields.settle(
             self,
             n_images="[0, 1e9]",
-            thresholds="[-1, 1]",
+            thresholds="[0, 1]",
             candidates="[1, 1024]",
             seed="[0, 4294967296)",
             memory_gb="(0, 1e5]",
         )
         if not self.thresholds:
             raise errors.UserError("--thresholds is empty. Pass numbers from 0 to 1.")
+
+    def check(self) -> None:
+        """Checks that flags go together.
+
+        Raises:
+            UserError: no dictionaries are named, or flags of two dictionaries are given with --runs.
+        """
         if self.runs and (self.scorer or self.other):
             raise errors.UserError("--runs takes all dictionaries: leave out --scorer and --other.")
         if self.runs and (self.gallery or self.other_gallery):
@@ -76,6 +83,11 @@ class Compare:
             )
         if self.other_gallery and not self.gallery:
             raise errors.UserError("--other-gallery needs --gallery, the gallery that shows the matches.")
+        if not self.runs and not (self.scorer and self.other):
+            raise errors.UserError(
+                "name two dictionaries with --scorer and --other (sae.pt or scorers/NAME.bin), or several "
+                "with --runs."
+            )
 
     @property
     def second_data(self) -> data_config.Shards:

@@ -204,8 +204,11 @@ def join(sides: list[Side], cfg: config.Compare) -> Joined:
     )
 
 
-def _numbered(streams: list[activations.Activations]) -> list[dict[str | int, int]]:
-    """For each stream: what identifies an image -> its number."""
+Numbers = dict[str | int, int]
+"""What identifies an image -> its number in a stream."""
+
+
+def _numbered(streams: list[activations.Activations]) -> list[Numbers]:
     if all([p.dpath for p in acts.dirs] == [p.dpath for p in streams[0].dirs] for acts in streams):
         return [{i: i for i in acts.image_is_N.tolist()} for acts in streams]  # needs no paths
     plain = [_by_path(acts, lambda path: path.removeprefix("./")) for acts in streams]
@@ -214,10 +217,8 @@ def _numbered(streams: list[activations.Activations]) -> list[dict[str | int, in
     return [_by_path(acts, cub.key) for acts in streams]  # some with images/, train/ or test/
 
 
-def _by_path(
-    acts: activations.Activations, key: collections.abc.Callable[[str], str]
-) -> dict[str | int, int]:
-    out: dict[str | int, int] = {key(acts.records[i].path): i for i in acts.image_is_N.tolist()}
+def _by_path(acts: activations.Activations, key: collections.abc.Callable[[str], str]) -> Numbers:
+    out: Numbers = {key(acts.records[i].path): i for i in acts.image_is_N.tolist()}
     if len(out) < acts.n_imgs:
         raise errors.UserError(
             f"{acts.given}: holds {acts.n_imgs - len(out)} images twice (equal paths). Leave out one of its "
