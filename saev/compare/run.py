@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 
 from saev import devices, fields, helpers, scorers
-from saev.compare import config, correlate, match, report, sides, store
+from saev.compare import config, correlate, gallery, match, report, sides, store
 
 logger = logging.getLogger("saev")
 
@@ -22,9 +22,10 @@ def main(cfg: config.Compare) -> str:
     The directory's name is a hash of all that determines the results, so finished ones are reused.
 
     Raises:
-        UserError: a bad checkpoint or shard directory, or fewer than two images in common.
+        UserError: a bad checkpoint, shard directory or gallery, or fewer than two images in common.
     """
     found = sides.open_all(cfg)
+    shown = gallery.opened(cfg, found)
     joined = sides.join(found, cfg)
     out = pathlib.Path(cfg.dump_to) / _id(cfg, found, joined)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +35,8 @@ def main(cfg: config.Compare) -> str:
             logger.info("%s: already compared", out)
         else:
             _compare(cfg, found, joined, out)
+    if shown:
+        gallery.write(shown, found, out)
     return str(out)
 
 
