@@ -15,7 +15,7 @@ TYPES = {
     "i4": np.dtype("<i4"),
     "f4": np.dtype("<f4"),
 }
-ESCAPED = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+ESCAPED = {c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 """Characters that would end a script, or a line of one."""
 
 
@@ -26,8 +26,8 @@ def packed(values: object, kind: str) -> dict[str, object]:
         OverflowError: an integer does not fit.
     """
     given = np.asarray(values)
-    array = given.astype(TYPES[kind])
-    if kind != "f4" and not np.array_equal(array, given):
+    array = given.astype(TYPES[kind], copy=False)
+    if kind != "f4" and array is not given and not np.array_equal(array, given):
         raise OverflowError(f"numbers do not fit in {kind}")
     return {"t": kind, "n": list(array.shape), "b": base64.b64encode(array.tobytes()).decode()}
 
@@ -36,5 +36,7 @@ def write(dpath: pathlib.Path, name: str, value: dict[str, object]) -> None:
     """Writes data/<name>.js in the gallery `dpath`."""
     fpath = dpath / "data" / f"{name}.js"
     fpath.parent.mkdir(parents=True, exist_ok=True)
-    body = jsonfile.dumps(value).strip().translate(ESCAPED)
+    body = jsonfile.dumps(value).strip()
+    for char, escaped in ESCAPED.items():  # much faster than str.translate
+        body = body.replace(char, escaped)
     helpers.write_text(fpath, f'saev.put("{name}", {body});\n')

@@ -41,7 +41,8 @@ class Architecture(abc.ABC):
     Which methods to implement:
     - always `encode`, `encode_dense` and `encode_sparse`;
     - `largest` if `is_elementwise`, else `find`;
-    - `find` if `is_always_sparse`, else `cutoff`.
+    - `find` if `is_always_sparse`, else `cutoff`;
+    - `fires_above` if galleries shall be made without dense codes.
 
     The config class has what must not wait for torch (default learning rate, memory), and switches features
     on: AuxK needs the fields `aux_coeff` and `aux_k`, resampling needs `resample_every`, and a penalty with
@@ -108,6 +109,13 @@ class Architecture(abc.ABC):
             search: for architectures that select over the whole batch; it lasts for the whole run.
         """
         return sparse.above(encoder, xc_BD, self.cutoff(sae), n_expected)
+
+    def fires_above(self, sae: "SparseAutoencoder") -> Tensor | None:
+        """(S,): in evaluation mode, a code is its pre-activation above this, else 0. None if that is not so.
+
+        With it, codes are found without a dense code.
+        """
+        return None
 
     def largest(self, sae: "SparseAutoencoder", pre_BK: Tensor) -> Tensor:
         """Codes of the first K latents in evaluation mode, from their largest pre-activations in an image."""

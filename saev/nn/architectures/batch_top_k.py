@@ -38,6 +38,9 @@ class BatchTopK(base.Architecture, cfg=config.BatchTopK):
     def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> base.Coded:
         return base.Coded(pre_n.relu())
 
+    def fires_above(self, sae) -> Tensor:
+        return sae.threshold.clamp(min=0).expand(sae.d_sae)
+
     def largest(self, sae, pre_BK: Tensor) -> Tensor:
         return activations.above(pre_BK, sae.threshold).relu()
 
