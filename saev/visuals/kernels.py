@@ -108,6 +108,19 @@ def collect(
 
 
 @jit
+def largest(x_CS, value_CK, at_CK, c_start, c_end):
+    """The K largest values of rows c_start to c_end, and their columns. Among equals the lower column is first.
+
+    Args:
+        value_CK: filled with -inf.
+        at_CK: filled with -1.
+    """
+    for c in range(c_start, c_end):
+        for s in range(x_CS.shape[1]):
+            _insert(x_CS[c, s], s, value_CK[c], at_CK[c])
+
+
+@jit
 def bin_of(value, low, high):
     """The bin of a value between low and high."""
     if not high > low:
@@ -220,8 +233,8 @@ def sample_patches(count_X, latent_n, first, share, seed, rows_X, out_n):
 
 
 @jit
-def together(start_X1, latent_n, start_S1, patch_n, chosen_C, together_CK, count_CK):
-    """The latents that fire most often on the same sampled patches as each chosen one, and how often.
+def together(start_X1, latent_n, start_S1, patch_n, chosen_C, together_CK, count_CK, c_start, c_end):
+    """The latents that fire most often on the same sampled patches as chosen[c_start:c_end], and how often.
 
     Args:
         start_X1, latent_n: codes by patch.
@@ -230,7 +243,7 @@ def together(start_X1, latent_n, start_S1, patch_n, chosen_C, together_CK, count
     """
     S = len(start_S1) - 1
     count_S, touched_S = np.zeros(S, np.int32), np.empty(S, np.int32)
-    for c in range(len(chosen_C)):
+    for c in range(c_start, c_end):
         s, n_touched = chosen_C[c], 0
         for i in range(start_S1[s], start_S1[s + 1]):
             x = patch_n[i]

@@ -27,7 +27,8 @@ def packed(values: object, kind: str) -> dict[str, object]:
     """
     given = np.asarray(values)
     array = given.astype(TYPES[kind], copy=False)
-    if kind != "f4" and array is not given and not np.array_equal(array, given):
+    is_exact = kind == "f4" or np.can_cast(given.dtype, TYPES[kind], "safe")
+    if not is_exact and not np.array_equal(array, given):
         raise OverflowError(f"numbers do not fit in {kind}")
     return {"t": kind, "n": list(array.shape), "b": base64.b64encode(array.tobytes()).decode()}
 

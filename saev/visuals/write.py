@@ -231,7 +231,7 @@ def _row_of(gallery: Gallery) -> np.ndarray:
 
 def _write_latents(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -> None:
     coder, chosen_C = gallery.coder, gallery.chosen_C
-    place_N = np.full(gallery.acts.n_imgs, -1, np.int64)
+    place_N = np.zeros(gallery.acts.n_imgs, np.uint32)
     place_N[positions] = np.arange(len(positions))
     related = _Related.of(gallery)
     low_S, high_S = heat.scale(coder, gallery.codes, gallery.stats)
@@ -241,13 +241,14 @@ def _write_latents(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray)
     for part in heat.parts(coder, gallery.acts, gallery.codes, entries, low_S, high_S):
         for row in part.rows:
             s = int(chosen_C[row])
-            found = {
+            found: dict[str, object] = {
                 "histogram": _histogram(gallery.stats, s),
                 "low": float(low_S[s]),
                 "high": float(high_S[s]),
                 "groups": list(_groups(gallery.shown, part, entries, row, place_N)),
             }
-            latents.append(found | related.of_row(gallery, row))
+            found |= {name: rows[row] for name, rows in related._asdict().items()}
+            latents.append(found)
             if len(latents) == LATENTS or row == len(chosen_C) - 1:
                 scripts.write(dpath, f"latents/{n_files:03}", {"latents": latents})
                 latents, n_files = [], n_files + 1
@@ -275,7 +276,7 @@ def _groups(
                 "words": WORDS[name],
                 "image": scripts.packed(place_N[position_n], "u4"),
                 "value": scripts.packed(part.value_E[e : e + n], "f4"),
-                "start": scripts.packed(part.start_E1[e : e + n + 1] - m0, "u4"),
+                "start": scripts.packed((part.start_E1[e : e + n + 1] - m0).astype(np.uint32), "u4"),
                 "patch": scripts.packed(part.patch_m[m0:m1], "u2"),
                 "heat": scripts.packed(part.heat_m[m0:m1], "u1"),
             }
@@ -283,32 +284,30 @@ def _groups(
 
 
 class _Related(tp.NamedTuple):
-    """What rows are related to."""
+    """What rows are related to, as in the files."""
 
-    neighbours: relations.Related | None
-    together: relations.Together
-    row_S: np.ndarray
+    neighbours: list[list[list[object]]]
+    together: list[list[list[object]]]
+    classes: list[list[list[object]]]
 
     @staticmethod
     def of(gallery: Gallery) -> "_Related":
-        vectors_SD, chosen_C = gallery.coder.vectors(), gallery.chosen_C
-        neighbours = None if vectors_SD is None else relations.neighbours(vectors_SD, chosen_C)
-        together = relations.together(gallery.codes, gallery.coder.n, chosen_C, gallery.seed)
-        return _Related(neighbours, together, _row_of(gallery))
-
-    def of_row(self, gallery: Gallery, row: int) -> dict[str, object]:
-        classes = gallery.classes
-        found = relations.classes(gallery.stats, int(gallery.chosen_C[row]), classes.class_N, classes.n_G)
-        return {
-            "neighbours": [] if self.neighbours is None else self._list(self.neighbours, row),
-            "together": self._list(self.together.related, row),
-            "classes": [[c.name, c.n_images, _short(c.lift)] for c in found],
-        }
-
-    def _list(self, related: relations.Related, row: int) -> list[list[object]]:
-        pairs = zip(related.latent_CK[row].tolist(), related.value_CK[row].tolist(), strict=True)
-        return [[int(self.row_S[s]), s, _short(value)] for s, value in pairs if s >= 0]
+        coder, chosen_C, row_S = gallery.coder, gallery.chosen_C, _row_of(gallery)
+        vectors_SD = coder.vectors()
+        if vectors_SD is None:
+            neighbours: list[list[list[object]]] = [[]] * len(chosen_C)
+        else:
+            neighbours = _pairs(relations.neighbours(vectors_SD, chosen_C), row_S)
+        together = relations.together(gallery.codes, coder.n, chosen_C, gallery.seed)
+        classes = relations.classes(gallery.stats, chosen_C, gallery.classes.class_N, gallery.classes.n_G)
+        return _Related(neighbours, _pairs(together.related, row_S), classes)
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
+def _pairs(related: relations.Related, row_S: np.ndarray) -> list[list[list[object]]]:
+    """[row or -1, number, value] of each related latent."""
+    row_CK = row_S[related.latent_CK]  # of -1 too, which is left out
+    columns = (row_CK.tolist(), related.latent_CK.tolist(), related.value_CK.tolist())
+    return [
+        [[row, s, round(value, 4)] for row, s, value in zip(*each, strict=True) if s >= 0]
+        for each in zip(*columns, strict=True)
+    ]
