@@ -17,7 +17,7 @@ TYPES = {
     "i4": np.dtype("<i4"),
     "f4": np.dtype("<f4"),
 }
-ESCAPED = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+ESCAPED = {c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 """Characters that would end a script, or a line of one."""
 
 
@@ -28,8 +28,9 @@ def packed(values: object, kind: str) -> dict[str, object]:
         OverflowError: an integer does not fit.
     """
     given = np.asarray(values)
-    array = given.astype(TYPES[kind])
-    if kind != "f4" and not np.array_equal(array, given):
+    array = given.astype(TYPES[kind], copy=False)
+    is_exact = kind == "f4" or np.can_cast(given.dtype, TYPES[kind], "safe")
+    if not is_exact and not np.array_equal(array, given):
         raise OverflowError(f"numbers do not fit in {kind}")
     return {"t": kind, "n": list(array.shape), "b": base64.b64encode(array.tobytes()).decode()}
 
@@ -43,7 +44,9 @@ def write(dpath: pathlib.Path, name: str, value: dict[str, object]) -> None:
 
 def write_at(fpath: pathlib.Path, name: str, value: dict[str, object]) -> None:
     """Writes the data file of this name to another place, from which it is moved later."""
-    body = jsonfile.dumps(value).strip().translate(ESCAPED)
+    body = jsonfile.dumps(value).strip()
+    for char, escaped in ESCAPED.items():  # much faster than str.translate
+        body = body.replace(char, escaped)
     helpers.write_text(fpath, f'saev.put("{name}", {body});\n')
 
 
