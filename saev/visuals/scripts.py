@@ -2,6 +2,7 @@
 
 import base64
 import pathlib
+import shutil
 
 import numpy as np
 
@@ -17,6 +18,8 @@ TYPES = {
 }
 ESCAPED = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 """Characters that would end a script, or a line of one."""
+PAGE = pathlib.Path(__file__).parent / "page"
+"""index.html, its style and its scripts, the same in every gallery."""
 
 
 def packed(values: object, kind: str) -> dict[str, object]:
@@ -38,3 +41,12 @@ def write(dpath: pathlib.Path, name: str, value: dict[str, object]) -> None:
     fpath.parent.mkdir(parents=True, exist_ok=True)
     body = jsonfile.dumps(value).strip().translate(ESCAPED)
     helpers.write_text(fpath, f'saev.put("{name}", {body});\n')
+
+
+def copy_page(dpath: pathlib.Path) -> None:
+    """Copies the page into the gallery `dpath`, which may exist."""
+    for fpath in PAGE.rglob("*"):
+        if fpath.suffix in (".html", ".css", ".js"):
+            target = dpath / fpath.relative_to(PAGE)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(fpath, target)
