@@ -68,12 +68,15 @@ def write(dpath: pathlib.Path, made: MadeUp) -> pathlib.Path:
     for image in images:
         image["class"] = classes.index(image.pop("class_name")) if not made.nasty else image["n"] % 5
     _write_files(dpath, "images", "images", images)
-    scripts.write(dpath, "stats", _stats(made, rng, classes))
+    stats = _stats(made, rng, classes)
+    scripts.write(dpath, "stats", stats)
     n_stored = made.n_latents if made.n_stored is None else made.n_stored
     latents = [_latent(made, rng, row, len(classes)) for row in range(n_stored)]
     _write_files(dpath, "latents", "latents", latents)
     _write_paths(dpath, made, images)
-    _write_files(dpath, "codes", "images", [_codes(made, rng, i) for i in range(made.n_view)])
+    _write_files(
+        dpath, "codes", "images", [_codes(made, rng, i, stats["columns"]["max"]) for i in range(made.n_view)]
+    )
     _write_traits(dpath, made, rng) if made.traits else scripts.write(dpath, "traits", {})
     _write_compare(dpath, made, rng) if made.compare else scripts.write(dpath, "compare", {})
     return dpath / "index.html"
@@ -199,9 +202,7 @@ def _latent(made: MadeUp, rng: np.random.Generator, row: int, n_classes: int) ->
         "low": 0.0,
         "high": 8.0,
         "groups": groups,
-        "neighbours": [
-            [int(r) if j % 4 else -1, int(2 * r + 1), 0.9 - 0.08 * j] for j, r in enumerate(near)
-        ],
+        "neighbours": [[int(r) if j % 4 else -1, int(2 * r + 1), 0.9 - 0.08 * j] for j, r in enumerate(near)],
         "together": [[int(r), int(2 * r + 1), 0.6 / (j + 1)] for j, r in enumerate(near)],
         "classes": [[int(c), 12 - c, 4.2 - 0.5 * c] for c in range(min(6, n_classes))],
     }
@@ -221,13 +222,16 @@ def _write_paths(dpath: pathlib.Path, made: MadeUp, images: list[dict]) -> None:
     scripts.write(dpath, "paths", columns)
 
 
-def _codes(made: MadeUp, rng: np.random.Generator, i: int) -> dict:
+def _codes(made: MadeUp, rng: np.random.Generator, i: int, peaks: dict) -> dict:
     k = 6
     rows = rng.integers(0, made.n_latents, 60)
+    largest = np.frombuffer(base64.b64decode(peaks["b"]), "<f4")
     row, value = [], []
     for _ in range(made.n_patches):
-        row += rng.choice(rows, k, replace=False).tolist()
-        value += np.sort(rng.exponential(2, k))[::-1].tolist()
+        fires = rng.choice(rows, k, replace=False)
+        values = np.nan_to_num(largest[fires] * rng.uniform(0.05, 1, k))
+        row += fires[np.argsort(-values)].tolist()
+        value += np.sort(values)[::-1].tolist()
     return {
         "image": i * (made.n_images // made.n_view),
         "start": scripts.packed(np.arange(made.n_patches + 1) * k, "u4"),
@@ -238,7 +242,9 @@ def _codes(made: MadeUp, rng: np.random.Generator, i: int) -> dict:
 
 def _write_traits(dpath: pathlib.Path, made: MadeUp, rng: np.random.Generator) -> None:
     names = [*NASTY, *minicub.ATTRIBUTES] if made.nasty else minicub.ATTRIBUTES
-    scorers = [{"name": n, "noun": "prototype" if i else "latent", "here": i == 0} for i, n in enumerate(SCORERS)]
+    scorers = [
+        {"name": n, "noun": "prototype" if i else "latent", "here": i == 0} for i, n in enumerate(SCORERS)
+    ]
     if made.nasty:
         scorers[1]["name"] = NASTY[1]
     traits, pictures = [], []
@@ -264,9 +270,7 @@ def _write_traits(dpath: pathlib.Path, made: MadeUp, rng: np.random.Generator) -
             shown.append(group(chosen, heats, values.tolist(), scorer=s, right=packed))
         prevalence = float(rng.uniform(0.03, 0.4))
         where = name.partition("::")[0]
-        traits.append(
-            {"name": name, "group": where, "prevalence": prevalence, "n_test": 210, "best": best}
-        )
+        traits.append({"name": name, "group": where, "prevalence": prevalence, "n_test": 210, "best": best})
         pictures.append(shown)
     n = PER_FILE["traits"]
     for i in range(0, len(pictures), n):

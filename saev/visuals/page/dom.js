@@ -14,7 +14,7 @@
       else if (key === "value" || key === "checked") element[key] = value;
       else element.setAttribute(key, value === true ? "" : saev.visible(value));
     }
-    element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false)
+    element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false)
       .map((child) => (child instanceof Node ? child : document.createTextNode(saev.visible(child)))));
     return element;
   };

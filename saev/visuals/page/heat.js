@@ -130,7 +130,7 @@
       type: "range", min: "0", max: "100", step: "5", value: setting("opacity"), oninput: (event) => change("opacity", event.target.value),
     });
     const scale = saev.el("select", { onchange: (event) => change("scale", event.target.value) },
-      saev.el("option", { value: "latent" }, `one for the ${saev.noun}`), saev.el("option", { value: "image" }, "one for each image"));
+      saev.el("option", { value: "latent" }, `one for each ${saev.noun}`), saev.el("option", { value: "image" }, "one for each image"));
     scale.value = setting("scale");
     const legend = saev.el("div", null, saev.legend(low, high));
     return saev.el("div", { class: "controls", role: "group", "aria-label": "Heat" },

@@ -11,11 +11,13 @@
     const prefix = `table${tables++}`;
     const state = { rows: [], sort: "", place: -1 };
     const widths = (list) => list.map((c) => c.width).join(" ");
+    const least = (list) => `${list.reduce((sum, c) => sum + Number(/[\d.]+/.exec(c.width)[0]), 1)}em`;
+    const narrow = columns.filter((c) => !c.wide);
     const head = saev.el("div", { role: "row", class: "row head", "aria-rowindex": "1" });
     const space = saev.el("div", { class: "space", role: "rowgroup" });
     const body = saev.el("div", { class: "body", role: "presentation" }, space);
     const element = saev.el("div", { class: "table", role: "grid", tabindex: "0", "aria-label": label, onkeydown: press,
-      style: `--widths:${widths(columns)};--narrow:${widths(columns.filter((c) => !c.wide))}` }, head, body);
+      style: `--widths:${widths(columns)};--narrow:${widths(narrow)};--least:${least(columns)};--least-narrow:${least(narrow)}` }, head, body);
     element.addEventListener("scroll", draw);
     new ResizeObserver(draw).observe(element);
 

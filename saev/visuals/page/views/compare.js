@@ -20,10 +20,10 @@
     return saev.el("figure", { class: "curve" },
       saev.svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Share of ${saev.noun}s matched against the least correlation.${words}` },
         marks.map((s) => [saev.svg("line", { class: "grid", x1: left, x2: width - 12, y1: y(s), y2: y(s) }), saev.svg("text", { x: left - 6, y: y(s) + 4, "text-anchor": "end" }, `${100 * s}%`)]),
-        marks.map((m) => low + m * (high - low)).map((t) => saev.svg("text", { x: x(t), y: height - bottom + 18, "text-anchor": "middle" }, saev.number(Number(t.toFixed(2))))),
+        marks.map((m) => low + m * (high - low)).map((t) => saev.svg("text", { x: x(t), y: height - bottom + 18, "text-anchor": "middle" }, String(Number(t.toFixed(2))))),
         saev.svg("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "least correlation of a mutual best match"),
         line(chance, "chance"), line(share, "share")),
-      saev.el("figcaption", null, saev.el("span", { class: "swatch share" }), "matched", saev.el("span", { class: "swatch chance" }), "images permuted", words));
+      saev.el("figcaption", null, saev.el("span", { class: "swatch share" }), "matched", saev.el("span", { class: "swatch chance" }), "images permuted", saev.el("p", null, words.trim())));
   }
 
   function fields() {
@@ -40,12 +40,12 @@
 
   function tableColumns() {
     const { columns, method } = saev.compare;
-    const column = (key, label, hint, cell, wide = false) => ({ key, label, hint, cell, wide, number: true, sort: true, width: "minmax(5em,1fr)" });
+    const column = (key, label, hint, cell, wide = false) => ({ key, label, hint, cell, wide, number: true, sort: true, width: "minmax(7em,1fr)" });
     return [
       column("id", "This", `${saev.noun} of this gallery`, (row) => saev.el("a", { href: saev.href("compare", columns.id[row]), tabindex: "-1" }, columns.id[row])),
       column("match", "Match", "the other dictionary's latent with the highest correlation", (row) => idOr(columns.best[row])),
       column("corr", "Correlation", "of activations over the same patches", (row) => saev.number(columns.corr[row])),
-      { key: "mutual", label: "Mutual", hint: "each is the other's best match", width: "minmax(4em,.7fr)", cell: (row) => (columns.mutual[row] ? "yes" : "") },
+      { key: "mutual", label: "Mutual", hint: "each is the other's best match", width: "minmax(5em,.7fr)", cell: (row) => (columns.mutual[row] ? "yes" : "") },
       column("pair", "One to one", "partner in the one-to-one matching", (row) => idOr(columns.pair[row]), true),
       column("pair_corr", "Correlation", "with the partner of the one-to-one matching", (row) => saev.number(columns.pair_corr[row]), true),
       ...(method.one_space ? [column("cos_match", "By direction", "the other dictionary's latent with the highest cosine", (row) => idOr(columns.cos_best[row]), true), column("cos", "Cosine", "of the decoder rows", (row) => saev.number(columns.cos[row]), true)] : []),
@@ -85,8 +85,8 @@
     if (place < 0 || row === undefined) throw new Error(`${saev.capital(saev.noun)} ${argument} is not in this comparison.`);
     saev.title(`${saev.capital(saev.noun)} ${id}, compared`);
     const step = (by) => columns.id[place + by] !== undefined && saev.go("compare", columns.id[place + by]);
-    const groups = (latent, attributes) => [saev.legend(latent.low, latent.high), ...latent.groups.filter((group) => group.image.n[0] > 0).map((group) =>
-      saev.el("section", { class: "group" }, saev.el("h4", null, saev.capital(group.name)), saev.figures(group, attributes)))];
+    const groups = (latent, attributes) => latent.groups.filter((group) => group.image.n[0] > 0).map((group) =>
+      saev.el("section", { class: "group" }, saev.el("h4", null, `${saev.capital(group.name)} images`), saev.figures(group, attributes)));
     const facts = [["Correlation", saev.number(columns.corr[place])], ["Mutual", columns.mutual[place] ? "yes" : "no"],
       ["One to one", `${idOr(columns.pair[place])} (${saev.number(columns.pair_corr[place])})`],
       ...(method.one_space ? [["By cosine", `${idOr(columns.cos_best[place])} (${saev.number(columns.cos[place])})`]] : [])];
@@ -94,7 +94,7 @@
     main.append(
       saev.el("div", { class: "heading" }, saev.el("a", { href: saev.href("compare", "", { on: id }) }, "Compare"), saev.el("h2", null, `${saev.capital(saev.noun)} ${id} and ${idOr(best)}`), saev.starButton(id)),
       saev.el("dl", { class: "facts" }, facts.map(([k, v]) => saev.el("div", null, saev.el("dt", null, k), saev.el("dd", null, v)))),
-      saev.heatControls("0", "largest of each prototype"),
+      saev.heatControls("0", "maximum"),
       saev.el("div", { class: "sides two" },
         saev.el("section", { class: "side" }, saev.el("h3", null, saev.el("a", { href: saev.href("latent", id) }, `${saev.capital(saev.noun)} ${id}`), " · ", saev.name(saev.gallery.title)),
           saev.later(saev.latentAt(row), (latent) => groups({ ...latent, groups: latent.groups.filter((group) => group.name === "top") }, { id }))),

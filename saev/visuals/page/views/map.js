@@ -1,7 +1,7 @@
 /* The map: all latents by frequency and value, and the table of those that search and brush keep. */
 (() => {
   "use strict";
-  const MARGIN = { left: 46, right: 12, top: 10, bottom: 38 };
+  const MARGIN = { left: 56, right: 12, top: 10, bottom: 38 };
   const NEAR = 14; // a click within so many pixels of a point selects it
   const PREVIEWED = 6;
 
@@ -40,7 +40,7 @@
     function points(context, ratio, rows, color, faint) {
       const [w, h] = [canvas.width, canvas.height];
       const counts = new Uint16Array(w * h);
-      const side = Math.max(2, Math.round(2 * ratio));
+      const side = Math.round((n < 4000 ? 3 : 2) * ratio);
       for (const row of rows) {
         if (!plotted(row)) continue;
         const [px, py] = [Math.round(toX(X[row]) * ratio), Math.round(toY(Y[row]) * ratio)];
@@ -97,16 +97,15 @@
     }
 
     function axes(context, line, text) {
-      context.strokeStyle = line;
-      context.fillStyle = text;
       context.textAlign = "center";
       for (const x of ticks(xLimits)) {
+        context.fillStyle = line;
         context.fillRect(toX(x), MARGIN.top, 1, height - MARGIN.top - MARGIN.bottom);
-        context.globalAlpha = 1;
-        context.fillText(saev.number(Number(x.toFixed(2))), toX(x), height - MARGIN.bottom + 15);
+        context.fillStyle = text;
+        context.fillText(Number(x.toFixed(2)), toX(x), height - MARGIN.bottom + 15);
       }
       context.textAlign = "right";
-      for (const y of ticks(yLimits)) context.fillText(saev.number(Number(y.toFixed(2))), MARGIN.left - 6, toY(y) + 4);
+      for (const y of ticks(yLimits)) context.fillText(Number(y.toFixed(2)), MARGIN.left - 6, toY(y) + 4);
       context.fillStyle = line;
       for (const y of ticks(yLimits)) context.fillRect(MARGIN.left, toY(y), width - MARGIN.left - MARGIN.right, 1);
       const { xName, yName } = names();
@@ -191,7 +190,7 @@
     const traits = saev.traits.columns;
     const trait = (row) => saev.traits.traits[traits.trait[3 * row]];
     const number = (key, label, hint, format = saev.number, wide = false) =>
-      ({ key, label, hint, number: true, wide, sort: true, width: "minmax(4.2em,1fr)", cell: (row) => format(columns[key === "images" ? "n_images" : key][row]) });
+      ({ key, label, hint, number: true, wide, sort: true, width: key === "freq" ? "minmax(6.8em,1.2fr)" : "minmax(4.8em,1fr)", cell: (row) => format(columns[key === "images" ? "n_images" : key][row]) });
     return [
       { key: "star", label: "", width: "2.2em", cell: (row) => saev.starButton(columns.id[row], true) },
       { key: "id", label: saev.capital(saev.noun), hint: "its number", number: true, sort: true, width: "minmax(5.2em,1fr)",
@@ -201,7 +200,7 @@
       number("max", "Max", "largest value"),
       number("images", "Images", "number of images that it fires on", saev.number, true),
       ...(traits.trait ? [
-        { key: "ap", label: "AP", hint: "average precision for its best trait, on the train images", number: true, sort: true, width: "minmax(3.6em,.8fr)", cell: (row) => saev.number(traits.ap[3 * row]) },
+        { key: "ap", label: "AP", hint: "average precision for its best trait, on the train images", number: true, sort: true, width: "minmax(4.6em,.8fr)", cell: (row) => saev.number(traits.ap[3 * row]) },
         { key: "trait", label: "Best trait", hint: "the trait that it detects best", width: "minmax(9em,2.6fr)",
           cell: (row) => (trait(row) ? saev.name(trait(row).name, { class: "cut", title: trait(row).name }) : "–") },
       ] : []),
@@ -248,7 +247,7 @@
       saev.el("div", { class: "columns" },
         saev.el("div", { class: "left" }, chart.canvas, chart.said,
           saev.el("div", { class: "controls" }, saev.el("label", null, "Vertical", value),
-            saev.el("span", { class: "ends" }, "Horizontal", ends.x0, "to", ends.x1), saev.el("span", { class: "ends" }, "vertical", ends.y0, "to", ends.y1)),
+            saev.el("span", { class: "ends" }, "Frequency from", ends.x0, "to", ends.x1), saev.el("span", { class: "ends" }, "value from", ends.y0, "to", ends.y1)),
           shown),
         table.element));
 

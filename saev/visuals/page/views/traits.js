@@ -76,7 +76,7 @@
       saev.el("div", { class: "heading" }, saev.el("a", { href: saev.href("traits", "", { on: trait.name }) }, "Traits"), saev.el("h2", null, saev.name(trait.name))),
       saev.el("p", { class: "hint" }, `${saev.percent(trait.prevalence)} of ${saev.count(trait.n_test, "test image")} have it. Below: for each scorer the prototype with the highest AP on the train images, and the test images that it scores highest. `, settings.words),
       saev.el("p", { class: "key" }, saev.el("span", { class: "right" }, "✓ has the trait"), saev.el("span", { class: "wrong" }, "✗ does not")),
-      saev.heatControls("0", "largest of each prototype"),
+      saev.heatControls("0", "maximum"),
       saev.later(saev.traitAt(place), (entries) => trait.best.map((best) => side(best, scorers[best.scorer], entries.find((entry) => entry.scorer === best.scorer))), { class: "sides" }));
     return { update: saev.applyHeat, move: step, arrow: step, escape: () => saev.go("traits", "", { on: trait.name }) };
   };
