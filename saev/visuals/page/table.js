@@ -11,7 +11,7 @@
     const prefix = `table${tables++}`;
     const state = { rows: [], sort: "", place: -1 };
     const widths = (list) => list.map((c) => c.width).join(" ");
-    const least = (list) => `${list.reduce((sum, c) => sum + Number(/[\d.]+/.exec(c.width)[0]), 1)}em`;
+    const least = (list) => `${list.reduce((sum, c) => sum + Number(/[\d.]+/.exec(c.width)[0]), 1)}rem`;
     const narrow = columns.filter((c) => !c.wide);
     const head = saev.el("div", { role: "row", class: "row head", "aria-rowindex": "1" });
     const space = saev.el("div", { class: "space", role: "rowgroup" });

@@ -40,15 +40,15 @@
 
   function tableColumns() {
     const { columns, method } = saev.compare;
-    const column = (key, label, hint, cell, wide = false) => ({ key, label, hint, cell, wide, number: true, sort: true, width: "minmax(7em,1fr)" });
+    const column = (key, label, hint, cell, wide = false) => ({ key, label, hint, cell, wide, number: true, sort: true, width: "minmax(5.6rem,1fr)" });
     return [
       column("id", "This", `${saev.noun} of this gallery`, (row) => saev.el("a", { href: saev.href("compare", columns.id[row]), tabindex: "-1" }, columns.id[row])),
       column("match", "Match", "the other dictionary's latent with the highest correlation", (row) => idOr(columns.best[row])),
-      column("corr", "Correlation", "of activations over the same patches", (row) => saev.number(columns.corr[row])),
-      { key: "mutual", label: "Mutual", hint: "each is the other's best match", width: "minmax(5em,.7fr)", cell: (row) => (columns.mutual[row] ? "yes" : "") },
+      column("corr", "Corr.", "of activations over the same patches", (row) => saev.number(columns.corr[row])),
+      { key: "mutual", label: "Mutual", hint: "each is the other's best match", width: "minmax(5rem,.7fr)", cell: (row) => (columns.mutual[row] ? "yes" : "") },
       column("pair", "One to one", "partner in the one-to-one matching", (row) => idOr(columns.pair[row]), true),
-      column("pair_corr", "Correlation", "with the partner of the one-to-one matching", (row) => saev.number(columns.pair_corr[row]), true),
-      ...(method.one_space ? [column("cos_match", "By direction", "the other dictionary's latent with the highest cosine", (row) => idOr(columns.cos_best[row]), true), column("cos", "Cosine", "of the decoder rows", (row) => saev.number(columns.cos[row]), true)] : []),
+      column("pair_corr", "Corr. 1:1", "with the partner of the one-to-one matching", (row) => saev.number(columns.pair_corr[row]), true),
+      ...(method.one_space ? [column("cos_match", "By cosine", "the other dictionary's latent with the highest cosine", (row) => idOr(columns.cos_best[row]), true), column("cos", "Cosine", "of the decoder rows", (row) => saev.number(columns.cos[row]), true)] : []),
     ];
   }
 

@@ -190,18 +190,18 @@
     const traits = saev.traits.columns;
     const trait = (row) => saev.traits.traits[traits.trait[3 * row]];
     const number = (key, label, hint, format = saev.number, wide = false) =>
-      ({ key, label, hint, number: true, wide, sort: true, width: key === "freq" ? "minmax(6.8em,1.2fr)" : "minmax(4.8em,1fr)", cell: (row) => format(columns[key === "images" ? "n_images" : key][row]) });
+      ({ key, label, hint, number: true, wide, sort: true, width: key === "freq" ? "minmax(6.8rem,1.2fr)" : "minmax(4.8rem,1fr)", cell: (row) => format(columns[key === "images" ? "n_images" : key][row]) });
     return [
-      { key: "star", label: "", width: "2.2em", cell: (row) => saev.starButton(columns.id[row], true) },
-      { key: "id", label: saev.capital(saev.noun), hint: "its number", number: true, sort: true, width: "minmax(5.2em,1fr)",
+      { key: "star", label: "", width: "2.2rem", cell: (row) => saev.starButton(columns.id[row], true) },
+      { key: "id", label: saev.capital(saev.noun), hint: "its number", number: true, sort: true, width: "minmax(5.2rem,1fr)",
         cell: (row) => saev.el("a", { href: saev.href("latent", columns.id[row]), tabindex: "-1" }, columns.id[row]) },
       number("freq", "Frequency", "fraction of patches that it fires on", saev.percent),
       number("mean", "Mean", "mean value where it fires", saev.number, true),
       number("max", "Max", "largest value"),
       number("images", "Images", "number of images that it fires on", saev.number, true),
       ...(traits.trait ? [
-        { key: "ap", label: "AP", hint: "average precision for its best trait, on the train images", number: true, sort: true, width: "minmax(4.6em,.8fr)", cell: (row) => saev.number(traits.ap[3 * row]) },
-        { key: "trait", label: "Best trait", hint: "the trait that it detects best", width: "minmax(9em,2.6fr)",
+        { key: "ap", label: "AP", hint: "average precision for its best trait, on the train images", number: true, sort: true, width: "minmax(4.6rem,.8fr)", cell: (row) => saev.number(traits.ap[3 * row]) },
+        { key: "trait", label: "Best trait", hint: "the trait that it detects best", width: "minmax(9rem,2.6fr)",
           cell: (row) => (trait(row) ? saev.name(trait(row).name, { class: "cut", title: trait(row).name }) : "–") },
       ] : []),
     ];
