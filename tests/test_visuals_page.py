@@ -275,7 +275,7 @@ def heat_page(show: Open, plain: pathlib.Path, **more: str) -> sync_api.Page:
         "document.images.length == 2 && [...document.images].every((i) => i.complete && i.naturalWidth)"
     )
     page.add_style_tag(
-        content=".pictures { position: fixed; margin: 0; left: 0; top: 600px; grid-template-columns: 160px 160px !important; }"
+        content=".pictures { position: fixed; margin: 0 !important; left: 0; top: 600px; grid-template-columns: 160px 160px !important; }"
         " .frame { border-radius: 0 !important; }"
     )
     return page
