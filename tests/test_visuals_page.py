@@ -221,7 +221,7 @@ def test_everything_by_keyboard(show: Open) -> None:
     press("?")
     assert "trait:wing" in page.inner_text("dialog")
     press("Escape")
-    assert page.locator("dialog").count() == 0
+    page.wait_for_selector("dialog", state="detached")
     page.focus("[role=grid]")
     press("End")
     press("ArrowUp")

@@ -46,7 +46,7 @@
       column("match", "Match", "the other dictionary's latent with the highest correlation", (row) => idOr(columns.best[row])),
       column("corr", "Corr.", "of activations over the same patches", (row) => saev.number(columns.corr[row])),
       { key: "mutual", label: "Mutual", hint: "each is the other's best match", width: "minmax(5rem,.7fr)", cell: (row) => (columns.mutual[row] ? "yes" : "") },
-      column("pair", "One to one", "partner in the one-to-one matching", (row) => idOr(columns.pair[row]), true),
+      column("pair", "1:1", "partner in the one-to-one matching", (row) => idOr(columns.pair[row]), true),
       column("pair_corr", "Corr. 1:1", "with the partner of the one-to-one matching", (row) => saev.number(columns.pair_corr[row]), true),
       ...(method.one_space ? [column("cos_match", "By cosine", "the other dictionary's latent with the highest cosine", (row) => idOr(columns.cos_best[row]), true), column("cos", "Cosine", "of the decoder rows", (row) => saev.number(columns.cos[row]), true)] : []),
     ];
