@@ -97,7 +97,7 @@ def hash_of(page: sync_api.Page) -> str:
 
 
 @pytest.mark.parametrize("width", [390, 1440])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_no_view_is_wider_than_the_window(show: Open, width: int, scheme: str) -> None:
     page = show(viewport={"width": width, "height": 800}, color_scheme=scheme)
     for name, hash_ in VIEWS.items():
@@ -120,6 +120,7 @@ def test_theme_has_a_switch_that_is_kept(show: Open) -> None:
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VIEWS)
 def test_hash_opens_the_same_view(show: Open, name: str) -> None:
     page = show(VIEWS[name])
@@ -188,6 +189,8 @@ def test_trait_and_ap_speak_of_one_trait(show: Open, folder: pathlib.Path) -> No
     )
     page = show("#/map?q=trait:wing+ap>.4")
     assert page.inner_text(".found").startswith(f"{n} of 300") and 0 < n < 300
+    rows = page.locator(".table .body .row").all_inner_texts()
+    assert rows and all("wing" in row for row in rows)  # the table shows the trait that was searched
 
 
 def test_search_that_cannot_be_read_is_explained(show: Open) -> None:

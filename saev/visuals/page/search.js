@@ -55,7 +55,7 @@
     fields.class = { test: text(classes, columns.class) };
     fields.note = { test: (value) => (row) => saev.stars.note(id[row]).toLowerCase().includes(value) && saev.stars.note(id[row]) !== "" };
     fields.star = { test: (value) => (row) => saev.stars.has(id[row]) === (value !== "no") };
-    fields.ap = { number: (row) => traits.ap?.[SLOTS * row] ?? NaN };
+    fields.ap = { number: (row) => traits.ap?.[SLOTS * row + saev.traitSlot(row)] ?? NaN };
     fields[""] = {
       test: (value) => {
         const tests = [fields.trait, fields.class, fields.note].map((field) => field.test(value));
@@ -65,11 +65,12 @@
     return fields;
   }
 
-  /* `trait:` and `ap` speak of one trait: a latent is kept if one of its traits meets them all. */
+  /* `trait:` and `ap` speak of one trait: a latent is kept if one of its traits meets them all.
+     Returns the other terms, and the place (0, 1, 2) of the first trait that does for each row, or -1. */
   function traitTest(terms) {
     const traits = saev.traits.columns;
     const asked = terms.filter(({ field, not }) => (field === "trait" || field === "ap") && !not);
-    if (!asked.some(({ field }) => field === "trait") || !traits.trait) return [terms, () => true];
+    if (!asked.some(({ field }) => field === "trait") || !traits.trait) return [terms, () => 0];
     const names = saev.traits.traits.map((trait) => trait.name);
     const tests = asked.map(({ field, op, value }) => {
       const hit = contains(names, value);
@@ -77,8 +78,8 @@
       if (field === "ap" && (value === "" || Number.isNaN(limit))) throw new Error(`ap${op}${value}: no number.`);
       return field === "trait" ? (j) => hit[traits.trait[j]] : (j) => COMPARE[op](traits.ap[j], limit);
     });
-    const keep = (row) => [0, 1, 2].some((k) => traits.trait[SLOTS * row + k] >= 0 && tests.every((test) => test(SLOTS * row + k)));
-    return [terms.filter((term) => !asked.includes(term)), keep];
+    const slot = (row) => [0, 1, 2].findIndex((k) => traits.trait[SLOTS * row + k] >= 0 && tests.every((test) => test(SLOTS * row + k)));
+    return [terms.filter((term) => !asked.includes(term)), slot];
   }
 
   saev.range = (text) => {
@@ -104,6 +105,7 @@
     });
   };
 
+  saev.traitSlot = () => 0; // which of a row's traits the table shows: the best, or the one that was searched
   let cached = { about: null, rows: null };
   saev.SORT = "-freq";
 
@@ -113,12 +115,13 @@
     const about = JSON.stringify([parts, saev.stars.version]);
     if (cached.about === about) return cached.rows;
     const fields = latentFields();
-    const [terms, keep] = traitTest(saev.parseSearch(parts[0]));
+    const [terms, slot] = traitTest(saev.parseSearch(parts[0]));
+    saev.traitSlot = slot;
     const [x, y] = [saev.range(parts[1]), saev.range(parts[2])];
     const [valueOf, brushed] = [saev.axis(params), Boolean(parts[1] || parts[2])];
     const inside = (value, [low, high]) => value >= low && value <= high;
     const rows = saev.filterRows(terms, fields, saev.gallery.n).filter(
-      (row) => keep(row) && (!brushed || (inside(saev.logFreq(row), x) && inside(valueOf(row), y))));
+      (row) => slot(row) >= 0 && (!brushed || (inside(saev.logFreq(row), x) && inside(valueOf(row), y))));
     const sort = parts[4] || saev.SORT;
     const field = fields[sort.replace(/^-/, "")];
     const sorted = field?.number ? saev.sortRows(rows, sort, field.number) : rows;
