@@ -416,7 +416,9 @@ def test_runs_of_two_layers(made, tmp_path: pathlib.Path) -> None:
         1, abs=1e-6
     )
     f_RS = sae.encode(torch.from_numpy(np.ascontiguousarray(acts_NLPD[:, 0]))).flatten(0, 1).numpy()
-    g_RZ = wider.encode(torch.from_numpy(np.ascontiguousarray(acts_NLPD[:, 1]))).detach().flatten(0, 1).numpy()
+    g_RZ = (
+        wider.encode(torch.from_numpy(np.ascontiguousarray(acts_NLPD[:, 1]))).detach().flatten(0, 1).numpy()
+    )
     best = np.nanmax(plain(f_RS, g_RZ), axis=1)
     assert pairs["corr_one"][1] == pytest.approx(np.nanmean(best), abs=1e-6)
     assert not (pathlib.Path(out) / "matches.parquet").exists()

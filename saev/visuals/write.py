@@ -8,7 +8,6 @@ import concurrent.futures
 import csv
 import dataclasses
 import pathlib
-import shutil
 import typing as tp
 
 import numpy as np
@@ -20,8 +19,6 @@ from saev.visuals import coders, heat, pictures, relations, scripts, spool, stat
 
 MARKERS = ("index.html", "latents.csv")
 """A folder with these files is a gallery and may be replaced."""
-PAGE = pathlib.Path(__file__).parent / "page"
-"""The page: files that are the same in every gallery."""
 FORMAT = 1
 LATENTS, IMAGES, CODES = 256, 64, 8
 """Latents, pictures and images of the image view in a file."""
@@ -109,6 +106,7 @@ def _write(dpath: pathlib.Path, gallery: Gallery) -> None:
     shown = gallery.shown.position_CW
     positions = np.unique(np.concatenate([shown[shown >= 0], np.array(gallery.view, np.int32)]))
     _write_images(dpath, gallery, positions)
+    _write_paths(dpath, gallery, positions)
     _write_codes(dpath, gallery, positions)
     _write_latents(dpath, gallery, positions)
     _write_stats(dpath, gallery, len(positions))
@@ -118,7 +116,7 @@ def _write(dpath: pathlib.Path, gallery: Gallery) -> None:
     latents = gallery.chosen_C.tolist()
     helpers.write_text(dpath / "gallery.json", jsonfile.seal({**gallery.gallery, "latents": latents}))
     provenance.write(dpath)
-    shutil.copytree(PAGE, dpath, dirs_exist_ok=True)
+    scripts.copy_page(dpath)
 
 
 # ---- columns ----
@@ -132,6 +130,7 @@ def _write_stats(dpath: pathlib.Path, gallery: Gallery, n_pictures: int) -> None
         "mean": (stats.mean_S[chosen_C], "f4"),
         "max": (_largest(gallery), "f4"),
         "n_images": (stats.images_S[chosen_C], "u4"),
+        "class": (_classes(gallery), "i4"),
     }
     value: dict[str, object] = {
         "format": FORMAT,
@@ -150,6 +149,16 @@ def _write_stats(dpath: pathlib.Path, gallery: Gallery, n_pictures: int) -> None
         "columns": {name: scripts.packed(values, kind) for name, (values, kind) in columns.items()},
     }
     scripts.write(dpath, "stats", value)
+
+
+def _classes(gallery: Gallery) -> np.ndarray:
+    """Each row's three most over-represented classes, or -1."""
+    classes = gallery.classes
+    class_C3 = np.full((len(gallery.chosen_C), 3), -1)
+    for row, s in enumerate(gallery.chosen_C.tolist()):
+        found = relations.classes(gallery.stats, s, classes.class_N, classes.n_G)[:3]
+        class_C3[row, : len(found)] = [c.name for c in found]
+    return class_C3
 
 
 def _largest(gallery: Gallery) -> np.ndarray:
@@ -189,6 +198,20 @@ def _write_images(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) 
             found = zip(image_is[part], class_n[part], srcs, strict=True)
             value = [{"n": n, "path": source.records[n].path, "class": c, "src": src} for n, c, src in found]
             scripts.write(dpath, f"images/{file:03}", {"images": value})
+
+
+def _write_paths(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -> None:
+    """Paths of the pictures, and where each is in the image view."""
+    image_is = gallery.acts.image_is_N[positions]
+    code_n = np.full(len(positions), -1)
+    code_n[np.searchsorted(positions, np.array(gallery.view, np.int64))] = np.arange(len(gallery.view))
+    value = {
+        "path": [gallery.pictures.records[i].path for i in image_is.tolist()],
+        "class": scripts.packed(gallery.classes.class_N[positions], "i4"),
+        "n": scripts.packed(image_is, "u4"),
+        "code": scripts.packed(code_n, "i4"),
+    }
+    scripts.write(dpath, "paths", value)
 
 
 # ---- image view ----
