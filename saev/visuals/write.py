@@ -157,7 +157,7 @@ def _classes(gallery: Gallery) -> np.ndarray:
     class_C3 = np.full((len(gallery.chosen_C), 3), -1)
     for row, s in enumerate(gallery.chosen_C.tolist()):
         found = relations.classes(gallery.stats, s, classes.class_N, classes.n_G)[:3]
-        class_C3[row, : len(found)] = [c.name for c in found]
+        class_C3[row, : len(found)] = [int(c[0]) for c in found]
     return class_C3
 
 
@@ -205,7 +205,7 @@ def _write_paths(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -
     image_is = gallery.acts.image_is_N[positions]
     code_n = np.full(len(positions), -1)
     code_n[np.searchsorted(positions, np.array(gallery.view, np.int64))] = np.arange(len(gallery.view))
-    value = {
+    value: dict[str, object] = {
         "path": [gallery.pictures.records[i].path for i in image_is.tolist()],
         "class": scripts.packed(gallery.classes.class_N[positions], "i4"),
         "n": scripts.packed(image_is, "u4"),
