@@ -47,10 +47,10 @@ def main(cfg: config.Visuals) -> str:
     # Before the long pass, check that images exist: all of a small data set, a sample of a large one.
     image_is = acts.image_is_N
     shown.check(image_is[:: max(1, len(image_is) // MAX_CHECKED)].tolist())
-    stream = ordered.Ordered(acts, n_imgs=memory.block(acts.n_tokens, coder.n))
+    sizes = memory.Sizes(acts.n_imgs, acts.n_tokens, acts.d_vit, coder.n)
+    stream = ordered.Ordered(acts, n_imgs=sizes.block)
     if device.type == "cpu":  # the formula holds on a CPU
-        n_bytes = memory.peak(cfg, stream.block, acts.n_tokens, acts.d_vit, coder.n)
-        logger.info("memory: about %.2f GB (docs/memory.md)", n_bytes / 1e9)
+        logger.info("memory: about %.2f GB (docs/memory.md)", memory.peak(cfg, sizes) / 1e9)
     with _scratch(dpath) as scratch:
         codes = spool.run(coder, stream, cfg.n_images, scratch)
         classes = write.Classes.of(acts)

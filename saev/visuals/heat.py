@@ -16,10 +16,7 @@ from jaxtyping import Float32, Int64, UInt8, UInt16, jaxtyped
 
 from saev import helpers
 from saev.data import activations
-from saev.visuals import coders, kernels, spool, statistics
-
-MAX_SHOWN = 2**26
-"""Most patches with heat that are held at a time, about (3 bytes each)."""
+from saev.visuals import coders, kernels, memory, spool, statistics
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -103,9 +100,9 @@ def parts(
 
 
 def _rows(entries: Entries, n_E: np.ndarray) -> list[range]:
-    """Divides the rows so that each part has about MAX_SHOWN patches."""
+    """Divides the rows so that each part has about memory.MAX_SHOWN patches."""
     total_E1 = np.concatenate([[0], np.cumsum(n_E, dtype=np.int64)])
-    part_C = total_E1[entries.start_C1[:-1]] // MAX_SHOWN
+    part_C = total_E1[entries.start_C1[:-1]] // memory.MAX_SHOWN
     starts = np.flatnonzero(np.diff(part_C, prepend=-1)).tolist()
     return [range(a, b) for a, b in zip(starts, [*starts[1:], len(part_C)], strict=True)]
 

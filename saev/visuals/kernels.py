@@ -109,7 +109,7 @@ def collect(
 
 @jit
 def largest(x_CS, value_CK, at_CK, c_start, c_end):
-    """The K largest values of rows c_start to c_end, and their columns. Among equals the lower is first.
+    """The K largest values of rows c_start to c_end, and their columns. Of equals, the lower column is first.
 
     Args:
         value_CK: filled with -inf.

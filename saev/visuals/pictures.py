@@ -18,6 +18,8 @@ from saev.formats import shards
 
 QUALITY = 75
 """Of WebP: about 8 kB for 224 x 224 pixels of a photo."""
+USUAL = (8, 14, 16, 32)
+"""Sides of usual ViTs' patches in pixels."""
 METHOD = 2
 """WebP's effort, 0 to 6. 2 takes half the time of 4, for files that are 4% larger."""
 
@@ -102,7 +104,8 @@ class Pictures:
 def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int, int]:
     """Returns (rows, columns, side in pixels) of square patches on an input of `size` (height, width).
 
-    The side is the largest that fits. None means a square input of unknown size: the side is 0.
+    If several sides give as many patches, it is the largest usual one, or the largest. None means a square
+    input of unknown size: the side is 0.
 
     Raises:
         UserError: no such grid has `n_patches` patches.
@@ -111,9 +114,10 @@ def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int, int]:
         if (side := math.isqrt(n_patches)) ** 2 == n_patches:
             return side, side, 0
     else:
-        for side in range(min(size), 0, -1):
-            if (size[0] // side) * (size[1] // side) == n_patches:
-                return size[0] // side, size[1] // side, side
+        sides = [s for s in range(1, min(size) + 1) if (size[0] // s) * (size[1] // s) == n_patches]
+        if sides:
+            side = max([s for s in sides if s in USUAL] or sides)
+            return size[0] // side, size[1] // side, side
     what = f"an input of {size[0]} x {size[1]} pixels" if size else "a square input"
     raise errors.UserError(
         f"{n_patches} patches do not form a grid on {what}, so heat maps cannot be drawn. "

@@ -11,14 +11,10 @@ import torch
 from torch import Tensor
 
 from saev import compiled
-from saev.visuals import kernels, spool, statistics
+from saev.visuals import kernels, memory, spool, statistics
 
 N_RELATED = 10
 """Related latents that are shown."""
-AT_ONCE = 512
-"""Latents that are compared with all others at a time."""
-MAX_PAIRS, MAX_CODES = 2**26, 2**24
-"""Pairs of latents that fire on the same patch, and codes, that `together` counts, about."""
 MIN_IMAGES = 2
 """A class must have at least so many of the images that fire a latent."""
 
@@ -38,8 +34,8 @@ def neighbours(vectors_SD: Tensor, chosen_C: np.ndarray, k: int = N_RELATED) -> 
     unit_SD = torch.nn.functional.normalize(vectors_SD.float(), dim=1)
     latent_CK = np.full((len(chosen_C), k), -1, np.int32)
     value_CK = np.full((len(chosen_C), k), -np.inf, np.float32)
-    for start in range(0, len(chosen_C), AT_ONCE):
-        chosen = torch.from_numpy(chosen_C[start : start + AT_ONCE]).to(unit_SD.device)
+    for start in range(0, len(chosen_C), memory.AT_ONCE):
+        chosen = torch.from_numpy(chosen_C[start : start + memory.AT_ONCE]).to(unit_SD.device)
         cosine_CS = unit_SD[chosen] @ unit_SD.T
         cosine_CS[torch.arange(len(chosen), device=chosen.device), chosen] = -torch.inf
         arrays = (cosine_CS.cpu().numpy(), value_CK[start:], latent_CK[start:])
@@ -61,7 +57,7 @@ def together(
 ) -> Together:
     """Counts on all patches, or on a seeded sample if counting would take too long or too much memory."""
     n_pairs = sum(int(np.square(b.fired.count_X.astype(np.int64)).sum()) for b in codes.blocks("pairs"))
-    share = min(1.0, MAX_PAIRS / max(n_pairs, 1), MAX_CODES / max(codes.n_codes, 1))
+    share = min(1.0, memory.MAX_PAIRS / max(n_pairs, 1), memory.MAX_SAMPLED_CODES / max(codes.n_codes, 1))
     counts, latents, first = [], [], 0
     for _, fired in codes.blocks("sample"):
         count_X, latent_n = np.empty_like(fired.count_X), np.empty_like(fired.latent_n)
@@ -99,17 +95,16 @@ def classes(
     if not G:
         return [[]] * len(chosen_C)
     share_G = n_G / n_G.sum()
-    out = []
-    for start in range(0, len(chosen_C), step := max(1, MAX_CODES // (4 * G))):
-        count_CG = _class_counts(stats, chosen_C[start : start + step], class_N, G)
-        lift_CG = count_CG / np.maximum(count_CG.sum(axis=1, keepdims=True), 1) / share_G
-        is_over_CG = (lift_CG > 1) & (count_CG >= MIN_IMAGES)
-        score_CG = np.where(is_over_CG, count_CG * np.log(np.maximum(lift_CG, 1)), 0)
-        best_CK = np.argsort(-score_CG, axis=1, kind="stable")[:, :k]
-        found = (np.take_along_axis(x_CG, best_CK, 1).tolist() for x_CG in (count_CG, lift_CG, score_CG))
-        for each in zip(best_CK.tolist(), *found, strict=True):
-            out.append([[g, n, round(lift, 3)] for g, n, lift, score in zip(*each, strict=True) if score > 0])
-    return out
+    count_CG = _class_counts(stats, chosen_C, class_N, G)
+    lift_CG = count_CG / np.maximum(count_CG.sum(axis=1, keepdims=True), 1) / share_G
+    is_over_CG = (lift_CG > 1) & (count_CG >= MIN_IMAGES)
+    score_CG = np.where(is_over_CG, count_CG * np.log(np.maximum(lift_CG, 1)), 0)
+    best_CK = np.argsort(-score_CG, axis=1, kind="stable")[:, :k]
+    found = (np.take_along_axis(x_CG, best_CK, 1).tolist() for x_CG in (count_CG, lift_CG, score_CG))
+    return [
+        [[g, n, round(lift, 3)] for g, n, lift, score in zip(*each, strict=True) if score > 0]
+        for each in zip(best_CK.tolist(), *found, strict=True)
+    ]
 
 
 def _class_counts(stats: statistics.Stats, chosen_C: np.ndarray, class_N: np.ndarray, G: int) -> np.ndarray:

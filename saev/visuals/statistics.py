@@ -10,10 +10,8 @@ import beartype
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64, UInt32, jaxtyped
 
-from saev.visuals import coders, kernels, spool
+from saev.visuals import coders, kernels, memory, spool
 
-MIN_SAMPLED = 128
-"""At least so many images that fire a latent are sampled. Their quarters stand for those of all."""
 RANDOM_POOL = 512
 """Random images are drawn from so many images, because each needs a picture in the gallery."""
 MAX_COUNTS = 2**26
@@ -83,7 +81,7 @@ def collect(
         n_group: number of images that will be drawn from each quarter.
         class_N: class of the image at each position of the stream, or -1.
     """
-    S, R = coder.n, max(MIN_SAMPLED, 4 * n_group)
+    S, R = coder.n, memory.sampled(n_group)
     n_classes = n_classes if S * n_classes <= MAX_COUNTS else 0
     fired_S, images_S = np.zeros((2, S), np.int64)
     total_S, sampled_S = np.zeros(S), np.zeros(S, np.int32)

@@ -155,9 +155,9 @@ def _classes(gallery: Gallery) -> np.ndarray:
     """Each row's three most over-represented classes, or -1."""
     classes = gallery.classes
     class_C3 = np.full((len(gallery.chosen_C), 3), -1)
-    for row, s in enumerate(gallery.chosen_C.tolist()):
-        found = relations.classes(gallery.stats, s, classes.class_N, classes.n_G)[:3]
-        class_C3[row, : len(found)] = [int(c[0]) for c in found]
+    found = relations.classes(gallery.stats, gallery.chosen_C, classes.class_N, classes.n_G, 3)
+    for row, over in enumerate(found):
+        class_C3[row, : len(over)] = [number for number, *_ in over]
     return class_C3
 
 
@@ -219,12 +219,12 @@ def _write_paths(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -
 
 def _write_codes(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -> None:
     row_S = _row_of(gallery)
-    value = [
-        _codes(fired, row_S, int(np.searchsorted(positions, position)))
-        for position, fired in gallery.codes.at(gallery.view)
-    ]
-    for file, start in enumerate(range(0, len(value), CODES)):
-        scripts.write(dpath, f"codes/{file:03}", {"images": value[start : start + CODES]})
+    found: list[dict[str, object]] = []
+    for i, (position, fired) in enumerate(gallery.codes.at(gallery.view), 1):
+        found.append(_codes(fired, row_S, int(np.searchsorted(positions, position))))
+        if i % CODES == 0 or i == len(gallery.view):
+            scripts.write(dpath, f"codes/{(i - 1) // CODES:03}", {"images": found})
+            found = []
 
 
 def _codes(fired: coders.Fired, row_S: np.ndarray, place: int) -> dict[str, object]:
@@ -256,7 +256,7 @@ def _write_latents(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray)
     coder, chosen_C = gallery.coder, gallery.chosen_C
     place_N = np.zeros(gallery.acts.n_imgs, np.uint32)
     place_N[positions] = np.arange(len(positions))
-    related = _Related.of(gallery)
+    related = _related(gallery)
     low_S, high_S = heat.scale(coder, gallery.codes, gallery.stats)
     entries = heat.Entries.of(gallery.shown, chosen_C)
     latents: list[dict[str, object]] = []
@@ -270,8 +270,7 @@ def _write_latents(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray)
                 "high": float(high_S[s]),
                 "groups": list(_groups(gallery.shown, part, entries, row, place_N)),
             }
-            found |= {name: rows[row] for name, rows in related._asdict().items()}
-            latents.append(found)
+            latents.append(found | next(related))
             if len(latents) == LATENTS or row == len(chosen_C) - 1:
                 scripts.write(dpath, f"latents/{n_files:03}", {"latents": latents})
                 latents, n_files = [], n_files + 1
@@ -306,30 +305,28 @@ def _groups(
             e += n
 
 
-class _Related(tp.NamedTuple):
-    """What rows are related to, as in the files."""
-
-    neighbours: list[list[list[object]]]
-    together: list[list[list[object]]]
-    classes: list[list[list[object]]]
-
-    @staticmethod
-    def of(gallery: Gallery) -> "_Related":
-        coder, chosen_C, row_S = gallery.coder, gallery.chosen_C, _row_of(gallery)
-        vectors_SD = coder.vectors()
-        if vectors_SD is None:
-            neighbours: list[list[list[object]]] = [[]] * len(chosen_C)
-        else:
-            neighbours = _pairs(relations.neighbours(vectors_SD, chosen_C), row_S)
-        together = relations.together(gallery.codes, coder.n, chosen_C, gallery.seed)
-        classes = relations.classes(gallery.stats, chosen_C, gallery.classes.class_N, gallery.classes.n_G)
-        return _Related(neighbours, _pairs(together.related, row_S), classes)
+def _related(gallery: Gallery) -> collections.abc.Iterator[dict[str, object]]:
+    """What each row is related to. Lists are made for some rows at a time, because they are large."""
+    coder, chosen_C, classes, row_S = gallery.coder, gallery.chosen_C, gallery.classes, _row_of(gallery)
+    vectors_SD = coder.vectors()
+    near = None if vectors_SD is None else relations.neighbours(vectors_SD, chosen_C)
+    together = relations.together(gallery.codes, coder.n, chosen_C, gallery.seed).related
+    for start in range(0, len(chosen_C), LATENTS):
+        rows = slice(start, start + LATENTS)
+        n = len(chosen_C[rows])
+        each: tp.Any = zip(
+            [[]] * n if near is None else _pairs(near, row_S, rows),
+            _pairs(together, row_S, rows),
+            relations.classes(gallery.stats, chosen_C[rows], classes.class_N, classes.n_G),
+            strict=True,
+        )
+        yield from (dict(zip(("neighbours", "together", "classes"), row, strict=True)) for row in each)
 
 
-def _pairs(related: relations.Related, row_S: np.ndarray) -> list[list[list[object]]]:
+def _pairs(related: relations.Related, row_S: np.ndarray, rows: slice) -> list[list[list[object]]]:
     """[row or -1, number, value] of each related latent."""
-    row_CK = row_S[related.latent_CK]  # of -1 too, which is left out
-    columns = (row_CK.tolist(), related.latent_CK.tolist(), related.value_CK.tolist())
+    latent_CK, value_CK = related.latent_CK[rows], related.value_CK[rows]
+    columns = (row_S[latent_CK].tolist(), latent_CK.tolist(), value_CK.tolist())  # of -1 too: left out
     return [
         [[row, s, round(value, 4)] for row, s, value in zip(*each, strict=True) if s >= 0]
         for each in zip(*columns, strict=True)
