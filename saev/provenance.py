@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import beartype
 import msgspec
@@ -17,6 +18,10 @@ from saev.formats import jsonfile
 PACKAGE = pathlib.Path(__file__).parent
 NAME = "code.json"
 """Name of the file that tells the code: beside a result, and beside a copy of the package."""
+
+
+command: list[str] = []
+"""The command that made a result, if another process submitted it to this one."""
 
 
 class Code(msgspec.Struct, frozen=True):
@@ -45,8 +50,14 @@ def code() -> Code:
 
 
 def record() -> dict[str, object]:
-    """What is noted beside a result: commit, is_changed, and the id of the Slurm job, if any."""
-    return {"commit": code().commit, "is_changed": code().is_changed, "job": job_id()}
+    """What is noted beside a result: the code, the Slurm job's id (if any), the command, and its folder."""
+    return {
+        "commit": code().commit,
+        "is_changed": code().is_changed,
+        "job": job_id(),
+        "command": command or sys.argv,
+        "folder": os.getcwd(),  # noqa: PTH109 (as text)
+    }
 
 
 def write(dpath: pathlib.Path) -> None:

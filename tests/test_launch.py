@@ -1,8 +1,10 @@
 """Running a stage, and ending with an exit code that tells the truth."""
 
 import dataclasses
+import json
 import os
 import pathlib
+import pickle
 import re
 import shlex
 import signal
@@ -13,10 +15,12 @@ import time
 import beartype
 import pytest
 
-from saev import console, errors, fields, helpers, jobs, launch, sweeps
+from saev import commands, console, errors, fields, helpers, jobs, launch, provenance, sweeps
 from saev.data import config as data_config
 from saev.launch import queue, slurm, submissions, watch
+from saev.launch.entry import ended_by_signals
 from saev.training import config as training_config
+from tests import inprocess
 
 ROOT = pathlib.Path(__file__).parent.parent
 LOCAL = launch.SlurmConfig()
@@ -189,6 +193,7 @@ def test_wrong_slurm_flags() -> None:
 
 def test_job_ids_are_shown_in_few_words() -> None:
     assert slurm.shown(["7_0", "7_1", "7_2", "9", "8_4"]) == "7_[0-2], 9, 8_4"
+    assert slurm.shown(["7_9", "7_0", "7_2", "7_0", "7_3"]) == "7_[0,2-3,9]"
 
 
 def test_where_a_stage_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +251,27 @@ def test_wrong_defaults(
         defaults(monkeypatch, tmp_path, text)
 
 
+@pytest.mark.parametrize("command", ["train", "jobs"])
+def test_help_with_wrong_defaults(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """The help comes first, then what is wrong. Another command refuses."""
+    (tmp_path / "saev").mkdir()
+    (tmp_path / "saev" / "slurm.toml").write_text("mem = 3")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    line = [sys.executable, "-m", "saev", command]
+    shown = subprocess.run([*line, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0 and "--log-to" in shown.stdout
+    assert re.fullmatch(r"warning: \S+slurm.toml: unknown key 'mem'. Valid keys: .*\n", shown.stderr)
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and re.match(r"error: \S+slurm.toml: unknown key 'mem'.", done.stderr)
+
+
+def test_jobs_reads_the_users_log_to(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    defaults(monkeypatch, tmp_path, f"log_to = '{tmp_path}/mine'\n")
+    assert jobs.Jobs().log_to == f"{tmp_path}/mine"
+
+
 # ---- names ----
 
 
@@ -294,6 +320,87 @@ def test_many_errors_are_shortened() -> None:
     with pytest.raises(errors.UserError, match=r"^0 is bad. 1 is bad. 2 is bad. 2 more failed; see above.$"):
         launch.check(outcomes)
     launch.check([launch.Outcome(1)])
+
+
+def test_failed_jobs_are_named() -> None:
+    outcomes = [
+        launch.Outcome(None, f"job {i} (lr = {i}) failed: x.", f"job {i} (lr = {i})") for i in range(25)
+    ]
+    with pytest.raises(
+        errors.UserError, match=r"^2 of 3 jobs failed, as shown above: job 0 \(lr = 0\), job 1 \("
+    ):
+        launch.check([*outcomes[:2], launch.Outcome(1)])
+    with pytest.raises(
+        errors.UserError, match=r"job 19 \(lr = 19\) and 5 more. To submit only these again, add "
+    ):
+        launch.check(outcomes)
+    with pytest.raises(errors.UserError, match=r"^job 0 \(lr = 0\) failed: x.$"):
+        launch.check(outcomes[:1])
+
+
+@pytest.mark.parametrize(
+    ("message", "flags"),
+    [
+        ("Invalid account or account/partition combination specified", "--slurm-acct, --slurm-partition"),
+        ("Batch job submission failed: Invalid partition name specified", "--slurm-partition"),
+        ("Invalid qos specification", "--slurm-qos"),
+        ("Invalid feature specification", "--slurm-constraint"),
+        ("Memory specification can not be satisfied", "--mem-gb"),
+        ("unrecognized option '--x=3'\nTry sbatch --help for more", "--slurm-extra"),
+        ("I/O error writing script", "the flags that say where it runs .*"),
+    ],
+)
+def test_a_refusal_names_the_flags(message: str, flags: str) -> None:
+    why = queue.why_refused(f"sbatch: error: {message}\n")
+    assert re.fullmatch(rf"{re.escape(message.splitlines()[0])}\. Check {flags}\.", why)
+
+
+# ---- every stage ----
+
+STAGES = ("data", "labels", "train", "visuals", "codes", "protoeval", "demo")
+"""Commands that run as Slurm jobs. A new one belongs here."""
+SLURM_FLAGS = {
+    "slurm_acct": "lab",
+    "slurm_partition": "gpu",
+    "n_hours": 3.5,
+    "mem_gb": 77,
+    "n_cpus": 3,
+    "n_gpus": 2,
+    "log_to": "my logs",
+    "slurm_qos": "high",
+    "slurm_constraint": "a100",
+    "slurm_gpu_type": "a100",
+    "slurm_exclude": "node7",
+    "slurm_setup": ("module load cuda",),
+    "slurm_extra": ("nice=100",),
+    "n_nodes": 1,
+    "stage_to": "$TMPDIR",
+    "max_parallel": 5,
+    "max_per_job": 4,
+    "after": ("7",),
+}
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_every_stage_has_the_flags_of_slurm(command: str) -> None:
+    switches = {"on_slurm": True, "slurm_wait": False, "retry_failed": True}
+    assert {field.name for field in dataclasses.fields(launch.SlurmConfig)} == {*SLURM_FLAGS, *switches}
+    words = ["--on-slurm", "--no-slurm-wait", "--retry-failed"]
+    for name, value in SLURM_FLAGS.items():
+        words += [fields.flag(name), *(value if isinstance(value, tuple) else [value])]
+    done = inprocess.run("-m", "saev", command, "--dry-run", *words)
+    assert re.match(r"# 1 config\(s\) in \d Slurm job\(s\)\n", done.stdout), done.stderr
+    for name, value in (SLURM_FLAGS | switches).items():
+        assert f"    {name} = {value!r}\n" in done.stdout
+
+
+def test_all_stages_are_listed() -> None:
+    cli = {name for name, (module, _) in commands.COMMANDS.items() if "launch.run(" in source_of(module)}
+    assert cli | {"demo"} == {*STAGES}
+
+
+def source_of(module: str) -> str:
+    return (ROOT / f"{module.replace('.', '/')}.py").read_text()
 
 
 # ---- what is shown while jobs run ----
@@ -396,6 +503,22 @@ def test_a_memory_kill_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
     assert queue.why_lost("7", "FAILED", log).startswith("was killed by the system, as when a node has no")
 
 
+def test_jobs_that_were_cancelled_before_they_began(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue lists such an array as one job, and accounting such tasks as one row."""
+    rows = {"7": queue.Queued("CANCELLED", "JobHeldUser"), "8_1": queue.Queued("RUNNING")}
+    assert queue.row_of("7_3", rows).state == "CANCELLED" and queue.row_of("7", rows).is_over
+    assert queue.row_of("8_1", rows).state == "RUNNING" and queue.row_of("8_2", rows) == queue.Queued("")
+    text = "7_0|COMPLETED\n7_[2-4,6%2]|CANCELLED by 0\n"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sacct").write_text(f"#!/bin/sh\ncase $* in *JobID*) printf '%s' '{text}'; esac\n")
+    (tmp_path / "bin" / "sacct").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    found = [queue.why_lost(f"7_{i}", "", tmp_path / "log").startswith("was cancelled") for i in range(8)]
+    assert found == [False, False, True, True, True, False, True, False]
+
+
 def test_a_full_disk_of_the_logs_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm_prints(tmp_path, monkeypatch, "squeue", "")
     slurm_prints(tmp_path, monkeypatch, "sacct", "")
@@ -467,6 +590,133 @@ def test_a_folder_that_took_anothers_place_is_new(tmp_path: pathlib.Path) -> Non
     assert not submissions.is_current(outcome, written_s, stage)
 
 
+# ---- jobs of earlier commands ----
+
+TASK = "tests.slurm.tasks:square"
+
+
+def batch(
+    monkeypatch: pytest.MonkeyPatch, log_to: pathlib.Path, groups: list[list[int]], **more: object
+) -> slurm.Batch:
+    monkeypatch.setattr("saev.launch.slurm.shutil.which", lambda _: "sbatch")
+    cfg = launch.SlurmConfig("A", log_to=str(log_to), **more)  # pyrefly: ignore[bad-argument-type]
+    return slurm.Batch([launch.Stage(TASK, group) for group in groups], cfg, "saev-train-x", is_lasting=True)
+
+
+def note(log_to: pathlib.Path, batch: slurm.Batch, array: int) -> list[str]:
+    """As if Slurm had taken the new jobs."""
+    ids = {job.key: f"{array}_{i}" for i, job in enumerate(job for job in batch.jobs if not job.id)}
+    batch._note(ids)
+    return [*ids.values()]
+
+
+def squeue_says(monkeypatch: pytest.MonkeyPatch, rows: dict[str, queue.Queued]) -> None:
+    monkeypatch.setattr("saev.launch.queue.squeue", lambda _: rows)
+
+
+def found(batch: slurm.Batch) -> list[tuple[str, int]]:
+    """Id and number of configs of each job."""
+    return [(job.id, len(job.parts)) for job in batch.jobs]
+
+
+def test_running_jobs_are_found_by_config(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Also where the same configs are divided among jobs in another way (--max-per-job)."""
+    note(tmp_path, batch(monkeypatch, tmp_path, [[1, 2], [3, 4]]), 7)
+    squeue_says(monkeypatch, {"7_0": queue.Queued("RUNNING"), "7_1": queue.Queued("RUNNING")})
+    assert found(batch(monkeypatch, tmp_path, [[1, 2, 3, 4]])) == [("7_0", 2), ("7_1", 2)]
+    assert found(batch(monkeypatch, tmp_path, [[4], [3], [2], [1]])) == [("7_1", 2), ("7_0", 2)]
+    more = batch(monkeypatch, tmp_path, [[1, 2, 5], [3, 4, 6]])
+    assert found(more) == [("7_0", 2), ("", 1), ("7_1", 2), ("", 1)]
+    assert [more.stages[job.key].arg for job in more.jobs if not job.id] == [[5], [6]]
+    assert [job.label for job in more.jobs if not job.id] == ["argument = 5", "argument = 6"]
+
+
+def test_a_job_that_also_does_other_work_is_named_and_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its result would hold what was not asked for."""
+    note(tmp_path, batch(monkeypatch, tmp_path, [[1, 2]]), 7)
+    squeue_says(monkeypatch, {"7_0": queue.Queued("RUNNING")})
+    assert found(batch(monkeypatch, tmp_path, [[1]])) == [("", 1)]
+    assert "do some of this together with other work: 7_0. New jobs wait" in caplog.text
+
+
+def test_retry_failed_looks_at_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """What is done is not submitted again, whatever jobs it is divided among now."""
+    ids = note(tmp_path, batch(monkeypatch, tmp_path, [[1, 2], [3, 4]]), 7)
+    squeue_says(monkeypatch, {})
+    for job_id, outcome in zip(ids, (launch.Outcome(["a"]), launch.Outcome(error="bad")), strict=True):
+        submissions.result_fpath(job_id, tmp_path).write_bytes(pickle.dumps(("success", outcome)))
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("a").touch()
+    again = batch(monkeypatch, tmp_path, [[1], [2], [3], [4]], retry_failed=True)
+    assert found(again) == [("7_0", 2), ("", 1), ("", 1)]
+    with pytest.raises(
+        errors.UserError, match="has no earlier submission of these configs. Pass its --log-to"
+    ):
+        batch(monkeypatch, tmp_path, [[9]], retry_failed=True)
+
+
+def test_max_parallel_holds_over_several_arrays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """Slurm applies it to each array, so a part waits for the one before if both together were too many."""
+    large = batch(monkeypatch, tmp_path, [[i] for i in range(5)], max_parallel=4, after=("3",))
+    assert large._dependency(3) == "afterok:3"
+    large._note({job.key: f"7_{i}" for i, job in enumerate(large.jobs[:3])})
+    assert large._dependency(1) == "afterok:3" and large._dependency(2) == "afterok:3,afterany:7"
+    for i in range(3):
+        fpath = submissions.result_fpath(f"7_{i}", tmp_path)
+        fpath.write_bytes(pickle.dumps(("success", launch.Outcome(1))))
+    assert large._dependency(2) == "afterok:3"
+
+
+def test_submissions_of_older_versions_are_read(tmp_path: pathlib.Path) -> None:
+    submission = submissions.Submission.new("saev-test")
+    submission.jobs = [submissions.Job("7", "k", "")]
+    submission.write(tmp_path)
+    fpath = tmp_path / "7_submission.json"
+    data = json.loads(fpath.read_text())
+    del data["jobs"][0]["parts"]
+    fpath.write_text(json.dumps(data))
+    assert submissions.read_all(tmp_path)[0].jobs[0].parts == ["k"]
+
+
+def test_what_was_submitted_again_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`jobs collect 7` gives what a later retry made, and `list` says that its failed job was submitted again."""
+    outcomes = {"7_0": launch.Outcome("a"), "7_1": launch.Outcome(error="bad"), "8_0": launch.Outcome("b")}
+    for array, keys in ((7, ["x", "y"]), (8, ["y"])):
+        submission = submissions.Submission.new("saev-test")
+        submission.jobs = [submissions.Job(f"{array}_{i}", key, "") for i, key in enumerate(keys)]
+        submission.write(tmp_path)
+        time.sleep(0.01)
+    for job_id, outcome in outcomes.items():
+        submissions.result_fpath(job_id, tmp_path).write_bytes(pickle.dumps(("success", outcome)))
+    squeue_says(monkeypatch, {})
+
+    def say(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["jobs", *words, "--log-to", str(tmp_path)])
+        jobs.main()
+        return capsys.readouterr().out
+
+    assert say("collect", "7") == say("attach", "7") == "a\nb\n"
+    assert re.search(r"^7  .*: 1 done; 1 submitted again as 8_0$", say("list", "7"), re.M)
+    assert "bad" not in say("list")
+
+
+def test_results_say_which_command_made_them(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "0.5"])
+    monkeypatch.chdir(tmp_path)
+    stage = launch.Stage("saev.provenance:write", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["-c"])
+    monkeypatch.setattr(provenance, "command", [])
+    assert stage() == launch.Outcome()
+    made = json.loads((tmp_path / "code.json").read_text())
+    assert (made["command"], made["folder"]) == (["train.py", "--lr", "0.5"], str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["12:30", "%j", ""])
 def test_logs_in_a_folder_that_jobs_cannot_use(
     name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
@@ -489,12 +739,36 @@ def test_a_cut_result_is_named(tmp_path: pathlib.Path) -> None:
     assert outcome is not None and "7_0_result.pkl is cut off. Run the same command again" in outcome.error
 
 
-def test_ctrl_c_waits_for_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    done = []
-    with pytest.raises(KeyboardInterrupt), slurm.interrupted_later():
-        signal.raise_signal(signal.SIGINT)
-        done.append("noted")
-    assert done == ["noted"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_wait_for_the_id_and_name_the_jobs(
+    signum: int, code: int, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A signal while sbatch runs is taken when the id is noted. Then the command says which jobs go on."""
+    job = submissions.Job("", "k", "")
+    with (
+        pytest.raises(SystemExit) as ended,
+        ended_by_signals(),
+        slurm.leaving([job], str(tmp_path)),
+        slurm.interrupted_later(),
+    ):
+        signal.raise_signal(signum)
+        job.id = "7"
+    assert ended.value.code == code
+    assert re.search(
+        rf"stopped waiting. These jobs keep running: 7. Cancel them with: scancel 7. .*attach --log-to {tmp_path}",
+        capsys.readouterr().err,
+    )
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nothing_is_said_of_jobs_that_are_over(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submissions.result_fpath("7", tmp_path).write_bytes(pickle.dumps(("success", launch.Outcome(1))))
+    waiting = [submissions.Job("7", "k", ""), submissions.Job("", "l", "")]
+    with pytest.raises(KeyboardInterrupt), slurm.leaving(waiting, str(tmp_path)):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == ""
 
 
 def test_retry_needs_one_command(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:

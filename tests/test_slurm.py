@@ -125,6 +125,23 @@ def test_ctrl_c_leaves_the_jobs_running_and_says_so(
     wait_for(fpath.exists)
 
 
+def test_a_command_that_is_terminated_says_so_too(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
+    """As when the job in which it runs is cancelled."""
+    fpath = tmp_path / "done"
+    source = (
+        "from saev import launch\n"
+        f"cfg = launch.SlurmConfig('test', 'nextgen', 0.2, n_gpus=0, n_cpus=1, log_to={slurm.log_to!r})\n"
+        f"launch.entry(lambda: launch.run('tasks:touch_later', [{str(fpath)!r}], cfg, 'saev-test'))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: fpath.with_name("done.started").exists())
+    process.terminate()
+    _, stderr = process.communicate(timeout=30)
+    (job_id,) = submitted(slurm)
+    assert process.returncode == 143 and f"These jobs keep running: {job_id}. Cancel them with: " in stderr
+    wait_for(fpath.exists)
+
+
 def test_jobs_out_of_time_are_queued_again(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
     """SIGUSR2 is how Slurm tells submitit that the time is nearly up."""
     fpaths = [tmp_path / "runs0", tmp_path / "runs1"]
@@ -253,6 +270,24 @@ def test_a_cancelled_job_is_over_for_who_waits(
     assert done == launch.Outcome()
 
 
+@pytest.mark.parametrize("accounting", [True, False])
+def test_an_array_that_is_cancelled_before_it_begins(
+    slurm: launch.SlurmConfig, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, accounting: bool
+) -> None:
+    """Slurm then lists the array as one job."""
+    if not accounting:
+        fake(tmp_path, "sacct", "exit 1", monkeypatch)
+    held = dataclasses.replace(slurm, slurm_extra=("hold",))
+    waiting = in_thread([1, 2, 3], held, "tasks:square")
+    wait_for(lambda: len(submitted(slurm)) == 3)
+    subprocess.run(["scancel", submitted(slurm)[0].partition("_")[0]], check=True)
+    found = errors_of(waiting.result(timeout=60))
+    assert len(found) == 3
+    assert all(
+        re.match(r"job \d+_\d \(argument = \d\) was cancelled. Run the same ", error) for error in found
+    )
+
+
 def test_a_job_that_is_preempted_for_good_is_over(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
     """PreemptMode=CANCEL: Slurm does not queue it again."""
     low = dataclasses.replace(slurm, slurm_partition="preemptible", n_cpus=16)
@@ -350,6 +385,19 @@ def test_more_jobs_than_an_array_may_have(slurm: launch.SlurmConfig, monkeypatch
     outcomes = launch.run("tasks:square", [1, 2, 3], dataclasses.replace(slurm, max_parallel=1), "saev-test")
     assert [outcome.get() for outcome in outcomes] == [1, 4, 9]
     assert len({job_id.partition("_")[0] for job_id in submitted(slurm)}) == 2
+
+
+def test_max_parallel_holds_over_several_arrays(
+    slurm: launch.SlurmConfig, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No two of these jobs run at the same time, although they are three arrays."""
+    monkeypatch.setattr("saev.launch.queue.max_array_size", lambda: 2)
+    note = tmp_path / "running"
+    source = "import os, pathlib, time; f = pathlib.Path({0!r}); f.touch(exist_ok=False); time.sleep(2); f.unlink()"
+    one = dataclasses.replace(slurm, max_parallel=1, n_cpus=1)
+    sources = [source.format(str(note)) + f"  # {i}" for i in range(5)]
+    assert errors_of(launch.run("tasks:execute", sources, one, "saev-test")) == [""] * 5
+    assert len({job_id.partition("_")[0] for job_id in submitted(slurm)}) == 3
 
 
 def test_a_refused_job_leaves_no_files(slurm: launch.SlurmConfig) -> None:
@@ -622,6 +670,29 @@ def test_jobs_retries_a_sweep(make_shards, slurm: launch.SlurmConfig, tmp_path: 
     assert again.returncode == 2 and again.stdout == done.stdout and len(submitted(slurm)) == 3
     run = json.loads((pathlib.Path(done.stdout.strip()).parent / "config.json").read_text())
     assert run["code"]["job"] == submitted(slurm)[0] and len(run["code"]["commit"]) == 40
+    assert run["code"]["command"] == ["train.py", *train] and run["code"]["folder"] == str(ROOT)
+
+
+def test_the_same_sweep_divided_in_another_way(
+    make_shards, slurm: launch.SlurmConfig, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Running jobs are found by config (--max-per-job), and so is what is done (--retry-failed)."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
+    (tmp_path / "sweep.toml").write_text("max_grad_norm = [1.0, 2.0]")
+    more = ("--sweep", str(tmp_path / "sweep.toml"), *ON_SLURM, "--log-to", slurm.log_to)
+    command = train_command(shards, tmp_path / "ck", *more)
+    together = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: [*tmp_path.glob("ck/*/metrics.jsonl")])
+    (job_id,) = submitted(slurm)
+    command[2:2] = ["--max-per-job", "1"]
+    alone = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert f"1 job(s) in the queue, 0 done: {job_id}" in alone.stderr and submitted(slurm) == [job_id]
+    assert alone.returncode == 0 and len(alone.stdout.split()) == 2, alone.stderr
+    assert together.communicate(timeout=60)[0] == alone.stdout
+    command[2:2] = ["--retry-failed"]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert again.stdout == alone.stdout and submitted(slurm) == [job_id]
 
 
 # ---- the commands ----

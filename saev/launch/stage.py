@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import signal
+import sys
 import typing as tp
 
 import beartype
@@ -67,11 +68,14 @@ class Stage:
     """Port on which they connect. 0: Slurm sets it."""
     label: str = ""
     """What distinguishes it from the command's other stages, for its log."""
+    command: list[str] = dataclasses.field(default_factory=lambda: [*sys.argv])
+    """The command that runs it."""
 
     def __call__(self) -> Outcome:
         """As `outcome`, for a separate process: also writes the error to its log."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})  # a job blocks it until here
         configure_logging()
+        provenance.command[:] = self.command
         code = provenance.code()
         changes = " with changes" if code.is_changed else ""
         logger.info("job %s: %s", provenance.job_id() or "here", self.label or self.target)
