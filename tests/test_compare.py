@@ -323,6 +323,25 @@ def test_fitted_scorers(made, tmp_path: pathlib.Path) -> None:
     ]
 
 
+def test_quarters_by_frequency(made, tmp_path: pathlib.Path) -> None:
+    """The summary's table against NumPy."""
+    for name, seed in (("a", 0), ("b", 1)):
+        trained(tmp_path / name / "sae.pt", seed)
+    out = run.main(configured(made[0], tmp_path, thresholds=(0.4,)))
+    lines = (pathlib.Path(out) / "summary.md").read_text().splitlines()
+    (start,) = [i for i, line in enumerate(lines) if line.startswith("| Dictionary | Latents")]
+    rows = [line.strip("| ").split(" | ") for line in lines[start + 2 : start + 10]]
+    assert [row[:2] for row in rows] == [
+        [name, q] for name in "ab" for q in ("rarest quarter", "second", "third", "most frequent")
+    ]
+    live = read(out, "matches.parquet").filter("is_live", of="one").sort("frequency", maintain_order=True)
+    for row, part in zip(rows[:4], np.array_split(np.arange(len(live)), 4), strict=True):
+        mine = live[part]
+        share = np.mean(mine["is_mutual"].to_numpy() & (mine["corr"].to_numpy() >= 0.4))
+        assert row[2:4] == [f"{np.median(mine['frequency']):.3%}", f"{share:.1%}"]
+        assert row[4] == f"{mine['corr'].mean():.3f} ({mine['null_corr'].mean():.3f})"
+
+
 # ---- images, grids ----
 
 
@@ -423,7 +442,7 @@ def test_runs_of_two_layers(made, tmp_path: pathlib.Path) -> None:
     assert pairs["corr_one"][1] == pytest.approx(np.nanmean(best), abs=1e-6)
     assert not (pathlib.Path(out) / "matches.parquet").exists()
     text = (pathlib.Path(out) / "summary.md").read_text()
-    assert "| seed | 1 | 100.0% (" in text and text.count("\n| c |") == 2
+    assert "| seed | 1 | 100.0% (" in text and text.count("\n| c |") == 1
     assert run.main(cfg) == out
 
 

@@ -56,14 +56,15 @@ def write(
         frame.write_csv(tmp_dpath / "pairs.csv", of_pairs)
         frame.write_csv(tmp_dpath / "curve.csv", curve)
         names = [*FILES]
-        if not cfg.runs:
-            frame.write_parquet(tmp_dpath / MATCHES, matches(pairs[0], stats))
+        if cfg.runs:
+            text = _of_runs(of_sides, of_pairs, curve, cfg)
+        else:
+            of_latents = matches(pairs[0], stats)
+            frame.write_parquet(tmp_dpath / MATCHES, of_latents)
             names.append(MATCHES)
-        text = (
-            _of_two(pairs[0], of_sides, of_pairs, curve, cfg)
-            if not cfg.runs
-            else _of_runs(of_sides, of_pairs, curve, cfg)
-        )
+            text = _of_two(pairs[0], of_sides, of_pairs, curve, cfg) + _by_frequency(
+                of_latents, of_sides, cfg
+            )
         helpers.write_text(tmp_dpath / "summary.md", f"{text}\n{words} {NULL}\n")
         shown = of_pairs.select("one", "two", "differ").join(curve, on=["one", "two"], maintain_order="left")
         charts.save(
@@ -200,8 +201,11 @@ def method(cfg: config.Compare, joined: sides.Joined, n_rows: int) -> str:
 
 
 def caption(of_sides: pl.DataFrame, joined: sides.Joined, n_rows: int) -> str:
-    places = of_sides.unique(["vit", "layer"], maintain_order=True)
-    where = "; ".join(f"{vit}, layer {layer}" for vit, layer in places.select("vit", "layer").iter_rows())
+    places = of_sides.group_by("vit", maintain_order=True).agg(pl.col("layer").unique().sort())
+    where = "; ".join(
+        f"{vit}, layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        for vit, layers in places.iter_rows()
+    )
     what = f"{n_rows:,} patches of " if joined.per_patch else ""
     return f"{where}; n = {what}{len(joined.order[0]):,} images"
 
@@ -247,6 +251,31 @@ def _of_two(
     return "\n".join([*map(tables.markdown, parts), note])
 
 
+def _by_frequency(of_latents: pl.DataFrame, of_sides: pl.DataFrame, cfg: config.Compare) -> str:
+    """A table of the live latents in quarters by how often they fire."""
+    live = of_latents.filter("is_live")
+    rank = (pl.col("frequency").rank("ordinal") - 1) * 4 // pl.len()
+    matched = [
+        (pl.col("is_mutual") & (pl.col("corr") >= t)).mean().alias(f"Matched at {t:g}")
+        for t in sorted(cfg.thresholds)
+    ]
+    lines = (
+        live.with_columns(rank.over("of").cast(pl.Int64).alias("quarter"))
+        .group_by("of", "quarter", maintain_order=True)
+        .agg(pl.col("frequency").median(), *matched, pl.col("corr").mean(), pl.col("null_corr").mean())
+        .sort("of", "quarter")
+    )
+    quarters = ("rarest quarter", "second", "third", "most frequent")
+    table = {
+        "Dictionary": [of_sides["name"][int(of == "two")] for of in lines["of"]],
+        "Latents": [quarters[q] for q in lines["quarter"]],
+        "Fires on (median)": tables.texts("{:.3%}", lines["frequency"]),
+    }
+    table |= {name: tables.texts("{:.1%}", lines[name]) for name in lines.columns if name.startswith("M")}
+    table["Mean best correlation (null)"] = tables.texts("{:.3f} ({:.3f})", lines["corr"], lines["null_corr"])
+    return f"\n\nBy how often latents fire:\n\n{tables.markdown(pl.DataFrame(table))}"
+
+
 def _of_runs(of_sides: pl.DataFrame, of_pairs: pl.DataFrame, curve: pl.DataFrame, cfg: config.Compare) -> str:
     """The summary of several dictionaries: what differs, each dictionary, each pair."""
     lines = curve.filter(pl.col("threshold").is_in(list(cfg.thresholds)))
@@ -269,15 +298,17 @@ def _of_runs(of_sides: pl.DataFrame, of_pairs: pl.DataFrame, curve: pl.DataFrame
     by_run = twice.group_by("name", "differ", maintain_order=True).agg(
         pl.len().alias("n"), pl.col(figures).mean()
     )
+    alone = by_run.filter(~pl.col("differ").str.contains(", "))
     order = of_sides.select("name")
-    by_run = order.join(by_run, on="name", maintain_order="left")
+    by_run = order.join(alone if len(alone) else by_run, on="name", how="inner", maintain_order="left")
     parts = [
         sides_table(of_sides),
         _figures(by_kind, {"differ": "Differ in", "n": "Pairs"}, cfg),
         _figures(by_run, {"name": "Dictionary", "differ": "Differ in", "n": "Pairs"}, cfg),
         _figures(wide, {"one": "One", "two": "Two", "differ": "Differ in"}, cfg),
     ]
-    titles = ("", "Means by what differs:\n\n", "Means of each dictionary's pairs:\n\n", "All pairs:\n\n")
+    which = "pairs that differ in one thing" if len(alone) else "pairs"
+    titles = ("", "Means by what differs:\n\n", f"Means of each dictionary's {which}:\n\n", "All pairs:\n\n")
     shown = [title + tables.markdown(part) for title, part in zip(titles, parts, strict=True)]
     note = "Shares are means of both directions. Mean max cosine: only of dictionaries in one space."
     return "\n".join([*shown, note])
