@@ -20,7 +20,7 @@ from saev.nn import kernels
 
 CONSTANT = 1e-13
 """A latent is constant if its variance is at most this fraction of its mean square."""
-DENSE = 0.04
+DENSE = 0.025
 """Dense matrices are multiplied if the product of both densities is larger (logbook 034)."""
 DENSE_ROWS = 2048
 """Rows that are made dense at a time."""
