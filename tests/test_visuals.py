@@ -26,8 +26,19 @@ from saev.data import activations, images, ordered
 from saev.data import config as data_config
 from saev.formats import shards
 from saev.nn import config as nn_config
-from saev.visuals import coders, collect, config, heat, kernels, memory, pictures
-from saev.visuals import relations, spool, statistics, write
+from saev.visuals import (
+    coders,
+    collect,
+    config,
+    heat,
+    kernels,
+    memory,
+    pictures,
+    relations,
+    spool,
+    statistics,
+    write,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 N, P, S, K = 11, 16, 6, 3

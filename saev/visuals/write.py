@@ -25,6 +25,8 @@ PAGE = pathlib.Path(__file__).parent / "page"
 FORMAT = 1
 LATENTS, IMAGES, CODES = 256, 64, 8
 """Latents, pictures and images of the image view in a file."""
+Json = dict[str, object]
+"""A value of a data file."""
 WORDS = {
     "top": "the images with the largest values",
     "q4": "from the highest quarter of the images that fire it",
@@ -58,9 +60,9 @@ class Gallery:
     """All that a gallery shows."""
 
     title: str
-    scorer: dict[str, object]
+    scorer: Json
     """As in data/stats.js."""
-    source: dict[str, object]
+    source: Json
     filters: str
     coder: coders.Coder
     acts: activations.Activations
@@ -73,7 +75,7 @@ class Gallery:
     classes: Classes
     pictures: pictures.Pictures
     seed: int
-    gallery: dict[str, object]
+    gallery: Json
     """Further values of gallery.json."""
 
 
@@ -133,7 +135,7 @@ def _write_stats(dpath: pathlib.Path, gallery: Gallery, n_pictures: int) -> None
         "max": (_largest(gallery), "f4"),
         "n_images": (stats.images_S[chosen_C], "u4"),
     }
-    value: dict[str, object] = {
+    value: Json = {
         "format": FORMAT,
         "title": gallery.title,
         "scorer": gallery.scorer,
@@ -196,7 +198,7 @@ def _write_images(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) 
 
 def _write_codes(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -> None:
     row_S = _row_of(gallery)
-    found: list[dict[str, object]] = []
+    found: list[Json] = []
     for i, (position, fired) in enumerate(gallery.codes.at(gallery.view), 1):
         found.append(_codes(fired, row_S, int(np.searchsorted(positions, position))))
         if i % CODES == 0 or i == len(gallery.view):
@@ -204,7 +206,7 @@ def _write_codes(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -
             found = []
 
 
-def _codes(fired: coders.Fired, row_S: np.ndarray, place: int) -> dict[str, object]:
+def _codes(fired: coders.Fired, row_S: np.ndarray, place: int) -> Json:
     """The rows that fire on each patch, largest value first."""
     patch_n = np.repeat(np.arange(len(fired.count_X)), fired.count_X)
     row_n = row_S[fired.latent_n]
@@ -236,12 +238,12 @@ def _write_latents(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray)
     related = _related(gallery)
     low_S, high_S = heat.scale(coder, gallery.codes, gallery.stats)
     entries = heat.Entries.of(gallery.shown, chosen_C)
-    latents: list[dict[str, object]] = []
+    latents: list[Json] = []
     n_files = 0
     for part in heat.parts(coder, gallery.acts, gallery.codes, entries, low_S, high_S):
         for row in part.rows:
             s = int(chosen_C[row])
-            found: dict[str, object] = {
+            found: Json = {
                 "histogram": _histogram(gallery.stats, s),
                 "low": float(low_S[s]),
                 "high": float(high_S[s]),
@@ -253,14 +255,14 @@ def _write_latents(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray)
                 latents, n_files = [], n_files + 1
 
 
-def _histogram(stats: statistics.Stats, s: int) -> dict[str, object]:
+def _histogram(stats: statistics.Stats, s: int) -> Json:
     edges = [float(stats.low_S[s]), float(stats.high_S[s])]
     return {"n": scripts.packed(stats.bin_SH[s], "u4"), "edges": edges, "scale": "linear"}
 
 
 def _groups(
     shown: statistics.Shown, part: heat.Heat, entries: heat.Entries, row: int, place_N: np.ndarray
-) -> collections.abc.Iterator[dict[str, object]]:
+) -> collections.abc.Iterator[Json]:
     """A row's groups of images. Empty ones are left out."""
     first = int(entries.start_C1[part.rows.start])  # of the part
     e, before = int(entries.start_C1[row]) - first, 0
@@ -282,7 +284,7 @@ def _groups(
             e += n
 
 
-def _related(gallery: Gallery) -> collections.abc.Iterator[dict[str, object]]:
+def _related(gallery: Gallery) -> collections.abc.Iterator[Json]:
     """What each row is related to. Lists are made for some rows at a time, because they are large."""
     coder, chosen_C, classes, row_S = gallery.coder, gallery.chosen_C, gallery.classes, _row_of(gallery)
     vectors_SD = coder.vectors()
