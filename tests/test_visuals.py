@@ -387,7 +387,13 @@ def test_a_gallery_is_complete(cfg: config.Visuals, acts_NPD: np.ndarray) -> Non
     np.testing.assert_allclose(columns["freq"], (f_NPS > 0).mean(axis=(0, 1))[ids], rtol=1e-6)
     np.testing.assert_array_equal(columns["max"], f_NPS.max(axis=(0, 1))[ids])
     np.testing.assert_array_equal(columns["n_images"], (f_NPS > 0).any(axis=1).sum(axis=0)[ids])
+    latents = gallery_files.latents(dpath)
+    classes = [([g for g, *_ in latent["classes"]] + [-1] * 3)[:3] for latent in latents]
+    assert columns["class"].tolist() == classes
     shown = gallery_files.images(dpath)
+    paths = gallery_files.load(dpath, "paths")
+    assert paths["path"] == [one["path"] for one in shown] and paths["n"].tolist() == list(range(N))
+    assert paths["class"].tolist() == [one["class"] for one in shown]
     assert len(shown) == stats["files"]["n_images"] and [one["n"] for one in shown] == list(range(N))
     assert all(one["src"].startswith("data:image/webp;base64,") for one in shown)
     assert [one["class"] for one in shown] == [n % 3 for n in range(N)]
@@ -440,6 +446,8 @@ def test_the_image_view(cfg: config.Visuals, acts_NPD: np.ndarray) -> None:
     dpath = collect.main(dataclasses.replace(cfg, image_view=4, include_latents=(1, 4, 5)))
     shown = gallery_files.images(dpath)
     view = gallery_files.load(dpath, "codes/000")["images"]
+    code = gallery_files.load(dpath, "paths")["code"]
+    assert [code[one["image"]] for one in view] == [0, 1, 2, 3] and (code >= 0).sum() == 4
     assert [shown[one["image"]]["n"] for one in view] == [0, 3, 6, 10]
     for one in view:
         f_PS = acts_NPD[shown[one["image"]]["n"]].clip(0)

@@ -112,8 +112,8 @@ def _write(dpath: pathlib.Path, gallery: Gallery) -> None:
     positions = np.unique(np.concatenate([shown[shown >= 0], np.array(gallery.view, np.int32)]))
     _write_images(dpath, gallery, positions)
     _write_codes(dpath, gallery, positions)
-    _write_latents(dpath, gallery, positions)
-    _write_stats(dpath, gallery, len(positions))
+    class_C3 = _write_latents(dpath, gallery, positions)
+    _write_stats(dpath, gallery, len(positions), class_C3)
     for name in ("traits", "compare"):
         scripts.write(dpath, name, {})
     _write_table(dpath / "latents.csv", gallery)
@@ -126,7 +126,7 @@ def _write(dpath: pathlib.Path, gallery: Gallery) -> None:
 # ---- columns ----
 
 
-def _write_stats(dpath: pathlib.Path, gallery: Gallery, n_pictures: int) -> None:
+def _write_stats(dpath: pathlib.Path, gallery: Gallery, n_pictures: int, class_C3: np.ndarray) -> None:
     stats, chosen_C = gallery.stats, gallery.chosen_C
     columns = {
         "id": (chosen_C, "u4"),
@@ -134,6 +134,7 @@ def _write_stats(dpath: pathlib.Path, gallery: Gallery, n_pictures: int) -> None
         "mean": (stats.mean_S[chosen_C], "f4"),
         "max": (_largest(gallery), "f4"),
         "n_images": (stats.images_S[chosen_C], "u4"),
+        "class": (class_C3, "i4"),
     }
     value: Json = {
         "format": FORMAT,
@@ -191,6 +192,14 @@ def _write_images(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) 
             found = zip(image_is[part], class_n[part], srcs, strict=True)
             value = [{"n": n, "path": source.records[n].path, "class": c, "src": src} for n, c, src in found]
             scripts.write(dpath, f"images/{file:03}", {"images": value})
+    place_of = {position: i for i, position in enumerate(gallery.view)}
+    paths: Json = {
+        "path": [source.records[n].path for n in image_is],
+        "class": scripts.packed(class_n, "i4"),
+        "n": scripts.packed(image_is, "u4"),
+        "code": scripts.packed([place_of.get(position, -1) for position in positions.tolist()], "i4"),
+    }
+    scripts.write(dpath, "paths", paths)
 
 
 # ---- image view ----
@@ -231,11 +240,12 @@ def _row_of(gallery: Gallery) -> np.ndarray:
 # ---- latents ----
 
 
-def _write_latents(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -> None:
+def _write_latents(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -> np.ndarray:
+    """Returns each row's three most over-represented classes, or -1."""
     coder, chosen_C = gallery.coder, gallery.chosen_C
     place_N = np.zeros(gallery.acts.n_imgs, np.uint32)
     place_N[positions] = np.arange(len(positions))
-    related = _related(gallery)
+    related, class_C3 = _related(gallery), np.full((len(chosen_C), 3), -1, np.int32)
     low_S, high_S = heat.scale(coder, gallery.codes, gallery.stats)
     entries = heat.Entries.of(gallery.shown, chosen_C)
     latents: list[Json] = []
@@ -249,10 +259,13 @@ def _write_latents(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray)
                 "high": float(high_S[s]),
                 "groups": list(_groups(gallery.shown, part, entries, row, place_N)),
             }
-            latents.append(found | next(related))
+            latents.append(found | (others := next(related)))
+            for i, (place, *_) in enumerate(others["classes"][:3]):
+                class_C3[row, i] = place
             if len(latents) == LATENTS or row == len(chosen_C) - 1:
                 scripts.write(dpath, f"latents/{n_files:03}", {"latents": latents})
                 latents, n_files = [], n_files + 1
+    return class_C3
 
 
 def _histogram(stats: statistics.Stats, s: int) -> Json:
@@ -284,7 +297,7 @@ def _groups(
             e += n
 
 
-def _related(gallery: Gallery) -> collections.abc.Iterator[Json]:
+def _related(gallery: Gallery) -> collections.abc.Iterator[dict[str, list[list[tp.Any]]]]:
     """What each row is related to. Lists are made for some rows at a time, because they are large."""
     coder, chosen_C, classes, row_S = gallery.coder, gallery.chosen_C, gallery.classes, _row_of(gallery)
     vectors_SD = coder.vectors()
