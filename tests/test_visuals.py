@@ -922,3 +922,8 @@ def test_without_a_transform_a_centre_crop_is_shown(cfg: config.Visuals) -> None
     with PIL.Image.open(io.BytesIO(data)) as picture:
         assert picture.size == (32, 32)
         np.testing.assert_allclose(picture.convert("RGB").getpixel((16, 16)), (40, 100, 50), atol=6)
+
+
+def test_32768_latents_with_128_images_fit_in_2_gb(cfg: config.Visuals) -> None:
+    sizes = memory.Sizes(100_000, 256, 1024, 32768)
+    assert memory.peak(dataclasses.replace(cfg, n_images=128), sizes) < 2e9
