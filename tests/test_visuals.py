@@ -387,7 +387,13 @@ def test_a_gallery_is_complete(cfg: config.Visuals, acts_NPD: np.ndarray) -> Non
     np.testing.assert_allclose(columns["freq"], (f_NPS > 0).mean(axis=(0, 1))[ids], rtol=1e-6)
     np.testing.assert_array_equal(columns["max"], f_NPS.max(axis=(0, 1))[ids])
     np.testing.assert_array_equal(columns["n_images"], (f_NPS > 0).any(axis=1).sum(axis=0)[ids])
+    latents = gallery_files.latents(dpath)
+    classes = [([g for g, *_ in latent["classes"]] + [-1] * 3)[:3] for latent in latents]
+    assert columns["class"].tolist() == classes
     shown = gallery_files.images(dpath)
+    paths = gallery_files.load(dpath, "paths")
+    assert paths["path"] == [one["path"] for one in shown] and paths["n"].tolist() == list(range(N))
+    assert paths["class"].tolist() == [one["class"] for one in shown]
     assert len(shown) == stats["files"]["n_images"] and [one["n"] for one in shown] == list(range(N))
     assert all(one["src"].startswith("data:image/webp;base64,") for one in shown)
     assert [one["class"] for one in shown] == [n % 3 for n in range(N)]
@@ -440,6 +446,8 @@ def test_the_image_view(cfg: config.Visuals, acts_NPD: np.ndarray) -> None:
     dpath = collect.main(dataclasses.replace(cfg, image_view=4, include_latents=(1, 4, 5)))
     shown = gallery_files.images(dpath)
     view = gallery_files.load(dpath, "codes/000")["images"]
+    code = gallery_files.load(dpath, "paths")["code"]
+    assert [code[one["image"]] for one in view] == [0, 1, 2, 3] and (code >= 0).sum() == 4
     assert [shown[one["image"]]["n"] for one in view] == [0, 3, 6, 10]
     for one in view:
         f_PS = acts_NPD[shown[one["image"]]["n"]].clip(0)
@@ -914,3 +922,8 @@ def test_without_a_transform_a_centre_crop_is_shown(cfg: config.Visuals) -> None
     with PIL.Image.open(io.BytesIO(data)) as picture:
         assert picture.size == (32, 32)
         np.testing.assert_allclose(picture.convert("RGB").getpixel((16, 16)), (40, 100, 50), atol=6)
+
+
+def test_32768_latents_with_128_images_fit_in_2_gb(cfg: config.Visuals) -> None:
+    sizes = memory.Sizes(100_000, 256, 1024, 32768)
+    assert memory.peak(dataclasses.replace(cfg, n_images=128), sizes) < 2e9

@@ -56,7 +56,7 @@ def peak(cfg: config.Visuals, sizes: Sizes) -> int:
     scores = 8 * n_block * sizes.n_patches * n * is_fitted
     tables = n * (8 * cfg.n_images + 16 * sampled(cfg.n_group) + 360)
     entries = n * (min(cfg.n_images, sizes.n_imgs) + N_GROUPS * min(cfg.n_group, sizes.n_imgs))
-    heat = 3 * min(MAX_SHOWN, entries * sizes.n_patches // 8)
+    heat = 3 * min(MAX_SHOWN, entries * max(1, sizes.n_patches // 32))
     n_codes = min(MAX_SAMPLED_CODES, sizes.n_imgs * sizes.n_patches * max(1, n // 100))
     related = weights // 2 + max(12 * n_codes, 4 * AT_ONCE * n)
     after = tables + max(60 * entries + heat, related)
@@ -67,4 +67,6 @@ def peak(cfg: config.Visuals, sizes: Sizes) -> int:
 def gpu_peak(sizes: Sizes) -> int:
     """Estimates the peak of a GPU's tensors in bytes, for an SAE."""
     codes, acts = (4 * sizes.block * sizes.n_patches * width for width in (sizes.n, sizes.d_vit))
-    return 8 * sizes.d_vit * sizes.n + codes + codes // 4 + 3 * acts
+    weights = 8 * sizes.d_vit * sizes.n
+    neighbours = weights // 2 + 8 * AT_ONCE * sizes.n
+    return weights + max(codes + codes // 4 + 3 * acts, neighbours)

@@ -22,6 +22,8 @@ MARKERS = ("index.html", "latents.csv")
 FORMAT = 1
 LATENTS, IMAGES, CODES = 256, 64, 8
 """Latents, pictures and images of the image view in a file."""
+Json = dict[str, object]
+"""A value of a data file."""
 WORDS = {
     "top": "the images with the largest values",
     "q4": "from the highest quarter of the images that fire it",
@@ -55,9 +57,9 @@ class Gallery:
     """All that a gallery shows."""
 
     title: str
-    scorer: dict[str, object]
+    scorer: Json
     """As in data/stats.js."""
-    source: dict[str, object]
+    source: Json
     filters: str
     coder: coders.Coder
     acts: activations.Activations
@@ -70,7 +72,7 @@ class Gallery:
     classes: Classes
     pictures: pictures.Pictures
     seed: int
-    gallery: dict[str, object]
+    gallery: Json
     """Further values of gallery.json."""
 
 
@@ -106,10 +108,9 @@ def _write(dpath: pathlib.Path, gallery: Gallery) -> None:
     shown = gallery.shown.position_CW
     positions = np.unique(np.concatenate([shown[shown >= 0], np.array(gallery.view, np.int32)]))
     _write_images(dpath, gallery, positions)
-    _write_paths(dpath, gallery, positions)
     _write_codes(dpath, gallery, positions)
-    _write_latents(dpath, gallery, positions)
-    _write_stats(dpath, gallery, len(positions))
+    class_C3 = _write_latents(dpath, gallery, positions)
+    _write_stats(dpath, gallery, len(positions), class_C3)
     for name in ("traits", "compare"):
         scripts.write(dpath, name, {})
     _write_table(dpath / "latents.csv", gallery)
@@ -122,7 +123,7 @@ def _write(dpath: pathlib.Path, gallery: Gallery) -> None:
 # ---- columns ----
 
 
-def _write_stats(dpath: pathlib.Path, gallery: Gallery, n_pictures: int) -> None:
+def _write_stats(dpath: pathlib.Path, gallery: Gallery, n_pictures: int, class_C3: np.ndarray) -> None:
     stats, chosen_C = gallery.stats, gallery.chosen_C
     columns = {
         "id": (chosen_C, "u4"),
@@ -130,9 +131,9 @@ def _write_stats(dpath: pathlib.Path, gallery: Gallery, n_pictures: int) -> None
         "mean": (stats.mean_S[chosen_C], "f4"),
         "max": (_largest(gallery), "f4"),
         "n_images": (stats.images_S[chosen_C], "u4"),
-        "class": (_classes(gallery), "i4"),
+        "class": (class_C3, "i4"),
     }
-    value: dict[str, object] = {
+    value: Json = {
         "format": FORMAT,
         "title": gallery.title,
         "scorer": gallery.scorer,
@@ -149,16 +150,6 @@ def _write_stats(dpath: pathlib.Path, gallery: Gallery, n_pictures: int) -> None
         "columns": {name: scripts.packed(values, kind) for name, (values, kind) in columns.items()},
     }
     scripts.write(dpath, "stats", value)
-
-
-def _classes(gallery: Gallery) -> np.ndarray:
-    """Each row's three most over-represented classes, or -1."""
-    classes = gallery.classes
-    class_C3 = np.full((len(gallery.chosen_C), 3), -1)
-    found = relations.classes(gallery.stats, gallery.chosen_C, classes.class_N, classes.n_G, 3)
-    for row, over in enumerate(found):
-        class_C3[row, : len(over)] = [number for number, *_ in over]
-    return class_C3
 
 
 def _largest(gallery: Gallery) -> np.ndarray:
@@ -198,20 +189,14 @@ def _write_images(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) 
             found = zip(image_is[part], class_n[part], srcs, strict=True)
             value = [{"n": n, "path": source.records[n].path, "class": c, "src": src} for n, c, src in found]
             scripts.write(dpath, f"images/{file:03}", {"images": value})
-
-
-def _write_paths(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -> None:
-    """Paths of the pictures, and where each is in the image view."""
-    image_is = gallery.acts.image_is_N[positions]
-    code_n = np.full(len(positions), -1)
-    code_n[np.searchsorted(positions, np.array(gallery.view, np.int64))] = np.arange(len(gallery.view))
-    value: dict[str, object] = {
-        "path": [gallery.pictures.records[i].path for i in image_is.tolist()],
-        "class": scripts.packed(gallery.classes.class_N[positions], "i4"),
+    place_of = {position: i for i, position in enumerate(gallery.view)}
+    paths: Json = {
+        "path": [source.records[n].path for n in image_is],
+        "class": scripts.packed(class_n, "i4"),
         "n": scripts.packed(image_is, "u4"),
-        "code": scripts.packed(code_n, "i4"),
+        "code": scripts.packed([place_of.get(position, -1) for position in positions.tolist()], "i4"),
     }
-    scripts.write(dpath, "paths", value)
+    scripts.write(dpath, "paths", paths)
 
 
 # ---- image view ----
@@ -219,7 +204,7 @@ def _write_paths(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -
 
 def _write_codes(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -> None:
     row_S = _row_of(gallery)
-    found: list[dict[str, object]] = []
+    found: list[Json] = []
     for i, (position, fired) in enumerate(gallery.codes.at(gallery.view), 1):
         found.append(_codes(fired, row_S, int(np.searchsorted(positions, position))))
         if i % CODES == 0 or i == len(gallery.view):
@@ -227,7 +212,7 @@ def _write_codes(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -
             found = []
 
 
-def _codes(fired: coders.Fired, row_S: np.ndarray, place: int) -> dict[str, object]:
+def _codes(fired: coders.Fired, row_S: np.ndarray, place: int) -> Json:
     """The rows that fire on each patch, largest value first."""
     patch_n = np.repeat(np.arange(len(fired.count_X)), fired.count_X)
     row_n = row_S[fired.latent_n]
@@ -252,38 +237,42 @@ def _row_of(gallery: Gallery) -> np.ndarray:
 # ---- latents ----
 
 
-def _write_latents(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -> None:
+def _write_latents(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -> np.ndarray:
+    """Returns each row's three most over-represented classes, or -1."""
     coder, chosen_C = gallery.coder, gallery.chosen_C
     place_N = np.zeros(gallery.acts.n_imgs, np.uint32)
     place_N[positions] = np.arange(len(positions))
-    related = _related(gallery)
+    related, class_C3 = _related(gallery), np.full((len(chosen_C), 3), -1, np.int32)
     low_S, high_S = heat.scale(coder, gallery.codes, gallery.stats)
     entries = heat.Entries.of(gallery.shown, chosen_C)
-    latents: list[dict[str, object]] = []
+    latents: list[Json] = []
     n_files = 0
     for part in heat.parts(coder, gallery.acts, gallery.codes, entries, low_S, high_S):
         for row in part.rows:
             s = int(chosen_C[row])
-            found: dict[str, object] = {
+            found: Json = {
                 "histogram": _histogram(gallery.stats, s),
                 "low": float(low_S[s]),
                 "high": float(high_S[s]),
                 "groups": list(_groups(gallery.shown, part, entries, row, place_N)),
             }
-            latents.append(found | next(related))
+            latents.append(found | (others := next(related)))
+            for i, (place, *_) in enumerate(others["classes"][:3]):
+                class_C3[row, i] = place
             if len(latents) == LATENTS or row == len(chosen_C) - 1:
                 scripts.write(dpath, f"latents/{n_files:03}", {"latents": latents})
                 latents, n_files = [], n_files + 1
+    return class_C3
 
 
-def _histogram(stats: statistics.Stats, s: int) -> dict[str, object]:
+def _histogram(stats: statistics.Stats, s: int) -> Json:
     edges = [float(stats.low_S[s]), float(stats.high_S[s])]
     return {"n": scripts.packed(stats.bin_SH[s], "u4"), "edges": edges, "scale": "linear"}
 
 
 def _groups(
     shown: statistics.Shown, part: heat.Heat, entries: heat.Entries, row: int, place_N: np.ndarray
-) -> collections.abc.Iterator[dict[str, object]]:
+) -> collections.abc.Iterator[Json]:
     """A row's groups of images. Empty ones are left out."""
     first = int(entries.start_C1[part.rows.start])  # of the part
     e, before = int(entries.start_C1[row]) - first, 0
@@ -305,7 +294,7 @@ def _groups(
             e += n
 
 
-def _related(gallery: Gallery) -> collections.abc.Iterator[dict[str, object]]:
+def _related(gallery: Gallery) -> collections.abc.Iterator[dict[str, list[list[tp.Any]]]]:
     """What each row is related to. Lists are made for some rows at a time, because they are large."""
     coder, chosen_C, classes, row_S = gallery.coder, gallery.chosen_C, gallery.classes, _row_of(gallery)
     vectors_SD = coder.vectors()
