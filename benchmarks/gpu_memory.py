@@ -18,7 +18,7 @@ from saev.visuals import memory as visuals_memory
 
 GPU_GB = 72.0
 """What an 80 GB card has free, less a tenth."""
-N_PATCHES, N_IMAGES, K = 256, 25, 64
+N_PATCHES, N_IMAGES, K = 256, 10_000, 64
 """Patches per image, images shown per latent, --sae.top-k."""
 
 
@@ -74,7 +74,8 @@ def rows() -> dict[str, list[int]]:
         out[f"training step: {name}"] = peaks
     out["evaluation after training"] = [training_memory.gpu_evaluation(train("TopK", size)) for size in SIZES]
     out["visuals"] = [
-        visuals_memory.gpu_peak(N_IMAGES, n_block(size), N_PATCHES, size.d_vit, size.d_sae) for size in SIZES
+        visuals_memory.gpu_peak(visuals_memory.Sizes(N_IMAGES, N_PATCHES, size.d_vit, size.d_sae))
+        for size in SIZES
     ]
     kinds = {
         "SAE": (scorers_config.Sae("sae.pt"), None),
@@ -88,11 +89,6 @@ def rows() -> dict[str, list[int]]:
         found = [evaluation(scorer, size, 8192) for size in SIZES]
         out[f"fit: {name}"] = [protoeval_memory.gpu_fit(cfg, sizes) for cfg, sizes in found]
     return out
-
-
-def n_block(size: Size) -> int:
-    """Images of a gallery's block."""
-    return max(1, min(64, visuals_memory.MAX_CODES // (N_PATCHES * size.d_sae)))
 
 
 def dump() -> int:

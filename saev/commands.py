@@ -14,6 +14,7 @@ COMMANDS = {
     "visuals": ("saev.visuals.cli", "show the images that fire each latent most"),
     "codes": ("saev.codes.cli", "write codes of patches and images to files"),
     "protoeval": ("saev.protoeval.cli", "evaluate prototypes on CUB-200-2011"),
+    "compare": ("saev.compare.cli", "match the latents of dictionaries"),
     "convert": ("saev.compat.cli", "convert SAEs of other libraries"),
     "jobs": ("saev.jobs", "list, follow, cancel, collect and retry Slurm jobs"),
     "demo": ("saev.demo.__main__", "run the whole experiment on a small data set"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import forked
+import gallery_files
 import numpy as np
 import pytest
 
@@ -73,7 +74,8 @@ def test_prints_the_table_and_where_everything_is(
     assert paths.keys() == {"images", "shards", "checkpoint", "gallery", "results"}
     assert all(pathlib.Path(p).exists() for p in paths.values())
     assert (pathlib.Path(paths["results"]) / "chart.png").stat().st_size > 10_000
-    assert len(list(pathlib.Path(paths["gallery"]).parent.glob("latent_*/*.png"))) > 50
+    stats = gallery_files.load(pathlib.Path(paths["gallery"]).parent, "stats")
+    assert stats["shown"]["n"] > 300 and stats["files"]["n_images"] > 50
 
 
 def test_prints_commands_that_run(first: subprocess.CompletedProcess[str], dpath: pathlib.Path) -> None:

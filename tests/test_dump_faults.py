@@ -57,8 +57,8 @@ def undisturbed(photos: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def contents(dpath: str | pathlib.Path) -> dict[str, bytes]:
-    """Everything in a directory, hidden files too."""
-    return {p.name: p.read_bytes() for p in pathlib.Path(dpath).iterdir()}
+    """Everything in a directory, hidden files too, but for code.json, which names the command."""
+    return {p.name: p.read_bytes() for p in pathlib.Path(dpath).iterdir() if p.name != "code.json"}
 
 
 def wait_for(condition: collections.abc.Callable[[], bool], timeout_s: float = 240) -> None:

@@ -22,6 +22,7 @@ COMMANDS = [
     "-m saev.codes",
     "protoeval.py",
     "-m saev.compat",
+    "-m saev.compare",
     "-m saev.demo",
     "-m saev.jobs",
     "-m saev.labels",
@@ -38,7 +39,7 @@ def shell(line: str, cwd: pathlib.Path = ROOT, **env: str | None) -> subprocess.
 
 @pytest.mark.parametrize(
     ("command", "delay_s"),
-    list(zip(COMMANDS, (0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0, 0.1, 0.2, 0.3), strict=True)),
+    list(zip(COMMANDS, (0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0, 0.1, 0.2, 0.3, 0.4), strict=True)),
 )
 def test_ctrl_c_while_a_command_starts(command: str, delay_s: float) -> None:
     """A real SIGINT, from the moment that our first module is there (before, Python itself answers)."""

@@ -28,7 +28,8 @@ from saev.scorers import base, kmeans, pca
 from saev.scorers import config as scorers_config
 from saev.scorers import sae as sae_scorer
 from saev.training import config, evaluate, loop, memory, parallel, run
-from saev.visuals import collect
+from saev.visuals import coders, relations
+from saev.visuals import memory as visuals_memory
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
@@ -118,8 +119,11 @@ def an_sae(size: gpu_memory.Size, cls: tp.Any = nn_config.TopK) -> nn.SparseAuto
 
 def shown(size: gpu_memory.Size) -> int:
     with a_gpu() as gpu:
-        stream = Blocks(gpu_memory.n_block(size), size.d_vit)
-        collect.collect(an_sae(size), stream, gpu_memory.N_IMAGES)
+        coder = coders.SaeCoder(an_sae(size, nn_config.BatchTopK))
+        sizes = visuals_memory.Sizes(gpu_memory.N_IMAGES, P, size.d_vit, size.d_sae)
+        for _ in range(2):
+            coder(on_gpu(sizes.block * P, size.d_vit))
+        relations.neighbours(coder.vectors(), np.arange(1000))
         return gpu.peak
 
 

@@ -27,7 +27,7 @@ from saev.scorers import config as scorers_config
 from saev.scorers import sae as sae_scorer
 from saev.training import config, evaluate, loop, parallel
 from saev.training import run as training_run
-from saev.visuals import collect
+from saev.visuals import coders, relations, spool
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
@@ -364,12 +364,30 @@ def test_fits(acts: activations.Activations) -> None:
 
 
 @pytest.mark.parametrize("name", SAES)
-def test_a_gallerys_statistics(name: str, acts: activations.Activations) -> None:
+def test_a_gallerys_codes_of_an_sae(name: str, acts: activations.Activations, tmp_path: pathlib.Path) -> None:
     with a_gpu():
         sae = nn.SparseAutoencoder(SAES[name]).to(fake_gpu.DEVICE).eval().requires_grad_(False)
-        stats = collect.collect(sae, ordered.Ordered(acts, n_imgs=7), 5)
-        assert stats.top_value_SK.shape == stats.top_image_SK.shape == (S, 5)
-        assert len(collect._pages(sae, ordered.Ordered(acts, n_imgs=7), stats, np.array([1, 9]))) == 2
+        coder = coders.SaeCoder(sae)
+        with unittest.mock.patch.object(coder, "digest", lambda: name):
+            codes = spool.run(coder, ordered.Ordered(acts, n_imgs=7), 5, tmp_path / "pass")
+        assert codes.n_imgs == acts.n_imgs and codes.ranked is None
+        found = relations.neighbours(coder.vectors(), np.array([1, 9]), 3)
+        assert found.latent_CK.shape == (2, 3)
+
+
+def test_a_gallerys_codes_of_prototypes(acts: activations.Activations, tmp_path: pathlib.Path) -> None:
+    with a_gpu():
+        scorer = scorers.Prototypes.of(on_gpu(S, D), on_gpu(D), "cosine")
+        coder = coders.PrototypeCoder(scorer, "random")
+        with (
+            unittest.mock.patch.object(coder, "digest", lambda: "x"),
+            unittest.mock.patch.object(spool._State, "save"),  # fake tensors cannot be written
+        ):
+            codes = spool.run(coder, ordered.Ordered(acts, n_imgs=7), 5, tmp_path / "pass")
+        assert codes.ranked is not None and codes.ranked.value_SK.shape == (S, 5)
+        assert on_gpu_only(coder.scores(on_gpu(7, D), np.array([2, 0])))
+        unit = coders.UnitCoder(on_gpu(D), on_gpu(D), 2.0)
+        assert unit(on_gpu(7, D)).count_X.shape == (7,)
 
 
 @pytest.mark.parametrize("autocast", ["off", "bfloat16"])

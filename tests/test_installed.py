@@ -41,7 +41,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_it_is_the_installed_package_and_typed(run: Run) -> None:
     code = "import pathlib, saev; root = pathlib.Path(saev.__file__).parent\n"
-    code += "assert (root / 'py.typed').exists(); print(root)"
+    code += "assert (root / 'py.typed').exists(); print(root)\n"
+    code += "assert len([*(root / 'visuals/page').rglob('*.js')]) == 12, 'the page of the gallery'"
     found = pathlib.Path(run("python", "-c", code).stdout.strip())
     assert "installed" in str(found) and ROOT not in found.parents
 

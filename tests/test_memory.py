@@ -78,11 +78,13 @@ def dumps(_: object, tmp_path: pathlib.Path) -> dict[str, data_config.Dump]:
 
 
 def galleries(make_shards, tmp_path: pathlib.Path) -> dict[str, visuals_config.Visuals]:
-    def gallery(name: str, n_imgs: int, n_patches: int, d_sae: int, d_vit: int = 8) -> visuals_config.Visuals:
+    def gallery(
+        name: str, n_imgs: int, n_patches: int, d_sae: int, d_vit: int = 8, top_k: int = 4, **kwargs: tp.Any
+    ) -> visuals_config.Visuals:
         shape = {"n_imgs": n_imgs, "n_patches": n_patches, "d_vit": d_vit, "layers": (0,)}
         dpath, _ = make_shards(**shape, cls_token=False, per_shard=1000)
         ckpt = tmp_path / name / "sae.pt"
-        nn.save(nn.SparseAutoencoder(nn_config.TopK(d_vit=d_vit, d_sae=d_sae, top_k=4)), ckpt)
+        nn.save(nn.SparseAutoencoder(nn_config.TopK(d_vit=d_vit, d_sae=d_sae, top_k=top_k)), ckpt)
         for record in shards.ShardDir.open(dpath).records:
             fpath = tmp_path / "imgs" / record.path
             fpath.parent.mkdir(parents=True, exist_ok=True)
@@ -93,15 +95,13 @@ def galleries(make_shards, tmp_path: pathlib.Path) -> dict[str, visuals_config.V
             ckpt=str(ckpt),
             data=data_config.Shards(str(dpath)),
             dump_to=str(tmp_path / name / "gallery"),
-            log_freq_range=(-9.0, 0.0),
-            n_images=3,
-            n_latents=2,
             device="cpu",
+            **kwargs,
         )
 
     return {
         "nothing": gallery("nothing", 8, 4, 32),
-        "codes": gallery("codes", 70, 64, 8192),
+        "tables": gallery("tables", 300, 256, 16384, d_vit=16, top_k=64, n_images=128),
         "weights": gallery("weights", 4, 4, 16384, d_vit=1024),
     }
 

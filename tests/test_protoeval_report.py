@@ -556,9 +556,9 @@ def test_latents_link_to_their_place_in_the_gallery(
     report.write(dpath, rows, NAMES, [], about)
     gallery.link(dpath, "Sae_1", shown)
     text = (dpath / "traits.md").read_text()
-    assert "| has_bill_length::long | [1](../../gallery/index.html#latent_000001) | 0.600 | 0.500 |" in text
+    assert "| has_bill_length::long | [1](../../gallery/index.html#/latent/1) | 0.600 | 0.500 |" in text
     assert "| has_wing_color::blue | 0 |" in text
-    assert "2 of them are not in the gallery; visuals.py shows all with --latents 0 1 2" in text
+    assert "2 of them are not in the gallery; visuals.py shows all with --include-latents 0 1 2" in text
 
 
 def test_a_gallery_of_another_sae_is_refused(tmp_path: pathlib.Path) -> None:

@@ -1,32 +1,59 @@
-"""The gallery against plain loops, on an SAE whose latents are known. N images, P patches, S latents, K images."""
+"""The gallery against plain loops. N images, P patches, D d_vit, S latents, K top images, R sampled images."""
 
+import base64
 import dataclasses
 import hashlib
-import html.parser
+import io
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import typing as tp
+import unittest.mock
 
 import forked
-import jaxtyping
+import gallery_files
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from conftest import as_older
 
-from saev import errors, nn
+from saev import errors, nn, scorers
+from saev.data import activations, images, ordered
 from saev.data import config as data_config
-from saev.data import images, ordered
 from saev.formats import shards
 from saev.nn import config as nn_config
-from saev.visuals import collect, config, render
+from saev.visuals import (
+    coders,
+    collect,
+    config,
+    heat,
+    kernels,
+    memory,
+    pictures,
+    relations,
+    spool,
+    statistics,
+    write,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
-N, P, S = 7, 16, 4
+N, P, S, K = 11, 16, 6, 3
+GROUPS = ["top", "q4", "q3", "q2", "q1", "random"]
+
+
+@pytest.fixture(autouse=True)
+def page(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """Stands for the page's files."""
+    dpath = tmp_path / "page"
+    (dpath / "views").mkdir(parents=True)
+    (dpath / "index.html").write_text("<!doctype html>")
+    (dpath / "views" / "latent.js").write_text("// a view")
+    monkeypatch.setattr(write, "PAGE", dpath)
+    return dpath
 
 
 @pytest.fixture
@@ -39,15 +66,23 @@ def acts_NPD() -> np.ndarray:
     return acts_NPD
 
 
-@pytest.fixture
-def cfg(make_shards, acts_NPD: np.ndarray, tmp_path: pathlib.Path) -> config.Visuals:
-    """The SAE's latent s is ReLU of dimension s."""
-    acts_NLTD = np.concatenate([np.full((N, 1, S), 99, np.float32), acts_NPD], axis=1)[:, None]
-    dpath, _ = make_shards(n_imgs=N, n_patches=P, d_vit=S, layers=(13,), acts=acts_NLTD)
-    sae = nn.SparseAutoencoder(nn_config.Relu(d_vit=S, exp_factor=1))
+def as_sae(fpath: pathlib.Path, cfg: nn_config.Architecture) -> nn.SparseAutoencoder:
+    """An SAE whose pre-activation s is dimension s."""
+    sae = nn.SparseAutoencoder(tp.cast(nn_config.Sae, cfg))
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(S))
-    nn.save(sae, tmp_path / "run" / "sae.pt")
+        sae.threshold.fill_(1.5)
+        if isinstance(cfg, nn_config.JumpRelu):
+            sae.log_threshold.copy_(torch.tensor([0.5, 1.5, 1, 1, 2.5, 0.1]).log())
+    nn.save(sae, fpath)
+    return nn.load(fpath)
+
+
+@pytest.fixture
+def cfg(make_shards, acts_NPD: np.ndarray, tmp_path: pathlib.Path) -> config.Visuals:
+    acts_NLTD = np.concatenate([np.full((N, 1, S), 99, np.float32), acts_NPD], axis=1)[:, None]
+    dpath, _ = make_shards(n_imgs=N, n_patches=P, d_vit=S, layers=(13,), acts=acts_NLTD)
+    as_sae(tmp_path / "run" / "sae.pt", nn_config.Relu(d_vit=S, exp_factor=1))
     for i, record in enumerate(shards.ShardDir.open(dpath).records):
         fpath = tmp_path / "imgs" / record.path
         fpath.parent.mkdir(parents=True, exist_ok=True)
@@ -57,186 +92,599 @@ def cfg(make_shards, acts_NPD: np.ndarray, tmp_path: pathlib.Path) -> config.Vis
         ckpt=str(tmp_path / "run" / "sae.pt"),
         data=data_config.Shards(str(dpath), 13),
         dump_to=str(tmp_path / "gallery"),
-        log_freq_range=(-9.0, 0.0),
-        n_images=3,
+        n_images=K,
+        n_group=2,
         device="cpu",
     )
 
 
-def pixels(fpath: pathlib.Path) -> np.ndarray:
-    with PIL.Image.open(fpath) as img:
-        return np.asarray(img.convert("RGB"), np.int64)
+CPU = torch.device("cpu")
 
 
-def stats_of(cfg: config.Visuals, block: int = 16) -> collect.Stats:
-    return collect.collect(nn.load(cfg.ckpt), ordered.Ordered(cfg.data, n_imgs=block), cfg.n_images)
+def acts_of(cfg: config.Visuals) -> activations.Activations:
+    return activations.Activations(cfg.data)
 
 
-@pytest.mark.parametrize("block", [1, 2, 16])
-def test_stats_and_top_images_of_a_plain_loop(cfg: config.Visuals, acts_NPD: np.ndarray, block: int) -> None:
-    stats = stats_of(cfg, block)
-    for s in range(S):
-        values = [v for v in acts_NPD[..., s].ravel().tolist() if v > 0]
-        assert stats.freq_S[s] == pytest.approx(len(values) / (N * P))
-        assert stats.mean_S[s] == pytest.approx(np.mean(values) if values else np.nan, nan_ok=True)
-        peaks = [max(0.0, *acts_NPD[n, :, s].tolist()) for n in range(N)]
-        top = sorted(range(N), key=lambda n, peaks=peaks: (-peaks[n], n))[:3]
-        assert stats.top_image_SK[s].tolist() == top
-        assert stats.top_value_SK[s].tolist() == [peaks[n] for n in top]
-
-
-@pytest.mark.parametrize(
-    "sae_cfg",
-    [
-        nn_config.TopK(d_vit=S, exp_factor=1, top_k=2),
-        nn_config.TopK(d_vit=S, exp_factor=1, top_k=S - 1, keep_negative=True),
-        nn_config.BatchTopK(d_vit=S, exp_factor=1, top_k=S),
-    ],
-)
-def test_other_architectures_in_any_blocks(
-    cfg: config.Visuals, acts_NPD: np.ndarray, sae_cfg: nn_config.Architecture
-) -> None:
-    """A plain loop over the codes of each image alone."""
-    sae = nn.SparseAutoencoder(sae_cfg)
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.eye(S))
-        sae.threshold.fill_(1.5)
-    nn.save(sae, cfg.ckpt)
-    sae = nn.load(cfg.ckpt)
-    f_NPS = np.stack([sae.encode(torch.from_numpy(acts_PD)).numpy() for acts_PD in acts_NPD])
-    for stats in (stats_of(cfg, 1), stats_of(cfg, 5)):
-        np.testing.assert_allclose(stats.freq_S, (f_NPS != 0).mean(axis=(0, 1)))
-        sizes = np.abs(f_NPS).sum(axis=(0, 1)) / np.maximum((f_NPS != 0).sum(axis=(0, 1)), 1)
-        np.testing.assert_allclose(np.nan_to_num(stats.mean_S), sizes, rtol=1e-5)
-        for s in range(S):
-            peaks = f_NPS[..., s].max(axis=1).tolist()
-            top = sorted(range(N), key=lambda n, peaks=peaks: (-peaks[n], n))[:3]
-            assert stats.top_image_SK[s].tolist() == top
-
-
-def test_heat_maps_are_the_codes(cfg: config.Visuals, acts_NPD: np.ndarray) -> None:
-    sae, stream = nn.load(cfg.ckpt), ordered.Ordered(cfg.data)
-    stats = collect.collect(sae, stream, 3)
-    for page in collect._pages(sae, stream, stats, np.arange(S)):
-        assert [shown.image_i for shown in page.shown] == [
-            n
-            for n, value in zip(stats.top_image_SK[page.latent], stats.top_value_SK[page.latent], strict=True)
-            if value > 0
-        ]
-        for shown in page.shown:
-            want_P = acts_NPD[shown.image_i, :, page.latent].clip(0)
-            np.testing.assert_array_equal(shown.heat_P, want_P)
-            assert shown.value == want_P.max()
-
-
-def test_a_block_of_codes_has_a_bound(cfg: config.Visuals, monkeypatch: pytest.MonkeyPatch) -> None:
-    sae = nn.load(cfg.ckpt)
-    assert collect._stream(cfg, sae).block == 64
-    monkeypatch.setattr(collect.memory, "MAX_CODES", 3 * P * S + 1)
-    assert collect._stream(cfg, sae).block == 3
-    monkeypatch.setattr(collect.memory, "MAX_CODES", 1)
-    assert collect._stream(cfg, sae).block == 1
-
-
-def test_gallery_is_complete(cfg: config.Visuals) -> None:
-    dpath = pathlib.Path(collect.main(cfg))
-    page = (dpath / "index.html").read_text()
-
-    class Sources(html.parser.HTMLParser):
-        def __init__(self) -> None:
-            super().__init__()
-            self.found: list[str] = []
-
-        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            self.found += [v for k, v in attrs if k in ("src", "href") and v and v[0] != "#"]
-
-    parser = Sources()
-    parser.feed(page)
-    assert parser.found and all((dpath / source).is_file() for source in parser.found)
-    assert [f"Latent {s}<" in page for s in range(S)] == [True, True, False, True]  # 2 is dead
-    assert (dpath / "latents.csv").read_text().splitlines()[0] == "latent,freq,mean,max,n_images"
-    assert (
-        len(list((dpath / "latent_000003").iterdir())) == 1
-    )  # images that a latent does not fire on are not shown
-
-
-def test_heat_lies_on_the_planted_patch(cfg: config.Visuals) -> None:
-    dpath = pathlib.Path(collect.main(dataclasses.replace(cfg, latents=(3,))))
-    (fpath,) = (dpath / "latent_000003").iterdir()
-    assert fpath.name == "00_000005.png"
-    heat_HW3 = pixels(fpath)
-    plain_HW3 = pixels(dpath / "images" / "000005.png")
-    height, width, _ = heat_HW3.shape
-    cold_HW3 = heat_HW3[-1, -1]
-    changed_HW = np.abs(heat_HW3 - cold_HW3).sum(axis=2)
-    y, x = np.argwhere(changed_HW > 0.9 * changed_HW.max()).mean(axis=0)
-    assert (y / height, x / width) == (pytest.approx(1.5 / 4, abs=0.06), pytest.approx(2.5 / 4, abs=0.06))
-    assert plain_HW3.shape == heat_HW3.shape and (plain_HW3 == plain_HW3[0, 0]).all()
-
-
-def test_heat_maps_lie_on_what_the_vit_saw(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
-    """With a transform on record, the shown image is its resize and crop."""
-    transform = {
-        "size": [32, 32],
-        "resize": 36,
-        "squash": False,
-        "interpolation": "bicubic",
-        "mean": [0.5],
-        "std": [0.5],
-    }
-    dpath = as_older(pathlib.Path(cfg.data.shard_root))  # whose transform.json has no checksum
-    (dpath / "transform.json").write_text(json.dumps(transform))
-    dpath = pathlib.Path(collect.main(dataclasses.replace(cfg, latents=(3,))))
-    with PIL.Image.open(dpath / "images" / "000005.png") as img:
-        assert img.size == (32, 32)
-
-
-def test_text_is_escaped(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
-    record = shards.Record("<b>'\".png", "<script>alert(1)</script>")
-    gallery = render.Gallery("x&y", "<i>", tmp_path, [record], None, (2, 2))
-    page = render.Page(0, 0.1, 1.0, [render.Shown(0, 2.0, np.zeros(4, np.float32))])
-    text = render._index(gallery, [page])
-    assert (
-        "<script" not in text
-        and "&lt;script&gt;" in text
-        and "<b>'" not in text
-        and "<i>" not in text
-        and "x&amp;y" in text
+def passed(
+    cfg: config.Visuals, dpath: pathlib.Path, block: int = 4
+) -> tuple[coders.Coder, spool.Spool, statistics.Stats]:
+    """The codes and the statistics."""
+    acts = acts_of(cfg)
+    coder = coders.load(cfg, acts, CPU)
+    codes = spool.run(coder, ordered.Ordered(acts, block), cfg.n_images, dpath)
+    classes = write.Classes.of(acts)
+    stats = statistics.collect(
+        coder, codes, cfg.n_images, cfg.n_group, cfg.seed, classes.class_N, len(classes.names)
     )
+    return coder, codes, stats
 
 
-def test_a_path_that_is_not_utf8(tmp_path: pathlib.Path) -> None:
+# ---- statistics ----
+
+ARCHITECTURES = {
+    "relu": nn_config.Relu(d_vit=S, exp_factor=1),
+    "top-k": nn_config.TopK(d_vit=S, exp_factor=1, top_k=2),
+    "signed top-k": nn_config.TopK(d_vit=S, exp_factor=1, top_k=S - 1, keep_negative=True),
+    "batch-top-k": nn_config.BatchTopK(d_vit=S, exp_factor=1, top_k=2),
+    "jump-relu": nn_config.JumpRelu(d_vit=S, exp_factor=1),
+}
+
+
+def check_stats(
+    stats: statistics.Stats,
+    f_NPS: np.ndarray,
+    peak_NS: np.ndarray,
+    seed: int,
+    is_ranked_by_score: bool = False,
+) -> None:
+    """Every number by a plain loop over the codes.
+
+    peak_NS: the values that images are ranked by.
+    """
+    labels = [f"class{n % 3}" for n in range(N)]
+    for s in range(f_NPS.shape[2]):
+        values = [v for v in f_NPS[..., s].ravel().tolist() if v != 0]
+        assert stats.fired_S[s] == len(values)
+        assert stats.freq_S[s] == pytest.approx(len(values) / (N * P))
+        mean = np.mean(np.abs(values)) if values else np.nan
+        assert stats.mean_S[s] == pytest.approx(mean, rel=1e-6, nan_ok=True)
+        assert (stats.low_S[s], stats.high_S[s]) == (min(values, default=0), max(values, default=0))
+        bins = [0] * 64
+        for v in values:
+            width = max(values) - min(values)
+            bins[min(63, int(64 * (v - min(values)) / width)) if width else 0] += 1
+        assert stats.bin_SH[s].tolist() == bins
+        fires = [n for n in range(N) if (f_NPS[n, :, s] != 0).any()]
+        assert stats.images_S[s] == len(fires)
+        counts = [sum(labels[n] == f"class{g}" for n in fires) for g in range(3)]
+        assert stats.class_SG[s].tolist() == counts
+        ranked = [n for n in range(N) if is_ranked_by_score or peak_NS[n, s] > 0]
+        top = sorted(ranked, key=lambda n, s=s: (-peak_NS[n, s], n))[:K]
+        assert stats.top_position_SK[s].tolist() == (top + [-1] * K)[:K]
+        assert stats.top_value_SK[s, : len(top)].tolist() == [peak_NS[n, s] for n in top]
+        largest_N = f_NPS[..., s].max(axis=1)
+        sampled = [n for n in fires if is_ranked_by_score or largest_N[n] > 0]
+        sampled = sorted(sampled, key=lambda n, s=s: int(kernels.mix(seed, s, n)))
+        sampled = sampled[: stats.at_SR.shape[1]]
+        assert stats.sampled_S[s] == len(sampled)
+        assert stats.at_SR[s, : len(sampled)].tolist() == sampled
+
+
+@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_statistics_of_a_plain_loop(
+    cfg: config.Visuals, acts_NPD: np.ndarray, tmp_path: pathlib.Path, name: str, block: int
+) -> None:
+    """A plain loop over the dense codes of each image alone."""
+    sae = as_sae(pathlib.Path(cfg.ckpt), ARCHITECTURES[name])
+    f_NPS = np.stack([sae.encode(torch.from_numpy(acts_PD)).numpy() for acts_PD in acts_NPD])
+    if isinstance(sae.cfg, nn_config.TopK):  # of equal pre-activations, the lower latents fire
+        order_NPS = np.argsort(-acts_NPD, axis=2, kind="stable")
+        is_kept_NPS = np.zeros(f_NPS.shape, bool)
+        np.put_along_axis(is_kept_NPS, order_NPS[..., : sae.cfg.top_k], True, axis=2)
+        f_NPS = np.where(is_kept_NPS, acts_NPD if sae.cfg.keep_negative else acts_NPD.clip(0), 0)
+    _, _, stats = passed(cfg, tmp_path / "pass", block)
+    check_stats(stats, f_NPS, f_NPS.max(axis=1), cfg.seed)
+
+
+def test_a_sample_of_the_images_that_fire(
+    cfg: config.Visuals, acts_NPD: np.ndarray, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images with the smallest hashes, so the sample does not depend on the blocks."""
+    monkeypatch.setattr(memory, "MIN_SAMPLED", 5)
+    f_NPS = acts_NPD.clip(min=0)
+    cfg = dataclasses.replace(cfg, n_group=1, seed=3)
+    for block in (2, 5):
+        _, _, stats = passed(cfg, tmp_path / f"pass{block}", block)
+        assert stats.at_SR.shape == (S, 5)
+        check_stats(stats, f_NPS, f_NPS.max(axis=1), 3)
+
+
+def test_an_architecture_without_a_sparse_path(
+    cfg: config.Visuals, acts_NPD: np.ndarray, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = nn.load(cfg.ckpt)
+    monkeypatch.setattr(type(sae.architecture), "fires_above", lambda self, sae: None)
+    f_NPS = acts_NPD.clip(min=0)
+    _, _, stats = passed(cfg, tmp_path / "pass")
+    check_stats(stats, f_NPS, f_NPS.max(axis=1), cfg.seed)
+
+
+@pytest.mark.parametrize("similarity", ["plain", "dot", "cosine", "distance"])
+def test_prototypes(
+    cfg: config.Visuals, acts_NPD: np.ndarray, tmp_path: pathlib.Path, similarity: config.Similarity
+) -> None:
+    """A patch fires the prototype with the highest score; images are ranked by the scores of all patches."""
+    rng = np.random.default_rng(1)
+    vectors_KD, mean_D = (torch.from_numpy(rng.standard_normal(shape, np.float32)) for shape in ((5, S), S))
+    scorer = scorers.Prototypes.of(vectors_KD, mean_D, "cosine")
+    fpath = tmp_path / "random-5-abc.bin"
+    scorers.save(scorer, fpath)
+    cfg = dataclasses.replace(cfg, ckpt="", scorer=config.Fitted(str(fpath), similarity))
+    scorer = dataclasses.replace(scorer, similarity=similarity)
+    score_NPK = scorer(torch.from_numpy(acts_NPD).flatten(0, 1)).numpy().reshape(N, P, 5)
+    coder, codes, stats = passed(cfg, tmp_path / "pass")
+    assert (coder.kind, coder.noun) == ("random", "prototype")
+    is_best_NPK = np.arange(5) == score_NPK.argmax(axis=2)[..., None]
+    peak_NK = score_NPK.max(axis=1)
+    check_close = np.where(is_best_NPK, score_NPK, 0)
+    assert stats.fired_S.tolist() == is_best_NPK.sum(axis=(0, 1)).tolist()
+    np.testing.assert_allclose(stats.total_S, np.abs(check_close).sum(axis=(0, 1)), rtol=1e-4)
+    for k in range(5):
+        np.testing.assert_allclose(stats.top_value_SK[k], np.sort(peak_NK[:, k])[::-1][:K], rtol=1e-4)
+        np.testing.assert_allclose(peak_NK[stats.top_position_SK[k], k], stats.top_value_SK[k], rtol=1e-4)
+    low_S, high_S = heat.scale(coder, codes, stats)
+    np.testing.assert_allclose(low_S, score_NPK.mean(axis=(0, 1)), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(high_S, peak_NK.max(axis=0), rtol=1e-4)
+    # heat is the score above its mean
+    collect.main(cfg)
+    for k, latent in enumerate(gallery_files.latents(cfg.dump_to)):
+        (top, *_) = latent["groups"]
+        want_P = 255 * (score_NPK[stats.top_position_SK[k, 0], :, k] - low_S[k]) / (high_S[k] - low_S[k])
+        got_P = gallery_files.heat(top, 0, P)
+        np.testing.assert_allclose(got_P, np.where(want_P > 0, want_P.clip(1), 0), atol=0.6)
+
+
+def test_units(cfg: config.Visuals, acts_NPD: np.ndarray, tmp_path: pathlib.Path) -> None:
+    cfg = dataclasses.replace(cfg, ckpt="", scorer=config.Units(deviations=1.0))
+    coder, _, stats = passed(cfg, tmp_path / "pass")
+    assert (coder.n, coder.noun) == (S, "unit")
+    above_NPD = acts_NPD - acts_NPD.mean(axis=(0, 1))
+    std_D = acts_NPD.std(axis=(0, 1))
+    f_NPS = np.where((above_NPD > std_D) & (std_D > 0), above_NPD, 0)
+    assert stats.fired_S.tolist() == (f_NPS != 0).sum(axis=(0, 1)).tolist() and stats.fired_S[2] == 0
+    np.testing.assert_allclose(stats.total_S, f_NPS.sum(axis=(0, 1)), rtol=1e-5)
+    top_S = [f_NPS[:, :, s].max(axis=1).argmax() for s in (0, 1, 3)]
+    np.testing.assert_allclose(stats.top_value_SK[[0, 1, 3], 0], f_NPS[top_S, :, [0, 1, 3]].max(axis=1))
+
+
+# ---- which images ----
+
+
+def test_quarters(cfg: config.Visuals, acts_NPD: np.ndarray, tmp_path: pathlib.Path) -> None:
+    """Images that fire a latent, sorted by value, are cut into quarters; hashes choose within them."""
+    _, _, stats = passed(cfg, tmp_path / "pass")
+    chosen_C = np.arange(S)
+    shown = statistics.images_of(stats, chosen_C, K, 2, cfg.seed)
+    starts = [0, *shown.ends[:-1]]
+    parts = {
+        name: shown.position_CW[:, a:b] for name, a, b in zip(shown.names, starts, shown.ends, strict=True)
+    }
+    assert list(parts) == GROUPS
+    for s in range(S):
+        peak_N = acts_NPD[..., s].max(axis=1)
+        fires = sorted((n for n in range(N) if peak_N[n] > 0), key=lambda n: (-peak_N[n], n))
+        for q, name in enumerate(("q4", "q3", "q2", "q1")):
+            mine = [n for r, n in enumerate(fires) if 4 * r // len(fires) == q]
+            drawn = sorted(mine, key=lambda n: int(kernels.mix(cfg.seed, s, n)))[:2]
+            assert [n for n in parts[name][s].tolist() if n >= 0] == [n for n in fires if n in drawn]
+        assert [n for n in parts["top"][s].tolist() if n >= 0] == fires[:K]
+        assert len(set(parts["random"][s].tolist())) == 2
+    assert (parts["random"] < N).all() and len(np.unique(parts["random"])) > 2
+    assert set(np.unique(parts["random"])) <= set(statistics.random_pool(N, cfg.seed).tolist())
+
+
+# ---- what latents have to do with each other ----
+
+
+def test_neighbours() -> None:
+    vectors_SD = torch.randn(700, 5, generator=torch.Generator().manual_seed(0))
+    chosen_C = np.array([3, 699, 0])
+    unit_SD = vectors_SD.double() / vectors_SD.double().norm(dim=1, keepdim=True)
+    for c, (latents, values) in enumerate(zip(*relations.neighbours(vectors_SD, chosen_C, 4), strict=True)):
+        cosine_S = unit_SD @ unit_SD[chosen_C[c]]
+        order = [s for s in cosine_S.argsort(descending=True).tolist() if s != chosen_C[c]][:4]
+        assert latents.tolist() == order
+        np.testing.assert_allclose(values, cosine_S[order], atol=1e-6)
+
+
+def test_a_latent_alone_has_no_neighbours() -> None:
+    found = relations.neighbours(torch.ones(1, 3), np.array([0]), 2)
+    assert found.latent_CK.tolist() == [[-1, -1]]
+
+
+def test_together(cfg: config.Visuals, acts_NPD: np.ndarray, tmp_path: pathlib.Path) -> None:
+    coder, codes, _ = passed(cfg, tmp_path / "pass")
+    chosen_C = np.array([4, 1, 2])
+    found, n_patches = relations.together(codes, coder.n, chosen_C, 0, 3)
+    assert n_patches == N * P
+    fires_NS = (acts_NPD > 0).reshape(-1, S)
+    for c, s in enumerate(chosen_C):
+        counts = {t: int((fires_NS[:, s] & fires_NS[:, t]).sum()) for t in range(S) if t != s}
+        best = [t for t in sorted(counts, key=lambda t: (-counts[t], t)) if counts[t]][:3]
+        assert found.latent_CK[c].tolist() == (best + [-1] * 3)[:3]
+        shares = [counts[t] / max(1, fires_NS[:, s].sum()) for t in best]
+        np.testing.assert_allclose(found.value_CK[c, : len(best)], shares, rtol=1e-6)
+
+
+def test_together_on_a_sample(
+    cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About the share of patches that the limit allows, the same in any blocks."""
+    found = []
+    for block in (1, 8):
+        coder, codes, _ = passed(cfg, tmp_path / f"pass{block}", block)
+        monkeypatch.setattr(memory, "MAX_SAMPLED_CODES", codes.n_codes // 2)
+        found.append(relations.together(codes, coder.n, np.arange(S), 0, 3))
+    assert 0.35 * N * P < found[0].n_patches < 0.65 * N * P
+    assert found[0].n_patches == found[1].n_patches
+    np.testing.assert_array_equal(found[0].related.value_CK, found[1].related.value_CK)
+
+
+@pytest.mark.parametrize("is_sampled", [False, True])
+def test_classes(
+    cfg: config.Visuals, acts_NPD: np.ndarray, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+    is_sampled: bool,
+) -> None:  # fmt: skip
+    """Counted on all images that fire the latent. The sample holds all of them here."""
+    if is_sampled:
+        monkeypatch.setattr(statistics, "MAX_COUNTS", 1)
+    as_sae(pathlib.Path(cfg.ckpt), nn_config.JumpRelu(d_vit=S, exp_factor=1))
+    _, _, stats = passed(cfg, tmp_path / "pass")
+    assert stats.class_SG.shape[1] == (0 if is_sampled else 3)
+    classes = write.Classes.of(acts_of(cfg))
+    assert classes.names == ["class0", "class1", "class2"]
+    stats = dataclasses.replace(stats)
+    found = relations.classes(stats, np.arange(S), classes.class_N, classes.n_G)
+    n_all = [4, 4, 3]
+    threshold_S = [0.5, 1.5, 1, 1, 2.5, 0.1]
+    for s in range(S):
+        fires = [n for n in range(N) if (acts_NPD[n, :, s] > threshold_S[s]).any()]
+        counts = [sum(n % 3 == g for n in fires) for g in range(3)]
+        lifts = [counts[g] / max(1, len(fires)) / (n_all[g] / N) for g in range(3)]
+        good = [g for g in range(3) if counts[g] >= 2 and lifts[g] > 1]
+        good.sort(key=lambda g: -counts[g] * np.log(lifts[g]))
+        assert [(g, n) for g, n, _ in found[s]] == [(g, counts[g]) for g in good]
+        np.testing.assert_allclose([lift for *_, lift in found[s]], [lifts[g] for g in good], atol=1e-3)
+
+
+def test_images_without_labels_have_no_class() -> None:
+    acts = unittest.mock.Mock(activations.Activations, image_is_N=np.arange(2))
+    acts.records = [shards.Record("a", ""), shards.Record("b", "x")]
+    found = write.Classes.of(acts)
+    assert (found.names, found.class_N.tolist(), found.n_G.tolist()) == (["x"], [-1, 0], [1])
+
+
+# ---- files ----
+
+
+def test_a_gallery_is_complete(cfg: config.Visuals, acts_NPD: np.ndarray) -> None:
+    dpath = pathlib.Path(collect.main(cfg))
+    assert (dpath / "index.html").read_text() == "<!doctype html>" and (
+        dpath / "views" / "latent.js"
+    ).exists()
+    stats = gallery_files.load(dpath, "stats")
+    assert stats["title"] == "run" and stats["classes"] == ["class0", "class1", "class2"]
+    assert stats["scorer"].items() >= {
+        "name": "Relu", "kind": "sae", "n": S, "noun": "latent", "signed": False, "ckpt": cfg.ckpt,
+    }.items()  # fmt: skip
+    assert stats["source"].items() >= {"layer": 13, "n_images": N, "n_patches": P, "grid": [4, 4]}.items()
+    assert stats["shown"] == {"n": S - 1, "of": S, "filters": "all latents that fire"}  # 2 is dead
+    ids = [0, 1, 3, 4, 5]
+    columns = stats["columns"]
+    assert columns["id"].tolist() == ids
+    f_NPS = acts_NPD.clip(min=0)
+    np.testing.assert_allclose(columns["freq"], (f_NPS > 0).mean(axis=(0, 1))[ids], rtol=1e-6)
+    np.testing.assert_array_equal(columns["max"], f_NPS.max(axis=(0, 1))[ids])
+    np.testing.assert_array_equal(columns["n_images"], (f_NPS > 0).any(axis=1).sum(axis=0)[ids])
+    latents = gallery_files.latents(dpath)
+    classes = [([g for g, *_ in latent["classes"]] + [-1] * 3)[:3] for latent in latents]
+    assert columns["class"].tolist() == classes
+    shown = gallery_files.images(dpath)
+    paths = gallery_files.load(dpath, "paths")
+    assert paths["path"] == [one["path"] for one in shown] and paths["n"].tolist() == list(range(N))
+    assert paths["class"].tolist() == [one["class"] for one in shown]
+    assert len(shown) == stats["files"]["n_images"] and [one["n"] for one in shown] == list(range(N))
+    assert all(one["src"].startswith("data:image/webp;base64,") for one in shown)
+    assert [one["class"] for one in shown] == [n % 3 for n in range(N)]
+    lines = (dpath / "latents.csv").read_text().splitlines()
+    assert (
+        lines[0] == "latent,freq,mean,max,n_images" and [int(line.split(",")[0]) for line in lines[1:]] == ids
+    )
+    assert gallery_files.load(dpath, "traits") == gallery_files.load(dpath, "compare") == {}
+
+
+@pytest.mark.parametrize("most", [2**26, 40])
+def test_heat_is_the_codes(
+    cfg: config.Visuals, acts_NPD: np.ndarray, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """In one part, and in many."""
+    monkeypatch.setattr(memory, "MAX_SHOWN", most)
+    dpath = collect.main(cfg)
+    shown, ids = gallery_files.images(dpath), gallery_files.load(dpath, "stats")["columns"]["id"]
+    for s, latent in zip(ids.tolist(), gallery_files.latents(dpath), strict=True):
+        f_NP = acts_NPD[..., s].clip(0)
+        assert (latent["low"], latent["high"]) == (0, f_NP.max())
+        assert [g["name"] for g in latent["groups"]] == GROUPS if s != 3 else True
+        for group in latent["groups"]:
+            for i, place in enumerate(group["image"].tolist()):
+                n = shown[place]["n"]
+                np.testing.assert_array_equal(
+                    gallery_files.heat(group, i, P), np.round(255 * f_NP[n] / f_NP.max())
+                )
+                assert group["value"][i] == f_NP[n].max()
+        assert latent["histogram"]["n"].sum() == (f_NP > 0).sum()
+        assert latent["histogram"]["edges"] == [f_NP[f_NP > 0].min(), f_NP.max()]
+
+
+def test_negative_codes_are_not_drawn(cfg: config.Visuals, acts_NPD: np.ndarray) -> None:
+    as_sae(pathlib.Path(cfg.ckpt), ARCHITECTURES["signed top-k"])
+    dpath = collect.main(cfg)
+    stats = gallery_files.load(dpath, "stats")
+    assert stats["scorer"]["signed"]
+    shown = gallery_files.images(dpath)
+    for s, latent in zip(stats["columns"]["id"].tolist(), gallery_files.latents(dpath), strict=True):
+        for group in latent["groups"]:
+            for i, place in enumerate(group["image"].tolist()):
+                n = shown[place]["n"]
+                is_shown_P = gallery_files.heat(group, i, P) > 0
+                assert not is_shown_P[acts_NPD[n, :, s] <= 0].any()
+    assert (gallery_files.latents(dpath)[0]["histogram"]["edges"][0]) < 0
+
+
+def test_the_image_view(cfg: config.Visuals, acts_NPD: np.ndarray) -> None:
+    dpath = collect.main(dataclasses.replace(cfg, image_view=4, include_latents=(1, 4, 5)))
+    shown = gallery_files.images(dpath)
+    view = gallery_files.load(dpath, "codes/000")["images"]
+    code = gallery_files.load(dpath, "paths")["code"]
+    assert [code[one["image"]] for one in view] == [0, 1, 2, 3] and (code >= 0).sum() == 4
+    assert [shown[one["image"]]["n"] for one in view] == [0, 3, 6, 10]
+    for one in view:
+        f_PS = acts_NPD[shown[one["image"]]["n"]].clip(0)
+        for p in range(P):
+            part = slice(one["start"][p], one["start"][p + 1])
+            want = [(r, f_PS[p, s]) for r, s in enumerate((1, 4, 5)) if f_PS[p, s] > 0]
+            want.sort(key=lambda pair: -pair[1])
+            assert [v for _, v in want] == one["value"][part].tolist()
+            assert {r for r, _ in want} == set(one["row"][part].tolist())
+    dpath = collect.main(dataclasses.replace(cfg, image_view=0))
+    assert gallery_files.load(dpath, "stats")["files"]["n_codes"] == 0
+    assert not (pathlib.Path(dpath) / "data" / "codes").exists()
+
+
+def test_256_latents_a_file(cfg: config.Visuals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "LATENTS", 2)
+    monkeypatch.setattr(write, "IMAGES", 4)
+    dpath = pathlib.Path(collect.main(cfg))
+    assert [len(gallery_files.load(dpath, f"latents/00{i}")["latents"]) for i in range(3)] == [2, 2, 1]
+    assert [len(gallery_files.load(dpath, f"images/00{i}")["images"]) for i in range(3)] == [4, 4, 3]
+    assert len(list((dpath / "data" / "latents").iterdir())) == 3
+
+
+def test_a_dead_latent(cfg: config.Visuals) -> None:
+    """It can be asked for. Its mean is missing, and no text says nan."""
+    dpath = pathlib.Path(collect.main(dataclasses.replace(cfg, include_latents=(2,))))
+    columns = gallery_files.load(dpath, "stats")["columns"]
+    assert columns["id"].tolist() == [2] and columns["freq"] == 0 and np.isnan(columns["mean"]).all()
+    (latent,) = gallery_files.latents(dpath)
+    assert (latent["low"], latent["high"], latent["histogram"]["n"].sum()) == (0, 0, 0)
+    assert [group["name"] for group in latent["groups"]] == ["random"]
+    for fpath in dpath.rglob("*.js"):
+        assert "nan" not in fpath.read_text().lower().replace("base64", "") or '"b"' in fpath.read_text()
+
+
+def test_names_are_text(cfg: config.Visuals, tmp_path: pathlib.Path, make_shards) -> None:
+    """Paths and labels come back as they were, and none can end the script."""
+    odd = "<b>'\"\u202e\u2028</script>"
+    source = shards.ShardDir.open(cfg.data.shard_root)
+    records = [shards.Record(f"{odd.replace('/', '_')}/{i}.png", odd) for i in range(N)]
+    dpath = shards.ShardDir.create(tmp_path / "odd", source.metadata, records, {})
+    for shard_i in range(source.metadata.n_shards):
+        with dpath.writing(shard_i) as writer:
+            n = len(source.metadata.imgs_in(shard_i))
+            writer.write(np.ones((n, 1, source.metadata.n_tokens, S), np.float32))
+    for record in records:
+        fpath = tmp_path / "photos" / record.path
+        fpath.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (8, 8)).save(fpath)
+    images_cfg = data_config.ImageFolder(str(tmp_path / "photos"))
+    data = data_config.Shards(str(dpath.dpath), 13)
+    made = pathlib.Path(collect.main(dataclasses.replace(cfg, images=images_cfg, data=data)))
+    assert gallery_files.load(made, "stats")["classes"] == [odd]
+    assert gallery_files.images(made)[0]["path"] == records[0].path
+    assert not any("<" in fpath.read_text() for fpath in (made / "data").rglob("*.js"))
+
+
+def test_a_path_that_is_not_utf8(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
     """The dump keeps such names; the page shows the odd byte as text."""
     name = os.fsdecode(b"caf\xe9.png")
+    source = pictures.Pictures(tmp_path, [shards.Record(name, "")], None, (2, 2), 0, 32)
     try:
         PIL.Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
     except OSError:
         pytest.skip("this file system refuses such names")
-    gallery = render.Gallery("x", "y", tmp_path, [shards.Record(name, "")], None, (2, 2))
-    page = render.Page(0, 0.1, 1.0, [render.Shown(0, 2.0, np.ones(4, np.float32))])
-    render.write(tmp_path / "gallery", gallery, [page])
-    assert "caf\\udce9.png" in (tmp_path / "gallery" / "index.html").read_text("utf-8")
+    write.scripts.write(tmp_path, "images/000", {"images": [{"path": name, "src": source.src(0)}]})
+    assert gallery_files.load(tmp_path, "images/000")["images"][0]["path"] == "caf\udce9.png"
 
 
-def test_choice(cfg: config.Visuals) -> None:
-    stats = stats_of(cfg)
+# ---- which latents ----
+
+
+def test_choice(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
+    coder, _, stats = passed(cfg, tmp_path / "pass")
+
+    def chosen(**changes: tp.Any) -> list[int]:
+        return collect.choose(dataclasses.replace(cfg, **changes), coder, stats).tolist()
+
     log_freq_S = np.log10(np.maximum(stats.freq_S, 1e-12))
-    ranged = dataclasses.replace(cfg, log_freq_range=(-9.0, float(log_freq_S[3]) + 0.01))
-    assert collect.choose(ranged, stats).tolist() == [3]
-    assert collect.choose(dataclasses.replace(cfg, log_value_range=(0.8, 2.0)), stats).tolist() == [
-        3
-    ]  # mean 8
-    assert collect.choose(dataclasses.replace(cfg, latents=(3, 0)), stats).tolist() == [0, 3]
-    draws = [
-        collect.choose(dataclasses.replace(cfg, n_latents=2, seed=s), stats).tolist() for s in (0, 0, 1, 2, 3)
-    ]
-    assert draws[0] == draws[1] and len({tuple(d) for d in draws}) > 1
+    assert chosen() == [0, 1, 3, 4, 5]
+    assert chosen(log_freq_range=(-9.0, float(log_freq_S[3]) + 0.01)) == [3]
+    assert chosen(log_value_range=(0.8, 2.0)) == [3]  # mean 8
+    assert chosen(include_latents=(3, 2)) == [2, 3]
+    for sort_by, values in {
+        "freq": stats.freq_S,
+        "mean": stats.mean_S,
+        "max": stats.high_S,
+        "n-images": stats.images_S,
+    }.items():
+        order = sorted([0, 1, 3, 4, 5], key=lambda s: (-values[s], s))
+        assert chosen(sort_by=sort_by) == order
+        assert chosen(sort_by=sort_by, top_k=2) == order[:2]
     with pytest.raises(
-        errors.UserError, match=r"Of 3 latents that fire, 90% have log10 frequency .* widen the ranges"
+        errors.UserError, match=r"Of 5 latents that fire, 90% have log10 frequency .* widen the ranges"
     ):
-        collect.choose(dataclasses.replace(cfg, log_value_range=(5.0, 6.0)), stats)
-    with pytest.raises(errors.UserError, match="--latents 4: the SAE has latents 0 to 3"):
-        collect.choose(dataclasses.replace(cfg, latents=(4,)), stats)
+        chosen(log_value_range=(5.0, 6.0))
+    with pytest.raises(errors.UserError, match="--include-latents 6: the scorer has latents 0 to 5"):
+        collect.main(dataclasses.replace(cfg, include_latents=(6,)))
+    words = collect.filters(
+        dataclasses.replace(cfg, log_freq_range=(-3.0, -1.0), top_k=9, sort_by="max"), coder
+    )
+    assert words == "all latents that fire, with log10 of the frequency from -3 to -1, the first 9 by max"
+
+
+# ---- a killed pass ----
+
+
+def files_of(dpath: pathlib.Path | str) -> dict[str, bytes]:
+    root = pathlib.Path(dpath)
+    return {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("kind", ["sae", "prototypes"])
+@pytest.mark.parametrize("n_blocks", [1, 3])
+def test_a_killed_pass_goes_on(
+    cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, kind: str, n_blocks: int
+) -> None:
+    """The files are those of an undisturbed gallery, and no block is encoded twice."""
+    monkeypatch.setattr(memory, "MAX_IMAGES", 2)
+    monkeypatch.setattr(spool, "SAVE_S", 0.0)
+    if kind == "prototypes":
+        vectors_KD = torch.randn(5, S, generator=torch.Generator().manual_seed(0))
+        scorers.save(scorers.Prototypes.of(vectors_KD, torch.zeros(S), "dot"), tmp_path / "pca-5.bin")
+        cfg = dataclasses.replace(cfg, ckpt="", scorer=config.Fitted(str(tmp_path / "pca-5.bin")))
+    whole = files_of(collect.main(dataclasses.replace(cfg, dump_to=str(tmp_path / "whole"))))
+    seen: list[int] = []
+    cls = coders.SaeCoder if kind == "sae" else coders.PrototypeCoder
+    name = "_codes" if kind == "sae" else "of"
+    real = getattr(cls, name)
+
+    def counted(self: object, *args: object) -> object:
+        if len(seen) == n_blocks:
+            seen.append(-1)
+            raise Killed
+        seen.append(1)
+        return real(self, *args)
+
+    monkeypatch.setattr(cls, name, counted)
+    with pytest.raises(Killed):
+        collect.main(cfg)
+    assert (tmp_path / ".gallery.pass" / "state").exists() and not pathlib.Path(cfg.dump_to).exists()
+    with (tmp_path / ".gallery.pass" / "codes.value").open("ab") as fd:
+        fd.write(b"half a block")  # after the last saved state
+    assert files_of(collect.main(cfg)) == whole
+    assert seen.count(1) == -(-N // 2)
+    assert not list(tmp_path.glob(".gallery*"))
+
+
+@pytest.mark.parametrize("what", ["codes.latent", "codes.count", "state"])
+@pytest.mark.parametrize("kind", ["sae", "units"])
+def test_damaged_files_of_a_pass_are_made_again(
+    cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, what: str, kind: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(memory, "MAX_IMAGES", 2)
+    if kind == "units":
+        cfg = dataclasses.replace(cfg, ckpt="", scorer=config.Units())
+    whole = files_of(collect.main(dataclasses.replace(cfg, dump_to=str(tmp_path / "whole"))))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(statistics, "collect", lambda *_: (_ for _ in ()).throw(Killed()))
+        collect.main(cfg)
+    fpath = tmp_path / ".gallery.pass" / what
+    data = bytearray(fpath.read_bytes())
+    data[len(data) // 2] ^= 1
+    fpath.write_bytes(data)
+    assert files_of(collect.main(cfg)) == whole
+    assert "checksum" in caplog.text
+
+
+def test_a_pass_of_something_else_is_not_continued(
+    cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(statistics, "collect", lambda *_: (_ for _ in ()).throw(Killed()))
+        collect.main(cfg)
+    as_sae(pathlib.Path(cfg.ckpt), ARCHITECTURES["top-k"])
+    whole = files_of(collect.main(dataclasses.replace(cfg, dump_to=str(tmp_path / "whole"))))
+    assert files_of(collect.main(cfg)) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_gallery_leaves_nothing_for_long(
+    cfg: config.Visuals, tmp_path: pathlib.Path, page: pathlib.Path, signum: signal.Signals
+) -> None:
+    """The next command continues the pass, sweeps, and makes the same files. Until then the older gallery stays."""
+    whole = files_of(collect.main(cfg))
+    code = f"""
+import pathlib, time
+from saev import launch
+from saev.data import config as data_config
+from saev.visuals import collect, config, write
+write.PAGE = pathlib.Path({str(page)!r})
+def wait(*args):
+    print("there", flush=True)
+    time.sleep(60)
+write._write_table = wait
+launch.entry(lambda: collect.main(config.{cfg!r}))
+"""
+    for name in ("ImageFolder", "Shards"):
+        code = code.replace(f"{name}(", f"data_config.{name}(")
+    code = code.replace("SlurmConfig(", "launch.SlurmConfig(").replace("scorer=Sae(", "scorer=config.Sae(")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    process = forked.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout.readline() == b"there\n"
+    process.send_signal(signum)
+    process.communicate()
+    left = sorted({p.name for p in tmp_path.iterdir()} - set(before))
+    assert ".gallery.pass" in left and all(n.startswith(".gallery.") for n in left)
+    assert files_of(cfg.dump_to) == whole
+    assert files_of(collect.main(cfg)) == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_value_that_is_not_finite(
+    cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_sae(pathlib.Path(cfg.ckpt), ARCHITECTURES["relu"])
+    real = coders.SaeCoder.__call__
+
+    def broken(self: coders.SaeCoder, x_XD: torch.Tensor) -> coders.Fired:
+        fired = real(self, x_XD)
+        fired.value_n[-1] = np.inf
+        return fired
+
+    monkeypatch.setattr(coders.SaeCoder, "__call__", broken)
+    with pytest.raises(errors.UserError, match=r"the value of latent \d in class1/0010.jpg is inf"):
+        collect.main(cfg)
+
+
+# ---- folders ----
 
 
 def test_an_older_gallery_is_replaced_and_anything_else_is_not(
@@ -244,14 +692,21 @@ def test_an_older_gallery_is_replaced_and_anything_else_is_not(
 ) -> None:
     dpath = pathlib.Path(collect.main(cfg))
     (dpath / "stale.txt").write_text("old")
-    collect.main(dataclasses.replace(cfg, latents=(0,)))
+    collect.main(dataclasses.replace(cfg, include_latents=(0,)))
     assert not (dpath / "stale.txt").exists() and (dpath / "index.html").exists()
+    older = tmp_path / "older"  # as earlier versions wrote them
+    (older / "images").mkdir(parents=True)
+    for name in ("index.html", "latents.csv", "images/000000.png"):
+        (older / name).write_text("")
+    collect.main(dataclasses.replace(cfg, dump_to=str(older)))
+    assert not (older / "images").exists() and (older / "data").is_dir()
     with pytest.raises(errors.UserError, match="exists and is not a gallery"):
         collect.main(dataclasses.replace(cfg, dump_to=str(tmp_path / "imgs")))
     assert len(list((tmp_path / "imgs").rglob("*.jpg"))) == N
 
 
 def test_a_failed_gallery_leaves_the_older_one(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
+    """And what was encoded, for the next command."""
     dpath = pathlib.Path(collect.main(cfg))
     before = sorted(p.name for p in tmp_path.iterdir())
     record = shards.ShardDir.open(cfg.data.shard_root).records[5]
@@ -259,22 +714,32 @@ def test_a_failed_gallery_leaves_the_older_one(cfg: config.Visuals, tmp_path: pa
     with pytest.raises(errors.UserError, match="cannot be read as an image"):
         collect.main(cfg)
     assert (dpath / "index.html").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([".gallery.pass", *before])
 
 
 def test_what_does_not_fit(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
     nn.save(nn.SparseAutoencoder(nn_config.Relu(d_vit=9)), tmp_path / "wide.pt")
+    wide = scorers.Prototypes.of(torch.randn(3, 9), torch.zeros(9), "dot")
+    scorers.save(wide, tmp_path / "wide.bin")
     cases = {
         "--ckpt is missing": {"ckpt": ""},
-        "d_vit 4 instead of 9": {"ckpt": str(tmp_path / "wide.pt")},
+        "d_vit 4 instead of 9|d_vit 6 instead of 9": {"ckpt": str(tmp_path / "wide.pt")},
         "--images.root is missing": {"images": data_config.ImageFolder()},
         "no such image. Pass the folder that was dumped": {"images": data_config.ImageFolder(str(tmp_path))},
+        "--scorer.path is missing": {"ckpt": "", "scorer": config.Fitted()},
+        "is an SAE. Pass it as --ckpt": {"ckpt": "", "scorer": config.Fitted(cfg.ckpt)},
+        "prototypes have d_vit 9 instead of 6": {
+            "ckpt": "",
+            "scorer": config.Fitted(str(tmp_path / "wide.bin")),
+        },
     }
     for match, changes in cases.items():
         with pytest.raises(errors.UserError, match=match):
             collect.main(dataclasses.replace(cfg, **changes))
     with pytest.raises(errors.UserError, match="the first must not exceed the second"):
         dataclasses.replace(cfg, log_freq_range=(0.0, -1.0))
+    with pytest.raises(errors.UserError, match="name two scorers"):
+        dataclasses.replace(cfg, scorer=config.Units())
 
 
 def test_missing_images_are_found_before_the_pass(
@@ -290,12 +755,12 @@ def test_missing_images_are_found_before_the_pass(
         raise AssertionError("the pass began")
 
     with monkeypatch.context() as patch:
-        patch.setattr(collect, "collect", no_pass)
+        patch.setattr(spool, "run", no_pass)
         with pytest.raises(errors.UserError, match=f"{missing[0]}: no such image. Pass the folder"):
             collect.main(cfg)
     monkeypatch.setattr(collect, "MAX_CHECKED", 1)  # a large data set: only a sample is looked up
-    with pytest.raises(errors.UserError, match=f"{missing[1]}: no such image. Pass the folder"):
-        collect.main(dataclasses.replace(cfg, latents=(3,)))
+    with pytest.raises(errors.UserError, match="no such image. Pass the folder"):
+        collect.main(cfg)
     assert not pathlib.Path(cfg.dump_to).exists()
 
 
@@ -303,7 +768,6 @@ def test_a_swap_that_fails_brings_the_older_gallery_back(
     cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dpath = pathlib.Path(collect.main(cfg))
-    before = sorted(p.name for p in tmp_path.iterdir())
     (dpath / "older.txt").write_text("older")
     rename = pathlib.Path.rename
 
@@ -316,57 +780,26 @@ def test_a_swap_that_fails_brings_the_older_gallery_back(
     with pytest.raises(OSError, match="disk on fire"):
         collect.main(cfg)
     assert (dpath / "older.txt").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_gallery_leaves_nothing_for_long(
-    cfg: config.Visuals, tmp_path: pathlib.Path, signum: signal.Signals
-) -> None:
-    """SIGTERM: at once. SIGKILL: the next command sweeps. Both keep the older gallery until then."""
-    code = f"""
-import time
-from saev import launch
-from saev.data import config as data_config
-from saev.visuals import collect, config, render
-def wait(*args):
-    print("there", flush=True)
-    time.sleep(60)
-render._write_table = wait
-launch.entry(lambda: collect.main(config.{cfg!r}))
-""".replace("ImageFolder(", "data_config.ImageFolder(").replace("Shards(", "data_config.Shards(")
-    code = code.replace("SlurmConfig(", "launch.SlurmConfig(")
-    before = sorted(p.name for p in tmp_path.iterdir())
-    process = forked.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert process.stdout.readline() == b"there\n"
-    process.send_signal(signum)
-    process.communicate()
-    left = sorted({p.name for p in tmp_path.iterdir()} - set(before))
-    assert len(left) == (signum == signal.SIGKILL) and all(n.startswith(".gallery.") for n in left)
-    collect.main(cfg)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, "gallery"])
+    assert [p.name for p in tmp_path.glob(".gallery*")] == [".gallery.pass"]
 
 
 def test_a_gallery_says_what_it_shows(cfg: config.Visuals) -> None:
-    dpath = pathlib.Path(collect.main(dataclasses.replace(cfg, latents=(3, 0))))
+    dpath = pathlib.Path(collect.main(dataclasses.replace(cfg, include_latents=(3, 0))))
     said = json.loads((dpath / "gallery.json").read_text())
     assert said["latents"] == [0, 3] and said["ckpt"] == cfg.ckpt
     assert said["sha256"] == hashlib.sha256(pathlib.Path(cfg.ckpt).read_bytes()).hexdigest()
-    assert len(said["xxh3_128"]) == 32
+    assert said["filters"] == "the latents of --include-latents" and len(said["xxh3_128"]) == 32
 
 
 def test_a_folder_filled_meanwhile_is_kept(cfg: config.Visuals, monkeypatch: pytest.MonkeyPatch) -> None:
-    dpath, write_table = pathlib.Path(cfg.dump_to), render._write_table
+    dpath, write_table = pathlib.Path(cfg.dump_to), write._write_table
 
-    def and_fill(*args: object) -> None:
+    def and_fill(*args: tp.Any) -> None:
         dpath.mkdir()
         (dpath / "mine.txt").write_text("mine")
         write_table(*args)
 
-    monkeypatch.setattr(render, "_write_table", and_fill)
+    monkeypatch.setattr(write, "_write_table", and_fill)
     with pytest.raises(errors.UserError, match="exists and is not a gallery"):
         collect.main(cfg)
     assert [p.name for p in dpath.iterdir()] == ["mine.txt"]
@@ -376,57 +809,121 @@ def test_a_table_alone_does_not_make_a_gallery(tmp_path: pathlib.Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "latents.csv").write_text("my own table")
     with pytest.raises(errors.UserError, match="exists and is not a gallery"):
-        render.check_target(tmp_path / "mine")
+        write.check_target(tmp_path / "mine")
     with pytest.raises(errors.UserError, match="cannot be created"):
-        render.check_target(tmp_path / "mine" / "latents.csv" / "gallery")
+        write.check_target(tmp_path / "mine" / "latents.csv" / "gallery")
+
+
+# ---- alignment ----
 
 
 def test_grid() -> None:
-    assert render.grid(16, None) == (4, 4)
-    assert render.grid(8, (28, 56)) == (2, 4)
-    assert render.grid(729, (384, 384)) == (27, 27)  # 384 / 14 is not whole
+    assert pictures.grid(16, None) == (4, 4, 0)
+    assert pictures.grid(8, (28, 56)) == (2, 4, 14)
+    assert pictures.grid(196, (224, 224)) == (14, 14, 16)  # 15 pixels a side would give as many
+    assert pictures.grid(729, (384, 384)) == (27, 27, 14)  # 384 / 14 is not whole
     with pytest.raises(errors.UserError, match="6 patches do not form a grid on a square input"):
-        render.grid(6, None)
+        pictures.grid(6, None)
     with pytest.raises(errors.UserError, match="6 patches do not form a grid on an input of 32 x 32"):
-        render.grid(6, (32, 32))
+        pictures.grid(6, (32, 32))
 
 
-def test_a_wide_grid_is_drawn_in_raster_order(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
-    """16 patches on an input of 2 x 8: patch 6 is row 0, column 6."""
-    transform = images.Transform((16, 64), 64, True, "bicubic", (0.5,), (0.5,))
-    fpath = as_older(pathlib.Path(cfg.data.shard_root)) / "transform.json"
-    fpath.write_text(json.dumps(transform.to_dict()))
-    dpath = pathlib.Path(collect.main(dataclasses.replace(cfg, latents=(3,))))
-    heat_HW3 = pixels(dpath / "latent_000003" / "00_000005.png")
-    assert heat_HW3.shape == (16, 64, 3)
-    changed_HW = np.abs(heat_HW3 - heat_HW3[-1, 0]).sum(axis=2)
-    ys, xs = np.nonzero(changed_HW > 0.9 * changed_HW.max())
-    assert ys.max() < 8 and xs.min() >= 48 and xs.max() < 56
+TRANSFORMS = {
+    "crop": images.Transform((64, 64), 72, False, "bicubic", (0.5,), (0.5,)),
+    "squash": images.Transform((64, 64), 64, True, "bicubic", (0.5,), (0.5,)),
+    "wide": images.Transform((32, 64), (32, 64), False, "bicubic", (0.5,), (0.5,)),
+    "rest": images.Transform((70, 70), 70, False, "bicubic", (0.5,), (0.5,)),  # 6 pixels belong to no patch
+}
+SIDE = 16
 
 
-def test_overlay_is_the_formula_at_patch_centres() -> None:
-    """On black nothing but the colour map is left: 255 * opacity * sqrt(heat) * colour(heat)."""
-    heat_YX = np.linspace(0, 1, 9, dtype=np.float32).reshape(3, 3)
-    img = render.overlay(PIL.Image.new("RGB", (45, 45)), heat_YX)
-    for (y, x), heat in np.ndenumerate(heat_YX):
-        want_3 = 255 * render.OPACITY * heat**0.5 * np.array(render.COLORS(float(heat))[:3])
-        np.testing.assert_allclose(img.getpixel((15 * x + 7, 15 * y + 7)), want_3, atol=2)
+@pytest.mark.parametrize("size", [(80, 80), (160, 90), (90, 160), (257, 911), (911, 257)])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_patch_that_fires_is_the_bright_square(
+    name: str, size: tuple[int, int], tmp_path: pathlib.Path, make_shards, cfg: config.Visuals
+) -> None:
+    """End to end: the "ViT" sees the mean brightness of each patch of its input. Each image has one bright square,
+    and the gallery's heat lies exactly on it: its rectangle of the picture is bright, all others are dark."""
+    transform = TRANSFORMS[name]
+    rows, columns = (n // SIDE for n in transform.size)
+    whole = transform._resized(*size)  # width, height
+    offset = [round((whole[i] - transform.size[1 - i]) / 2) for i in (0, 1)]
+    places = [(0, 0), (rows - 1, columns - 1), (rows // 2, 1)]
+    acts_NTD = np.zeros((len(places), rows * columns, 1), np.float32)
+    made = []
+    for i, (row, column) in enumerate(places):
+        first = [(offset[0] + SIDE * column), (offset[1] + SIDE * row)]
+        box = [
+            round(p * size[k % 2] / whole[k % 2])
+            for k, p in enumerate((*first, first[0] + SIDE, first[1] + SIDE))
+        ]
+        img = PIL.Image.new("L", size)
+        img.paste(255, tuple(box))
+        made.append(img.convert("RGB"))
+        seen_HW = transform(made[-1])[0].numpy() / 2 + 0.5
+        seen_HW = seen_HW[: rows * SIDE, : columns * SIDE]
+        acts_NTD[i, :, 0] = seen_HW.reshape(rows, SIDE, columns, SIDE).mean(axis=(1, 3)).ravel()
+        assert acts_NTD[i].argmax() == row * columns + column and acts_NTD[i].max() > 0.75
+    dpath, _ = make_shards(
+        n_imgs=len(places),
+        n_patches=rows * columns,
+        d_vit=1,
+        layers=(0,),
+        cls_token=False,
+        acts=acts_NTD[:, None],
+    )
+    (as_older(pathlib.Path(dpath)) / "transform.json").write_text(json.dumps(transform.to_dict()))
+    for img, record in zip(made, shards.ShardDir.open(dpath).records, strict=True):
+        fpath = tmp_path / "photos" / record.path
+        fpath.parent.mkdir(parents=True, exist_ok=True)
+        img.save(fpath, format="PNG")
+    sae = nn.SparseAutoencoder(nn_config.Relu(d_vit=1, exp_factor=1))
+    with torch.no_grad():
+        sae.W_enc.fill_(1)
+        sae.b_enc.fill_(-0.5)  # only the bright patch fires
+    nn.save(sae, tmp_path / "bright.pt")
+    made_at = collect.main(
+        dataclasses.replace(
+            cfg,
+            ckpt=str(tmp_path / "bright.pt"),
+            data=data_config.Shards(str(dpath), 0),
+            thumb_side=64,
+            images=data_config.ImageFolder(str(tmp_path / "photos")),
+        )
+    )
+    stats = gallery_files.load(made_at, "stats")
+    assert stats["source"]["grid"] == [rows, columns] and stats["source"]["size"] == [
+        SIDE * rows,
+        SIDE * columns,
+    ]
+    shown = gallery_files.images(made_at)
+    (latent,) = gallery_files.latents(made_at)
+    (top, *_) = latent["groups"]
+    for i, place in enumerate(top["image"].tolist()):
+        row, column = places[shown[place]["n"]]
+        (patch,) = np.flatnonzero(gallery_files.heat(top, i, rows * columns))
+        assert patch == row * columns + column
+        data = base64.b64decode(shown[place]["src"].partition(",")[2])
+        with PIL.Image.open(io.BytesIO(data)) as picture:
+            bright_HW = np.asarray(picture.convert("L"), np.float64)
+        height, width = bright_HW.shape
+        assert width / height == pytest.approx(columns / rows)
+        cells = bright_HW.reshape(rows, height // rows, columns, width // columns).mean(axis=(1, 3))
+        assert cells[row, column] > 180
+        cells[row, column] = 0
+        assert cells.max() < 70
 
 
-def test_images_of_a_latent_share_a_scale(tmp_path: pathlib.Path) -> None:
-    """The same patch at a quarter of the latent's maximum gets the colour of 0.25."""
-    records = [shards.Record(f"{i}.png", "") for i in range(2)]
-    for record in records:
-        PIL.Image.new("RGB", (32, 32)).save(tmp_path / record.path)
-    gallery = render.Gallery("x", "y", tmp_path, records, None, (1, 1))
-    heats = [render.Shown(i, v, np.array([v], np.float32)) for i, v in enumerate((8.0, 2.0))]
-    render.write(tmp_path / "gallery", gallery, [render.Page(7, 0.1, 1.0, heats)])
-    for rank, heat in enumerate((1.0, 0.25)):
-        got_HW3 = pixels(tmp_path / "gallery" / "latent_000007" / f"{rank:02}_00000{rank}.png")
-        want_3 = 255 * render.OPACITY * heat**0.5 * np.array(render.COLORS(heat)[:3])
-        np.testing.assert_allclose(got_HW3[16, 16], want_3, atol=4)
+def test_without_a_transform_a_centre_crop_is_shown(cfg: config.Visuals) -> None:
+    dpath = collect.main(dataclasses.replace(cfg, thumb_side=32))
+    source = gallery_files.load(dpath, "stats")["source"]
+    assert source["size"] == [32, 32] and "square centre crop is assumed" in source["transform"]
+    data = base64.b64decode(gallery_files.images(dpath)[4]["src"].partition(",")[2])
+    with PIL.Image.open(io.BytesIO(data)) as picture:
+        assert picture.size == (32, 32)
+        np.testing.assert_allclose(picture.convert("RGB").getpixel((16, 16)), (40, 100, 50), atol=6)
 
 
-def test_shapes_are_checked() -> None:
-    with pytest.raises(jaxtyping.TypeCheckError):
-        render.overlay(PIL.Image.new("RGB", (8, 8)), np.zeros(6, np.float32))
+def test_32768_latents_with_128_images_fit_in_2_gb(cfg: config.Visuals) -> None:
+    sizes = memory.Sizes(100_000, 256, 1024, 32768)
+    assert memory.peak(dataclasses.replace(cfg, n_images=128), sizes) < 2e9

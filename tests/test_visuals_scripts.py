@@ -7,7 +7,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from saev.visuals import scripts
+from saev import errors
+from saev.formats import scripts
 
 
 def test_text_cannot_end_the_script(tmp_path: pathlib.Path) -> None:
@@ -17,6 +18,7 @@ def test_text_cannot_end_the_script(tmp_path: pathlib.Path) -> None:
     assert text.startswith('saev.put("latents/000", {') and text.endswith("});\n")
     assert not set("<>&\u2028") & set(text)
     assert json.loads(text[text.index("{") : -3]) == {"name": name}
+    assert scripts.read(tmp_path, "latents/000", "") == {"name": name}
 
 
 @pytest.mark.parametrize(
@@ -28,9 +30,19 @@ def test_packed_numbers_return(kind: str, values: list) -> None:
     back = np.frombuffer(base64.b64decode(str(out["b"])), "<" + kind)
     assert out["n"] == list(np.shape(values))
     np.testing.assert_array_equal(back.reshape(np.shape(values)), np.asarray(values, back.dtype))
+    np.testing.assert_array_equal(scripts.unpacked(out, "", ""), np.asarray(values, back.dtype))
 
 
 @pytest.mark.parametrize(("kind", "value"), [("u1", 256), ("u2", -1), ("u4", 0.5), ("i4", np.nan)])
 def test_numbers_that_do_not_fit_are_refused(kind: str, value: float) -> None:
     with np.errstate(invalid="ignore"), pytest.raises(OverflowError, match=f"do not fit in {kind}"):
         scripts.packed([value], kind)
+
+
+@pytest.mark.parametrize(
+    "change", [{"n": [3]}, {"b": "?"}, {"b": "AAA="}, {"t": "f8"}, {"t": None}, {"n": None}]
+)
+def test_damaged_numbers_are_one_line(change: dict) -> None:
+    out = scripts.packed([1, 2], "u2") | change
+    with pytest.raises(errors.UserError, match="^x: its numbers cannot be read .* Do it.$"):
+        scripts.unpacked(out, "x", "Do it.")

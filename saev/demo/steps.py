@@ -102,8 +102,8 @@ def show(cfg: config.Demo) -> str:
     """Makes the gallery. Returns its page."""
     ckpt = made(cfg, "checkpoint")
     gallery = _root(cfg) / "visuals" / pathlib.Path(ckpt).parent.name
-    args = ["--ckpt", ckpt, "--dump-to", gallery, "--n-latents", 24, "--n-images", 8]
-    args += ["--log-freq-range", "-3.5", "-1", *_data(cfg, "data"), "--device", cfg.device]
+    args = ["--ckpt", ckpt, "--dump-to", gallery, "--n-images", 12]
+    args += [*_data(cfg, "data"), "--device", cfg.device]
     args += ["images:cub200", "--images.root", _cub(cfg)]
     if not (gallery / "index.html").exists():
         SHOW.run("3. Show its latents", args)

@@ -70,7 +70,7 @@ def link(dpath: pathlib.Path, scorer: str, gallery: pathlib.Path) -> None:
     latents = best["prototype"].to_list()
     table = {
         "Trait": best["trait"],
-        "Latent": [f"[{i}]({index}#latent_{i:06})" if i in shown else str(i) for i in latents],
+        "Latent": [f"[{i}]({index}#/latent/{i})" if i in shown else str(i) for i in latents],
         "AP on train images": [f"{ap:.3f}" for ap in best["train_ap"]],
         "AP on test images": [f"{ap:.3f}" for ap in best["test_ap"]],
     }
@@ -79,7 +79,7 @@ def link(dpath: pathlib.Path, scorer: str, gallery: pathlib.Path) -> None:
     if missing := set(latents) - shown:
         flags = " ".join(map(str, sorted(set(latents))))
         text += f"\n{len(missing)} of them are not in the gallery; visuals.py shows all with "
-        text += f"--latents {flags}\n"
+        text += f"--include-latents {flags}\n"
     helpers.write_text(dpath / "traits.md", text)
 
 

@@ -102,3 +102,41 @@ def front(runs: pl.DataFrame) -> matplotlib.figure.Figure:
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
+
+
+MOST_LINES = 10
+"""Most pairs of dictionaries that are drawn one by one; of more, the means by what differs are drawn."""
+
+
+def matched(curve: pl.DataFrame, caption: str) -> matplotlib.figure.Figure:
+    """Share of matched latents against the least correlation: a colour per pair, its null dashed.
+
+    Args:
+        curve: frame with columns one, two, differ, threshold, share_one, share_two, null_one and null_two.
+        caption: says which ViT, layer and n.
+    """
+    share = curve.with_columns(
+        share=pl.mean_horizontal("share_one", "share_two"), null=pl.mean_horizontal("null_one", "null_two")
+    )
+    keys = ["one", "two"]
+    if len(share.unique(keys)) > MOST_LINES:
+        keys = ["differ"]
+        share = share.group_by(*keys, "threshold", maintain_order=True).agg(pl.col("share", "null").mean())
+    figure = matplotlib.figure.Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (name, line) in enumerate(share.group_by(*keys, maintain_order=True)):
+        line = line.sort("threshold")
+        label = f"differ in {name[0]}" if keys == ["differ"] else f"{name[0]} and {name[1]}"
+        color = f"C{i % 10}"
+        axes.plot(line["threshold"], line["share"], label=label, color=color, linewidth=1.6)
+        axes.plot(line["threshold"], line["null"], color=color, linewidth=1, linestyle="--")
+    axes.plot([], [], color="0.4", linestyle="--", linewidth=1, label="images permuted (null)")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("correlation of a mutual match, at least")
+    axes.set_ylabel("share of live latents (mean of both sides)")
+    axes.set_title(caption, fontsize=8, wrap=True, parse_math=False)
+    axes.grid(alpha=0.25)
+    for text in axes.legend(fontsize=7, frameon=False).get_texts():
+        text.set_parse_math(False)
+    return figure

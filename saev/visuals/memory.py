@@ -3,30 +3,70 @@
 Tests compare the estimates with processes, and with tensors on a fake GPU.
 """
 
+import typing as tp
+
 from saev.data import memory
+from saev.visuals import config
 
 MAX_CODES = 2**26
-"""Most codes held at a time (256 MB in float32). Bounds the images in a block."""
+"""Most values of a block, if every latent fired on every patch. Bounds the images in a block."""
+MAX_IMAGES = 64
+"""Most images in a block."""
+MAX_SHOWN = 2**25
+"""Most patches with heat that are held at a time, about (3 bytes each)."""
+MIN_SAMPLED = 128
+"""At least so many images that fire a latent are sampled. Their quarters stand for those of all."""
+MAX_PAIRS, MAX_SAMPLED_CODES = 2**26, 2**24
+"""Pairs of latents that fire on the same patch, and codes, that are counted, about."""
+AT_ONCE = 512
+"""Latents that are compared with all others at a time."""
+N_GROUPS = 5
+"""Groups of images beside the top ones."""
+LIBRARIES = 100 * 10**6
+"""Bytes of compiled kernels and libraries beyond `data.memory.PROGRAM`."""
 
 
-def peak(n_images: int, n_block: int, n_patches: int, d_vit: int, d_sae: int) -> int:
-    """Estimates the peak memory in bytes.
+class Sizes(tp.NamedTuple):
+    """Sizes of the activations and of what is shown."""
 
-    Args:
-        n_images: images shown per latent (--n-images).
-        n_block: images read at a time.
-        n_patches: patches per image.
-    """
-    weights = 8 * d_vit * d_sae
-    codes, acts = (4 * n_block * n_patches * width for width in (d_sae, d_vit))
-    loading = 4 * weights  # the file's bytes, its tensors, the SAE
-    statistics = 4 * codes + 6 * acts  # codes, |codes| also in float64; blocks read ahead
-    tables = 48 * d_sae * (n_images + n_block) + codes  # top images so far and a block's, sorted
-    return memory.PROGRAM + max(loading, weights + max(statistics, tables))
+    n_imgs: int
+    n_patches: int
+    """Per image."""
+    d_vit: int
+    n: int
+    """Latents, prototypes or units."""
+
+    @property
+    def block(self) -> int:
+        """Images that are encoded at a time."""
+        return max(1, min(MAX_IMAGES, MAX_CODES // (self.n_patches * self.n)))
 
 
-def gpu_peak(n_images: int, n_block: int, n_patches: int, d_vit: int, d_sae: int) -> int:
-    """Estimates the peak of a GPU's tensors in bytes. Arguments as for `peak`."""
-    codes, acts = (4 * n_block * n_patches * width for width in (d_sae, d_vit))
-    tables = 48 * d_sae * (n_images + n_block) + codes
-    return 8 * d_vit * d_sae + max(4 * codes + 3 * acts, tables)
+def sampled(n_group: int) -> int:
+    """Images that fire a latent which are sampled."""
+    return max(MIN_SAMPLED, 4 * n_group)
+
+
+def peak(cfg: config.Visuals, sizes: Sizes) -> int:
+    """Estimates the peak memory in bytes, if one latent in a hundred fires on a patch."""
+    n, n_block = sizes.n, min(sizes.block, sizes.n_imgs)
+    is_sae, is_fitted = isinstance(cfg.shown, config.Sae), isinstance(cfg.shown, config.Fitted)
+    weights = 8 * sizes.d_vit * n * (is_sae or is_fitted)
+    acts = 4 * n_block * sizes.n_patches * sizes.d_vit
+    scores = 8 * n_block * sizes.n_patches * n * is_fitted
+    tables = n * (8 * cfg.n_images + 16 * sampled(cfg.n_group) + 360)
+    entries = n * (min(cfg.n_images, sizes.n_imgs) + N_GROUPS * min(cfg.n_group, sizes.n_imgs))
+    heat = 3 * min(MAX_SHOWN, entries * max(1, sizes.n_patches // 32))
+    n_codes = min(MAX_SAMPLED_CODES, sizes.n_imgs * sizes.n_patches * max(1, n // 100))
+    related = weights // 2 + max(12 * n_codes, 4 * AT_ONCE * n)
+    after = tables + max(60 * entries + heat, related)
+    loading = 4 * weights * is_sae  # the file's bytes, its tensors, the SAE
+    return memory.PROGRAM + LIBRARIES + max(loading, weights + max(weights // 4 + 6 * acts + scores, after))
+
+
+def gpu_peak(sizes: Sizes) -> int:
+    """Estimates the peak of a GPU's tensors in bytes, for an SAE."""
+    codes, acts = (4 * sizes.block * sizes.n_patches * width for width in (sizes.n, sizes.d_vit))
+    weights = 8 * sizes.d_vit * sizes.n
+    neighbours = weights // 2 + 8 * AT_ONCE * sizes.n
+    return weights + max(codes + codes // 4 + 3 * acts, neighbours)

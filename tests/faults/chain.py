@@ -133,8 +133,8 @@ class Chain:
         return [*args, "--save-every", 1e-9, "sae:top-k", "--sae.exp-factor", 2, "--sae.top-k", 4]
 
     def look(self, to: str = "gallery") -> str:
-        args = ["--ckpt", self.ckpt, "--dump-to", self.root / to, "--n-latents", 4]
-        args += ["--n-images", 2, "--data.shard-root", self.shards, "--data.layer", LAYERS[1]]
+        args = ["--ckpt", self.ckpt, "--dump-to", self.root / to, "--top-k", 4]
+        args += ["--n-images", 2, "--n-group", 1, "--data.shard-root", self.shards, "--data.layer", LAYERS[1]]
         return run("look", [*args, "--device", "cpu", "images:cub200", "--images.root", self.cub])
 
     def evaluate(

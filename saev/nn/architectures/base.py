@@ -42,7 +42,8 @@ class Architecture(abc.ABC):
     - always `encode`, `encode_dense` and `encode_sparse`;
     - `largest` if `is_elementwise`, else `find`;
     - `find` if `is_always_sparse`, else `cutoff`;
-    - `infer` if `find` depends on the rest of the batch.
+    - `infer` if `find` depends on the rest of the batch;
+    - `fires_above` if galleries shall be made without dense codes.
 
     The config class has what must not wait for torch (default learning rate, memory), and switches features
     on: AuxK needs the fields `aux_coeff` and `aux_k`, resampling needs `resample_every`, and a penalty with
@@ -114,6 +115,13 @@ class Architecture(abc.ABC):
         """Finds the codes of `encode` in evaluation mode. Some of them may be 0. Arguments as for `find`."""
         found = self.find(sae, encoder, xc_BD, n_expected, sparse.BatchSearch())
         return sparse.Codes(self.encode_sparse(sae, found.value_n, found.index).f, found.index)
+
+    def fires_above(self, sae: "SparseAutoencoder") -> Tensor | None:
+        """(S,): in evaluation mode, a code is its pre-activation above this, else 0. None if that is not so.
+
+        With it, codes are found without a dense code.
+        """
+        return None
 
     def largest(self, sae: "SparseAutoencoder", pre_BK: Tensor) -> Tensor:
         """Codes of the first K latents in evaluation mode, from their largest pre-activations in an image."""

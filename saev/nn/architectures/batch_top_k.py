@@ -38,9 +38,11 @@ class BatchTopK(base.Architecture, cfg=config.BatchTopK):
     def encode_sparse(self, sae, pre_n: Tensor, index: sparse.Index) -> base.Coded:
         return base.Coded(pre_n.relu())
 
+    def fires_above(self, sae) -> Tensor:
+        return sae.threshold.clamp(min=0).expand(sae.d_sae)
+
     def infer(self, sae, encoder: sparse.Encoder, xc_BD: Tensor, n_expected) -> sparse.Codes:
-        cutoff_S = sae.threshold.clamp(min=0).expand(sae.d_sae)
-        return sparse.above(encoder, xc_BD, cutoff_S, n_expected)
+        return sparse.above(encoder, xc_BD, self.fires_above(sae), n_expected)
 
     def largest(self, sae, pre_BK: Tensor) -> Tensor:
         return activations.above(pre_BK, sae.threshold).relu()

@@ -54,6 +54,9 @@ class JumpRelu(base.Architecture, cfg=config.JumpRelu):
     def cutoff(self, sae) -> Tensor:
         return sae.log_threshold.detach().exp() - self.cfg.bandwidth / 2
 
+    def fires_above(self, sae) -> Tensor:
+        return sae.log_threshold.exp()
+
     def largest(self, sae, pre_BK: Tensor) -> Tensor:
         threshold_K = sae.log_threshold.exp()[: pre_BK.shape[1]]
         return torch.where(pre_BK > threshold_K, pre_BK, 0.0).relu()

@@ -87,5 +87,8 @@ class Relu(base.Architecture, cfg=config.Relu):
     def cutoff(self, sae) -> Tensor:
         return torch.zeros_like(sae.b_enc)
 
+    def fires_above(self, sae) -> Tensor:
+        return torch.zeros_like(sae.b_enc)
+
     def largest(self, sae, pre_BK: Tensor) -> Tensor:
         return pre_BK.relu()

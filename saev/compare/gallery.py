@@ -1,0 +1,242 @@
+"""Writes the matches of two dictionaries into the first one's gallery: data/compare.js (docs/gallery.md)."""
+
+import collections.abc
+import functools
+import itertools
+import os
+import pathlib
+import typing as tp
+import urllib.parse
+
+import msgspec
+import numpy as np
+import polars as pl
+
+from saev import errors, helpers
+from saev.compare import config, report, sides
+from saev.formats import jsonfile, manifest, scripts
+
+AGAIN = "Run visuals.py again."
+N_PICTURES = 8
+"""Most pictures of one of the other dictionary's latents."""
+PER_FILE = 64
+"""Latents of a data file."""
+FILES = 8
+"""Data files of a gallery that are held at a time."""
+
+
+class _Scorer(msgspec.Struct):
+    sha256: str
+
+
+class _Source(msgspec.Struct):
+    n_patches: int
+    grid: list[int]
+    size: list[int]
+
+
+class _Files(msgspec.Struct):
+    latents: int
+    images: int
+    n_images: int
+
+
+class _Stats(msgspec.Struct):
+    """What is read of data/stats.js."""
+
+    title: str
+    scorer: dict[str, tp.Any]
+    source: dict[str, tp.Any]
+    files: _Files
+    columns: dict[str, tp.Any]
+
+
+class Gallery:
+    """A gallery that visuals.py wrote.
+
+    Args:
+        flag: its flag, for messages.
+        side: the dictionary that it must show.
+
+    Raises:
+        UserError: it is no gallery, is damaged, or shows another dictionary.
+    """
+
+    def __init__(self, dpath: pathlib.Path, flag: str, side: sides.Side):
+        self.dpath = dpath
+        self.remedy = f"Pass a gallery of {side.fpath} as {flag}, made by visuals.py."
+        self.raw = scripts.read(dpath, "stats", self.remedy)
+        self.where = str(dpath / "data" / "stats.js")
+        try:
+            self.stats = msgspec.convert(self.raw, _Stats)
+            shown = msgspec.convert(self.stats.scorer, _Scorer).sha256
+            self.source = msgspec.convert(self.stats.source, _Source)
+        except ValueError as err:
+            message = f"{self.where}: cannot be read ({errors.first_line(err)}). {self.remedy}"
+            raise errors.UserError(message) from err
+        if shown != helpers.hash_file(side.fpath):
+            raise errors.UserError(f"{flag} {dpath}: shows another dictionary. {self.remedy}")
+        self.ids = scripts.unpacked(self.stats.columns.get("id"), self.where, self.remedy).astype(np.int64)
+        self.file = functools.lru_cache(FILES)(self._file)
+
+    def _file(self, name: str) -> dict[str, tp.Any]:
+        return scripts.read(self.dpath, name, self.remedy)
+
+    def paths(self) -> list[str]:
+        """The path of each image in data/images."""
+        n_files = -(-self.stats.files.n_images // self.stats.files.images)
+        return [image["path"] for i in range(n_files) for image in self.file(f"images/{i:03}")["images"]]
+
+    def latent(self, row: int) -> dict[str, tp.Any]:
+        """The entry of a row in data/latents."""
+        file, place = divmod(row, self.stats.files.latents)
+        return self.file(f"latents/{file:03}")["latents"][place]
+
+    def unpack(self, value: object) -> np.ndarray:
+        return scripts.unpacked(value, str(self.dpath), self.remedy)
+
+
+class Galleries(tp.NamedTuple):
+    mine: Gallery
+    other: Gallery | None
+
+
+def opened(cfg: config.Compare, found: list[sides.Side]) -> Galleries | None:
+    """The galleries of both sides; None without --gallery. Raises as `Gallery`."""
+    if not cfg.gallery:
+        return None
+    other = (
+        Gallery(pathlib.Path(cfg.other_gallery), "--other-gallery", found[1]) if cfg.other_gallery else None
+    )
+    return Galleries(Gallery(pathlib.Path(cfg.gallery), "--gallery", found[0]), other)
+
+
+def write(galleries: Galleries, found: list[sides.Side], out: pathlib.Path) -> None:
+    """Writes data/compare.js and data/compare/NNN.js of the first side's gallery from a results directory.
+
+    compare.js is emptied first and written last, so that it never speaks of other pictures.
+    """
+    files = manifest.read(out, [report.MATCHES, "curve.csv", "about.json"], "Move that folder away.")
+    lines = pl.read_parquet(files[report.MATCHES]).filter(of="one")
+    curve = pl.read_csv(files["curve.csv"], infer_schema_length=None)
+    about = jsonfile.parse(files["about.json"], dict[str, tp.Any], str(out), "Move that folder away.")
+    mine, other = galleries
+    shown = lines[mine.ids]
+    scripts.write(mine.dpath, "compare", {})
+    words = _write_pictures(mine, other, shown["best"].to_list())
+    null = np.sort(lines["null_corr"].drop_nans().to_numpy())
+    n_patches = about["n_rows"] if about["per_patch"] else about["n_images"] * found[0].acts.n_tokens
+    value: dict[str, object] = {
+        "other": _described(mine, other, found[1]),
+        "method": {
+            "words": f"{about['method']} {words}".strip(),
+            "n_images": about["n_images"],
+            "n_patches": n_patches,
+            "one_space": shown["cos"].is_not_nan().any(),
+        },
+        "columns": {
+            name: scripts.packed(values.to_numpy(), kind)
+            for name, values, kind in (
+                ("id", shown["latent"], "u4"),
+                ("best", shown["best"], "i4"),
+                ("corr", shown["corr"], "f4"),
+                ("mutual", shown["is_mutual"].cast(pl.UInt8), "u1"),
+                ("pair", shown["pair"], "i4"),
+                ("pair_corr", shown["pair_corr"], "f4"),
+                ("cos_best", shown["cos_best"], "i4"),
+                ("cos", shown["cos"], "f4"),
+            )
+        },
+        "null": {"corr": scripts.packed(null, "f4")},
+        "curve": {
+            name: scripts.packed(curve[column].to_numpy(), "f4")
+            for name, column in (("threshold", "threshold"), ("share", "share_one"), ("null", "null_one"))
+        },
+        "files": {"compare": PER_FILE},
+    }
+    scripts.write(mine.dpath, "compare", value)
+
+
+def _described(mine: Gallery, other: Gallery | None, side: sides.Side) -> dict[str, object]:
+    """The other dictionary: its gallery's words, else what is known without one."""
+    if other:
+        href = os.path.relpath(other.dpath / "index.html", mine.dpath)
+        described = {key: other.raw[key] for key in ("title", "scorer", "source")}
+        return described | {"href": urllib.parse.quote(os.fsencode(href))}
+    kind = "sae" if side.sae else side.fpath.name.partition("-")[0]
+    return {
+        "title": side.name,
+        "scorer": {
+            "name": side.kind,
+            "kind": kind,
+            "n": side.scorer.n_prototypes,
+            "noun": "latent" if side.sae else "prototype",
+            "ckpt": helpers.printable(str(side.fpath)),
+            "sha256": helpers.hash_file(side.fpath),
+        },
+        "source": {"vit": side.vit, "layer": side.layer, "n_images": side.acts.n_imgs},
+        "href": "",
+    }
+
+
+# ---- pictures ----
+
+
+def _write_pictures(mine: Gallery, other: Gallery | None, best: list[int]) -> str:
+    """Replaces data/compare/ and returns a sentence on pictures that cannot be shown."""
+    words, entries = "", map(_empty, best)
+    if other and _grid(other) != _grid(mine):
+        words = "The other ViT has another grid of patches: its gallery has its pictures."
+    elif other:
+        row_of = {latent: row for row, latent in enumerate(other.ids.tolist())}
+        place_of = {path: place for place, path in enumerate(mine.paths())}
+        places = np.array([place_of.get(path, -1) for path in other.paths()], np.int64)
+        words = "Of the other dictionary's images, those that this gallery has are shown." * bool(
+            (places < 0).any()
+        )
+        entries = (_entry(other, latent, row_of.get(latent, -1), places) for latent in best)
+    with helpers.atomic_folder(mine.dpath / "data" / "compare") as tmp_dpath:
+        for i, part in enumerate(_batched(entries)):
+            scripts.write_at(tmp_dpath / f"{i:03}.js", f"compare/{i:03}", {"latents": part})
+    return words
+
+
+def _batched(entries: collections.abc.Iterable[dict]) -> collections.abc.Iterator[tuple[dict, ...]]:
+    """The entries of each file."""
+    left = iter(entries)
+    while part := tuple(itertools.islice(left, PER_FILE)):
+        yield part
+
+
+def _grid(gallery: Gallery) -> tuple[list[int], list[int]]:
+    return gallery.source.grid, gallery.source.size
+
+
+def _empty(latent: int) -> dict[str, object]:
+    return {"id": latent, "low": 0.0, "high": 0.0, "groups": []}
+
+
+def _entry(other: Gallery, latent: int, row: int, places: np.ndarray) -> dict[str, object]:
+    """The other latent's top images, as places in the first gallery."""
+    if row < 0:
+        return _empty(latent)
+    found = other.latent(row)
+    tops = [group for group in found["groups"] if group["name"] == "top"]
+    if not tops:
+        return _empty(latent)
+    image_N, value_N, start_N1, patch_n, heat_n = (
+        other.unpack(tops[0][name]) for name in ("image", "value", "start", "patch", "heat")
+    )
+    keep = np.flatnonzero(places[image_N] >= 0)[:N_PICTURES]
+    slices = [slice(int(start_N1[k]), int(start_N1[k + 1])) for k in keep]
+    ends = np.cumsum([0, *(s.stop - s.start for s in slices)])
+    group = {
+        "name": "top",
+        "words": tops[0]["words"],
+        "image": scripts.packed(places[image_N[keep]], "u4"),
+        "value": scripts.packed(value_N[keep], "f4"),
+        "start": scripts.packed(ends, "u4"),
+        "patch": scripts.packed(np.concatenate([patch_n[:0], *(patch_n[s] for s in slices)]), "u2"),
+        "heat": scripts.packed(np.concatenate([heat_n[:0], *(heat_n[s] for s in slices)]), "u1"),
+    }
+    return {"id": latent, "low": found["low"], "high": found["high"], "groups": [group] if len(keep) else []}

@@ -1,0 +1,325 @@
+"""The files of a results directory. docs/compare.md lists them."""
+
+import dataclasses
+import datetime
+import pathlib
+import typing as tp
+
+import numpy as np
+import polars as pl
+
+from saev import helpers, provenance
+from saev.compare import config, correlate, match, sides
+from saev.formats import jsonfile, manifest
+from saev.report import charts, frame, tables
+
+FILES = ("dictionaries.csv", "pairs.csv", "curve.csv", "summary.md", "chart.png", "about.json")
+MATCHES = "matches.parquet"
+"""Only for two dictionaries."""
+GRID = np.round(np.linspace(0, 1, 101), 2)
+"""Correlations at which curve.csv has the shares."""
+PLACE = ("vit", "layer", "kind", "n_latents", "seed")
+"""What two dictionaries may differ in."""
+WORDS = {"vit": "ViT", "n_latents": "latents"}
+NULL = (
+    "The null is the same with one side's images permuted (whole images, so that patches keep their places)."
+)
+
+
+class Pair(tp.NamedTuple):
+    """A comparison of two sides, given by their numbers."""
+
+    one: int
+    two: int
+    found: match.Found
+    null: match.Found
+    cosines: tuple[match.Best, match.Best] | None
+    """None if the sides are not in one space."""
+
+
+def write(
+    dpath: pathlib.Path,
+    cfg: config.Compare,
+    found: list[sides.Side],
+    joined: sides.Joined,
+    stats: list[correlate.Moments],
+    pairs: list[Pair],
+) -> None:
+    """Writes a results directory, complete or not at all."""
+    of_sides = dictionaries(found, joined, stats)
+    thresholds = sorted({*GRID.tolist(), *cfg.thresholds})
+    curve = pl.concat([_curve(pair, of_sides, stats, thresholds) for pair in pairs])
+    of_pairs = pl.concat([_pair(pair, of_sides) for pair in pairs])
+    words = method(cfg, joined, stats[0].n_rows)
+    with helpers.atomic_folder(dpath) as tmp_dpath:
+        frame.write_csv(tmp_dpath / "dictionaries.csv", of_sides)
+        frame.write_csv(tmp_dpath / "pairs.csv", of_pairs)
+        frame.write_csv(tmp_dpath / "curve.csv", curve)
+        names = [*FILES]
+        if cfg.runs:
+            text = _of_runs(of_sides, of_pairs, curve, cfg)
+        else:
+            of_latents = matches(pairs[0], stats)
+            frame.write_parquet(tmp_dpath / MATCHES, of_latents)
+            names.append(MATCHES)
+            text = _of_two(pairs[0], of_sides, of_pairs, curve, cfg) + _by_frequency(
+                of_latents, of_sides, cfg
+            )
+        helpers.write_text(tmp_dpath / "summary.md", f"{text}\n{words} {NULL}\n")
+        shown = of_pairs.select("one", "two", "differ").join(curve, on=["one", "two"], maintain_order="left")
+        charts.save(
+            charts.matched(shown, caption(of_sides, joined, stats[0].n_rows)), tmp_dpath / "chart.png"
+        )
+        about = {
+            "config": dataclasses.asdict(cfg),
+            "method": words,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            "n_images": len(joined.order[0]),
+            "n_rows": stats[0].n_rows,
+            "per_patch": joined.per_patch,
+        }
+        helpers.write_text(tmp_dpath / "about.json", jsonfile.dumps(about, indent=4))
+        provenance.write(tmp_dpath)
+        manifest.write(tmp_dpath, names)
+
+
+# ---- frames ----
+
+
+def dictionaries(
+    found: list[sides.Side], joined: sides.Joined, stats: list[correlate.Moments]
+) -> pl.DataFrame:
+    """A row for each dictionary."""
+    return pl.DataFrame(
+        {
+            "name": [side.name for side in found],
+            "kind": [side.kind for side in found],
+            "n_latents": [side.scorer.n_prototypes for side in found],
+            "seed": [side.seed for side in found],
+            "vit": [side.vit for side in found],
+            "layer": [side.layer for side in found],
+            "n_images_left_out": joined.n_left_out,
+            "n_live": [int(m.is_live_S.sum()) for m in stats],
+            "n_never_fired": [int((m.n_fired_S == 0).sum()) for m in stats],
+            "mean_fired": [float(m.n_fired_S.sum() / m.n_rows) for m in stats],
+        }
+    )
+
+
+def _pair(pair: Pair, of_sides: pl.DataFrame) -> pl.DataFrame:
+    one, two = (of_sides.row(n, named=True) for n in (pair.one, pair.two))
+    differ = [WORDS.get(key, key) for key in PLACE if one[key] != two[key]]
+    cosines = [best.mean() for best in pair.cosines] if pair.cosines else [float("nan")] * 2
+    return pl.DataFrame(
+        {
+            "one": [one["name"]],
+            "two": [two["name"]],
+            "differ": [", ".join(differ) or "other settings"],
+            "corr_one": [pair.found.one.mean()],
+            "corr_two": [pair.found.two.mean()],
+            "null_one": [pair.null.one.mean()],
+            "null_two": [pair.null.two.mean()],
+            "mmcs_one": [cosines[0]],
+            "mmcs_two": [cosines[1]],
+        }
+    )
+
+
+def _curve(
+    pair: Pair, of_sides: pl.DataFrame, stats: list[correlate.Moments], thresholds: list[float]
+) -> pl.DataFrame:
+    """Shares of live latents with a match of at least each threshold."""
+    live = [stats[n].is_live_S for n in (pair.one, pair.two)]
+    columns: dict[str, list[float]] = {"threshold": thresholds}
+    for name, both in (("share", pair.found), ("null", pair.null), ("cosine", pair.cosines)):
+        for side, i in (("one", 0), ("two", 1)):
+            best = both[i] if both else None
+            columns[f"{name}_{side}"] = [
+                best.share(t, live[i]) if isinstance(best, match.Best) else float("nan") for t in thresholds
+            ]
+    pairs = pair.found.pairs
+    for side, i in (("one", 0), ("two", 1)):
+        columns[f"one_to_one_{side}"] = [
+            float((pairs.corr_S >= t).sum() / max(1, live[i].sum())) if pairs else float("nan")
+            for t in thresholds
+        ]
+    names = {"one": of_sides["name"][pair.one], "two": of_sides["name"][pair.two]}
+    return pl.DataFrame(columns).select(*(pl.lit(v).alias(k) for k, v in names.items()), pl.all())
+
+
+def matches(pair: Pair, stats: list[correlate.Moments]) -> pl.DataFrame:
+    """A row for each latent of both dictionaries (column `of`: one or two)."""
+    out = []
+    for side, i in (("one", pair.one), ("two", pair.two)):
+        best, null, S = getattr(pair.found, side), getattr(pair.null, side), len(stats[i].mean_S)
+        cosine = pair.cosines[side == "two"] if pair.cosines else None
+        other_S, corr_S = _partners(pair.found.pairs, S, side == "two")
+        columns = {
+            "latent": np.arange(S),
+            "is_live": stats[i].is_live_S,
+            "frequency": stats[i].n_fired_S / stats[i].n_rows,
+            "best": best.latent_S,
+            "corr": best.value_S,
+            "is_mutual": best.is_mutual_S,
+            "pair": other_S,
+            "pair_corr": corr_S,
+            "null_corr": null.value_S,
+            "cos_best": cosine.latent_S if cosine else np.full(S, match.NONE),
+            "cos": cosine.value_S if cosine else np.full(S, np.nan),
+        }
+        out.append(pl.DataFrame(columns).select(pl.lit(side).alias("of"), pl.all()))
+    return pl.concat(out)
+
+
+def _partners(pairs: match.Pairs | None, S: int, is_inverse: bool) -> tuple[np.ndarray, np.ndarray]:
+    assert pairs is not None, "one-to-one matches are made for two dictionaries"
+    if not is_inverse:
+        return pairs.other_S, pairs.corr_S
+    other_S, corr_S = np.full(S, match.NONE), np.full(S, np.nan)
+    one = np.flatnonzero(pairs.other_S >= 0)
+    other_S[pairs.other_S[one]], corr_S[pairs.other_S[one]] = one, pairs.corr_S[one]
+    return other_S, corr_S
+
+
+# ---- words and tables ----
+
+
+def method(cfg: config.Compare, joined: sides.Joined, n_rows: int) -> str:
+    """How the numbers were made, in sentences."""
+    n_images = len(joined.order[0])
+    if joined.per_patch:
+        text = f"Pearson correlation over the {n_rows:,} patches of {n_images:,} images."
+    else:
+        pooled = "maximum" if cfg.pool == "max" else "mean"
+        text = f"Pearson correlation over {n_images:,} images; a latent's value is the {pooled} over an "
+        text += "image's patches."
+    text += " Latents whose value does not vary have no correlation and are left out."
+    text += " A match is mutual: each latent is the other one's best."
+    if n := sum(joined.n_left_out):
+        text += f" {n:,} images that a side lacks are left out."
+    return text
+
+
+def caption(of_sides: pl.DataFrame, joined: sides.Joined, n_rows: int) -> str:
+    places = of_sides.group_by("vit", maintain_order=True).agg(pl.col("layer").unique().sort())
+    where = "; ".join(
+        f"{vit}, layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        for vit, layers in places.iter_rows()
+    )
+    what = f"{n_rows:,} patches of " if joined.per_patch else ""
+    return f"{where}; n = {what}{len(joined.order[0]):,} images"
+
+
+def sides_table(of_sides: pl.DataFrame) -> pl.DataFrame:
+    """The dictionaries."""
+    return pl.DataFrame(
+        {
+            "Dictionary": of_sides["name"],
+            "Kind": of_sides["kind"],
+            "Seed": of_sides["seed"],
+            "ViT": of_sides["vit"],
+            "Layer": tables.texts("{}", of_sides["layer"]),
+            "Latents": tables.texts("{:,}", of_sides["n_latents"]),
+            "Live": tables.texts("{:,}", of_sides["n_live"]),
+            "Constant": tables.texts("{:,}", of_sides["n_latents"] - of_sides["n_live"]),
+        }
+    )
+
+
+def _of_two(
+    pair: Pair, of_sides: pl.DataFrame, of_pairs: pl.DataFrame, curve: pl.DataFrame, cfg: config.Compare
+) -> str:
+    """The summary of two dictionaries."""
+    lines = curve.filter(pl.col("threshold").is_in(list(cfg.thresholds))).sort("threshold")
+    names = of_sides["name"].to_list()
+    table = {"Correlation": tables.texts("{:g} or more", lines["threshold"])}
+    for name, side in zip(names, ("one", "two"), strict=True):
+        table[f"{name} matched"] = tables.texts("{:.1%}", lines[f"share_{side}"])
+        table[f"{name} null"] = tables.texts("{:.1%}", lines[f"null_{side}"])
+        table[f"{name} one to one"] = tables.texts("{:.1%}", lines[f"one_to_one_{side}"])
+        if pair.cosines:
+            table[f"{name} by cosine"] = tables.texts("{:.1%}", lines[f"cosine_{side}"])
+    means = {"": names}
+    for header, key in (("Mean best correlation", "corr"), ("Null", "null"), ("Mean max cosine", "mmcs")):
+        means[header] = tables.texts("{:.3f}", [of_pairs[f"{key}_{side}"][0] for side in ("one", "two")])
+    is_exact = pair.found.pairs is None or pair.found.pairs.is_exact
+    how = "over all pairs" if is_exact else f"among the {cfg.candidates} best partners of each latent"
+    note = f"One-to-one matches have the largest sum of correlations {how}."
+    if not pair.cosines:
+        note += " The dictionaries are not in one space, so that cosines of directions mean nothing."
+    parts = [sides_table(of_sides), pl.DataFrame(table), pl.DataFrame(means)]
+    return "\n".join([*map(tables.markdown, parts), note])
+
+
+def _by_frequency(of_latents: pl.DataFrame, of_sides: pl.DataFrame, cfg: config.Compare) -> str:
+    """A table of the live latents in quarters by how often they fire."""
+    live = of_latents.filter("is_live")
+    rank = (pl.col("frequency").rank("ordinal") - 1) * 4 // pl.len()
+    matched = [
+        (pl.col("is_mutual") & (pl.col("corr") >= t)).mean().alias(f"Matched at {t:g}")
+        for t in sorted(cfg.thresholds)
+    ]
+    lines = (
+        live.with_columns(rank.over("of").cast(pl.Int64).alias("quarter"))
+        .group_by("of", "quarter", maintain_order=True)
+        .agg(pl.col("frequency").median(), *matched, pl.col("corr").mean(), pl.col("null_corr").mean())
+        .sort("of", "quarter")
+    )
+    quarters = ("rarest quarter", "second", "third", "most frequent")
+    table = {
+        "Dictionary": [of_sides["name"][int(of == "two")] for of in lines["of"]],
+        "Latents": [quarters[q] for q in lines["quarter"]],
+        "Fires on (median)": tables.texts("{:.3%}", lines["frequency"]),
+    }
+    table |= {name: tables.texts("{:.1%}", lines[name]) for name in lines.columns if name.startswith("M")}
+    table["Mean best correlation (null)"] = tables.texts("{:.3f} ({:.3f})", lines["corr"], lines["null_corr"])
+    return f"\n\nBy how often latents fire:\n\n{tables.markdown(pl.DataFrame(table))}"
+
+
+def _of_runs(of_sides: pl.DataFrame, of_pairs: pl.DataFrame, curve: pl.DataFrame, cfg: config.Compare) -> str:
+    """The summary of several dictionaries: what differs, each dictionary, each pair."""
+    lines = curve.filter(pl.col("threshold").is_in(list(cfg.thresholds)))
+    wide = of_pairs.with_columns(
+        corr=pl.mean_horizontal("corr_one", "corr_two"),
+        null=pl.mean_horizontal("null_one", "null_two"),
+        mmcs=pl.mean_horizontal("mmcs_one", "mmcs_two"),
+    )
+    for t in sorted(cfg.thresholds):
+        at = lines.filter(pl.col("threshold") == t).select(
+            "one",
+            "two",
+            pl.mean_horizontal("share_one", "share_two").alias(f"share {t:g}"),
+            pl.mean_horizontal("null_one", "null_two").alias(f"null {t:g}"),
+        )
+        wide = wide.join(at, on=["one", "two"], maintain_order="left")
+    figures = ["corr", "null", "mmcs", *(c for c in wide.columns if c.startswith(("share ", "null ")))]
+    by_kind = wide.group_by("differ", maintain_order=True).agg(pl.len().alias("n"), pl.col(figures).mean())
+    twice = pl.concat([wide.with_columns(name=pl.col(side)) for side in ("one", "two")])
+    by_run = twice.group_by("name", "differ", maintain_order=True).agg(
+        pl.len().alias("n"), pl.col(figures).mean()
+    )
+    alone = by_run.filter(~pl.col("differ").str.contains(", "))
+    order = of_sides.select("name")
+    by_run = order.join(alone if len(alone) else by_run, on="name", how="inner", maintain_order="left")
+    parts = [
+        sides_table(of_sides),
+        _figures(by_kind, {"differ": "Differ in", "n": "Pairs"}, cfg),
+        _figures(by_run, {"name": "Dictionary", "differ": "Differ in", "n": "Pairs"}, cfg),
+        _figures(wide, {"one": "One", "two": "Two", "differ": "Differ in"}, cfg),
+    ]
+    which = "pairs that differ in one thing" if len(alone) else "pairs"
+    titles = ("", "Means by what differs:\n\n", f"Means of each dictionary's {which}:\n\n", "All pairs:\n\n")
+    shown = [title + tables.markdown(part) for title, part in zip(titles, parts, strict=True)]
+    note = "Shares are means of both directions. Mean max cosine: only of dictionaries in one space."
+    return "\n".join([*shown, note])
+
+
+def _figures(lines: pl.DataFrame, first: dict[str, str], cfg: config.Compare) -> pl.DataFrame:
+    """A table of means. first: column -> header of the first columns."""
+    table = {header: tables.texts("{}", lines[key]) for key, header in first.items()}
+    for t in sorted(cfg.thresholds):
+        shares = (lines[f"share {t:g}"], lines[f"null {t:g}"])
+        table[f"Matched at {t:g} (null)"] = tables.texts("{:.1%} ({:.1%})", *shares)
+    table["Mean best correlation (null)"] = tables.texts("{:.3f} ({:.3f})", lines["corr"], lines["null"])
+    table["Mean max cosine"] = tables.texts("{:.3f}", lines["mmcs"])
+    return pl.DataFrame(table)

@@ -1,0 +1,112 @@
+"""Compares dictionaries step by step: open, join, encode, correlate, match, report. See docs/compare.md."""
+
+import itertools
+import logging
+import pathlib
+import shutil
+
+import numpy as np
+
+from saev import devices, fields, helpers, scorers
+from saev.compare import config, correlate, gallery, match, report, sides, store
+
+logger = logging.getLogger("saev")
+
+REVISION = 1
+"""Raise it when the same dictionaries, activations and config may give other numbers."""
+
+
+def main(cfg: config.Compare) -> str:
+    """Compares two dictionaries, or all pairs of --runs, and returns the results directory.
+
+    The directory's name is a hash of all that determines the results, so finished ones are reused.
+
+    Raises:
+        UserError: a bad checkpoint, shard directory or gallery, or fewer than two images in common.
+    """
+    found = sides.open_all(cfg)
+    shown = gallery.opened(cfg, found)
+    joined = sides.join(found, cfg)
+    out = pathlib.Path(cfg.dump_to) / _id(cfg, found, joined)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    helpers.sweep(out.parent)
+    with helpers.locked(out.with_name(f".{out.name}.partial.lock"), f"it compares {out}"):
+        if out.exists():
+            logger.info("%s: already compared", out)
+        else:
+            _compare(cfg, found, joined, out)
+    if shown:
+        gallery.write(shown, found, out)
+    return str(out)
+
+
+def _id(cfg: config.Compare, found: list[sides.Side], joined: sides.Joined) -> str:
+    parts: list[object] = [REVISION, scorers.REVISION, fields.identity(cfg), joined.per_patch]
+    for side, acts in zip(found, joined.acts, strict=True):
+        parts += [side.name, side.scorer.digest(), acts.fingerprint]
+    return helpers.hash_of(parts)[:12]
+
+
+def _compare(cfg: config.Compare, found: list[sides.Side], joined: sides.Joined, out: pathlib.Path) -> None:
+    partial = out.with_name(f".{out.name}.partial")  # a killed pass resumes from here
+    stores = _encode(cfg, found, joined, partial)
+    stats = [correlate.moments(codes) for codes in stores]
+    pairs = [
+        _pair(cfg, (a, b), found, joined, stores, stats)
+        for a, b in helpers.progress(
+            itertools.combinations(range(len(found)), 2),
+            "compare",
+            len(found) * (len(found) - 1) // 2,
+            "pairs",
+        )
+    ]
+    report.write(out, cfg, found, joined, stats, pairs)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _encode(
+    cfg: config.Compare, found: list[sides.Side], joined: sides.Joined, partial: pathlib.Path
+) -> list[store.Store]:
+    """Each side's codes. Dictionaries on one stream are encoded in one pass."""
+    values = store.per_image_max if cfg.pool == "max" else store.per_image_mean
+    values = store.per_patch if joined.per_patch else values
+    out: dict[int, store.Store] = {}
+    for i, acts in enumerate(dict.fromkeys(joined.acts)):
+        mine = [n for n, other in enumerate(joined.acts) if other is acts]
+        run = [found[n].scorer for n in mine]
+        codes = store.encode(run, acts, values, partial / str(i), devices.pick(cfg.device))
+        out |= dict(zip(mine, codes, strict=True))
+    return [out[n] for n in range(len(found))]
+
+
+def _pair(
+    cfg: config.Compare,
+    which: tuple[int, int],
+    found: list[sides.Side],
+    joined: sides.Joined,
+    stores: list[store.Store],
+    stats: list[correlate.Moments],
+) -> report.Pair:
+    """Matches of two sides, and the same with permuted images."""
+    one, two = (stores[n] for n in which)
+    both = (stats[which[0]], stats[which[1]])
+    order_one, order_two = (joined.order[n] for n in which)
+    sizes = (one.n_latents, two.n_latents)
+    tiles = correlate.tiles(one, two, (order_one, order_two), both, cfg.memory_gb)
+    matched = match.match(tiles, *sizes, candidates=0 if cfg.runs else cfg.candidates)
+    shuffled = order_two[permuted(len(order_two), cfg.seed)]
+    tiles = correlate.tiles(one, two, (order_one, shuffled), both, cfg.memory_gb)
+    null = match.match(tiles, *sizes)
+    cosines = None
+    if found[which[0]].is_in_space_of(found[which[1]]):
+        directions = [found[n].directions() for n in which]
+        cosines = match.by_cosine(directions[0], directions[1], both[0].is_live_S, both[1].is_live_S)
+    return report.Pair(*which, matched, null, cosines)
+
+
+def permuted(n: int, seed: int) -> np.ndarray:
+    """A random permutation of n images that leaves none in its place (one cycle)."""
+    order_N = np.random.default_rng([seed, 1]).permutation(n)
+    out_N = np.empty(n, np.int64)
+    out_N[order_N] = np.roll(order_N, 1)
+    return out_N

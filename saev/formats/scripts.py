@@ -1,0 +1,85 @@
+"""The data files of a gallery: classic scripts, because a page on disk may not fetch (docs/gallery.md)."""
+
+import base64
+import math
+import pathlib
+import typing as tp
+
+import numpy as np
+
+from saev import errors, helpers
+from saev.formats import jsonfile
+
+TYPES = {
+    "u1": np.uint8,
+    "u2": np.dtype("<u2"),
+    "u4": np.dtype("<u4"),
+    "i4": np.dtype("<i4"),
+    "f4": np.dtype("<f4"),
+}
+ESCAPED = {c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+"""Characters that would end a script, or a line of one."""
+
+
+def packed(values: object, kind: str) -> dict[str, object]:
+    """Numbers as base64 of little-endian bytes. kind: u1, u2, u4, i4 or f4.
+
+    Raises:
+        OverflowError: an integer does not fit.
+    """
+    given = np.asarray(values)
+    array = given.astype(TYPES[kind], copy=False)
+    is_exact = kind == "f4" or np.can_cast(given.dtype, TYPES[kind], "safe")
+    if not is_exact and not np.array_equal(array, given):
+        raise OverflowError(f"numbers do not fit in {kind}")
+    return {"t": kind, "n": list(array.shape), "b": base64.b64encode(array.tobytes()).decode()}
+
+
+def write(dpath: pathlib.Path, name: str, value: dict[str, object]) -> None:
+    """Writes data/<name>.js in the gallery `dpath`."""
+    fpath = dpath / "data" / f"{name}.js"
+    fpath.parent.mkdir(parents=True, exist_ok=True)
+    write_at(fpath, name, value)
+
+
+def write_at(fpath: pathlib.Path, name: str, value: dict[str, object]) -> None:
+    """Writes the data file of this name to another place, from which it is moved later."""
+    body = jsonfile.dumps(value).strip()
+    for char, escaped in ESCAPED.items():  # much faster than str.translate
+        body = body.replace(char, escaped)
+    helpers.write_text(fpath, f'saev.put("{name}", {body});\n')
+
+
+def read(dpath: pathlib.Path, name: str, remedy: str) -> dict[str, tp.Any]:
+    """Reads data/<name>.js of the gallery `dpath`. Its text is parsed as JSON and never run.
+
+    Raises:
+        UserError: it is missing or damaged. `remedy` ends the message.
+    """
+    fpath = dpath / "data" / f"{name}.js"
+    try:
+        data = jsonfile.read_bytes(fpath, remedy)
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise errors.UserError(f"{fpath}: no such file. {remedy}") from err
+    start, end = f'saev.put("{name}", '.encode(), b");\n"
+    if not (data.startswith(start) and data.endswith(end)):
+        raise errors.UserError(f"{fpath}: is not a gallery's data file. {remedy}")
+    return jsonfile.parse(data[len(start) : -len(end)], dict[str, tp.Any], str(fpath), remedy)
+
+
+def unpacked(value: tp.Any, where: str, remedy: str) -> np.ndarray:
+    """Inverts `packed`.
+
+    Raises:
+        UserError: it is not what `packed` made. `where` names the file.
+    """
+    try:
+        data, shape = base64.b64decode(value["b"], validate=True), tuple(value["n"])
+        array = np.frombuffer(data, TYPES[value["t"]])
+        if math.prod(shape) != len(array):
+            raise ValueError(f"{len(array)} numbers instead of {math.prod(shape)}")
+        return array.reshape(shape)
+    except (KeyError, TypeError, ValueError) as err:
+        raise errors.UserError(
+            f"{where}: its numbers cannot be read ({errors.first_line(err)}). {remedy}"
+        ) from err

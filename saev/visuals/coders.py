@@ -1,0 +1,266 @@
+"""When latents, prototypes and units fire on patches, as sparse codes.
+
+B images of a block, P patches, X patches of all images of a block, D d_vit, S latents (or prototypes, or
+units), n codes, C chosen latents.
+"""
+
+import abc
+import dataclasses
+import pathlib
+import typing as tp
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saev import errors, helpers, nn, scorers
+from saev.data import activations, ordered
+from saev.nn import metrics, sparse
+from saev.scorers import base
+from saev.scorers import config as scorers_config
+from saev.scorers import sae as scorers_sae
+from saev.visuals import config
+
+SAMPLED = 1024
+"""Images whose patches give the units' means and deviations."""
+CONSTANT = 1e-6
+"""A unit never fires if its standard deviation is at most this fraction of its mean (rounding error)."""
+
+
+class Fired(tp.NamedTuple):
+    """Sparse codes of patches."""
+
+    count_X: np.ndarray
+    """int32: number of latents that fire on each patch."""
+    latent_n: np.ndarray
+    """int32: these latents, patch after patch."""
+    value_n: np.ndarray
+    """float32: their values, not 0."""
+
+
+class Coder(abc.ABC):
+    """What a gallery shows."""
+
+    kind: str
+    """sae, kmeans, random, pca or units."""
+    noun: str
+    fires: str
+    """A sentence that says when one fires on a patch."""
+    is_signed: bool = False
+    """Values may be negative. Such values are neither ranked nor drawn."""
+    is_ranked_by_score: bool = False
+    """Images are ranked by the score of all patches (`peaks`), not only of those that fire."""
+
+    def __init__(self, n: int, device: torch.device):
+        self.n = n
+        self.device = device
+
+    @abc.abstractmethod
+    def __call__(self, x_XD: Tensor) -> Fired: ...
+
+    @abc.abstractmethod
+    def vectors(self) -> Tensor | None:
+        """(S, D) directions to compare by cosine, if they are not orthogonal by construction."""
+
+    @abc.abstractmethod
+    def digest(self) -> str:
+        """Hash of everything that affects the codes."""
+
+    def scores(self, acts_XD: Tensor, chosen_C: np.ndarray | None = None) -> Tensor:
+        """(X, C) scores, if images are ranked by them."""
+        raise NotImplementedError
+
+    def of(self, scores_XS: Tensor) -> Fired:
+        """What fires, from all scores, if images are ranked by them."""
+        raise NotImplementedError
+
+
+class SaeCoder(Coder):
+    """Latents of an SAE in evaluation mode."""
+
+    kind, noun = "sae", "latent"
+    fires = "A latent fires on a patch if its code is not 0."
+
+    def __init__(self, sae: nn.SparseAutoencoder):
+        super().__init__(sae.d_sae, sae.W_enc.device)
+        self.sae = sae
+        self.is_signed = sae.architecture.is_signed
+        self._encoder = sparse.Encoder(sae.W_enc.T, sae.b_enc, False)
+        self._n_expected = 32.0
+        """Codes per patch so far."""
+
+    @torch.no_grad()
+    def __call__(self, x_XD: Tensor) -> Fired:
+        value_n, index = self._codes(x_XD * self.sae.scale - self.sae.b_dec, x_XD)
+        row_n, latent_n = index.row_n, index.latent_n
+        if not (fires_n := value_n.abs() > metrics.EPS_ACTIVE).all():
+            value_n, row_n, latent_n = value_n[fires_n], row_n[fires_n], latent_n[fires_n]
+        count_X = row_n.bincount(minlength=len(x_XD)).int()
+        self._n_expected = 1.2 * len(value_n) / len(x_XD)
+        return Fired(*(t.cpu().numpy() for t in (count_X, latent_n.int(), value_n.float())))
+
+    def _codes(self, xc_XD: Tensor, x_XD: Tensor) -> tuple[Tensor, sparse.Index]:
+        sae, architecture = self.sae, self.sae.architecture
+        if not architecture.is_elementwise:
+            found = architecture.find(sae, self._encoder, xc_XD, 0, sparse.BatchSearch())
+            return architecture.encode_sparse(sae, found.value_n, found.index).f, found.index
+        cutoff_S = architecture.fires_above(sae)
+        if cutoff_S is not None:
+            n_expected = int(self._n_expected * len(x_XD))
+            found = sparse.above(self._encoder, xc_XD, cutoff_S.contiguous(), n_expected)
+            return found.value_n, found.index
+        f_XS = sae.encode(x_XD)
+        row_n, latent_n = f_XS.nonzero(as_tuple=True)
+        start_X1 = torch.nn.functional.pad((f_XS != 0).sum(dim=1).cumsum(0), (1, 0)).int()
+        return f_XS[row_n, latent_n], sparse.Index(latent_n.int(), start_X1, sae.d_sae)
+
+    def vectors(self) -> Tensor:
+        return self.sae.W_dec
+
+    def digest(self) -> str:
+        return scorers_sae.SaeLatents(self.sae, self.n).digest()
+
+
+class PrototypeCoder(Coder):
+    """Prototypes: a patch fires the one with the highest score."""
+
+    noun, is_ranked_by_score = "prototype", True
+
+    def __init__(self, scorer: scorers.Prototypes, kind: str):
+        super().__init__(scorer.n_prototypes, scorer.mean_D.device)
+        self.scorer = scorer
+        self.kind = kind
+        self.fires = (
+            f"A patch fires the prototype with the highest score ({self.formula}). Top images have the "
+            "highest scores on any patch. Heat is the score above the prototype's mean score."
+        )
+
+    @property
+    def formula(self) -> str:
+        return scorers_config.FORMULAS[self.scorer.similarity]
+
+    def __call__(self, x_XD: Tensor) -> Fired:
+        return self.of(self.scores(x_XD))
+
+    def of(self, scores_XS: Tensor) -> Fired:
+        value_X, latent_X = scores_XS.max(dim=1)
+        count_X = np.ones(len(scores_XS), np.int32)
+        return Fired(count_X, latent_X.int().cpu().numpy(), value_X.float().cpu().numpy())
+
+    def scores(self, acts_XD: Tensor, chosen_C: np.ndarray | None = None) -> Tensor:
+        scorer = self.scorer
+        if chosen_C is not None:
+            chosen = torch.from_numpy(chosen_C).to(acts_XD.device)
+            given_KD = None if scorer.given_KD is None else scorer.given_KD[chosen]
+            scorer = dataclasses.replace(scorer, direction_KD=scorer.direction_KD[chosen], given_KD=given_KD)
+        return scorer(acts_XD)
+
+    def vectors(self) -> Tensor:
+        return self.scorer.direction_KD
+
+    def digest(self) -> str:
+        return self.scorer.digest()
+
+
+class UnitCoder(Coder):
+    """The ViT's units: a dimension fires where its value is far above its mean."""
+
+    kind, noun = "units", "unit"
+
+    def __init__(self, mean_D: Tensor, cutoff_D: Tensor, deviations: float):
+        super().__init__(len(mean_D), mean_D.device)
+        self.mean_D, self.cutoff_D = mean_D, cutoff_D
+        self.fires = (
+            f"A unit fires on a patch if its value is more than {deviations:g} standard deviations above its "
+            "mean. The value shown is the value minus the mean."
+        )
+
+    @staticmethod
+    def fit(acts: activations.Activations, deviations: float, device: torch.device) -> "UnitCoder":
+        """Means and deviations from at most SAMPLED images, evenly spaced in the data set."""
+        n = min(SAMPLED, acts.n_imgs)
+        images = acts.image_is_N[np.linspace(0, acts.n_imgs - 1, n).astype(np.int64)]
+        total_D, square_D = np.zeros((2, acts.d_vit))
+        stream = ordered.Ordered(acts.only(images.tolist()))
+        for block in helpers.progress(stream, "units' means", len(stream), "blocks"):
+            x_XD = block.act_NXD.reshape(-1, acts.d_vit).astype(np.float64)
+            total_D += x_XD.sum(axis=0)
+            square_D += np.square(x_XD).sum(axis=0)
+        mean_D = total_D / (n * acts.n_tokens)
+        std_D = np.sqrt(np.maximum(square_D / (n * acts.n_tokens) - mean_D**2, 0))
+        std_D[std_D <= CONSTANT * np.abs(mean_D)] = np.inf
+        mean_D, cutoff_D = mean_D.astype(np.float32), (deviations * std_D).astype(np.float32)
+        return UnitCoder(
+            torch.from_numpy(mean_D).to(device), torch.from_numpy(cutoff_D).to(device), deviations
+        )
+
+    def __call__(self, x_XD: Tensor) -> Fired:
+        above_XD = x_XD - self.mean_D
+        fires_XD = (above_XD > self.cutoff_D) & (above_XD > metrics.EPS_ACTIVE)
+        row_n, latent_n = fires_XD.nonzero(as_tuple=True)
+        found = fires_XD.sum(dim=1).int(), latent_n.int(), above_XD[row_n, latent_n]
+        return Fired(*(t.cpu().numpy() for t in found))
+
+    def vectors(self) -> None:
+        return None
+
+    def digest(self) -> str:
+        return base.digest("units", [self.mean_D, self.cutoff_D])
+
+
+def load(cfg: config.Visuals, acts: activations.Activations, device: torch.device) -> Coder:
+    """Loads what a gallery shows.
+
+    Raises:
+        UserError: no file is given, it is damaged or of another kind, or it does not fit the activations.
+    """
+    match cfg.shown:
+        case config.Units(deviations=deviations):
+            return UnitCoder.fit(acts, deviations, device)
+        case config.Sae(ckpt=ckpt):
+            if not ckpt:
+                raise errors.UserError("--ckpt is missing: pass the sae.pt that train.py printed.")
+            sae = nn.load(ckpt, str(device))
+            sae.check_fits(acts.space, ckpt, acts.given)
+            return SaeCoder(sae)
+        case config.Fitted(path=path, similarity=similarity):
+            return _fitted(path, similarity, acts, device)
+
+
+def _fitted(
+    path: str, similarity: config.Similarity, acts: activations.Activations, device: torch.device
+) -> Coder:
+    if not path:
+        raise errors.UserError(
+            "--scorer.path is missing: pass a file that protoeval.py wrote (scorers/*.bin)."
+        )
+    scorer = scorers.load(path)
+    if not isinstance(scorer, scorers.Prototypes):
+        raise errors.UserError(f"--scorer.path {path}: is an SAE. Pass it as --ckpt.")
+    if len(scorer.mean_D) != acts.d_vit:
+        raise errors.UserError(
+            f"--scorer.path {path}: its prototypes have d_vit {len(scorer.mean_D)} instead of {acts.d_vit}. "
+            "Pass activations of the ViT and layer that it was fitted on."
+        )
+    if similarity != "saved":
+        scorer = dataclasses.replace(scorer, similarity=similarity)
+    kind = pathlib.Path(path).name.partition("-")[0]
+    return PrototypeCoder(scorer.to(device), kind if kind in ("kmeans", "random", "pca") else "kmeans")
+
+
+def title(cfg: config.Visuals, layer: int) -> str:
+    """The gallery's title: the run's name, the scorer's file, or the layer."""
+    match cfg.shown:
+        case config.Sae(ckpt=ckpt):
+            return pathlib.Path(ckpt).resolve().parent.name
+        case config.Fitted(path=path):
+            return pathlib.Path(path).stem
+        case _:
+            return f"units of layer {layer}"
+
+
+def describe(coder: Coder) -> str:
+    """Architecture or similarity, in words."""
+    if isinstance(coder, SaeCoder):
+        return type(coder.sae.cfg).__name__
+    return coder.formula if isinstance(coder, PrototypeCoder) else "activations"

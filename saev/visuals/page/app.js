@@ -1,0 +1,217 @@
+/* Routes: all state is in the URL's hash, `#/view/argument?parameters`. Header, theme, keys and help. */
+(() => {
+  "use strict";
+  const VIEWS = [["map", "Map"], ["image", "Images"], ["traits", "Traits"], ["compare", "Compare"]];
+  const LIST = ["q", "sort", "x", "y", "value"]; // which latents, in which order: j and k follow it in every view
+  const KEYS = [
+    ["j  k", "next and previous latent of the list"], ["Enter", "open the selected latent"], ["Escape", "leave a field, a selection, a view"],
+    ["/", "search"], ["s", "star"], ["↑ ↓ ← →", "rows of a table, patches of an image, latents"], ["?", "this help"],
+  ];
+  const SEARCH = [
+    ["trait:wing ap>.6", "one of its three best traits has wing in its name, and AP above 0.6"], ["freq<.01 max>3", "fires on less than 1% of patches, up to more than 3"],
+    ["id:185", "this latent; id:1,2,3 for several"], ["class:gull", "a class that is over-represented among its images"],
+    ["star: note:beak", "with a star; with a note that has this word"], ["-trait:blue", "not"], ["images>100 mean<2", "images that it fires on; mean value"],
+  ];
+  let current = { view: null, argument: null, handlers: {} };
+
+  function parse() {
+    const [path, query] = location.hash.replace(/^#\/?/, "").split(/\?(.*)/s);
+    const [view, ...rest] = path.split("/");
+    let argument = rest.join("/");
+    try {
+      argument = decodeURIComponent(argument);
+    } catch (error) {
+      argument = "";
+    }
+    return { view: view || "map", argument, params: new URLSearchParams(query ?? "") };
+  }
+
+  const hash = (view, argument, params) => {
+    const query = params.toString().replace(/%2C/g, ",").replace(/%3A/g, ":");
+    return `#/${[view, argument].filter((part) => part !== "" && part !== undefined).map(encodeURIComponent).join("/")}${query && `?${query}`}`;
+  };
+
+  /* A link to a view. The list and the heat's settings go with it; `changes` are more parameters. */
+  saev.href = (view, argument = "", changes = {}) => {
+    const params = new URLSearchParams();
+    for (const name of [...LIST, ...saev.HEAT_SETTINGS])
+      if (saev.state.params.has(name)) params.set(name, saev.state.params.get(name));
+    for (const [name, value] of Object.entries(changes)) if (value !== undefined && value !== null) params.set(name, value);
+    return hash(view, String(argument), params);
+  };
+  saev.go = (...where) => { location.hash = saev.href(...where); };
+
+  /* Changes parameters of this view without a new entry in the history; null removes one. */
+  saev.setParams = (changes) => {
+    const { view, argument, params } = saev.state;
+    for (const [name, value] of Object.entries(changes)) {
+      if (value === null || value === undefined || value === "") params.delete(name);
+      else params.set(name, value);
+    }
+    history.replaceState(null, "", hash(view, argument, params));
+    links();
+  };
+
+  /* A link to a latent, or its number alone where the gallery does not show it. */
+  saev.latentLink = (row, id) =>
+    row >= 0 ? saev.el("a", { href: saev.href("latent", id) }, id) : saev.el("span", { title: "not in this gallery" }, id);
+
+  function links() {
+    for (const [view, label] of VIEWS) {
+      const link = document.getElementById(`to-${view}`);
+      link.href = saev.href(view, "", view === "map" ? { at: saev.state.params.get("at") } : {});
+      const here = { latent: "map", trait: "traits" }[saev.state.view] ?? saev.state.view;
+      if (here === view) link.setAttribute("aria-current", "page");
+      else link.removeAttribute("aria-current");
+    }
+  }
+
+  function route() {
+    const state = parse();
+    saev.state = state;
+    links();
+    if (current.view === state.view && current.argument === state.argument && current.handlers.update) {
+      current.handlers.update();
+      saev.applyHeat();
+      return;
+    }
+    const main = document.getElementById("main");
+    const view = saev.views[state.view];
+    current.handlers.leave?.();
+    current = { view: state.view, argument: state.argument, handlers: {} };
+    main.replaceChildren();
+    main.className = state.view;
+    saev.title(VIEWS.find(([name]) => name === state.view)?.[1] ?? state.view);
+    try {
+      if (!view) throw new Error(`There is no view "${state.view}".`);
+      current.handlers = view(main, state) ?? {};
+    } catch (error) {
+      main.append(saev.problem(error), saev.el("p", null, saev.el("a", { href: "#/map" }, "To the map")));
+    }
+    saev.applyHeat();
+    scrollTo(0, 0);
+  }
+
+  saev.title = (text) => { document.title = saev.visible(`${text} · ${saev.gallery.title}`); };
+
+  // ---- theme ----
+
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const themes = ["auto", "light", "dark"];
+  let theme = "auto";
+  try {
+    if (themes.includes(localStorage.getItem("saev-theme"))) theme = localStorage.getItem("saev-theme");
+  } catch (error) { /* then it is not kept */ }
+
+  function applyTheme() {
+    document.documentElement.dataset.theme = theme === "auto" ? (dark.matches ? "dark" : "light") : theme;
+    current.handlers.repaint?.();
+  }
+  dark.addEventListener("change", applyTheme);
+  applyTheme();
+
+  function nextTheme(button) {
+    theme = themes[(themes.indexOf(theme) + 1) % themes.length];
+    try {
+      localStorage.setItem("saev-theme", theme);
+    } catch (error) { /* then it is not kept */ }
+    button.textContent = `Theme: ${theme}`;
+    applyTheme();
+  }
+
+  // ---- header, help, stars ----
+
+  function header() {
+    const { title, source, shown } = saev.gallery;
+    const themeButton = saev.el("button", { type: "button", onclick: () => nextTheme(themeButton) }, `Theme: ${theme}`);
+    document.getElementById("header").replaceChildren(
+      saev.el("div", { class: "title" }, saev.el("h1", null, saev.name(title)),
+        saev.el("p", null, saev.name(source.vit), ` · layer ${source.layer} · `, saev.name(source.data),
+          ` · ${saev.count(source.n_images, "image")} · ${shown.n.toLocaleString("en")} of ${saev.count(shown.of, saev.noun)}`)),
+      saev.el("nav", { "aria-label": "Views" }, VIEWS.map(([view, label]) => saev.el("a", { id: `to-${view}`, href: `#/${view}` }, label))),
+      saev.el("div", { class: "tools" },
+        saev.el("button", { type: "button", onclick: showStars }, "★ Stars"), themeButton,
+        saev.el("button", { type: "button", onclick: showHelp, "aria-label": "Help: keys and search" }, "?")));
+  }
+
+  function dialog(label, ...content) {
+    const box = saev.el("dialog", { "aria-label": label, onclose: () => box.remove(), onclick: (event) => event.target === box && box.close() },
+      saev.el("form", { method: "dialog" }, saev.el("h2", null, label), saev.el("button", { "aria-label": "Close" }, "×")), ...content);
+    document.body.append(box);
+    box.showModal();
+    return box;
+  }
+  const pairs = (items) => saev.el("dl", { class: "keys" },
+    items.map(([key, words]) => [saev.el("dt", null, saev.el("kbd", null, key)), saev.el("dd", null, words)]));
+
+  function showHelp() {
+    if (document.querySelector("dialog")) return;
+    const { scorer, source, shown } = saev.gallery;
+    dialog("Help", saev.el("h3", null, "Keys"), pairs(KEYS), saev.el("h3", null, "Search"), pairs(SEARCH),
+      saev.el("h3", null, "This gallery"), saev.el("p", null, saev.name(scorer.name), `: ${scorer.kind}. ${scorer.fires}`),
+      saev.el("p", null, `Shown: ${shown.filters}. Images: ${source.transform}, ${source.grid.join(" x ")} patches.`));
+  }
+
+  function showStars() {
+    const said = saev.el("p", { role: "status" });
+    const counts = saev.el("p");
+    const count = () => {
+      const { stars, notes } = saev.stars.count();
+      counts.textContent = `${saev.count(stars, "star")}, ${saev.count(notes, "note")}. ${saev.stars.kept
+        ? "Kept in this browser." : "This browser does not keep them: export them before the page closes."}`;
+    };
+    count();
+    const file = saev.el("input", {
+      type: "file", accept: ".json,application/json",
+      onchange: async () => {
+        try {
+          said.textContent = saev.visible(saev.stars.add(await file.files[0].text()));
+        } catch (error) {
+          said.textContent = saev.visible(`${error.message} Nothing was imported.`);
+        }
+        count();
+        file.value = "";
+      },
+    });
+    const save = () => {
+      const url = URL.createObjectURL(new Blob([JSON.stringify(saev.stars, null, 2)], { type: "application/json" }));
+      saev.el("a", { href: url, download: `stars-${saev.gallery.scorer.sha256.slice(0, 12)}.json` }).click();
+      setTimeout(() => URL.revokeObjectURL(url), 10000);
+    };
+    dialog("Stars and notes", counts, saev.el("p", { class: "choices" },
+      saev.el("button", { type: "button", onclick: save }, "Export JSON"), saev.el("label", null, "Import JSON ", file)), said);
+  }
+
+  // ---- keys ----
+
+  function press(event) {
+    const field = event.target.closest("input, textarea, select, dialog");
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "Escape" && field && !field.matches("dialog") && !field.closest("dialog")) {
+      field.blur();
+      return;
+    }
+    if (field || document.querySelector("dialog")) return;
+    const { handlers } = current;
+    const actions = {
+      j: () => handlers.move?.(1), k: () => handlers.move?.(-1), s: () => handlers.star?.(), "?": showHelp,
+      "/": () => document.querySelector("main input[type=search]")?.focus(),
+      Enter: () => event.target.closest("a, button, summary") || handlers.open?.(), Escape: () => handlers.escape?.(),
+      ArrowLeft: () => handlers.arrow?.(-1), ArrowRight: () => handlers.arrow?.(1),
+    };
+    if (!actions[event.key]) return;
+    if (event.key === "/" || event.key === "?") event.preventDefault();
+    actions[event.key]();
+  }
+
+  saev.open().then(() => {
+    saev.stars.open();
+    saev.state = parse();
+    header();
+    addEventListener("hashchange", route);
+    addEventListener("keydown", press);
+    saev.stars.onchange(() => current.handlers.marks?.());
+    route();
+    performance.mark("saev-shown");
+  }).catch((error) => document.getElementById("main").replaceChildren(saev.problem(error)));
+})();

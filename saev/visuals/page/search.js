@@ -1,0 +1,131 @@
+/* The list of latents that a view shows: search, brush and sort, all read from the URL's parameters. */
+(() => {
+  "use strict";
+  const TERM = /(-?)(?:([a-z_]+)(>=|<=|:(?!:)|=|>|<)("[^"]*"?|\S*)|("[^"]*"?|\S+))/gi;
+  const COMPARE = {
+    ">": (a, b) => a > b, "<": (a, b) => a < b, ">=": (a, b) => a >= b, "<=": (a, b) => a <= b,
+    "=": (a, b) => a === b, ":": (a, b) => a === b,
+  };
+  const SLOTS = 3; // traits and classes that are kept for each latent
+
+  /* Terms of a search, e.g. `trait:wing ap>.6 -class:gull "long bill"`: [{not, field, op, value}]. */
+  saev.parseSearch = (text) =>
+    [...text.matchAll(TERM)].map(([, not, field, op, value, word]) => {
+      const plain = (value ?? word).replace(/^"|"$/g, "");
+      return { not: not === "-", field: (field ?? "").toLowerCase(), op: op ?? ":", value: plain.toLowerCase() };
+    });
+
+  /* A table's rows that all terms accept. fields: {name: {number: row -> number} | {test: (row, value) -> bool}}.
+     Terms without a field go to `fields[""]`. Raises an Error that names an unknown field or a value that is no number. */
+  saev.filterRows = (terms, fields, n) => {
+    const tests = terms.map(({ not, field, op, value }) => {
+      const known = fields[field];
+      if (!known) throw new Error(`No field "${field}". Fields: ${Object.keys(fields).filter(Boolean).join(", ")}.`);
+      if (known.test) {
+        const test = known.test(value);
+        return (row) => test(row) !== not;
+      }
+      const values = value.split(",").map(Number);
+      if (value === "" || values.some(Number.isNaN)) throw new Error(`${field}${op}${value}: ${value || "nothing"} is no number.`);
+      return (row) => values.some((v) => COMPARE[op](known.number(row), v)) !== not;
+    });
+    const rows = [];
+    for (let row = 0; row < n; row++) if (tests.every((test) => test(row))) rows.push(row);
+    return rows;
+  };
+
+  const contains = (names, value) => names.map((name) => name.toLowerCase().includes(value));
+  const inSlots = (places, hit, row) => {
+    for (let j = SLOTS * row; j < SLOTS * row + SLOTS; j++) if (places[j] >= 0 && hit[places[j]]) return true;
+    return false;
+  };
+
+  function latentFields() {
+    const { columns, classes } = saev.gallery;
+    const traits = saev.traits.columns;
+    const traitNames = (saev.traits.traits ?? []).map((trait) => trait.name);
+    const numbers = { id: columns.id, freq: columns.freq, mean: columns.mean, max: columns.max, images: columns.n_images };
+    const fields = Object.fromEntries(Object.entries(numbers).map(([k, c]) => [k, { number: (row) => c[row] }]));
+    const text = (names, places) => (value) => {
+      const hit = contains(names, value);
+      return (row) => places !== undefined && inSlots(places, hit, row);
+    };
+    const { id } = columns;
+    fields.trait = { test: text(traitNames, traits.trait) };
+    fields.class = { test: text(classes, columns.class) };
+    fields.note = { test: (value) => (row) => saev.stars.note(id[row]).toLowerCase().includes(value) && saev.stars.note(id[row]) !== "" };
+    fields.star = { test: (value) => (row) => saev.stars.has(id[row]) === (value !== "no") };
+    fields.ap = { number: (row) => traits.ap?.[SLOTS * row + saev.traitSlot(row)] ?? NaN };
+    fields[""] = {
+      test: (value) => {
+        const tests = [fields.trait, fields.class, fields.note].map((field) => field.test(value));
+        return (row) => String(id[row]) === value || tests.some((test) => test(row));
+      },
+    };
+    return fields;
+  }
+
+  /* `trait:` and `ap` speak of one trait: a latent is kept if one of its traits meets them all.
+     Returns the other terms, and the place (0, 1, 2) of the first trait that does for each row, or -1. */
+  function traitTest(terms) {
+    const traits = saev.traits.columns;
+    const asked = terms.filter(({ field, not }) => (field === "trait" || field === "ap") && !not);
+    if (!asked.some(({ field }) => field === "trait") || !traits.trait) return [terms, () => 0];
+    const names = saev.traits.traits.map((trait) => trait.name);
+    const tests = asked.map(({ field, op, value }) => {
+      const hit = contains(names, value);
+      const limit = Number(value);
+      if (field === "ap" && (value === "" || Number.isNaN(limit))) throw new Error(`ap${op}${value}: no number.`);
+      return field === "trait" ? (j) => hit[traits.trait[j]] : (j) => COMPARE[op](traits.ap[j], limit);
+    });
+    const slot = (row) => [0, 1, 2].findIndex((k) => traits.trait[SLOTS * row + k] >= 0 && tests.every((test) => test(SLOTS * row + k)));
+    return [terms.filter((term) => !asked.includes(term)), slot];
+  }
+
+  saev.range = (text) => {
+    const [low, high] = (text ?? "").split(",").map((part) => (part === "" ? NaN : Number(part)));
+    return [Number.isNaN(low) ? -Infinity : low, high === undefined || Number.isNaN(high) ? Infinity : high];
+  };
+
+  /* The value axis of the map: log10 for scorers whose values are positive. */
+  saev.axis = (params) => {
+    const column = saev.gallery.columns[params.get("value") === "mean" ? "mean" : "max"];
+    return saev.gallery.scorer.signed ? (row) => column[row] : (row) => Math.log10(column[row]);
+  };
+  saev.logFreq = (row) => Math.log10(saev.gallery.columns.freq[row]);
+
+  /* Any sort key: -1 and 1 order rows by a column, and missing numbers come last. */
+  saev.sortRows = (rows, sort, numberOf) => {
+    const sign = sort.startsWith("-") ? -1 : 1;
+    const keys = new Map(rows.map((row) => [row, numberOf(row)]));
+    const last = (x) => (Number.isNaN(x) ? 1 : 0);
+    return rows.sort((a, b) => {
+      const [x, y] = [keys.get(a), keys.get(b)];
+      return last(x) - last(y) || sign * (x - y) || a - b;
+    });
+  };
+
+  saev.traitSlot = () => 0; // which of a row's traits the table shows: the best, or the one that was searched
+  let cached = { about: null, rows: null };
+  saev.SORT = "-freq";
+
+  /* Rows that the URL's parameters ask for, in order. Raises an Error in words for a search that cannot be read. */
+  saev.list = (params) => {
+    const parts = ["q", "x", "y", "value", "sort"].map((name) => params.get(name) ?? "");
+    const about = JSON.stringify([parts, saev.stars.version]);
+    if (cached.about === about) return cached.rows;
+    const fields = latentFields();
+    const [terms, slot] = traitTest(saev.parseSearch(parts[0]));
+    saev.traitSlot = slot;
+    const [x, y] = [saev.range(parts[1]), saev.range(parts[2])];
+    const [valueOf, brushed] = [saev.axis(params), Boolean(parts[1] || parts[2])];
+    const inside = (value, [low, high]) => value >= low && value <= high;
+    const rows = saev.filterRows(terms, fields, saev.gallery.n).filter(
+      (row) => slot(row) >= 0 && (!brushed || (inside(saev.logFreq(row), x) && inside(valueOf(row), y))));
+    const sort = parts[4] || saev.SORT;
+    const field = fields[sort.replace(/^-/, "")];
+    const sorted = field?.number ? saev.sortRows(rows, sort, field.number) : rows;
+    cached = { about, rows: sorted };
+    return sorted;
+  };
+})();

@@ -1,0 +1,130 @@
+"""The pictures of a gallery: of each image the part that the patches cover, small, as WebP in base64."""
+
+import base64
+import collections.abc
+import dataclasses
+import io
+import math
+import os
+import pathlib
+
+import beartype
+import PIL.Image
+
+from saev import errors
+from saev.data import activations, images
+from saev.data import config as data_config
+from saev.formats import shards
+
+QUALITY = 75
+"""Of WebP: about 8 kB for 224 x 224 pixels of a photo."""
+USUAL = (8, 14, 16, 32)
+"""Sides of usual ViTs' patches in pixels."""
+METHOD = 2
+"""WebP's effort, 0 to 6. 2 takes half the time of 4, for files that are 4% larger."""
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Where the images come from, and what the ViT saw of them."""
+
+    root: pathlib.Path
+    records: list[shards.Record]
+    transform: images.Transform | None
+    """The ViT's image transform. None means a square centre crop."""
+    grid: tuple[int, int]
+    """(rows, columns) of the patches."""
+    patch: int
+    """Side of a patch in pixels of the ViT's input; 0 if the transform is not known."""
+    side: int
+    """Longest side of a picture."""
+
+    @staticmethod
+    def of(
+        cfg: data_config.ImageFolder | data_config.Cub200, acts: activations.Activations, side: int
+    ) -> "Pictures":
+        """Raises a UserError if no root is given, or the patches do not form a grid."""
+        if not cfg.root:
+            raise errors.UserError("--images.root is missing: pass the folder that was dumped.")
+        fields = acts.transform()
+        transform = images.Transform.from_dict(fields) if fields else None
+        rows, columns, patch = grid(acts.n_tokens, transform.size if transform else None)
+        return Pictures(images.image_root(cfg), acts.records, transform, (rows, columns), patch, side)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the part of the ViT's input that the patches cover."""
+        if self.transform is None:
+            return self.side, self.side
+        return self.grid[0] * self.patch, self.grid[1] * self.patch
+
+    @property
+    def words(self) -> str:
+        """What was done to the images."""
+        if self.transform is None:
+            return "transform not recorded: a square centre crop is assumed"
+        height, width = self.transform.size
+        how = "squashed" if self.transform.squash else "resized and centre-cropped"
+        return f"{how} to {height} x {width} pixels"
+
+    def check(self, image_is: collections.abc.Iterable[int]) -> None:
+        """Raises a UserError that names the first missing image."""
+        for image_i in image_is:
+            fpath = self.root / self.records[image_i].path
+            if not fpath.is_file():
+                raise errors.UserError(
+                    f"{fpath}: no such image. Pass the folder that was dumped as --images.root."
+                )
+
+    def view(self, image_i: int) -> PIL.Image.Image:
+        """The part of an image that the patches cover, at most `side` pixels a side.
+
+        Raises:
+            UserError: the image is missing or unreadable.
+        """
+        self.check([image_i])
+        img = images.open_rgb(self.root / self.records[image_i].path)
+        if self.transform is None:
+            side = min(img.size)
+            left, top = (img.width - side) // 2, (img.height - side) // 2
+            return img.crop((left, top, left + side, top + side)).resize((self.side, self.side))
+        height, width = self.size  # patches begin at the upper left; a rest of less than a patch is not seen
+        img = self.transform.geometry(img).crop((0, 0, width, height))
+        img.thumbnail((self.side, self.side))
+        return img
+
+    def src(self, image_i: int) -> str:
+        """The view as a data: URL."""
+        out = io.BytesIO()
+        self.view(image_i).save(out, "WEBP", quality=QUALITY, method=METHOD)
+        return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """Returns (rows, columns, side in pixels) of square patches on an input of `size` (height, width).
+
+    If several sides give as many patches, it is the largest usual one, or the largest. None means a square
+    input of unknown size: the side is 0.
+
+    Raises:
+        UserError: no such grid has `n_patches` patches.
+    """
+    if size is None:
+        if (side := math.isqrt(n_patches)) ** 2 == n_patches:
+            return side, side, 0
+    else:
+        sides = [s for s in range(1, min(size) + 1) if (size[0] // s) * (size[1] // s) == n_patches]
+        if sides:
+            side = max([s for s in sides if s in USUAL] or sides)
+            return size[0] // side, size[1] // side, side
+    what = f"an input of {size[0]} x {size[1]} pixels" if size else "a square input"
+    raise errors.UserError(
+        f"{n_patches} patches do not form a grid on {what}, so heat maps cannot be drawn. "
+        "Dump the images again."
+    )
+
+
+def n_threads() -> int:
+    """Threads that decode images."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,42 @@
+"""Reads the data files of a gallery as the page does: JSON between `saev.put("NAME", ` and `);`, packed numbers."""
+
+import base64
+import json
+import pathlib
+import typing as tp
+
+import numpy as np
+
+
+def load(dpath: pathlib.Path | str, name: str) -> tp.Any:
+    text = (pathlib.Path(dpath) / "data" / f"{name}.js").read_text("utf-8")
+    start = f'saev.put("{name}", '
+    assert text.startswith(start) and text.endswith(");\n")
+    return unpacked(json.loads(text[len(start) : -3]))
+
+
+def unpacked(value: tp.Any) -> tp.Any:
+    if isinstance(value, dict) and value.keys() == {"t", "n", "b"}:
+        return np.frombuffer(base64.b64decode(value["b"]), f"<{value['t']}").reshape(value["n"])
+    if isinstance(value, dict):
+        return {key: unpacked(one) for key, one in value.items()}
+    return [unpacked(one) for one in value] if isinstance(value, list) else value
+
+
+def latents(dpath: pathlib.Path | str) -> list[tp.Any]:
+    """All rows."""
+    names = sorted((pathlib.Path(dpath) / "data" / "latents").iterdir())
+    return [one for fpath in names for one in load(dpath, f"latents/{fpath.stem}")["latents"]]
+
+
+def images(dpath: pathlib.Path | str) -> list[tp.Any]:
+    names = sorted((pathlib.Path(dpath) / "data" / "images").iterdir())
+    return [one for fpath in names for one in load(dpath, f"images/{fpath.stem}")["images"]]
+
+
+def heat(group: tp.Any, i: int, n_patches: int) -> np.ndarray:
+    """(P,) heat of a group's i-th image."""
+    out_P = np.zeros(n_patches, np.int64)
+    part = slice(group["start"][i], group["start"][i + 1])
+    out_P[group["patch"][part]] = group["heat"][part]
+    return out_P

@@ -1,0 +1,451 @@
+"""The gallery's page in a real browser, on made-up data (gallery_data.py). Skipped where there is no chromium."""
+
+import base64
+import collections.abc
+import json
+import pathlib
+import shutil
+
+import gallery_data
+import numpy as np
+import PIL.Image
+import pytest
+from playwright import sync_api
+
+from saev.visuals import scripts
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
+HUE = np.array([255, 0, 128])
+GREY = 128
+VIEWS = {
+    "map": "#/map?q=trait:wing+ap>.4&x=-3,-1&at=21&sort=max",
+    "latent": "#/latent/21?opacity=50&smooth=yes",
+    "dead": "#/latent/15",
+    "images": "#/image?find=finch",
+    "image": "#/image/3?patch=20&latent=21",
+    "traits": "#/traits?find=color&by=-ap1",
+    "trait": "#/trait/has_size%3A%3Alarge",
+    "compare": "#/compare?find=corr>.5&on=21",
+    "pair": "#/compare/21",
+}
+Open = collections.abc.Callable[..., sync_api.Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> collections.abc.Iterator[sync_api.Browser]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    dpath = tmp_path_factory.mktemp("gallery")
+    gallery_data.write(dpath, gallery_data.MadeUp(n_latents=300, n_images=24, n_view=4))
+    return dpath
+
+
+@pytest.fixture
+def show(browser: sync_api.Browser, folder: pathlib.Path) -> collections.abc.Iterator[Open]:
+    """Opens a hash in a new window. When the test ends: no errors in the console, and no request but file:// and data:."""
+    contexts, wrong = [], []
+
+    def open_page(
+        hash_: str = "#/map",
+        dpath: pathlib.Path = folder,
+        errors: bool = False,
+        init: str = "",
+        **settings: object,
+    ) -> sync_api.Page:
+        context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}, **settings})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(8000)
+        if init:
+            page.add_init_script(init)
+        if not errors:
+            page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
+            page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: wrong.append(dialog.message))
+        page.on(
+            "request",
+            lambda r: None if r.url.startswith(("file://", "data:", "blob:")) else wrong.append(r.url),
+        )
+        page.goto((dpath / "index.html").as_uri() + hash_)
+        page.wait_for_selector("nav a[aria-current], main .problem")
+        page.wait_for_function("!document.querySelector('.wait')")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def pixels(fpath: pathlib.Path) -> np.ndarray:
+    with PIL.Image.open(fpath) as img:
+        return np.asarray(img.convert("RGB"), np.int64)
+
+
+def hash_of(page: sync_api.Page) -> str:
+    return page.evaluate("location.hash")
+
+
+# ---- every view ----
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+def test_no_view_is_wider_than_the_window(show: Open, width: int, scheme: str) -> None:
+    page = show(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    for name, hash_ in VIEWS.items():
+        page.evaluate("hash => { location.hash = hash; }", hash_)
+        page.wait_for_function("!document.querySelector('.wait')")
+        page.wait_for_timeout(60)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert page.locator("main .problem").count() == 0, name
+        assert "NaN" not in page.inner_text("body") and "undefined" not in page.inner_text("body"), name
+    r, g, b = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+    assert (r + g + b < 150) == (scheme == "dark")
+
+
+def test_theme_has_a_switch_that_is_kept(show: Open) -> None:
+    page = show()
+    for expected in ("light", "dark"):
+        page.click("text=Theme:")
+        assert page.evaluate("document.documentElement.dataset.theme") == expected
+    page.reload()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VIEWS)
+def test_hash_opens_the_same_view(show: Open, name: str) -> None:
+    page = show(VIEWS[name])
+    page.wait_for_timeout(150)  # pictures and their captions
+    text, hash_ = page.inner_text("main"), hash_of(page)
+    again = show(hash_)
+    again.wait_for_timeout(150)
+    assert again.inner_text("main") == text and hash_of(again) == hash_
+
+
+def test_pictures_have_alternative_texts(show: Open) -> None:
+    page = show("#/latent/21")
+    page.wait_for_function("[...document.images].every((i) => i.src)")
+    alts = page.eval_on_selector_all("img", "imgs => imgs.map((i) => i.alt)")
+    assert len(alts) == 48 and all(".jpg" in alt and "latent 21 has value" in alt for alt in alts)
+
+
+def test_dead_latent_says_so(show: Open) -> None:
+    page = show("#/latent/15")
+    text = page.inner_text("main")
+    assert "no patch of these activations" in text and "nan" not in text.lower()
+    assert page.locator("section[data-group]").count() == 1  # the random images
+
+
+# ---- map ----
+
+
+def test_search_sort_and_brush_of_a_plain_loop(show: Open, folder: pathlib.Path) -> None:
+    text = (folder / "data/stats.js").read_text()
+    columns = json.loads(text[text.index("{") : -3])["columns"]
+    freq, top, ids = (
+        np.frombuffer(base64.b64decode(columns[k]["b"]), "<" + t)
+        for k, t in [("freq", "f4"), ("max", "f4"), ("id", "u4")]
+    )
+    page = show("#/map?sort=-max")
+    page.fill("input[type=search]", "freq<.01 max>3")
+    keep = (freq < 0.01) & (top > 3)
+    assert page.inner_text(".found").startswith(f"{keep.sum()} of 300")
+    shown = page.locator(".table .body .row").first.inner_text().split()
+    assert int(shown[1]) == ids[keep][np.argmax(top[keep])]
+    page.fill("input[type=search]", "")
+    box = page.locator("canvas.scatter").bounding_box()
+    page.mouse.move(box["x"] + 200, box["y"] + 100)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 400, box["y"] + 300, steps=4)
+    page.mouse.up()
+    asked = page.evaluate("['x', 'y'].map((k) => saev.state.params.get(k).split(',').map(Number))")
+    (x0, x1), (y0, y1) = asked
+    with np.errstate(divide="ignore"):
+        x, y = np.log10(freq), np.log10(top)
+    n = ((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)).sum()
+    assert 0 < n < 300 and page.inner_text(".found").startswith(f"{n} of 300")
+
+
+def test_trait_and_ap_speak_of_one_trait(show: Open, folder: pathlib.Path) -> None:
+    text = (folder / "data/traits.js").read_text()
+    value = json.loads(text[text.index("{") : -3])
+    trait, ap = (
+        np.frombuffer(base64.b64decode(value["columns"][k]["b"]), t).reshape(-1, 3)
+        for k, t in [("trait", "<i4"), ("ap", "<f4")]
+    )
+    names = [t["name"] for t in value["traits"]]
+    n = sum(
+        any(t >= 0 and "wing" in names[t] and a > 0.4 for t, a in zip(*row, strict=True))
+        for row in zip(trait, ap, strict=True)
+    )
+    page = show("#/map?q=trait:wing+ap>.4")
+    assert page.inner_text(".found").startswith(f"{n} of 300") and 0 < n < 300
+    rows = page.locator(".table .body .row").all_inner_texts()
+    assert rows and all("wing" in row for row in rows)  # the table shows the trait that was searched
+
+
+def test_search_that_cannot_be_read_is_explained(show: Open) -> None:
+    page = show()
+    page.fill("input[type=search]", "size>3")
+    assert 'No field "size"' in page.inner_text(".found")
+    page.fill("input[type=search]", "freq<many")
+    assert "no number" in page.inner_text(".found")
+
+
+def test_everything_by_keyboard(show: Open) -> None:
+    page = show()
+    press = page.keyboard.press
+    press("/")
+    page.keyboard.type("id:21,23,25")
+    press("Escape")
+    assert page.inner_text(".found").startswith("3 of 300")
+    press("j")
+    first = page.evaluate("saev.state.params.get('at')")
+    press("j")
+    press("s")
+    assert page.evaluate("saev.state.params.get('at')") != first
+    press("k")
+    press("Enter")
+    page.wait_for_function(f"location.hash.startsWith('#/latent/{first}')")
+    press("j")
+    page.wait_for_function(f"!location.hash.startsWith('#/latent/{first}')")
+    press("Escape")
+    page.wait_for_selector("canvas.scatter")
+    assert page.locator('.body .star[aria-pressed="true"]').count() == 1
+    press("?")
+    assert "trait:wing" in page.inner_text("dialog")
+    press("Escape")
+    page.wait_for_selector("dialog", state="detached")
+    page.focus("[role=grid]")
+    press("End")
+    press("ArrowUp")
+    assert page.locator('[role=row][aria-selected="true"]').get_attribute("aria-rowindex") == "3"
+
+
+def test_patch_and_latent_of_an_image(show: Open) -> None:
+    page = show("#/image/3")
+    page.wait_for_selector(".board")
+    page.focus(".board")
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
+        page.keyboard.press(key)
+    assert "6 latents on row 2, column 2" in page.inner_text("main")
+    assert "patch=17" in hash_of(page)
+    page.locator(".firing button").first.click()
+    assert "latent=" in hash_of(page)
+    page.wait_for_function("document.querySelector('.frame img').alt.includes('strongest at')")
+    box = page.locator(".board .frame").bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 15.5 / 16, box["y"] + box["height"] * 0.5 / 16)
+    assert "row 1, column 16" in page.inner_text("main h3")
+
+
+# ---- heat ----
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Latent 1 fires on patch 5 of image 0; on image 1, patch i of 16 has heat 17 i."""
+    dpath = tmp_path_factory.mktemp("plain")
+    made = gallery_data.MadeUp(
+        n_latents=8, n_images=2, side=4, n_view=0, traits=False, compare=False, picture=(GREY,) * 3
+    )
+    gallery_data.write(dpath, made)
+    text = (dpath / "data/latents/000.js").read_text()
+    latents = json.loads(text[text.index("{") : -3])["latents"]
+    heats = [{5: 255}, {i: 17 * i for i in range(16)}]
+    latents[0]["groups"] = [gallery_data.group([0, 1], heats, [8.0, 8.0], name="top", words="")]
+    scripts.write(dpath, "latents/000", {"latents": latents})
+    return dpath
+
+
+def shot(page: sync_api.Page, selector: str, i: int, tmp_path: pathlib.Path) -> np.ndarray:
+    page.locator(selector).nth(i).screenshot(path=tmp_path / "shot.png")
+    return pixels(tmp_path / "shot.png")
+
+
+def heat_page(show: Open, plain: pathlib.Path, **more: str) -> sync_api.Page:
+    query = "&".join(f"{k}={v}" for k, v in {"outline": "no", **more}.items())
+    page = show(f"#/latent/1?{query}", plain)
+    page.wait_for_function(
+        "document.images.length == 2 && [...document.images].every((i) => i.complete && i.naturalWidth)"
+    )
+    page.add_style_tag(
+        content=".pictures { position: fixed; margin: 0 !important; left: 0; top: 600px; grid-template-columns: 160px 160px !important; }"
+        " .frame { border-radius: 0 !important; }"
+    )
+    return page
+
+
+def test_one_patch_paints_exactly_its_own_pixels(
+    show: Open, plain: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    page = heat_page(show, plain)
+    picture = shot(page, ".frame", 0, tmp_path)
+    assert picture.shape == (160, 160, 3)
+    expected = np.full((160, 160, 3), GREY)
+    expected[40:80, 40:80] = np.round(GREY + 0.7 * (HUE - GREY))
+    assert np.abs(picture - expected).max() <= 1
+
+
+def test_colour_is_linear_in_heat_and_equals_the_legend(
+    show: Open, plain: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    page = heat_page(show, plain, opacity="60")
+    picture = shot(page, ".frame", 1, tmp_path)
+    legend = shot(page, ".legend .strip", 0, tmp_path)
+    middle = legend[legend.shape[0] // 2]
+    for i in range(16):
+        color = picture[40 * (i // 4) + 20, 40 * (i % 4) + 20]
+        assert np.abs(color - (GREY + 0.6 * i / 15 * (HUE - GREY))).max() <= 1.5
+        place = min(round((17 * i + 0.5) / 256 * legend.shape[1]), legend.shape[1] - 4)
+        if 0 < i < 15:  # its corners are round
+            assert np.abs(middle[place] - color).max() <= 3
+
+
+def test_opacity_smooth_outline_and_scale(show: Open, plain: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    page = heat_page(show, plain)
+    page.get_by_label("Opacity").fill("0")
+    assert np.abs(shot(page, ".frame", 0, tmp_path) - GREY).max() <= 1  # the picture itself
+    page.get_by_label("Opacity").fill("100")
+    page.get_by_label("Smooth").check()
+    smooth = shot(page, ".frame", 0, tmp_path)
+    assert len(np.unique(smooth.reshape(-1, 3), axis=0)) > 10
+    page.get_by_label("Outline").check()
+    assert page.locator(".outline").first.is_visible()
+    box, frame = (page.locator(s).first.bounding_box() for s in (".outline", ".frame"))
+    assert (box["x"] - frame["x"], box["y"] - frame["y"], box["width"]) == (40, 40, 40)
+    page.get_by_label("Scale").select_option("image")
+    assert "largest of each image" in page.inner_text(".legend") and "scale=image" in hash_of(page)
+
+
+# ---- names, stars, files ----
+
+
+def test_names_are_text(show: Open, tmp_path: pathlib.Path) -> None:
+    gallery_data.write(tmp_path, gallery_data.MadeUp(n_latents=20, n_images=8, n_view=2, nasty=True))
+    page = show("#/map", tmp_path)
+    for hash_ in ("#/map?at=3", "#/latent/3", "#/image", "#/image/3", "#/traits", "#/compare", "#/compare/3"):
+        page.evaluate("hash => { location.hash = hash; }", hash_)
+        page.wait_for_function("!document.querySelector('.wait')")
+        page.wait_for_timeout(60)
+        assert page.locator("main script, main img[onerror]").count() == 0
+        assert "\u202e" not in page.inner_text("body") and "gull⟨U+202E⟩gnp.exe" in page.inner_text("header")
+        assert page.title() != "hacked"
+    page.evaluate("location.hash = '#/traits'")
+    assert all(saev_name in page.inner_text("main") for saev_name in gallery_data.NASTY[:3])
+    page.locator("main a", has_text="</script><img").first.click()
+    page.wait_for_selector(".side")
+    assert "</script><img src=x onerror=alert(1)>" in page.inner_text("h2")
+
+
+def test_stars_and_notes_are_exported_and_imported(show: Open, tmp_path: pathlib.Path) -> None:
+    page = show("#/latent/21")
+    page.click("main .star")
+    page.fill("textarea", "a beak")
+    page.keyboard.press("Escape")
+    page.click("text=★ Stars")
+    with page.expect_download() as download:
+        page.click("text=Export JSON")
+    download.value.save_as(tmp_path / "stars.json")
+    kept = json.loads((tmp_path / "stars.json").read_text())
+    assert kept["stars"] == [21] and kept["notes"] == {"21": "a beak"}
+    page.reload()
+    assert page.locator('main .star[aria-pressed="true"]').count() == 1
+
+    other = show("#/map?q=star:")
+    assert other.inner_text(".found").startswith("0 of")
+    other.click("text=★ Stars")
+    other.set_input_files("input[type=file]", tmp_path / "stars.json")
+    other.wait_for_selector("text=Added 1 star and 1 note.")
+    assert other.inner_text(".found").startswith("1 of")
+    broken = {
+        "format": {"format": "x"},
+        "another scorer": {"scorer": "ab"},
+        '"stars"': {"stars": ["1"]},
+        '"notes"': {"notes": {"9999": "x"}},
+    }
+    for words, change in broken.items():
+        (tmp_path / "bad.json").write_text(json.dumps({**kept, **change}))
+        other.set_input_files("input[type=file]", tmp_path / "bad.json")
+        other.wait_for_function(
+            "w => document.querySelector('dialog [role=status]').textContent.includes(w)", arg=words
+        )
+        assert "Nothing was imported." in other.inner_text("dialog")
+    (tmp_path / "bad.json").write_text("{")
+    other.set_input_files("input[type=file]", tmp_path / "bad.json")
+    other.wait_for_selector("text=This file is not JSON.")
+
+
+def test_stars_where_storage_is_refused(show: Open) -> None:
+    refuse = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'SecurityError'); }});"
+    page = show("#/latent/21", init=refuse)
+    page.click("main .star")
+    assert page.locator('main .star[aria-pressed="true"]').count() == 1
+    page.click("text=★ Stars")
+    assert "does not keep them" in page.inner_text("dialog")
+
+
+@pytest.mark.parametrize("text", [None, "saev.put(", "var x = 1;"])
+def test_missing_or_broken_file_is_explained(show: Open, tmp_path: pathlib.Path, text: str | None) -> None:
+    made = gallery_data.MadeUp(n_latents=20, n_images=8, n_view=2)
+    gallery_data.write(tmp_path, made)
+
+    def damage(name: str) -> None:
+        fpath = tmp_path / "data" / f"{name}.js"
+        fpath.unlink() if text is None else fpath.write_text(text)
+
+    damage("latents/000")
+    page = show("#/latent/3", tmp_path, errors=True)
+    assert "data/latents/000.js" in page.inner_text(".problem")
+    damage("traits")
+    assert "data/traits.js" in show("#/traits", tmp_path, errors=True).inner_text(".problem")
+    damage("stats")
+    assert "data/stats.js" in show("#/map", tmp_path, errors=True).inner_text(".problem")
+
+
+def test_absent_data_name_their_command(show: Open, tmp_path: pathlib.Path) -> None:
+    made = gallery_data.MadeUp(n_latents=20, n_images=8, n_view=0, traits=False, compare=False)
+    gallery_data.write(tmp_path, made)
+    for hash_, command in {
+        "#/traits": "protoeval.py",
+        "#/compare": "saev.compare",
+        "#/image": "--image-view",
+        "#/image/3": "--image-view",
+    }.items():
+        page = show(hash_, tmp_path)
+        page.wait_for_selector(".absent")
+        assert command in page.inner_text(".absent")
+
+
+def test_signed_values_have_a_linear_axis(show: Open, tmp_path: pathlib.Path) -> None:
+    gallery_data.write(tmp_path, gallery_data.MadeUp(n_latents=40, n_images=8, n_view=0, signed=True))
+    label = show("#/map?value=mean", tmp_path).get_attribute("canvas.scatter", "aria-label")
+    assert label is not None and "against mean value" in label and "prototypes" in label
+
+
+def test_latents_and_views_that_do_not_exist(show: Open) -> None:
+    assert "is not among" in show("#/latent/2").inner_text(".problem")
+    assert 'no view "nothing"' in show("#/nothing").inner_text(".problem")
+
+
+@pytest.mark.slow
+def test_large_gallery_loads_within_a_second(show: Open, tmp_path: pathlib.Path) -> None:
+    made = gallery_data.MadeUp(n_latents=32768, n_stored=64, n_listed=100_000, n_images=32, n_view=4)
+    gallery_data.write(tmp_path, made)
+    times = []
+    for _ in range(3):
+        page = show("#/map", tmp_path)
+        times.append(page.evaluate("performance.getEntriesByName('saev-shown')[0].startTime"))
+        assert page.inner_text(".found").startswith("32,768 of 32,768")
+        assert page.locator(".table .body .row").count() < 80
+    assert min(times) < 1000
+    page = show("#/image?find=more/09999", tmp_path)
+    page.wait_for_selector(".found:has-text('image')")
