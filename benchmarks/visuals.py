@@ -45,7 +45,7 @@ class Case:
 
 QUICK = [Case("2,048 latents, quick", 160, 2048, 1)]
 FULL = [
-    Case("16,384 latents", 1500, 16384, 3),
+    Case("16,384 latents", 1000, 16384, 3),
     Case("32,768 latents x 128 images", 400, 32768, 1, n_images=128),
 ]
 

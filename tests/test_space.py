@@ -5,6 +5,7 @@ import itertools
 import pathlib
 
 import pytest
+import torch
 
 from saev import errors, nn, scorers
 from saev.data import activations
@@ -16,7 +17,7 @@ from saev.protoeval import opening
 from saev.scorers import config as scorers_config
 from saev.training import config as training_config
 from saev.training import loop
-from saev.visuals import collect
+from saev.visuals import coders
 from saev.visuals import config as visuals_config
 
 Pair = collections.abc.Callable[[data_config.Shards, data_config.Shards, pathlib.Path], object]
@@ -63,7 +64,7 @@ def scorer(a: data_config.Shards, b: data_config.Shards, dpath: pathlib.Path) ->
 
 def gallery(a: data_config.Shards, b: data_config.Shards, dpath: pathlib.Path) -> None:
     cfg = visuals_config.Visuals(ckpt=saved(a, dpath), data=b)
-    collect._stream(cfg, nn.load(cfg.ckpt))
+    coders.load(cfg, activations.Activations(b), torch.device("cpu"))
 
 
 PAIRS = [val_data, fit_data, other_test_data, more_roots, scorer, gallery]

@@ -154,7 +154,8 @@ def run(coder: coders.Coder, stream: ordered.Ordered, k: int, dpath: pathlib.Pat
     acts, device = stream.acts, coder.device
     dpath.mkdir(parents=True, exist_ok=True)
     # what the codes depend on; the number of images in a block may change their last bits
-    parts = [REVISION, coder.kind, coder.digest(), acts.fingerprint, stream.block, device.type, k]
+    parts = [REVISION, coder.kind, coder.digest(), acts.fingerprint, stream.block, device.type]
+    parts += [k] * coder.is_ranked_by_score
     state = _resumed(dpath, helpers.hash_of(parts), coder, acts.n_tokens, k)
     first = sum(state.image_B)
     todo = ordered.Ordered(acts, stream.block, first)
