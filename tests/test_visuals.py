@@ -35,6 +35,7 @@ from saev.visuals import (
     memory,
     pictures,
     relations,
+    scripts,
     spool,
     statistics,
     write,
@@ -52,7 +53,7 @@ def page(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pat
     (dpath / "views").mkdir(parents=True)
     (dpath / "index.html").write_text("<!doctype html>")
     (dpath / "views" / "latent.js").write_text("// a view")
-    monkeypatch.setattr(write, "PAGE", dpath)
+    monkeypatch.setattr(scripts, "PAGE", dpath)
     return dpath
 
 
@@ -557,7 +558,11 @@ def test_choice(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
 
 def files_of(dpath: pathlib.Path | str) -> dict[str, bytes]:
     root = pathlib.Path(dpath)
-    return {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
+    return {
+        str(f.relative_to(root)): f.read_bytes()
+        for f in root.rglob("*")
+        if f.is_file() and f.name != "code.json"
+    }
 
 
 class Killed(BaseException):
@@ -643,8 +648,8 @@ def test_a_killed_gallery_leaves_nothing_for_long(
 import pathlib, time
 from saev import launch
 from saev.data import config as data_config
-from saev.visuals import collect, config, write
-write.PAGE = pathlib.Path({str(page)!r})
+from saev.visuals import collect, config, scripts, write
+scripts.PAGE = pathlib.Path({str(page)!r})
 def wait(*args):
     print("there", flush=True)
     time.sleep(60)

@@ -103,8 +103,8 @@ def _artefact(chain: Chain, command: Command, root: pathlib.Path) -> str:
 
 
 def _files(folder: pathlib.Path) -> str:
-    """Names and bytes of all files."""
-    fpaths = sorted(p for p in folder.rglob("*") if p.is_file())
+    """Names and bytes of all files but code.json, which names the command."""
+    fpaths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "code.json")
     return digest([[str(p.relative_to(folder)), p.read_bytes().hex()] for p in fpaths])
 
 
