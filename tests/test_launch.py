@@ -357,7 +357,7 @@ def test_a_refusal_names_the_flags(message: str, flags: str) -> None:
 
 # ---- every stage ----
 
-STAGES = ("data", "labels", "train", "visuals", "codes", "protoeval", "demo")
+STAGES = ("data", "labels", "train", "visuals", "codes", "compare", "protoeval", "demo")
 """Commands that run as Slurm jobs. A new one belongs here."""
 SLURM_FLAGS = {
     "slurm_acct": "lab",
