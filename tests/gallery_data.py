@@ -4,12 +4,14 @@ import base64
 import dataclasses
 import io
 import pathlib
+import shutil
 
 import numpy as np
 import PIL.Image
 
 from saev.demo import minicub
-from saev.visuals import scripts
+from saev.formats import scripts
+from saev.visuals.write import PAGE
 
 NASTY = [
     "<script>document.title='hacked'</script>",
@@ -60,7 +62,7 @@ class MadeUp:
 def write(dpath: pathlib.Path, made: MadeUp) -> pathlib.Path:
     """Writes the page and its data; returns the path of index.html."""
     rng = np.random.default_rng(made.seed)
-    scripts.copy_page(dpath)
+    shutil.copytree(PAGE, dpath, dirs_exist_ok=True)
     images = _images(made)
     classes = sorted({image["class_name"] for image in images})
     if made.nasty:

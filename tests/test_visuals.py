@@ -35,7 +35,6 @@ from saev.visuals import (
     memory,
     pictures,
     relations,
-    scripts,
     spool,
     statistics,
     write,
@@ -53,7 +52,7 @@ def page(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pat
     (dpath / "views").mkdir(parents=True)
     (dpath / "index.html").write_text("<!doctype html>")
     (dpath / "views" / "latent.js").write_text("// a view")
-    monkeypatch.setattr(scripts, "PAGE", dpath)
+    monkeypatch.setattr(write, "PAGE", dpath)
     return dpath
 
 
@@ -584,7 +583,7 @@ def test_a_killed_pass_goes_on(
     whole = files_of(collect.main(dataclasses.replace(cfg, dump_to=str(tmp_path / "whole"))))
     seen: list[int] = []
     cls = coders.SaeCoder if kind == "sae" else coders.PrototypeCoder
-    name = "_codes" if kind == "sae" else "of"
+    name = "__call__" if kind == "sae" else "of"
     real = getattr(cls, name)
 
     def counted(self: object, *args: object) -> object:
@@ -648,8 +647,8 @@ def test_a_killed_gallery_leaves_nothing_for_long(
 import pathlib, time
 from saev import launch
 from saev.data import config as data_config
-from saev.visuals import collect, config, scripts, write
-scripts.PAGE = pathlib.Path({str(page)!r})
+from saev.visuals import collect, config, write
+write.PAGE = pathlib.Path({str(page)!r})
 def wait(*args):
     print("there", flush=True)
     time.sleep(60)
@@ -823,14 +822,14 @@ def test_a_table_alone_does_not_make_a_gallery(tmp_path: pathlib.Path) -> None:
 
 
 def test_grid() -> None:
-    assert pictures.grid(16, None) == (4, 4, 0)
-    assert pictures.grid(8, (28, 56)) == (2, 4, 14)
-    assert pictures.grid(196, (224, 224)) == (14, 14, 16)  # 15 pixels a side would give as many
-    assert pictures.grid(729, (384, 384)) == (27, 27, 14)  # 384 / 14 is not whole
+    assert images.grid(16, None) == (4, 4, 0)
+    assert images.grid(8, (28, 56)) == (2, 4, 14)
+    assert images.grid(196, (224, 224)) == (14, 14, 16)  # 15 pixels a side would give as many
+    assert images.grid(729, (384, 384)) == (27, 27, 14)  # 384 / 14 is not whole
     with pytest.raises(errors.UserError, match="6 patches do not form a grid on a square input"):
-        pictures.grid(6, None)
+        images.grid(6, None)
     with pytest.raises(errors.UserError, match="6 patches do not form a grid on an input of 32 x 32"):
-        pictures.grid(6, (32, 32))
+        images.grid(6, (32, 32))
 
 
 TRANSFORMS = {

@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 from playwright import sync_api
 
-from saev.visuals import scripts
+from saev.formats import scripts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")

@@ -18,7 +18,6 @@ from saev import compiled, devices, errors, helpers, provenance, scorers
 from saev.codes import config, kernels, memory
 from saev.data import activations, ordered
 from saev.formats import codes
-from saev.nn import config as nn_config
 from saev.nn import sparse
 from saev.scorers import base
 from saev.scorers import sae as sae_scorer
@@ -112,8 +111,7 @@ def _say_size(scorer: scorers.Scorer, acts: activations.Activations, metadata: c
     is_sae = isinstance(scorer, sae_scorer.SaeLatents)
     n_codes = K
     if isinstance(scorer, sae_scorer.SaeLatents):
-        cfg = scorer.sae.cfg
-        n_codes = cfg.top_k if isinstance(cfg, nn_config.TopK | nn_config.BatchTopK) else K // 8
+        n_codes = getattr(scorer.sae.cfg, "top_k", K // 8)
     n_bytes = memory.peak(n_block, P, acts.d_vit, K, n_codes, is_sae)
     logger.info("memory: about %.2f GB (docs/memory.md)", n_bytes / 1e9)
     if metadata.layout == "dense":

@@ -36,6 +36,9 @@ MAX_WHOLE = 2**22
 MAX_BETWEEN = 2**26
 """Most pixels between Pillow's two passes (rows, then columns). Above it, columns are resized first."""
 
+USUAL = (8, 14, 16, 32)
+"""Sides of usual ViTs' patches in pixels."""
+
 
 # ---- datasets ----
 
@@ -192,18 +195,24 @@ class Transform:
             ) from err
 
 
-def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Returns the (rows, columns) of square patches on an input of `size` (height, width). None means a
-    square input.
+def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """Returns (rows, columns, side in pixels) of square patches on an input of `size` (height, width).
+
+    If several sides give as many patches, it is the largest usual one, or the largest. None means a square
+    input of unknown size: the side is 0.
 
     Raises:
         UserError: no such grid has `n_patches` patches.
     """
-    height, width = size or (math.isqrt(n_patches), math.isqrt(n_patches))
-    for side in range(1, min(height, width) + 1):
-        if (height // side) * (width // side) == n_patches:
-            return height // side, width // side
-    what = f"an input of {height} x {width} pixels" if size else "a square input"
+    if size is None:
+        if (side := math.isqrt(n_patches)) ** 2 == n_patches:
+            return side, side, 0
+    else:
+        sides = [s for s in range(1, min(size) + 1) if (size[0] // s) * (size[1] // s) == n_patches]
+        if sides:
+            side = max([s for s in sides if s in USUAL] or sides)
+            return size[0] // side, size[1] // side, side
+    what = f"an input of {size[0]} x {size[1]} pixels" if size else "a square input"
     raise errors.UserError(
         f"{n_patches} patches do not form a grid on {what}, so it is unknown where they lie. "
         "Dump the images again."

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
-from jaxtyping import Int32, jaxtyped
+from jaxtyping import Int32
 
 from saev import errors
 from saev.data import pixels
@@ -89,7 +89,6 @@ class Index:
         return {"masks": "index", "root": self.cfg.root, "ignore": list(self.cfg.ignore)}
 
 
-@jaxtyped(typechecker=None)
 def read_index(fpath: pathlib.Path) -> Mask:
     """Pixel values of a one-channel image; of a palette image, the indices.
 

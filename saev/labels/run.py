@@ -132,8 +132,8 @@ class View:
     n_patches: int
 
     @functools.cached_property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the patches. Raises as `images.grid`."""
+    def grid(self) -> tuple[int, int, int]:
+        """(rows, columns, side in pixels) of the patches. Raises as `images.grid`."""
         return images.grid(self.n_patches, self.transform.size)
 
     @jaxtyped(typechecker=beartype.beartype)
@@ -153,8 +153,7 @@ class View:
             background: an id that counts only in patches without any other.
         """
         seen_HW = self.seen(mask_HW)
-        rows, columns = self.grid
-        side = seen_HW.shape[0] // rows
+        rows, columns, side = self.grid
         patch_HW = np.arange(rows).repeat(side)[:, None] * columns + np.arange(columns).repeat(side)
         id_C, class_n = np.unique(seen_HW[: rows * side, : columns * side], return_inverse=True)
         at_n = patch_HW.ravel() * len(id_C) + class_n.ravel()

@@ -91,28 +91,14 @@ class SaeCoder(Coder):
 
     @torch.no_grad()
     def __call__(self, x_XD: Tensor) -> Fired:
-        value_n, index = self._codes(x_XD * self.sae.scale - self.sae.b_dec, x_XD)
-        row_n, latent_n = index.row_n, index.latent_n
+        sae, n_expected = self.sae, int(self._n_expected * len(x_XD))
+        found = sae.architecture.infer(sae, self._encoder, x_XD * sae.scale - sae.b_dec, n_expected)
+        value_n, row_n, latent_n = found.value_n, found.index.row_n, found.index.latent_n
         if not (fires_n := value_n.abs() > metrics.EPS_ACTIVE).all():
             value_n, row_n, latent_n = value_n[fires_n], row_n[fires_n], latent_n[fires_n]
         count_X = row_n.bincount(minlength=len(x_XD)).int()
         self._n_expected = 1.2 * len(value_n) / len(x_XD)
         return Fired(*(t.cpu().numpy() for t in (count_X, latent_n.int(), value_n.float())))
-
-    def _codes(self, xc_XD: Tensor, x_XD: Tensor) -> tuple[Tensor, sparse.Index]:
-        sae, architecture = self.sae, self.sae.architecture
-        if not architecture.is_elementwise:
-            found = architecture.find(sae, self._encoder, xc_XD, 0, sparse.BatchSearch())
-            return architecture.encode_sparse(sae, found.value_n, found.index).f, found.index
-        cutoff_S = architecture.fires_above(sae)
-        if cutoff_S is not None:
-            n_expected = int(self._n_expected * len(x_XD))
-            found = sparse.above(self._encoder, xc_XD, cutoff_S.contiguous(), n_expected)
-            return found.value_n, found.index
-        f_XS = sae.encode(x_XD)
-        row_n, latent_n = f_XS.nonzero(as_tuple=True)
-        start_X1 = torch.nn.functional.pad((f_XS != 0).sum(dim=1).cumsum(0), (1, 0)).int()
-        return f_XS[row_n, latent_n], sparse.Index(latent_n.int(), start_X1, sae.d_sae)
 
     def vectors(self) -> Tensor:
         return self.sae.W_dec

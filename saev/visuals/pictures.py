@@ -4,7 +4,6 @@ import base64
 import collections.abc
 import dataclasses
 import io
-import math
 import os
 import pathlib
 
@@ -18,8 +17,6 @@ from saev.formats import shards
 
 QUALITY = 75
 """Of WebP: about 8 kB for 224 x 224 pixels of a photo."""
-USUAL = (8, 14, 16, 32)
-"""Sides of usual ViTs' patches in pixels."""
 METHOD = 2
 """WebP's effort, 0 to 6. 2 takes half the time of 4, for files that are 4% larger."""
 
@@ -49,7 +46,7 @@ class Pictures:
             raise errors.UserError("--images.root is missing: pass the folder that was dumped.")
         fields = acts.transform()
         transform = images.Transform.from_dict(fields) if fields else None
-        rows, columns, patch = grid(acts.n_tokens, transform.size if transform else None)
+        rows, columns, patch = images.grid(acts.n_tokens, transform.size if transform else None)
         return Pictures(images.image_root(cfg), acts.records, transform, (rows, columns), patch, side)
 
     @property
@@ -99,30 +96,6 @@ class Pictures:
         out = io.BytesIO()
         self.view(image_i).save(out, "WEBP", quality=QUALITY, method=METHOD)
         return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
-
-
-def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int, int]:
-    """Returns (rows, columns, side in pixels) of square patches on an input of `size` (height, width).
-
-    If several sides give as many patches, it is the largest usual one, or the largest. None means a square
-    input of unknown size: the side is 0.
-
-    Raises:
-        UserError: no such grid has `n_patches` patches.
-    """
-    if size is None:
-        if (side := math.isqrt(n_patches)) ** 2 == n_patches:
-            return side, side, 0
-    else:
-        sides = [s for s in range(1, min(size) + 1) if (size[0] // s) * (size[1] // s) == n_patches]
-        if sides:
-            side = max([s for s in sides if s in USUAL] or sides)
-            return size[0] // side, size[1] // side, side
-    what = f"an input of {size[0]} x {size[1]} pixels" if size else "a square input"
-    raise errors.UserError(
-        f"{n_patches} patches do not form a grid on {what}, so heat maps cannot be drawn. "
-        "Dump the images again."
-    )
 
 
 def n_threads() -> int:

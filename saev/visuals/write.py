@@ -8,15 +8,18 @@ import concurrent.futures
 import csv
 import dataclasses
 import pathlib
+import shutil
 import typing as tp
 
 import numpy as np
 
 from saev import errors, helpers, provenance
 from saev.data import activations
-from saev.formats import jsonfile
-from saev.visuals import coders, heat, pictures, relations, scripts, spool, statistics
+from saev.formats import jsonfile, scripts
+from saev.visuals import coders, heat, pictures, relations, spool, statistics
 
+PAGE = pathlib.Path(__file__).parent / "page"
+"""index.html, its style and its scripts, the same in every gallery."""
 MARKERS = ("index.html", "latents.csv")
 """A folder with these files is a gallery and may be replaced."""
 FORMAT = 1
@@ -117,7 +120,7 @@ def _write(dpath: pathlib.Path, gallery: Gallery) -> None:
     latents = gallery.chosen_C.tolist()
     helpers.write_text(dpath / "gallery.json", jsonfile.seal({**gallery.gallery, "latents": latents}))
     provenance.write(dpath)
-    scripts.copy_page(dpath)
+    shutil.copytree(PAGE, dpath, dirs_exist_ok=True)
 
 
 # ---- columns ----

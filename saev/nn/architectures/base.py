@@ -42,8 +42,7 @@ class Architecture(abc.ABC):
     - always `encode`, `encode_dense` and `encode_sparse`;
     - `largest` if `is_elementwise`, else `find`;
     - `find` if `is_always_sparse`, else `cutoff`;
-    - `infer` if `find` depends on the rest of the batch;
-    - `fires_above` if galleries shall be made without dense codes.
+    - `fires_above` if `find` depends on the rest of the batch, or finds more than fires.
 
     The config class has what must not wait for torch (default learning rate, memory), and switches features
     on: AuxK needs the fields `aux_coeff` and `aux_k`, resampling needs `resample_every`, and a penalty with
@@ -113,13 +112,15 @@ class Architecture(abc.ABC):
         self, sae: "SparseAutoencoder", encoder: sparse.Encoder, xc_BD: Tensor, n_expected: int
     ) -> sparse.Codes:
         """Finds the codes of `encode` in evaluation mode. Some of them may be 0. Arguments as for `find`."""
+        if (cutoff_S := self.fires_above(sae)) is not None:
+            return sparse.above(encoder, xc_BD, cutoff_S.contiguous(), n_expected)
         found = self.find(sae, encoder, xc_BD, n_expected, sparse.BatchSearch())
         return sparse.Codes(self.encode_sparse(sae, found.value_n, found.index).f, found.index)
 
     def fires_above(self, sae: "SparseAutoencoder") -> Tensor | None:
         """(S,): in evaluation mode, a code is its pre-activation above this, else 0. None if that is not so.
 
-        With it, codes are found without a dense code.
+        With it, `infer` finds nothing else.
         """
         return None
 

@@ -41,9 +41,6 @@ class BatchTopK(base.Architecture, cfg=config.BatchTopK):
     def fires_above(self, sae) -> Tensor:
         return sae.threshold.clamp(min=0).expand(sae.d_sae)
 
-    def infer(self, sae, encoder: sparse.Encoder, xc_BD: Tensor, n_expected) -> sparse.Codes:
-        return sparse.above(encoder, xc_BD, self.fires_above(sae), n_expected)
-
     def largest(self, sae, pre_BK: Tensor) -> Tensor:
         return activations.above(pre_BK, sae.threshold).relu()
 
