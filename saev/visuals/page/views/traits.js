@@ -4,7 +4,7 @@
   const COMMAND = "uv run protoeval.py … --gallery GALLERY";
 
   const absent = () => (saev.traits.problem ? saev.problem(saev.traits.problem)
-    : saev.absent("This gallery has no traits. This writes them into it, with the best prototype of each scorer:", COMMAND));
+    : saev.absent("This gallery has no traits. This writes traits.md beside protoeval's results, with a link from each trait to its latent here:", COMMAND));
   const bestOf = (trait, scorer) => trait.best.find((best) => best.scorer === scorer);
 
   function fields(traits, scorers) {
