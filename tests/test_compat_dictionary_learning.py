@@ -1,5 +1,6 @@
 """Folders of dictionary_learning, by formula and with the package itself (group `peers`). D d_vit, S latents."""
 
+import collections.abc
 import json
 import logging
 import pathlib
@@ -17,6 +18,14 @@ from saev.nn import config
 
 ROOT = pathlib.Path(__file__).parent.parent
 D, S, K = 6, 25, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch_as_it_was() -> collections.abc.Iterator[None]:
+    """dictionary_learning imports nnsight, which patches torch (its FakeTensor, too) for the whole process."""
+    yield
+    if nnsight := sys.modules.get("nnsight"):
+        nnsight.DEFAULT_PATCHER.__exit__(None, None, None)
 
 
 def batch() -> Tensor:
