@@ -162,7 +162,7 @@ def _caption(gallery: galleries.Gallery) -> str:
 # ---- drawing ----
 
 
-@figures.styled
+@figures.styled()
 def draw(gallery: galleries.Gallery, latents: tuple[int, ...], n_images: int) -> matplotlib.figure.Figure:
     """A row for each latent. In a PNG file, each patch is the same whole number of pixels.
 
