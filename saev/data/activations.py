@@ -422,7 +422,8 @@ class Activations:
             extent = Extent(part_i, shard_i, 0, 0)
             with _ReadErrors(self, extent):
                 files.append(self._open(extent))
-        return files, np.array([(file.fd, file.sums_address) for file in files])[file_i_G]
+        file_f2 = np.array([(file.fd, file.sums_address) for file in files], np.int64).reshape(-1, 2)
+        return files, file_f2[file_i_G]
 
     def read_extents(self, extents: list[Extent], into: memoryview) -> None:
         """Announces all extents to the kernel, then reads them one by one, in their stored form.
