@@ -330,6 +330,33 @@ def test_a_command_that_was_killed_finds_its_jobs(slurm: launch.SlurmConfig, tmp
     assert len(submitted(slurm)) == 3
 
 
+def test_a_command_that_is_killed_before_it_knows_its_jobs(
+    slurm: launch.SlurmConfig, tmp_path: pathlib.Path
+) -> None:
+    """SIGKILL between sbatch's answer and the note of it. The jobs run all the same, and the same command finds them."""
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    source = (
+        "from saev import launch\n"
+        f"cfg = launch.SlurmConfig('test', 'nextgen', 0.2, n_gpus=0, n_cpus=1, log_to={slurm.log_to!r}, slurm_extra={{}})\n"
+        f"launch.run('tasks:write', {{}}, cfg, 'saev-test', is_lasting=True)"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        fake(tmp_path, "sbatch", f'{shutil.which("sbatch")} "$@"; kill -KILL $PPID; sleep 1', patch)
+        for hold, names in (((), files), (("hold",), [str(tmp_path / "c")])):
+            command = [sys.executable, "-c", source.format(hold, names)]
+            assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    wait_for(lambda: all(pathlib.Path(f).exists() for f in files))  # without any command
+    held = in_thread([str(tmp_path / "c")], slurm, "tasks:write")
+    wait_for(lambda: len(submitted(slurm)) == 3)
+    (job_id,) = [i for i in submitted(slurm) if "_" not in i]
+    assert queue_says(job_id, "State", str) == "PENDING"
+    subprocess.run(["scontrol", "release", job_id], check=True)
+    assert [outcome.get() for outcome in held.result(60)] == [str(tmp_path / "c")]
+    outcomes = launch.run("tasks:write", files, slurm, "saev-test", is_lasting=True)
+    assert [outcome.get() for outcome in outcomes] == files
+    assert len(submitted(slurm)) == 3 and not [*pathlib.Path(slurm.log_to).glob(".submission_file_*.json")]
+
+
 def fake(tmp_path: pathlib.Path, name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts a script of this name before the real command."""
     script = tmp_path / "bin" / name
@@ -390,14 +417,16 @@ def test_more_jobs_than_an_array_may_have(slurm: launch.SlurmConfig, monkeypatch
 def test_max_parallel_holds_over_several_arrays(
     slurm: launch.SlurmConfig, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No two of these jobs run at the same time, although they are three arrays."""
+    """No two of these jobs run at the same time, although they are three arrays, one of an earlier command."""
     monkeypatch.setattr("saev.launch.queue.max_array_size", lambda: 2)
     note = tmp_path / "running"
     source = "import os, pathlib, time; f = pathlib.Path({0!r}); f.touch(exist_ok=False); time.sleep(2); f.unlink()"
     one = dataclasses.replace(slurm, max_parallel=1, n_cpus=1)
     sources = [source.format(str(note)) + f"  # {i}" for i in range(5)]
+    with pytest.raises(SystemExit):
+        launch.run("tasks:execute", sources[:2], dataclasses.replace(one, slurm_wait=False), "saev-test")
     assert errors_of(launch.run("tasks:execute", sources, one, "saev-test")) == [""] * 5
-    assert len({job_id.partition("_")[0] for job_id in submitted(slurm)}) == 3
+    assert len(submitted(slurm)) == 5 and len({job_id.partition("_")[0] for job_id in submitted(slurm)}) == 3
 
 
 def test_a_refused_job_leaves_no_files(slurm: launch.SlurmConfig) -> None:
