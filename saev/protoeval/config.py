@@ -54,6 +54,8 @@ class ProtoEval:
     """The SAE's gallery, made by visuals.py. traits.md then links each trait's latent to its images."""
     report: fields.Path = fields.neither("")
     """Join all results below this folder into one report, without evaluating anything."""
+    plot: fields.Path = fields.neither("")
+    """With --report: also write its chart to this file (.pdf, .svg or .png)."""
     check: bool = fields.neither(False)
     """Print statistics of the labels (with --train-data, also of their join with the activations), without
     evaluating anything."""
