@@ -22,23 +22,11 @@ import torch
 from conftest import as_older
 
 from saev import errors, nn, scorers
-from saev.data import activations, images, ordered
+from saev.data import activations, images, ordered, pictures
 from saev.data import config as data_config
 from saev.formats import shards
 from saev.nn import config as nn_config
-from saev.visuals import (
-    coders,
-    collect,
-    config,
-    heat,
-    kernels,
-    memory,
-    pictures,
-    relations,
-    spool,
-    statistics,
-    write,
-)
+from saev.visuals import coders, collect, config, heat, kernels, memory, relations, spool, statistics, write
 
 ROOT = pathlib.Path(__file__).parent.parent
 N, P, S, K = 11, 16, 6, 3

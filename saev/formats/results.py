@@ -21,6 +21,8 @@ REFERENCES = (CONSTANT, PROBE)
 
 FILES = ("about.json", "summary.csv", "kinds.csv", "resamples.npz", "traits.parquet", "table.md")
 """Files of a results directory that later commands read. Its manifest lists them."""
+FOR_GALLERIES = ("prototypes.parquet", "retrieved.parquet")
+"""Further ones, which older results lack."""
 
 CELL = {"scorer": pl.String, "n_prototypes": pl.Int64, "n_train": pl.Int64}
 """Columns that identify a cell of the grid."""
@@ -45,6 +47,18 @@ TRAITS = (
     | CELL
     | {"draw": pl.Int64, "trait": pl.String, "group": pl.String, "kind": pl.String}
     | {"prototype": pl.Int64, "train_ap": pl.Float64, "test_ap": pl.Float64}
+)
+
+FAVOURITES = (
+    {"scorer_id": pl.String}
+    | CELL
+    | {"prototype": pl.Int64, "rank": pl.Int64, "trait": pl.String, "train_ap": pl.Float64}
+)
+RETRIEVED = (
+    {"scorer_id": pl.String}
+    | CELL
+    | {"trait": pl.String, "prototype": pl.Int64, "rank": pl.Int64, "image": pl.String}
+    | {"score": pl.Float32, "has_trait": pl.Boolean}
 )
 
 

@@ -55,8 +55,14 @@ def write(
     names: list[str],
     cfgs: list[config.ProtoEval],
     about: results.About,
+    more: collections.abc.Mapping[str, pl.DataFrame] | None = None,
 ) -> None:
-    """Writes a results directory, with the manifest last. names: the traits' names."""
+    """Writes a results directory, with the manifest last.
+
+    Args:
+        names: the traits' names.
+        more: file name -> a further Parquet file.
+    """
     configs = [dataclasses.asdict(cfg) | {"scorer_type": type(cfg.scorer).__name__} for cfg in cfgs]
     helpers.write_text(dpath / "config.json", jsonfile.dumps(configs, indent=4))
     provenance.write(dpath)
@@ -69,13 +75,15 @@ def write(
     frame.write_csv(dpath / "kinds.csv", kinds)
     frame.write_csv(dpath / "differences.csv", differences.select(*results.DIFFERENCES))
     frame.write_parquet(dpath / "traits.parquet", traits.select(*results.TRAITS))
+    for name, found in (more or {}).items():
+        frame.write_parquet(dpath / name, found)
     results.write_resamples(dpath / "resamples.npz", rows)
     figures.save(charts.grid(cells, caption(cells, [about])), dpath / "chart.png")
     table = summary_table(cells)
     helpers.write_text(dpath / "table.tex", f"% {describe(about)}\n{tables.latex(table)}")
     text = warning(about) + tables.markdown(table) + _notes(cells, len(names), about)
     helpers.write_text(dpath / "table.md", "\n".join([text, *sections(kinds, differences)]))
-    manifest.write(dpath, results.FILES)
+    manifest.write(dpath, (*results.FILES, *(more or {})))
 
 
 # ---- tables ----

@@ -4,7 +4,21 @@ import logging
 import pathlib
 import shutil
 
-from saev.protoeval import choose, config, fit, gallery, join, labels, measure, opening, report, score
+from saev.formats import results
+from saev.protoeval import (
+    choose,
+    config,
+    examples,
+    fit,
+    gallery,
+    join,
+    labels,
+    measure,
+    opening,
+    report,
+    score,
+    traits,
+)
 from saev.protoeval.experiment import Experiment
 
 logger = logging.getLogger("saev")
@@ -26,12 +40,15 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     fits = join.fit_data(cfgs, acts, sides, cub)
     experiment = Experiment(cfgs, cub, sides, fits)
     shown = gallery.scorer(cfg.gallery, cfgs, experiment.names)
+    if shown:
+        traits.check(experiment)
     out = pathlib.Path(cfg.dump_to) / experiment.id
     with report.once(out) as is_new:
         if is_new:
             _evaluate(experiment, out)
     if shown:
         gallery.link(out, shown, pathlib.Path(cfg.gallery))
+        traits.write(out, shown, experiment)
     return str(out)
 
 
@@ -43,6 +60,11 @@ def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
     chosen, measured = score.score(experiment, banks, partial)
     cells = choose.choose(chosen, banks, cfg)
     rows = measure.measure(cells, chosen, measured, cfg)
-    names = experiment.labels.attribute_names_T
-    report.write(out, rows, names, experiment.cfgs, experiment.about())
+    names, about = experiment.labels.attribute_names_T, experiment.about()
+    found = (
+        examples.favourites(cells, about, names),
+        examples.retrieved(cells, measured, experiment.measured_paths, about, names),
+    )
+    more = dict(zip(results.FOR_GALLERIES, found, strict=True))
+    report.write(out, rows, names, experiment.cfgs, about, more)
     shutil.rmtree(partial, ignore_errors=True)

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Int64, jaxtyped
 
 from saev import devices, errors, helpers
-from saev.data import activations, ordered
-from saev.visuals import coders, config, memory, pictures, spool, statistics, write
+from saev.data import activations, ordered, pictures
+from saev.visuals import coders, config, memory, spool, statistics, write
 
 logger = logging.getLogger("saev")
 

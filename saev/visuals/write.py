@@ -14,9 +14,9 @@ import typing as tp
 import numpy as np
 
 from saev import errors, helpers, provenance
-from saev.data import activations
+from saev.data import activations, pictures
 from saev.formats import jsonfile, scripts
-from saev.visuals import coders, heat, pictures, relations, spool, statistics
+from saev.visuals import coders, heat, relations, spool, statistics
 
 PAGE = pathlib.Path(__file__).parent / "page"
 """index.html, its style and its scripts, the same in every gallery."""
