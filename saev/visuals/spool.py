@@ -158,7 +158,7 @@ def run(coder: coders.Coder, stream: ordered.Ordered, k: int, dpath: pathlib.Pat
     parts += [k] * coder.is_ranked_by_score
     state = _resumed(dpath, helpers.hash_of(parts), coder, acts.n_tokens, k)
     first = sum(state.image_B)
-    todo = ordered.Ordered(acts, stream.block, first)
+    todo = ordered.Ordered(acts, stream.block, [range(first, acts.n_imgs)])
     saved_s = time.monotonic()
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(_fpath(dpath, name).open("ab")) for name in FILES]
