@@ -291,6 +291,15 @@ class Activations:
         first, *others = (part.records for part in self.dirs)
         return [*first, *itertools.chain(*others)] if others else first
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether paths are known. Some dumps of other tools have no list of images."""
+        return all(part.images_fpath.exists() for part in self.dirs)
+
+    def name_of(self, image_i: int) -> str:
+        """An image's path, or its number if paths are unknown, for messages."""
+        return self.records[image_i].path if self.is_listed else f"image {image_i}"
+
     def transform(self) -> dict[str, object]:
         """The description of the image transform. Empty for dumps of other tools.
 
