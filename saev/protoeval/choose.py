@@ -57,7 +57,10 @@ def _cells(
     for first, last in _pieces(bank.ks, size):
         scores_CN = train.of(slice(start + first, start + last))
         for n, same_n in drawn.items():
-            aps = (ap.of_rows(scores_CN[:, rows_n], train.labels_NT[rows_n]) for rows_n in same_n)
+            aps = (
+                ap.of_rows(scores_CN[:, rows_n], train.labels_NT[rows_n], train.known_of(rows_n))
+                for rows_n in same_n
+            )
             best[n] = [better(choice, ap_CT, first) for choice, ap_CT in zip(best[n], aps, strict=True)]
         if last in bank.ks:
             cells += [Cell(bank.name, last, n, choices, start) for n, choices in best.items()]

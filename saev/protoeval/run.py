@@ -21,10 +21,10 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     """
     cfg = cfgs[0]
     acts = opening.open_all(cfgs)
-    cub = labels.load(cfg)
-    sides = join.join(cfg, acts, cub)
-    fits = join.fit_data(cfgs, acts, sides, cub)
-    experiment = Experiment(cfgs, cub, sides, fits)
+    found = labels.load(cfg, {"train": acts.train, "test": acts.test})
+    sides = join.join(cfg, acts, found)
+    fits = join.fit_data(cfgs, acts, sides, found)
+    experiment = Experiment(cfgs, found, sides, fits)
     shown = gallery.scorer(cfg.gallery, cfgs, experiment.names)
     out = pathlib.Path(cfg.dump_to) / experiment.id
     with report.once(out) as is_new:
@@ -44,5 +44,7 @@ def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
     cells = choose.choose(chosen, banks, cfg)
     rows = measure.measure(cells, chosen, measured, cfg)
     names = experiment.labels.attribute_names_T
+    if experiment.labels.is_drawn:
+        report.write_split(out, experiment.labels)
     report.write(out, rows, names, experiment.cfgs, experiment.about())
     shutil.rmtree(partial, ignore_errors=True)
