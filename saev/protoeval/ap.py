@@ -9,6 +9,9 @@ of
 The images of a prototype are visited once, best first. Each adds to the traits that it has, so the cost is a
 radix sort plus the number of labels, not T passes. Images with the lowest score are skipped, because their
 share follows from the others. SAE latents score most images 0, so most are skipped.
+
+An image whose label for a trait is missing counts neither as scored nor as positive for this trait. The same
+pass counts such images per trait.
 """
 
 import beartype
@@ -28,6 +31,7 @@ LANES = 256
 def average_precision(
     scores_NK: Float[np.ndarray, "N K"] | Float[torch.Tensor, "N K"],
     labels_NT: Shaped[np.ndarray, "N T"] | Shaped[torch.Tensor, "N T"],
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> Float64[np.ndarray, "K T"]:
     """AP of every prototype for every trait. NaN for traits without a positive.
 
@@ -36,6 +40,7 @@ def average_precision(
     Args:
         scores_NK: numbers that float64 represents exactly, without NaN.
         labels_NT: booleans, or numbers that are 0 or 1.
+        known_NT: which labels are known; images are left out of the APs of the others. Default: all.
 
     Raises:
         UserError: other values, no images, or different numbers of images.
@@ -51,7 +56,13 @@ def average_precision(
         raise errors.UserError("average_precision: there are no images. Pass at least one.")
     if not ((labels_NT == 0) | (labels_NT == 1)).all():
         raise errors.UserError("average_precision: labels_NT holds other values than 0 and 1. Pass booleans.")
-    return of_rows(scores_NK.T, labels_NT.astype(bool))
+    labels_NT = labels_NT.astype(bool)
+    if known_NT is not None and (known_NT.shape != labels_NT.shape or known_NT.dtype != bool):
+        raise errors.UserError(
+            f"average_precision: known_NT is {known_NT.dtype} {known_NT.shape}. Pass booleans "
+            f"{labels_NT.shape}."
+        )
+    return of_rows(scores_NK.T, labels_NT, known_NT)
 
 
 def _numbers(values: object, name: str, shape: str) -> np.ndarray:
@@ -81,14 +92,17 @@ def _numbers(values: object, name: str, shape: str) -> np.ndarray:
 
 @jaxtyped(typechecker=beartype.beartype)
 def of_rows(
-    scores_KN: Float[np.ndarray, "K N"], labels_NT: Bool[np.ndarray, "N T"]
+    scores_KN: Float[np.ndarray, "K N"],
+    labels_NT: Bool[np.ndarray, "N T"],
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> Float64[np.ndarray, "K T"]:
     """`average_precision` for scores stored prototype by prototype."""
     n_K, n_N = scores_KN.shape
-    image_n, trait_n = np.nonzero(labels_NT)
-    # image i has the traits trait_n[start_N1[i] : start_N1[i + 1]]
-    start_N1 = np.concatenate([[0], np.cumsum(np.bincount(image_n, minlength=n_N))])
-    trait_n, n_positive_T = trait_n.astype(np.int32), labels_NT.sum(axis=0)
+    n_known_T, unknown = np.full(labels_NT.shape[1], n_N), None
+    if known_NT is not None and not known_NT.all():
+        labels_NT = labels_NT & known_NT
+        n_known_T, unknown = known_NT.sum(axis=0), _by_image(~known_NT)
+    has, n_positive_T = _by_image(labels_NT), labels_NT.sum(axis=0)
     ap_KT = np.empty((n_K, labels_NT.shape[1]))
     size = max(1, BLOCK_BYTES // (8 * max(1, n_N)))
     for first in range(0, n_K, size):
@@ -96,22 +110,31 @@ def of_rows(
         out_CT = ap_KT[first : first + size]
 
         def kernel(start: int, end: int, bits_CN=bits_CN, out_CT=out_CT) -> None:
-            _matrix(bits_CN, start_N1, trait_n, n_positive_T, start, end, out_CT)
+            _matrix(bits_CN, has, unknown, n_positive_T, n_known_T, start, end, out_CT)
 
         compiled.in_threads(kernel, len(bits_CN))
     return ap_KT
 
 
+def _by_image(is_set_NT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(start_N1, trait_n): the traits of image i are trait_n[start_N1[i] : start_N1[i + 1]]."""
+    image_n, trait_n = np.nonzero(is_set_NT)
+    start_N1 = np.concatenate([[0], np.cumsum(np.bincount(image_n, minlength=len(is_set_NT)))])
+    return start_N1, trait_n.astype(np.int32)
+
+
 @jaxtyped(typechecker=beartype.beartype)
 def paired(
-    scores_TN: Float[np.ndarray, "T N"], labels_NT: Bool[np.ndarray, "N T"]
+    scores_TN: Float[np.ndarray, "T N"],
+    labels_NT: Bool[np.ndarray, "N T"],
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> Float64[np.ndarray, " T"]:
     """AP of row t of the scores for trait t. NaN for traits without a positive.
 
     Raises:
         UserError: NaN among the scores.
     """
-    return resampled(scores_TN, labels_NT, np.ones((1, len(labels_NT)), np.uint8))[:, 0]
+    return resampled(scores_TN, labels_NT, np.ones((1, len(labels_NT)), np.uint8), known_NT)[:, 0]
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -119,6 +142,7 @@ def resampled(
     scores_TN: Float[np.ndarray, "T N"],
     labels_NT: Bool[np.ndarray, "N T"],
     times_MN: UInt8[np.ndarray, "M N"],
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> Float64[np.ndarray, "T M"]:
     """`paired` on M resamples, in which each image counts `times_MN` times. NaN if no positive was drawn.
 
@@ -126,13 +150,14 @@ def resampled(
         UserError: NaN among the scores.
     """
     bits_TN, labels_TN = _sortable(scores_TN, 0), np.ascontiguousarray(labels_NT.T)
+    known_TN = None if known_NT is None or known_NT.all() else np.ascontiguousarray(known_NT.T)
     n_M = len(times_MN)
     padded_MN = np.pad(times_MN, ((0, -n_M % LANES), (0, 0)))
     times_GNL = np.ascontiguousarray(padded_MN.reshape(-1, LANES, padded_MN.shape[1]).transpose(0, 2, 1))
     ap_TGL = np.empty((len(labels_TN), len(times_GNL), LANES))
 
     def kernel(start: int, end: int) -> None:
-        _resampled(bits_TN, labels_TN, times_GNL, start, end, ap_TGL)
+        _resampled(bits_TN, labels_TN, known_TN, times_GNL, start, end, ap_TGL)
 
     compiled.in_threads(kernel, len(labels_TN))
     return ap_TGL.reshape(len(labels_TN), -1)[:, :n_M]
@@ -203,27 +228,36 @@ def _sort(bits_N, key_2N, place_2N, count_Q):
 
 
 @compiled.jit
-def _matrix(bits_CN, start_N1, trait_n, n_positive_T, first, last, ap_CT):
-    """Rows first to last of the AP matrix."""
+def _matrix(bits_CN, has, unknown, n_positive_T, n_known_T, first, last, ap_CT):
+    """Rows first to last of the AP matrix. unknown: as `has`, or None, which leaves its code out."""
     n_N, n_T = bits_CN.shape[1], len(n_positive_T)
     key_2N, place_2N = np.empty((2, n_N), bits_CN.dtype), np.empty((2, n_N), np.int32)
     count_Q = np.empty(2048, np.int64)
     found_T, sum_T = np.empty(n_T, np.int64), np.empty(n_T)
+    unknown_T = np.zeros(n_T, np.int64)
+    start_N1, trait_n = has
     for c in range(first, last):
         n = _sort(bits_CN[c], key_2N, place_2N, count_Q)
         found_T[:] = 0
         sum_T[:] = 0.0
+        unknown_T[:] = 0
         start = 0
         while start < n:
             end = start + 1
             while end < n and key_2N[0, end] == key_2N[0, start]:
                 end += 1
+            if unknown is not None:
+                for place in place_2N[0, start:end]:
+                    for i in range(unknown[0][place], unknown[0][place + 1]):
+                        unknown_T[unknown[1][i]] += 1
             share = 1.0 / end
             if end == start + 1:
                 image = place_2N[0, start]
                 for i in range(start_N1[image], start_N1[image + 1]):
                     t = trait_n[i]
                     found_T[t] += 1
+                    if unknown is not None:
+                        share = 1.0 / (end - unknown_T[t])
                     sum_T[t] += found_T[t] * share
             else:
                 for place in place_2N[0, start:end]:
@@ -231,17 +265,20 @@ def _matrix(bits_CN, start_N1, trait_n, n_positive_T, first, last, ap_CT):
                         found_T[trait_n[i]] += 1
                 for place in place_2N[0, start:end]:
                     for i in range(start_N1[place], start_N1[place + 1]):
-                        sum_T[trait_n[i]] += found_T[trait_n[i]] * share
+                        t = trait_n[i]
+                        if unknown is not None:
+                            share = 1.0 / (end - unknown_T[t])
+                        sum_T[t] += found_T[t] * share
             start = end
         for t in range(n_T):
             p = n_positive_T[t]
-            rest = (p - found_T[t]) * p / n_N
+            rest = (p - found_T[t]) * p / n_known_T[t] if p else 0.0
             ap_CT[c, t] = (sum_T[t] + rest) / p if p else np.nan
 
 
 @compiled.jit
-def _resampled(bits_TN, labels_TN, times_GNL, first, last, ap_TGL):
-    """Traits first to last of `resampled`."""
+def _resampled(bits_TN, labels_TN, known_TN, times_GNL, first, last, ap_TGL):
+    """Traits first to last of `resampled`. known_TN: None leaves its code out."""
     n_G, n_N, n_L = times_GNL.shape
     key_2N, place_2N = np.empty((2, n_N), bits_TN.dtype), np.empty((2, n_N), np.int32)
     count_Q = np.empty(2048, np.int64)
@@ -254,6 +291,8 @@ def _resampled(bits_TN, labels_TN, times_GNL, first, last, ap_TGL):
                 values_L[:] = 0
             sum_L[:] = 0.0
             for i in range(n_N):
+                if known_TN is not None and not known_TN[t, i]:
+                    continue
                 times_L = times_GNL[g, i]
                 for m in range(n_L):
                     total_L[m] += times_L[m]
@@ -265,14 +304,17 @@ def _resampled(bits_TN, labels_TN, times_GNL, first, last, ap_TGL):
                 end, is_any = start, False
                 tied_L[:] = 0
                 while end < n and key_2N[0, end] == key_2N[0, start]:
-                    times_L = times_GNL[g, place_2N[0, end]]
+                    image = place_2N[0, end]
+                    end += 1
+                    if known_TN is not None and not known_TN[t, image]:
+                        continue
+                    times_L = times_GNL[g, image]
                     for m in range(n_L):
                         all_L[m] += times_L[m]
-                    if labels_TN[t, place_2N[0, end]]:
+                    if labels_TN[t, image]:
                         is_any = True
                         for m in range(n_L):
                             tied_L[m] += times_L[m]
-                    end += 1
                 if is_any:
                     for m in range(n_L):
                         found_L[m] += tied_L[m]

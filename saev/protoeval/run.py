@@ -35,10 +35,10 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     """
     cfg = cfgs[0]
     acts = opening.open_all(cfgs)
-    cub = labels.load(cfg)
-    sides = join.join(cfg, acts, cub)
-    fits = join.fit_data(cfgs, acts, sides, cub)
-    experiment = Experiment(cfgs, cub, sides, fits)
+    found = labels.load(cfg, {"train": acts.train, "test": acts.test})
+    sides = join.join(cfg, acts, found)
+    fits = join.fit_data(cfgs, acts, sides, found)
+    experiment = Experiment(cfgs, found, sides, fits)
     shown = gallery.scorer(cfg.gallery, cfgs, experiment.names)
     if shown:
         traits.check(experiment)
@@ -66,5 +66,7 @@ def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
         examples.retrieved(cells, measured, experiment.measured_paths, about, names),
     )
     more = dict(zip(results.FOR_GALLERIES, found, strict=True))
+    if experiment.labels.is_drawn:
+        report.write_split(out, experiment.labels)
     report.write(out, rows, names, experiment.cfgs, about, more)
     shutil.rmtree(partial, ignore_errors=True)
