@@ -63,8 +63,8 @@ class Sums:
     """What the fits need to know of all codes, added block by block."""
 
     bin_KJ6: Float64[np.ndarray, "K J 6"]
-    """Each bin's number of codes, and the sums of d^i / i! for i = 1, ..., 5, with a code's distance d from the
-    bin's middle."""
+    """Each bin's number of codes, and the sums of d^i / i! for i = 1, ..., 5. d is the distance from the bin's
+    middle."""
     top_K: Int64[np.ndarray, " K"]
     """The power of 2 of the largest distance from the centre."""
     range_K3: Float64[np.ndarray, "K 3"]
@@ -245,7 +245,7 @@ def _add(code_n, class_n, bin_J6, top, range_3, total_C, positive_C):
             j = 1 + octave * SUB_BINS + ((bits >> 47) & 31)
             if distance < 0:
                 j += SIDE
-            distance -= _middle(j, top)
+            distance -= np.int64((bits >> 47 << 47) | (1 << 46)).view(np.float64)  # the bin's middle
         square = distance * distance
         bin_J6[j, 0] += 1
         bin_J6[j, 1] += distance
