@@ -89,7 +89,7 @@ def binned(value_n: np.ndarray, block: int) -> logistic.Sums:
     sums = logistic.Sums.empty(1, 2)
     for at in range(0, len(value_n), block):
         part_n = value_n[at : at + block]
-        sums.add(part_n[None], np.zeros(len(part_n), np.int32))
+        sums.add(part_n[None], np.zeros((len(part_n), 1), np.int32))
     return sums
 
 
@@ -124,12 +124,26 @@ def test_blocks_of_any_size_give_the_same_fits(kind: str) -> None:
     for block in (37, 5_000):
         sums = logistic.Sums.empty(codes_NK.shape[1], 3)
         for at in range(0, 5_000, block):
-            sums.add(np.ascontiguousarray(codes_NK[at : at + block].T), class_N[at : at + block])
+            sums.add(np.ascontiguousarray(codes_NK[at : at + block].T), class_N[at : at + block, None])
         got = sums.fit()
         np.testing.assert_allclose(got.loss_KC, want.loss_KC, atol=1e-7)
         np.testing.assert_allclose(got.w_KC, want.w_KC, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(got.b_KC, want.b_KC, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(got.bias_loss_C, want.bias_loss_C)
+
+
+def test_patches_with_two_labels() -> None:
+    """Each set of labels has the fits that it has alone."""
+    rng = np.random.default_rng(2)
+    class_NL = np.stack([rng.integers(0, 2, 800), rng.integers(2, 5, 800)], 1).astype(np.int32)
+    codes_NK = draw("sparse", 800, rng, class_NL[:, 0]).astype(np.float32)
+    sums = logistic.Sums.empty(codes_NK.shape[1], 5, 2)
+    sums.add(np.ascontiguousarray(codes_NK.T), class_NL)
+    got, alone = sums.fit(), [logistic.fit_each_latent(codes_NK, class_NL[:, i], 5) for i in range(2)]
+    for name in ("w_KC", "b_KC", "loss_KC"):
+        want = np.where(np.arange(5) < 2, *(getattr(fits, name) for fits in alone))
+        np.testing.assert_allclose(getattr(got, name), want, rtol=1e-6)
+    np.testing.assert_allclose(got.bias_loss_C, np.where(np.arange(5) < 2, *(f.bias_loss_C for f in alone)))
 
 
 def test_bad_input_is_refused() -> None:

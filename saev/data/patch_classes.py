@@ -31,14 +31,14 @@ def read(streams: collections.abc.Sequence["activations.Activations"], name: str
         name: of the labels, if they have one (`patchlabels`).
 
     Raises:
-        UserError: a directory has no such labels, they are damaged or of another dump, or no patches are read.
+        UserError: a directory has no such labels, they are damaged or of another dump, or only [CLS] is read.
     """
     number: dict[str, int] = {}
     out = []
     for acts in streams:
         if acts.first_patch + acts.n_tokens <= 0:
             raise errors.UserError(
-                f"{acts.flag}.patches cls: [CLS] is no patch and has no label. Pass {acts.flag}.patches image."
+                f"{acts.flag}.patches cls: [CLS] has no patch label. Pass {acts.flag}.patches image."
             )
         class_NP = np.concatenate([_of_directory(part, name, number) for part in acts.dirs])
         n_lead = max(0, -acts.first_patch)

@@ -63,7 +63,7 @@ class Sums:
     """What the fits need to know of all codes, added block by block."""
 
     bin_KJ6: Float64[np.ndarray, "K J 6"]
-    """Each bin's number of codes, and the sums of d^i / i! for i = 1, ..., 5. d is the distance from the bin's
+    """Each bin's number of codes, and their sums of d^i / i! for i = 1, ..., 5. d is the code minus the bin's
     middle."""
     top_K: Int64[np.ndarray, " K"]
     """The power of 2 of the largest distance from the centre."""
@@ -75,9 +75,11 @@ class Sums:
     """Patches of a class whose code is not the centre."""
     n_C: Int64[np.ndarray, " C"]
     """Patches of each class."""
+    n_labels: int
+    """Classes of each patch."""
 
     @staticmethod
-    def empty(n_latents: int, n_classes: int) -> "Sums":
+    def empty(n_latents: int, n_classes: int, n_labels: int = 1) -> "Sums":
         K, C = n_latents, n_classes
         range_K3 = np.tile([np.nan, np.inf, -np.inf], (K, 1))
         return Sums(
@@ -87,6 +89,7 @@ class Sums:
             np.zeros((K, C)),
             np.zeros((K, C)),
             np.zeros(C, np.int64),
+            n_labels,
         )
 
     @staticmethod
@@ -94,14 +97,14 @@ class Sums:
         """Bytes per latent."""
         return 8 * (6 * N_BINS + 1 + 3 + 2 * n_classes)
 
-    def add(self, code_KR: Float[np.ndarray, "K R"], class_R: Int32[np.ndarray, " R"]) -> None:
-        """Adds the codes of some patches. Those of a negative class are left out."""
-        self.n_C[:] += np.bincount(class_R[class_R >= 0], minlength=len(self.n_C))
+    def add(self, code_KR: Float[np.ndarray, "K R"], class_RL: Int32[np.ndarray, "R L"]) -> None:
+        """Adds the codes of some patches, each of `n_labels` different classes, or of none (negative)."""
+        self.n_C[:] += np.bincount(class_RL[class_RL >= 0], minlength=len(self.n_C))
 
         def some(first: int, last: int) -> None:
             _add_rows(
                 code_KR[first:last],
-                class_R,
+                class_RL,
                 self.bin_KJ6[first:last],
                 self.top_K[first:last],
                 self.range_K3[first:last],
@@ -118,20 +121,21 @@ class Sums:
             c_reg: inverse strength of the penalty on w, as scikit-learn's C.
         """
         w_KC, b_KC, loss_KC = (np.full(self.total_KC.shape, np.nan) for _ in range(3))
+        n_all = int(self.n_C.sum()) // self.n_labels
 
         def each(part: range) -> None:
             for k in part:
                 state = (self.bin_KJ6[k], self.top_K[k], self.range_K3[k], self.total_KC[k])
                 out = (w_KC[k], b_KC[k], loss_KC[k])
-                _fit_latent(*state, self.positive_KC[k], self.n_C, 1 / c_reg, *out)
+                _fit_latent(*state, self.positive_KC[k], self.n_C, n_all, 1 / c_reg, *out)
 
         K = len(w_KC)  # small parts, because latents differ in their numbers of bins
         compiled.each_in_threads(each, [range(at, min(at + 16, K)) for at in range(0, K, 16)])
-        return Fits(w_KC, b_KC, loss_KC, _bias_loss(self.n_C))
+        return Fits(w_KC, b_KC, loss_KC, _bias_loss(self.n_C, n_all))
 
 
-def _bias_loss(n_C: Int64[np.ndarray, " C"]) -> Float64[np.ndarray, " C"]:
-    share_C = n_C / max(1, n_C.sum())
+def _bias_loss(n_C: Int64[np.ndarray, " C"], n_all: int) -> Float64[np.ndarray, " C"]:
+    share_C = n_C / max(1, n_all)
     with np.errstate(divide="ignore", invalid="ignore"):
         return -(share_C * np.log(share_C) + (1 - share_C) * np.log1p(-share_C))
 
@@ -194,26 +198,27 @@ def _fit_columns(
             _fit_column(row_n[codes], code_n[codes], class_N, n_C, ridge, w_KC[k], b_KC[k], loss_KC[k])
 
     compiled.each_in_threads(each, [range(at, min(at + 16, K)) for at in range(0, K, 16)])
-    return Fits(w_KC, b_KC, loss_KC, _bias_loss(n_C))
+    return Fits(w_KC, b_KC, loss_KC, _bias_loss(n_C, int(n_C.sum())))
 
 
 # ---- bins ----
 
 
 @jit
-def _add_rows(code_KR, class_R, bin_KJ6, top_K, range_K3, total_KC, positive_KC):
+def _add_rows(code_KR, class_RL, bin_KJ6, top_K, range_K3, total_KC, positive_KC):
     for k in range(len(code_KR)):
         if np.isnan(range_K3[k, 0]):
-            range_K3[k, 0] = _centre(code_KR[k], class_R)
-        top_K[k] = _add(code_KR[k], class_R, bin_KJ6[k], top_K[k], range_K3[k], total_KC[k], positive_KC[k])
+            range_K3[k, 0] = _centre(code_KR[k], class_RL)
+        sums = bin_KJ6[k], top_K[k], range_K3[k], total_KC[k], positive_KC[k]
+        top_K[k] = _add(code_KR[k], class_RL, *sums)
 
 
 @jit
-def _centre(code_R, class_R):
+def _centre(code_R, class_RL):
     """The mean code; 0 if some code is 0, as those of sparse latents are. NaN without a labelled patch."""
     total, n = 0.0, 0
     for i in range(len(code_R)):
-        if class_R[i] >= 0:
+        if class_RL[i, 0] >= 0:
             if code_R[i] == 0:
                 return 0.0
             total += code_R[i]
@@ -222,17 +227,17 @@ def _centre(code_R, class_R):
 
 
 @jit
-def _add(code_n, class_n, bin_J6, top, range_3, total_C, positive_C):
+def _add(code_n, class_nL, bin_J6, top, range_3, total_C, positive_C):
     """Adds codes of one latent. Returns its `top`."""
     for i in range(len(code_n)):
-        c = class_n[i]
-        if c < 0:
+        if class_nL[i, 0] < 0:
             continue
         distance = np.float64(code_n[i]) - range_3[0]
         if distance == 0:
             continue
-        total_C[c] += distance
-        positive_C[c] += 1
+        for c in class_nL[i]:
+            total_C[c] += distance
+            positive_C[c] += 1
         range_3[1] = min(range_3[1], distance)
         range_3[2] = max(range_3[2], distance)
         bits = np.float64(distance).view(np.int64)
@@ -316,23 +321,23 @@ def _nodes(bin_J6, top, scale):
 @jit
 def _fit_column(row_n, code_n, class_N, n_C, ridge, w_C, b_C, loss_C):
     """Fits all classes on one latent, given the codes that are not 0."""
-    class_n = class_N[row_n]
+    class_nL = class_N[row_n].reshape(-1, 1)
     for i in range(len(code_n)):
         if code_n[i] == 0:
-            class_n[i] = -1
-    n_coded = (class_n >= 0).sum()
+            class_nL[i] = -1
+    n_all, n_coded = n_C.sum(), (class_nL >= 0).sum()
     range_3 = np.array([0.0, np.inf, -np.inf])
-    if 0 < n_coded == n_C.sum():
-        range_3[0] = _centre(code_n, class_n)
+    if 0 < n_coded == n_all:
+        range_3[0] = _centre(code_n, class_nL)
     bin_J6, total_C, positive_C = np.zeros((N_BINS, 6)), np.zeros(len(n_C)), np.zeros(len(n_C))
-    top = _add(code_n, class_n, bin_J6, NO_TOP, range_3, total_C, positive_C)
-    _fit_latent(bin_J6, top, range_3, total_C, positive_C, n_C, ridge, w_C, b_C, loss_C)
+    top = _add(code_n, class_nL, bin_J6, NO_TOP, range_3, total_C, positive_C)
+    _fit_latent(bin_J6, top, range_3, total_C, positive_C, n_C, n_all, ridge, w_C, b_C, loss_C)
 
 
 @jit
-def _fit_latent(bin_J6, top, range_3, total_C, positive_C, n_C, ridge, w_C, b_C, loss_C):
+def _fit_latent(bin_J6, top, range_3, total_C, positive_C, n_C, n_all, ridge, w_C, b_C, loss_C):
     """Fits all classes on one latent."""
-    n_all, n_coded = n_C.sum(), np.int64(bin_J6[:, 0].sum())
+    n_coded = np.int64(bin_J6[:, 0].sum())
     centre, low, high = range_3
     if n_coded == 0:
         low = high = 0.0

@@ -10,7 +10,7 @@ import polars as pl
 
 from saev import helpers, provenance
 from saev.formats import jsonfile, manifest, results
-from saev.protoeval import config, stats
+from saev.protoeval import config, patch_report, stats
 from saev.report import charts, frame, tables
 from saev.scorers import config as scorers_config
 
@@ -30,8 +30,11 @@ PROBE_NOTE = (
 
 
 @contextlib.contextmanager
-def once(out: pathlib.Path) -> collections.abc.Generator[bool]:
+def once(out: pathlib.Path, has_patches: bool = False) -> collections.abc.Generator[bool]:
     """Yields whether a results directory must still be written. Inside, no other process writes it.
+
+    Args:
+        has_patches: whether it holds a patch table as well.
 
     Raises:
         UserError: it was written, but a file is damaged.
@@ -42,7 +45,7 @@ def once(out: pathlib.Path) -> collections.abc.Generator[bool]:
         with helpers.locked(out.with_name(f".{out.name}.lock"), f"it evaluates {out}"):
             yield not (out / manifest.NAME).exists()
     else:
-        manifest.read(out, results.FILES, AGAIN)
+        manifest.read(out, results.FILES + results.PATCH_FILES * has_patches, AGAIN)
         logger.info("%s: already evaluated", out)
         yield False
 
@@ -53,6 +56,7 @@ def write(
     names: list[str],
     cfgs: list[config.ProtoEval],
     about: results.About,
+    patches: results.PatchTable | None = None,
 ) -> None:
     """Writes a results directory, with the manifest last. names: the traits' names."""
     configs = [dataclasses.asdict(cfg) | {"scorer_type": type(cfg.scorer).__name__} for cfg in cfgs]
@@ -73,7 +77,9 @@ def write(
     helpers.write_text(dpath / "table.tex", f"% {describe(about)}\n{tables.latex(table)}")
     text = warning(about) + tables.markdown(table) + _notes(cells, len(names), about)
     helpers.write_text(dpath / "table.md", "\n".join([text, *sections(kinds, differences)]))
-    manifest.write(dpath, results.FILES)
+    if patches:
+        patch_report.write(dpath, patches, about)
+    manifest.write(dpath, results.FILES + results.PATCH_FILES * bool(patches))
 
 
 # ---- tables ----

@@ -4,7 +4,20 @@ import logging
 import pathlib
 import shutil
 
-from saev.protoeval import choose, config, fit, gallery, join, labels, measure, opening, report, score
+from saev.protoeval import (
+    choose,
+    config,
+    fit,
+    gallery,
+    join,
+    labels,
+    measure,
+    opening,
+    patch_join,
+    patch_table,
+    report,
+    score,
+)
 from saev.protoeval.experiment import Experiment
 
 logger = logging.getLogger("saev")
@@ -24,10 +37,10 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     cub = labels.load(cfg)
     sides = join.join(cfg, acts, cub)
     fits = join.fit_data(cfgs, acts, sides, cub)
-    experiment = Experiment(cfgs, cub, sides, fits)
+    experiment = Experiment(cfgs, cub, sides, fits, patch_join.load(cfg, sides))
     shown = gallery.scorer(cfg.gallery, cfgs, experiment.names)
     out = pathlib.Path(cfg.dump_to) / experiment.id
-    with report.once(out) as is_new:
+    with report.once(out, bool(cfg.patch_labels)) as is_new:
         if is_new:
             _evaluate(experiment, out)
     if shown:
@@ -43,6 +56,7 @@ def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
     chosen, measured = score.score(experiment, banks, partial)
     cells = choose.choose(chosen, banks, cfg)
     rows = measure.measure(cells, chosen, measured, cfg)
-    names = experiment.labels.attribute_names_T
-    report.write(out, rows, names, experiment.cfgs, experiment.about())
+    names, labels = experiment.labels.attribute_names_T, experiment.patches
+    patches = patch_table.evaluate(experiment, banks, labels, partial / "patches") if labels else None
+    report.write(out, rows, names, experiment.cfgs, experiment.about(), patches)
     shutil.rmtree(partial, ignore_errors=True)
