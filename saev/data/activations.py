@@ -149,7 +149,8 @@ class Activations:
         self.cfg = cfg
         self.flag = flag
         self.root = cfg.shard_root
-        roots = [staging.local(root, cfg.partial, flag) for root in (cfg.shard_root, *cfg.more_roots)]
+        self.roots = (cfg.shard_root, *cfg.more_roots)
+        roots = [staging.local(root, cfg.partial, flag) for root in self.roots]
         is_open = {(part.dpath, acts.cfg.partial): part for acts in among for part in acts.dirs}
         self.dirs = [
             is_open.get((fields.path(root), cfg.partial))

@@ -78,6 +78,12 @@ def local(root: str, partial: bool = False, flag: str = "--data") -> str:
 
 
 @beartype.beartype
+def original(copy: shards.ShardDir) -> shards.ShardDir:
+    """The directory that was copied, where files may have been added since. Itself if it is no copy."""
+    return _sources.get(copy.dpath, copy)
+
+
+@beartype.beartype
 def renew(copy: shards.ShardDir, shard_i: int, is_right: collections.abc.Callable[[], bool]) -> bool:
     """Copies a damaged shard again, unless another thread or process has done so.
 

@@ -38,4 +38,6 @@ def main() -> None:
 
 
 def _show(dpath: str) -> None:
-    console.say(f"{(pathlib.Path(dpath) / 'table.md').read_text('utf-8')}\n{dpath}")
+    fpaths = (pathlib.Path(dpath) / name for name in ("table.md", "patches.md"))
+    texts = [fpath.read_text("utf-8") for fpath in fpaths if fpath.exists()]
+    console.say("\n".join([*texts, dpath]))

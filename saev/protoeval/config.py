@@ -55,6 +55,9 @@ class ProtoEval:
     GB + this + the prototypes + a memory-mapped file of all scores. The total is logged at the start."""
     gallery: fields.Path = fields.neither("")
     """The SAE's gallery, made by visuals.py. traits.md then links each trait's latent to its images."""
+    patch_labels: fields.Path = fields.shared("")  # their content decides
+    """labels.bin of `python -m saev.labels`, or only its name if several shard directories have one. Writes
+    the patch table as well: which prototype says best where each class of patches is."""
     report: fields.Path = fields.neither("")
     """Join all results below this folder into one report, without evaluating anything."""
     plot: fields.Path = fields.neither("")

@@ -14,13 +14,16 @@ from saev import devices, errors, fields, helpers, scorers
 from saev.data import activations
 from saev.data.traits import base
 from saev.formats import results
-from saev.protoeval import check, config, join, labels, memory
+from saev.protoeval import check, config, join, labels, memory, patch_join
 from saev.scorers import config as scorers_config
 
 logger = logging.getLogger("saev")
 
 REVISION = 5
 """Raise it when the same activations, labels and config may give other numbers."""
+
+PATCH_REVISION = 1
+"""The same for the patch table."""
 
 
 @beartype.beartype
@@ -32,6 +35,8 @@ class Experiment:
     sides: join.Sides
     fits: list[join.Fit]
     """The activations that each scorer is fitted on."""
+    patches: patch_join.Labels | None = None
+    """Labels of patches, if there are any."""
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -44,6 +49,8 @@ class Experiment:
         for cfg, fit in zip(self.cfgs, self.fits, strict=True):
             parts += [fields.identity(cfg), *_content(cfg, fit).values(), _run_name(cfg)]
             parts += self._activations
+        if self.patches:
+            parts += [PATCH_REVISION, self.patches.fingerprint]
         return helpers.hash_of(parts)[:12]
 
     @property

@@ -12,7 +12,7 @@ import polars as pl
 from saev import helpers, provenance
 from saev.data.traits import base
 from saev.formats import jsonfile, manifest, results
-from saev.protoeval import config, stats
+from saev.protoeval import config, patch_report, stats
 from saev.report import charts, figures, frame, tables
 from saev.scorers import config as scorers_config
 
@@ -34,8 +34,11 @@ PROBE_NOTE = (
 
 
 @contextlib.contextmanager
-def once(out: pathlib.Path) -> collections.abc.Generator[bool]:
+def once(out: pathlib.Path, has_patches: bool = False) -> collections.abc.Generator[bool]:
     """Yields whether a results directory must still be written. Inside, no other process writes it.
+
+    Args:
+        has_patches: whether it holds a patch table as well.
 
     Raises:
         UserError: it was written, but a file is damaged.
@@ -46,7 +49,7 @@ def once(out: pathlib.Path) -> collections.abc.Generator[bool]:
         with helpers.locked(out.with_name(f".{out.name}.lock"), f"it evaluates {out}"):
             yield not (out / manifest.NAME).exists()
     else:
-        manifest.read(out, results.FILES, AGAIN)
+        manifest.read(out, results.FILES + results.PATCH_FILES * has_patches, AGAIN)
         logger.info("%s: already evaluated", out)
         yield False
 
@@ -58,6 +61,7 @@ def write(
     cfgs: list[config.ProtoEval],
     about: results.About,
     more: collections.abc.Mapping[str, pl.DataFrame] | None = None,
+    patches: results.PatchTable | None = None,
 ) -> None:
     """Writes a results directory, with the manifest last.
 
@@ -89,7 +93,9 @@ def write(
     helpers.write_text(dpath / "table.tex", f"% {describe(about)}\n{tables.latex(table)}")
     text = warning(about) + tables.markdown(table) + _notes(cells, len(names), about)
     helpers.write_text(dpath / "table.md", "\n".join([text, *sections(kinds, differences)]))
-    manifest.write(dpath, (*results.FILES, *(more or {})))
+    if patches:
+        patch_report.write(dpath, patches, about)
+    manifest.write(dpath, (*results.FILES, *(more or {}), *results.PATCH_FILES * bool(patches)))
 
 
 def write_split(dpath: pathlib.Path, labels: base.Traits) -> None:

@@ -15,6 +15,8 @@ from saev.protoeval import (
     labels,
     measure,
     opening,
+    patch_join,
+    patch_table,
     report,
     score,
     traits,
@@ -38,12 +40,12 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     found = labels.load(cfg, {"train": acts.train, "test": acts.test})
     sides = join.join(cfg, acts, found)
     fits = join.fit_data(cfgs, acts, sides, found)
-    experiment = Experiment(cfgs, found, sides, fits)
+    experiment = Experiment(cfgs, found, sides, fits, patch_join.load(cfg, sides))
     shown = gallery.scorer(cfg.gallery, cfgs, experiment.names)
     if shown:
         traits.check(experiment)
     out = pathlib.Path(cfg.dump_to) / experiment.id
-    with report.once(out) as is_new:
+    with report.once(out, bool(cfg.patch_labels)) as is_new:
         if is_new:
             _evaluate(experiment, out)
     if shown:
@@ -60,6 +62,10 @@ def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
     chosen, measured = score.score(experiment, banks, partial)
     cells = choose.choose(chosen, banks, cfg)
     rows = measure.measure(cells, chosen, measured, cfg)
+    patch_labels = experiment.patches
+    patches = (
+        patch_table.evaluate(experiment, banks, patch_labels, partial / "patches") if patch_labels else None
+    )
     names, about = experiment.labels.attribute_names_T, experiment.about()
     found = (
         examples.favourites(cells, about, names),
@@ -68,5 +74,5 @@ def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
     more = dict(zip(results.FOR_GALLERIES, found, strict=True))
     if experiment.labels.is_drawn:
         report.write_split(out, experiment.labels)
-    report.write(out, rows, names, experiment.cfgs, about, more)
+    report.write(out, rows, names, experiment.cfgs, about, more, patches)
     shutil.rmtree(partial, ignore_errors=True)
