@@ -2,7 +2,7 @@
 
 import pathlib
 
-from saev import console, launch, sweeps
+from saev import console, errors, launch, sweeps
 from saev.protoeval import config
 
 
@@ -14,8 +14,13 @@ def main() -> None:
         return console.show(cfgs, sweeps.group(cfgs) if cfg.slurm.is_on else ())
     if cfg.report:
         from saev.protoeval import merge  # draws charts, which --help need not wait for
+        from saev.report import figures
 
-        return _show(str(merge.write(pathlib.Path(cfg.report))))
+        if cfg.plot:
+            figures.check(cfg.plot, "--plot")
+        return _show(str(merge.write(pathlib.Path(cfg.report), cfg.plot)))
+    if cfg.plot:
+        raise errors.UserError(f"--plot {cfg.plot}: only with --report. A result's chart is its chart.png.")
     if cfg.check:
         from saev.protoeval import labels
 

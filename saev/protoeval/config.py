@@ -57,6 +57,8 @@ class ProtoEval:
     the patch table as well: which prototype says best where each class of patches is."""
     report: fields.Path = fields.neither("")
     """Join all results below this folder into one report, without evaluating anything."""
+    plot: fields.Path = fields.neither("")
+    """With --report: also write its chart to this file (.pdf, .svg or .png)."""
     check: bool = fields.neither(False)
     """Print statistics of the labels (with --train-data, also of their join with the activations), without
     evaluating anything."""

@@ -72,6 +72,11 @@ class Experiment:
             return hashed
         return helpers.hash_of([hashed, cfg.no_positives, cfg.swap_splits, left_out])
 
+    @property
+    def measured_paths(self) -> list[str]:
+        """The paths of the images that are measured on, in the order of images.txt."""
+        return [self.labels.paths_N[row] for row in sorted(self.sides.measured.row_of.values())]
+
     def about(self) -> results.About:
         cfg, (chosen, measured) = self.cfgs[0], self.sides
         seen_T = self.labels.labels_NT[list(measured.row_of.values())].any(axis=0)

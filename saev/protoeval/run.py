@@ -4,9 +4,11 @@ import logging
 import pathlib
 import shutil
 
+from saev.formats import results
 from saev.protoeval import (
     choose,
     config,
+    examples,
     fit,
     gallery,
     join,
@@ -17,6 +19,7 @@ from saev.protoeval import (
     patch_table,
     report,
     score,
+    traits,
 )
 from saev.protoeval.experiment import Experiment
 
@@ -39,12 +42,15 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     fits = join.fit_data(cfgs, acts, sides, cub)
     experiment = Experiment(cfgs, cub, sides, fits, patch_join.load(cfg, sides))
     shown = gallery.scorer(cfg.gallery, cfgs, experiment.names)
+    if shown:
+        traits.check(experiment)
     out = pathlib.Path(cfg.dump_to) / experiment.id
     with report.once(out, bool(cfg.patch_labels)) as is_new:
         if is_new:
             _evaluate(experiment, out)
     if shown:
         gallery.link(out, shown, pathlib.Path(cfg.gallery))
+        traits.write(out, shown, experiment)
     return str(out)
 
 
@@ -56,7 +62,12 @@ def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
     chosen, measured = score.score(experiment, banks, partial)
     cells = choose.choose(chosen, banks, cfg)
     rows = measure.measure(cells, chosen, measured, cfg)
-    names, labels = experiment.labels.attribute_names_T, experiment.patches
-    patches = patch_table.evaluate(experiment, banks, labels, partial / "patches") if labels else None
-    report.write(out, rows, names, experiment.cfgs, experiment.about(), patches)
+    names, about, parts = experiment.labels.attribute_names_T, experiment.about(), experiment.patches
+    found = (
+        examples.favourites(cells, about, names),
+        examples.retrieved(cells, measured, experiment.measured_paths, about, names),
+    )
+    more = dict(zip(results.FOR_GALLERIES, found, strict=True))
+    patches = patch_table.evaluate(experiment, banks, parts, partial / "patches") if parts else None
+    report.write(out, rows, names, experiment.cfgs, about, more, patches)
     shutil.rmtree(partial, ignore_errors=True)
