@@ -49,7 +49,18 @@ TRAITS = (
     | {"prototype": pl.Int64, "train_ap": pl.Float64, "test_ap": pl.Float64}
 )
 
-<<<<<<< HEAD
+FAVOURITES = (
+    {"scorer_id": pl.String}
+    | CELL
+    | {"prototype": pl.Int64, "rank": pl.Int64, "trait": pl.String, "train_ap": pl.Float64}
+)
+RETRIEVED = (
+    {"scorer_id": pl.String}
+    | CELL
+    | {"trait": pl.String, "prototype": pl.Int64, "rank": pl.Int64, "image": pl.String}
+    | {"score": pl.Float32, "has_trait": pl.Boolean}
+)
+
 # ---- the patch table ----
 
 PATCH_FILES = ("patches.csv", "patch-classes.csv", "patch-differences.csv", "patches.md")
@@ -75,18 +86,6 @@ PATCH_DIFFERENCES = (
     | {"baseline": pl.String, "baseline_prototypes": pl.Int64, "measure": pl.String}
     | dict.fromkeys(("difference", "low", "high"), pl.Float64)
     | {"excludes_zero": pl.Boolean}
-=======
-FAVOURITES = (
-    {"scorer_id": pl.String}
-    | CELL
-    | {"prototype": pl.Int64, "rank": pl.Int64, "trait": pl.String, "train_ap": pl.Float64}
-)
-RETRIEVED = (
-    {"scorer_id": pl.String}
-    | CELL
-    | {"trait": pl.String, "prototype": pl.Int64, "rank": pl.Int64, "image": pl.String}
-    | {"score": pl.Float32, "has_trait": pl.Boolean}
->>>>>>> b797d05a1b7bb3673a0d1b9fd0941d57ac2e5edf
 )
 
 

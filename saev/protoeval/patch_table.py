@@ -163,7 +163,7 @@ def _sums(
     sums = [logistic.Sums.empty(share.stop - share.start, 2 * C, 2) for share in part]
     first = _resume(fpath, key, sums)
     class_NX2 = _with_null(side.class_NX, C, seed)
-    stream = ordered.Ordered(side.acts, N_IMGS, first)
+    stream = ordered.Ordered(side.acts, N_IMGS, [range(first, side.acts.n_imgs)])
     saved_s = time.monotonic()
     for block in helpers.progress(stream, "patches", len(stream), "blocks"):
         class_X2 = class_NX2[first : first + len(block.image_i_N)].reshape(-1, 2)
