@@ -8,7 +8,10 @@ from saev.protoeval import config
 
 def main() -> None:
     """Evaluates, merges or checks. Prints tables and their results directories."""
-    cfgs = sweeps.parse(config.ProtoEval, "Scores prototypes against the attributes of CUB-200-2011.")
+    cfgs = sweeps.parse(
+        config.ProtoEval,
+        "Scores prototypes against traits of images, such as the attributes of CUB-200-2011.",
+    )
     cfg = cfgs[0]
     if cfg.dry_run:
         return console.show(cfgs, sweeps.group(cfgs) if cfg.slurm.is_on else ())
@@ -35,4 +38,6 @@ def main() -> None:
 
 
 def _show(dpath: str) -> None:
-    console.say(f"{(pathlib.Path(dpath) / 'table.md').read_text('utf-8')}\n{dpath}")
+    fpaths = (pathlib.Path(dpath) / name for name in ("table.md", "patches.md"))
+    texts = [fpath.read_text("utf-8") for fpath in fpaths if fpath.exists()]
+    console.say("\n".join([*texts, dpath]))

@@ -6,11 +6,13 @@ import dataclasses
 import logging
 import pathlib
 
+import numpy as np
 import polars as pl
 
 from saev import helpers, provenance
+from saev.data.traits import base
 from saev.formats import jsonfile, manifest, results
-from saev.protoeval import config, stats
+from saev.protoeval import config, patch_report, stats
 from saev.report import charts, figures, frame, tables
 from saev.scorers import config as scorers_config
 
@@ -32,8 +34,11 @@ PROBE_NOTE = (
 
 
 @contextlib.contextmanager
-def once(out: pathlib.Path) -> collections.abc.Generator[bool]:
+def once(out: pathlib.Path, has_patches: bool = False) -> collections.abc.Generator[bool]:
     """Yields whether a results directory must still be written. Inside, no other process writes it.
+
+    Args:
+        has_patches: whether it holds a patch table as well.
 
     Raises:
         UserError: it was written, but a file is damaged.
@@ -44,7 +49,7 @@ def once(out: pathlib.Path) -> collections.abc.Generator[bool]:
         with helpers.locked(out.with_name(f".{out.name}.lock"), f"it evaluates {out}"):
             yield not (out / manifest.NAME).exists()
     else:
-        manifest.read(out, results.FILES, AGAIN)
+        manifest.read(out, results.FILES + results.PATCH_FILES * has_patches, AGAIN)
         logger.info("%s: already evaluated", out)
         yield False
 
@@ -55,9 +60,20 @@ def write(
     names: list[str],
     cfgs: list[config.ProtoEval],
     about: results.About,
+    more: collections.abc.Mapping[str, pl.DataFrame] | None = None,
+    patches: results.PatchTable | None = None,
 ) -> None:
-    """Writes a results directory, with the manifest last. names: the traits' names."""
-    configs = [dataclasses.asdict(cfg) | {"scorer_type": type(cfg.scorer).__name__} for cfg in cfgs]
+    """Writes a results directory, with the manifest last.
+
+    Args:
+        names: the traits' names.
+        more: file name -> a further Parquet file.
+    """
+    configs = [
+        dataclasses.asdict(cfg)
+        | {"scorer_type": type(cfg.scorer).__name__, "labels_type": type(cfg.labels).__name__}
+        for cfg in cfgs
+    ]
     helpers.write_text(dpath / "config.json", jsonfile.dumps(configs, indent=4))
     provenance.write(dpath)
     helpers.write_text(dpath / "about.json", jsonfile.dumps(dataclasses.asdict(about), indent=4))
@@ -69,13 +85,24 @@ def write(
     frame.write_csv(dpath / "kinds.csv", kinds)
     frame.write_csv(dpath / "differences.csv", differences.select(*results.DIFFERENCES))
     frame.write_parquet(dpath / "traits.parquet", traits.select(*results.TRAITS))
+    for name, found in (more or {}).items():
+        frame.write_parquet(dpath / name, found)
     results.write_resamples(dpath / "resamples.npz", rows)
     figures.save(charts.grid(cells, caption(cells, [about])), dpath / "chart.png")
     table = summary_table(cells)
     helpers.write_text(dpath / "table.tex", f"% {describe(about)}\n{tables.latex(table)}")
     text = warning(about) + tables.markdown(table) + _notes(cells, len(names), about)
     helpers.write_text(dpath / "table.md", "\n".join([text, *sections(kinds, differences)]))
-    manifest.write(dpath, results.FILES)
+    if patches:
+        patch_report.write(dpath, patches, about)
+    manifest.write(dpath, (*results.FILES, *(more or {}), *results.PATCH_FILES * bool(patches)))
+
+
+def write_split(dpath: pathlib.Path, labels: base.Traits) -> None:
+    """Writes split.csv: the path of each image, and whether it is a train or a test image."""
+    split = np.where(labels.is_train_N, "train", "test").tolist()
+    paths = [helpers.printable(path) for path in labels.paths_N]
+    frame.write_csv(dpath / "split.csv", pl.DataFrame({"path": paths, "split": split}))
 
 
 # ---- tables ----
@@ -159,6 +186,9 @@ def _notes(cells: pl.DataFrame, n_traits: int, about: results.About) -> str:
         note += f" Draws: standard deviation over {about.n_seeds} draws of the train images."
     if about.n_zero:
         note += f" {about.n_zero} trait(s) without a positive test image count as AP 0."
+    if about.n_unknown:
+        note += f" {about.n_unknown:,} of {about.n_labels:,} labels are missing; each trait's AP is over the "
+        note += "images that have its label."
     for split, paths in about.left_out.items():
         note += f" {len(paths):,} {split} image(s) are left out, because the dump recorded them as corrupt "
         note += "(about.json names them)."
@@ -220,8 +250,11 @@ def describe(about: results.About) -> str:
     if about.chosen_on:
         text += f"; {about.n_classes} classes, chosen on {about.chosen_on}, measured on {about.measured_on}"
     if about.chosen_on.endswith("test images"):
-        text += " (splits swapped: below, train images are CUB's test images, and test images its train "
+        whose = "the labels'" if about.source else "CUB's"
+        text += f" (splits swapped: below, train images are {whose} test images, and test images its train "
         text += "images)"
+    if about.source:
+        return f"{text}; {about.source}; seed {about.seed}."
     text += f"; certainty from {about.min_certainty}"
     text += ", the last annotation counts" * (about.annotations == "last")
     return f"{text}; seed {about.seed}."
