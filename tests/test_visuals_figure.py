@@ -12,10 +12,11 @@ import PIL.Image
 import pytest
 
 from saev import errors
+from saev.data import pictures
 from saev.formats import gallery as galleries
 from saev.formats import scripts
 from saev.report import figures
-from saev.visuals import config, figure, pictures
+from saev.visuals import config, figure
 
 GREY = 128
 HOT = np.rint(GREY + 0.7 * (np.array([255, 0, 128]) - GREY))

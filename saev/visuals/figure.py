@@ -12,9 +12,10 @@ import numpy as np
 import PIL.Image
 
 from saev import errors, helpers
+from saev.data import pictures
 from saev.formats import gallery as galleries
 from saev.report import figures
-from saev.visuals import config, pictures
+from saev.visuals import config
 
 IN_COLUMN = 5
 """So many images in a row fit into a column of a paper."""
