@@ -39,7 +39,7 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     sides = join.join(cfg, acts, cub)
     fits = join.fit_data(cfgs, acts, sides, cub)
     experiment = Experiment(cfgs, cub, sides, fits)
-    shown = gallery.scorer(cfg.gallery, cfgs, experiment.names)
+    shown = gallery.own(experiment)
     if shown:
         traits.check(experiment)
     out = pathlib.Path(cfg.dump_to) / experiment.id
