@@ -142,8 +142,8 @@ def test_labels_and_caption(tmp_path: pathlib.Path) -> None:
     assert legend == "heat: 0 to the latent's largest value"
     assert " ".join(caption) == (
         "Images with the largest values, from mini-CUB, TopK 16, seed 0 (sae-topk-16). dinov2_vits14, layer 8; CUB: 8 "
-        "images of 256 patches. A latent fires on a patch where its value is above 0. Mean and largest: of its values "
-        "where it fires."
+        "images of 256 patches. A latent fires on a patch where its value is above 0. Mean: over the patches that it "
+        "fires on. Largest: on any patch."
     )
 
 

@@ -15,7 +15,7 @@ from saev.protoeval import ap, config, fit, score
 AP_DIGITS = 12
 """Decimal places to which APs are compared, because equal APs of different rankings differ in their last
 bits."""
-N_FAVOURITES = 3
+N_FAVOURITES = 8
 """Traits that are kept for each prototype."""
 
 

@@ -41,7 +41,7 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     sides = join.join(cfg, acts, found)
     fits = join.fit_data(cfgs, acts, sides, found)
     experiment = Experiment(cfgs, found, sides, fits, patch_join.load(cfg, sides))
-    shown = gallery.scorer(cfg.gallery, cfgs, experiment.names)
+    shown = gallery.own(experiment)
     if shown:
         traits.check(experiment)
     out = pathlib.Path(cfg.dump_to) / experiment.id

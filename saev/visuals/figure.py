@@ -156,7 +156,7 @@ def _caption(gallery: galleries.Gallery) -> str:
     return (
         f"Images with the largest values, from {gallery.stats.title} ({scorer.name}). {source.vit}, layer "
         f"{source.layer}; {source.data}: {source.n_images:,} images of {source.n_patches:,} patches. "
-        f"{scorer.fires} Mean and largest: of its values where it fires."
+        f"{scorer.fires} Mean: over the patches that it fires on. Largest: on any patch."
     )
 
 
