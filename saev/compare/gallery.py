@@ -41,7 +41,7 @@ def _of(dpath: str, flag: str, side: sides.Side) -> gallery.Gallery:
     """The gallery of a side. `flag` names it in messages."""
     remedy = f"Pass a gallery of {side.fpath} as {flag}, made by visuals.py."
     found = gallery.Gallery(pathlib.Path(dpath), remedy)
-    if found.stats.scorer.get("sha256") != helpers.hash_file(side.fpath):
+    if found.stats.scorer.sha256 != helpers.hash_file(side.fpath):
         raise errors.UserError(f"{flag} {dpath}: shows another dictionary. {remedy}")
     return found
 
@@ -143,7 +143,7 @@ def _batched(entries: collections.abc.Iterable[dict]) -> collections.abc.Iterato
         yield part
 
 
-def _grid(found: gallery.Gallery) -> tuple[list[int], list[int]]:
+def _grid(found: gallery.Gallery) -> tuple[tuple[int, int], tuple[int, int]]:
     return found.stats.source.grid, found.stats.source.size
 
 
