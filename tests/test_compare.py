@@ -577,7 +577,10 @@ def test_raw_units_are_a_dictionary(made, tmp_path: pathlib.Path, per: str) -> N
     """Against plain correlations of the activations themselves. Cosines are the decoder's entries."""
     dpath, acts_NLPD = made
     sae = trained(tmp_path / "a" / "sae.pt", 0)
-    found = read(run.main(configured(dpath, tmp_path, other="units", per=per)), "matches.parquet")
+    out = run.main(configured(dpath, tmp_path, other="units", per=per))
+    found = read(out, "matches.parquet")
+    text = (pathlib.Path(out) / "summary.md").read_text()
+    assert "| a | rarest quarter" in text and "| units | rarest quarter" not in text  # they always fire
     x_NPD = acts_NLPD[:, 0]
     f_NPS = sae.encode(torch.from_numpy(x_NPD)).numpy()
     rows = [v.reshape(N * P, -1) if per == "patch" else v.max(axis=1) for v in (f_NPS, x_NPD)]
@@ -599,3 +602,4 @@ def test_raw_units_among_runs(made, tmp_path: pathlib.Path) -> None:
     )
     assert read(out, "dictionaries.csv")["kind"].to_list() == ["Units", "Relu"]
     assert read(out, "pairs.csv")["one"].to_list() == ["units"]
+    assert read(out, "pairs.csv")["differ"].to_list() == ["kind, latents"]  # not the seed: units have none

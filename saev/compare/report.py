@@ -108,7 +108,8 @@ def dictionaries(
 
 def _pair(pair: Pair, of_sides: pl.DataFrame) -> pl.DataFrame:
     one, two = (of_sides.row(n, named=True) for n in (pair.one, pair.two))
-    differ = [WORDS.get(key, key) for key in PLACE if one[key] != two[key]]
+    known = [key for key in PLACE if "" not in (one[key], two[key])]  # fitted scorers and units have no seed
+    differ = [WORDS.get(key, key) for key in known if one[key] != two[key]]
     cosines = [best.mean() for best in pair.cosines] if pair.cosines else [float("nan")] * 2
     return pl.DataFrame(
         {
@@ -252,8 +253,10 @@ def _of_two(
 
 
 def _by_frequency(of_latents: pl.DataFrame, of_sides: pl.DataFrame, cfg: config.Compare) -> str:
-    """A table of the live latents in quarters by how often they fire."""
-    live = of_latents.filter("is_live")
+    """A table of the live latents in quarters by how often they fire. Prototypes and units always do."""
+    live = of_latents.filter("is_live", pl.col("frequency").n_unique().over("of") > 1)
+    if not len(live):
+        return ""
     rank = (pl.col("frequency").rank("ordinal") - 1) * 4 // pl.len()
     matched = [
         (pl.col("is_mutual") & (pl.col("corr") >= t)).mean().alias(f"Matched at {t:g}")
