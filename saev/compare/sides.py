@@ -75,13 +75,15 @@ class Side:
         return self.acts.layers[0]
 
     @property
-    def seed(self) -> str:
-        """The seed in config.json beside a checkpoint; "" if there is none."""
+    def seed(self) -> str | None:
+        """The seed in config.json beside an SAE's checkpoint; "" if there is none. None for other scorers."""
+        if not self.sae:
+            return None
         try:
             found = jsonfile.read_sealed(self.fpath.with_name("config.json"), dict[str, tp.Any], "", old=True)
         except (OSError, errors.UserError):
             return ""
-        return str(found.get("seed", "")) if self.sae else ""
+        return str(found.get("seed", ""))
 
     def directions(self) -> Float32[torch.Tensor, "K D"]:
         """Unit vectors in activation space: decoder rows, or prototypes minus the mean."""
