@@ -67,10 +67,8 @@ class Store:
         firsts, lasts = image_N[np.r_[0, breaks]].tolist(), image_N[np.r_[breaks - 1, -1]].tolist()
         parts = [codeshards.Csr(*np.empty((3, 0)))] * len(firsts)
         for i in np.argsort(firsts).tolist():  # each shard is opened once
-            found = self.shards.rows(
-                self.kind, f"{self.kind}_values", self.per_image, range(firsts[i], lasts[i] + 1)
-            )
-            parts[i] = codeshards.Csr(*map(np.array, found))
+            imgs = range(firsts[i], lasts[i] + 1)
+            parts[i] = self.shards.rows(self.kind, f"{self.kind}_values", self.per_image, imgs)
         return codeshards.Csr.joined(parts, codeshards.VALUES)
 
     def blocks(self, n: int = 2**22) -> collections.abc.Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -136,7 +134,7 @@ def encode(
             acts_BPD = torch.from_numpy(block.act_NXD).to(device)
             for i, scorer in enumerate(run):
                 found = scorer_rows.of_dense(values(scorer, acts_BPD))
-                passes.check(found, block, acts)
+                passes.check(found, block.image_i_N, acts)
                 writer.add_codes(str(i), found)
 
     passes.write(shards, acts, n_block, write, "encode")

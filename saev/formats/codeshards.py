@@ -226,7 +226,7 @@ class Shards:
         return values
 
     def rows(self, kind: str, values: str, n_rows: int, imgs: range) -> Csr:
-        """Codes of images of one shard.
+        """Codes of images of one shard, copied to memory.
 
         Args:
             kind: such as "patch" or "image".
@@ -241,7 +241,8 @@ class Shards:
             K = len(value_n) // (n_rows * len(self.imgs_in(shard_i)))
             start_R1 = np.arange(0, (last - first) * K + 1, K, dtype=np.int64)
             latent_n = np.tile(np.arange(K, dtype=LATENTS), last - first)
-            return Csr(start_R1, latent_n, value_n[first * K : last * K])
+            return Csr(start_R1, latent_n, value_n[first * K : last * K].copy())
         start_R1 = self.array(shard_i, f"{kind}_starts")[first : last + 1]
         part = slice(int(start_R1[0]), int(start_R1[-1]))
-        return Csr(start_R1 - start_R1[0], self.array(shard_i, f"{kind}_latents")[part], value_n[part])
+        latent_n = self.array(shard_i, f"{kind}_latents")[part]
+        return Csr(start_R1 - start_R1[0], latent_n.copy(), value_n[part].copy())
