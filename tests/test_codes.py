@@ -341,6 +341,45 @@ def test_only_missing_shards_are_written(dump, cfg: config.Codes, tmp_path: path
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
 
 
+def test_a_pass_keeps_only_its_own_shards(dump, tmp_path: pathlib.Path) -> None:
+    """Those that are complete and undamaged; nothing of another pass or of an older version."""
+    acts, dtypes = activations.Activations(dump[0]), {"sums": codeshards.VALUES}
+    dpath = tmp_path / "pass"
+    dpath.mkdir()
+    (dpath / "state").write_text("of an older version")
+    n_written = []
+
+    def write_shard(writer, blocks) -> None:
+        for block in blocks:
+            n_written.append(len(block.image_i_N))
+            writer.add("sums", block.act_NXD.sum(axis=(1, 2)))
+
+    def made(key: str, n_block: int) -> codeshards.Shards:
+        shards = passes.scratch(dpath, key, acts, n_block, dtypes)
+        passes.write(shards, acts, n_block, write_shard, "test")
+        return shards
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "MIN_PATCHES", 4 * P)
+        first = made("a", 2)
+        assert (
+            n_written == [2] * 5
+            and len(first) == 3
+            and [len(first.imgs_in(i)) for i in range(3)] == [4, 4, 2]
+        )
+        sums_N = np.concatenate([first.array(i, "sums") for i in range(3)])
+        np.testing.assert_allclose(sums_N, dump[1].sum(dim=(1, 2)), rtol=1e-4)
+        assert [f.name for f in dpath.iterdir()] == [first.dpath.name]
+        (first.dpath_of(1) / "sums.bin").write_bytes(bytes(16))
+        n_written.clear()
+        again = made("a", 2)
+        assert again.dpath == first.dpath and n_written == [2, 2]
+        np.testing.assert_array_equal(again.array(1, "sums"), sums_N[4:8])
+        n_written.clear()
+        assert made("b", 2).dpath != first.dpath and n_written == [2] * 5
+        assert not first.dpath.exists()
+
+
 @pytest.mark.slow
 def test_a_killed_command_goes_on(make_shards, tmp_path: pathlib.Path) -> None:
     """SIGKILL at several moments; then the bytes are those of an undisturbed one, and nothing else is left."""

@@ -40,7 +40,7 @@ def scratch(
     name = helpers.hash_of([key, acts.fingerprint, n_block])[:16]
     for other in dpath.glob("*"):
         if other.name != name:
-            shutil.rmtree(other, ignore_errors=True)
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
     n_imgs = max(MIN_PATCHES // acts.n_tokens, acts.n_imgs // MAX_SHARDS)
     n_imgs = n_block * max(1, n_imgs // n_block)  # blocks do not depend on it
     shards = codeshards.Shards(dpath / name, acts.n_imgs, n_imgs, dtypes, "command")

@@ -159,13 +159,15 @@ class Shards:
 
     def remove_damaged(self) -> None:
         """Compares all complete shards with their checksums. Removes those that differ, with a warning."""
-        for shard_i in sorted(set(range(len(self))).difference(self.missing())):
+        complete = sorted(set(range(len(self))).difference(self.missing()))
+        for shard_i in helpers.progress(complete, "check", len(complete), "shards"):
             try:
                 for name in self.dtypes:
                     self.array(shard_i, name)
             except errors.UserError:
                 logger.warning("%s: was changed (checksum); it is encoded again", self.dpath_of(shard_i))
-                self.sidecar.cache_clear()
+                for cached in (self.array.cache_clear, self.sidecar.cache_clear, self._checked.clear):
+                    cached()
                 shutil.rmtree(self.dpath_of(shard_i))
 
     @contextlib.contextmanager
