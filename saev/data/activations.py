@@ -149,7 +149,8 @@ class Activations:
         self.cfg = cfg
         self.flag = flag
         self.root = cfg.shard_root
-        roots = [staging.local(root, cfg.partial, flag) for root in (cfg.shard_root, *cfg.more_roots)]
+        self.roots = (cfg.shard_root, *cfg.more_roots)
+        roots = [staging.local(root, cfg.partial, flag) for root in self.roots]
         is_open = {(part.dpath, acts.cfg.partial): part for acts in among for part in acts.dirs}
         self.dirs = [
             is_open.get((fields.path(root), cfg.partial))
@@ -431,7 +432,8 @@ class Activations:
             extent = Extent(part_i, shard_i, 0, 0)
             with _ReadErrors(self, extent):
                 files.append(self._open(extent))
-        return files, np.array([(file.fd, file.sums_address) for file in files])[file_i_G]
+        file_f2 = np.array([(file.fd, file.sums_address) for file in files], np.int64).reshape(-1, 2)
+        return files, file_f2[file_i_G]
 
     def read_extents(self, extents: list[Extent], into: memoryview) -> None:
         """Announces all extents to the kernel, then reads them one by one, in their stored form.

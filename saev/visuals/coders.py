@@ -117,9 +117,7 @@ class PrototypeCoder(Coder):
     def scores(self, acts_XD: Tensor, chosen_C: np.ndarray | None = None) -> Tensor:
         scorer = self.scorer
         if chosen_C is not None:
-            chosen = torch.from_numpy(chosen_C).to(acts_XD.device)
-            given_KD = None if scorer.given_KD is None else scorer.given_KD[chosen]
-            scorer = dataclasses.replace(scorer, direction_KD=scorer.direction_KD[chosen], given_KD=given_KD)
+            scorer = scorer.only(torch.from_numpy(chosen_C).to(acts_XD.device))
         return scorer(acts_XD)
 
     def vectors(self) -> Tensor:
