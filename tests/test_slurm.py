@@ -1101,10 +1101,7 @@ class Interrupted:
     """Called when the job has the warning."""
 
     def of(self, side: str, *more: object) -> list[str]:
-        words = [str(word).replace("{}", side) for word in self.command]
-        subcommands = [i for i, word in enumerate(words) if re.match(r"(data|images|masks|scorer):", word)]
-        at = min(subcommands, default=len(words))
-        return [*words[:at], *map(str, more), *words[at:]]
+        return filled([str(word).replace("{}", side) for word in self.command], {}, *more)
 
     def run(self, logs: pathlib.Path) -> None:
         command = [sys.executable, *self.of("there", *ON_SLURM, "--log-to", logs)]
@@ -1122,20 +1119,19 @@ class Interrupted:
 
 def warn(job_id: str) -> None:
     """Sends Slurm's warning to a job, which is stopped until it has it."""
-    (pid,) = [
-        pid
-        for pid in of_job(job_id)
-        if pathlib.Path(f"/proc/{pid}/cmdline").read_text().startswith(sys.executable)
-    ]
-    os.kill(pid, signal.SIGSTOP)
-    subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
+    folders = [pathlib.Path(f"/proc/{pid}") for pid in of_job(job_id)]
+    (folder,) = [f for f in folders if (f / "cmdline").read_text().startswith(sys.executable)]
 
-    def is_pending() -> bool:
-        status = pathlib.Path(f"/proc/{pid}/status").read_text()
-        return bool(int(re.search(r"^ShdPnd:\s*(\w+)", status, re.M)[1], 16) >> (signal.SIGUSR2 - 1) & 1)
+    def has_it() -> int:
+        pending = re.search(r"^ShdPnd:\s*(\w+)", (folder / "status").read_text(), re.M)[1]
+        return int(pending, 16) >> (signal.SIGUSR2 - 1) & 1
 
-    wait_for(is_pending)
-    os.kill(pid, signal.SIGCONT)
+    os.kill(int(folder.name), signal.SIGSTOP)
+    try:
+        subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
+        wait_for(has_it)
+    finally:
+        os.kill(int(folder.name), signal.SIGCONT)
 
 
 def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> None:
@@ -1167,9 +1163,18 @@ def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> N
 
     to = ["--device", "cpu", "--dump-to", tmp_path / "{}"]
     dump = ["-m", "saev.data", *VIT, "--vit-batch-size", 1, "--max-patches-per-shard", 17, *to, *data]
-    label = ["-m", "saev.labels", "--shard-root", shards, "--name", "{}"]
+    label = [
+        "-m",
+        "saev.labels",
+        "--shard-root",
+        shards,
+        "--name",
+        "{}",
+        "masks:index",
+        "--masks.root",
+        masks,
+    ]
     label += ["images:cub200", "--images.root", cub]
-    label += ["masks:index", "--masks.root", masks]
     to += ["--data.shard-root", shards]
     codes = ["-m", "saev.codes", "--scorer", ckpt, *to, "--max-patches-per-shard", 16]
     compare = ["-m", "saev.compare", "--scorer", ckpt, "--other", other, *to]
@@ -1191,7 +1196,7 @@ def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> N
     pipe = max(masks.rglob("*.png"))
     mask, writer = pipe.rename(tmp_path / "mask.png"), []
     os.mkfifo(pipe)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(stages)) as pool:
         for done in [pool.submit(stage.run, tmp_path / name) for name, stage in stages.items()]:
             done.result()
     made = {side: files_of(tmp_path / side, "**/*.*") for side in ("here", "there")}
