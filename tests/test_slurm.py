@@ -247,9 +247,10 @@ def test_the_disk_of_the_logs_is_full(slurm: launch.SlurmConfig, tmp_path: pathl
 EARLY_WARNING = """
 import os, subprocess
 if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(os.environ["N_WARNINGS"]):
-    subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -USR2 {os.getpid()}"])
+    wait = f"until grep -q '^SigBlk:[^1-9a-f]*800$' /proc/{os.getpid()}/status; do sleep 0.01; done"
+    subprocess.Popen(["sh", "-c", f"{wait}; kill -USR2 {os.getpid()}"])
 """
-"""Python runs this when it starts."""
+"""Python runs this when it starts. The job's first line blocks the signal."""
 
 
 @pytest.mark.parametrize("accounting", [True, False])
