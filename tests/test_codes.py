@@ -17,10 +17,10 @@ import torch
 
 import saev
 from saev import errors, nn, scorers
-from saev.codes import config, encode, memory
-from saev.data import activations
+from saev.codes import config, encode
+from saev.data import activations, memory
 from saev.data import config as data_config
-from saev.formats import codes as codes_files
+from saev.formats import codeshards
 from saev.nn import config as nn_config
 from saev.scorers import base
 from saev.scorers import config as scorers_config
@@ -143,15 +143,13 @@ def test_top_n_of_equal_values() -> None:
     want_Rn = np.sort(np.argsort(-value_RK, axis=1, kind="stable")[:, :5], axis=1)
     dense = encode._largest(value_RK, 5)
     np.testing.assert_array_equal(dense.latent_n.reshape(50, 5), want_Rn)
-    rows = codes_files.Csr(
-        np.arange(0, 601, 12), np.tile(np.arange(12, dtype=np.int32), 50), value_RK.ravel()
-    )
+    rows = codeshards.Csr(np.arange(0, 601, 12), np.tile(np.arange(12, dtype=np.int32), 50), value_RK.ravel())
     np.testing.assert_array_equal(encode._cut(rows, 5).latent_n.reshape(50, 5), want_Rn)
 
 
 def test_a_latent_that_is_negative_wherever_it_fires() -> None:
     """Its maximum is 0, unless it fires on every patch."""
-    rows = codes_files.Csr(
+    rows = codeshards.Csr(
         np.array([0, 2, 3]), np.array([0, 2, 0], np.int32), np.array([-1, -2, -3], np.float32)
     )
     pooled = encode._pooled(rows, 1, 4)
@@ -187,7 +185,9 @@ def test_a_code_that_float16_cannot_hold(dump, cfg: config.Codes, tmp_path: path
     factor = 2 * 65504.0 / (first + second)  # so that one image alone has a code above the limit
     sae.W_enc[:, 3] *= factor
     sae.b_enc[3] *= factor
-    message = rf"image {image_i}, patch \d, is .*; the largest float16 is 65504. Pass --dtype float32"
+    message = (
+        rf"latent 3 in class\d/{image_i:04}.jpg, patch \d, is .*; the largest float16 is 65504. Pass --dtype"
+    )
     with pytest.raises(errors.UserError, match=message):
         written(cfg, sae, tmp_path / "sae.pt", dtype="float16")
     codes = written(cfg, sae, tmp_path / "sae.pt")
@@ -367,10 +367,7 @@ def test_the_command(dump, tmp_path: pathlib.Path) -> None:
     [
         ({"scorer": ""}, "--scorer is missing: pass an SAE"),
         ({"scorer": "WIDE"}, r"d_vit|16"),
-        (
-            {"scorer": "PROTOTYPES"},
-            "scores activations of 16 dimensions, but --data.shard-root .* has 8. Pass",
-        ),
+        ({"scorer": "PROTOTYPES"}, "has prototypes of 16 dimensions, but --data.shard-root .* has 8. Pass"),
         ({"scorer": "nowhere/sae.pt"}, "nowhere/sae.pt"),
         ({"layer": "all"}, "--data.layer all: codes are of one layer at a time"),
     ],

@@ -39,9 +39,8 @@ def made_gallery(
         latents.append({"low": 0.0, "high": s + 1.0, "groups": [{**top, "name": "q1"}, top]})
     for i in range(0, len(ids), 5):
         scripts.write(dpath, f"latents/{i // 5:03}", {"latents": latents[i : i + 5]})
-    for i in range(0, len(images), 4):
-        part = [{"n": n, "path": f"class{n % 3}/{n:04}.jpg", "src": ""} for n in images[i : i + 4]]
-        scripts.write(dpath, f"images/{i // 4:03}", {"images": part})
+    paths = {"path": [f"class{n % 3}/{n:04}.jpg" for n in images], "class": scripts.packed(images, "i4")}
+    scripts.write(dpath, "paths", paths)
 
 
 @pytest.fixture
@@ -142,7 +141,8 @@ def test_a_wrong_gallery_is_refused_before_the_pass(cfg: config.Compare, tmp_pat
     text = stats.read_text()
     for damaged, message in (
         (text[:-3], "not a gallery's data file"),
-        (text.replace('"sha256"', '"x"'), "sha256"),
+        (text.replace('"sha256"', '"x"'), "shows another dictionary"),
+        (text.replace('"scorer"', '"x"'), "scorer"),
     ):
         stats.write_text(damaged)
         with pytest.raises(errors.UserError, match=message) as err:

@@ -173,7 +173,7 @@ def test_the_written_tables(rows: list[results.Row], about: results.About, tmp_p
     text = (tmp_path / "table.md").read_text()
     low, high = np.quantile([0.4, 0.5, 0.5, 0.6], [0.025, 0.975])
     for line in (
-        "| Scorer | Prototypes | Train | mAP | 95% interval | Draws | 5% | 95% |\n|---|---|---|---|---|---|---|---|\n",
+        "| Scorer | Prototypes | Train | mAP | Interval | Draws | 5% | 95% |\n|---|---|---|---|---|---|---|---|\n",
         "| constant | 1 | 1,000 | 0.200 | 0.200 to 0.200 |  | 0.110 | 0.290 |\n",
         f"| Random | 512 | 1,000 | 0.500 | {low:.3f} to {high:.3f} | ± 0.141 | 0.320 | 0.680 |\n",
         "clip x, layer 23, 196 tokens an image (image), shards abc; certainty from 3; seed 0.",
@@ -185,7 +185,7 @@ def test_the_written_tables(rows: list[results.Row], about: results.About, tmp_p
     ):
         assert line in text
     tex = (tmp_path / "table.tex").read_text()
-    assert r"Sae\_1 & 512 & 1,000 & 0.500" in tex and r"95\% interval" in tex and r"$\pm$ 0.141" in tex
+    assert r"Sae\_1 & 512 & 1,000 & 0.500" in tex and "& Interval &" in tex and r"$\pm$ 0.141" in tex
     said, _, tabular = tex.partition("\n")
     assert said.startswith("% clip x, layer 23")
     assert tabular.startswith("\\begin{tabular}{lrrrllrr}\n\\toprule\n")
@@ -234,7 +234,7 @@ def test_the_chart_shows_every_line_whole(about: results.About) -> None:
         *(row("Low", 4, n, [[0.3]]) for n in (16, 99)),
         *(row("High", 4, n, [[0.9]]) for n in (16, 99)),
     ]
-    low, high = charts.grid(cells(rows, about)).axes
+    low, high = charts.grid(cells(rows, about), "").axes
     assert [axes.get_title() for axes in (low, high)] == ["Low", "High"]
     for axes in (low, high):
         assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 0.95
@@ -454,7 +454,7 @@ def test_sorts_of_tokens_and_activations_are_told_apart(
         for acts in ("a", "b"):
             assert f"| clip x | 23 | 1 (cls) | {name} activations={acts * 8} | 512" in text
     of = [cells(rows[1:2], dataclasses.replace(about, tokens=t)) for t in ("x", "y")]
-    axes = charts.grid(pl.concat(of)).axes
+    axes = charts.grid(pl.concat(of), "").axes
     assert [a.get_title() for a in axes] == ["Random\nx", "Random\ny"]
 
 

@@ -22,9 +22,10 @@ import torch
 from conftest import as_older
 
 from saev import errors, nn, scorers
-from saev.data import activations, images, ordered, pictures
+from saev.data import activations, images, passes, pictures
 from saev.data import config as data_config
-from saev.formats import shards
+from saev.data import memory as data_memory
+from saev.formats import codeshards, shards
 from saev.nn import config as nn_config
 from saev.visuals import coders, collect, config, heat, kernels, memory, relations, spool, statistics, write
 
@@ -99,7 +100,7 @@ def passed(
     """The codes and the statistics."""
     acts = acts_of(cfg)
     coder = coders.load(cfg, acts, CPU)
-    codes = spool.run(coder, ordered.Ordered(acts, block), cfg.n_images, dpath)
+    codes = spool.run(coder, acts, cfg.n_images, block, dpath)
     classes = write.Classes.of(acts)
     stats = statistics.collect(
         coder, codes, cfg.n_images, cfg.n_group, cfg.seed, classes.class_N, len(classes.names)
@@ -562,8 +563,8 @@ def test_a_killed_pass_goes_on(
     cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, kind: str, n_blocks: int
 ) -> None:
     """The files are those of an undisturbed gallery, and no block is encoded twice."""
-    monkeypatch.setattr(memory, "MAX_IMAGES", 2)
-    monkeypatch.setattr(spool, "SAVE_S", 0.0)
+    monkeypatch.setattr(data_memory, "MAX_IMAGES", 2)
+    monkeypatch.setattr(passes, "MIN_PATCHES", 1)  # a shard is a block
     if kind == "prototypes":
         vectors_KD = torch.randn(5, S, generator=torch.Generator().manual_seed(0))
         scorers.save(scorers.Prototypes.of(vectors_KD, torch.zeros(S), "dot"), tmp_path / "pca-5.bin")
@@ -584,33 +585,38 @@ def test_a_killed_pass_goes_on(
     monkeypatch.setattr(cls, name, counted)
     with pytest.raises(Killed):
         collect.main(cfg)
-    assert (tmp_path / ".gallery.pass" / "state").exists() and not pathlib.Path(cfg.dump_to).exists()
-    with (tmp_path / ".gallery.pass" / "codes.value").open("ab") as fd:
-        fd.write(b"half a block")  # after the last saved state
+    done = list((tmp_path / ".gallery.pass").glob("*/shard*/shard.json"))
+    assert len(done) == n_blocks and not pathlib.Path(cfg.dump_to).exists()
     assert files_of(collect.main(cfg)) == whole
     assert seen.count(1) == -(-N // 2)
     assert not list(tmp_path.glob(".gallery*"))
 
 
-@pytest.mark.parametrize("what", ["codes.latent", "codes.count", "state"])
+@pytest.mark.parametrize("what", ["patch_latents.bin", "patch_starts.bin", "shard.json"])
 @pytest.mark.parametrize("kind", ["sae", "units"])
 def test_damaged_files_of_a_pass_are_made_again(
     cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, what: str, kind: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(memory, "MAX_IMAGES", 2)
+    """Only the damaged shard."""
+    monkeypatch.setattr(data_memory, "MAX_IMAGES", 2)
+    monkeypatch.setattr(passes, "MIN_PATCHES", 4 * P)
     if kind == "units":
         cfg = dataclasses.replace(cfg, ckpt="", scorer=config.Units())
     whole = files_of(collect.main(dataclasses.replace(cfg, dump_to=str(tmp_path / "whole"))))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(statistics, "collect", lambda *_: (_ for _ in ()).throw(Killed()))
         collect.main(cfg)
-    fpath = tmp_path / ".gallery.pass" / what
+    (fpath,) = (tmp_path / ".gallery.pass").glob(f"*/shard000001/{what}")
     data = bytearray(fpath.read_bytes())
     data[len(data) // 2] ^= 1
     fpath.write_bytes(data)
+    seen: list[int] = []
+    cls = coders.UnitCoder if kind == "units" else coders.SaeCoder
+    real = cls.__call__
+    monkeypatch.setattr(cls, "__call__", lambda self, x_XD: seen.append(len(x_XD)) or real(self, x_XD))
     assert files_of(collect.main(cfg)) == whole
-    assert "checksum" in caplog.text
+    assert "checksum" in caplog.text and seen == [2 * P, 2 * P]
 
 
 def test_a_pass_of_something_else_is_not_continued(
@@ -666,13 +672,15 @@ def test_a_value_that_is_not_finite(
     as_sae(pathlib.Path(cfg.ckpt), ARCHITECTURES["relu"])
     real = coders.SaeCoder.__call__
 
-    def broken(self: coders.SaeCoder, x_XD: torch.Tensor) -> coders.Fired:
+    def broken(self: coders.SaeCoder, x_XD: torch.Tensor) -> codeshards.Csr:
         fired = real(self, x_XD)
         fired.value_n[-1] = np.inf
         return fired
 
     monkeypatch.setattr(coders.SaeCoder, "__call__", broken)
-    with pytest.raises(errors.UserError, match=r"the value of latent \d in class1/0010.jpg is inf"):
+    with pytest.raises(
+        errors.UserError, match=r"the value of latent \d in class1/0010.jpg, patch \d+, is inf"
+    ):
         collect.main(cfg)
 
 
@@ -720,7 +728,7 @@ def test_what_does_not_fit(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
         "no such image. Pass the folder that was dumped": {"images": data_config.ImageFolder(str(tmp_path))},
         "--scorer.path is missing": {"ckpt": "", "scorer": config.Fitted()},
         "is an SAE. Pass it as --ckpt": {"ckpt": "", "scorer": config.Fitted(cfg.ckpt)},
-        "prototypes have d_vit 9 instead of 6": {
+        "has prototypes of 9 dimensions, but --data.shard-root .* has 6": {
             "ckpt": "",
             "scorer": config.Fitted(str(tmp_path / "wide.bin")),
         },

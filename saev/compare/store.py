@@ -146,7 +146,7 @@ def encode(
     first = sum(block.n_images for block in blocks)
     run = [scorer.to(device) for scorer in run]
     n_imgs = max(1, min(64, MAX_CODES // (acts.n_tokens * max(s.n_prototypes for s in run))))
-    stream = ordered.Ordered(acts, n_imgs, first)
+    stream = ordered.Ordered(acts, n_imgs, [range(first, acts.n_imgs)])
     saved_s = time.monotonic()
     files = [[fpath.open("ab") for fpath in mine] for mine in fpaths]
     try:

@@ -15,6 +15,8 @@ from saev.protoeval import (
     labels,
     measure,
     opening,
+    patch_join,
+    patch_table,
     report,
     score,
     traits,
@@ -35,15 +37,15 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     """
     cfg = cfgs[0]
     acts = opening.open_all(cfgs)
-    cub = labels.load(cfg)
-    sides = join.join(cfg, acts, cub)
-    fits = join.fit_data(cfgs, acts, sides, cub)
-    experiment = Experiment(cfgs, cub, sides, fits)
+    found = labels.load(cfg, {"train": acts.train, "test": acts.test})
+    sides = join.join(cfg, acts, found)
+    fits = join.fit_data(cfgs, acts, sides, found)
+    experiment = Experiment(cfgs, found, sides, fits, patch_join.load(cfg, sides))
     shown = gallery.own(experiment)
     if shown:
         traits.check(experiment)
     out = pathlib.Path(cfg.dump_to) / experiment.id
-    with report.once(out) as is_new:
+    with report.once(out, bool(cfg.patch_labels)) as is_new:
         if is_new:
             _evaluate(experiment, out)
     if shown:
@@ -60,11 +62,17 @@ def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
     chosen, measured = score.score(experiment, banks, partial)
     cells = choose.choose(chosen, banks, cfg)
     rows = measure.measure(cells, chosen, measured, cfg)
+    patch_labels = experiment.patches
+    patches = (
+        patch_table.evaluate(experiment, banks, patch_labels, partial / "patches") if patch_labels else None
+    )
     names, about = experiment.labels.attribute_names_T, experiment.about()
     found = (
         examples.favourites(cells, about, names),
         examples.retrieved(cells, measured, experiment.measured_paths, about, names),
     )
     more = dict(zip(results.FOR_GALLERIES, found, strict=True))
-    report.write(out, rows, names, experiment.cfgs, about, more)
+    if experiment.labels.is_drawn:
+        report.write_split(out, experiment.labels)
+    report.write(out, rows, names, experiment.cfgs, about, more, patches)
     shutil.rmtree(partial, ignore_errors=True)

@@ -169,6 +169,24 @@ def _load_sae(cfg: config.Sae, acts: activations.Activations) -> sae.SaeLatents:
     return sae.SaeLatents(model, model.d_sae)
 
 
+def check_fits(scorer: base.Scorer, acts: activations.Activations, fpath: str) -> None:
+    """Refuses activations that a scorer was not made for.
+
+    Args:
+        fpath: its file, for messages.
+
+    Raises:
+        UserError: they have another width; for an SAE, also another ViT or layer.
+    """
+    if isinstance(scorer, sae.SaeLatents):
+        scorer.sae.check_fits(acts.space, fpath, acts.given)
+    elif isinstance(scorer, base.Prototypes) and len(scorer.mean_D) != acts.d_vit:
+        raise errors.UserError(
+            f"{fpath}: has prototypes of {len(scorer.mean_D)} dimensions, but {acts.given} has {acts.d_vit}. "
+            "Pass activations of the ViT and layer that it was fitted on."
+        )
+
+
 @beartype.beartype
 def save(scorer: base.Scorer, fpath: pathlib.Path | str) -> None:
     """Writes a scorer atomically. For an SAE it writes the checkpoint, so all latents are saved."""

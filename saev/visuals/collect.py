@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int64, jaxtyped
 
 from saev import devices, errors, helpers
-from saev.data import activations, ordered, pictures
+from saev.data import activations, pictures
 from saev.visuals import coders, config, memory, spool, statistics, write
 
 logger = logging.getLogger("saev")
@@ -48,11 +48,10 @@ def main(cfg: config.Visuals) -> str:
     image_is = acts.image_is_N
     shown.check(image_is[:: max(1, len(image_is) // MAX_CHECKED)].tolist())
     sizes = memory.Sizes(acts.n_imgs, acts.n_tokens, acts.d_vit, coder.n)
-    stream = ordered.Ordered(acts, n_imgs=sizes.block)
     if device.type == "cpu":  # the formula holds on a CPU
         logger.info("memory: about %.2f GB (docs/memory.md)", memory.peak(cfg, sizes) / 1e9)
     with _scratch(dpath) as scratch:
-        codes = spool.run(coder, stream, cfg.n_images, scratch)
+        codes = spool.run(coder, acts, cfg.n_images, sizes.block, scratch)
         classes = write.Classes.of(acts)
         seed, n_classes = cfg.seed, len(classes.names)
         stats = statistics.collect(coder, codes, cfg.n_images, cfg.n_group, seed, classes.class_N, n_classes)
@@ -98,6 +97,7 @@ def main(cfg: config.Visuals) -> str:
                 "sha256": sha256,
                 "kind": coder.kind,
                 "filters": filters(cfg, coder),
+                "images": str(shown.root.absolute()),
             },
         )
         write.write(dpath, gallery)
