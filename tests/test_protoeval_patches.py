@@ -6,6 +6,7 @@ N images, P patches, D d_vit, K prototypes, C classes.
 import dataclasses
 import pathlib
 
+import inprocess
 import numpy as np
 import polars as pl
 import pytest
@@ -15,6 +16,7 @@ from sklearn.metrics import average_precision_score
 
 from saev import errors, nn, scorers
 from saev.data import config as data_config
+from saev.demo import minicub
 from saev.formats import patchlabels, results, shards
 from saev.nn import config as nn_config
 from saev.protoeval import config, logistic, patch_table, run
@@ -309,3 +311,59 @@ def test_other_labels_are_another_result(cfg: config.ProtoEval) -> None:
     patchlabels.write(shards.ShardDir.open(cfg.train_data.shard_root), "", id_NP[::-1], CLASSES, {})
     with pytest.raises(errors.UserError, match=r"patches\.csv: was changed"):
         run.main([cfg])
+
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+
+
+def test_every_file_and_column_is_documented(cfg: config.ProtoEval) -> None:
+    run.main([cfg])
+    text = (DOCS / "results.md").read_text()
+    sections = {section.split("\n")[0]: section for section in text.split("\n### ")}
+    for name in results.PATCH_FILES:
+        assert f"| `{name}` |" in text
+    for name, columns in (
+        ("patches.csv", results.PATCHES),
+        ("patch-classes.csv", results.PATCH_CLASSES),
+        ("patch-differences.csv", results.PATCH_DIFFERENCES),
+    ):
+        assert all(f"`{column}`" in sections[name] for column in columns), name
+
+
+@pytest.mark.slow
+def test_the_example_in_the_docs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of docs/patch-table.md, on 40 of mini-CUB's birds seen by a small untrained ViT."""
+    monkeypatch.chdir(tmp_path)
+    lines = (DOCS / "patch-table.md").read_text().partition("## Example")[2].replace("\\\n", "").splitlines()
+    commands = [line.split("uv run ")[1].replace("320", "40") for line in lines if "    uv run " in line]
+    demo, draw_parts, label, evaluate = commands
+    assert demo == "python -m saev.demo --n-imgs 40"
+    minicub.draw(pathlib.Path("demo/40/CUB_200_2011"), n_imgs=40)
+    vit = "--vit-family timm --vit-ckpt vit_tiny_patch16_224 --vit-weights random --vit-layers 7 --img-size 112 --device cpu"
+    dump = f"-m saev.data {vit} --dump-to {tmp_path}/demo/shards data:cub200 --data.root {tmp_path}/demo/40/CUB_200_2011"
+    shard_root = inprocess.run(*dump.split()).stdout.split()[-1]
+    pathlib.Path("demo/scorers.toml").write_text('[[scorer]]\ntype = "random"\n[[scorer]]\ntype = "pca"\n')
+    exec(draw_parts.split('"')[1], {})
+    for command in (label, evaluate):
+        words = command.replace("HASH", pathlib.Path(shard_root).name).removeprefix("python ").split()
+        words = [f"{tmp_path}/{word}" if word.startswith("demo/") else word for word in words]
+        done = inprocess.run(*words)
+        assert done.returncode == 0, done.stderr
+    assert (
+        "| Scorer | Prototypes | mAP |" in done.stdout.replace("Train | ", "")
+        and "| Probe R |" in done.stdout
+    )
+    dpath = pathlib.Path(done.stdout.split()[-1])
+    rows = read(dpath, "patch-classes.csv", results.PATCH_CLASSES)
+    assert set(rows["scorer"]) == {
+        "constant",
+        "Random",
+        "Pca",
+        "Random, permuted labels",
+        "Pca, permuted labels",
+    }
+    constant = rows.filter(pl.col("scorer") == "constant", pl.col("class") == "background").row(0, named=True)
+    labels = patchlabels.read(shards.ShardDir.open(shard_root))
+    cub_split = pathlib.Path("demo/40/CUB_200_2011/train_test_split.txt").read_text().split()[1::2]
+    is_background_n = labels.id_NP[np.array(cub_split) == "0"] == 0
+    assert constant["ap"] == pytest.approx(is_background_n.mean())

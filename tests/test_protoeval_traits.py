@@ -15,7 +15,7 @@ import sklearn.metrics
 import torch
 import traits_data
 
-from saev import errors, nn, scorers
+from saev import errors, nn, scorers, sweeps
 from saev.data.traits import config as traits_config
 from saev.formats import manifest
 from saev.formats import results as results_format
@@ -338,6 +338,15 @@ def test_scorers_that_retrieve_no_image(tmp_path: pathlib.Path) -> None:
     assert value["files"]["n_images"] == 0 and pictures_of(made.gallery, value) == [[]] * 5
     assert [len(trait["best"]) for trait in value["traits"]] == [1, 1, 1, 1, 0]
     assert value["columns"]["trait"].tolist() == [[-1] * 8]
+
+
+def test_a_slurm_job_gets_the_gallery(tmp_path: pathlib.Path) -> None:
+    """All scorers of a sweep are one job, which writes the gallery once."""
+    (tmp_path / "sweep.toml").write_text('[[scorer]]\ntype = "random"\n[[scorer]]\ntype = "pca"\n')
+    args = ["--sweep", str(tmp_path / "sweep.toml"), "--gallery", str(tmp_path / "gallery")]
+    args += ["--slurm-acct", "ACCOUNT", "--slurm-partition", "PARTITION", "--n-hours", "2"]
+    (job,) = sweeps.group(sweeps.parse(config.ProtoEval, "protoeval.py", args))
+    assert [cfg.gallery for cfg in job] == [str(tmp_path / "gallery")] * 2 and job[0].slurm.is_on
 
 
 # ---- again, and killed ----

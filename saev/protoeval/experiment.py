@@ -144,6 +144,7 @@ class Experiment:
             d_vit=chosen.acts.d_vit,
             n_fit=max(len(fit.acts) for fit in self.fits),
             ckpt=max(ckpt.stat().st_size if ckpt.is_file() else 0 for ckpt in ckpts),
+            n_classes=len(self.patches.names) if self.patches else 0,
         )
         logger.info("memory: about %.2f GB (docs/memory.md)", memory.peak(self.cfgs, sizes) / 1e9)
 

@@ -32,7 +32,7 @@ REVISION = 1
 """Increment it when the sums change: then older passes are not resumed."""
 SAVE_S = 60.0
 """Seconds between saved sums."""
-TILE = 2**26
+TILE = 2**24
 """Scores that are computed at once."""
 N_IMGS = 64
 """Images that are read at a time."""

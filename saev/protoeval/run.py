@@ -62,16 +62,13 @@ def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
     chosen, measured = score.score(experiment, banks, partial)
     cells = choose.choose(chosen, banks, cfg)
     rows = measure.measure(cells, chosen, measured, cfg)
-    patch_labels = experiment.patches
-    patches = (
-        patch_table.evaluate(experiment, banks, patch_labels, partial / "patches") if patch_labels else None
-    )
-    names, about = experiment.labels.attribute_names_T, experiment.about()
+    names, about, parts = experiment.labels.attribute_names_T, experiment.about(), experiment.patches
     found = (
         examples.favourites(cells, about, names),
         examples.retrieved(cells, measured, experiment.measured_paths, about, names),
     )
     more = dict(zip(results.FOR_GALLERIES, found, strict=True))
+    patches = patch_table.evaluate(experiment, banks, parts, partial / "patches") if parts else None
     if experiment.labels.is_drawn:
         report.write_split(out, experiment.labels)
     report.write(out, rows, names, experiment.cfgs, about, more, patches)
