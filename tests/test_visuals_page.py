@@ -7,12 +7,15 @@ import pathlib
 import shutil
 
 import gallery_data
+import gallery_files
 import numpy as np
 import PIL.Image
 import pytest
+import traits_data
 from playwright import sync_api
 
 from saev.formats import scripts
+from saev.protoeval import run as protoeval_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
@@ -324,6 +327,70 @@ def test_opacity_smooth_outline_and_scale(show: Open, plain: pathlib.Path, tmp_p
     assert (box["x"] - frame["x"], box["y"] - frame["y"], box["width"]) == (40, 40, 40)
     page.get_by_label("Scale").select_option("image")
     assert "largest of each image" in page.inner_text(".legend") and "scale=image" in hash_of(page)
+
+
+# ---- traits that protoeval wrote ----
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A real gallery with real traits."""
+    made = traits_data.make(tmp_path_factory.mktemp("evaluated"))
+    protoeval_run.main(made.cfgs)
+    return made.gallery
+
+
+def test_search_by_traits_of_protoeval(show: Open, evaluated: pathlib.Path) -> None:
+    value = gallery_files.load(evaluated, "traits")
+    ids = gallery_files.load(evaluated, "stats")["columns"]["id"]
+    names, columns = [trait["name"] for trait in value["traits"]], value["columns"]
+    page = show("#/map?sort=-ap", evaluated)
+    for word, limit in (("wing", 0.7), ("script", 0.5), ("size", 0.0)):
+        page.fill("input[type=search]", f"trait:{word} ap>{limit}")
+        is_hit_CF = (columns["trait"] >= 0) & (columns["ap"] > limit)
+        is_hit_CF &= np.array([word in name for name in names])[columns["trait"]]
+        want = set(ids[is_hit_CF.any(axis=1)].tolist())
+        assert page.inner_text(".found").startswith(f"{len(want)} of {len(ids)}") and 0 < len(want) < len(ids)
+        shown = page.locator(".table .body .row a").all_inner_texts()
+        assert {int(text) for text in shown} == want
+        texts = page.locator(".table .body .row").all_inner_texts()
+        assert all(word in text for text in texts)
+
+
+def test_a_trait_of_protoeval_with_right_and_wrong_images(show: Open, evaluated: pathlib.Path) -> None:
+    value = gallery_files.load(evaluated, "traits")
+    entries = gallery_files.load(evaluated, f"{value['files']['folder']}/000")["traits"]
+    images = gallery_files.load(evaluated, f"{value['files']['folder']}/images/000")["images"]
+    page = show("#/traits", evaluated)
+    page.locator("main a", has_text="</script><script>").click()
+    page.wait_for_selector(".side")
+    assert page.inner_text("h2") == traits_data.NAMES[2] and page.title() != "hacked"
+    page.wait_for_function("[...document.images].every((i) => i.complete && i.naturalWidth)")
+    page.wait_for_timeout(60)
+    sides = page.locator(".side")
+    assert sides.count() == 3 and "first 12 of 16 latents" in page.inner_text("main")
+    for i, entry in enumerate(entries[2]):
+        best, side = value["traits"][2]["best"][i], sides.nth(i)
+        text = side.inner_text()
+        assert value["scorers"][i]["name"] in text and f"{best['prototype']} of 12" in text
+        assert f"{entry['right'].sum()} of {len(entry['right'])} right" in text
+        marks = side.locator("figure").evaluate_all("figures => figures.map((f) => f.className)")
+        assert marks == ["right" if right else "wrong" for right in entry["right"]]
+    # a picture opens the image view where the gallery has the image, and only there
+    links = sides.nth(0).locator("figure a").evaluate_all("links => links.map((a) => a.getAttribute('href'))")
+    for place, link in zip(entries[2][0]["image"], links, strict=True):
+        if place < len(images):
+            n = images[place]["n"]
+            assert link is None if n < 0 else link.startswith(f"#/image/{n}?")
+    sides.nth(0).locator("p a").click()
+    page.wait_for_selector(".facts")
+    assert traits_data.NAMES[2] in page.inner_text("aside")
+
+
+def test_a_trait_that_no_train_image_has(show: Open, evaluated: pathlib.Path) -> None:
+    page = show("#/trait/has_crown_color%3A%3Ain_no_train_image", evaluated)
+    assert "No train image has it, so no prototype is chosen." in page.inner_text("main")
+    assert page.locator(".side").count() == 0
 
 
 # ---- names, stars, files ----

@@ -49,9 +49,9 @@ def _of(dpath: str, flag: str, side: sides.Side) -> gallery.Gallery:
 def _shows(found: gallery.Gallery, side: sides.Side) -> bool:
     """Whether a gallery shows a dictionary. Units are known by their ViT and layer."""
     if not side.is_units:
-        return found.stats.scorer.get("sha256") == side.digest
+        return found.stats.scorer.sha256 == side.digest
     mine = ("units", side.acts.metadata.vit_ckpt, side.layer)
-    return (found.stats.scorer.get("kind"), found.stats.source.vit, found.stats.source.layer) == mine
+    return (found.stats.scorer.kind, found.stats.source.vit, found.stats.source.layer) == mine
 
 
 def write(galleries: Galleries, found: list[sides.Side], out: pathlib.Path) -> None:
@@ -151,7 +151,7 @@ def _batched(entries: collections.abc.Iterable[dict]) -> collections.abc.Iterato
         yield part
 
 
-def _grid(found: gallery.Gallery) -> tuple[list[int], list[int]]:
+def _grid(found: gallery.Gallery) -> tuple[tuple[int, int], tuple[int, int]]:
     return found.stats.source.grid, found.stats.source.size
 
 

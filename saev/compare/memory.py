@@ -14,8 +14,6 @@ LIBRARIES = 200 * 10**6
 """Bytes of compiled kernels and libraries beyond `data.memory.PROGRAM`."""
 EXACT = 4096
 """Dictionaries of at most this many latents are matched one to one over all pairs."""
-MAX_CODES = 2**26
-"""Most dense codes of a block (256 MB in float32)."""
 COSINES = 2**24
 """Cosines that are computed at a time, about."""
 CODE_BYTES = 24
@@ -50,11 +48,6 @@ class Side(tp.NamedTuple):
         return self.n_rows * (8 * self.n_codes + 12)
 
 
-def n_block(n_patches: int, n: int) -> int:
-    """Images that are encoded at a time."""
-    return max(1, min(64, MAX_CODES // (n_patches * n)))
-
-
 def peak(cfg: config.Compare, sides: collections.abc.Sequence[Side]) -> int:
     """Estimates the peak memory in bytes, including memory-mapped files."""
     weights = sum(side.weights for side in sides)
@@ -67,7 +60,7 @@ def peak(cfg: config.Compare, sides: collections.abc.Sequence[Side]) -> int:
 
 def _encoding(side: Side) -> int:
     """Blocks read ahead, pre-activations, codes and what is found."""
-    n_imgs = min(n_block(side.n_patches, side.n), side.n_imgs)
+    n_imgs = min(memory.n_block(side.n_patches, side.n), side.n_imgs)
     return 4 * n_imgs * side.n_patches * (6 * side.d_vit + 2 * side.n)
 
 

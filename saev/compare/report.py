@@ -11,7 +11,7 @@ import polars as pl
 from saev import helpers, provenance
 from saev.compare import config, correlate, match, sides
 from saev.formats import jsonfile, manifest
-from saev.report import charts, frame, tables
+from saev.report import charts, figures, frame, tables
 
 FILES = ("dictionaries.csv", "pairs.csv", "curve.csv", "summary.md", "chart.png", "about.json")
 MATCHES = "matches.parquet"
@@ -67,9 +67,8 @@ def write(
             )
         helpers.write_text(tmp_dpath / "summary.md", f"{text}\n{words} {NULL}\n")
         shown = of_pairs.select("one", "two", "differ").join(curve, on=["one", "two"], maintain_order="left")
-        charts.save(
-            charts.matched(shown, caption(of_sides, joined, stats[0].n_rows)), tmp_dpath / "chart.png"
-        )
+        chart = charts.matched(shown, caption(of_sides, joined, stats[0].n_rows))
+        figures.save(chart, tmp_dpath / "chart.png")
         about = {
             "config": dataclasses.asdict(cfg),
             "method": words,
@@ -202,13 +201,8 @@ def method(cfg: config.Compare, joined: sides.Joined, n_rows: int) -> str:
 
 
 def caption(of_sides: pl.DataFrame, joined: sides.Joined, n_rows: int) -> str:
-    places = of_sides.group_by("vit", maintain_order=True).agg(pl.col("layer").unique().sort())
-    where = "; ".join(
-        f"{vit}, layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-        for vit, layers in places.iter_rows()
-    )
     what = f"{n_rows:,} patches of " if joined.per_patch else ""
-    return f"{where}; n = {what}{len(joined.order[0]):,} images"
+    return f"{tables.where(of_sides)}; n = {what}{len(joined.order[0]):,} images"
 
 
 def sides_table(of_sides: pl.DataFrame) -> pl.DataFrame:

@@ -119,8 +119,9 @@ def open_all(cfg: config.Compare) -> list[Side]:
         if data not in is_open:
             is_open[data] = activations.Activations(data, flag, is_open.values())
             is_open[data].only_layer("a dictionary is of")
-        out.append(Side(name, fpath, scorer or _units(is_open[data].d_vit), is_open[data]))
-        _check_fits(out[-1])
+        scorer = scorer or _units(is_open[data].d_vit)
+        out.append(Side(name, fpath, scorer, is_open[data]))
+        scorers.check_fits(scorer, is_open[data], str(fpath))
     return out
 
 
@@ -164,17 +165,6 @@ def _of_its_layer(scorer: scorers.Scorer | None, data: data_config.Shards) -> da
     """The layer that an SAE was trained on, if its checkpoint says so."""
     layers = scorer.sae.activations.get("layers") if isinstance(scorer, sae_scorer.SaeLatents) else None
     return dataclasses.replace(data, layer=layers[0]) if layers and len(layers) == 1 else data
-
-
-def _check_fits(side: Side) -> None:
-    if side.sae:
-        return side.sae.check_fits(side.acts.space, str(side.fpath), side.acts.given)
-    width = side.scorer.direction_KD.shape[1]
-    if width != side.acts.d_vit:
-        raise errors.UserError(
-            f"{side.fpath}: has prototypes of {width} dimensions, but {side.acts.given} has "
-            f"{side.acts.d_vit}. Pass activations of the layer that it was fitted on."
-        )
 
 
 # ---- images and patches ----

@@ -1,4 +1,5 @@
-"""Exact average precision. N images, K prototypes, T traits, P positives of a trait, M resamples.
+"""Exact average precision. N images or patches, K prototypes, T traits, P positives of a trait, M resamples
+of I images.
 
 AP = sum over thresholds n of (R_n - R_{n-1}) P_n, with recall R and precision P. Tied scores share one
 threshold, as in scikit-learn's `average_precision_score`. Equivalently, AP is the mean over positive images i
@@ -9,12 +10,17 @@ of
 The images of a prototype are visited once, best first. Each adds to the traits that it has, so the cost is a
 radix sort plus the number of labels, not T passes. Images with the lowest score are skipped, because their
 share follows from the others. SAE latents score most images 0, so most are skipped.
+
+An image whose label for a trait is missing counts neither as scored nor as positive for this trait. The same
+pass counts such images per trait.
 """
+
+import typing as tp
 
 import beartype
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Shaped, UInt8, jaxtyped
+from jaxtyping import Bool, Float, Float64, Int32, Shaped, UInt8, jaxtyped
 
 from saev import compiled, errors
 
@@ -28,6 +34,7 @@ LANES = 256
 def average_precision(
     scores_NK: Float[np.ndarray, "N K"] | Float[torch.Tensor, "N K"],
     labels_NT: Shaped[np.ndarray, "N T"] | Shaped[torch.Tensor, "N T"],
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> Float64[np.ndarray, "K T"]:
     """AP of every prototype for every trait. NaN for traits without a positive.
 
@@ -36,6 +43,7 @@ def average_precision(
     Args:
         scores_NK: numbers that float64 represents exactly, without NaN.
         labels_NT: booleans, or numbers that are 0 or 1.
+        known_NT: which labels are known; images are left out of the APs of the others. Default: all.
 
     Raises:
         UserError: other values, no images, or different numbers of images.
@@ -51,7 +59,13 @@ def average_precision(
         raise errors.UserError("average_precision: there are no images. Pass at least one.")
     if not ((labels_NT == 0) | (labels_NT == 1)).all():
         raise errors.UserError("average_precision: labels_NT holds other values than 0 and 1. Pass booleans.")
-    return of_rows(scores_NK.T, labels_NT.astype(bool))
+    labels_NT = labels_NT.astype(bool)
+    if known_NT is not None and (known_NT.shape != labels_NT.shape or known_NT.dtype != bool):
+        raise errors.UserError(
+            f"average_precision: known_NT is {known_NT.dtype} {known_NT.shape}. Pass booleans "
+            f"{labels_NT.shape}."
+        )
+    return of_rows(scores_NK.T, labels_NT, known_NT)
 
 
 def _numbers(values: object, name: str, shape: str) -> np.ndarray:
@@ -81,14 +95,17 @@ def _numbers(values: object, name: str, shape: str) -> np.ndarray:
 
 @jaxtyped(typechecker=beartype.beartype)
 def of_rows(
-    scores_KN: Float[np.ndarray, "K N"], labels_NT: Bool[np.ndarray, "N T"]
+    scores_KN: Float[np.ndarray, "K N"],
+    labels_NT: Bool[np.ndarray, "N T"],
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> Float64[np.ndarray, "K T"]:
     """`average_precision` for scores stored prototype by prototype."""
     n_K, n_N = scores_KN.shape
-    image_n, trait_n = np.nonzero(labels_NT)
-    # image i has the traits trait_n[start_N1[i] : start_N1[i + 1]]
-    start_N1 = np.concatenate([[0], np.cumsum(np.bincount(image_n, minlength=n_N))])
-    trait_n, n_positive_T = trait_n.astype(np.int32), labels_NT.sum(axis=0)
+    n_known_T, unknown = np.full(labels_NT.shape[1], n_N), None
+    if known_NT is not None and not known_NT.all():
+        labels_NT = labels_NT & known_NT
+        n_known_T, unknown = known_NT.sum(axis=0), _by_image(~known_NT)
+    has, n_positive_T = _by_image(labels_NT), labels_NT.sum(axis=0)
     ap_KT = np.empty((n_K, labels_NT.shape[1]))
     size = max(1, BLOCK_BYTES // (8 * max(1, n_N)))
     for first in range(0, n_K, size):
@@ -96,22 +113,37 @@ def of_rows(
         out_CT = ap_KT[first : first + size]
 
         def kernel(start: int, end: int, bits_CN=bits_CN, out_CT=out_CT) -> None:
-            _matrix(bits_CN, start_N1, trait_n, n_positive_T, start, end, out_CT)
+            _matrix(bits_CN, has, unknown, n_positive_T, n_known_T, start, end, out_CT)
 
         compiled.in_threads(kernel, len(bits_CN))
     return ap_KT
 
 
+def _by_image(is_set_NT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(start_N1, trait_n): the traits of image i are trait_n[start_N1[i] : start_N1[i + 1]]."""
+    image_n, trait_n = np.nonzero(is_set_NT)
+    start_N1 = np.concatenate([[0], np.cumsum(np.bincount(image_n, minlength=len(is_set_NT)))])
+    return start_N1, trait_n.astype(np.int32)
+
+
 @jaxtyped(typechecker=beartype.beartype)
 def paired(
-    scores_TN: Float[np.ndarray, "T N"], labels_NT: Bool[np.ndarray, "N T"]
+    scores_TN: Float[np.ndarray, "T N"],
+    labels_NT: Bool[np.ndarray, "N T"],
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> Float64[np.ndarray, " T"]:
     """AP of row t of the scores for trait t. NaN for traits without a positive.
 
     Raises:
         UserError: NaN among the scores.
     """
-    return resampled(scores_TN, labels_NT, np.ones((1, len(labels_NT)), np.uint8))[:, 0]
+    return resampled(scores_TN, labels_NT, np.ones((1, len(labels_NT)), np.uint8), known_NT)[:, 0]
+
+
+class Resampled(tp.NamedTuple):
+    ap_TM: Float64[np.ndarray, "T M"]
+    purity_TM: Float64[np.ndarray, "T M"]
+    """Share of positives among the first ones."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -119,23 +151,48 @@ def resampled(
     scores_TN: Float[np.ndarray, "T N"],
     labels_NT: Bool[np.ndarray, "N T"],
     times_MN: UInt8[np.ndarray, "M N"],
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> Float64[np.ndarray, "T M"]:
     """`paired` on M resamples, in which each image counts `times_MN` times. NaN if no positive was drawn.
 
     Raises:
         UserError: NaN among the scores.
     """
+    image_N = np.arange(len(labels_NT), dtype=np.int32)
+    return resampled_patches(scores_TN, labels_NT, image_N, times_MN, known_NT=known_NT).ap_TM
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def resampled_patches(
+    scores_TN: Float[np.ndarray, "T N"],
+    labels_NT: Bool[np.ndarray, "N T"],
+    image_N: Int32[np.ndarray, " N"],
+    times_MI: UInt8[np.ndarray, "M I"],
+    n_first: int = 0,
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
+) -> Resampled:
+    """AP of row t of the scores for trait t, on M resamples of I images, and the purity of the first patches.
+
+    Where equal scores straddle the first `n_first` patches, the purity is the mean over their orders.
+
+    Args:
+        image_N: each patch's image, a column of `times_MI`, which says how often its patches count.
+
+    Raises:
+        UserError: NaN among the scores.
+    """
     bits_TN, labels_TN = _sortable(scores_TN, 0), np.ascontiguousarray(labels_NT.T)
-    n_M = len(times_MN)
-    padded_MN = np.pad(times_MN, ((0, -n_M % LANES), (0, 0)))
-    times_GNL = np.ascontiguousarray(padded_MN.reshape(-1, LANES, padded_MN.shape[1]).transpose(0, 2, 1))
-    ap_TGL = np.empty((len(labels_TN), len(times_GNL), LANES))
+    known_TN = None if known_NT is None or known_NT.all() else np.ascontiguousarray(known_NT.T)
+    n_M = len(times_MI)
+    padded_MI = np.pad(times_MI, ((0, -n_M % LANES), (0, 0)))
+    times_GIL = np.ascontiguousarray(padded_MI.reshape(-1, LANES, padded_MI.shape[1]).transpose(0, 2, 1))
+    out_2TGL = np.empty((2, len(labels_TN), len(times_GIL), LANES))
 
     def kernel(start: int, end: int) -> None:
-        _resampled(bits_TN, labels_TN, times_GNL, start, end, ap_TGL)
+        _resampled(bits_TN, labels_TN, known_TN, image_N, times_GIL, n_first, start, end, *out_2TGL)
 
     compiled.in_threads(kernel, len(labels_TN))
-    return ap_TGL.reshape(len(labels_TN), -1)[:, :n_M]
+    return Resampled(*(out_TGL.reshape(len(labels_TN), -1)[:, :n_M] for out_TGL in out_2TGL))
 
 
 @beartype.beartype
@@ -203,27 +260,36 @@ def _sort(bits_N, key_2N, place_2N, count_Q):
 
 
 @compiled.jit
-def _matrix(bits_CN, start_N1, trait_n, n_positive_T, first, last, ap_CT):
-    """Rows first to last of the AP matrix."""
+def _matrix(bits_CN, has, unknown, n_positive_T, n_known_T, first, last, ap_CT):
+    """Rows first to last of the AP matrix. unknown: as `has`, or None, which leaves its code out."""
     n_N, n_T = bits_CN.shape[1], len(n_positive_T)
     key_2N, place_2N = np.empty((2, n_N), bits_CN.dtype), np.empty((2, n_N), np.int32)
     count_Q = np.empty(2048, np.int64)
     found_T, sum_T = np.empty(n_T, np.int64), np.empty(n_T)
+    unknown_T = np.zeros(n_T, np.int64)
+    start_N1, trait_n = has
     for c in range(first, last):
         n = _sort(bits_CN[c], key_2N, place_2N, count_Q)
         found_T[:] = 0
         sum_T[:] = 0.0
+        unknown_T[:] = 0
         start = 0
         while start < n:
             end = start + 1
             while end < n and key_2N[0, end] == key_2N[0, start]:
                 end += 1
+            if unknown is not None:
+                for place in place_2N[0, start:end]:
+                    for i in range(unknown[0][place], unknown[0][place + 1]):
+                        unknown_T[unknown[1][i]] += 1
             share = 1.0 / end
             if end == start + 1:
                 image = place_2N[0, start]
                 for i in range(start_N1[image], start_N1[image + 1]):
                     t = trait_n[i]
                     found_T[t] += 1
+                    if unknown is not None:
+                        share = 1.0 / (end - unknown_T[t])
                     sum_T[t] += found_T[t] * share
             else:
                 for place in place_2N[0, start:end]:
@@ -231,54 +297,78 @@ def _matrix(bits_CN, start_N1, trait_n, n_positive_T, first, last, ap_CT):
                         found_T[trait_n[i]] += 1
                 for place in place_2N[0, start:end]:
                     for i in range(start_N1[place], start_N1[place + 1]):
-                        sum_T[trait_n[i]] += found_T[trait_n[i]] * share
+                        t = trait_n[i]
+                        if unknown is not None:
+                            share = 1.0 / (end - unknown_T[t])
+                        sum_T[t] += found_T[t] * share
             start = end
         for t in range(n_T):
             p = n_positive_T[t]
-            rest = (p - found_T[t]) * p / n_N
+            rest = (p - found_T[t]) * p / n_known_T[t] if p else 0.0
             ap_CT[c, t] = (sum_T[t] + rest) / p if p else np.nan
 
 
 @compiled.jit
-def _resampled(bits_TN, labels_TN, times_GNL, first, last, ap_TGL):
-    """Traits first to last of `resampled`."""
-    n_G, n_N, n_L = times_GNL.shape
+def _resampled(bits_TN, labels_TN, known_TN, image_N, times_GIL, n_first, first, last, ap_TGL, purity_TGL):
+    """Traits first to last of `resampled_patches`. known_TN: None leaves its code out."""
+    (n_G, _, n_L), n_N = times_GIL.shape, bits_TN.shape[1]
     key_2N, place_2N = np.empty((2, n_N), bits_TN.dtype), np.empty((2, n_N), np.int32)
     count_Q = np.empty(2048, np.int64)
-    all_L, found_L, tied_L, total_L, p_L = np.empty((5, n_L), np.int32)
-    sum_L = np.empty(n_L)
+    all_L, found_L, tied_L, total_L, p_L, before_L = np.empty((6, n_L), np.int32)
+    sum_L, hits_L = np.empty((2, n_L))
     for t in range(first, last):
         n = _sort(bits_TN[t], key_2N, place_2N, count_Q)
         for g in range(n_G):
             for values_L in (all_L, found_L, total_L, p_L):
                 values_L[:] = 0
             sum_L[:] = 0.0
+            hits_L[:] = 0.0
             for i in range(n_N):
-                times_L = times_GNL[g, i]
+                if known_TN is not None and not known_TN[t, i]:
+                    continue
+                times_L = times_GIL[g, image_N[i]]
                 for m in range(n_L):
                     total_L[m] += times_L[m]
                 if labels_TN[t, i]:
                     for m in range(n_L):
                         p_L[m] += times_L[m]
-            start = 0
+            start, is_first = 0, n_first > 0
             while start < n:
                 end, is_any = start, False
                 tied_L[:] = 0
+                if is_first:
+                    before_L[:] = all_L
                 while end < n and key_2N[0, end] == key_2N[0, start]:
-                    times_L = times_GNL[g, place_2N[0, end]]
+                    place = place_2N[0, end]
+                    end += 1
+                    if known_TN is not None and not known_TN[t, place]:
+                        continue
+                    times_L = times_GIL[g, image_N[place]]
                     for m in range(n_L):
                         all_L[m] += times_L[m]
-                    if labels_TN[t, place_2N[0, end]]:
+                    if labels_TN[t, place]:
                         is_any = True
                         for m in range(n_L):
                             tied_L[m] += times_L[m]
-                    end += 1
                 if is_any:
                     for m in range(n_L):
                         found_L[m] += tied_L[m]
                         sum_L[m] += tied_L[m] * (found_L[m] / max(all_L[m], 1))
+                if is_first:
+                    is_first = False
+                    for m in range(n_L):
+                        hits_L[m] += _hits(n_first - before_L[m], all_L[m] - before_L[m], tied_L[m])
+                        is_first |= all_L[m] < min(n_first, total_L[m])
                 start = end
             for m in range(n_L):
-                p = p_L[m]
+                p, others = p_L[m], total_L[m] - all_L[m]
                 rest = (p - found_L[m]) * p / max(total_L[m], 1)
                 ap_TGL[t, g, m] = (sum_L[m] + rest) / p if p else np.nan
+                hits_L[m] += _hits(n_first - all_L[m], others, p - found_L[m])
+                purity_TGL[t, g, m] = hits_L[m] / max(min(n_first, total_L[m]), 1)
+
+
+@compiled.jit
+def _hits(n_left, n_tied, n_positive):
+    """Positives expected among n_left places that are filled from n_tied images in any order."""
+    return min(n_left, n_tied) * n_positive / n_tied if n_left > 0 and n_tied > 0 else 0.0

@@ -2,20 +2,28 @@
 
 import pathlib
 
-from saev import console, launch, sweeps
+from saev import console, errors, launch, sweeps
 from saev.protoeval import config
 
 
 def main() -> None:
     """Evaluates, merges or checks. Prints tables and their results directories."""
-    cfgs = sweeps.parse(config.ProtoEval, "Scores prototypes against the attributes of CUB-200-2011.")
+    cfgs = sweeps.parse(
+        config.ProtoEval,
+        "Scores prototypes against traits of images, such as the attributes of CUB-200-2011.",
+    )
     cfg = cfgs[0]
     if cfg.dry_run:
         return console.show(cfgs, sweeps.group(cfgs) if cfg.slurm.is_on else ())
     if cfg.report:
         from saev.protoeval import merge  # draws charts, which --help need not wait for
+        from saev.report import figures
 
-        return _show(str(merge.write(pathlib.Path(cfg.report))))
+        if cfg.plot:
+            figures.check(cfg.plot, "--plot")
+        return _show(str(merge.write(pathlib.Path(cfg.report), cfg.plot)))
+    if cfg.plot:
+        raise errors.UserError(f"--plot {cfg.plot}: only with --report. A result's chart is its chart.png.")
     if cfg.check:
         from saev.protoeval import labels
 
@@ -30,4 +38,6 @@ def main() -> None:
 
 
 def _show(dpath: str) -> None:
-    console.say(f"{(pathlib.Path(dpath) / 'table.md').read_text('utf-8')}\n{dpath}")
+    fpaths = (pathlib.Path(dpath) / name for name in ("table.md", "patches.md"))
+    texts = [fpath.read_text("utf-8") for fpath in fpaths if fpath.exists()]
+    console.say("\n".join([*texts, dpath]))

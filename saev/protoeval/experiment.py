@@ -11,9 +11,10 @@ import beartype
 import numpy as np
 
 from saev import devices, errors, fields, helpers, scorers
-from saev.data import activations, cub
+from saev.data import activations
+from saev.data.traits import base
 from saev.formats import results
-from saev.protoeval import check, config, join, labels, memory
+from saev.protoeval import check, config, join, labels, memory, patch_join
 from saev.scorers import config as scorers_config
 
 logger = logging.getLogger("saev")
@@ -21,16 +22,21 @@ logger = logging.getLogger("saev")
 REVISION = 5
 """Raise it when the same activations, labels and config may give other numbers."""
 
+PATCH_REVISION = 1
+"""The same for the patch table."""
+
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     cfgs: list[config.ProtoEval]
     """One per scorer. They differ only in the scorer and its fit data."""
-    labels: cub.Cub
+    labels: base.Traits
     sides: join.Sides
     fits: list[join.Fit]
     """The activations that each scorer is fitted on."""
+    patches: patch_join.Labels | None = None
+    """Labels of patches, if there are any."""
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -43,6 +49,8 @@ class Experiment:
         for cfg, fit in zip(self.cfgs, self.fits, strict=True):
             parts += [fields.identity(cfg), *_content(cfg, fit).values(), _run_name(cfg)]
             parts += self._activations
+        if self.patches:
+            parts += [PATCH_REVISION, self.patches.fingerprint]
         return helpers.hash_of(parts)[:12]
 
     @property
@@ -65,6 +73,11 @@ class Experiment:
             return hashed
         return helpers.hash_of([hashed, cfg.no_positives, cfg.swap_splits, left_out])
 
+    @property
+    def measured_paths(self) -> list[str]:
+        """The paths of the images that are measured on, in the order of images.txt."""
+        return [self.labels.paths_N[row] for row in sorted(self.sides.measured.row_of.values())]
+
     def about(self) -> results.About:
         cfg, (chosen, measured) = self.cfgs[0], self.sides
         seen_T = self.labels.labels_NT[list(measured.row_of.values())].any(axis=0)
@@ -77,7 +90,7 @@ class Experiment:
             tokens=f"{train.n_tokens} tokens an image ({cfg.train_data.patches})",
             shards=list(shards),
             labels=self._measured_on,
-            min_certainty=cfg.min_certainty,
+            min_certainty=0 if self.labels.source else cfg.min_certainty,
             seed=cfg.seed,
             n_seeds=cfg.n_seeds,
             n_boot=cfg.n_boot,
@@ -93,6 +106,9 @@ class Experiment:
             n_classes=len(np.unique(self.labels.class_N)),
             left_out={side.split: side.left_out for side in self.sides if side.left_out},
             annotations=cfg.annotations,
+            source=helpers.printable(self.labels.source),
+            n_unknown=self.labels.n_unknown,
+            n_labels=self.labels.labels_NT.size,
             n_zero=int((~seen_T).sum()) if cfg.no_positives == "zero" else 0,
         )
 
@@ -106,9 +122,10 @@ class Experiment:
 
     def _forced(self) -> list[str]:
         """The problems that --force accepted."""
-        known, out = set(self.labels.paths_N), check.problems(self.labels)
+        known = {*self.labels.paths_N, *self.labels.left_out}
+        out = check.problems(self.labels)
         for acts in dict.fromkeys(self._train_and_test):
-            n = sum(cub.key(acts.records[int(i)].path) not in known for i in acts.image_is_N)
+            n = sum(self.labels.key(acts.records[int(i)].path) not in known for i in acts.image_is_N)
             if n:
                 out.append(f"{n:,} images of {acts.root} have no labels and were left out")
         return out
@@ -127,6 +144,7 @@ class Experiment:
             d_vit=chosen.acts.d_vit,
             n_fit=max(len(fit.acts) for fit in self.fits),
             ckpt=max(ckpt.stat().st_size if ckpt.is_file() else 0 for ckpt in ckpts),
+            n_classes=len(self.patches.names) if self.patches else 0,
         )
         logger.info("memory: about %.2f GB (docs/memory.md)", memory.peak(self.cfgs, sizes) / 1e9)
 

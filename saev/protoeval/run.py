@@ -4,7 +4,23 @@ import logging
 import pathlib
 import shutil
 
-from saev.protoeval import choose, config, fit, gallery, join, labels, measure, opening, report, score
+from saev.formats import results
+from saev.protoeval import (
+    choose,
+    config,
+    examples,
+    fit,
+    gallery,
+    join,
+    labels,
+    measure,
+    opening,
+    patch_join,
+    patch_table,
+    report,
+    score,
+    traits,
+)
 from saev.protoeval.experiment import Experiment
 
 logger = logging.getLogger("saev")
@@ -21,17 +37,20 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     """
     cfg = cfgs[0]
     acts = opening.open_all(cfgs)
-    cub = labels.load(cfg)
-    sides = join.join(cfg, acts, cub)
-    fits = join.fit_data(cfgs, acts, sides, cub)
-    experiment = Experiment(cfgs, cub, sides, fits)
-    shown = gallery.scorer(cfg.gallery, cfgs, experiment.names)
+    found = labels.load(cfg, {"train": acts.train, "test": acts.test})
+    sides = join.join(cfg, acts, found)
+    fits = join.fit_data(cfgs, acts, sides, found)
+    experiment = Experiment(cfgs, found, sides, fits, patch_join.load(cfg, sides))
+    shown = gallery.own(experiment)
+    if shown:
+        traits.check(experiment)
     out = pathlib.Path(cfg.dump_to) / experiment.id
-    with report.once(out) as is_new:
+    with report.once(out, bool(cfg.patch_labels)) as is_new:
         if is_new:
             _evaluate(experiment, out)
     if shown:
         gallery.link(out, shown, pathlib.Path(cfg.gallery))
+        traits.write(out, shown, experiment)
     return str(out)
 
 
@@ -43,6 +62,14 @@ def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
     chosen, measured = score.score(experiment, banks, partial)
     cells = choose.choose(chosen, banks, cfg)
     rows = measure.measure(cells, chosen, measured, cfg)
-    names = experiment.labels.attribute_names_T
-    report.write(out, rows, names, experiment.cfgs, experiment.about())
+    names, about, parts = experiment.labels.attribute_names_T, experiment.about(), experiment.patches
+    found = (
+        examples.favourites(cells, about, names),
+        examples.retrieved(cells, measured, experiment.measured_paths, about, names),
+    )
+    more = dict(zip(results.FOR_GALLERIES, found, strict=True))
+    patches = patch_table.evaluate(experiment, banks, parts, partial / "patches") if parts else None
+    if experiment.labels.is_drawn:
+        report.write_split(out, experiment.labels)
+    report.write(out, rows, names, experiment.cfgs, about, more, patches)
     shutil.rmtree(partial, ignore_errors=True)

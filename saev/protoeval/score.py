@@ -1,4 +1,4 @@
-"""Computes CUB images' scores for all prototypes of all scorers, and their mean activations, in one pass over
+"""Computes images' scores for all prototypes of all scorers, and their mean activations, in one pass over
 shards.
 
 The pass writes both to files image by image, so memory is bounded and a killed pass resumes.
@@ -22,7 +22,8 @@ import xxhash
 from jaxtyping import Bool, Float32, Int64, jaxtyped
 
 from saev import devices, errors, helpers, scorers
-from saev.data import activations, cub, ordered
+from saev.data import activations, ordered
+from saev.data.traits import base
 from saev.formats import jsonfile
 from saev.protoeval import fit
 from saev.protoeval.experiment import Experiment
@@ -61,12 +62,18 @@ class Scores:
 @jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split's images, in the order of CUB's images.txt."""
+    """One split's images, in the order of the labels."""
 
     scores: Scores
     column_N: Int64[np.ndarray, " N"]
     """Their columns in the scores."""
     labels_NT: Bool[np.ndarray, "N T"]
+    known_NT: Bool[np.ndarray, "N T"] | None = None
+    """Which labels are known. None: all."""
+
+    def known_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """`known_NT` of some images."""
+        return None if self.known_NT is None else self.known_NT[rows]
 
     def of(self, prototypes: slice | np.ndarray) -> Float32[np.ndarray, "C N"]:
         """Some prototypes' scores, copied to memory."""
@@ -91,7 +98,7 @@ def score(experiment: Experiment, banks: list[fit.Bank], dpath: pathlib.Path) ->
     run = [bank.scorer.to(device) for bank in banks]
 
     def scored(acts: activations.Activations, row_of: dict[int, int], name: str) -> Scores:
-        """Scores in the order of images.txt, so that no result depends on the order of the shards."""
+        """Scores in the order of the labels, so that no result depends on the order of the shards."""
         image_is = sorted(row_of, key=row_of.__getitem__)
         return score_images(run, acts, image_is, dpath / name, device, cfg.memory_gb)
 
@@ -106,10 +113,10 @@ def score(experiment: Experiment, banks: list[fit.Bank], dpath: pathlib.Path) ->
     return chosen, measured
 
 
-def _split(scores: Scores, row_of: dict[int, int], labels: cub.Cub) -> Split:
+def _split(scores: Scores, row_of: dict[int, int], labels: base.Traits) -> Split:
     columns = [n for n, i in enumerate(scores.image_i_N.tolist()) if i in row_of]
     rows = [row_of[i] for i in scores.image_i_N[columns].tolist()]
-    return Split(scores, np.array(columns, np.int64), labels.labels_NT[rows])
+    return Split(scores, np.array(columns, np.int64), labels.labels_NT[rows], labels.known_of(rows))
 
 
 # ---- one pass ----
@@ -149,7 +156,7 @@ def score_images(
     blocks = _done(done_fpath, key, shapes, columns_N)
     first = sum(n for n, _ in blocks)
     scores_KN, mean_ND = (_mapped(dpath / name, shape) for name, shape in shapes.items())
-    stream = ordered.Ordered(acts, n_imgs, first)
+    stream = ordered.Ordered(acts, n_imgs, [range(first, acts.n_imgs)])
     saved_s = time.monotonic()
     for block in helpers.progress(stream, "score", len(stream), "blocks"):
         column_B = column_of[block.image_i_N]

@@ -11,9 +11,8 @@ import PIL.ImageFont
 import torch
 
 from saev import errors, nn, scorers
-from saev.data import images, pixels, vits
+from saev.data import images, pictures, pixels, vits
 from saev.scorers import sae as scorers_sae
-from saev.visuals import pictures
 
 GAP, LINE, FONT = 8, 22, 14
 """Pixels between pictures, of a caption, and of its letters."""
