@@ -105,7 +105,7 @@ class Masks(Split):
     patch_labels: str = ""
     """Name of the labels of patches (--name of python -m saev.labels)."""
     parts: tuple[str, ...] = ()
-    """Classes to use as traits. Default: all that some images have, but not all."""
+    """Classes to use as traits. Default: all but `background` that some images have, but not all."""
     min_patches: int = 1
     """Least patches of a class that make an image have the trait."""
 

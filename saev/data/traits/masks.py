@@ -15,6 +15,9 @@ from saev.formats import patchlabels
 
 logger = logging.getLogger("saev")
 
+BACKGROUND = "background"
+"""A class that is no trait unless it is asked for."""
+
 
 def load(cfg: config.Masks, acts: dumped.Acts) -> base.Traits:
     """Makes labels from those of patches. Labels of an image without labelled patches are unknown.
@@ -76,7 +79,7 @@ def _counts(
 
 def _chosen(cfg: config.Masks, names: list[str], labels_NT: np.ndarray, where: str) -> list[int]:
     """Numbers of the classes that are traits."""
-    says = [bool(column_N.any() and not column_N.all()) for column_N in labels_NT.T]
+    says = [bool(0 < column_N.mean() < 1) for column_N in labels_NT.T]
     for part in cfg.parts:
         if part not in names:
             raise errors.UserError(
@@ -90,8 +93,10 @@ def _chosen(cfg: config.Masks, names: list[str], labels_NT: np.ndarray, where: s
             )
     if cfg.parts:
         return [names.index(part) for part in dict.fromkeys(cfg.parts)]
+    says = [does and name != BACKGROUND for does, name in zip(says, names, strict=True)]
     if not any(says):
         raise errors.UserError(f"{where}: all images have the same parts. Change --labels.min-patches.")
-    if dull := [name for name, does in zip(names, says, strict=True) if not does]:
-        logger.info("all images or none have %s, so these are no traits", ", ".join(dull))
+    dull = [name for name, does in zip(names, says, strict=True) if not does and name != BACKGROUND]
+    if dull:
+        logger.info("no traits, because all images or none have them: %s", ", ".join(dull))
     return [t for t, does in enumerate(says) if does]

@@ -80,7 +80,8 @@ def drawn(
     """Draws test images. Does not depend on the images' order.
 
     The images are put in a row, class after class, at random within a class and in a random order of classes.
-    Test images then come at equal distances, so their number in each class is its share up to 1.
+    From a random start, test images then come at equal distances, so their number in each class is its share
+    up to 1.
     """
     rng = np.random.default_rng((seed, 0x5917))
     by_path = sorted(range(len(paths)), key=paths.__getitem__)
@@ -88,7 +89,7 @@ def drawn(
     _, class_N = np.unique(class_N, return_inverse=True)
     place_C = rng.permutation(class_N.max(initial=0) + 1)
     row_N = shuffled_N[np.argsort(place_C[class_N[shuffled_N]], kind="stable")]
-    bounds = np.floor(np.arange(len(paths) + 1) * share)
+    bounds = np.floor(np.arange(len(paths) + 1) * share + rng.random())
     out_N = np.zeros(len(paths), bool)
     out_N[row_N] = bounds[1:] > bounds[:-1]
     return out_N

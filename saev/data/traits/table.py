@@ -109,8 +109,5 @@ def _refuse_dull(names: list[str], label_NT: np.ndarray, table: tablefile.Table)
     for name, label_N in zip(names, label_NT.T, strict=True):
         values = set(np.unique(label_N).tolist()) - {-1}
         if len(values) < 2:
-            what = {(): "has no label", (1,): "has", (0,): "lacks"}[tuple(values)]
-            said = (
-                f"no image {what.removeprefix('has ')}" if not values else f"every labelled image {what} it"
-            )
-            raise errors.UserError(f"{table.fpath}: the trait {name!r} says nothing: {said}. Leave it out.")
+            why = "every labelled image has it" if 1 in values else "no labelled image has it"
+            raise errors.UserError(f"{table.fpath}: the trait {name!r} says nothing: {why}. Leave it out.")
