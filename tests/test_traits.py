@@ -124,6 +124,11 @@ def test_split_by_dumps(tmp_path: pathlib.Path) -> None:
     assert [p for p, is_train in zip(got.paths_N, got.is_train_N, strict=True) if is_train] == PATHS[:9]
     with pytest.raises(errors.UserError, match="--labels.split dumps: pass the train images' dump"):
         folders.load(config.ClassFolders(split="dumps"), opened(train))
+    (tmp_path / "t.csv").write_text("path,x\nz/1.jpg,1\nz/2.jpg,0\n")
+    rows = config.Table(file=str(tmp_path / "t.csv"), binary=("x",), split="dumps")
+    text = "no image with labels is in the dumps, by path .first: z/1.jpg, of --train-data: a/0.jpg"
+    with pytest.raises(errors.UserError, match=text):
+        table.load(rows, opened(train, test))
     both = write_shards(tmp_path / "3", PATHS[8:])
     with pytest.raises(
         errors.UserError, match=r"--test-data.shard-root .*: 1 of its images are in --train.*c/8"

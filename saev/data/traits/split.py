@@ -108,6 +108,11 @@ def _by_dump(cfg: config.Split, paths: list[str], acts: dumped.Acts) -> list[str
             f"{acts['test'].given}: {len(twice)} of its images are in --train-data too, by path (first: "
             f"{twice[0]}). Dump different images, or pass another --labels.split."
         )
+    if not (train | test) & set(paths):
+        raise errors.UserError(
+            f"--labels.split dumps: no image with labels is in the dumps, by path (first: {paths[0]}, of "
+            f"--train-data: {min(train)}). Write paths relative to the folders that were dumped."
+        )
     of = dict.fromkeys(train, cfg.split_names[0]) | dict.fromkeys(test, cfg.split_names[1])
     return [of.get(path, "") for path in paths]
 

@@ -58,10 +58,10 @@ def _traits(cfg: config.Table, table: tablefile.Table) -> dict[str, np.ndarray]:
     """Name -> each row's label: 1, 0, or -1 if it is missing."""
     out: dict[str, np.ndarray] = {}
 
-    def add(name: str, label: pl.Series) -> None:
+    def add(name: str, label_N: np.ndarray) -> None:
         if name in out:
             raise errors.UserError(f"{table.fpath}: the trait {name!r} is there twice. Name its column once.")
-        out[name] = label.cast(pl.Int8).fill_null(-1).to_numpy()
+        out[name] = label_N.astype(np.int8)
 
     for column in cfg.binary:
         text = table.values(column).str.to_lowercase()
@@ -73,11 +73,13 @@ def _traits(cfg: config.Table, table: tablefile.Table) -> dict[str, np.ndarray]:
             "not 0 or 1 (or empty)",
             "Correct it, or pass the column as --labels.categorical.",
         )
-        add(column, is_yes)
+        add(column, _numbers(is_yes))
     for column in cfg.categorical:
         text = table.values(column)
-        for value in sorted(text.drop_nulls().unique().to_list()):
-            add(f"{column}::{value}", text == value)
+        names = sorted(text.drop_nulls().unique().to_list())
+        number_N = _numbers(text.cast(pl.Enum(names)).to_physical())
+        for i, name in enumerate(names):
+            add(f"{column}::{name}", np.where(number_N < 0, -1, number_N == i))
     for column, threshold in cfg.thresholds():
         text = table.values(column)
         number = text.cast(pl.Float64, strict=False)
@@ -88,8 +90,13 @@ def _traits(cfg: config.Table, table: tablefile.Table) -> dict[str, np.ndarray]:
             "no number",
             "Correct it, or leave it empty.",
         )
-        add(f"{column}::at least {threshold:g}", number >= threshold)
+        add(f"{column}::at least {threshold:g}", _numbers(number >= threshold))
     return out
+
+
+def _numbers(values: pl.Series) -> np.ndarray:
+    """Booleans or integers as numbers; -1 for missing ones."""
+    return values.cast(pl.Int64).fill_null(-1).to_numpy()
 
 
 def _refuse(table: tablefile.Table, column: str, is_bad: pl.Series, wanted: str, remedy: str) -> None:
