@@ -272,17 +272,26 @@ def test_columns_become_traits(form: str, tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(got.known_NT, want_NT >= 0)
 
 
-def test_a_table_without_missing_values_and_other_names(tmp_path: pathlib.Path) -> None:
-    text = "file,x,kind,fold\n./p/1.jpg,0,u,a\np/2.jpg,1,u,b\np/3.jpg,1,v,a\np/4.jpg,0,v,b\np/5.jpg,1,u,c\n"
+def test_a_table_without_missing_values_and_other_names(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "file,x,kind,fold\n./p/1.jpg,0,u,a\np/2.jpg,1,u,b\np/3.jpg,1,v,a\np/4.jpg,0,v,b\np/5.jpg,1,w,c\n"
     (tmp_path / "t.csv").write_text(text)
     cfg = config.Table(file=str(tmp_path / "t.csv"), path_column="file", binary=("x",), class_column="kind")
     got = table.load(cfg, {})
-    assert got.known_NT is None and got.class_N.tolist() == [0, 0, 1, 1, 0]
+    assert got.known_NT is None and got.class_N.tolist() == [0, 0, 1, 1, 2]
     assert got.is_train_N.sum() in (2, 3) and got.words.listed == str(tmp_path / "t.csv")
     cfg = dataclasses.replace(cfg, split="file", split_column="fold", split_names=("b", "a"))
     got = table.load(cfg, {})
     assert got.paths_N == [f"p/{i}.jpg" for i in (1, 2, 3, 4)] and got.left_out == {"p/5.jpg"}
     assert got.is_train_N.tolist() == [False, True, False, True]
+    got = table.load(dataclasses.replace(cfg, categorical=("kind",)), {})
+    assert got.attribute_names_T == ["x", "kind::u", "kind::v"]  # w is only on the image that is left out
+    monkeypatch.setattr(base, "MAX_CELLS", 14)
+    with pytest.raises(
+        errors.UserError, match=r"t.csv: 5 images x 3 traits need .*Is kind a column of names\?"
+    ):
+        table.load(dataclasses.replace(cfg, categorical=("kind",)), {})
 
 
 Change = dict[str, tp.Any]

@@ -35,8 +35,7 @@ def load(cfg: config.Table, acts: dumped.Acts) -> base.Traits:
     if cfg.class_column:
         class_n = np.unique(table.values(cfg.class_column).fill_null("").to_numpy(), return_inverse=True)[1]
     parts = split.of(cfg, paths, class_n.astype(np.int64), acts, cfg.file)
-    traits = _traits(cfg, table)
-    base.refuse_size(len(paths), len(traits), str(fpath), "Choose fewer columns.")
+    traits = _traits(cfg, table, parts.rows_N)
     label_NT = np.stack(list(traits.values()), axis=1)[parts.rows_N]
     _refuse_dull(list(traits), label_NT, table)
     known_NT = label_NT >= 0
@@ -54,8 +53,12 @@ def load(cfg: config.Table, acts: dumped.Acts) -> base.Traits:
     )
 
 
-def _traits(cfg: config.Table, table: tablefile.Table) -> dict[str, np.ndarray]:
-    """Name -> each row's label: 1, 0, or -1 if it is missing."""
+def _traits(cfg: config.Table, table: tablefile.Table, rows_N: np.ndarray) -> dict[str, np.ndarray]:
+    """Name -> each row's label: 1, 0, or -1 if it is missing.
+
+    Args:
+        rows_N: rows of train and test images, whose values are traits.
+    """
     out: dict[str, np.ndarray] = {}
 
     def add(name: str, label_N: np.ndarray) -> None:
@@ -76,8 +79,11 @@ def _traits(cfg: config.Table, table: tablefile.Table) -> dict[str, np.ndarray]:
         add(column, _numbers(is_yes))
     for column in cfg.categorical:
         text = table.values(column)
-        names = sorted(text.drop_nulls().unique().to_list())
-        number_N = _numbers(text.cast(pl.Enum(names)).to_physical())
+        names = sorted(text.gather(rows_N).drop_nulls().unique().to_list())
+        base.refuse_size(
+            len(text), len(out) + len(names), str(table.fpath), f"Is {column} a column of names?"
+        )
+        number_N = _numbers(text.cast(pl.Enum(names), strict=False).to_physical())
         for i, name in enumerate(names):
             add(f"{column}::{name}", np.where(number_N < 0, -1, number_N == i))
     for column, threshold in cfg.thresholds():
