@@ -47,6 +47,9 @@ class Jobs:
 def main() -> None:
     (cfg,) = sweeps.parse(Jobs, "Shows and steers the Slurm jobs that saev's commands have submitted.")
     log_to = pathlib.Path(cfg.log_to).resolve()
+    if any(log_to.glob(submissions.PLANS)):
+        with submissions.locked(log_to):
+            submissions.recover(log_to)
     found = submissions.read_all(log_to)
     chosen, newest = choose(cfg, found), submissions.newest(found)
     own = [job for submission in chosen for job in submission.jobs]
@@ -64,8 +67,8 @@ def main() -> None:
             outcomes = watch.wait(jobs, log_to)
         return deliver(outcomes)
     outcomes, rows = watch.look(jobs, log_to)
-    if len(wrong := [outcome.error for outcome in outcomes.values() if outcome.error]) > 1:
-        for error in wrong:
+    if len(outcomes) > 1:
+        for error in filter(None, (outcome.error for outcome in outcomes.values())):
             console.tell(error)
     deliver(outcomes.values())
     if left := [job for job in jobs if job.id not in outcomes]:

@@ -347,19 +347,25 @@ def test_every_half_precision_value_is_converted(dtype: str) -> None:
 def test_compiled_reads_equal_plain_ones(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled reader reads everything itself; where it cannot, the same comes from `os.preadv`."""
     dpath, _ = make_shards(n_imgs=40, n_patches=64, d_vit=96, layers=(0, 3), per_shard=7)
-    runs = []
-    for name in ("preadv", "no C functions"):
-        if name == "preadv":
-            patch = (os, "preadv", None)  # would be a TypeError
-        else:
-            monkeypatch.undo()
-            patch = (moves, "C", (0, 0, 0, 0))
-        monkeypatch.setattr(*patch)
-        for patches in PATCHES:
-            cfg = config.Shards(str(dpath), "all", patches)
-            runs.append(take(cfg, 9, batch_size=500, pool_bytes=10**6))
-    for a, b in zip(itertools.chain(*runs[:3]), itertools.chain(*runs[3:]), strict=True):
-        assert keys(a) == keys(b) and torch.equal(a.act_BD, b.act_BD)
+    changes = {
+        "memory": [(os, "preadv", None)],  # would be a TypeError
+        "never in memory": [(os, "preadv", None), (moves, "C", (*moves.C[:4], 0))],
+        "no C functions": [(moves, "C", (0, 0, 0, 0, 0))],
+    }
+    first, *others = (taken_with(dpath, change, monkeypatch) for change in changes.values())
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert keys(a) == keys(b) and torch.equal(a.act_BD, b.act_BD)
+
+
+def taken_with(
+    dpath: pathlib.Path, change: list[tuple[object, str, object]], monkeypatch: pytest.MonkeyPatch
+) -> list[shuffled.Batch]:
+    with monkeypatch.context() as changed:
+        for owner, name, value in change:
+            changed.setattr(owner, name, value)
+        cfgs = [config.Shards(str(dpath), "all", patches) for patches in PATCHES]
+        return list(itertools.chain(*(take(cfg, 9, batch_size=500, pool_bytes=10**6) for cfg in cfgs)))
 
 
 def test_memory_is_used_again_only_after_its_last_reference(small) -> None:

@@ -28,7 +28,7 @@ GOLDEN = pathlib.Path(__file__).parent / "data" / "shards_1_0_0"
 GOLDEN_NLTD = np.arange(5 * 2 * 5 * 8, dtype=np.float32).reshape(5, 2, 5, 8) / 8
 
 Stream = collections.abc.Iterable[object]
-NO_C = (0, 0, 0, 0)
+NO_C = (0, 0, 0, 0, 0)
 """moves.C where there are no C functions: everything is read by `os.preadv`."""
 
 

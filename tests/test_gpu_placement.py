@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from saev import devices, nn, scorers, tracking
-from saev.data import activations, dump, ordered, shuffled, vits
+from saev.data import activations, dump, shuffled, vits
 from saev.data import config as data_config
 from saev.formats import shards
 from saev.nn import config as nn_config
@@ -369,7 +369,7 @@ def test_a_gallerys_codes_of_an_sae(name: str, acts: activations.Activations, tm
         sae = nn.SparseAutoencoder(SAES[name]).to(fake_gpu.DEVICE).eval().requires_grad_(False)
         coder = coders.SaeCoder(sae)
         with unittest.mock.patch.object(coder, "digest", lambda: name):
-            codes = spool.run(coder, ordered.Ordered(acts, n_imgs=7), 5, tmp_path / "pass")
+            codes = spool.run(coder, acts, 5, 7, tmp_path / "pass")
         assert codes.n_imgs == acts.n_imgs and codes.ranked is None
         found = relations.neighbours(coder.vectors(), np.array([1, 9]), 3)
         assert found.latent_CK.shape == (2, 3)
@@ -379,15 +379,12 @@ def test_a_gallerys_codes_of_prototypes(acts: activations.Activations, tmp_path:
     with a_gpu():
         scorer = scorers.Prototypes.of(on_gpu(S, D), on_gpu(D), "cosine")
         coder = coders.PrototypeCoder(scorer, "random")
-        with (
-            unittest.mock.patch.object(coder, "digest", lambda: "x"),
-            unittest.mock.patch.object(spool._State, "save"),  # fake tensors cannot be written
-        ):
-            codes = spool.run(coder, ordered.Ordered(acts, n_imgs=7), 5, tmp_path / "pass")
+        with unittest.mock.patch.object(coder, "digest", lambda: "x"):
+            codes = spool.run(coder, acts, 5, 7, tmp_path / "pass")
         assert codes.ranked is not None and codes.ranked.value_SK.shape == (S, 5)
         assert on_gpu_only(coder.scores(on_gpu(7, D), np.array([2, 0])))
         unit = coders.UnitCoder(on_gpu(D), on_gpu(D), 2.0)
-        assert unit(on_gpu(7, D)).count_X.shape == (7,)
+        assert unit(on_gpu(7, D)).start_R1.shape == (8,)
 
 
 @pytest.mark.parametrize("autocast", ["off", "bfloat16"])

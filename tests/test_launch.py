@@ -17,6 +17,7 @@ import pytest
 
 from saev import commands, console, errors, fields, helpers, jobs, launch, provenance, sweeps
 from saev.data import config as data_config
+from saev.formats import jsonfile
 from saev.launch import queue, slurm, submissions, watch
 from saev.launch.entry import ended_by_signals
 from saev.training import config as training_config
@@ -331,11 +332,25 @@ def test_failed_jobs_are_named() -> None:
     ):
         launch.check([*outcomes[:2], launch.Outcome(1)])
     with pytest.raises(
-        errors.UserError, match=r"job 19 \(lr = 19\) and 5 more. To submit only these again, add "
+        errors.UserError, match=r"job 19 \(lr = 19\) and 5 more. To submit only what failed again, add "
     ):
         launch.check(outcomes)
-    with pytest.raises(errors.UserError, match=r"^job 0 \(lr = 0\) failed: x.$"):
-        launch.check(outcomes[:1])
+
+
+def test_an_error_is_shown_once(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As it happens and, at the end, by the job's name; if there is only one job, at the end."""
+    jobs = [submissions.Job("7_0", "a", "lr = 1"), submissions.Job("7_1", "b", "lr = 2")]
+    for job, outcome in zip(jobs, (launch.Outcome(error="x is bad."), launch.Outcome(1)), strict=True):
+        submissions.result_fpath(job.id, tmp_path).write_bytes(pickle.dumps(("success", outcome)))
+    with pytest.raises(
+        errors.UserError, match=r"^1 of 2 jobs failed, as shown above: job 7_0 \(lr = 1\). To"
+    ):
+        launch.check(watch.wait(jobs, tmp_path))
+    assert caplog.text.count("job 7_0 (lr = 1): x is bad.") == 1
+    caplog.clear()
+    with pytest.raises(errors.UserError, match=r"^job 7_0 \(lr = 1\): x is bad.$"):
+        launch.check(watch.wait(jobs[:1], tmp_path))
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -607,6 +622,7 @@ def note(log_to: pathlib.Path, batch: slurm.Batch, array: int) -> list[str]:
     """As if Slurm had taken the new jobs."""
     ids = {job.key: f"{array}_{i}" for i, job in enumerate(job for job in batch.jobs if not job.id)}
     batch._note(ids)
+    batch.submission.write(log_to)
     return [*ids.values()]
 
 
@@ -662,6 +678,7 @@ def test_max_parallel_holds_over_several_arrays(
 ) -> None:
     """Slurm applies it to each array, so a part waits for the one before if both together were too many."""
     large = batch(monkeypatch, tmp_path, [[i] for i in range(5)], max_parallel=4, after=("3",))
+    squeue_says(monkeypatch, {"7": queue.Queued("PENDING")})
     assert large._dependency(3) == "afterok:3"
     large._note({job.key: f"7_{i}" for i, job in enumerate(large.jobs[:3])})
     assert large._dependency(1) == "afterok:3" and large._dependency(2) == "afterok:3,afterany:7"
@@ -669,6 +686,87 @@ def test_max_parallel_holds_over_several_arrays(
         fpath = submissions.result_fpath(f"7_{i}", tmp_path)
         fpath.write_bytes(pickle.dumps(("success", launch.Outcome(1))))
     assert large._dependency(2) == "afterok:3"
+
+
+def test_max_parallel_counts_jobs_of_earlier_commands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """Those that still run and do part of this command's work."""
+    note(tmp_path, batch(monkeypatch, tmp_path, [[1], [2], [3]]), 7)
+    rows = {f"7_{i}": queue.Queued("RUNNING") for i in range(3)}
+    squeue_says(monkeypatch, rows)
+    more = batch(monkeypatch, tmp_path, [[1], [2], [3], [4], [5]], max_parallel=4)
+    assert found(more) == [("7_0", 1), ("7_1", 1), ("7_2", 1), ("", 1), ("", 1)]
+    assert more._dependency(1) == "" and more._dependency(2) == "afterany:7"
+    squeue_says(monkeypatch, rows | {"7_1": queue.Queued("CANCELLED")})
+    assert more._dependency(2) == ""
+
+
+def test_jobs_of_earlier_commands_while_slurm_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """They may still run, so nothing is submitted a second time."""
+    note(tmp_path, batch(monkeypatch, tmp_path, [[1]]), 7)
+    monkeypatch.setattr("saev.launch.queue.squeue", lambda _: None)
+    with pytest.raises(errors.UserError, match="squeue does not answer, .* Run the same command again later"):
+        batch(monkeypatch, tmp_path, [[1]])
+
+
+# ---- commands that were killed after Slurm took their jobs, before they noted the ids ----
+
+
+def planned(log_to: pathlib.Path, batch: slurm.Batch) -> pathlib.Path:
+    """A plan as such a command leaves it, with the files of its jobs' stages."""
+    names = [f"stage{i}.pkl" for i in range(len(batch.jobs))]
+    for name in (*names, ".submission_file_x.sh"):
+        (log_to / name).write_text(name)
+    plan = submissions.Plan(batch._planned(batch.jobs), names)
+    (log_to / ".submission_file_x.json").write_text(jsonfile.dumps(plan, indent=4))
+    return log_to / ".submission_file_x.json"
+
+
+def test_such_jobs_are_found_by_their_batch_script(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    fpath = planned(tmp_path, batch(monkeypatch, tmp_path, [[1], [2]]))
+    for name in ("7_0_0_result.pkl", "7_1_0_result.pkl"):  # of another job with this id
+        (tmp_path / name).touch()
+    rows = "".join(
+        f"{job_id.ljust(40)}{path}\n" for job_id, path in (("7", fpath.with_suffix(".sh")), ("8", "x"))
+    )
+    slurm_prints(tmp_path, monkeypatch, "squeue", rows)
+    submissions.recover(tmp_path)
+    assert not fpath.exists() and not [*tmp_path.glob("*_result.pkl")]
+    assert [(tmp_path / f"7_{i}_submitted.pkl").read_text() for i in (0, 1)] == ["stage0.pkl", "stage1.pkl"]
+    squeue_says(monkeypatch, {"7_0": queue.Queued("RUNNING"), "7_1": queue.Queued("RUNNING")})
+    assert found(batch(monkeypatch, tmp_path, [[1], [2], [3]])) == [("7_0", 1), ("7_1", 1), ("", 1)]
+
+
+def test_a_second_kill_while_such_jobs_are_noted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """What jobs have written meanwhile stays."""
+    fpath = planned(tmp_path, batch(monkeypatch, tmp_path, [[1], [2]]))
+    (tmp_path / "stage0.pkl").rename(tmp_path / "7_0_submitted.pkl")
+    (tmp_path / "7_0_0_result.pkl").touch()
+    assert submissions.finish(fpath, "7") == ["7_0", "7_1"]
+    assert (tmp_path / "7_0_0_result.pkl").exists() and (tmp_path / "7_1_submitted.pkl").exists()
+    assert [job.id for job in submissions.read_all(tmp_path)[0].jobs] == ["7_0", "7_1"]
+
+
+def test_plans_of_jobs_that_slurm_never_took(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """They are kept for an hour, as Slurm may be slow, or silent."""
+    fpath = planned(tmp_path, batch(monkeypatch, tmp_path, [[1], [2]]))
+    slurm_prints(tmp_path, monkeypatch, "squeue", "")
+    submissions.recover(tmp_path)
+    assert fpath.exists()
+    os.utime(fpath, (0, 0))
+    monkeypatch.setattr("saev.launch.queue.scripts", lambda _: None)
+    submissions.recover(tmp_path)
+    assert fpath.exists()
+    monkeypatch.setattr("saev.launch.queue.scripts", lambda _: {})
+    submissions.recover(tmp_path)
+    assert [f.name for f in tmp_path.iterdir() if f.is_file()] == []
 
 
 def test_submissions_of_older_versions_are_read(tmp_path: pathlib.Path) -> None:

@@ -214,3 +214,33 @@ def test_resamples_draw_with_replacement_the_same_for_one_seed() -> None:
     np.testing.assert_array_equal(times_MN, ap.resamples(500, 400, seed=3))
     assert times_MN.var() == pytest.approx(1, abs=0.02)  # Poisson with mean 1
     assert (times_MN == 0).mean() == pytest.approx(np.exp(-1), abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["ties", "distinct"])
+@pytest.mark.parametrize("n_first", [1, 7, 60, 500])
+def test_patches_of_resampled_images_against_a_plain_loop(kind: str, n_first: int) -> None:
+    """AP by scikit-learn on the repeated patches; purity as the mean over 400 orders of equal scores."""
+    rng = np.random.default_rng(0)
+    image_N = rng.integers(0, 30, 200).astype(np.int32)
+    scores_TN = rng.integers(0, 5, (3, 200)).astype(np.float32) if kind == "ties" else rng.random((3, 200))
+    labels_NT = rng.random((200, 3)) < 0.2
+    times_MI = ap.resamples(30, 3, 0)
+    found = ap.resampled_patches(scores_TN, labels_NT, image_N, times_MI, n_first)
+    for m, times_I in enumerate(times_MI):
+        drawn_n = np.repeat(np.arange(200), times_I[image_N])
+        for t in range(3):
+            y_n, score_n = labels_NT[drawn_n, t], scores_TN[t, drawn_n]
+            ap_of_drawn = sklearn.metrics.average_precision_score(y_n, score_n)
+            assert found.ap_TM[t, m] == pytest.approx(ap_of_drawn, abs=1e-12)
+            orders = (
+                np.lexsort((rng.random(len(y_n)), -score_n)) for _ in range(400 if kind == "ties" else 1)
+            )
+            purity = np.mean([y_n[order[:n_first]].mean() for order in orders])
+            assert found.purity_TM[t, m] == pytest.approx(purity, abs=0.06 if kind == "ties" else 1e-12)
+
+
+def test_purity_of_a_constant_score_is_the_prevalence() -> None:
+    labels_NT = np.random.default_rng(0).random((200, 3)) < 0.2
+    image_N, times_MI = np.repeat(np.arange(20, dtype=np.int32), 10), np.ones((1, 20), np.uint8)
+    found = ap.resampled_patches(np.zeros((3, 200), np.float32), labels_NT, image_N, times_MI, 16)
+    np.testing.assert_allclose(found.purity_TM[:, 0], labels_NT.mean(axis=0))

@@ -45,7 +45,6 @@ def draw(kind: str, n: int, rng: np.random.Generator, class_N: np.ndarray) -> np
 @pytest.mark.parametrize("kind", ["sparse", "small", "large", "signed", "mean far away", "equal codes"])
 @pytest.mark.parametrize("n", [60, 3_000, 20_000])
 def test_equals_scikit_learn(kind: str, n: int) -> None:
-    """20,000 patches fill more than NODES codes of a latent, which are binned."""
     rng = np.random.default_rng(n)
     class_N = rng.integers(-1, 3, n)
     check(draw(kind, n, rng, class_N), class_N, 3)
@@ -85,19 +84,66 @@ def test_explicit_zeros_are_no_codes() -> None:
     np.testing.assert_array_equal(a.loss_KC, b.loss_KC)
 
 
-def test_sums_over_codes_and_bins() -> None:
-    """Against NumPy's, with vector operations and reordered sums."""
-    value_n = np.sort(np.random.default_rng(0).lognormal(0, 1, 3_000))
-    value_n /= value_n.max()
-    for w, b in ((30.0, -2.3), (-3.0, 1.0), (0.0, 0.0), (500.0, -400.0)):
+def binned(value_n: np.ndarray, block: int) -> logistic.Sums:
+    """The values as codes of one latent, added block by block; all of class 0."""
+    sums = logistic.Sums.empty(1, 2)
+    for at in range(0, len(value_n), block):
+        part_n = value_n[at : at + block]
+        sums.add(part_n[None], np.zeros((len(part_n), 1), np.int32))
+    return sums
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "random"])
+def test_bins_hold_the_sums_over_all_codes(order: str) -> None:
+    """Against NumPy's, over 20 powers of 2. With ascending values the bins move at each power."""
+    rng = np.random.default_rng(0)
+    value_n = np.concatenate([rng.lognormal(0, 2, 3_000), -rng.lognormal(0, 2, 1_000)])
+    value_n = value_n[np.argsort(np.abs(value_n))]
+    value_n = {"ascending": value_n, "descending": value_n[::-1], "random": rng.permutation(value_n)}[order]
+    sums = binned(np.concatenate([[0.0], value_n]), 100)  # with a 0, the centre is 0
+    scale = np.abs(value_n).max()
+    node_XJ = logistic._nodes(sums.bin_KJ6[0], sums.top_K[0], scale)
+    value_n = value_n / scale
+    assert node_XJ[0].sum() == len(value_n) and node_XJ.shape[1] < 600
+    for w, b in ((30.0, -2.3), (-3.0, 1.0), (0.0, 0.0), (500.0, -4.0)):
         share_n = 1 / (1 + np.exp(-(w * value_n + b)))
         curve_n = share_n * (1 - share_n)
         expected = share_n.sum(), share_n @ value_n, curve_n.sum(), curve_n @ value_n, curve_n @ value_n**2
-        np.testing.assert_allclose(logistic._sums(value_n, w, b), expected, rtol=1e-11)
-        if abs(w) < 100:
-            got = logistic._binned_sums(logistic._nodes(value_n), w, b)
-            np.testing.assert_allclose(got[:2], expected[:2], rtol=1e-9)
-            np.testing.assert_allclose(got[2:], expected[2:], rtol=1e-3)
+        got = logistic._binned_sums(node_XJ, w, b)
+        np.testing.assert_allclose(got[:2], expected[:2], rtol=1e-7)
+        np.testing.assert_allclose(got[2:], expected[2:], rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "mean far away", "equal codes"])
+def test_blocks_of_any_size_give_the_same_fits(kind: str) -> None:
+    """float32 scores, added block by block, against the whole matrix. Some patches have no class."""
+    rng = np.random.default_rng(1)
+    class_N = rng.integers(-1, 3, 5_000).astype(np.int32)
+    codes_NK = draw(kind, 5_000, rng, class_N).astype(np.float32)
+    want = check(codes_NK.astype(np.float64), class_N, 3)
+    for block in (37, 5_000):
+        sums = logistic.Sums.empty(codes_NK.shape[1], 3)
+        for at in range(0, 5_000, block):
+            sums.add(np.ascontiguousarray(codes_NK[at : at + block].T), class_N[at : at + block, None])
+        got = sums.fit()
+        np.testing.assert_allclose(got.loss_KC, want.loss_KC, atol=1e-7)
+        np.testing.assert_allclose(got.w_KC, want.w_KC, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got.b_KC, want.b_KC, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(got.bias_loss_C, want.bias_loss_C)
+
+
+def test_patches_with_two_labels() -> None:
+    """Each set of labels has the fits that it has alone."""
+    rng = np.random.default_rng(2)
+    class_NL = np.stack([rng.integers(0, 2, 800), rng.integers(2, 5, 800)], 1).astype(np.int32)
+    codes_NK = draw("sparse", 800, rng, class_NL[:, 0]).astype(np.float32)
+    sums = logistic.Sums.empty(codes_NK.shape[1], 5, 2)
+    sums.add(np.ascontiguousarray(codes_NK.T), class_NL)
+    got, alone = sums.fit(), [logistic.fit_each_latent(codes_NK, class_NL[:, i], 5) for i in range(2)]
+    for name in ("w_KC", "b_KC", "loss_KC"):
+        want = np.where(np.arange(5) < 2, *(getattr(fits, name) for fits in alone))
+        np.testing.assert_allclose(getattr(got, name), want, rtol=1e-6)
+    np.testing.assert_allclose(got.bias_loss_C, np.where(np.arange(5) < 2, *(f.bias_loss_C for f in alone)))
 
 
 def test_bad_input_is_refused() -> None:

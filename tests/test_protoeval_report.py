@@ -14,9 +14,8 @@ import pytest
 
 from saev import errors
 from saev.formats import jsonfile, manifest, results
-from saev.protoeval import config, gallery, merge, report, stats
+from saev.protoeval import gallery, merge, report, stats
 from saev.report import charts, frame
-from saev.scorers import config as scorers_config
 
 NAMES = ["has_wing_color::blue", "has_bill_length::long", "has_wing_color::red"]
 GROUPS = {
@@ -174,7 +173,7 @@ def test_the_written_tables(rows: list[results.Row], about: results.About, tmp_p
     text = (tmp_path / "table.md").read_text()
     low, high = np.quantile([0.4, 0.5, 0.5, 0.6], [0.025, 0.975])
     for line in (
-        "| Scorer | Prototypes | Train | mAP | 95% interval | Draws | 5% | 95% |\n|---|---|---|---|---|---|---|---|\n",
+        "| Scorer | Prototypes | Train | mAP | Interval | Draws | 5% | 95% |\n|---|---|---|---|---|---|---|---|\n",
         "| constant | 1 | 1,000 | 0.200 | 0.200 to 0.200 |  | 0.110 | 0.290 |\n",
         f"| Random | 512 | 1,000 | 0.500 | {low:.3f} to {high:.3f} | ± 0.141 | 0.320 | 0.680 |\n",
         "clip x, layer 23, 196 tokens an image (image), shards abc; certainty from 3; seed 0.",
@@ -186,7 +185,7 @@ def test_the_written_tables(rows: list[results.Row], about: results.About, tmp_p
     ):
         assert line in text
     tex = (tmp_path / "table.tex").read_text()
-    assert r"Sae\_1 & 512 & 1,000 & 0.500" in tex and r"95\% interval" in tex and r"$\pm$ 0.141" in tex
+    assert r"Sae\_1 & 512 & 1,000 & 0.500" in tex and "& Interval &" in tex and r"$\pm$ 0.141" in tex
     said, _, tabular = tex.partition("\n")
     assert said.startswith("% clip x, layer 23")
     assert tabular.startswith("\\begin{tabular}{lrrrllrr}\n\\toprule\n")
@@ -235,7 +234,7 @@ def test_the_chart_shows_every_line_whole(about: results.About) -> None:
         *(row("Low", 4, n, [[0.3]]) for n in (16, 99)),
         *(row("High", 4, n, [[0.9]]) for n in (16, 99)),
     ]
-    low, high = charts.grid(cells(rows, about)).axes
+    low, high = charts.grid(cells(rows, about), "").axes
     assert [axes.get_title() for axes in (low, high)] == ["Low", "High"]
     for axes in (low, high):
         assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 0.95
@@ -435,8 +434,8 @@ def test_names_that_are_not_utf8_are_spelt_out(
     assert r"caf\udce9" in traits["trait"].to_list()
     shown = tmp_path / odd / "gallery"
     write_gallery(shown, latents=[1])
-    gallery.link(tmp_path / odd / "x", "Sae_1", shown)
-    gallery.link(tmp_path / odd / "x", "Sae_1", write_gallery(tmp_path / f"{odd}2", latents=[1]))
+    gallery.link(tmp_path / odd / "x", gallery.Own("Sae_1"), shown)
+    gallery.link(tmp_path / odd / "x", gallery.Own("Sae_1"), write_gallery(tmp_path / f"{odd}2", latents=[1]))
     assert "../../caf%E92/index.html" in (tmp_path / odd / "x" / "traits.md").read_text("utf-8")
 
 
@@ -455,7 +454,7 @@ def test_sorts_of_tokens_and_activations_are_told_apart(
         for acts in ("a", "b"):
             assert f"| clip x | 23 | 1 (cls) | {name} activations={acts * 8} | 512" in text
     of = [cells(rows[1:2], dataclasses.replace(about, tokens=t)) for t in ("x", "y")]
-    axes = charts.grid(pl.concat(of)).axes
+    axes = charts.grid(pl.concat(of), "").axes
     assert [a.get_title() for a in axes] == ["Random\nx", "Random\ny"]
 
 
@@ -554,29 +553,11 @@ def test_latents_link_to_their_place_in_the_gallery(
     dpath, shown = tmp_path / "results" / "x", tmp_path / "gallery"
     write_gallery(shown, latents=[1, 7])
     report.write(dpath, rows, NAMES, [], about)
-    gallery.link(dpath, "Sae_1", shown)
+    gallery.link(dpath, gallery.Own("Sae_1"), shown)
     text = (dpath / "traits.md").read_text()
     assert "| has_bill_length::long | [1](../../gallery/index.html#/latent/1) | 0.600 | 0.500 |" in text
     assert "| has_wing_color::blue | 0 |" in text
     assert "2 of them are not in the gallery; visuals.py shows all with --include-latents 0 1 2" in text
-
-
-def test_a_gallery_of_another_sae_is_refused(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "run").mkdir()
-    ckpt = tmp_path / "run" / "sae.pt"
-    ckpt.write_bytes(b"weights")
-    cfg = config.ProtoEval(scorer=scorers_config.Sae(str(ckpt)), gallery=str(tmp_path))
-    with pytest.raises(errors.UserError, match=r"no gallery\.json"):
-        gallery.scorer(cfg.gallery, [cfg], ["Sae run"])
-    write_gallery(tmp_path)
-    with pytest.raises(errors.UserError, match="shows another SAE"):
-        gallery.scorer(cfg.gallery, [cfg], ["Sae run"])
-    gone = dataclasses.replace(cfg, scorer=scorers_config.Sae(str(tmp_path / "gone.pt")))
-    with pytest.raises(errors.UserError, match=r"gone\.pt: no such checkpoint"):
-        gallery.scorer(gone.gallery, [gone], ["Sae run"])
-    write_gallery(tmp_path, "9bd9dc4ceadf75ca5a79d70174a8a1e5a7b0fbc3c97ea7ceb5aa3ab2a5a16a2d")
-    with pytest.raises(errors.UserError, match="shows another SAE"):
-        gallery.scorer(cfg.gallery, [cfg], ["Sae run"])
 
 
 # ---- what docs/results.md promises ----
@@ -588,13 +569,19 @@ def test_every_file_and_column_is_documented(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
     dpath = tmp_path / "0123456789ab"
-    report.write(dpath, rows, NAMES, [], about)
+    schemas = (results.FAVOURITES, results.RETRIEVED)
+    more = {
+        name: pl.DataFrame(schema=schema) for name, schema in zip(results.FOR_GALLERIES, schemas, strict=True)
+    }
+    report.write(dpath, rows, NAMES, [], about, more)
     text = DOC.read_text()
     for fpath in dpath.iterdir():
         assert f"| `{fpath.name}` |" in text, fpath.name
     sections = {section.split("\n")[0]: section for section in text.split("\n### ")}
     for name, columns in (
         ("traits.parquet", pl.read_parquet(dpath / "traits.parquet").columns),
+        ("prototypes.parquet", list(results.FAVOURITES)),
+        ("retrieved.parquet", list(results.RETRIEVED)),
         ("summary.csv", list(results.SUMMARY)),
         ("kinds.csv", list(results.KIND_COLUMNS)),
         ("differences.csv", list(results.DIFFERENCES)),

@@ -60,11 +60,11 @@ def test_the_designs_notebook_runs(make_shards, tmp_path: pathlib.Path) -> None:
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
 
 
-PACKAGES = ["saev", "saev.codes", "saev.data", "saev.nn", "saev.protoeval", "saev.scorers"]
+PACKAGES = ["saev", "saev.codes", "saev.data", "saev.nn", "saev.protoeval", "saev.scorers", "saev.visuals"]
 
 
 def test_dir_shows_the_names_and_imports_nothing() -> None:
-    code = "import sys, saev, saev.codes, saev.nn, saev.data, saev.protoeval, saev.scorers\n"
+    code = "import sys, saev, saev.codes, saev.nn, saev.data, saev.protoeval, saev.scorers, saev.visuals\n"
     code += "print(*[n for p in sys.argv[1:] for n in dir(sys.modules[p])])\n"
     code += "assert not {'torch', 'numpy'} & sys.modules.keys()"
     command = [sys.executable, "-c", code, *PACKAGES]

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import torch
 
 from saev import errors, launch, nn
 from saev.demo import minicub
+from tests import inprocess
 
 ROOT = pathlib.Path(__file__).parent.parent
 TASKS = ROOT / "tests" / "slurm"
@@ -158,11 +160,11 @@ def test_jobs_out_of_time_are_queued_again(slurm: launch.SlurmConfig, tmp_path: 
     assert stdout.strip() == "[2, 2]"
 
 
-def wait_for(condition: object, timeout_s: float = 60) -> None:
+def wait_for(condition: object, timeout_s: float = 60, every_s: float = 0.2) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.2)
+        time.sleep(every_s)
 
 
 # ---- bad days ----
@@ -330,6 +332,33 @@ def test_a_command_that_was_killed_finds_its_jobs(slurm: launch.SlurmConfig, tmp
     assert len(submitted(slurm)) == 3
 
 
+def test_a_command_that_is_killed_before_it_knows_its_jobs(
+    slurm: launch.SlurmConfig, tmp_path: pathlib.Path
+) -> None:
+    """SIGKILL between sbatch's answer and the note of it. The jobs run all the same, and the same command finds them."""
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    source = (
+        "from saev import launch\n"
+        f"cfg = launch.SlurmConfig('test', 'nextgen', 0.2, n_gpus=0, n_cpus=1, log_to={slurm.log_to!r}, slurm_extra={{}})\n"
+        f"launch.run('tasks:write', {{}}, cfg, 'saev-test', is_lasting=True)"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        fake(tmp_path, "sbatch", f'{shutil.which("sbatch")} "$@"; kill -KILL $PPID; sleep 1', patch)
+        for hold, names in (((), files), (("hold",), [str(tmp_path / "c")])):
+            command = [sys.executable, "-c", source.format(hold, names)]
+            assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    wait_for(lambda: all(pathlib.Path(f).exists() for f in files))  # without any command
+    held = in_thread([str(tmp_path / "c")], slurm, "tasks:write")
+    wait_for(lambda: len(submitted(slurm)) == 3)
+    (job_id,) = [i for i in submitted(slurm) if "_" not in i]
+    assert queue_says(job_id, "State", str) == "PENDING"
+    subprocess.run(["scontrol", "release", job_id], check=True)
+    assert [outcome.get() for outcome in held.result(60)] == [str(tmp_path / "c")]
+    outcomes = launch.run("tasks:write", files, slurm, "saev-test", is_lasting=True)
+    assert [outcome.get() for outcome in outcomes] == files
+    assert len(submitted(slurm)) == 3 and not [*pathlib.Path(slurm.log_to).glob(".submission_file_*.json")]
+
+
 def fake(tmp_path: pathlib.Path, name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts a script of this name before the real command."""
     script = tmp_path / "bin" / name
@@ -390,14 +419,16 @@ def test_more_jobs_than_an_array_may_have(slurm: launch.SlurmConfig, monkeypatch
 def test_max_parallel_holds_over_several_arrays(
     slurm: launch.SlurmConfig, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No two of these jobs run at the same time, although they are three arrays."""
+    """No two of these jobs run at the same time, although they are three arrays, one of an earlier command."""
     monkeypatch.setattr("saev.launch.queue.max_array_size", lambda: 2)
     note = tmp_path / "running"
     source = "import os, pathlib, time; f = pathlib.Path({0!r}); f.touch(exist_ok=False); time.sleep(2); f.unlink()"
     one = dataclasses.replace(slurm, max_parallel=1, n_cpus=1)
     sources = [source.format(str(note)) + f"  # {i}" for i in range(5)]
+    with pytest.raises(SystemExit):
+        launch.run("tasks:execute", sources[:2], dataclasses.replace(one, slurm_wait=False), "saev-test")
     assert errors_of(launch.run("tasks:execute", sources, one, "saev-test")) == [""] * 5
-    assert len({job_id.partition("_")[0] for job_id in submitted(slurm)}) == 3
+    assert len(submitted(slurm)) == 5 and len({job_id.partition("_")[0] for job_id in submitted(slurm)}) == 3
 
 
 def test_a_refused_job_leaves_no_files(slurm: launch.SlurmConfig) -> None:
@@ -698,10 +729,10 @@ def test_the_same_sweep_divided_in_another_way(
 # ---- the commands ----
 
 
-def saev(*args: object) -> list[str]:
+def saev(*args: object, cwd: pathlib.Path = ROOT) -> list[str]:
     """Lines that the command prints."""
     command = [sys.executable, *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()
 
@@ -912,13 +943,13 @@ def of_job(job_id: str) -> list[int]:
 def test_the_demo_as_dependent_jobs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its artefacts are those of the same steps here, in the same folder, which is part of the dump's hash."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    demo = ["-m", "saev.demo", "--n-imgs", "40", "--n-patches", "20000", "--device", "cpu"]
-    demo += ["--dump-to", str(tmp_path / "demo")]
-    shown = saev(*demo, *ON_SLURM, "--n-cpus", "2", "--log-to", tmp_path / "logs")
+    small = ["--n-imgs", "40", "--n-patches", "20000", "--device", "cpu", "--dump-to", "demo"]
+    (words,) = [words for words in page_commands() if "saev.demo" in words]
+    shown = saev(*filled(words, {}, "--n-gpus", 0, "--n-cpus", 2, *small), cwd=tmp_path)
     names = {json.loads(f.read_text())["name"] for f in (tmp_path / "logs").glob("*_submission.json")}
     assert names == {f"saev-demo-{step}" for step in ("dump", "train", "fit", "show", "evaluate")}
     (tmp_path / "demo").rename(tmp_path / "there")
-    again = saev(*demo)
+    again = saev("-m", "saev.demo", *small, cwd=tmp_path)
     (tmp_path / "demo").rename(tmp_path / "here")
     table, table_here = ([line for line in lines if line.startswith("|")] for lines in (shown, again))
     assert len(table) > 10 and table == table_here
@@ -934,47 +965,211 @@ def test_the_demo_as_dependent_jobs(tmp_path: pathlib.Path, monkeypatch: pytest.
 
 
 def files_of(dpath: pathlib.Path, pattern: str) -> dict[str, bytes]:
-    return {str(fpath.relative_to(dpath)): fpath.read_bytes() for fpath in dpath.glob(pattern)}
+    fpaths = (fpath for fpath in dpath.glob(pattern) if fpath.is_file())
+    return {str(fpath.relative_to(dpath)): fpath.read_bytes() for fpath in fpaths}
+
+
+# ---- the page docs/slurm.md ----
+
+PLACEHOLDERS = {"lab": "test", "gpu": "nextgen", "train.py": str(ROOT / "train.py")}
+
+
+def page_commands() -> list[list[str]]:
+    """The words of the page's `uv run` commands, without `uv run` and `python`."""
+    text = (ROOT / "docs" / "slurm.md").read_text().replace("\\\n", " ")
+    return [shlex.split(c) for c in re.findall(r"^    uv run (?:python )?(.*)$", text, re.M)]
+
+
+def filled(words: list[str], values: dict[str, object], *more: object) -> list[str]:
+    """A command for this machine. values: for placeholders. more: flags, which come before its subcommands."""
+    words = [str((PLACEHOLDERS | values).get(word, word)) for word in words]
+    at = next((i for i, word in enumerate(words) if re.fullmatch(r"\w+:[\w-]+", word)), len(words))
+    return [*words[:at], *map(str, more), *words[at:]]
+
+
+def test_the_commands_of_the_page(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each runs as it stands, with other names and smaller numbers. (The demo's runs in a test of its own.)
+
+    The first one's terminal is closed while it waits.
+    """
+    sweep, _, jobs, attach, collect, cancel, retry, dump, train, staging = page_commands()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    minicub.draw(tmp_path / "cub", n_imgs=20)
+    (tmp_path / "photos").symlink_to(tmp_path / "cub" / "images")
+    slurm = ["--device", "cpu", "--n-gpus", 0, "--n-cpus", 1, "--log-to", "logs"]
+    few = [*slurm, "--n-patches", 2000, "--batch-size", 200, "--wandb-project", ""]
+    logs = tmp_path / "logs"
+
+    def run(words: list[str], values: dict[str, object], *more: object) -> list[str]:
+        return saev(*filled(words, values, *more), cwd=tmp_path)
+
+    def newest() -> str:
+        return max((f.name.partition("_")[0] for f in logs.glob("*_submission.json")), key=int)
+
+    # dumped here first, so that the folder's name is known while the job waits
+    at = dump.index("--slurm-acct")
+    (shards,) = run([*dump[:at], *dump[at + 3 :]], {}, *VIT, "--device", "cpu")
+    names: dict[str, object] = {"shards/HASH": shards}
+
+    terminal, theirs = os.openpty()
+    command = ["setsid", "--ctty", sys.executable, *filled(sweep, names, *few)]
+    waiting = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    wait_for(lambda: [*logs.glob("*_submission.json")])
+    os.close(terminal)
+    assert waiting.wait(30) == -signal.SIGHUP
+    first = newest()
+    assert re.match(rf"{first}  \S+ \S+  saev-train-baseline: 1 (pending|running)", run(jobs, {})[0])
+    ckpts = run(attach, {"1234": first})
+    assert len(ckpts) == 9
+
+    run(dump, names, *VIT, *slurm, "--slurm-extra", "hold")
+    dumping = newest()
+    run(train, names | {"1234": dumping}, *few)
+    training = newest()
+    assert queue_says(training, "Dependency:80", str) == f"afterok:{dumping}(unfulfilled)"
+    assert run(cancel, {"1234": training}) == [f"cancelled {training}"]
+    wait_for(lambda: "was cancelled" in "\n".join(run(jobs, {})))
+    run(retry, {"1234": training})
+    subprocess.run(["scontrol", "release", dumping], check=True)
+    (ckpt,) = run(attach, {"1234": newest()})
+    assert newest() != training and set(run(collect, {})) == {*ckpts, ckpt, shards}
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    job = ["srun", "--account=test", "--partition=nextgen", sys.executable]
+    shown = subprocess.run(
+        [*job, *filled(staging, {"/scratch/me": tmp_path}, "--gb", "0.02")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "epoch from the copy" in shown.stdout, shown.stderr
+    page = (ROOT / "docs" / "slurm.md").read_text()
+    for command in re.findall("`((?:sacctmgr|sinfo)[^`]*)`", page):
+        shown = subprocess.run(
+            command, shell=True, capture_output=True, text=True, env=os.environ | {"USER": "root"}
+        )
+        assert re.search("test.*normal" if "sacctmgr" in command else "nextgen.*infinite", shown.stdout)
 
 
 # ---- signals in the middle of every stage ----
 
 
+@dataclasses.dataclass
+class Interrupted:
+    """A command on Slurm, whose job gets Slurm's warning in the middle of its work."""
+
+    command: list[object]
+    """With {} for "here" or "there" in the names of what it makes."""
+    is_at_work: collections.abc.Callable[[pathlib.Path], object]
+    """Whether the job with this log is."""
+    then: collections.abc.Callable[[], object] = lambda: None
+    """Called when the job has the warning."""
+
+    def of(self, side: str, *more: object) -> list[str]:
+        words = [str(word).replace("{}", side) for word in self.command]
+        subcommands = [i for i, word in enumerate(words) if re.match(r"(data|images|masks|scorer):", word)]
+        at = min(subcommands, default=len(words))
+        return [*words[:at], *map(str, more), *words[at:]]
+
+    def run(self, logs: pathlib.Path) -> None:
+        command = [sys.executable, *self.of("there", *ON_SLURM, "--log-to", logs)]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: [*logs.glob("*_log.out")], 120)
+        (log,) = logs.glob("*_log.out")
+        job_id = log.name.partition("_")[0]
+        wait_for(lambda: self.is_at_work(log), 120, 0.005)
+        warn(job_id)
+        self.then()
+        _, stderr = process.communicate(timeout=240)
+        assert process.returncode == 0 and log.read_text().count("Caught signal SIGUSR2") == 1, stderr
+        assert queue_says(job_id, "RestartCnt") == 1
+
+
+def warn(job_id: str) -> None:
+    """Sends Slurm's warning to a job, which is stopped until it has it."""
+    (pid,) = [
+        pid
+        for pid in of_job(job_id)
+        if pathlib.Path(f"/proc/{pid}/cmdline").read_text().startswith(sys.executable)
+    ]
+    os.kill(pid, signal.SIGSTOP)
+    subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
+
+    def is_pending() -> bool:
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+        return bool(int(re.search(r"^ShdPnd:\s*(\w+)", status, re.M)[1], 16) >> (signal.SIGUSR2 - 1) & 1)
+
+    wait_for(is_pending)
+    os.kill(pid, signal.SIGCONT)
+
+
 def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> None:
-    """saev.data, visuals.py and protoeval.py get Slurm's warning while they work, and are queued again."""
-    cub = tmp_path / "CUB_200_2011"
+    """All stages but training get Slurm's warning while they work, and are queued again."""
+    cub, masks = tmp_path / "CUB_200_2011", tmp_path / "masks"
     minicub.draw(cub, n_imgs=60)
-    dump = ["--device", "cpu", "--dump-to", tmp_path / "shards", "data:cub200", "--data.root", cub]
-    (shards,) = saev("-m", "saev.data", *VIT, *dump)
-    dump = ["-m", "saev.data", *VIT, "--device", "cpu", "--vit-batch-size", 1, "--max-patches-per-shard", 17]
+    minicub.draw_parts(masks, n_imgs=60)
     data = ["data:cub200", "--data.root", cub]
+    (shards,) = here("-m", "saev.data", *VIT, "--device", "cpu", "--dump-to", tmp_path / "shards", *data)
+    (tmp_path / "two.toml").write_text("seed = [0, 1]")
     train = ["--n-patches", 2000, "--batch-size", 200, "--ckpt-to", tmp_path / "ck", "--wandb-project", ""]
-    (ckpt,) = saev("train.py", *train, "--data.shard-root", shards, "--device", "cpu")
-    show = ["visuals.py", "--ckpt", ckpt, "--data.shard-root", shards, "--n-images", 10]
-    show += ["--device", "cpu", "images:cub200", "--images.root", cub]
-    evaluate = ["protoeval.py", "--cub-root", cub, "--train-data.shard-root", shards, "--n-prototypes", 8, 64]
-    evaluate += ["--n-train", 8, -1, "--n-boot", 20000, "--device", "cpu"]
+    train += ["--sweep", tmp_path / "two.toml", "--data.shard-root", shards, "--device", "cpu"]
+    ckpt, other = here("train.py", *train)
+
+    def writes_to_log(log: pathlib.Path) -> bool:
+        return "memory: about" in log.read_text()
+
+    def writes(pattern: str) -> collections.abc.Callable[[pathlib.Path], object]:
+        return lambda _: [*(tmp_path / "there").glob(pattern)]
+
+    def reads_pipe(_: pathlib.Path) -> bool:
+        with contextlib.suppress(OSError):  # nobody reads
+            writer.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writer)
+
+    def mend_pipe() -> None:
+        mask.replace(pipe)
+        os.close(*writer)
+
+    to = ["--device", "cpu", "--dump-to", tmp_path / "{}"]
+    dump = ["-m", "saev.data", *VIT, "--vit-batch-size", 1, "--max-patches-per-shard", 17, *to, *data]
+    label = ["-m", "saev.labels", "--shard-root", shards, "--name", "{}"]
+    label += ["images:cub200", "--images.root", cub]
+    label += ["masks:index", "--masks.root", masks]
+    to += ["--data.shard-root", shards]
+    codes = ["-m", "saev.codes", "--scorer", ckpt, *to, "--max-patches-per-shard", 16]
+    compare = ["-m", "saev.compare", "--scorer", ckpt, "--other", other, *to]
+    show = ["visuals.py", "--ckpt", ckpt, *to, "--dump-to", tmp_path / "{}" / "gallery", "--n-images", 10]
+    show += ["images:cub200", "--images.root", cub]
+    evaluate = ["protoeval.py", "--cub-root", cub, "--train-data.shard-root", shards, *to[:-2]]
+    evaluate += ["--n-prototypes", 8, 64, "--n-train", 8, -1, "--n-boot", 20000]
     evaluate += ["--scorers-to", tmp_path / "scorers", "scorer:sae", "--scorer.ckpt", ckpt]
-    for name, command, tail in (("dump", dump, data), ("show", show, []), ("evaluate", evaluate, [])):
-        here, there, logs = (tmp_path / f"{side}-{name}" for side in ("here", "there", "logs"))
-        saev(*command, "--dump-to", here, *tail)
-        out_of_time([*command, "--dump-to", there, *ON_SLURM, "--log-to", logs, *tail], logs)
-        patterns = [f"**/*.{kind}" for kind in ("csv", "js", "png", "md", "bin", "jsonl")]
-        made = {
-            side: {f: data for p in patterns for f, data in files_of(side, p).items()}
-            for side in (here, there)
-        }
-        assert made[here].keys() == made[there].keys() and len(made[here]) > 2
-        assert [name for name in made[here] if made[here][name] != made[there][name]] == []
+    stages = {
+        "dump": Interrupted(dump, writes("*/acts*.json")),
+        "labels": Interrupted(label, reads_pipe, mend_pipe),
+        "codes": Interrupted(codes, writes("*/*/shard.json")),
+        "compare": Interrupted(compare, writes(".*.partial/*/done.json")),
+        "show": Interrupted(show, writes_to_log),
+        "evaluate": Interrupted(evaluate, writes_to_log),
+    }
+    for stage in stages.values():
+        here(*stage.of("here"))
+    pipe = max(masks.rglob("*.png"))
+    mask, writer = pipe.rename(tmp_path / "mask.png"), []
+    os.mkfifo(pipe)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for done in [pool.submit(stage.run, tmp_path / name) for name, stage in stages.items()]:
+            done.result()
+    made = {side: files_of(tmp_path / side, "**/*.*") for side in ("here", "there")}
+    for side, files in made.items():
+        files["labels"] = (pathlib.Path(shards) / f"labels-{side}.bin").read_bytes()
+    assert made["here"].keys() == made["there"].keys() and len(made["here"]) > 100
+    differ = {pathlib.Path(f).name for f in made["here"] if made["here"][f] != made["there"][f]}
+    assert differ == {"code.json", "config.json", "about.json", "manifest.json"}  # which name the commands
 
 
-def out_of_time(command: list[object], logs: pathlib.Path) -> None:
-    """Runs a command on Slurm, whose job is warned once it works."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: any("memory: about" in f.read_text() for f in logs.glob("*_log.out")))
-    (log,) = logs.glob("*_log.out")
-    subprocess.run(["scancel", "--signal=USR2", log.name.partition("_")[0]], check=True)
-    _, stderr = process.communicate(timeout=240)
-    assert process.returncode == 0 and "Caught signal SIGUSR2" in log.read_text(), stderr
+def here(*args: object) -> list[str]:
+    """Lines that a command prints in this process."""
+    done = inprocess.run(*args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()

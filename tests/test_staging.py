@@ -90,8 +90,10 @@ def test_a_copy_whose_original_is_damaged_too(make_shards, tmp_path: pathlib.Pat
             acts.read(0, 7)
 
 
-def test_padding_takes_no_space(make_shards, tmp_path: pathlib.Path) -> None:
-    """Other tools write shards of full length, of which the last may be mostly holes."""
+def test_padding_takes_no_space(make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tools write shards of full length, of which the last may be mostly holes. The disk needs no room for them."""
+    usage = type("Usage", (), {"free": 2**22})
+    monkeypatch.setattr("saev.formats.staging.shutil.disk_usage", lambda _: usage)
     shards, _ = make_shards(n_imgs=7, n_patches=4, d_vit=8, layers=(0,), per_shard=3)
     last = shards / "acts000002.bin"
     data = last.read_bytes()

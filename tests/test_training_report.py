@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 from saev import errors
-from saev.report import charts, tables
+from saev.report import charts, figures, tables
 from saev.training import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -149,14 +149,14 @@ def test_a_failed_run_is_not_on_the_front() -> None:
 def test_the_picture(n: int, tmp_path: pathlib.Path) -> None:
     points = [(4.0 * (1 + i % 7), 0.5 / (1 + i % 7) + i / 300) for i in range(n)]
     rows = runs.front(frame(*((f"run{i:05}", *point) for i, point in enumerate(points))))
-    charts.save(charts.front(rows), tmp_path / "front.png")
+    figures.save(charts.front(rows, ""), tmp_path / "front.png")
     pixels = matplotlib.image.imread(tmp_path / "front.png")
     assert pixels.shape[0] > 500 and pixels[..., :3].std() > 0.02
 
 
 def test_the_picture_of_a_run_named_like_a_formula(tmp_path: pathlib.Path) -> None:
     rows = runs.front(frame(("$\\frac$", 4.0, 0.2), ("lr$HOME$", 8.0, 0.1)))
-    charts.save(charts.front(rows), tmp_path / "front.png")
+    figures.save(charts.front(rows, ""), tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 1000
 
 

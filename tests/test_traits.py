@@ -375,7 +375,7 @@ def test_parts_become_traits(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFi
     id_NP[8] = [0, -1, -1, 3]
     data = write_shards(tmp_path, PATHS, skip=(5,))
     label_patches(data, id_NP, "x")
-    cfg = config.Masks(patch_labels="x", min_patches=2)
+    cfg = config.Masks(label_name="x", min_patches=2)
     with caplog.at_level(logging.INFO, "saev"):
         got = masks.load(cfg, opened(data))
     assert "because all images or none have them: horn" in caplog.text
@@ -411,10 +411,19 @@ def test_bad_parts(tmp_path: pathlib.Path) -> None:
     label_patches(data, np.full((24, 4), -1))
     with pytest.raises(errors.UserError, match="no image has a labelled patch. Make them with"):
         masks.load(config.Masks(), opened(data))
-    other = write_shards(tmp_path / "2", [f"x{path}" for path in PATHS])
-    patchlabels.write(shards.ShardDir.open(other.shard_root), "", id_NP, {0: "sky", 3: "u", 4: "v"}, {})
-    with pytest.raises(errors.UserError, match="have other classes than"):
-        masks.load(config.Masks(split="dumps"), opened(data, other))
+
+
+def test_parts_of_two_dumps_are_joined_by_name(tmp_path: pathlib.Path) -> None:
+    id_NP = np.tile([0, 0, 3, 4], (24, 1))
+    id_NP[:8, 3] = 0
+    data, other = (write_shards(tmp_path / name, [f"{name}{path}" for path in PATHS]) for name in "xy")
+    label_patches(data, id_NP)
+    patchlabels.write(shards.ShardDir.open(other.shard_root), "", id_NP, {0: "sky", 3: "u", 4: "leg"}, {})
+    got = masks.load(config.Masks(split="dumps", parts=("leg", "u")), opened(data, other))
+    want_NT = [
+        [4 in row, path[0] == "y"] for path, row in zip(got.paths_N, np.tile(id_NP, (2, 1)), strict=True)
+    ]
+    assert got.labels_NT.tolist() == want_NT and got.is_train_N.tolist() == [True] * 24 + [False] * 24
 
 
 # ---- missing labels ----

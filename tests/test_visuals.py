@@ -15,6 +15,7 @@ import unittest.mock
 
 import forked
 import gallery_files
+import inprocess
 import numpy as np
 import PIL.Image
 import pytest
@@ -22,23 +23,12 @@ import torch
 from conftest import as_older
 
 from saev import errors, nn, scorers
-from saev.data import activations, images, ordered
+from saev.data import activations, images, passes, pictures
 from saev.data import config as data_config
-from saev.formats import shards
+from saev.data import memory as data_memory
+from saev.formats import codeshards, shards
 from saev.nn import config as nn_config
-from saev.visuals import (
-    coders,
-    collect,
-    config,
-    heat,
-    kernels,
-    memory,
-    pictures,
-    relations,
-    spool,
-    statistics,
-    write,
-)
+from saev.visuals import coders, collect, config, heat, kernels, memory, relations, spool, statistics, write
 
 ROOT = pathlib.Path(__file__).parent.parent
 N, P, S, K = 11, 16, 6, 3
@@ -111,7 +101,7 @@ def passed(
     """The codes and the statistics."""
     acts = acts_of(cfg)
     coder = coders.load(cfg, acts, CPU)
-    codes = spool.run(coder, ordered.Ordered(acts, block), cfg.n_images, dpath)
+    codes = spool.run(coder, acts, cfg.n_images, block, dpath)
     classes = write.Classes.of(acts)
     stats = statistics.collect(
         coder, codes, cfg.n_images, cfg.n_group, cfg.seed, classes.class_N, len(classes.names)
@@ -574,8 +564,8 @@ def test_a_killed_pass_goes_on(
     cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, kind: str, n_blocks: int
 ) -> None:
     """The files are those of an undisturbed gallery, and no block is encoded twice."""
-    monkeypatch.setattr(memory, "MAX_IMAGES", 2)
-    monkeypatch.setattr(spool, "SAVE_S", 0.0)
+    monkeypatch.setattr(data_memory, "MAX_IMAGES", 2)
+    monkeypatch.setattr(passes, "MIN_PATCHES", 1)  # a shard is a block
     if kind == "prototypes":
         vectors_KD = torch.randn(5, S, generator=torch.Generator().manual_seed(0))
         scorers.save(scorers.Prototypes.of(vectors_KD, torch.zeros(S), "dot"), tmp_path / "pca-5.bin")
@@ -596,33 +586,38 @@ def test_a_killed_pass_goes_on(
     monkeypatch.setattr(cls, name, counted)
     with pytest.raises(Killed):
         collect.main(cfg)
-    assert (tmp_path / ".gallery.pass" / "state").exists() and not pathlib.Path(cfg.dump_to).exists()
-    with (tmp_path / ".gallery.pass" / "codes.value").open("ab") as fd:
-        fd.write(b"half a block")  # after the last saved state
+    done = list((tmp_path / ".gallery.pass").glob("*/shard*/shard.json"))
+    assert len(done) == n_blocks and not pathlib.Path(cfg.dump_to).exists()
     assert files_of(collect.main(cfg)) == whole
     assert seen.count(1) == -(-N // 2)
     assert not list(tmp_path.glob(".gallery*"))
 
 
-@pytest.mark.parametrize("what", ["codes.latent", "codes.count", "state"])
+@pytest.mark.parametrize("what", ["patch_latents.bin", "patch_starts.bin", "shard.json"])
 @pytest.mark.parametrize("kind", ["sae", "units"])
 def test_damaged_files_of_a_pass_are_made_again(
     cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, what: str, kind: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(memory, "MAX_IMAGES", 2)
+    """Only the damaged shard."""
+    monkeypatch.setattr(data_memory, "MAX_IMAGES", 2)
+    monkeypatch.setattr(passes, "MIN_PATCHES", 4 * P)
     if kind == "units":
         cfg = dataclasses.replace(cfg, ckpt="", scorer=config.Units())
     whole = files_of(collect.main(dataclasses.replace(cfg, dump_to=str(tmp_path / "whole"))))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(statistics, "collect", lambda *_: (_ for _ in ()).throw(Killed()))
         collect.main(cfg)
-    fpath = tmp_path / ".gallery.pass" / what
+    (fpath,) = (tmp_path / ".gallery.pass").glob(f"*/shard000001/{what}")
     data = bytearray(fpath.read_bytes())
     data[len(data) // 2] ^= 1
     fpath.write_bytes(data)
+    seen: list[int] = []
+    cls = coders.UnitCoder if kind == "units" else coders.SaeCoder
+    real = cls.__call__
+    monkeypatch.setattr(cls, "__call__", lambda self, x_XD: seen.append(len(x_XD)) or real(self, x_XD))
     assert files_of(collect.main(cfg)) == whole
-    assert "checksum" in caplog.text
+    assert "checksum" in caplog.text and seen == [2 * P, 2 * P]
 
 
 def test_a_pass_of_something_else_is_not_continued(
@@ -678,13 +673,15 @@ def test_a_value_that_is_not_finite(
     as_sae(pathlib.Path(cfg.ckpt), ARCHITECTURES["relu"])
     real = coders.SaeCoder.__call__
 
-    def broken(self: coders.SaeCoder, x_XD: torch.Tensor) -> coders.Fired:
+    def broken(self: coders.SaeCoder, x_XD: torch.Tensor) -> codeshards.Csr:
         fired = real(self, x_XD)
         fired.value_n[-1] = np.inf
         return fired
 
     monkeypatch.setattr(coders.SaeCoder, "__call__", broken)
-    with pytest.raises(errors.UserError, match=r"the value of latent \d in class1/0010.jpg is inf"):
+    with pytest.raises(
+        errors.UserError, match=r"the value of latent \d in class1/0010.jpg, patch \d+, is inf"
+    ):
         collect.main(cfg)
 
 
@@ -732,7 +729,7 @@ def test_what_does_not_fit(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
         "no such image. Pass the folder that was dumped": {"images": data_config.ImageFolder(str(tmp_path))},
         "--scorer.path is missing": {"ckpt": "", "scorer": config.Fitted()},
         "is an SAE. Pass it as --ckpt": {"ckpt": "", "scorer": config.Fitted(cfg.ckpt)},
-        "prototypes have d_vit 9 instead of 6": {
+        "has prototypes of 9 dimensions, but --data.shard-root .* has 6": {
             "ckpt": "",
             "scorer": config.Fitted(str(tmp_path / "wide.bin")),
         },
@@ -793,6 +790,45 @@ def test_a_gallery_says_what_it_shows(cfg: config.Visuals) -> None:
     assert said["latents"] == [0, 3] and said["ckpt"] == cfg.ckpt
     assert said["sha256"] == hashlib.sha256(pathlib.Path(cfg.ckpt).read_bytes()).hexdigest()
     assert said["filters"] == "the latents of --include-latents" and len(said["xxh3_128"]) == 32
+
+
+def test_a_figure_makes_its_gallery_first_and_then_uses_it(
+    cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latent 3 fires on one patch: image 5, row 1, column 2 of the 4 x 4 grid."""
+    args = ["--dump-to", cfg.dump_to, "--ckpt", cfg.ckpt, "--n-images", K, "--device", "cpu"]
+    args += ["--data.shard-root", cfg.data.shard_root, "--data.layer", cfg.data.layer]
+    rest = ["images:image-folder", "--images.root", cfg.images.root]
+    too_large = inprocess.run("visuals.py", *args, "--figure", S, *rest)
+    assert (
+        too_large.returncode == 2 and f"--figure {S}: the scorer has latents 0 to {S - 1}" in too_large.stderr
+    )
+    assert not pathlib.Path(cfg.dump_to).exists()
+    png, pdf = tmp_path / "x.png", tmp_path / "x.pdf"
+    done = inprocess.run("visuals.py", *args, "--figure", 3, "--out", png, *rest)
+    assert (done.returncode, done.stdout) == (0, f"{png}\n"), done.stderr
+    assert gallery_files.load(cfg.dump_to, "stats")["columns"]["id"].tolist() == [0, 1, 3, 4, 5]
+    with PIL.Image.open(png) as img:
+        img_HW3 = np.asarray(img.convert("RGB"), np.int64)
+    seen_HW = (np.abs(img_HW3 - (50, 100, 50)) < 4).all(axis=2)  # image 5's colour, less one patch
+    hot_HW = (np.abs(img_HW3 - (0.3 * np.array([50, 100, 50]) + 0.7 * np.array([255, 0, 128]))) < 4).all(
+        axis=2
+    )
+    (top, left), (bottom, right) = (f(np.argwhere(seen_HW), axis=0) for f in (np.min, np.max))
+    patch = (right + 1 - left) // 4
+    want_HW = np.zeros_like(seen_HW)
+    want_HW[top + patch : top + 2 * patch, left + 2 * patch : left + 3 * patch] = True
+    legend = bottom + 1  # below the picture
+    assert (hot_HW[:legend] == want_HW[:legend]).all() and want_HW.sum() == patch**2 > 1000
+
+    def no_pass(*_: object) -> None:
+        raise AssertionError("a pass began")
+
+    monkeypatch.setattr(spool, "run", no_pass)
+    assert inprocess.run("visuals.py", *args, "--figure", 3, 0, "--out", pdf, *rest).returncode == 0
+    assert pdf.read_bytes().startswith(b"%PDF-")
+    dead = inprocess.run("visuals.py", *args, "--figure", 2, *rest)
+    assert dead.returncode == 2 and "--figure 2: this latent never fires" in dead.stderr
 
 
 def test_a_folder_filled_meanwhile_is_kept(cfg: config.Visuals, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,6 @@ Tests compare the estimate with processes.
 
 from saev.data import memory
 
-MAX_CODES = 2**26
-"""Most codes of a block if all latents fire (256 MB in float32). Bounds the images in a block."""
-
-
-def n_block(n_patches: int, n_latents: int) -> int:
-    """Images that are encoded at a time."""
-    return max(1, min(64, MAX_CODES // (n_patches * n_latents)))
-
 
 def peak(n_imgs: int, n_patches: int, d_vit: int, n_latents: int, n_codes: int, is_sae: bool) -> int:
     """Estimates the peak memory in bytes.

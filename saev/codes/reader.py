@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int, jaxtyped
 
 from saev import errors, fields
-from saev.formats import codes
+from saev.formats import codes, codeshards
 
 if tp.TYPE_CHECKING:
     import scipy.sparse
@@ -72,7 +72,7 @@ class Rows:
 
 
 class Codes:
-    """A folder of codes. Arrays are memory-mapped and compared with their checksums on first use.
+    """A folder of codes. Each file is compared with its checksum when it is first used.
 
     Row r is patch r % n_patches of image r // n_patches. Patches are in raster order, images in the order of
     `paths`. Images that the dump could not read are left out.
@@ -84,12 +84,12 @@ class Codes:
     def __init__(self, dpath: pathlib.Path):
         self.dpath = dpath
         self.metadata = codes.read_metadata(dpath)
-        if gone := codes.missing(dpath, self.metadata):
+        self._shards = codes.shards(dpath, self.metadata)
+        if gone := self._shards.missing():
             raise errors.UserError(
-                f"{dpath}: {len(gone)} of {self.metadata.n_shards} shards are missing. Run the same "
+                f"{dpath}: {len(gone)} of {len(self._shards)} shards are missing. Run the same "
                 "`python -m saev.codes` again."
             )
-        self._shard = functools.cache(lambda i: codes.Shard(dpath, self.metadata, i))
 
     @property
     def n_imgs(self) -> int:
@@ -138,16 +138,12 @@ class Codes:
         """n_rows: rows of an image."""
         first, last = self._range(imgs)
         column_K = None if latents is None else self._columns(latents)
-        parts = []
-        for shard_i in range(self.metadata.n_shards):
-            own = self.metadata.imgs_in(shard_i)
-            start, stop = max(first, own.start), min(last, own.stop)
-            if start < stop:
-                bounds = ((start - own.start) * n_rows, (stop - own.start) * n_rows)
-                rows = self._shard(shard_i).rows(kind, values, *bounds)
-                parts.append(rows if column_K is None else _chosen(rows, column_K))
+        found = (
+            self._shards.rows(kind, values, n_rows, part) for part in self._shards.parts(range(first, last))
+        )
+        parts = [rows if column_K is None else _chosen(rows, column_K) for rows in found]
         width = self.n_latents if column_K is None else int((column_K >= 0).sum())
-        return Rows(*_joined(parts, self.metadata.arrays()[values]), width)
+        return Rows(*codeshards.Csr.joined(parts, self.metadata.arrays()[values]), width)
 
     def _range(self, imgs: Images) -> tuple[int, int]:
         """First position, and the one after the last."""
@@ -172,7 +168,7 @@ class Codes:
         return column_K
 
 
-def _chosen(rows: codes.Csr, column_K: np.ndarray) -> codes.Csr:
+def _chosen(rows: codeshards.Csr, column_K: np.ndarray) -> codeshards.Csr:
     """The codes of chosen latents, with their columns."""
     places = [
         first + np.flatnonzero(column_K[rows.latent_n[first : first + PIECE]] >= 0)
@@ -183,20 +179,7 @@ def _chosen(rows: codes.Csr, column_K: np.ndarray) -> codes.Csr:
     column_n = column_K[rows.latent_n[at_n]]
     row_n = np.repeat(np.arange(len(start_R1) - 1), np.diff(start_R1))
     order_n = np.lexsort((column_n, row_n))
-    return codes.Csr(start_R1, column_n[order_n], rows.value_n[at_n[order_n]])
-
-
-def _joined(parts: list[codes.Csr], dtype: np.dtype) -> codes.Csr:
-    """The rows of several shards."""
-    if len(parts) == 1:
-        return parts[0]
-    ends = np.cumsum([0, *(part.start_R1[-1] for part in parts)]).tolist()
-    starts = [part.start_R1[1:] + end for part, end in zip(parts, ends, strict=False)]
-    return codes.Csr(
-        np.concatenate([np.zeros(1, np.int64), *starts]),
-        np.concatenate([np.empty(0, np.int32), *(part.latent_n for part in parts)]),
-        np.concatenate([np.empty(0, dtype), *(part.value_n for part in parts)]),
-    )
+    return codeshards.Csr(start_R1, column_n[order_n], rows.value_n[at_n[order_n]])
 
 
 @beartype.beartype

@@ -1,114 +1,57 @@
 """Writes the matches of two dictionaries into the first one's gallery: data/compare.js (docs/gallery.md)."""
 
 import collections.abc
-import functools
 import itertools
 import os
 import pathlib
 import typing as tp
 import urllib.parse
 
-import msgspec
 import numpy as np
 import polars as pl
 
 from saev import errors, helpers
 from saev.compare import config, report, sides
-from saev.formats import jsonfile, manifest, scripts
+from saev.formats import gallery, jsonfile, manifest, scripts
 
-AGAIN = "Run visuals.py again."
 N_PICTURES = 8
 """Most pictures of one of the other dictionary's latents."""
 PER_FILE = 64
 """Latents of a data file."""
-FILES = 8
-"""Data files of a gallery that are held at a time."""
-
-
-class _Scorer(msgspec.Struct):
-    sha256: str
-
-
-class _Source(msgspec.Struct):
-    n_patches: int
-    grid: list[int]
-    size: list[int]
-
-
-class _Files(msgspec.Struct):
-    latents: int
-    images: int
-    n_images: int
-
-
-class _Stats(msgspec.Struct):
-    """What is read of data/stats.js."""
-
-    title: str
-    scorer: dict[str, tp.Any]
-    source: dict[str, tp.Any]
-    files: _Files
-    columns: dict[str, tp.Any]
-
-
-class Gallery:
-    """A gallery that visuals.py wrote.
-
-    Args:
-        flag: its flag, for messages.
-        side: the dictionary that it must show.
-
-    Raises:
-        UserError: it is no gallery, is damaged, or shows another dictionary.
-    """
-
-    def __init__(self, dpath: pathlib.Path, flag: str, side: sides.Side):
-        self.dpath = dpath
-        self.remedy = f"Pass a gallery of {side.fpath} as {flag}, made by visuals.py."
-        self.raw = scripts.read(dpath, "stats", self.remedy)
-        self.where = str(dpath / "data" / "stats.js")
-        try:
-            self.stats = msgspec.convert(self.raw, _Stats)
-            shown = msgspec.convert(self.stats.scorer, _Scorer).sha256
-            self.source = msgspec.convert(self.stats.source, _Source)
-        except ValueError as err:
-            message = f"{self.where}: cannot be read ({errors.first_line(err)}). {self.remedy}"
-            raise errors.UserError(message) from err
-        if shown != helpers.hash_file(side.fpath):
-            raise errors.UserError(f"{flag} {dpath}: shows another dictionary. {self.remedy}")
-        self.ids = scripts.unpacked(self.stats.columns.get("id"), self.where, self.remedy).astype(np.int64)
-        self.file = functools.lru_cache(FILES)(self._file)
-
-    def _file(self, name: str) -> dict[str, tp.Any]:
-        return scripts.read(self.dpath, name, self.remedy)
-
-    def paths(self) -> list[str]:
-        """The path of each image in data/images."""
-        n_files = -(-self.stats.files.n_images // self.stats.files.images)
-        return [image["path"] for i in range(n_files) for image in self.file(f"images/{i:03}")["images"]]
-
-    def latent(self, row: int) -> dict[str, tp.Any]:
-        """The entry of a row in data/latents."""
-        file, place = divmod(row, self.stats.files.latents)
-        return self.file(f"latents/{file:03}")["latents"][place]
-
-    def unpack(self, value: object) -> np.ndarray:
-        return scripts.unpacked(value, str(self.dpath), self.remedy)
 
 
 class Galleries(tp.NamedTuple):
-    mine: Gallery
-    other: Gallery | None
+    mine: gallery.Gallery
+    other: gallery.Gallery | None
 
 
 def opened(cfg: config.Compare, found: list[sides.Side]) -> Galleries | None:
-    """The galleries of both sides; None without --gallery. Raises as `Gallery`."""
+    """The galleries of both sides; None without --gallery.
+
+    Raises:
+        UserError: a folder is no gallery, is damaged, or shows another dictionary.
+    """
     if not cfg.gallery:
         return None
-    other = (
-        Gallery(pathlib.Path(cfg.other_gallery), "--other-gallery", found[1]) if cfg.other_gallery else None
-    )
-    return Galleries(Gallery(pathlib.Path(cfg.gallery), "--gallery", found[0]), other)
+    other = _of(cfg.other_gallery, "--other-gallery", found[1]) if cfg.other_gallery else None
+    return Galleries(_of(cfg.gallery, "--gallery", found[0]), other)
+
+
+def _of(dpath: str, flag: str, side: sides.Side) -> gallery.Gallery:
+    """The gallery of a side. `flag` names it in messages."""
+    remedy = f"Pass a gallery of {side.fpath} as {flag}, made by visuals.py."
+    found = gallery.Gallery(pathlib.Path(dpath), remedy)
+    if not _shows(found, side):
+        raise errors.UserError(f"{flag} {dpath}: shows another dictionary. {remedy}")
+    return found
+
+
+def _shows(found: gallery.Gallery, side: sides.Side) -> bool:
+    """Whether a gallery shows a dictionary. Units are known by their ViT and layer."""
+    if not side.is_units:
+        return found.stats.scorer.sha256 == side.digest
+    mine = ("units", side.acts.metadata.vit_ckpt, side.layer)
+    return (found.stats.scorer.kind, found.stats.source.vit, found.stats.source.layer) == mine
 
 
 def write(galleries: Galleries, found: list[sides.Side], out: pathlib.Path) -> None:
@@ -121,7 +64,7 @@ def write(galleries: Galleries, found: list[sides.Side], out: pathlib.Path) -> N
     curve = pl.read_csv(files["curve.csv"], infer_schema_length=None)
     about = jsonfile.parse(files["about.json"], dict[str, tp.Any], str(out), "Move that folder away.")
     mine, other = galleries
-    shown = lines[mine.ids]
+    shown = lines[mine.id_C]
     scripts.write(mine.dpath, "compare", {})
     words = _write_pictures(mine, other, shown["best"].to_list())
     null = np.sort(lines["null_corr"].drop_nans().to_numpy())
@@ -157,7 +100,7 @@ def write(galleries: Galleries, found: list[sides.Side], out: pathlib.Path) -> N
     scripts.write(mine.dpath, "compare", value)
 
 
-def _described(mine: Gallery, other: Gallery | None, side: sides.Side) -> dict[str, object]:
+def _described(mine: gallery.Gallery, other: gallery.Gallery | None, side: sides.Side) -> dict[str, object]:
     """The other dictionary: its gallery's words, else what is known without one."""
     if other:
         href = os.path.relpath(other.dpath / "index.html", mine.dpath)
@@ -170,9 +113,9 @@ def _described(mine: Gallery, other: Gallery | None, side: sides.Side) -> dict[s
             "name": side.kind,
             "kind": kind,
             "n": side.scorer.n_prototypes,
-            "noun": "latent" if side.sae else "prototype",
-            "ckpt": helpers.printable(str(side.fpath)),
-            "sha256": helpers.hash_file(side.fpath),
+            "noun": side.noun,
+            "ckpt": "" if side.is_units else helpers.printable(str(side.fpath)),
+            "sha256": side.digest,
         },
         "source": {"vit": side.vit, "layer": side.layer, "n_images": side.acts.n_imgs},
         "href": "",
@@ -182,15 +125,15 @@ def _described(mine: Gallery, other: Gallery | None, side: sides.Side) -> dict[s
 # ---- pictures ----
 
 
-def _write_pictures(mine: Gallery, other: Gallery | None, best: list[int]) -> str:
+def _write_pictures(mine: gallery.Gallery, other: gallery.Gallery | None, best: list[int]) -> str:
     """Replaces data/compare/ and returns a sentence on pictures that cannot be shown."""
     words, entries = "", map(_empty, best)
     if other and _grid(other) != _grid(mine):
         words = "The other ViT has another grid of patches: its gallery has its pictures."
     elif other:
-        row_of = {latent: row for row, latent in enumerate(other.ids.tolist())}
-        place_of = {path: place for place, path in enumerate(mine.paths())}
-        places = np.array([place_of.get(path, -1) for path in other.paths()], np.int64)
+        row_of = {latent: row for row, latent in enumerate(other.id_C.tolist())}
+        place_of = {path: place for place, path in enumerate(mine.paths().path)}
+        places = np.array([place_of.get(path, -1) for path in other.paths().path], np.int64)
         words = "Of the other dictionary's images, those that this gallery has are shown." * bool(
             (places < 0).any()
         )
@@ -208,35 +151,36 @@ def _batched(entries: collections.abc.Iterable[dict]) -> collections.abc.Iterato
         yield part
 
 
-def _grid(gallery: Gallery) -> tuple[list[int], list[int]]:
-    return gallery.source.grid, gallery.source.size
+def _grid(found: gallery.Gallery) -> tuple[tuple[int, int], tuple[int, int]]:
+    return found.stats.source.grid, found.stats.source.size
 
 
 def _empty(latent: int) -> dict[str, object]:
     return {"id": latent, "low": 0.0, "high": 0.0, "groups": []}
 
 
-def _entry(other: Gallery, latent: int, row: int, places: np.ndarray) -> dict[str, object]:
+def _entry(other: gallery.Gallery, latent: int, row: int, places: np.ndarray) -> dict[str, object]:
     """The other latent's top images, as places in the first gallery."""
     if row < 0:
         return _empty(latent)
     found = other.latent(row)
-    tops = [group for group in found["groups"] if group["name"] == "top"]
+    tops = [group for group in found.groups if group.name == "top"]
     if not tops:
         return _empty(latent)
+    top = tops[0]
     image_N, value_N, start_N1, patch_n, heat_n = (
-        other.unpack(tops[0][name]) for name in ("image", "value", "start", "patch", "heat")
+        other.unpack(packed) for packed in (top.image, top.value, top.start, top.patch, top.heat)
     )
     keep = np.flatnonzero(places[image_N] >= 0)[:N_PICTURES]
     slices = [slice(int(start_N1[k]), int(start_N1[k + 1])) for k in keep]
     ends = np.cumsum([0, *(s.stop - s.start for s in slices)])
     group = {
         "name": "top",
-        "words": tops[0]["words"],
+        "words": top.words,
         "image": scripts.packed(places[image_N[keep]], "u4"),
         "value": scripts.packed(value_N[keep], "f4"),
         "start": scripts.packed(ends, "u4"),
         "patch": scripts.packed(np.concatenate([patch_n[:0], *(patch_n[s] for s in slices)]), "u2"),
         "heat": scripts.packed(np.concatenate([heat_n[:0], *(heat_n[s] for s in slices)]), "u1"),
     }
-    return {"id": latent, "low": found["low"], "high": found["high"], "groups": [group] if len(keep) else []}
+    return {"id": latent, "low": found.low, "high": found.high, "groups": [group] if len(keep) else []}

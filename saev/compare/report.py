@@ -11,7 +11,7 @@ import polars as pl
 from saev import helpers, provenance
 from saev.compare import config, correlate, match, sides
 from saev.formats import jsonfile, manifest
-from saev.report import charts, frame, tables
+from saev.report import charts, figures, frame, tables
 
 FILES = ("dictionaries.csv", "pairs.csv", "curve.csv", "summary.md", "chart.png", "about.json")
 MATCHES = "matches.parquet"
@@ -67,9 +67,8 @@ def write(
             )
         helpers.write_text(tmp_dpath / "summary.md", f"{text}\n{words} {NULL}\n")
         shown = of_pairs.select("one", "two", "differ").join(curve, on=["one", "two"], maintain_order="left")
-        charts.save(
-            charts.matched(shown, caption(of_sides, joined, stats[0].n_rows)), tmp_dpath / "chart.png"
-        )
+        chart = charts.matched(shown, caption(of_sides, joined, stats[0].n_rows))
+        figures.save(chart, tmp_dpath / "chart.png")
         about = {
             "config": dataclasses.asdict(cfg),
             "method": words,
@@ -95,7 +94,7 @@ def dictionaries(
             "name": [side.name for side in found],
             "kind": [side.kind for side in found],
             "n_latents": [side.scorer.n_prototypes for side in found],
-            "seed": [side.seed for side in found],
+            "seed": pl.Series([side.seed for side in found], dtype=pl.String),
             "vit": [side.vit for side in found],
             "layer": [side.layer for side in found],
             "n_images_left_out": joined.n_left_out,
@@ -108,7 +107,8 @@ def dictionaries(
 
 def _pair(pair: Pair, of_sides: pl.DataFrame) -> pl.DataFrame:
     one, two = (of_sides.row(n, named=True) for n in (pair.one, pair.two))
-    differ = [WORDS.get(key, key) for key in PLACE if one[key] != two[key]]
+    known = [key for key in PLACE if None not in (one[key], two[key])]
+    differ = [WORDS.get(key, key) for key in known if one[key] != two[key]]
     cosines = [best.mean() for best in pair.cosines] if pair.cosines else [float("nan")] * 2
     return pl.DataFrame(
         {
@@ -201,13 +201,8 @@ def method(cfg: config.Compare, joined: sides.Joined, n_rows: int) -> str:
 
 
 def caption(of_sides: pl.DataFrame, joined: sides.Joined, n_rows: int) -> str:
-    places = of_sides.group_by("vit", maintain_order=True).agg(pl.col("layer").unique().sort())
-    where = "; ".join(
-        f"{vit}, layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-        for vit, layers in places.iter_rows()
-    )
     what = f"{n_rows:,} patches of " if joined.per_patch else ""
-    return f"{where}; n = {what}{len(joined.order[0]):,} images"
+    return f"{tables.where(of_sides)}; n = {what}{len(joined.order[0]):,} images"
 
 
 def sides_table(of_sides: pl.DataFrame) -> pl.DataFrame:
@@ -216,7 +211,7 @@ def sides_table(of_sides: pl.DataFrame) -> pl.DataFrame:
         {
             "Dictionary": of_sides["name"],
             "Kind": of_sides["kind"],
-            "Seed": of_sides["seed"],
+            "Seed": of_sides["seed"].fill_null(""),
             "ViT": of_sides["vit"],
             "Layer": tables.texts("{}", of_sides["layer"]),
             "Latents": tables.texts("{:,}", of_sides["n_latents"]),
@@ -252,8 +247,10 @@ def _of_two(
 
 
 def _by_frequency(of_latents: pl.DataFrame, of_sides: pl.DataFrame, cfg: config.Compare) -> str:
-    """A table of the live latents in quarters by how often they fire."""
-    live = of_latents.filter("is_live")
+    """A table of the live latents in quarters by how often they fire. Prototypes and units always do."""
+    live = of_latents.filter("is_live", pl.col("frequency").n_unique().over("of") > 1)
+    if not len(live):
+        return ""
     rank = (pl.col("frequency").rank("ordinal") - 1) * 4 // pl.len()
     matched = [
         (pl.col("is_mutual") & (pl.col("corr") >= t)).mean().alias(f"Matched at {t:g}")

@@ -149,7 +149,8 @@ class Activations:
         self.cfg = cfg
         self.flag = flag
         self.root = cfg.shard_root
-        roots = [staging.local(root, cfg.partial, flag) for root in (cfg.shard_root, *cfg.more_roots)]
+        self.roots = (cfg.shard_root, *cfg.more_roots)
+        roots = [staging.local(root, cfg.partial, flag) for root in self.roots]
         is_open = {(part.dpath, acts.cfg.partial): part for acts in among for part in acts.dirs}
         self.dirs = [
             is_open.get((fields.path(root), cfg.partial))
@@ -291,6 +292,15 @@ class Activations:
         first, *others = (part.records for part in self.dirs)
         return [*first, *itertools.chain(*others)] if others else first
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether paths are known. Some dumps of other tools have no list of images."""
+        return all(part.images_fpath.exists() for part in self.dirs)
+
+    def name_of(self, image_i: int) -> str:
+        """An image's path, or its number if paths are unknown, for messages."""
+        return self.records[image_i].path if self.is_listed else f"image {image_i}"
+
     def transform(self) -> dict[str, object]:
         """The description of the image transform. Empty for dumps of other tools.
 
@@ -422,7 +432,8 @@ class Activations:
             extent = Extent(part_i, shard_i, 0, 0)
             with _ReadErrors(self, extent):
                 files.append(self._open(extent))
-        return files, np.array([(file.fd, file.sums_address) for file in files])[file_i_G]
+        file_f2 = np.array([(file.fd, file.sums_address) for file in files], np.int64).reshape(-1, 2)
+        return files, file_f2[file_i_G]
 
     def read_extents(self, extents: list[Extent], into: memoryview) -> None:
         """Announces all extents to the kernel, then reads them one by one, in their stored form.

@@ -1,4 +1,4 @@
-"""Predicts the peak memory of a dump. Imports no torch.
+"""Predicts the peak memory of a dump, and sizes the blocks of a pass that writes codes. Imports no torch.
 
 Tests compare the predictions with the measured memory of processes, and with tensors on a fake GPU.
 """
@@ -21,6 +21,13 @@ UNWRITTEN = 2
 """Batches of activations that may wait for the disk."""
 PHOTO = 12 * 10**6
 """Pixels of a typical camera photo."""
+MAX_IMAGES, MAX_CODES = 64, 2**26
+"""Most images of a block that is encoded, and most codes if all latents fire (256 MB in float32)."""
+
+
+def n_block(n_patches: int, n_latents: int) -> int:
+    """Images that are encoded at a time."""
+    return max(1, min(MAX_IMAGES, MAX_CODES // (n_patches * n_latents)))
 
 
 class Sizes(tp.NamedTuple):

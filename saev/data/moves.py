@@ -17,15 +17,18 @@ from saev.data import activations
 
 _LIBC = ctypes.CDLL(None)
 _XXHASH = ctypes.CDLL(importlib.import_module("xxhash._xxhash").__file__)
-C: tuple[int, int, int, int] = (
+C: tuple[int, int, int, int, int] = (
     address(_LIBC, "pread"),
     address(_LIBC, "posix_fadvise"),
     address(_XXHASH, "XXH3_64bits_dispatch", "XXH3_64bits"),
     address(_LIBC, "memcpy"),
+    address(_LIBC, "preadv2"),
 )
-"""C functions that `read` calls; 0 if missing. Without the second it gives no hints, without another it reads
-nothing."""
+"""C functions that `read` calls; 0 if missing. Without the second it gives no hints, without the last too
+many, and without another it reads nothing."""
 WILLNEED = getattr(os, "POSIX_FADV_WILLNEED", 0)
+NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+"""Read only what is in memory."""
 FAR = 4096
 """Bytes of a row that are asked for early; the processor itself asks for the rest."""
 EARLY_BYTES = 12 * 2**10
@@ -66,6 +69,24 @@ def _piece(start_n, offset):
 
 
 @jit
+def _is_in_memory(c, fd, start, n, target_2):
+    """Reads n bytes if the kernel has them all. target_2: address and n."""
+    if not (c[4] and NOWAIT):
+        return False
+    target_2[1] = n
+    return call(c[4], (fd, target_2.ctypes.data, 1, start, NOWAIT)) == n
+
+
+@jit
+def _hint(c, file_G2, span_G2):
+    """Asks the kernel to read these blocks in the background."""
+    if c[1]:
+        for g in range(len(span_G2)):
+            start, end = span_G2[g]
+            call(c[1], (file_G2[g, 0], start, end - start, WILLNEED))
+
+
+@jit
 def _is_filled(c, fd, start, n, target):
     """Reads n bytes. False: an error, or the file ends."""
     at = 0
@@ -98,7 +119,8 @@ def _is_intact(c, start_n, start, n, data, sums):
 def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_read_G):
     """Reads blocks, compares them with their checksums, and moves their activations to their slots.
 
-    A block that cannot be read, differs, or is too long for `staging_n` is left out: is_read_G is then false.
+    From the first block on that is not in memory, the kernel is asked for all. A block that cannot be read,
+    differs, or is too long for `staging_n` is left out: is_read_G is then false.
 
     Args:
         c: C.
@@ -119,16 +141,19 @@ def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_re
         row, i = _piece(start_n, offset)
         end, j = _piece(start_n, offset + n * W - 1)
         span_G2[g, 0], span_G2[g, 1] = row + start_n[i], end + start_n[j + 1]
-        if c[1]:
-            call(c[1], (file_G2[g, 0], span_G2[g, 0], span_G2[g, 1] - span_G2[g, 0], WILLNEED))
+    target_2 = np.array([staging, 0])
+    is_hinted = False
     for g in range(len(run_G2)):
-        start, length = span_G2[g, 0], span_G2[g, 1] - span_G2[g, 0]
-        is_read_G[g] = (
-            file_G2[g, 1] != 0
-            and length <= len(staging_n)
-            and _is_filled(c, file_G2[g, 0], start, length, staging)
-            and _is_intact(c, start_n, start, length, staging, file_G2[g, 1])
-        )
+        fd, start, length = file_G2[g, 0], span_G2[g, 0], span_G2[g, 1] - span_G2[g, 0]
+        if file_G2[g, 1] == 0 or length > len(staging_n):
+            continue
+        is_filled = not is_hinted and _is_in_memory(c, fd, start, length, target_2)
+        if not is_filled:
+            if not is_hinted:
+                _hint(c, file_G2[g:], span_G2[g:])
+                is_hinted = True
+            is_filled = _is_filled(c, fd, start, length, staging)
+        is_read_G[g] = is_filled and _is_intact(c, start_n, start, length, staging, file_G2[g, 1])
         if is_read_G[g]:
             at = run_G2[g, 0] - start
             slots = slot_n[first_G[g] : first_G[g] + run_G2[g, 1]]

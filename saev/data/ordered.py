@@ -24,27 +24,36 @@ class Block(tp.NamedTuple):
 
 
 class Ordered:
-    """Iterates over blocks of at most `n_imgs` images, in image order, from the `first` readable image on.
+    """Iterates over blocks of at most `n_imgs` images, in image order.
+
+    Args:
+        spans: positions of the images to read. A block lies in one span. Default: all.
 
     Raises:
         UserError: see `Activations`; while iterating, NaN or infinite activations (the image is named).
     """
 
-    def __init__(self, data: config.Shards | activations.Activations, n_imgs: int = 64, first: int = 0):
+    def __init__(
+        self,
+        data: config.Shards | activations.Activations,
+        n_imgs: int = 64,
+        spans: collections.abc.Sequence[range] | None = None,
+    ):
         self.acts = activations.Activations.open(data)
         self.block = n_imgs
-        self.first = first
+        self.spans = [range(self.acts.n_imgs)] if spans is None else spans
 
     def __len__(self) -> int:
         """Number of blocks."""
-        return math.ceil((self.acts.n_imgs - self.first) / self.block)
+        return sum(math.ceil(len(span) / self.block) for span in self.spans)
 
     def __iter__(self) -> collections.abc.Iterator[Block]:
         return ahead(self._blocks(), AHEAD)
 
     def _blocks(self) -> collections.abc.Iterator[Block]:
-        for start in range(self.first, self.acts.n_imgs, self.block):
-            stop = min(start + self.block, self.acts.n_imgs)
-            block = Block(self.acts.image_is_N[start:stop], self.acts.read(start, stop))
-            activations.check_finite(block.act_NXD, block.image_i_N, self.acts)
-            yield block
+        for span in self.spans:
+            for start in range(span.start, span.stop, self.block):
+                stop = min(start + self.block, span.stop)
+                block = Block(self.acts.image_is_N[start:stop], self.acts.read(start, stop))
+                activations.check_finite(block.act_NXD, block.image_i_N, self.acts)
+                yield block

@@ -76,6 +76,20 @@ def open_rgb(fpath: pathlib.Path) -> PIL.Image.Image:
         raise BadImage(f"{fpath}: cannot be read as an image ({reason}). Replace or remove it.") from err
 
 
+def opened(photo: PIL.Image.Image | pathlib.Path | str) -> PIL.Image.Image:
+    """A photo as RGB, from its path (as `open_rgb`) or decoded (as `to_rgb`).
+
+    Raises:
+        UserError: as `open_rgb`, or the decoded image's mode defines no white.
+    """
+    if not isinstance(photo, PIL.Image.Image):
+        return open_rgb(pathlib.Path(photo))
+    try:
+        return to_rgb(photo)
+    except ValueError as err:
+        raise BadImage(f"the image cannot be used ({err}). Convert it to RGB.") from err
+
+
 def _read(fpath: pathlib.Path) -> bytes:
     """Reads a regular file. It opens without blocking, so a FIFO cannot make it hang."""
     try:

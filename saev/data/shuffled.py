@@ -172,6 +172,31 @@ class _Memory:
         return torch.from_numpy(lent).view(self.dtype).view(shape)
 
 
+class _Runs(tp.NamedTuple):
+    """Blocks to read, and where they are."""
+
+    index_G: Int64[np.ndarray, " G"]
+    """The block's first activation in the stream."""
+    n_G: Int64[np.ndarray, " G"]
+    first_G: Int64[np.ndarray, " G"]
+    """Place of its first slot."""
+    file_G2: Int64[np.ndarray, "G 2"]
+    offset_G: Int64[np.ndarray, " G"]
+    files: collections.abc.Sequence[object]
+    """See `Activations.files`."""
+
+    def only(self, share_g: Int64[np.ndarray, " g"]) -> "_Runs":
+        """Some of the blocks."""
+        return _Runs(
+            self.index_G[share_g],
+            self.n_G[share_g],
+            self.first_G[share_g],
+            self.file_G2[share_g],
+            self.offset_G[share_g],
+            self.files,
+        )
+
+
 class _Reading:
     """Blocks being read into the pool."""
 
@@ -297,40 +322,31 @@ class _Pool:
         """Starts to read blocks into their activations' slots (-1: discarded), in file order."""
         order_G = np.argsort(block_G)
         n_G = self.layout.n_in(block_G)
-        first_G = np.cumsum(n_G) - n_G
         n_share = max(1, self.stream.share_bytes // (self.layout.max_block * self.acts.token_bytes))
         n_share = max(1, min(n_share, math.ceil(len(block_G) / self.stream.n_threads)))
+        index_G = self.layout.first_in(block_G)
+        at_G3 = self.acts.located(index_G)
+        files, file_G2 = self.acts.files(at_G3)
+        runs = _Runs(index_G, n_G, np.cumsum(n_G) - n_G, file_G2, at_G3[:, 2], files)
         shares = [order_G[at : at + n_share] for at in range(0, len(order_G), n_share)]
-        return [
-            self.threads.submit(self._read_share, block_G[share], n_G[share], first_G[share], slot_n)
-            for share in shares
-        ]
+        return [self.threads.submit(self._read_share, runs.only(share), slot_n) for share in shares]
 
-    def _read_share(
-        self,
-        block_G: Int64[np.ndarray, " G"],
-        n_G: Int64[np.ndarray, " G"],
-        first_G: Int64[np.ndarray, " G"],
-        slot_n: Int64[np.ndarray, " n"],
-    ) -> None:
+    def _read_share(self, runs: "_Runs", slot_n: Int64[np.ndarray, " n"]) -> None:
         """Reads blocks into slot_n[first_G], ...
 
         Raises:
             UserError: see `Activations.read_extents`.
         """
-        acts, index_G = self.acts, self.layout.first_in(block_G)
-        at_G3 = acts.located(index_G)
-        files, file_G2 = acts.files(at_G3)
-        run_G2 = np.stack([at_G3[:, 2], n_G], axis=1)
-        is_read_G = np.zeros(len(block_G), bool)
-        pool_PW = self.act_PD.view(np.uint8)
+        acts, pool_PW = self.acts, self.act_PD.view(np.uint8)
+        run_G2 = np.stack([runs.offset_G, runs.n_G], axis=1)
+        is_read_G = np.zeros(len(run_G2), bool)
         pieces = (acts.pieces.start_n, self._staging())
-        moves.read(moves.C, file_G2, run_G2, first_G, slot_n, *pieces, pool_PW, is_read_G)
-        del files  # they were open until here
+        moves.read(moves.C, runs.file_G2, run_G2, runs.first_G, slot_n, *pieces, pool_PW, is_read_G)
         for g in np.flatnonzero(~is_read_G):  # this raises what is wrong with them
-            slots = slot_n[first_G[g] : first_G[g] + n_G[g]]
+            n = runs.n_G[g : g + 1]
+            slots = slot_n[runs.first_G[g] : runs.first_G[g] + n[0]]
             act_nW = np.empty((len(slots), acts.token_bytes), np.uint8)
-            acts.read_extents(acts.extents(index_G[g : g + 1], n_G[g : g + 1]), act_nW.data.cast("B"))
+            acts.read_extents(acts.extents(runs.index_G[g : g + 1], n), act_nW.data.cast("B"))
             pool_PW[slots[slots >= 0]] = act_nW[slots >= 0]
 
     def _staging(self) -> UInt8[np.ndarray, " n"]:

@@ -11,7 +11,10 @@ import time
 from saev import console, launch, sweeps
 from saev.demo import config
 
-STEPS = {"dump": (), "train": ("dump",), "fit": ("dump",), "show": ("train",), "evaluate": ("train", "fit")}
+STEPS = {
+    **{"dump": (), "train": ("dump",), "fit": ("dump",), "show": ("train",)},
+    "evaluate": ("train", "fit", "show"),
+}
 """Step -> the steps whose results it needs."""
 MADE = ("images", "shards", "checkpoint", "gallery", "results")
 

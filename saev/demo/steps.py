@@ -116,19 +116,21 @@ def fit(cfg: config.Demo) -> str:
 
 
 def evaluate(cfg: config.Demo) -> str:
-    """Evaluates all four scorers. Returns the results directory."""
+    """Evaluates all four scorers, and writes the traits into the gallery. Returns the results directory."""
     ckpt = json.dumps(made(cfg, "checkpoint"), ensure_ascii=False)
     title = "4. Evaluate which prototypes detect the birds' traits"
-    return _keep(cfg, "results", _evaluate(cfg, "scorers", title, BASELINES + SAE.format(ckpt=ckpt)))
+    more = ["--gallery", pathlib.Path(made(cfg, "gallery")).parent]
+    sweep = BASELINES + SAE.format(ckpt=ckpt)
+    return _keep(cfg, "results", _evaluate(cfg, "scorers", title, sweep, *more))
 
 
-def _evaluate(cfg: config.Demo, name: str, title: str, sweep: str) -> str:
+def _evaluate(cfg: config.Demo, name: str, title: str, sweep: str, *more: object) -> str:
     fpath = _root(cfg) / f"{name}.toml"
     helpers.write_text(fpath, sweep)
     args = ["--sweep", fpath, "--cub-root", _cub(cfg), "--device", cfg.device, *_data(cfg, "train-data")]
     args += ["--n-prototypes", 32, 128, 512, "--n-train", 16, 64, -1]
     args += ["--dump-to", _root(cfg) / "results", "--scorers-to", _root(cfg) / "scorers"]
-    return EVALUATE.run(title, args)
+    return EVALUATE.run(title, [*args, *more])
 
 
 # ---- where things are ----

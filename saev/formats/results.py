@@ -21,6 +21,8 @@ REFERENCES = (CONSTANT, PROBE)
 
 FILES = ("about.json", "summary.csv", "kinds.csv", "resamples.npz", "traits.parquet", "table.md")
 """Files of a results directory that later commands read. Its manifest lists them."""
+FOR_GALLERIES = ("prototypes.parquet", "retrieved.parquet")
+"""Further ones, which older results lack."""
 
 CELL = {"scorer": pl.String, "n_prototypes": pl.Int64, "n_train": pl.Int64}
 """Columns that identify a cell of the grid."""
@@ -45,6 +47,45 @@ TRAITS = (
     | CELL
     | {"draw": pl.Int64, "trait": pl.String, "group": pl.String, "kind": pl.String}
     | {"prototype": pl.Int64, "train_ap": pl.Float64, "test_ap": pl.Float64}
+)
+
+FAVOURITES = (
+    {"scorer_id": pl.String}
+    | CELL
+    | {"prototype": pl.Int64, "rank": pl.Int64, "trait": pl.String, "train_ap": pl.Float64}
+)
+RETRIEVED = (
+    {"scorer_id": pl.String}
+    | CELL
+    | {"trait": pl.String, "prototype": pl.Int64, "rank": pl.Int64, "image": pl.String}
+    | {"score": pl.Float32, "has_trait": pl.Boolean}
+)
+
+# ---- the patch table ----
+
+PATCH_FILES = ("patches.csv", "patch-classes.csv", "patch-differences.csv", "patches.md")
+"""Files that a results directory has besides, with --patch-labels."""
+PURITY_FIRST, TAU = 16, 0.3
+"""Patches that purity looks at, and the AP from which a class counts as covered (arXiv 2511.17735)."""
+PERMUTED = ", permuted labels"
+"""Ends the name of a scorer whose prototypes are chosen on permuted labels."""
+PATCH_MEASURES = ("probe_r", "map", "purity", "coverage")
+PATCH_CELL = {"scorer": pl.String, "n_prototypes": pl.Int64}
+PATCHES = (
+    PATCH_CELL
+    | {"n_classes": pl.Int64}
+    | {name + end: pl.Float64 for name in PATCH_MEASURES for end in ("", "_low", "_high")}
+)
+PATCH_CLASSES = (
+    PATCH_CELL
+    | {"class": pl.String, "n_train_patches": pl.Int64, "n_test_patches": pl.Int64, "prototype": pl.Int64}
+    | dict.fromkeys(("weight", "intercept", "train_r", "probe_r", "ap", "purity"), pl.Float64)
+)
+PATCH_DIFFERENCES = (
+    PATCH_CELL
+    | {"baseline": pl.String, "baseline_prototypes": pl.Int64, "measure": pl.String}
+    | dict.fromkeys(("difference", "low", "high"), pl.Float64)
+    | {"excludes_zero": pl.Boolean}
 )
 
 
@@ -153,6 +194,44 @@ class Row(tp.NamedTuple):
     def interval(self) -> tuple[float, float]:
         """95% bootstrap interval over test images of the mAP (averaged over draws); NaN without resamples."""
         return interval(self.boot_RM.mean(axis=0), self.mean_ap)
+
+
+class PatchRow(tp.NamedTuple):
+    """One row of the patch table: a scorer's first K prototypes. C classes.
+
+    Measures are NaN for classes that no train patch or no test patch has. Their first column is of all test
+    images, the others are of resamples of the test images, which all rows share.
+    """
+
+    scorer: str
+    n_prototypes: int
+    best_C: Int64[np.ndarray, " C"]
+    """Prototype chosen for each class."""
+    w_C: Float64[np.ndarray, " C"]
+    b_C: Float64[np.ndarray, " C"]
+    """Weight and intercept of its regression."""
+    train_r_C: Float64[np.ndarray, " C"]
+    """Probe R on the train patches."""
+    r_CM: Float64[np.ndarray, "C M"]
+    ap_CM: Float64[np.ndarray, "C M"]
+    purity_CM: Float64[np.ndarray, "C M"]
+
+    def means_M(self, measure: str) -> Float64[np.ndarray, " M"]:
+        """The mean of one of PATCH_MEASURES over classes."""
+        if measure == "coverage":
+            covered_CM = np.where(np.isnan(self.ap_CM), np.nan, self.ap_CM >= TAU)
+            return np.nanmean(covered_CM, axis=0)
+        of = {"probe_r": self.r_CM, "map": self.ap_CM, "purity": self.purity_CM}
+        return np.nanmean(of[measure], axis=0)
+
+
+class PatchTable(tp.NamedTuple):
+    names: list[str]
+    """Of the classes."""
+    n_train_C: Int64[np.ndarray, " C"]
+    n_test_C: Int64[np.ndarray, " C"]
+    """Patches of each class."""
+    rows: list[PatchRow]
 
 
 def interval(boot_M: np.ndarray, value: float) -> tuple[float, float]:

@@ -50,8 +50,11 @@ def write_at(fpath: pathlib.Path, name: str, value: dict[str, object]) -> None:
     helpers.write_text(fpath, f'saev.put("{name}", {body});\n')
 
 
-def read(dpath: pathlib.Path, name: str, remedy: str) -> dict[str, tp.Any]:
+def read(dpath: pathlib.Path, name: str, remedy: str, schema: tp.Any = dict[str, tp.Any]) -> tp.Any:
     """Reads data/<name>.js of the gallery `dpath`. Its text is parsed as JSON and never run.
+
+    Args:
+        schema: the type of the value, as for `jsonfile.read`.
 
     Raises:
         UserError: it is missing or damaged. `remedy` ends the message.
@@ -64,7 +67,7 @@ def read(dpath: pathlib.Path, name: str, remedy: str) -> dict[str, tp.Any]:
     start, end = f'saev.put("{name}", '.encode(), b");\n"
     if not (data.startswith(start) and data.endswith(end)):
         raise errors.UserError(f"{fpath}: is not a gallery's data file. {remedy}")
-    return jsonfile.parse(data[len(start) : -len(end)], dict[str, tp.Any], str(fpath), remedy)
+    return jsonfile.parse(data[len(start) : -len(end)], schema, str(fpath), remedy)
 
 
 def unpacked(value: tp.Any, where: str, remedy: str) -> np.ndarray:

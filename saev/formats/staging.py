@@ -63,7 +63,7 @@ def local(root: str, partial: bool = False, flag: str = "--data") -> str:
         # metadata.json last, because it makes the copy a shard directory.
         todo.sort(key=lambda fpath: fpath.name == "metadata.json")
         todo = [fpath for fpath in todo if not fpath.name.startswith(".")]
-        n_bytes, free = sum(f.stat().st_size for f in todo), shutil.disk_usage(dpath).free
+        n_bytes, free = sum(_allocated(f) for f in todo), shutil.disk_usage(dpath).free
         if n_bytes > free:
             raise errors.UserError(
                 f"--stage-to {_folder}: {root} needs {n_bytes / 1e9:,.1f} GB there, and {free / 1e9:,.1f} GB "
@@ -75,6 +75,12 @@ def local(root: str, partial: bool = False, flag: str = "--data") -> str:
     if todo:
         logger.info("--stage-to: copied %.2f GB of %s to %s", n_bytes / 1e9, root, dpath)
     return str(dpath)
+
+
+@beartype.beartype
+def original(copy: shards.ShardDir) -> shards.ShardDir:
+    """The directory that was copied, where files may have been added since. Itself if it is no copy."""
+    return _sources.get(copy.dpath, copy)
 
 
 @beartype.beartype
@@ -99,6 +105,12 @@ def renew(copy: shards.ShardDir, shard_i: int, is_right: collections.abc.Callabl
         _copy(source, source.acts_fpath(shard_i), fpath)
     logger.warning("--stage-to: %s differed from its checksum, and was copied again", fpath)
     return is_right()
+
+
+def _allocated(fpath: pathlib.Path) -> int:
+    """Bytes that a file takes on its disk, but not more than its length. Holes stay holes in a copy."""
+    stat = fpath.stat()
+    return min(stat.st_size, 512 * stat.st_blocks)
 
 
 def _is_copied(fpath: pathlib.Path, dpath: pathlib.Path) -> bool:

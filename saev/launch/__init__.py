@@ -65,12 +65,12 @@ def check(outcomes: collections.abc.Iterable[Outcome]) -> None:
     """
     outcomes = list(outcomes)
     wrong = {outcome.error: outcome.job for outcome in outcomes if outcome.error}
-    if len(wrong) > 1 and all(wrong.values()):  # their errors were shown when they came
+    if wrong and len(outcomes) > 1 and all(wrong.values()):  # their errors were shown when they came
         names = [*wrong.values()]
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
         raise errors.UserError(
             f"{len(wrong)} of {len(outcomes)} jobs failed, as shown above: {', '.join(names[:MOST_NAMED])}"
-            f"{more}. To submit only these again, add --retry-failed to the command."
+            f"{more}. To submit only what failed again, add --retry-failed to the command."
         )
     if wrong:
         more = f" {len(wrong) - MOST_SHOWN} more failed; see above." if len(wrong) > MOST_SHOWN else ""

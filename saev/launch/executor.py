@@ -11,6 +11,9 @@ import uuid
 import submitit
 import submitit.core.utils
 
+from saev import helpers
+from saev.formats import jsonfile
+from saev.launch import submissions
 from saev.launch.stage import Stage
 
 START = (
@@ -29,6 +32,8 @@ class Executor(submitit.SlurmExecutor):
 
     script: pathlib.Path | None = None
     """The batch script being submitted. submitit renames it once Slurm has taken the job."""
+    plan: submissions.Plan | None = None
+    """What is being submitted."""
 
     @property
     def _submitit_command_str(self) -> str:
@@ -36,9 +41,12 @@ class Executor(submitit.SlurmExecutor):
 
     def _make_submission_command(self, submission_file_path: pathlib.Path) -> list[str]:
         self.script = submission_file_path
+        helpers.write_text(submission_file_path.with_suffix(".json"), jsonfile.dumps(self.plan, indent=4))
         unset = [f"--unset={name}" for name in inherited(self.parameters)]
         command = ["env", *unset, "sbatch", "--parsable", "--export=ALL", str(submission_file_path)]
-        shielded = "trap '' INT TERM; exec \"$@\""  # signals wait for the id (see `slurm.interrupted_later`)
+        shielded = (
+            "trap '' INT TERM HUP; exec \"$@\""  # signals wait for the id (see `slurm.interrupted_later`)
+        )
         return ["sh", "-c", shielded, "sh", *command]
 
     @staticmethod
@@ -49,31 +57,35 @@ class Executor(submitit.SlurmExecutor):
             raise submitit.core.utils.FailedJobError(f"sbatch printed no job id: {text.strip()!r}")
         return ids[-1]
 
-    def submit_all(self, stages: list[Stage], minutes: int, max_parallel: int) -> list[str]:
-        """Submits a job (or several as an array) and returns the ids. On an error, no files are left."""
-        folder, self.script = pathlib.Path(self.folder), None
-        pickles = [folder / f"{uuid.uuid4().hex}.pkl" for _ in stages]
+    def submit_all(
+        self, stages: list[Stage], minutes: int, max_parallel: int, planned: submissions.Submission
+    ) -> list[str]:
+        """Submits a job (or several as an array), notes it and returns the ids. On an error, no files are
+        left.
+
+        planned: what to note. Its jobs without ids are those of the stages.
+        """
+        self.script, pickles = None, [f"{uuid.uuid4().hex}.pkl" for _ in stages]
+        self.plan = submissions.Plan(planned, pickles)
+        made = [pathlib.Path(self.folder) / name for name in pickles]
         self.update_parameters(array_parallelism=max_parallel)
         self.parameters.pop("map_count", None)
         if len(stages) > 1:
             self.parameters["map_count"] = len(stages)
         try:
-            for stage, fpath in zip(stages, pickles, strict=True):
+            for stage, fpath in zip(stages, made, strict=True):
                 delayed = submitit.core.utils.DelayedSubmission(stage)
                 delayed.set_timeout(minutes, MAX_TIMEOUTS)
                 delayed.dump(fpath)
-            first = self._submit_command(self._submitit_command_str).job_id
-            ids = [f"{first}_{i}" for i in range(len(stages))] if len(stages) > 1 else [first]
-            for stale in (f for job_id in ids for f in folder.glob(f"{job_id}_*_result.pkl")):
-                stale.unlink()  # of another job with this id: another cluster's, or before Slurm counted anew
-            for fpath, job_id in zip(pickles, ids, strict=True):
-                submitit.core.utils.JobPaths(folder, job_id).move_temporary_file(fpath, "submitted_pickle")
-        finally:
+            array_id = self._submit_command(self._submitit_command_str).job_id
+            assert self.script is not None
+        except BaseException:
             # Only this command's own files: another one may be submitting to the same folder.
-            for fpath in [*pickles, self.script]:
-                if fpath is not None and not fpath.is_symlink():
-                    fpath.unlink(missing_ok=True)
-        return ids
+            made += [self.script, self.script.with_suffix(".json")] if self.script else []
+            for fpath in made:
+                fpath.unlink(missing_ok=True)
+            raise
+        return submissions.finish(self.script.with_suffix(".json"), array_id)
 
 
 def inherited(parameters: collections.abc.Mapping[str, object]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a Slurm job runs (see `executor.START`). submitit calls the stage."""
 
 import os
+import pathlib
 import sys
 
 
@@ -14,7 +15,14 @@ def main() -> None:
     import submitit.core.submission
     import submitit.core.utils
 
-    submitit.core.submission.process_job(sys.argv[1])
+    from saev.launch import submissions
+
+    log_to = pathlib.Path(sys.argv[1])
+    os.environ["SUBMITIT_FOLDER"] = str(log_to)
     paths = submitit.core.job_environment.JobEnvironment().paths
+    if not paths.submitted_pickle.exists():  # the command still submits, or it was killed
+        with submissions.locked(log_to):
+            submissions.recover(log_to)
+    submitit.core.submission.process_job(log_to)
     _, outcome = submitit.core.utils.pickle_load(paths.result_pickle)
     sys.exit(1 if outcome.error else 0)

@@ -94,6 +94,16 @@ def squeue(ids: collections.abc.Iterable[str]) -> dict[str, Queued] | None:
     return found
 
 
+def scripts(user: str) -> dict[str, str] | None:
+    """The batch scripts of a user's jobs that `squeue` would list -> job id, without the array task.
+
+    user: "" for all users. None if Slurm does not answer.
+    """
+    asked = [f"--user={user}"] if user else []
+    text = output("squeue", "--noheader", "--states=all", *asked, "--Format=ArrayJobID:40,Command:4096")
+    return None if text is None else {line[40:].strip(): line[:40].strip() for line in text.splitlines()}
+
+
 def why_lost(job_id: str, state: str, log: pathlib.Path) -> str:
     """What happened to a job that ended without a result, and what to do. state: squeue's last, or ""."""
     rows = _accounted(job_id, "State,ReqMem,MaxRSS")

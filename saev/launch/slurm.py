@@ -11,7 +11,9 @@ import shutil
 import signal
 import threading
 
-from saev import console, errors, helpers, provenance
+import msgspec
+
+from saev import console, errors, provenance
 from saev.launch import queue, submissions, watch
 from saev.launch.config import SlurmConfig
 from saev.launch.stage import Outcome, Stage
@@ -44,7 +46,12 @@ def run(
         batch = Batch(stages, slurm, name, is_lasting)
         with leaving(batch.jobs, slurm.log_to):
             batch.submit()
-    return iter(_wait(batch.jobs, slurm, batch.submit))
+
+    def submit_rest() -> None:
+        with submissions.locked(batch.log_to):
+            batch.submit()
+
+    return iter(_wait(batch.jobs, slurm, submit_rest))
 
 
 def pipeline(
@@ -124,7 +131,7 @@ def leaving(jobs: list[Job], log_to: str) -> collections.abc.Generator[None]:
 
 @contextlib.contextmanager
 def submitting(slurm: SlurmConfig) -> collections.abc.Generator[None]:
-    """While a command looks for its jobs and submits others: another one with this --log-to waits.
+    """Holds the lock of --log-to, once it and --after are checked.
 
     Raises:
         UserError: --log-to is no folder that jobs can use, or a job of --after is unknown or failed.
@@ -132,8 +139,7 @@ def submitting(slurm: SlurmConfig) -> collections.abc.Generator[None]:
     if not slurm.log_to or set(":%") & set(str(pathlib.Path(slurm.log_to).resolve())):
         # PYTHONPATH divides its folders by colons; sbatch replaces %j and the like
         raise errors.UserError(f"--log-to {slurm.log_to!r}: must be a folder without : and % in its path.")
-    log_to = pathlib.Path(slurm.log_to)
-    with helpers.locked(log_to / ".submitting.lock", f"it submits jobs with --log-to {log_to}"):
+    with submissions.locked(pathlib.Path(slurm.log_to).resolve()):
         if slurm.after and (why := queue.why_not_after(slurm.after)):
             raise errors.UserError(f"--after {why}. Pass jobs that are in the queue or completed.")
         yield
@@ -161,6 +167,7 @@ class Batch:
         self.is_lasting = is_lasting
         self.log_to = pathlib.Path(slurm.log_to).resolve()
         self.log_to.mkdir(parents=True, exist_ok=True)
+        submissions.recover(self.log_to)
         self.submission = submissions.Submission.new(name)
         self.stages: dict[str, Stage] = {}
         """Stages of new jobs, by key."""
@@ -204,7 +211,11 @@ class Batch:
                 f"--retry-failed: {self.slurm.log_to} has no earlier submission of these configs. Pass its "
                 "--log-to, or leave the flag out."
             )
-        rows = (queue.squeue(found) or {}) if found else {}
+        if (rows := queue.squeue(found) if found else {}) is None:
+            raise errors.UserError(
+                "squeue does not answer, so it is unknown which jobs of earlier commands still run. Run the "
+                "same command again later."
+            )
         taken: dict[str, Job] = {}
         queued, done, older, hopeless, larger = [], [], [], [], []
         for old, submission in found.values():
@@ -285,7 +296,8 @@ class Batch:
                     executor.parameters["dependency"] = self._dependency(len(part)) or None
                     # submitit also prints sbatch's message
                     with interrupted_later(), contextlib.redirect_stderr(io.StringIO()):
-                        new = executor.submit_all(stages, minutes, self.slurm.max_parallel)
+                        planned = self._planned([job for job, _ in part])
+                        new = executor.submit_all(stages, minutes, self.slurm.max_parallel, planned)
                         self._note(dict(zip([job.key for job, _ in part], new, strict=True)))
                 except executors.submitit.core.utils.FailedJobError as err:
                     if TOO_MANY not in str(err):
@@ -301,34 +313,38 @@ class Batch:
             logger.info("submitted %d job(s): %s; logs in %s", len(ids), shown(ids), self.slurm.log_to)
 
     def _dependency(self, n_new: int) -> str:
-        """After which jobs an array starts: those of --after, and another part of this batch if both together
-        were more than --max-parallel, which Slurm applies to each array."""
-        own = self.submission.jobs
-        n_left = sum(submissions.result(job, self.log_to) is None for job in own)
+        """After which jobs an array starts: those of --after, and the batch's other ones (its earlier arrays,
+        and jobs of earlier commands) if all together were more than --max-parallel, which Slurm applies to
+        each array."""
         after = [f"afterok:{':'.join(self.slurm.after)}"] if self.slurm.after else []
-        if n_left and n_left + n_new > self.slurm.max_parallel:
-            after.append(f"afterany:{own[-1].id.partition('_')[0]}")
+        ids = {job.id for job in self.jobs if job.id and submissions.result(job, self.log_to) is None}
+        rows = queue.squeue(ids) if ids else {}
+        left = sorted(i for i in ids if rows is None or not queue.row_of(i, rows).is_over)
+        if left and len(left) + n_new > self.slurm.max_parallel:
+            after.append(f"afterany:{':'.join(dict.fromkeys(i.partition('_')[0] for i in left))}")
         return ",".join(after)
 
+    def _planned(self, new: list[Job]) -> submissions.Submission:
+        """What is noted once Slurm has taken these jobs, too."""
+        return msgspec.structs.replace(self.submission, jobs=[*self.submission.jobs, *new])
+
     def _note(self, ids: dict[str, str]) -> None:
-        """Notes the job ids of new stages. ids: by key."""
+        """Takes the ids of new jobs, which are noted. ids: by key."""
         for job in self.jobs:
             job.id = ids.get(job.key, job.id)
-        new = {job.key: job for job in self.jobs if job.key in ids}
-        self.submission.jobs += new.values()
-        self.submission.write(self.log_to)
+        self.submission.jobs += {job.key: job for job in self.jobs if job.key in ids}.values()
 
 
 @contextlib.contextmanager
 def interrupted_later() -> collections.abc.Generator[None]:
-    """Ctrl-C and SIGTERM arrive when this ends, so that no job is submitted whose id is not noted."""
+    """Ctrl-C, SIGTERM and SIGHUP arrive when this ends, so that no job is submitted whose id is not noted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     asked: list[int] = []
     before = {
         signum: signal.signal(signum, lambda signum, _: asked.append(signum))
-        for signum in (signal.SIGINT, signal.SIGTERM)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     try:
         yield

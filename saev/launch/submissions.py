@@ -11,16 +11,22 @@ import os
 import pathlib
 import pickle
 import sys
+import time
 import typing as tp
 
 import msgspec
 
 from saev import errors, fields, helpers, provenance
 from saev.formats import jsonfile
+from saev.launch import queue
 from saev.launch.config import SlurmConfig
 from saev.launch.stage import Outcome, Stage
 
 SUFFIX = "_submission.json"
+PLANS = ".submission_file_*.json"
+"""Plans, each beside the batch script of the same name."""
+FORGOTTEN_S = 3600.0
+"""Seconds after which a plan is deleted if Slurm knows no such jobs."""
 
 
 class Job(msgspec.Struct):
@@ -94,6 +100,61 @@ def read_all(log_to: pathlib.Path) -> list[Submission]:
 def newest(found: list[Submission]) -> dict[str, tuple[Job, Submission]]:
     """The last job that was submitted for each part of the work."""
     return {part: (job, s) for s in found for job in s.jobs for part in job.parts}
+
+
+# ---- between sbatch and the note of the jobs' ids ----
+
+
+class Plan(msgspec.Struct):
+    """What a command is about to submit. If it is killed meanwhile, the batch script's name leads to the
+    jobs."""
+
+    submission: Submission
+    """With the new jobs, which have no ids yet."""
+    pickles: list[str]
+    """Files with the new jobs' stages."""
+
+
+def locked(log_to: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """While a command looks for its jobs and submits others: another one with this --log-to waits."""
+    return helpers.locked(log_to / ".submitting.lock", f"it submits jobs with --log-to {log_to}")
+
+
+def finish(fpath: pathlib.Path, array_id: str) -> list[str]:
+    """Names a plan's files by the ids of its jobs, which Slurm has taken, and notes the submission.
+
+    It may be called again after a kill. Returns the ids.
+    """
+    plan, log_to = jsonfile.read(fpath, Plan, "Delete it."), fpath.parent
+    new = [job for job in plan.submission.jobs if not job.id]
+    if all((log_to / name).exists() for name in plan.pickles):
+        for stale in log_to.glob(f"{array_id}_*_result.pkl"):
+            stale.unlink()  # of another job with this id: another cluster's, or before Slurm counted anew
+    for i, (job, name) in enumerate(zip(new, plan.pickles, strict=True)):
+        job.id = f"{array_id}_{i}" if len(new) > 1 else array_id
+        with contextlib.suppress(FileNotFoundError):  # it was renamed before
+            (log_to / name).rename(stage_fpath(job.id, log_to))
+    plan.submission.write(log_to)
+    fpath.unlink(missing_ok=True)
+    return [job.id for job in new]
+
+
+def stage_fpath(job_id: str, log_to: pathlib.Path) -> pathlib.Path:
+    """Where submitit looks for a job's pickled stage."""
+    return log_to / f"{job_id}_submitted.pkl"
+
+
+def recover(log_to: pathlib.Path) -> None:
+    """Finishes the plans of commands that were killed after Slurm took their jobs. Call it `locked`."""
+    if not (plans := [*log_to.glob(PLANS)]) or (scripts := queue.scripts(user())) is None:
+        return
+    for fpath in plans:
+        if array_id := scripts.get(str(fpath.with_suffix(".sh"))):
+            finish(fpath, array_id)
+        elif time.time() - fpath.stat().st_mtime > FORGOTTEN_S:
+            for name in (*jsonfile.read(fpath, Plan, "Delete it.").pickles, fpath.with_suffix(".sh").name):
+                (log_to / name).unlink(missing_ok=True)
+            fpath.unlink()
 
 
 # ---- results ----

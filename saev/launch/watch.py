@@ -69,7 +69,8 @@ def wait(
                 gone_s.pop(job.id, None)
             elif time.monotonic() - gone_s.setdefault(job.id, time.monotonic()) >= GRACE_S:
                 outcomes[job.id] = _lost(job, row.state, log_to)
-            if (outcome := outcomes.get(job.id)) and outcome.error:
+            is_shown = len(jobs) > 1  # the error of a single job ends the command
+            if is_shown and (outcome := outcomes.get(job.id)) and outcome.error:
                 states.live.clear()
                 logger.warning("%s", outcome.error)
         if states.show(jobs, outcomes, rows or {}):

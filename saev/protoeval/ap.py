@@ -1,4 +1,5 @@
-"""Exact average precision. N images, K prototypes, T traits, P positives of a trait, M resamples.
+"""Exact average precision. N images or patches, K prototypes, T traits, P positives of a trait, M resamples
+of I images.
 
 AP = sum over thresholds n of (R_n - R_{n-1}) P_n, with recall R and precision P. Tied scores share one
 threshold, as in scikit-learn's `average_precision_score`. Equivalently, AP is the mean over positive images i
@@ -14,10 +15,12 @@ An image whose label for a trait is missing counts neither as scored nor as posi
 pass counts such images per trait.
 """
 
+import typing as tp
+
 import beartype
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Shaped, UInt8, jaxtyped
+from jaxtyping import Bool, Float, Float64, Int32, Shaped, UInt8, jaxtyped
 
 from saev import compiled, errors
 
@@ -137,6 +140,12 @@ def paired(
     return resampled(scores_TN, labels_NT, np.ones((1, len(labels_NT)), np.uint8), known_NT)[:, 0]
 
 
+class Resampled(tp.NamedTuple):
+    ap_TM: Float64[np.ndarray, "T M"]
+    purity_TM: Float64[np.ndarray, "T M"]
+    """Share of positives among the first ones."""
+
+
 @jaxtyped(typechecker=beartype.beartype)
 def resampled(
     scores_TN: Float[np.ndarray, "T N"],
@@ -149,18 +158,41 @@ def resampled(
     Raises:
         UserError: NaN among the scores.
     """
+    image_N = np.arange(len(labels_NT), dtype=np.int32)
+    return resampled_patches(scores_TN, labels_NT, image_N, times_MN, known_NT=known_NT).ap_TM
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def resampled_patches(
+    scores_TN: Float[np.ndarray, "T N"],
+    labels_NT: Bool[np.ndarray, "N T"],
+    image_N: Int32[np.ndarray, " N"],
+    times_MI: UInt8[np.ndarray, "M I"],
+    n_first: int = 0,
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
+) -> Resampled:
+    """AP of row t of the scores for trait t, on M resamples of I images, and the purity of the first patches.
+
+    Where equal scores straddle the first `n_first` patches, the purity is the mean over their orders.
+
+    Args:
+        image_N: each patch's image, a column of `times_MI`, which says how often its patches count.
+
+    Raises:
+        UserError: NaN among the scores.
+    """
     bits_TN, labels_TN = _sortable(scores_TN, 0), np.ascontiguousarray(labels_NT.T)
     known_TN = None if known_NT is None or known_NT.all() else np.ascontiguousarray(known_NT.T)
-    n_M = len(times_MN)
-    padded_MN = np.pad(times_MN, ((0, -n_M % LANES), (0, 0)))
-    times_GNL = np.ascontiguousarray(padded_MN.reshape(-1, LANES, padded_MN.shape[1]).transpose(0, 2, 1))
-    ap_TGL = np.empty((len(labels_TN), len(times_GNL), LANES))
+    n_M = len(times_MI)
+    padded_MI = np.pad(times_MI, ((0, -n_M % LANES), (0, 0)))
+    times_GIL = np.ascontiguousarray(padded_MI.reshape(-1, LANES, padded_MI.shape[1]).transpose(0, 2, 1))
+    out_2TGL = np.empty((2, len(labels_TN), len(times_GIL), LANES))
 
     def kernel(start: int, end: int) -> None:
-        _resampled(bits_TN, labels_TN, known_TN, times_GNL, start, end, ap_TGL)
+        _resampled(bits_TN, labels_TN, known_TN, image_N, times_GIL, n_first, start, end, *out_2TGL)
 
     compiled.in_threads(kernel, len(labels_TN))
-    return ap_TGL.reshape(len(labels_TN), -1)[:, :n_M]
+    return Resampled(*(out_TGL.reshape(len(labels_TN), -1)[:, :n_M] for out_TGL in out_2TGL))
 
 
 @beartype.beartype
@@ -277,41 +309,44 @@ def _matrix(bits_CN, has, unknown, n_positive_T, n_known_T, first, last, ap_CT):
 
 
 @compiled.jit
-def _resampled(bits_TN, labels_TN, known_TN, times_GNL, first, last, ap_TGL):
-    """Traits first to last of `resampled`. known_TN: None leaves its code out."""
-    n_G, n_N, n_L = times_GNL.shape
+def _resampled(bits_TN, labels_TN, known_TN, image_N, times_GIL, n_first, first, last, ap_TGL, purity_TGL):
+    """Traits first to last of `resampled_patches`. known_TN: None leaves its code out."""
+    (n_G, _, n_L), n_N = times_GIL.shape, bits_TN.shape[1]
     key_2N, place_2N = np.empty((2, n_N), bits_TN.dtype), np.empty((2, n_N), np.int32)
     count_Q = np.empty(2048, np.int64)
-    all_L, found_L, tied_L, total_L, p_L = np.empty((5, n_L), np.int32)
-    sum_L = np.empty(n_L)
+    all_L, found_L, tied_L, total_L, p_L, before_L = np.empty((6, n_L), np.int32)
+    sum_L, hits_L = np.empty((2, n_L))
     for t in range(first, last):
         n = _sort(bits_TN[t], key_2N, place_2N, count_Q)
         for g in range(n_G):
             for values_L in (all_L, found_L, total_L, p_L):
                 values_L[:] = 0
             sum_L[:] = 0.0
+            hits_L[:] = 0.0
             for i in range(n_N):
                 if known_TN is not None and not known_TN[t, i]:
                     continue
-                times_L = times_GNL[g, i]
+                times_L = times_GIL[g, image_N[i]]
                 for m in range(n_L):
                     total_L[m] += times_L[m]
                 if labels_TN[t, i]:
                     for m in range(n_L):
                         p_L[m] += times_L[m]
-            start = 0
+            start, is_first = 0, n_first > 0
             while start < n:
                 end, is_any = start, False
                 tied_L[:] = 0
+                if is_first:
+                    before_L[:] = all_L
                 while end < n and key_2N[0, end] == key_2N[0, start]:
-                    image = place_2N[0, end]
+                    place = place_2N[0, end]
                     end += 1
-                    if known_TN is not None and not known_TN[t, image]:
+                    if known_TN is not None and not known_TN[t, place]:
                         continue
-                    times_L = times_GNL[g, image]
+                    times_L = times_GIL[g, image_N[place]]
                     for m in range(n_L):
                         all_L[m] += times_L[m]
-                    if labels_TN[t, image]:
+                    if labels_TN[t, place]:
                         is_any = True
                         for m in range(n_L):
                             tied_L[m] += times_L[m]
@@ -319,8 +354,21 @@ def _resampled(bits_TN, labels_TN, known_TN, times_GNL, first, last, ap_TGL):
                     for m in range(n_L):
                         found_L[m] += tied_L[m]
                         sum_L[m] += tied_L[m] * (found_L[m] / max(all_L[m], 1))
+                if is_first:
+                    is_first = False
+                    for m in range(n_L):
+                        hits_L[m] += _hits(n_first - before_L[m], all_L[m] - before_L[m], tied_L[m])
+                        is_first |= all_L[m] < min(n_first, total_L[m])
                 start = end
             for m in range(n_L):
-                p = p_L[m]
+                p, others = p_L[m], total_L[m] - all_L[m]
                 rest = (p - found_L[m]) * p / max(total_L[m], 1)
                 ap_TGL[t, g, m] = (sum_L[m] + rest) / p if p else np.nan
+                hits_L[m] += _hits(n_first - all_L[m], others, p - found_L[m])
+                purity_TGL[t, g, m] = hits_L[m] / max(min(n_first, total_L[m]), 1)
+
+
+@compiled.jit
+def _hits(n_left, n_tied, n_positive):
+    """Positives expected among n_left places that are filled from n_tied images in any order."""
+    return min(n_left, n_tied) * n_positive / n_tied if n_left > 0 and n_tied > 0 else 0.0

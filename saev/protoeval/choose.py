@@ -7,7 +7,7 @@ import typing as tp
 
 import beartype
 import numpy as np
-from jaxtyping import Float64, Int64, jaxtyped
+from jaxtyping import Bool, Float64, Int64, jaxtyped
 
 from saev import helpers
 from saev.protoeval import ap, config, fit, score
@@ -15,6 +15,8 @@ from saev.protoeval import ap, config, fit, score
 AP_DIGITS = 12
 """Decimal places to which APs are compared, because equal APs of different rankings differ in their last
 bits."""
+N_FAVOURITES = 8
+"""Traits that are kept for each prototype."""
 
 
 class Choice(tp.NamedTuple):
@@ -22,6 +24,14 @@ class Choice(tp.NamedTuple):
 
     best_T: Int64[np.ndarray, " T"]
     train_ap_T: Float64[np.ndarray, " T"]
+
+
+class Favourites(tp.NamedTuple):
+    """The traits that each prototype detects best, best first."""
+
+    trait_KF: Int64[np.ndarray, "K F"]
+    """-1 where there are fewer."""
+    train_ap_KF: Float64[np.ndarray, "K F"]
 
 
 class Cell(tp.NamedTuple):
@@ -33,6 +43,8 @@ class Cell(tp.NamedTuple):
     choices: list[Choice]
     first: int
     """Index of its first prototype, counted over all scorers."""
+    favourites: Favourites | None = None
+    """On the first draw, in the largest cell of each fit: most train images, then most prototypes."""
 
 
 def choose(train: score.Split, banks: list[fit.Bank], cfg: config.ProtoEval) -> list[Cell]:
@@ -50,21 +62,24 @@ def _cells(
     bank: fit.Bank, start: int, drawn: dict[int, list[np.ndarray]], train: score.Split, cfg: config.ProtoEval
 ) -> list[Cell]:
     """A scorer's cells. Prototypes are read in blocks, and each is used for every K that includes it."""
-    T, cells = train.labels_NT.shape[1], []
+    T, cells, most, found = train.labels_NT.shape[1], [], max(drawn), []
     none = Choice(np.zeros(T, np.int64), np.full(T, np.nan))
     best = {n: [none] * len(same_n) for n, same_n in drawn.items()}
     size = max(1, int(cfg.memory_gb * 1e9 / (16 * train.scores.scores_KN.shape[1])))
     for first, last in _pieces(bank.ks, size):
         scores_CN = train.of(slice(start + first, start + last))
         for n, same_n in drawn.items():
-            aps = (
-                ap.of_rows(scores_CN[:, rows_n], train.labels_NT[rows_n], train.known_of(rows_n))
-                for rows_n in same_n
-            )
-            best[n] = [better(choice, ap_CT, first) for choice, ap_CT in zip(best[n], aps, strict=True)]
+            for r, rows_n in enumerate(same_n):
+                labels_nT, known_nT = train.labels_NT[rows_n], train.known_of(rows_n)
+                ap_CT = ap.of_rows(scores_CN[:, rows_n], labels_nT, known_nT)
+                best[n][r] = better(best[n][r], ap_CT, first)
+                if n == most and r == 0:
+                    found.append(favourites(ap_CT, prevalence(labels_nT, known_nT)))
         if last in bank.ks:
-            cells += [Cell(bank.name, last, n, choices, start) for n, choices in best.items()]
-    return cells
+            cells += [Cell(bank.name, last, n, list(choices), start) for n, choices in best.items()]
+    merged = Favourites(*map(np.concatenate, zip(*found, strict=True)))
+    is_last = (max(bank.ks), most)
+    return [c._replace(favourites=merged) if (c.n_prototypes, c.n_train) == is_last else c for c in cells]
 
 
 def draws(n_images: int, cfg: config.ProtoEval) -> dict[int, list[np.ndarray]]:
@@ -96,6 +111,29 @@ def better(choice: Choice, ap_CT: Float64[np.ndarray, "C T"], first: int) -> Cho
     return Choice(
         np.where(is_new_T, first + best_T, choice.best_T), np.where(is_new_T, best_ap_T, choice.train_ap_T)
     )
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def prevalence(
+    labels_NT: Bool[np.ndarray, "N T"], known_NT: Bool[np.ndarray, "N T"] | None
+) -> Float64[np.ndarray, " T"]:
+    """Each trait's share of the images with a known label; 0 if there is none."""
+    n_T = len(labels_NT) if known_NT is None else known_NT.sum(axis=0)
+    return labels_NT.sum(axis=0) / np.maximum(n_T, 1)
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def favourites(ap_CT: Float64[np.ndarray, "C T"], prevalence_T: Float64[np.ndarray, " T"]) -> Favourites:
+    """Each prototype's traits with the largest AP above prevalence, the AP of a constant score; the first of
+    equal ones.
+
+    By AP alone, a trait that most images have would be the best one of nearly every prototype.
+    """
+    above_CT = np.nan_to_num(ap_CT - prevalence_T, nan=0.0).round(AP_DIGITS)
+    trait_CF = np.argsort(-above_CT, axis=1, kind="stable")[:, :N_FAVOURITES]
+    is_above_CF = np.take_along_axis(above_CT, trait_CF, axis=1) > 0
+    ap_CF = np.take_along_axis(ap_CT, trait_CF, axis=1)
+    return Favourites(np.where(is_above_CF, trait_CF, -1), np.where(is_above_CF, ap_CF, np.nan))
 
 
 def _pieces(ks: tuple[int, ...], size: int) -> list[tuple[int, int]]:

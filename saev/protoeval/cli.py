@@ -2,7 +2,7 @@
 
 import pathlib
 
-from saev import console, launch, sweeps
+from saev import console, errors, launch, sweeps
 from saev.protoeval import config
 
 
@@ -17,8 +17,13 @@ def main() -> None:
         return console.show(cfgs, sweeps.group(cfgs) if cfg.slurm.is_on else ())
     if cfg.report:
         from saev.protoeval import merge  # draws charts, which --help need not wait for
+        from saev.report import figures
 
-        return _show(str(merge.write(pathlib.Path(cfg.report))))
+        if cfg.plot:
+            figures.check(cfg.plot, "--plot")
+        return _show(str(merge.write(pathlib.Path(cfg.report), cfg.plot)))
+    if cfg.plot:
+        raise errors.UserError(f"--plot {cfg.plot}: only with --report. A result's chart is its chart.png.")
     if cfg.check:
         from saev.protoeval import labels
 
@@ -33,4 +38,6 @@ def main() -> None:
 
 
 def _show(dpath: str) -> None:
-    console.say(f"{(pathlib.Path(dpath) / 'table.md').read_text('utf-8')}\n{dpath}")
+    fpaths = (pathlib.Path(dpath) / name for name in ("table.md", "patches.md"))
+    texts = [fpath.read_text("utf-8") for fpath in fpaths if fpath.exists()]
+    console.say("\n".join([*texts, dpath]))

@@ -55,9 +55,15 @@ class ProtoEval:
     """Memory for activations and scores, in GB (less if 256 images need less). An evaluation needs about 0.9
     GB + this + the prototypes + a memory-mapped file of all scores. The total is logged at the start."""
     gallery: fields.Path = fields.neither("")
-    """The SAE's gallery, made by visuals.py. traits.md then links each trait's latent to its images."""
+    """A gallery of one of the scorers, made by visuals.py. Each trait's best prototypes, and the test images
+    that they retrieve, are written into it. They replace the traits that it has."""
+    patch_labels: fields.Path = fields.shared("")  # their content decides
+    """labels.bin of `python -m saev.labels`, or only its name if several shard directories have one. Writes
+    the patch table as well: which prototype says best where each class of patches is."""
     report: fields.Path = fields.neither("")
     """Join all results below this folder into one report, without evaluating anything."""
+    plot: fields.Path = fields.neither("")
+    """With --report: also write its chart to this file (.pdf, .svg or .png)."""
     check: bool = fields.neither(False)
     """Print statistics of the labels (with --train-data, also of their join with the activations), without
     evaluating anything."""

@@ -14,13 +14,16 @@ from saev import devices, errors, fields, helpers, scorers
 from saev.data import activations
 from saev.data.traits import base
 from saev.formats import results
-from saev.protoeval import check, config, join, labels, memory
+from saev.protoeval import check, config, join, labels, memory, patch_join
 from saev.scorers import config as scorers_config
 
 logger = logging.getLogger("saev")
 
 REVISION = 5
 """Raise it when the same activations, labels and config may give other numbers."""
+
+PATCH_REVISION = 1
+"""The same for the patch table."""
 
 
 @beartype.beartype
@@ -32,6 +35,8 @@ class Experiment:
     sides: join.Sides
     fits: list[join.Fit]
     """The activations that each scorer is fitted on."""
+    patches: patch_join.Labels | None = None
+    """Labels of patches, if there are any."""
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -44,6 +49,8 @@ class Experiment:
         for cfg, fit in zip(self.cfgs, self.fits, strict=True):
             parts += [fields.identity(cfg), *_content(cfg, fit).values(), _run_name(cfg)]
             parts += self._activations
+        if self.patches:
+            parts += [PATCH_REVISION, self.patches.fingerprint]
         return helpers.hash_of(parts)[:12]
 
     @property
@@ -65,6 +72,11 @@ class Experiment:
         if usual and not any(left_out):
             return hashed
         return helpers.hash_of([hashed, cfg.no_positives, cfg.swap_splits, left_out])
+
+    @property
+    def measured_paths(self) -> list[str]:
+        """The paths of the images that are measured on, in the order of images.txt."""
+        return [self.labels.paths_N[row] for row in sorted(self.sides.measured.row_of.values())]
 
     def about(self) -> results.About:
         cfg, (chosen, measured) = self.cfgs[0], self.sides
@@ -132,6 +144,7 @@ class Experiment:
             d_vit=chosen.acts.d_vit,
             n_fit=max(len(fit.acts) for fit in self.fits),
             ckpt=max(ckpt.stat().st_size if ckpt.is_file() else 0 for ckpt in ckpts),
+            n_classes=len(self.patches.names) if self.patches else 0,
         )
         logger.info("memory: about %.2f GB (docs/memory.md)", memory.peak(self.cfgs, sizes) / 1e9)
 

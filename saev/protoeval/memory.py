@@ -18,6 +18,10 @@ TILE_ROWS, TILE_BYTES = 2**14, 2**28
 """Most patches whose scores a GPU computes at once, and bytes of these scores (`scorers.base.TILE`)."""
 DISTANCES = 4 * 2**28
 """Bytes of the distances that k-means computes at once on a GPU (`scorers.kmeans.TILE`)."""
+BINS, SCORES = 36_944, 4 * 2**24
+"""Bytes of a prototype's bins in the patch table (`logistic.Sums`), and of the scores computed at once."""
+PER_PATCH = 250
+"""Bytes per test patch while its classes are measured."""
 
 
 class Sizes(tp.NamedTuple):
@@ -35,6 +39,8 @@ class Sizes(tp.NamedTuple):
     """Activations that scorers are fitted on."""
     ckpt: int = 0
     """Bytes of the largest SAE's checkpoint."""
+    n_classes: int = 0
+    """Classes of patches, with --patch-labels."""
 
     @property
     def n_imgs(self) -> int:
@@ -55,7 +61,18 @@ def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
     # mean activations in float64, scaled, centred and decomposed
     probe = 8 * sizes.n_train * (6 * sizes.d_vit + 4 * sizes.n_traits)
     choosing = _choice(cfgs[0], max(ks), sizes)
-    return memory.PROGRAM + max(fit, LIBRARIES + held + scores + max(block, choosing, probe))
+    most = max(block, choosing, probe, _patches(cfgs, sum(ks), sizes))
+    return memory.PROGRAM + max(fit, LIBRARIES + held + scores + most)
+
+
+def _patches(cfgs: collections.abc.Sequence[config.ProtoEval], k: int, sizes: Sizes) -> int:
+    """The patch table: the sums over train patches and a tile of scores, or the scores of test patches."""
+    if not sizes.n_classes:
+        return 0
+    most, n_test = int(cfgs[0].memory_gb * 1e9), sizes.n_test * sizes.n_tokens
+    n_columns = min(k, sizes.n_classes * len(cfgs) * (len(cfgs[0].n_prototypes) + 1))
+    sums = min(most, k * (BINS + 32 * sizes.n_classes)) + 3 * SCORES
+    return max(sums, min(most, 4 * n_test * n_columns) + PER_PATCH * n_test)
 
 
 def _n_prototypes(cfg: config.ProtoEval, d_vit: int) -> int:

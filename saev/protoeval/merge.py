@@ -11,13 +11,13 @@ import polars as pl
 from saev import errors, helpers
 from saev.formats import jsonfile, manifest, results
 from saev.protoeval import report, stats
-from saev.report import charts, frame, tables
+from saev.report import charts, figures, frame, tables
 
 logger = logging.getLogger("saev")
 
 LEGEND = (
-    "mAP: mean over traits with a positive test image (table.csv has their number), with a bootstrap "
-    f"interval over test images; 5% and 95% are quantiles over traits. {report.PROBE_NOTE}"
+    "mAP: mean over traits with a positive test image (table.csv has their number). Interval: 95% bootstrap "
+    f"interval over test images. 5% and 95% are quantiles over traits. {report.PROBE_NOTE}"
 )
 OVER_SEEDS = (
     "Mean and standard deviation over seeds of the mAP, and of its difference from random activations with "
@@ -68,7 +68,7 @@ class Merged:
         return dataclasses.replace(self, abouts=abouts, **frames)
 
 
-def write(root: pathlib.Path) -> pathlib.Path:
+def write(root: pathlib.Path, plot: str = "") -> pathlib.Path:
     """Writes a report over all results to `root`/report (docs/results.md) and returns that folder.
 
     If a cell was evaluated twice, the newest result counts. Cells are equal if ViT, layer, tokens,
@@ -76,6 +76,9 @@ def write(root: pathlib.Path) -> pathlib.Path:
     train images, and seed are equal. Results on other labels get separate tables. Directories that cannot be
     read are left out, with a warning. Differences are computed between cells with the same resamples (--seed,
     --n-boot) and the same number of draws.
+
+    Args:
+        plot: also write the chart to this file. The charts of several sections add what they are named after.
 
     Raises:
         UserError: there are no results below `root`.
@@ -101,9 +104,13 @@ def write(root: pathlib.Path) -> pathlib.Path:
         table = report.summary_table(part.cells, place)
         text += [f"{where[0].upper()}{where[1:]}:\n", *_text(part, table, place)]
         tex.append(f"% {where}\n{tables.latex(table)}")
-        name = "chart.png" if len(sections) == 1 else f"chart-{labels[:8]}-{certainty}.png"
-        chart_fpaths.append(out / name)
-        charts.save(charts.grid(part.drawn), chart_fpaths[-1])
+        chart = charts.grid(part.drawn, report.caption(part.cells, part.abouts))
+        of = "" if len(sections) == 1 else f"-{labels[:8]}-{certainty}"
+        chart_fpaths.append(out / f"chart{of}.png")
+        figures.save(chart, chart_fpaths[-1])
+        if plot:
+            fpath = pathlib.Path(plot)
+            figures.save(chart, fpath.with_name(f"{fpath.stem}{of}{fpath.suffix}"))
     if merged.older:
         names = ", ".join(sorted(set(merged.older)))
         text.append(f"{len(merged.older)} older cells were replaced by newer ones (of {names}).\n")

@@ -12,8 +12,8 @@ import polars as pl
 from saev import helpers, provenance
 from saev.data.traits import base
 from saev.formats import jsonfile, manifest, results
-from saev.protoeval import config, stats
-from saev.report import charts, frame, tables
+from saev.protoeval import config, patch_report, stats
+from saev.report import charts, figures, frame, tables
 from saev.scorers import config as scorers_config
 
 logger = logging.getLogger("saev")
@@ -25,6 +25,8 @@ AGAINST = (
     "numbers, so compare several seeds before you call a difference real."
 )
 AGAIN = "Move that folder away and evaluate again with protoeval.py."
+INTERVAL = "95% bootstrap interval of the mAP over {} resamples of the test images (quantiles 2.5% and 97.5%)"
+"""What `results.interval` is, for notes and captions."""
 PROBE_NOTE = (
     "Linear probe: ridge regression on the mean activation, trained on the labels of the same number of "
     "images. It is a supervised reference. With few images it is not an upper bound."
@@ -32,8 +34,11 @@ PROBE_NOTE = (
 
 
 @contextlib.contextmanager
-def once(out: pathlib.Path) -> collections.abc.Generator[bool]:
+def once(out: pathlib.Path, has_patches: bool = False) -> collections.abc.Generator[bool]:
     """Yields whether a results directory must still be written. Inside, no other process writes it.
+
+    Args:
+        has_patches: whether it holds a patch table as well.
 
     Raises:
         UserError: it was written, but a file is damaged.
@@ -44,7 +49,7 @@ def once(out: pathlib.Path) -> collections.abc.Generator[bool]:
         with helpers.locked(out.with_name(f".{out.name}.lock"), f"it evaluates {out}"):
             yield not (out / manifest.NAME).exists()
     else:
-        manifest.read(out, results.FILES, AGAIN)
+        manifest.read(out, results.FILES + results.PATCH_FILES * has_patches, AGAIN)
         logger.info("%s: already evaluated", out)
         yield False
 
@@ -55,8 +60,15 @@ def write(
     names: list[str],
     cfgs: list[config.ProtoEval],
     about: results.About,
+    more: collections.abc.Mapping[str, pl.DataFrame] | None = None,
+    patches: results.PatchTable | None = None,
 ) -> None:
-    """Writes a results directory, with the manifest last. names: the traits' names."""
+    """Writes a results directory, with the manifest last.
+
+    Args:
+        names: the traits' names.
+        more: file name -> a further Parquet file.
+    """
     configs = [
         dataclasses.asdict(cfg)
         | {"scorer_type": type(cfg.scorer).__name__, "labels_type": type(cfg.labels).__name__}
@@ -73,13 +85,17 @@ def write(
     frame.write_csv(dpath / "kinds.csv", kinds)
     frame.write_csv(dpath / "differences.csv", differences.select(*results.DIFFERENCES))
     frame.write_parquet(dpath / "traits.parquet", traits.select(*results.TRAITS))
+    for name, found in (more or {}).items():
+        frame.write_parquet(dpath / name, found)
     results.write_resamples(dpath / "resamples.npz", rows)
-    charts.save(charts.grid(cells), dpath / "chart.png")
+    figures.save(charts.grid(cells, caption(cells, [about])), dpath / "chart.png")
     table = summary_table(cells)
     helpers.write_text(dpath / "table.tex", f"% {describe(about)}\n{tables.latex(table)}")
     text = warning(about) + tables.markdown(table) + _notes(cells, len(names), about)
     helpers.write_text(dpath / "table.md", "\n".join([text, *sections(kinds, differences)]))
-    manifest.write(dpath, results.FILES)
+    if patches:
+        patch_report.write(dpath, patches, about)
+    manifest.write(dpath, (*results.FILES, *(more or {}), *results.PATCH_FILES * bool(patches)))
 
 
 def write_split(dpath: pathlib.Path, labels: base.Traits) -> None:
@@ -115,7 +131,7 @@ def summary_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> p
     """The main table, without interval or spread if no row has one."""
     table = _size(lines, place or {}) | {"mAP": tables.texts("{:.3f}", lines["map"])}
     if lines["low"].is_not_nan().any():
-        table["95% interval"] = tables.texts("{:.3f} to {:.3f}", lines["low"], lines["high"])
+        table["Interval"] = tables.texts("{:.3f} to {:.3f}", lines["low"], lines["high"])
     if lines["spread"].is_not_nan().any():
         table["Draws"] = tables.texts("± {:.3f}", lines["spread"])
     table["5%"], table["95%"] = (tables.texts("{:.3f}", lines[key]) for key in ("q05", "q95"))
@@ -165,7 +181,7 @@ def _notes(cells: pl.DataFrame, n_traits: int, about: results.About) -> str:
     note = f"\n{describe(about)} mAP is the mean over {n_measured} traits; 5% and 95% are quantiles over "
     note += "traits."
     if about.n_boot:
-        note += f" Intervals: {about.n_boot:,} bootstrap resamples of the test images."
+        note += f" Interval: {INTERVAL.format(format(about.n_boot, ','))}."
     if about.n_seeds > 1:
         note += f" Draws: standard deviation over {about.n_seeds} draws of the train images."
     if about.n_zero:
@@ -183,6 +199,28 @@ def _notes(cells: pl.DataFrame, n_traits: int, about: results.About) -> str:
         note += f" With {n_train} train images, {n} trait(s) have no positive train image (in some draw) "
         note += "and get prototype 0."
     return f"{note} {PROBE_NOTE}\n\n{settings(about)}"
+
+
+def caption(cells: pl.DataFrame, abouts: list[results.About]) -> str:
+    """What a chart shows: ViT, layer, tokens, images, traits, and what the band is."""
+    tokens, n_traits = (cells[key].unique(maintain_order=True) for key in ("tokens", "n_traits"))
+    chosen, measured = _joined(a.chosen_on for a in abouts), _joined(a.measured_on for a in abouts)
+    text = (
+        f"{tables.where(cells)}; {_joined(tokens)}. mAP: mean over {_joined(map(str, n_traits))} traits of "
+    )
+    text += f"the average precision on {measured or 'the test images'} of the prototype that is best on n "
+    text += f"of {chosen}." if chosen else "train images."
+    if n_boot := _joined(f"{a.n_boot:,}" for a in abouts if a.n_boot):
+        text += f" Shaded: {INTERVAL.format(n_boot)}."
+    if n_seeds := _joined(f"{a.n_seeds:,}" for a in abouts if a.n_seeds > 1):
+        text += f" Means over {n_seeds} draws of the train images."
+    if cells["seed"].n_unique() > 1:
+        text += " Of a scorer with several seeds, means of mAP and interval."
+    return text
+
+
+def _joined(words: collections.abc.Iterable[str]) -> str:
+    return " or ".join(word for word in dict.fromkeys(words) if word)
 
 
 def warning(about: results.About) -> str:

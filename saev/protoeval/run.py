@@ -5,7 +5,23 @@ import pathlib
 import shutil
 
 from saev import helpers
-from saev.protoeval import choose, config, fit, gallery, join, labels, measure, opening, report, score
+from saev.formats import results
+from saev.protoeval import (
+    choose,
+    config,
+    examples,
+    fit,
+    gallery,
+    join,
+    labels,
+    measure,
+    opening,
+    patch_join,
+    patch_table,
+    report,
+    score,
+    traits,
+)
 from saev.protoeval.experiment import Experiment
 
 logger = logging.getLogger("saev")
@@ -41,18 +57,22 @@ def each(cfgs: list[config.ProtoEval]) -> list[str]:
 def _experiment(cfgs: list[config.ProtoEval], acts: opening.Opened) -> Experiment:
     found = labels.load(cfgs[0], {"train": acts.train, "test": acts.test})
     sides = join.join(cfgs[0], acts, found)
-    return Experiment(cfgs, found, sides, join.fit_data(cfgs, acts, sides, found))
+    fits = join.fit_data(cfgs, acts, sides, found)
+    return Experiment(cfgs, found, sides, fits, patch_join.load(cfgs[0], sides))
 
 
 def _evaluated(experiment: Experiment, among: list[Experiment], partial: pathlib.Path) -> str:
     cfg = experiment.cfgs[0]
-    shown = gallery.scorer(cfg.gallery, experiment.cfgs, experiment.names)
+    shown = gallery.own(experiment)
+    if shown:
+        traits.check(experiment)
     out = pathlib.Path(cfg.dump_to) / experiment.id
-    with report.once(out) as is_new:
+    with report.once(out, bool(cfg.patch_labels)) as is_new:
         if is_new:
             _evaluate(experiment, among, out, partial)
     if shown:
         gallery.link(out, shown, pathlib.Path(cfg.gallery))
+        traits.write(out, shown, experiment)
     return str(out)
 
 
@@ -65,7 +85,13 @@ def _evaluate(
     chosen, measured = score.score(experiment, banks, partial, [other.sides for other in among])
     cells = choose.choose(chosen, banks, cfg)
     rows = measure.measure(cells, chosen, measured, cfg)
-    names = experiment.labels.attribute_names_T
+    names, about, parts = experiment.labels.attribute_names_T, experiment.about(), experiment.patches
+    found = (
+        examples.favourites(cells, about, names),
+        examples.retrieved(cells, measured, experiment.measured_paths, about, names),
+    )
+    more = dict(zip(results.FOR_GALLERIES, found, strict=True))
+    patches = patch_table.evaluate(experiment, banks, parts, partial / "patches") if parts else None
     if experiment.labels.is_drawn:
         report.write_split(out, experiment.labels)
-    report.write(out, rows, names, experiment.cfgs, experiment.about())
+    report.write(out, rows, names, experiment.cfgs, about, more, patches)

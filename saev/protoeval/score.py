@@ -160,7 +160,7 @@ def score_images(
     blocks = _done(done_fpath, key, shapes, columns_N)
     first = sum(n for n, _ in blocks)
     scores_KN, mean_ND = (_mapped(dpath / name, shape) for name, shape in shapes.items())
-    stream = ordered.Ordered(acts, n_imgs, first)
+    stream = ordered.Ordered(acts, n_imgs, [range(first, acts.n_imgs)])
     saved_s = time.monotonic()
     for block in helpers.progress(stream, "score", len(stream), "blocks"):
         column_B = column_of[block.image_i_N]

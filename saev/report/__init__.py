@@ -1,1 +1,1 @@
-"""Reporting shared by training and protoeval: frames as files, tables and charts."""
+"""Reporting shared by the stages: frames as files, tables, charts and figures."""

@@ -17,6 +17,29 @@ def texts(form: str, *columns: collections.abc.Iterable, missing: str = "") -> l
     ]
 
 
+def where(cells: pl.DataFrame) -> str:
+    """The ViTs and layers of a frame with columns vit and layer, in words."""
+    lines = cells.group_by("vit", maintain_order=True).agg(pl.col("layer").unique().sort())
+    return "; ".join(
+        f"{vit}, layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        for vit, layers in lines.iter_rows()
+    )
+
+
+def short(texts: list[str | None]) -> list[str | None]:
+    """Numbers with as few significant digits, from 3 on, as keep different ones different. Other texts, whole
+    numbers and columns that hold other texts stay as they are."""
+    try:
+        numbers = [text if text is None else float(text) for text in texts]
+    except ValueError:
+        return texts
+    for digits in range(3, 18):
+        shown = [x if x is None else f"{x:.{digits}g}" for x in numbers]
+        if len({*shown}) == len({*numbers}):
+            break
+    return [text if text is None or text.isdecimal() else new for text, new in zip(texts, shown, strict=True)]
+
+
 def markdown(table: pl.DataFrame, *, padded: bool = False) -> str:
     """A Markdown table. padded: align the columns, for a terminal."""
     if not padded:

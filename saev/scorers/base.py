@@ -109,6 +109,10 @@ class Prototypes:
     def prefix(self, k: int) -> "Prototypes":
         return self._each(lambda x_KD: x_KD[:k], self.mean_D)
 
+    def only(self, chosen_C: Tensor) -> "Prototypes":
+        """These prototypes, in this order."""
+        return self._each(lambda x_KD: x_KD[chosen_C], self.mean_D)
+
     def to(self, device: torch.device) -> "Prototypes":
         return self._each(lambda x_KD: x_KD.to(device), self.mean_D.to(device))
 

@@ -67,6 +67,13 @@ def fit_each(
     return [_configured(cfg, scorer, k) for scorer, k in zip(fitted, ks, strict=True)]
 
 
+def stored(
+    cfg: Fitted, acts: activations.Activations, ks: list[int], seed: int, dpath: pathlib.Path
+) -> dict[int, pathlib.Path]:
+    """The files that `fit_each` would load: K -> file, without those that are not fitted yet."""
+    return _found(cfg, ks, dpath, type(cfg).__name__.lower(), _key(cfg, acts, seed))
+
+
 def _stored(
     cfg: Fitted,
     acts: activations.Activations,
@@ -160,6 +167,24 @@ def _load_sae(cfg: config.Sae, acts: activations.Activations) -> sae.SaeLatents:
     model = nn.load(cfg.ckpt)
     model.check_fits(acts.space, cfg.ckpt, acts.given)
     return sae.SaeLatents(model, model.d_sae)
+
+
+def check_fits(scorer: base.Scorer, acts: activations.Activations, fpath: str) -> None:
+    """Refuses activations that a scorer was not made for.
+
+    Args:
+        fpath: its file, for messages.
+
+    Raises:
+        UserError: they have another width; for an SAE, also another ViT or layer.
+    """
+    if isinstance(scorer, sae.SaeLatents):
+        scorer.sae.check_fits(acts.space, fpath, acts.given)
+    elif isinstance(scorer, base.Prototypes) and len(scorer.mean_D) != acts.d_vit:
+        raise errors.UserError(
+            f"{fpath}: has prototypes of {len(scorer.mean_D)} dimensions, but {acts.given} has {acts.d_vit}. "
+            "Pass activations of the ViT and layer that it was fitted on."
+        )
 
 
 @beartype.beartype

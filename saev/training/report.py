@@ -32,7 +32,7 @@ class Report:
     csv: fields.Path = ""
     """Also write the table to this CSV file."""
     plot: fields.Path = "front.png"
-    """File for the plot. Empty: no plot."""
+    """File for the plot (.pdf, .svg or .png). Empty: no plot."""
 
     def __post_init__(self) -> None:
         fields.settle(self)
@@ -42,9 +42,11 @@ def main() -> None:
     cfg = cli.parse(Report, description=tp.cast(str, Report.__doc__))
     if not cfg.runs:
         raise errors.UserError("name at least one run directory, or a folder of them.")
-    from saev.report import charts, frame, tables  # after --help, which need not wait for them
+    from saev.report import charts, figures, frame, tables  # after --help, which need not wait for them
     from saev.training import runs
 
+    if cfg.plot:
+        figures.check(cfg.plot, "--plot")
     found = runs.read(cfg.runs)
     table = runs.table(found)
     print(tables.markdown(table, padded=True), end="")
@@ -52,7 +54,7 @@ def main() -> None:
         frame.write_csv(pathlib.Path(cfg.csv), table)
     measured = found.filter(runs.IS_MEASURED)
     if cfg.plot and len(measured):
-        charts.save(charts.front(measured), pathlib.Path(cfg.plot))
+        figures.save(charts.front(measured, runs.caption(measured)), pathlib.Path(cfg.plot))
         print(f"\n{cfg.plot}: * marks the runs on the front")
 
 

@@ -57,21 +57,30 @@ class _Sae(msgspec.Struct):
     d_sae: Size | None = None
 
 
+class _Activations(msgspec.Struct):
+    vit_ckpt: str = ""
+    layers: list[tp.Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]] = []
+    patches: str = ""
+
+
 class _Config(msgspec.Struct):
-    """What the report reads of config.json."""
+    """What the report reads of config.json. Older runs lack `activations`."""
 
     architecture: str
     sae: _Sae
     n_patches: Positive
     batch_size: Positive
     objective_name: str = "Vanilla"
+    activations: _Activations = msgspec.field(default_factory=_Activations)
 
 
 def read(paths: tuple[str, ...]) -> pl.DataFrame:
     """The runs in these folders as a frame, sorted by architecture and L0.
 
     Columns: run (name), kind, d_sae, cfg.<field> (a string, null if the config lacks it), FIGURES, source (of
-    FIGURES: held-out, training sample, last log line or -), state, is_best (on the front).
+    FIGURES: held-out, training sample, last log line or -), state, is_best (on the front), vit, layers and
+    tokens of the activations (empty if unknown), n_trained and n_measured (numbers of activations; the latter
+    is NaN for a last log line).
 
     Raises:
         UserError: a folder does not exist, or holds no run.
@@ -95,7 +104,7 @@ def _runs_in(dpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
     return (p.parent for p in dpath.glob("*/config.json"))
 
 
-def _row(dpath: pathlib.Path) -> dict[str, str | int | float | None]:
+def _row(dpath: pathlib.Path) -> dict[str, str | int | float | list[int] | None]:
     cfg = _json(dpath / "config.json")
     try:
         known = msgspec.convert(cfg, _Config)
@@ -104,7 +113,7 @@ def _row(dpath: pathlib.Path) -> dict[str, str | int | float | None]:
         raise errors.UserError(
             f"{dpath / 'config.json'}: not from train.py ({errors.first_line(err)}). Leave that run out."
         ) from err
-    kind = helpers.printable(known.architecture)
+    kind, acts = helpers.printable(known.architecture), known.activations
     if known.objective_name != "Vanilla":
         kind += f" {helpers.printable(known.objective_name)}"
     n_steps = max(1, known.n_patches // known.batch_size)
@@ -118,6 +127,9 @@ def _row(dpath: pathlib.Path) -> dict[str, str | int | float | None]:
         | dict(_flat(cfg))
         | numbers
         | {"source": source, "state": _state(dpath, figures, n_steps)}
+        | {"vit": helpers.printable(acts.vit_ckpt or ""), "layers": acts.layers}
+        | {"tokens": helpers.printable(acts.patches or ""), "n_trained": known.n_patches}
+        | {"n_measured": _number(figures.get("n"))}
     )
 
 
@@ -198,6 +210,23 @@ def front(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.with_columns(is_best=is_best.fill_null(False)).drop("least", "below")
 
 
+def caption(rows: pl.DataFrame) -> str:
+    """What a chart of these runs shows: ViT, layers, and numbers of activations."""
+    known = rows.filter(pl.col("layers").list.len() > 0).explode("layers").rename({"layers": "layer"})
+    tokens = " and ".join(filter(None, rows["tokens"].unique().sort()))
+    text = f"{tables.where(known)}, {tokens} tokens. " if len(known) else ""
+    text += f"{len(rows)} SAE{'s' * (len(rows) > 1)} trained on {_between(rows['n_trained'])} activations. "
+    by_source = rows.group_by("source", maintain_order=True).agg("n_measured").iter_rows()
+    sources = [f"{_between(pl.Series(n), '{} activations, ')}{source}" for source, n in by_source]
+    return f"{text}Measured on: {'; '.join(sources)}. Grey line: the runs that no other one beats in both."
+
+
+def _between(numbers: pl.Series, form: str = "{}") -> str:
+    """100, or 100 to 200, in `form`. Empty without numbers."""
+    known = sorted({*numbers.drop_nans()})
+    return form.format(" to ".join(f"{n:,.0f}" for n in known[:: max(1, len(known) - 1)])) if known else ""
+
+
 def table(rows: pl.DataFrame) -> pl.DataFrame:
     """A frame of strings, with the config fields that differ among runs. * marks runs on the front."""
     config = {name: name.removeprefix("cfg.") for name in rows.columns if name.startswith("cfg.")}
@@ -213,6 +242,9 @@ def table(rows: pl.DataFrame) -> pl.DataFrame:
     last = rows.select("state", of="source").select("of", "state")
     taken = {*first.columns, *figures, *last.columns}
     shown = rows.select(
-        pl.col(key).fill_null("-").alias(key if config[key] in taken else config[key]) for key in vary
+        pl.Series(key if config[key] in taken else config[key], tables.short(rows[key].to_list())).fill_null(
+            "-"
+        )
+        for key in vary
     )
     return pl.concat([first, shown, pl.DataFrame(figures), last], how="horizontal")

@@ -7,7 +7,6 @@ units), n codes, C chosen latents.
 import abc
 import dataclasses
 import pathlib
-import typing as tp
 
 import numpy as np
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from saev import errors, helpers, nn, scorers
 from saev.data import activations, ordered
-from saev.nn import metrics, sparse
-from saev.scorers import base
+from saev.formats.codeshards import Csr
+from saev.nn import metrics
+from saev.scorers import base, rows
 from saev.scorers import config as scorers_config
 from saev.scorers import sae as scorers_sae
 from saev.visuals import config
@@ -25,17 +25,6 @@ SAMPLED = 1024
 """Images whose patches give the units' means and deviations."""
 CONSTANT = 1e-6
 """A unit never fires if its standard deviation is at most this fraction of its mean (rounding error)."""
-
-
-class Fired(tp.NamedTuple):
-    """Sparse codes of patches."""
-
-    count_X: np.ndarray
-    """int32: number of latents that fire on each patch."""
-    latent_n: np.ndarray
-    """int32: these latents, patch after patch."""
-    value_n: np.ndarray
-    """float32: their values, not 0."""
 
 
 class Coder(abc.ABC):
@@ -56,7 +45,8 @@ class Coder(abc.ABC):
         self.device = device
 
     @abc.abstractmethod
-    def __call__(self, x_XD: Tensor) -> Fired: ...
+    def __call__(self, x_XD: Tensor) -> Csr:
+        """The latents that fire on each patch, and their values, float32 and not 0."""
 
     @abc.abstractmethod
     def vectors(self) -> Tensor | None:
@@ -70,7 +60,7 @@ class Coder(abc.ABC):
         """(X, C) scores, if images are ranked by them."""
         raise NotImplementedError
 
-    def of(self, scores_XS: Tensor) -> Fired:
+    def of(self, scores_XS: Tensor) -> Csr:
         """What fires, from all scores, if images are ranked by them."""
         raise NotImplementedError
 
@@ -85,26 +75,17 @@ class SaeCoder(Coder):
         super().__init__(sae.d_sae, sae.W_enc.device)
         self.sae = sae
         self.is_signed = sae.architecture.is_signed
-        self._encoder = sparse.Encoder(sae.W_enc.T, sae.b_enc, False)
-        self._n_expected = 32.0
-        """Codes per patch so far."""
+        self._latents = scorers_sae.SaeLatents(sae, self.n)
+        self._rows_of = rows.of_sae(self._latents, above=metrics.EPS_ACTIVE)
 
-    @torch.no_grad()
-    def __call__(self, x_XD: Tensor) -> Fired:
-        sae, n_expected = self.sae, int(self._n_expected * len(x_XD))
-        found = sae.architecture.infer(sae, self._encoder, x_XD * sae.scale - sae.b_dec, n_expected)
-        value_n, row_n, latent_n = found.value_n, found.index.row_n, found.index.latent_n
-        if not (fires_n := value_n.abs() > metrics.EPS_ACTIVE).all():
-            value_n, row_n, latent_n = value_n[fires_n], row_n[fires_n], latent_n[fires_n]
-        count_X = row_n.bincount(minlength=len(x_XD)).int()
-        self._n_expected = 1.2 * len(value_n) / len(x_XD)
-        return Fired(*(t.cpu().numpy() for t in (count_X, latent_n.int(), value_n.float())))
+    def __call__(self, x_XD: Tensor) -> Csr:
+        return self._rows_of(x_XD)
 
     def vectors(self) -> Tensor:
         return self.sae.W_dec
 
     def digest(self) -> str:
-        return scorers_sae.SaeLatents(self.sae, self.n).digest()
+        return self._latents.digest()
 
 
 class PrototypeCoder(Coder):
@@ -125,20 +106,18 @@ class PrototypeCoder(Coder):
     def formula(self) -> str:
         return scorers_config.FORMULAS[self.scorer.similarity]
 
-    def __call__(self, x_XD: Tensor) -> Fired:
+    def __call__(self, x_XD: Tensor) -> Csr:
         return self.of(self.scores(x_XD))
 
-    def of(self, scores_XS: Tensor) -> Fired:
+    def of(self, scores_XS: Tensor) -> Csr:
         value_X, latent_X = scores_XS.max(dim=1)
-        count_X = np.ones(len(scores_XS), np.int32)
-        return Fired(count_X, latent_X.int().cpu().numpy(), value_X.float().cpu().numpy())
+        start_X1 = np.arange(len(scores_XS) + 1)
+        return Csr(start_X1, latent_X.int().cpu().numpy(), value_X.float().cpu().numpy())
 
     def scores(self, acts_XD: Tensor, chosen_C: np.ndarray | None = None) -> Tensor:
         scorer = self.scorer
         if chosen_C is not None:
-            chosen = torch.from_numpy(chosen_C).to(acts_XD.device)
-            given_KD = None if scorer.given_KD is None else scorer.given_KD[chosen]
-            scorer = dataclasses.replace(scorer, direction_KD=scorer.direction_KD[chosen], given_KD=given_KD)
+            scorer = scorer.only(torch.from_numpy(chosen_C).to(acts_XD.device))
         return scorer(acts_XD)
 
     def vectors(self) -> Tensor:
@@ -180,12 +159,10 @@ class UnitCoder(Coder):
             torch.from_numpy(mean_D).to(device), torch.from_numpy(cutoff_D).to(device), deviations
         )
 
-    def __call__(self, x_XD: Tensor) -> Fired:
+    def __call__(self, x_XD: Tensor) -> Csr:
         above_XD = x_XD - self.mean_D
         fires_XD = (above_XD > self.cutoff_D) & (above_XD > metrics.EPS_ACTIVE)
-        row_n, latent_n = fires_XD.nonzero(as_tuple=True)
-        found = fires_XD.sum(dim=1).int(), latent_n.int(), above_XD[row_n, latent_n]
-        return Fired(*(t.cpu().numpy() for t in found))
+        return rows.of_dense(torch.where(fires_XD, above_XD, 0))
 
     def vectors(self) -> None:
         return None
@@ -223,11 +200,7 @@ def _fitted(
     scorer = scorers.load(path)
     if not isinstance(scorer, scorers.Prototypes):
         raise errors.UserError(f"--scorer.path {path}: is an SAE. Pass it as --ckpt.")
-    if len(scorer.mean_D) != acts.d_vit:
-        raise errors.UserError(
-            f"--scorer.path {path}: its prototypes have d_vit {len(scorer.mean_D)} instead of {acts.d_vit}. "
-            "Pass activations of the ViT and layer that it was fitted on."
-        )
+    scorers.check_fits(scorer, acts, f"--scorer.path {path}")
     if similarity != "saved":
         scorer = dataclasses.replace(scorer, similarity=similarity)
     kind = pathlib.Path(path).name.partition("-")[0]

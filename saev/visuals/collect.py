@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Int64, jaxtyped
 
 from saev import devices, errors, helpers
-from saev.data import activations, ordered
-from saev.visuals import coders, config, memory, pictures, spool, statistics, write
+from saev.data import activations, pictures
+from saev.visuals import coders, config, memory, spool, statistics, write
 
 logger = logging.getLogger("saev")
 
@@ -34,10 +34,9 @@ def main(cfg: config.Visuals) -> str:
     acts = activations.Activations.open(dataclasses.replace(cfg.data, patches="image"))
     layer = acts.only_layer("a gallery shows")
     coder = coders.load(cfg, acts, device)
-    if bad := [i for i in cfg.include_latents if i >= coder.n]:
-        raise errors.UserError(
-            f"--include-latents {bad[0]}: the scorer has {coder.noun}s 0 to {coder.n - 1}."
-        )
+    for flag, latents in (("--include-latents", cfg.include_latents), ("--figure", cfg.figure)):
+        if bad := [i for i in latents if i >= coder.n]:
+            raise errors.UserError(f"{flag} {bad[0]}: the scorer has {coder.noun}s 0 to {coder.n - 1}.")
     shown = pictures.Pictures.of(cfg.images, acts, cfg.thumb_side)
     if shown.transform is None:
         logger.info("%s: has no transform.json; heat maps assume a square centre crop", cfg.data.shard_root)
@@ -48,11 +47,10 @@ def main(cfg: config.Visuals) -> str:
     image_is = acts.image_is_N
     shown.check(image_is[:: max(1, len(image_is) // MAX_CHECKED)].tolist())
     sizes = memory.Sizes(acts.n_imgs, acts.n_tokens, acts.d_vit, coder.n)
-    stream = ordered.Ordered(acts, n_imgs=sizes.block)
     if device.type == "cpu":  # the formula holds on a CPU
         logger.info("memory: about %.2f GB (docs/memory.md)", memory.peak(cfg, sizes) / 1e9)
     with _scratch(dpath) as scratch:
-        codes = spool.run(coder, stream, cfg.n_images, scratch)
+        codes = spool.run(coder, acts, cfg.n_images, sizes.block, scratch)
         classes = write.Classes.of(acts)
         seed, n_classes = cfg.seed, len(classes.names)
         stats = statistics.collect(coder, codes, cfg.n_images, cfg.n_group, seed, classes.class_N, n_classes)

@@ -44,6 +44,14 @@ def rank(best_BS, first, value_SK, position_SK):
 
 
 @jit
+def merge(value_SK, position_SK, out_value_SK, out_position_SK):
+    """Adds each latent's table of the largest values of later images to that of earlier ones."""
+    for s in range(value_SK.shape[0]):
+        for k in range(value_SK.shape[1]):
+            _insert(value_SK[s, k], position_SK[s, k], out_value_SK[s], out_position_SK[s])
+
+
+@jit
 def _sample(key, position, value, n, key_R, position_R, value_R):
     """Keeps the R smallest keys, ascending. `n` are held. Returns the new number."""
     R = len(key_R)
@@ -59,7 +67,7 @@ def _sample(key, position, value, n, key_R, position_R, value_R):
 
 @jit
 def collect(
-    count_X, latent_n, value_n, n_patches, first, class_N, is_signed, is_positive, seed,
+    start_X1, latent_n, value_n, n_patches, first, class_N, is_signed, is_positive, seed,
     fired_S, total_S, low_S, high_S, images_S, class_SG,
     value_SK, position_SK, sampled_S, key_SR, at_SR, value_SR,
 ):  # fmt: skip
@@ -74,13 +82,12 @@ def collect(
     S = len(fired_S)
     peak_S, on_S = np.empty(S, np.float32), np.zeros(S, np.int32)
     touched_S = np.empty(S, np.int32)
-    n = 0
-    for b in range(len(count_X) // n_patches):
+    for b in range((len(start_X1) - 1) // n_patches):
         position, n_touched = first + b, 0
         for p in range(n_patches):
-            for _ in range(count_X[b * n_patches + p]):
+            x = b * n_patches + p
+            for n in range(start_X1[x], start_X1[x + 1]):
                 s, value = latent_n[n], value_n[n]
-                n += 1
                 fired_S[s] += 1
                 total_S[s] += abs(value)
                 low_S[s], high_S[s] = min(low_S[s], value), max(high_S[s], value)
@@ -139,7 +146,17 @@ def histogram(latent_n, value_n, low_S, high_S, bin_SH):
 
 @jit
 def count_entries(
-    count_X, latent_n, value_n, n_patches, first, start_N1, latent_E, slot_S, only_positive, patches_E, peak_E
+    start_X1,
+    latent_n,
+    value_n,
+    n_patches,
+    first,
+    start_N1,
+    latent_E,
+    slot_S,
+    only_positive,
+    patches_E,
+    peak_E,
 ):
     """Counts the patches that each entry shows, and finds its largest value.
 
@@ -147,14 +164,13 @@ def count_entries(
         start_N1: the entries of the image at position i are start[i] to start[i + 1], sorted by latent.
         slot_S: -1 everywhere; it is so again at the end.
     """
-    n = 0
-    for b in range(len(count_X) // n_patches):
+    for b in range((len(start_X1) - 1) // n_patches):
         e0, e1 = start_N1[first + b], start_N1[first + b + 1]
         _set_slots(e0, e1, latent_E, slot_S)
         for p in range(n_patches):
-            for _ in range(count_X[b * n_patches + p]):
+            x = b * n_patches + p
+            for n in range(start_X1[x], start_X1[x + 1]):
                 s, value = latent_n[n], value_n[n]
-                n += 1
                 e = slot_S[s]
                 if e < 0 or (only_positive and not value > 0):
                     continue
@@ -174,18 +190,17 @@ def _set_slots(e0, e1, latent_E, slot_S):
 
 @jit
 def fill_entries(
-    count_X, latent_n, value_n, n_patches, first, start_N1, latent_E, slot_S, only_positive,
+    start_X1, latent_n, value_n, n_patches, first, start_N1, latent_E, slot_S, only_positive,
     low_S, high_S, cursor_E, patch_m, heat_m,
 ):  # fmt: skip
     """Writes each entry's patches and their heat, from cursor[e] on. Other arguments as above."""
-    n = 0
-    for b in range(len(count_X) // n_patches):
+    for b in range((len(start_X1) - 1) // n_patches):
         e0, e1 = start_N1[first + b], start_N1[first + b + 1]
         _set_slots(e0, e1, latent_E, slot_S)
         for p in range(n_patches):
-            for _ in range(count_X[b * n_patches + p]):
+            x = b * n_patches + p
+            for n in range(start_X1[x], start_X1[x + 1]):
                 s, value = latent_n[n], value_n[n]
-                n += 1
                 e = slot_S[s]
                 if e < 0 or (only_positive and not value > 0):
                     continue
@@ -210,7 +225,7 @@ def heat_of(value, low, high):
 
 
 @jit
-def sample_patches(count_X, latent_n, first, share, seed, rows_X, out_n):
+def sample_patches(start_X1, latent_n, first, share, seed, count_X, out_n):
     """Copies the codes of a seeded sample of patches, of which about `share` are taken.
 
     Args:
@@ -220,15 +235,14 @@ def sample_patches(count_X, latent_n, first, share, seed, rows_X, out_n):
         The numbers of sampled patches and of their codes.
     """
     limit = np.uint64(min(share, 0.9999999999) * 2.0**64)
-    n, rows, m = 0, 0, 0
-    for x in range(len(count_X)):
+    rows, m = 0, 0
+    for x in range(len(start_X1) - 1):
         if share >= 1 or mix(seed, x + first, 0) < limit:
-            rows_X[rows] = count_X[x]
+            count_X[rows] = start_X1[x + 1] - start_X1[x]
             rows += 1
-            for i in range(count_X[x]):
-                out_n[m] = latent_n[n + i]
+            for n in range(start_X1[x], start_X1[x + 1]):
+                out_n[m] = latent_n[n]
                 m += 1
-        n += count_X[x]
     return rows, m
 
 

@@ -8,10 +8,6 @@ import typing as tp
 from saev.data import memory
 from saev.visuals import config
 
-MAX_CODES = 2**26
-"""Most values of a block, if every latent fired on every patch. Bounds the images in a block."""
-MAX_IMAGES = 64
-"""Most images in a block."""
 MAX_SHOWN = 2**25
 """Most patches with heat that are held at a time, about (3 bytes each)."""
 MIN_SAMPLED = 128
@@ -39,7 +35,7 @@ class Sizes(tp.NamedTuple):
     @property
     def block(self) -> int:
         """Images that are encoded at a time."""
-        return max(1, min(MAX_IMAGES, MAX_CODES // (self.n_patches * self.n)))
+        return memory.n_block(self.n_patches, self.n)
 
 
 def sampled(n_group: int) -> int:

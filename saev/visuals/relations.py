@@ -56,12 +56,13 @@ def together(
     codes: spool.Spool, n_latents: int, chosen_C: np.ndarray, seed: int, k: int = N_RELATED
 ) -> Together:
     """Counts on all patches, or on a seeded sample if counting would take too long or too much memory."""
-    n_pairs = sum(int(np.square(b.fired.count_X.astype(np.int64)).sum()) for b in codes.blocks("pairs"))
+    n_pairs = sum(int(np.square(np.diff(fired.start_R1)).sum()) for _, fired in codes.blocks("pairs"))
     share = min(1.0, memory.MAX_PAIRS / max(n_pairs, 1), memory.MAX_SAMPLED_CODES / max(codes.n_codes, 1))
     counts, latents, first = [], [], 0
     for _, fired in codes.blocks("sample"):
-        count_X, latent_n = np.empty_like(fired.count_X), np.empty_like(fired.latent_n)
-        n_X, n = kernels.sample_patches(fired.count_X, fired.latent_n, first, share, seed, count_X, latent_n)
+        start_X1, latent_n = fired.start_R1, np.empty_like(fired.latent_n)
+        count_X = np.empty(len(start_X1) - 1, np.int32)
+        n_X, n = kernels.sample_patches(start_X1, fired.latent_n, first, share, seed, count_X, latent_n)
         counts.append(count_X[:n_X].copy())
         latents.append(latent_n[:n].copy())
         first += len(count_X)

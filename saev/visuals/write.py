@@ -14,9 +14,9 @@ import typing as tp
 import numpy as np
 
 from saev import errors, helpers, provenance
-from saev.data import activations
-from saev.formats import jsonfile, scripts
-from saev.visuals import coders, heat, pictures, relations, spool, statistics
+from saev.data import activations, pictures
+from saev.formats import codeshards, jsonfile, scripts
+from saev.visuals import coders, heat, relations, spool, statistics
 
 PAGE = pathlib.Path(__file__).parent / "page"
 """index.html, its style and its scripts, the same in every gallery."""
@@ -79,6 +79,10 @@ class Gallery:
     """Further values of gallery.json."""
 
 
+def is_gallery(dpath: pathlib.Path) -> bool:
+    return all((dpath / name).is_file() for name in MARKERS)
+
+
 def check_target(dpath: pathlib.Path) -> None:
     """Creates the parent folder of `dpath` and checks that `dpath` may be replaced.
 
@@ -89,7 +93,7 @@ def check_target(dpath: pathlib.Path) -> None:
         dpath.parent.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise errors.UserError(f"--dump-to {dpath}: cannot be created ({err}).") from err
-    if not dpath.exists() or all((dpath / name).is_file() for name in MARKERS):
+    if not dpath.exists() or is_gallery(dpath):
         return
     if dpath.is_file() or any(dpath.iterdir()):
         raise errors.UserError(f"--dump-to {dpath}: exists and is not a gallery. Pass a new folder.")
@@ -208,20 +212,22 @@ def _write_images(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) 
 def _write_codes(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -> None:
     row_S = _row_of(gallery)
     found: list[Json] = []
-    for i, (position, fired) in enumerate(gallery.codes.at(gallery.view), 1):
+    for i, position in enumerate(gallery.view, 1):
+        fired = gallery.codes.rows(range(position, position + 1))
         found.append(_codes(fired, row_S, int(np.searchsorted(positions, position))))
         if i % CODES == 0 or i == len(gallery.view):
             scripts.write(dpath, f"codes/{(i - 1) // CODES:03}", {"images": found})
             found = []
 
 
-def _codes(fired: coders.Fired, row_S: np.ndarray, place: int) -> Json:
+def _codes(fired: codeshards.Csr, row_S: np.ndarray, place: int) -> Json:
     """The rows that fire on each patch, largest value first."""
-    patch_n = np.repeat(np.arange(len(fired.count_X)), fired.count_X)
+    P = len(fired.start_R1) - 1
+    patch_n = np.repeat(np.arange(P), np.diff(fired.start_R1))
     row_n = row_S[fired.latent_n]
     order = np.lexsort((-fired.value_n, patch_n))
     order = order[row_n[order] >= 0]
-    n_P = np.bincount(patch_n[order], minlength=len(fired.count_X))
+    n_P = np.bincount(patch_n[order], minlength=P)
     return {
         "image": place,
         "start": scripts.packed(np.concatenate([[0], np.cumsum(n_P)]), "u4"),

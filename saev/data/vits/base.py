@@ -11,15 +11,18 @@ import contextlib
 import dataclasses
 import logging
 import math
+import pathlib
 import warnings
 
 import beartype
+import PIL.Image
 import torch
 from jaxtyping import Float, Float32, jaxtyped
 from torch import Tensor
 
 from saev import errors
-from saev.data import config, images
+from saev.data import config, images, pixels
+from saev.formats import space
 
 Intermediates = collections.abc.Callable[[Tensor, list[int]], list[tuple[Tensor, Tensor | None]]]
 """Maps (images, sorted layers) to (patch tokens, prefix tokens) of each layer."""
@@ -46,7 +49,7 @@ class Vit(torch.nn.Module):
     """An image tower in evaluation mode.
 
     Attributes:
-        ckpt_id: name that identifies the model in the shards' metadata.
+        family, ckpt_id: names that identify the model in the shards' metadata.
         d_vit, n_blocks, n_patches, grid (rows, columns), cls_token: its shape.
         transform: turns a photo into its input.
 
@@ -56,6 +59,7 @@ class Vit(torch.nn.Module):
 
     def __init__(self, tower: Tower, cfg: config.Vit):
         super().__init__()
+        self.family = cfg.vit_family
         self.ckpt_id = tower.ckpt_id + _variant(cfg)
         self.module = tower.module.eval().requires_grad_(False)
         self.intermediates = tower.intermediates
@@ -96,6 +100,28 @@ class Vit(torch.nn.Module):
         with torch.autocast(imgs_BCHW.device.type, torch.bfloat16, enabled=self.autocast):
             acts = dict(zip(ordered, self.intermediates(imgs_BCHW, ordered), strict=True))
         return torch.stack([self._tokens(*acts[layer]) for layer in layers], dim=1).float()
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def patches(self, photo: PIL.Image.Image | pathlib.Path | str, layer: int) -> Float32[Tensor, "P D"]:
+        """Returns the activations of one photo's patches in raster order, as a dump records them.
+
+        Args:
+            photo: the path of a photo, or a decoded one.
+            layer: the block whose output is returned, counted from 0, or from the end if negative.
+
+        Raises:
+            UserError: the photo cannot be read, or there is no such block.
+        """
+        layers = resolve_layers((layer,), self.n_blocks)
+        img_CHW = self.transform(pixels.opened(photo)).to(next(self.parameters()).device)
+        with torch.no_grad():
+            return self(img_CHW[None], layers)[0, 0, int(self.cls_token) :]
+
+    def space(self, layer: int) -> space.Space:
+        """The space of `patches` at a layer."""
+        layers = resolve_layers((layer,), self.n_blocks)
+        found = {"vit_family": self.family, "vit_ckpt": self.ckpt_id, "layers": layers, "patches": "image"}
+        return space.Space.of(found, self.d_vit)
 
     def _tokens(self, patches_BPD: Tensor, prefix_BXD: Tensor | None) -> Tensor:
         """Keeps the first prefix token if it is [CLS]. The others are registers or a distillation token."""

@@ -77,7 +77,8 @@ var saev = { views: {} };
   saev.latentAt = (row) => inFile("latents", row, saev.gallery.files.latents, "latents");
   saev.imageAt = (place) => inFile("images", place, saev.gallery.files.images, "images");
   saev.codesAt = (place) => inFile("codes", place, saev.gallery.files.codes, "images");
-  saev.traitAt = (place) => inFile("traits", place, saev.traits.files.traits, "traits");
+  saev.traitAt = (place) => inFile(saev.traits.files.folder, place, saev.traits.files.traits, "traits");
+  saev.traitImageAt = (place) => inFile(`${saev.traits.files.folder}/images`, place, saev.traits.files.images, "images");
   saev.otherAt = (row) => inFile("compare", row, saev.compare.files.compare, "latents");
 
   /* Paths of all images: {path, class, n, code, placeOf: from the number in the dump}. */

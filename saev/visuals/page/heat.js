@@ -50,7 +50,7 @@
   };
 
   /* A picture with heat: {frame, setHeat(heat or null), ready}. `what` begins the alternative text. */
-  saev.picture = (place, heat, what) => {
+  saev.picture = (place, heat, what, imageAt = saev.imageAt) => {
     const [height, width] = saev.gallery.source.size;
     const img = saev.el("img", { alt: "Reading …", draggable: "false" });
     const canvas = saev.el("canvas", { class: "heat", "aria-hidden": "true" });
@@ -70,7 +70,7 @@
       describe();
     };
     setHeat(heat);
-    const ready = saev.imageAt(place).then((image) => {
+    const ready = imageAt(place).then((image) => {
       img.src = image.src;
       about = [image.path, saev.gallery.classes[image.class]].filter(Boolean).join(", ");
       describe();
@@ -80,13 +80,14 @@
     return { frame, setHeat, ready, img };
   };
 
-  /* A small picture with a caption that opens the image view. `latent` selects that latent's heat there. */
-  saev.figure = (place, heat, { what, caption, latent, mark }) => {
-    const { frame, ready } = saev.picture(place, heat, what);
+  /* A small picture with a caption. It opens the image view, if the gallery has the image (n) there; `latent` selects that
+     latent's heat. */
+  saev.figure = (place, heat, { what, caption, latent, mark, imageAt }) => {
+    const { frame, ready } = saev.picture(place, heat, what, imageAt);
     const link = saev.el("a", { class: "picture" }, frame);
     const text = saev.el("figcaption", null, caption);
     ready.then((image) => {
-      link.href = saev.href("image", image.n, { latent });
+      if (image.n >= 0) link.href = saev.href("image", image.n, { latent });
       const name = saev.gallery.classes[image.class] ?? image.path;
       text.append(saev.el("span", { class: "of", title: image.path }, saev.name(name)));
     }, () => {});
@@ -94,13 +95,13 @@
   };
 
   /* Pictures of a packed group, e.g. a latent's top images. */
-  saev.figures = (group, { id, latent = id, noun = saev.noun, most = Infinity, marks = () => ({}) }) => {
+  saev.figures = (group, { id, latent = id, noun = saev.noun, most = Infinity, marks = () => ({}), imageAt }) => {
     const g = saev.unpackGroup(group);
     return saev.el("div", { class: "pictures" }, Array.from(g.image.slice(0, most), (place, k) => {
       const value = saev.number(g.value[k]);
       const { mark, words, sign } = marks(g, k);
       const what = [`${noun} ${id} has value ${value}`, words].filter(Boolean).join(", ");
-      return saev.figure(place, saev.heatOf(g, k), { what, caption: [sign, saev.el("b", null, value)], latent, mark });
+      return saev.figure(place, saev.heatOf(g, k), { what, caption: [sign, saev.el("b", null, value)], latent, mark, imageAt });
     }));
   };
 

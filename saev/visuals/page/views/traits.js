@@ -4,7 +4,7 @@
   const COMMAND = "uv run protoeval.py … --gallery GALLERY";
 
   const absent = () => (saev.traits.problem ? saev.problem(saev.traits.problem)
-    : saev.absent("This gallery has no traits. This writes traits.md beside protoeval's results, with a link from each trait to its latent here:", COMMAND));
+    : saev.absent("This gallery has no traits. This chooses the best prototype for each, and writes them into the gallery:", COMMAND));
   const bestOf = (trait, scorer) => trait.best.find((best) => best.scorer === scorer);
 
   function fields(traits, scorers) {
@@ -27,7 +27,7 @@
     }
     const known = fields(traits, scorers);
     const columns = [
-      { key: "name", label: "Trait", width: "minmax(11rem,3fr)", cell: (row) => saev.el("a", { href: saev.href("trait", traits[row].name), tabindex: "-1", class: "cut" }, saev.name(traits[row].name)) },
+      { key: "name", label: "Trait", width: "minmax(11rem,3fr)", cell: (row) => saev.el("a", { href: saev.href("trait", traits[row].name), tabindex: "-1", class: "cut" }, saev.traitName(traits[row].name)) },
       { key: "prevalence", label: "Prevalence", hint: "share of the test images with the trait: the AP of a constant score", number: true, sort: true, wide: true, width: "minmax(6rem,1fr)", cell: (row) => saev.number(traits[row].prevalence) },
       ...scorers.map((scorer, i) => ({ key: `ap${i}`, label: saev.name(scorer.name, { class: "cut" }), hint: `${scorer.name}: AP of its best prototype on the test images`, number: true, sort: true, width: "minmax(7rem,1.4fr)",
         cell: (row) => {
@@ -45,8 +45,8 @@
 
   /* Pictures of one scorer's best prototype, right and wrong ones marked. */
   function pictures(entry, best, scorer) {
-    if (!entry) return saev.el("p", null, "There are no pictures of it.");
-    return saev.figures(entry, { id: best.prototype, latent: best.row >= 0 ? best.prototype : undefined, noun: scorer.noun, marks: ({ right }, k) => ({
+    if (!entry) return saev.el("p", null, "No test image scores higher than the others.");
+    return saev.figures(entry, { id: best.prototype, latent: best.row >= 0 ? best.prototype : undefined, noun: scorer.noun, imageAt: saev.traitImageAt, marks: ({ right }, k) => ({
       mark: right[k] ? "right" : "wrong", words: right[k] ? "right: it has the trait" : "wrong: it does not have the trait", sign: saev.el("span", { class: "sign" }, right[k] ? "✓ " : "✗ "),
     }) });
   }
@@ -56,7 +56,7 @@
     const right = entry ? saev.unpack(entry.right) : [];
     const hits = right.reduce((a, b) => a + b, 0);
     return saev.el("section", { class: "side" }, saev.el("h3", null, saev.name(scorer.name)),
-      saev.el("p", null, best.row >= 0 ? saev.el("a", { href: saev.href("latent", best.prototype) }, name) : name,
+      saev.el("p", null, best.row >= 0 ? saev.el("a", { href: saev.href("latent", best.prototype) }, name) : name, ` of ${scorer.n.toLocaleString("en")}`,
         ` · AP ${saev.number(best.test_ap)} test, ${saev.number(best.train_ap)} train${entry ? ` · ${hits} of ${right.length} right` : ""}`),
       pictures(entry, best, scorer));
   }
@@ -74,9 +74,11 @@
     const step = (by) => traits[place + by] && saev.go("trait", traits[place + by].name);
     main.append(
       saev.el("div", { class: "heading" }, saev.el("a", { href: saev.href("traits", "", { on: trait.name }) }, "Traits"), saev.el("h2", null, saev.name(trait.name))),
-      saev.el("p", { class: "hint" }, `${saev.percent(trait.prevalence)} of ${saev.count(trait.n_test, "test image")} have it. Below: for each scorer the prototype with the highest AP on the train images, and the test images that it scores highest. `, settings.words),
+      saev.el("p", { class: "hint" }, `${saev.percent(trait.prevalence)} of ${saev.count(trait.n_test, "test image")} have it. `,
+        trait.best.length ? "For each scorer: the prototype with the highest AP on the train images, and the test images that it scores highest. " : "No train image has it, so no prototype is chosen. ", settings.words),
       saev.el("p", { class: "key" }, saev.el("span", { class: "right" }, "✓ has the trait"), saev.el("span", { class: "wrong" }, "✗ does not")),
-      saev.heatControls("0", "maximum"),
+      saev.heatControls("low", "highest"),
+      saev.el("p", { class: "hint" }, "Heat of a prototype goes from 0 (latents) or its mean score on these patches (other prototypes) to its highest score."),
       saev.later(saev.traitAt(place), (entries) => trait.best.map((best) => side(best, scorers[best.scorer], entries.find((entry) => entry.scorer === best.scorer))), { class: "sides" }));
     return { update: saev.applyHeat, move: step, arrow: step, escape: () => saev.go("traits", "", { on: trait.name }) };
   };

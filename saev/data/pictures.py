@@ -8,7 +8,9 @@ import os
 import pathlib
 
 import beartype
+import numpy as np
 import PIL.Image
+from jaxtyping import Float
 
 from saev import errors
 from saev.data import activations, images
@@ -17,6 +19,8 @@ from saev.formats import shards
 
 QUALITY = 75
 """Of WebP: about 8 kB for 224 x 224 pixels of a photo."""
+HUE, OPACITY = (255, 0, 128), 0.7
+"""Of heat, as in page/heat.js."""
 METHOD = 2
 """WebP's effort, 0 to 6. 2 takes half the time of 4, for files that are 4% larger."""
 
@@ -82,20 +86,46 @@ class Pictures:
         """
         self.check([image_i])
         img = images.open_rgb(self.root / self.records[image_i].path)
-        if self.transform is None:
-            side = min(img.size)
-            left, top = (img.width - side) // 2, (img.height - side) // 2
-            return img.crop((left, top, left + side, top + side)).resize((self.side, self.side))
-        height, width = self.size  # patches begin at the upper left; a rest of less than a patch is not seen
-        img = self.transform.geometry(img).crop((0, 0, width, height))
-        img.thumbnail((self.side, self.side))
-        return img
+        return seen(img, self.transform, self.size, self.side)
 
     def src(self, image_i: int) -> str:
         """The view as a data: URL."""
         out = io.BytesIO()
         self.view(image_i).save(out, "WEBP", quality=QUALITY, method=METHOD)
         return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def seen(
+    img: PIL.Image.Image, transform: images.Transform | None, size: tuple[int, int], side: int
+) -> PIL.Image.Image:
+    """The part of a photo that the patches cover, at most `side` pixels a side.
+
+    Args:
+        size: (height, width) of this part in pixels of the ViT's input.
+    """
+    if transform is None:
+        edge = min(img.size)
+        left, top = (img.width - edge) // 2, (img.height - edge) // 2
+        return img.crop((left, top, left + edge, top + edge)).resize((side, side))
+    height, width = size  # patches begin at the upper left; a rest of less than a patch is not seen
+    img = transform.geometry(img).crop((0, 0, width, height))
+    img.thumbnail((side, side))
+    return img
+
+
+def painted(
+    img: PIL.Image.Image, heat_P: Float[np.ndarray, " P"], grid: tuple[int, int], opacity: float = OPACITY
+) -> PIL.Image.Image:
+    """Heat over a picture, as the page paints it: exact rectangles in one hue, opacity linear in heat.
+
+    Args:
+        heat_P: from 0 to 1, in raster order.
+        grid: (rows, columns) of the patches.
+        opacity: at heat 1.
+    """
+    heat_RC = np.rint(255 * opacity * heat_P.clip(0, 1)).astype(np.uint8).reshape(grid)
+    mask = PIL.Image.fromarray(heat_RC).resize(img.size, PIL.Image.Resampling.NEAREST)
+    return PIL.Image.composite(PIL.Image.new("RGB", img.size, HUE), img, mask)
 
 
 def n_threads() -> int:

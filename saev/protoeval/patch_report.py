@@ -1,0 +1,127 @@
+"""The files of the patch table. docs/results.md lists them.
+
+C classes, M: all test images, then resamples of them.
+"""
+
+import collections.abc
+import pathlib
+
+import polars as pl
+
+from saev import helpers
+from saev.formats import results
+from saev.report import frame, tables
+
+TITLES = {
+    "probe_r": "Probe R",
+    "map": "Patch mAP",
+    "purity": f"Purity@{results.PURITY_FIRST}",
+    "coverage": f"Coverage@{results.TAU}",
+}
+AGAINST = (
+    "Difference from random activations (paired bootstrap over the test images). It does not include the "
+    "variation of prototypes: random activations or an SAE with another seed give other numbers.\n\n"
+)
+
+
+def write(dpath: pathlib.Path, table: results.PatchTable, about: results.About) -> None:
+    """Writes PATCH_FILES into a results directory."""
+    rows, against = summary(table.rows), differences(table.rows, about)
+    frame.write_csv(dpath / "patches.csv", rows)
+    frame.write_csv(dpath / "patch-classes.csv", classes(table))
+    frame.write_csv(dpath / "patch-differences.csv", against)
+    text = f"Labels of patches:\n\n{tables.markdown(summary_table(rows))}\n{_note(table, about)}\n"
+    if len(against):
+        text += f"\n{AGAINST}{tables.markdown(differences_table(against))}"
+    helpers.write_text(dpath / "patches.md", text)
+
+
+def summary(rows: collections.abc.Sequence[results.PatchRow]) -> pl.DataFrame:
+    """The frame of patches.csv."""
+    lines = []
+    for row in rows:
+        line = [row.scorer, row.n_prototypes, int((row.ap_CM[:, 0] >= 0).sum())]
+        for name in results.PATCH_MEASURES:
+            means_M = row.means_M(name)
+            line += [float(means_M[0]), *results.interval(means_M[1:], float(means_M[0]))]
+        lines.append(tuple(line))
+    return pl.DataFrame(lines, results.PATCHES, orient="row")
+
+
+def classes(table: results.PatchTable) -> pl.DataFrame:
+    """The frame of patch-classes.csv."""
+    lines = [
+        (
+            *(row.scorer, row.n_prototypes, helpers.printable(name), int(table.n_train_C[c])),
+            *(int(table.n_test_C[c]), int(row.best_C[c]), float(row.w_C[c]), float(row.b_C[c])),
+            *(float(row.train_r_C[c]), *(float(x_CM[c, 0]) for x_CM in (row.r_CM, row.ap_CM, row.purity_CM))),
+        )
+        for row in table.rows
+        for c, name in enumerate(table.names)
+    ]
+    return pl.DataFrame(lines, results.PATCH_CLASSES, orient="row")
+
+
+def differences(rows: collections.abc.Sequence[results.PatchRow], about: results.About) -> pl.DataFrame:
+    """The frame of patch-differences.csv: scorers minus random activations, at equal K, else at the
+    baseline's largest smaller K."""
+    cls_of = {name: settings.get("cls") for name, settings in about.scorers.items()}
+    bases = [row for row in rows if cls_of.get(row.scorer) == results.BASELINE]
+    lines = []
+    for row in rows:
+        smaller = [base for base in bases if base.n_prototypes <= row.n_prototypes]
+        if cls_of.get(row.scorer, results.BASELINE) == results.BASELINE or not smaller:
+            continue
+        base = max(smaller, key=lambda base: base.n_prototypes)
+        for name in results.PATCH_MEASURES:
+            gap_M = row.means_M(name) - base.means_M(name)
+            low, high = results.interval(gap_M[1:], float(gap_M[0]))
+            line = (row.scorer, row.n_prototypes, base.scorer, base.n_prototypes, name, float(gap_M[0]), low)
+            lines.append((*line, high, low > 0 or high < 0))
+    return pl.DataFrame(lines, results.PATCH_DIFFERENCES, orient="row")
+
+
+def summary_table(lines: pl.DataFrame) -> pl.DataFrame:
+    table = {"Scorer": lines["scorer"].to_list(), "Prototypes": tables.texts("{:,}", lines["n_prototypes"])}
+    has_intervals = lines["map_low"].is_not_nan().any()
+    for name, title in TITLES.items():
+        table[title] = tables.texts("{:.3f}", lines[name])
+        if has_intervals:
+            ends = (lines[name + end] for end in ("_low", "_high"))
+            table[f"{title}, 95% interval"] = tables.texts("{:.3f} to {:.3f}", *ends)
+    return pl.DataFrame(table)
+
+
+def differences_table(lines: pl.DataFrame) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "Scorer": lines["scorer"].to_list(),
+            "Prototypes": tables.texts("{:,}", lines["n_prototypes"]),
+            "Baseline": lines["baseline"].to_list(),
+            "Baseline prototypes": tables.texts("{:,}", lines["baseline_prototypes"]),
+            "Measure": [TITLES[name] for name in lines["measure"]],
+            "Difference": tables.texts("{:+.3f}", lines["difference"]),
+            "95% interval": tables.texts("{:+.3f} to {:+.3f}", lines["low"], lines["high"]),
+            "": ["excludes 0" if excludes else "" for excludes in lines["excludes_zero"]],
+        }
+    )
+
+
+def _note(table: results.PatchTable, about: results.About) -> str:
+    n_used = int(((table.n_train_C > 0) & (table.n_test_C > 0)).sum())
+    note = "For each class of patches, the prototype with the lowest logistic loss on "
+    note += f"{table.n_train_C.sum():,} patches of {about.chosen_on}, measured on "
+    note += f"{table.n_test_C.sum():,} patches of {about.measured_on}. Means over {n_used} classes"
+    if left_out := len(table.names) - n_used:
+        note += f"; {left_out} without a train or a test patch are left out"
+    note += (
+        ". Probe R: 1 - loss / loss of the class's share in the train patches. Purity: share of the class "
+    )
+    note += f"in the {results.PURITY_FIRST} patches with the highest scores. Coverage: share of classes with "
+    note += (
+        f"an AP of at least {results.TAU}. Permuted labels: the prototypes are chosen on a permutation of "
+    )
+    note += "the train patches' labels."
+    if about.n_boot:
+        note += f" Intervals: {about.n_boot:,} bootstrap resamples of the test images."
+    return note
