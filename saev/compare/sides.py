@@ -99,6 +99,7 @@ def open_all(cfg: config.Compare) -> list[Side]:
         if data not in is_open:
             is_open[data] = activations.Activations(data, flag, is_open.values())
             is_open[data].only_layer("a dictionary is of")
+            is_open[data].only_whole("dictionaries are compared on")
         out.append(Side(name, fpath, scorer, is_open[data]))
         _check_fits(out[-1])
     return out

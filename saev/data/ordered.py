@@ -5,7 +5,7 @@ import math
 import typing as tp
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from saev.data import activations, config
 from saev.data.ahead import ahead
@@ -21,6 +21,15 @@ class Block(tp.NamedTuple):
     """Their numbers, ascending, without images that could not be read."""
     act_NXD: Float32[np.ndarray, "N X D"]
     """Their tokens. With layer "all", those of the first layer come first."""
+    is_kept_NX: Bool[np.ndarray, "N X"] | None = None
+    """Whether a token is in the stream. None: all are."""
+
+    @property
+    def rows(self) -> Float32[np.ndarray, "R D"]:
+        """The tokens in the stream, image after image."""
+        if self.is_kept_NX is None:
+            return self.act_NXD.reshape(-1, self.act_NXD.shape[2])
+        return self.act_NXD[self.is_kept_NX]
 
 
 class Ordered:
@@ -54,6 +63,13 @@ class Ordered:
         for span in self.spans:
             for start in range(span.start, span.stop, self.block):
                 stop = min(start + self.block, span.stop)
-                block = Block(self.acts.image_is_N[start:stop], self.acts.read(start, stop))
+                block = Block(
+                    self.acts.image_is_N[start:stop], self.acts.read(start, stop), self._kept(start, stop)
+                )
                 activations.check_finite(block.act_NXD, block.image_i_N, self.acts)
                 yield block
+
+    def _kept(self, start: int, stop: int) -> Bool[np.ndarray, "N X"] | None:
+        if self.acts.is_kept_NT is None:
+            return None
+        return np.tile(self.acts.is_kept_NT[start:stop], (1, len(self.acts.layers)))
