@@ -29,7 +29,6 @@ import math
 import pathlib
 import re
 import sys
-import tomllib
 import types
 import typing as tp
 
@@ -37,14 +36,13 @@ import beartype
 import beartype.door
 
 from saev import cli, errors, fields
-from saev.formats import textfile
+from saev.formats import tomlfile
 
 MAX_CONFIGS = 1000
 """Most configs in a sweep: Slurm's default limit for a job array. They are parsed within half a minute."""
 EXACT = 2**53
 """Floats below this represent integers exactly."""
-MAX_BYTES = 2**20
-"""Largest sweep file."""
+REMEDY = "Pass a TOML file such as those in configs/."
 
 Cfg = tp.TypeVar("Cfg")
 Override = dict[str, object]
@@ -64,7 +62,10 @@ def parse(cls: type[Cfg], description: str, args: collections.abc.Sequence[str] 
     if not sweep:
         return [cfg]
     fpath = pathlib.Path(sweep)
-    configs = [_apply(cls, cfg, override, fpath, args) for override in expand(_read(fpath), cls, fpath)]
+    configs = [
+        _apply(cls, cfg, override, fpath, args)
+        for override in expand(tomlfile.read(fpath, REMEDY), cls, fpath)
+    ]
     _check_shared(configs, fpath)
     return list(dict.fromkeys(configs))  # a typed flag can make two configurations equal
 
@@ -90,16 +91,6 @@ def title(stage: str, cfg: object, what: object) -> str:
     sweep = pathlib.Path(getattr(cfg, "sweep", "")).stem
     text = what if isinstance(what, str) else subcommand_name(type(what))
     return re.sub(r"[^\w.-]+", "-", f"saev-{stage}-{sweep or text}").strip("-")
-
-
-def _read(fpath: pathlib.Path) -> dict[str, object]:
-    text = textfile.read(fpath, "Pass a TOML file such as those in configs/.", MAX_BYTES)
-    try:
-        return tomllib.loads(text)
-    except RecursionError as err:
-        raise errors.UserError(f"{fpath}: not valid TOML: too deeply nested.") from err
-    except ValueError as err:  # TOMLDecodeError, or an integer of thousands of digits
-        raise errors.UserError(f"{fpath}: not valid TOML: {errors.first_line(err)}.") from err
 
 
 # ---- TOML table -> list of overrides ----

@@ -29,6 +29,7 @@ GROUPS = {
 }
 SCORERS = ["sae-topk-16", "k-means", "random", "pca"]
 PER_FILE = {"latents": 256, "images": 32, "codes": 8, "traits": 16, "compare": 32}
+OF_TRAITS = "traits/0123456789ab"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def write(dpath: pathlib.Path, made: MadeUp) -> pathlib.Path:
     _write_files(
         dpath, "codes", "images", [_codes(made, rng, i, stats["columns"]["max"]) for i in range(made.n_view)]
     )
-    _write_traits(dpath, made, rng) if made.traits else scripts.write(dpath, "traits", {})
+    _write_traits(dpath, made, rng, images) if made.traits else scripts.write(dpath, "traits", {})
     _write_compare(dpath, made, rng) if made.compare else scripts.write(dpath, "compare", {})
     return dpath / "index.html"
 
@@ -97,8 +98,8 @@ def group(images: list[int], heats: list[dict[int, int]], values: list[float], *
     }
 
 
-def _write_files(dpath: pathlib.Path, folder: str, key: str, entries: list[dict]) -> None:
-    n = PER_FILE[folder]
+def _write_files(dpath: pathlib.Path, folder: str, key: str, entries: list[dict], kind: str = "") -> None:
+    n = PER_FILE[kind or folder]
     for i in range(0, len(entries), n):
         scripts.write(dpath, f"{folder}/{i // n:03}", {key: entries[i : i + n]})
 
@@ -242,16 +243,17 @@ def _codes(made: MadeUp, rng: np.random.Generator, i: int, peaks: dict) -> dict:
     }
 
 
-def _write_traits(dpath: pathlib.Path, made: MadeUp, rng: np.random.Generator) -> None:
+def _write_traits(dpath: pathlib.Path, made: MadeUp, rng: np.random.Generator, images: list[dict]) -> None:
     names = [*NASTY, *minicub.ATTRIBUTES] if made.nasty else minicub.ATTRIBUTES
     scorers = [
-        {"name": n, "noun": "prototype" if i else "latent", "here": i == 0} for i, n in enumerate(SCORERS)
+        {"name": n, "noun": "prototype" if i else "latent", "here": i == 0, "n": made.n_latents}
+        for i, n in enumerate(SCORERS)
     ]
     if made.nasty:
         scorers[1]["name"] = NASTY[1]
     traits, pictures = [], []
     for name in names:
-        best, shown = [], []
+        best, entries = [], []
         for s in range(len(SCORERS)):
             r = int(rng.integers(made.n_latents))
             ap = float(rng.uniform(0.2, 0.95) - 0.05 * s)
@@ -269,20 +271,28 @@ def _write_traits(dpath: pathlib.Path, made: MadeUp, rng: np.random.Generator) -
             heats = [_blob(made, rng, v / 9) for v in values]
             chosen = rng.choice(made.n_images, 9, replace=made.n_images < 9).tolist()
             packed = scripts.packed(right, "u1")
-            shown.append(group(chosen, heats, values.tolist(), scorer=s, right=packed))
+            entries.append(
+                group(chosen, heats, values.tolist(), scorer=s, right=packed, low=0.0, high=float(values[0]))
+            )
         prevalence = float(rng.uniform(0.03, 0.4))
         where = name.partition("::")[0]
         traits.append({"name": name, "group": where, "prevalence": prevalence, "n_test": 210, "best": best})
-        pictures.append(shown)
-    n = PER_FILE["traits"]
-    for i in range(0, len(pictures), n):
-        scripts.write(dpath, f"traits/{i // n:03}", {"traits": pictures[i : i + n]})
+        pictures.append(entries)
+    _write_files(dpath, OF_TRAITS, "traits", pictures, "traits")
+    # every other one is not among the gallery's images
+    shown = [{**image, "n": image["n"] if i % 2 else -1} for i, image in enumerate(images)]
+    _write_files(dpath, f"{OF_TRAITS}/images", "images", shown, "images")
     ap = -np.sort(-rng.beta(2, 4, (made.n_latents, 3)), axis=1)
     value = {
         "scorers": scorers,
         "traits": traits,
         "settings": {"n_train": -1, "draw": 0, "words": "Prototypes are chosen on all 430 train images."},
-        "files": {"traits": n},
+        "files": {
+            "folder": OF_TRAITS,
+            "traits": PER_FILE["traits"],
+            "images": PER_FILE["images"],
+            "n_images": len(shown),
+        },
         "columns": {
             "trait": scripts.packed(rng.integers(-1, len(names), (made.n_latents, 3)), "i4"),
             "ap": scripts.packed(ap, "f4"),

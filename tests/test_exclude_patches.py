@@ -60,10 +60,12 @@ def case(request: pytest.FixtureRequest, dump) -> tuple[activations.Activations,
 def test_blocks_have_the_kept_tokens(case: tuple[activations.Activations, np.ndarray]) -> None:
     acts, want_RD = case
     assert len(acts) == len(want_RD)
-    got_RD = np.concatenate([block.rows for block in ordered.Ordered(acts, 3)])
+    stream = ordered.Ordered(acts, 3)
+    got_RD = np.concatenate([stream.rows(block) for block in stream])
     np.testing.assert_array_equal(got_RD, want_RD)
     only = acts.only([2, 7, 8] if acts.cfg.patches == "all" else [2, 8])
-    got_RD = np.concatenate([block.rows for block in ordered.Ordered(only, 2)])
+    stream = ordered.Ordered(only, 2)
+    got_RD = np.concatenate([stream.rows(block) for block in stream])
     assert len(got_RD) == len(only) < len(acts)
 
 
@@ -172,8 +174,9 @@ def test_an_images_score_is_the_maximum_over_its_kept_patches(dump) -> None:
 
     dpath, acts_NLTD, id_NP = dump
     data = data_config.Shards(str(dpath), 7, exclude_patch_labels=("background",))
-    (block,) = ordered.Ordered(data, 20)
-    acts_BPD, mean_BD = score._images(block, np.ones(N - 1, bool), torch.device("cpu"))
+    stream = ordered.Ordered(data, 20)
+    (block,) = stream
+    acts_BPD, mean_BD = score._images(block, stream.kept(block), np.ones(N - 1, bool), torch.device("cpu"))
     for row, i in enumerate(block.image_i_N.tolist()):
         is_kept_P = id_NP[i] != 0
         own_PD = acts_NLTD[i, 1, 1:][is_kept_P if is_kept_P.any() else slice(None)]

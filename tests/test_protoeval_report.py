@@ -14,9 +14,8 @@ import pytest
 
 from saev import errors
 from saev.formats import jsonfile, manifest, results
-from saev.protoeval import config, gallery, merge, report, stats
+from saev.protoeval import gallery, merge, report, stats
 from saev.report import charts, frame
-from saev.scorers import config as scorers_config
 
 NAMES = ["has_wing_color::blue", "has_bill_length::long", "has_wing_color::red"]
 GROUPS = {
@@ -435,8 +434,8 @@ def test_names_that_are_not_utf8_are_spelt_out(
     assert r"caf\udce9" in traits["trait"].to_list()
     shown = tmp_path / odd / "gallery"
     write_gallery(shown, latents=[1])
-    gallery.link(tmp_path / odd / "x", "Sae_1", shown)
-    gallery.link(tmp_path / odd / "x", "Sae_1", write_gallery(tmp_path / f"{odd}2", latents=[1]))
+    gallery.link(tmp_path / odd / "x", gallery.Own("Sae_1"), shown)
+    gallery.link(tmp_path / odd / "x", gallery.Own("Sae_1"), write_gallery(tmp_path / f"{odd}2", latents=[1]))
     assert "../../caf%E92/index.html" in (tmp_path / odd / "x" / "traits.md").read_text("utf-8")
 
 
@@ -554,29 +553,11 @@ def test_latents_link_to_their_place_in_the_gallery(
     dpath, shown = tmp_path / "results" / "x", tmp_path / "gallery"
     write_gallery(shown, latents=[1, 7])
     report.write(dpath, rows, NAMES, [], about)
-    gallery.link(dpath, "Sae_1", shown)
+    gallery.link(dpath, gallery.Own("Sae_1"), shown)
     text = (dpath / "traits.md").read_text()
     assert "| has_bill_length::long | [1](../../gallery/index.html#/latent/1) | 0.600 | 0.500 |" in text
     assert "| has_wing_color::blue | 0 |" in text
     assert "2 of them are not in the gallery; visuals.py shows all with --include-latents 0 1 2" in text
-
-
-def test_a_gallery_of_another_sae_is_refused(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "run").mkdir()
-    ckpt = tmp_path / "run" / "sae.pt"
-    ckpt.write_bytes(b"weights")
-    cfg = config.ProtoEval(scorer=scorers_config.Sae(str(ckpt)), gallery=str(tmp_path))
-    with pytest.raises(errors.UserError, match=r"no gallery\.json"):
-        gallery.scorer(cfg.gallery, [cfg], ["Sae run"])
-    write_gallery(tmp_path)
-    with pytest.raises(errors.UserError, match="shows another SAE"):
-        gallery.scorer(cfg.gallery, [cfg], ["Sae run"])
-    gone = dataclasses.replace(cfg, scorer=scorers_config.Sae(str(tmp_path / "gone.pt")))
-    with pytest.raises(errors.UserError, match=r"gone\.pt: no such checkpoint"):
-        gallery.scorer(gone.gallery, [gone], ["Sae run"])
-    write_gallery(tmp_path, "9bd9dc4ceadf75ca5a79d70174a8a1e5a7b0fbc3c97ea7ceb5aa3ab2a5a16a2d")
-    with pytest.raises(errors.UserError, match="shows another SAE"):
-        gallery.scorer(cfg.gallery, [cfg], ["Sae run"])
 
 
 # ---- what docs/results.md promises ----
@@ -588,13 +569,19 @@ def test_every_file_and_column_is_documented(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
     dpath = tmp_path / "0123456789ab"
-    report.write(dpath, rows, NAMES, [], about)
+    schemas = (results.FAVOURITES, results.RETRIEVED)
+    more = {
+        name: pl.DataFrame(schema=schema) for name, schema in zip(results.FOR_GALLERIES, schemas, strict=True)
+    }
+    report.write(dpath, rows, NAMES, [], about, more)
     text = DOC.read_text()
     for fpath in dpath.iterdir():
         assert f"| `{fpath.name}` |" in text, fpath.name
     sections = {section.split("\n")[0]: section for section in text.split("\n### ")}
     for name, columns in (
         ("traits.parquet", pl.read_parquet(dpath / "traits.parquet").columns),
+        ("prototypes.parquet", list(results.FAVOURITES)),
+        ("retrieved.parquet", list(results.RETRIEVED)),
         ("summary.csv", list(results.SUMMARY)),
         ("kinds.csv", list(results.KIND_COLUMNS)),
         ("differences.csv", list(results.DIFFERENCES)),

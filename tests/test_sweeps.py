@@ -12,6 +12,7 @@ import pytest
 from saev import cli, errors, launch, sweeps
 from saev.data import config as data_config
 from saev.demo import config as demo_config
+from saev.formats import tomlfile
 from saev.nn import config as nn_config
 from saev.protoeval import config as protoeval_config
 from saev.scorers import config as scorers_config
@@ -325,7 +326,7 @@ def test_flags_override_as_when_tyro_parses_each_configuration(
     )
     typed = ["--sweep", str(fpath), *args]
     cfg = cli.parse(config.Train, typed)
-    overrides = sweeps.expand(sweeps._read(fpath), config.Train, fpath)
+    overrides = sweeps.expand(tomlfile.read(fpath, sweeps.REMEDY), config.Train, fpath)
     if "--sae.d-sae" in args:  # replaces the sweep's exp_factor
         overrides = [{key: v for key, v in o.items() if key != "sae.exp_factor"} for o in overrides]
     each = [

@@ -7,12 +7,15 @@ import pathlib
 import shutil
 
 import gallery_data
+import gallery_files
 import numpy as np
 import PIL.Image
 import pytest
+import traits_data
 from playwright import sync_api
 
 from saev.formats import scripts
+from saev.protoeval import run as protoeval_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
@@ -326,6 +329,70 @@ def test_opacity_smooth_outline_and_scale(show: Open, plain: pathlib.Path, tmp_p
     assert "largest of each image" in page.inner_text(".legend") and "scale=image" in hash_of(page)
 
 
+# ---- traits that protoeval wrote ----
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A real gallery with real traits."""
+    made = traits_data.make(tmp_path_factory.mktemp("evaluated"))
+    protoeval_run.main(made.cfgs)
+    return made.gallery
+
+
+def test_search_by_traits_of_protoeval(show: Open, evaluated: pathlib.Path) -> None:
+    value = gallery_files.load(evaluated, "traits")
+    ids = gallery_files.load(evaluated, "stats")["columns"]["id"]
+    names, columns = [trait["name"] for trait in value["traits"]], value["columns"]
+    page = show("#/map?sort=-ap", evaluated)
+    for word, limit in (("wing", 0.7), ("script", 0.5), ("size", 0.0)):
+        page.fill("input[type=search]", f"trait:{word} ap>{limit}")
+        is_hit_CF = (columns["trait"] >= 0) & (columns["ap"] > limit)
+        is_hit_CF &= np.array([word in name for name in names])[columns["trait"]]
+        want = set(ids[is_hit_CF.any(axis=1)].tolist())
+        assert page.inner_text(".found").startswith(f"{len(want)} of {len(ids)}") and 0 < len(want) < len(ids)
+        shown = page.locator(".table .body .row a").all_inner_texts()
+        assert {int(text) for text in shown} == want
+        texts = page.locator(".table .body .row").all_inner_texts()
+        assert all(word in text for text in texts)
+
+
+def test_a_trait_of_protoeval_with_right_and_wrong_images(show: Open, evaluated: pathlib.Path) -> None:
+    value = gallery_files.load(evaluated, "traits")
+    entries = gallery_files.load(evaluated, f"{value['files']['folder']}/000")["traits"]
+    images = gallery_files.load(evaluated, f"{value['files']['folder']}/images/000")["images"]
+    page = show("#/traits", evaluated)
+    page.locator("main a", has_text="</script><script>").click()
+    page.wait_for_selector(".side")
+    assert page.inner_text("h2") == traits_data.NAMES[2] and page.title() != "hacked"
+    page.wait_for_function("[...document.images].every((i) => i.complete && i.naturalWidth)")
+    page.wait_for_timeout(60)
+    sides = page.locator(".side")
+    assert sides.count() == 3 and "first 12 of 16 latents" in page.inner_text("main")
+    for i, entry in enumerate(entries[2]):
+        best, side = value["traits"][2]["best"][i], sides.nth(i)
+        text = side.inner_text()
+        assert value["scorers"][i]["name"] in text and f"{best['prototype']} of 12" in text
+        assert f"{entry['right'].sum()} of {len(entry['right'])} right" in text
+        marks = side.locator("figure").evaluate_all("figures => figures.map((f) => f.className)")
+        assert marks == ["right" if right else "wrong" for right in entry["right"]]
+    # a picture opens the image view where the gallery has the image, and only there
+    links = sides.nth(0).locator("figure a").evaluate_all("links => links.map((a) => a.getAttribute('href'))")
+    for place, link in zip(entries[2][0]["image"], links, strict=True):
+        if place < len(images):
+            n = images[place]["n"]
+            assert link is None if n < 0 else link.startswith(f"#/image/{n}?")
+    sides.nth(0).locator("p a").click()
+    page.wait_for_selector(".facts")
+    assert traits_data.NAMES[2] in page.inner_text("aside")
+
+
+def test_a_trait_that_no_train_image_has(show: Open, evaluated: pathlib.Path) -> None:
+    page = show("#/trait/has_crown_color%3A%3Ain_no_train_image", evaluated)
+    assert "No train image has it, so no prototype is chosen." in page.inner_text("main")
+    assert page.locator(".side").count() == 0
+
+
 # ---- names, stars, files ----
 
 
@@ -423,6 +490,28 @@ def test_absent_data_name_their_command(show: Open, tmp_path: pathlib.Path) -> N
         page = show(hash_, tmp_path)
         page.wait_for_selector(".absent")
         assert command in page.inner_text(".absent")
+
+
+def test_pair_shows_as_many_pictures_of_both_sides(show: Open, tmp_path: pathlib.Path) -> None:
+    made = gallery_data.MadeUp(n_latents=20, n_images=24, n_view=0)
+    gallery_data.write(tmp_path, made)
+    page = show("#/compare/21", tmp_path)
+    sides = [page.locator(".side").nth(i) for i in (0, 1)]
+    assert [side.locator("figure").count() for side in sides] == [8, 8]
+    following = page.locator(".heading a.step").last.get_attribute("href")
+    page.keyboard.press("j")
+    page.wait_for_function("!location.hash.endsWith('/21')")
+    assert following == hash_of(page)
+
+
+def test_pair_without_pictures_says_where_they_come_from(show: Open, tmp_path: pathlib.Path) -> None:
+    gallery_data.write(tmp_path, gallery_data.MadeUp(n_latents=20, n_images=8, n_view=0))
+    empty = [{"id": i, "low": 0.0, "high": 0.0, "groups": []} for i in range(20)]
+    scripts.write(tmp_path, "compare/000", {"latents": empty})
+    for href, words in (("../other/index.html", "has none of its top images"), ("", "--other-gallery")):
+        value = scripts.read(tmp_path, "compare", "")
+        scripts.write(tmp_path, "compare", value | {"other": value["other"] | {"href": href}})
+        assert words in show("#/compare/21", tmp_path).locator(".side").nth(1).inner_text()
 
 
 def test_signed_values_have_a_linear_axis(show: Open, tmp_path: pathlib.Path) -> None:

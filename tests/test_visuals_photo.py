@@ -14,11 +14,11 @@ import torch
 
 import saev
 from saev import errors, nn, scorers
-from saev.data import activations, config, dump, pixels, vits
+from saev.data import activations, config, dump, pictures, pixels, vits
 from saev.demo import weights
 from saev.nn import config as nn_config
 from saev.scorers import config as scorers_config
-from saev.visuals import collect, photo, pictures
+from saev.visuals import collect, photo
 from saev.visuals import config as visuals_config
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -26,10 +26,11 @@ import warnings
 
 import beartype
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, jaxtyped
+from jaxtyping import Float64, jaxtyped
 
 from saev import errors, fields
 from saev.data import config
+from saev.data.traits import base
 from saev.formats import textfile
 
 N_FIELDS = 7
@@ -41,20 +42,26 @@ NATURAL, INTEGER = re.compile("[0-9]{1,7}"), re.compile("[+-]?[0-9]{1,18}")
 FIELDS = "'IMAGE_ID ATTRIBUTE_ID PRESENT CERTAINTY ... TIME' of 4 to 7 fields"
 
 
+WORDS = base.Words(
+    "CUB",
+    "images.txt",
+    "train_test_split.txt",
+    "Dump only CUB's images (data:cub200)",
+    "Dump the images with data:cub200, or with data:image-folder on CUB's images/ folder. If the test images "
+    "are in other shards, pass these as --test-data.shard-root.",
+)
+
+
 @jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass(frozen=True)
-class Cub:
-    """The labels of all images, in the order of images.txt."""
+class Cub(base.Traits):
+    """The labels of all images, in the order of images.txt.
 
-    paths_N: list[str]
-    """Relative to images/: the key that joins labels to activations."""
-    is_train_N: Bool[np.ndarray, " N"]
-    attribute_names_T: list[str]
-    """In the order of attribute ids, e.g. has_wing_color::blue."""
-    labels_NT: Bool[np.ndarray, "N T"]
-    """Whether the trait is present, with enough certainty."""
-    class_N: Int64[np.ndarray, " N"]
-    """Class ids, from 1, as in classes.txt."""
+    `paths_N` are relative to images/. `attribute_names_T`, such as has_wing_color::blue, are in the order of
+    attribute ids. `class_N` are class ids, from 1, as in classes.txt.
+    """
+
+    words: base.Words = WORDS
     shares_CT: Float64[np.ndarray, "C T"] | None = None
     """The archive's own figures for how often annotators saw each trait on each class's images, used to check
     the labels. Row 0 is class 1; classes without images have rows too."""
@@ -66,6 +73,9 @@ class Cub:
     """Annotations of "present" that were not certain enough."""
     n_disputed: int = 0
     """Image-attribute pairs that one annotator marked present and another absent."""
+
+    def key(self, path: str) -> str:
+        return key(path)
 
 
 @beartype.beartype

@@ -21,15 +21,6 @@ class Block(tp.NamedTuple):
     """Their numbers, ascending, without images that could not be read."""
     act_NXD: Float32[np.ndarray, "N X D"]
     """Their tokens. With layer "all", those of the first layer come first."""
-    is_kept_NX: Bool[np.ndarray, "N X"] | None = None
-    """Whether a token is in the stream. None: all are."""
-
-    @property
-    def rows(self) -> Float32[np.ndarray, "R D"]:
-        """The tokens in the stream, image after image."""
-        if self.is_kept_NX is None:
-            return self.act_NXD.reshape(-1, self.act_NXD.shape[2])
-        return self.act_NXD[self.is_kept_NX]
 
 
 class Ordered:
@@ -63,13 +54,18 @@ class Ordered:
         for span in self.spans:
             for start in range(span.start, span.stop, self.block):
                 stop = min(start + self.block, span.stop)
-                block = Block(
-                    self.acts.image_is_N[start:stop], self.acts.read(start, stop), self._kept(start, stop)
-                )
+                block = Block(self.acts.image_is_N[start:stop], self.acts.read(start, stop))
                 activations.check_finite(block.act_NXD, block.image_i_N, self.acts)
                 yield block
 
-    def _kept(self, start: int, stop: int) -> Bool[np.ndarray, "N X"] | None:
+    def kept(self, block: Block) -> Bool[np.ndarray, "N X"] | None:
+        """Whether each token of a block is in the stream. None: all are."""
         if self.acts.is_kept_NT is None:
             return None
-        return np.tile(self.acts.is_kept_NT[start:stop], (1, len(self.acts.layers)))
+        positions_N = np.searchsorted(self.acts.image_is_N, block.image_i_N)
+        return np.tile(self.acts.is_kept_NT[positions_N], (1, len(self.acts.layers)))
+
+    def rows(self, block: Block) -> Float32[np.ndarray, "R D"]:
+        """The tokens of a block that are in the stream, image after image."""
+        is_kept_NX = self.kept(block)
+        return block.act_NXD.reshape(-1, self.acts.d_vit) if is_kept_NX is None else block.act_NXD[is_kept_NX]

@@ -141,6 +141,12 @@ class About:
     annotations: str = "any"
     n_zero: int = 0
     """Traits without a positive test image that count as AP 0."""
+    source: str = ""
+    """Where the labels and the split come from. Empty for CUB."""
+    n_unknown: int = 0
+    """Labels (of an image and a trait) that are missing."""
+    n_labels: int = 0
+    """All labels, with those that are missing."""
 
     def scorer(self, name: str) -> ScorerId:
         """The scorer with this name in the table. The constant scorer is the same in every table."""

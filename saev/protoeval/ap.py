@@ -10,6 +10,9 @@ of
 The images of a prototype are visited once, best first. Each adds to the traits that it has, so the cost is a
 radix sort plus the number of labels, not T passes. Images with the lowest score are skipped, because their
 share follows from the others. SAE latents score most images 0, so most are skipped.
+
+An image whose label for a trait is missing counts neither as scored nor as positive for this trait. The same
+pass counts such images per trait.
 """
 
 import typing as tp
@@ -31,6 +34,7 @@ LANES = 256
 def average_precision(
     scores_NK: Float[np.ndarray, "N K"] | Float[torch.Tensor, "N K"],
     labels_NT: Shaped[np.ndarray, "N T"] | Shaped[torch.Tensor, "N T"],
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> Float64[np.ndarray, "K T"]:
     """AP of every prototype for every trait. NaN for traits without a positive.
 
@@ -39,6 +43,7 @@ def average_precision(
     Args:
         scores_NK: numbers that float64 represents exactly, without NaN.
         labels_NT: booleans, or numbers that are 0 or 1.
+        known_NT: which labels are known; images are left out of the APs of the others. Default: all.
 
     Raises:
         UserError: other values, no images, or different numbers of images.
@@ -54,7 +59,13 @@ def average_precision(
         raise errors.UserError("average_precision: there are no images. Pass at least one.")
     if not ((labels_NT == 0) | (labels_NT == 1)).all():
         raise errors.UserError("average_precision: labels_NT holds other values than 0 and 1. Pass booleans.")
-    return of_rows(scores_NK.T, labels_NT.astype(bool))
+    labels_NT = labels_NT.astype(bool)
+    if known_NT is not None and (known_NT.shape != labels_NT.shape or known_NT.dtype != bool):
+        raise errors.UserError(
+            f"average_precision: known_NT is {known_NT.dtype} {known_NT.shape}. Pass booleans "
+            f"{labels_NT.shape}."
+        )
+    return of_rows(scores_NK.T, labels_NT, known_NT)
 
 
 def _numbers(values: object, name: str, shape: str) -> np.ndarray:
@@ -84,14 +95,17 @@ def _numbers(values: object, name: str, shape: str) -> np.ndarray:
 
 @jaxtyped(typechecker=beartype.beartype)
 def of_rows(
-    scores_KN: Float[np.ndarray, "K N"], labels_NT: Bool[np.ndarray, "N T"]
+    scores_KN: Float[np.ndarray, "K N"],
+    labels_NT: Bool[np.ndarray, "N T"],
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> Float64[np.ndarray, "K T"]:
     """`average_precision` for scores stored prototype by prototype."""
     n_K, n_N = scores_KN.shape
-    image_n, trait_n = np.nonzero(labels_NT)
-    # image i has the traits trait_n[start_N1[i] : start_N1[i + 1]]
-    start_N1 = np.concatenate([[0], np.cumsum(np.bincount(image_n, minlength=n_N))])
-    trait_n, n_positive_T = trait_n.astype(np.int32), labels_NT.sum(axis=0)
+    n_known_T, unknown = np.full(labels_NT.shape[1], n_N), None
+    if known_NT is not None and not known_NT.all():
+        labels_NT = labels_NT & known_NT
+        n_known_T, unknown = known_NT.sum(axis=0), _by_image(~known_NT)
+    has, n_positive_T = _by_image(labels_NT), labels_NT.sum(axis=0)
     ap_KT = np.empty((n_K, labels_NT.shape[1]))
     size = max(1, BLOCK_BYTES // (8 * max(1, n_N)))
     for first in range(0, n_K, size):
@@ -99,22 +113,31 @@ def of_rows(
         out_CT = ap_KT[first : first + size]
 
         def kernel(start: int, end: int, bits_CN=bits_CN, out_CT=out_CT) -> None:
-            _matrix(bits_CN, start_N1, trait_n, n_positive_T, start, end, out_CT)
+            _matrix(bits_CN, has, unknown, n_positive_T, n_known_T, start, end, out_CT)
 
         compiled.in_threads(kernel, len(bits_CN))
     return ap_KT
 
 
+def _by_image(is_set_NT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(start_N1, trait_n): the traits of image i are trait_n[start_N1[i] : start_N1[i + 1]]."""
+    image_n, trait_n = np.nonzero(is_set_NT)
+    start_N1 = np.concatenate([[0], np.cumsum(np.bincount(image_n, minlength=len(is_set_NT)))])
+    return start_N1, trait_n.astype(np.int32)
+
+
 @jaxtyped(typechecker=beartype.beartype)
 def paired(
-    scores_TN: Float[np.ndarray, "T N"], labels_NT: Bool[np.ndarray, "N T"]
+    scores_TN: Float[np.ndarray, "T N"],
+    labels_NT: Bool[np.ndarray, "N T"],
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> Float64[np.ndarray, " T"]:
     """AP of row t of the scores for trait t. NaN for traits without a positive.
 
     Raises:
         UserError: NaN among the scores.
     """
-    return resampled(scores_TN, labels_NT, np.ones((1, len(labels_NT)), np.uint8))[:, 0]
+    return resampled(scores_TN, labels_NT, np.ones((1, len(labels_NT)), np.uint8), known_NT)[:, 0]
 
 
 class Resampled(tp.NamedTuple):
@@ -128,13 +151,15 @@ def resampled(
     scores_TN: Float[np.ndarray, "T N"],
     labels_NT: Bool[np.ndarray, "N T"],
     times_MN: UInt8[np.ndarray, "M N"],
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> Float64[np.ndarray, "T M"]:
     """`paired` on M resamples, in which each image counts `times_MN` times. NaN if no positive was drawn.
 
     Raises:
         UserError: NaN among the scores.
     """
-    return resampled_patches(scores_TN, labels_NT, np.arange(len(labels_NT), dtype=np.int32), times_MN).ap_TM
+    image_N = np.arange(len(labels_NT), dtype=np.int32)
+    return resampled_patches(scores_TN, labels_NT, image_N, times_MN, known_NT=known_NT).ap_TM
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -144,6 +169,7 @@ def resampled_patches(
     image_N: Int32[np.ndarray, " N"],
     times_MI: UInt8[np.ndarray, "M I"],
     n_first: int = 0,
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> Resampled:
     """AP of row t of the scores for trait t, on M resamples of I images, and the purity of the first patches.
 
@@ -156,13 +182,14 @@ def resampled_patches(
         UserError: NaN among the scores.
     """
     bits_TN, labels_TN = _sortable(scores_TN, 0), np.ascontiguousarray(labels_NT.T)
+    known_TN = None if known_NT is None or known_NT.all() else np.ascontiguousarray(known_NT.T)
     n_M = len(times_MI)
     padded_MI = np.pad(times_MI, ((0, -n_M % LANES), (0, 0)))
     times_GIL = np.ascontiguousarray(padded_MI.reshape(-1, LANES, padded_MI.shape[1]).transpose(0, 2, 1))
     out_2TGL = np.empty((2, len(labels_TN), len(times_GIL), LANES))
 
     def kernel(start: int, end: int) -> None:
-        _resampled(bits_TN, labels_TN, image_N, times_GIL, n_first, start, end, *out_2TGL)
+        _resampled(bits_TN, labels_TN, known_TN, image_N, times_GIL, n_first, start, end, *out_2TGL)
 
     compiled.in_threads(kernel, len(labels_TN))
     return Resampled(*(out_TGL.reshape(len(labels_TN), -1)[:, :n_M] for out_TGL in out_2TGL))
@@ -233,27 +260,36 @@ def _sort(bits_N, key_2N, place_2N, count_Q):
 
 
 @compiled.jit
-def _matrix(bits_CN, start_N1, trait_n, n_positive_T, first, last, ap_CT):
-    """Rows first to last of the AP matrix."""
+def _matrix(bits_CN, has, unknown, n_positive_T, n_known_T, first, last, ap_CT):
+    """Rows first to last of the AP matrix. unknown: as `has`, or None, which leaves its code out."""
     n_N, n_T = bits_CN.shape[1], len(n_positive_T)
     key_2N, place_2N = np.empty((2, n_N), bits_CN.dtype), np.empty((2, n_N), np.int32)
     count_Q = np.empty(2048, np.int64)
     found_T, sum_T = np.empty(n_T, np.int64), np.empty(n_T)
+    unknown_T = np.zeros(n_T, np.int64)
+    start_N1, trait_n = has
     for c in range(first, last):
         n = _sort(bits_CN[c], key_2N, place_2N, count_Q)
         found_T[:] = 0
         sum_T[:] = 0.0
+        unknown_T[:] = 0
         start = 0
         while start < n:
             end = start + 1
             while end < n and key_2N[0, end] == key_2N[0, start]:
                 end += 1
+            if unknown is not None:
+                for place in place_2N[0, start:end]:
+                    for i in range(unknown[0][place], unknown[0][place + 1]):
+                        unknown_T[unknown[1][i]] += 1
             share = 1.0 / end
             if end == start + 1:
                 image = place_2N[0, start]
                 for i in range(start_N1[image], start_N1[image + 1]):
                     t = trait_n[i]
                     found_T[t] += 1
+                    if unknown is not None:
+                        share = 1.0 / (end - unknown_T[t])
                     sum_T[t] += found_T[t] * share
             else:
                 for place in place_2N[0, start:end]:
@@ -261,17 +297,20 @@ def _matrix(bits_CN, start_N1, trait_n, n_positive_T, first, last, ap_CT):
                         found_T[trait_n[i]] += 1
                 for place in place_2N[0, start:end]:
                     for i in range(start_N1[place], start_N1[place + 1]):
-                        sum_T[trait_n[i]] += found_T[trait_n[i]] * share
+                        t = trait_n[i]
+                        if unknown is not None:
+                            share = 1.0 / (end - unknown_T[t])
+                        sum_T[t] += found_T[t] * share
             start = end
         for t in range(n_T):
             p = n_positive_T[t]
-            rest = (p - found_T[t]) * p / n_N
+            rest = (p - found_T[t]) * p / n_known_T[t] if p else 0.0
             ap_CT[c, t] = (sum_T[t] + rest) / p if p else np.nan
 
 
 @compiled.jit
-def _resampled(bits_TN, labels_TN, image_N, times_GIL, n_first, first, last, ap_TGL, purity_TGL):
-    """Traits first to last of `resampled_patches`."""
+def _resampled(bits_TN, labels_TN, known_TN, image_N, times_GIL, n_first, first, last, ap_TGL, purity_TGL):
+    """Traits first to last of `resampled_patches`. known_TN: None leaves its code out."""
     (n_G, _, n_L), n_N = times_GIL.shape, bits_TN.shape[1]
     key_2N, place_2N = np.empty((2, n_N), bits_TN.dtype), np.empty((2, n_N), np.int32)
     count_Q = np.empty(2048, np.int64)
@@ -285,6 +324,8 @@ def _resampled(bits_TN, labels_TN, image_N, times_GIL, n_first, first, last, ap_
             sum_L[:] = 0.0
             hits_L[:] = 0.0
             for i in range(n_N):
+                if known_TN is not None and not known_TN[t, i]:
+                    continue
                 times_L = times_GIL[g, image_N[i]]
                 for m in range(n_L):
                     total_L[m] += times_L[m]
@@ -299,6 +340,9 @@ def _resampled(bits_TN, labels_TN, image_N, times_GIL, n_first, first, last, ap_
                     before_L[:] = all_L
                 while end < n and key_2N[0, end] == key_2N[0, start]:
                     place = place_2N[0, end]
+                    end += 1
+                    if known_TN is not None and not known_TN[t, place]:
+                        continue
                     times_L = times_GIL[g, image_N[place]]
                     for m in range(n_L):
                         all_L[m] += times_L[m]
@@ -306,7 +350,6 @@ def _resampled(bits_TN, labels_TN, image_N, times_GIL, n_first, first, last, ap_
                         is_any = True
                         for m in range(n_L):
                             tied_L[m] += times_L[m]
-                    end += 1
                 if is_any:
                     for m in range(n_L):
                         found_L[m] += tied_L[m]

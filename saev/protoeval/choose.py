@@ -7,7 +7,7 @@ import typing as tp
 
 import beartype
 import numpy as np
-from jaxtyping import Float64, Int64, jaxtyped
+from jaxtyping import Bool, Float64, Int64, jaxtyped
 
 from saev import helpers
 from saev.protoeval import ap, config, fit, score
@@ -15,7 +15,7 @@ from saev.protoeval import ap, config, fit, score
 AP_DIGITS = 12
 """Decimal places to which APs are compared, because equal APs of different rankings differ in their last
 bits."""
-N_FAVOURITES = 3
+N_FAVOURITES = 8
 """Traits that are kept for each prototype."""
 
 
@@ -70,11 +70,11 @@ def _cells(
         scores_CN = train.of(slice(start + first, start + last))
         for n, same_n in drawn.items():
             for r, rows_n in enumerate(same_n):
-                labels_nT = train.labels_NT[rows_n]
-                ap_CT = ap.of_rows(scores_CN[:, rows_n], labels_nT)
+                labels_nT, known_nT = train.labels_NT[rows_n], train.known_of(rows_n)
+                ap_CT = ap.of_rows(scores_CN[:, rows_n], labels_nT, known_nT)
                 best[n][r] = better(best[n][r], ap_CT, first)
                 if n == most and r == 0:
-                    found.append(favourites(ap_CT, labels_nT.mean(axis=0)))
+                    found.append(favourites(ap_CT, prevalence(labels_nT, known_nT)))
         if last in bank.ks:
             cells += [Cell(bank.name, last, n, list(choices), start) for n, choices in best.items()]
     merged = Favourites(*map(np.concatenate, zip(*found, strict=True)))
@@ -111,6 +111,15 @@ def better(choice: Choice, ap_CT: Float64[np.ndarray, "C T"], first: int) -> Cho
     return Choice(
         np.where(is_new_T, first + best_T, choice.best_T), np.where(is_new_T, best_ap_T, choice.train_ap_T)
     )
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def prevalence(
+    labels_NT: Bool[np.ndarray, "N T"], known_NT: Bool[np.ndarray, "N T"] | None
+) -> Float64[np.ndarray, " T"]:
+    """Each trait's share of the images with a known label; 0 if there is none."""
+    n_T = len(labels_NT) if known_NT is None else known_NT.sum(axis=0)
+    return labels_NT.sum(axis=0) / np.maximum(n_T, 1)
 
 
 @jaxtyped(typechecker=beartype.beartype)

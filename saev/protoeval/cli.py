@@ -8,7 +8,10 @@ from saev.protoeval import config
 
 def main() -> None:
     """Evaluates, merges or checks. Prints tables and their results directories."""
-    cfgs = sweeps.parse(config.ProtoEval, "Scores prototypes against the attributes of CUB-200-2011.")
+    cfgs = sweeps.parse(
+        config.ProtoEval,
+        "Scores prototypes against traits of images, such as the attributes of CUB-200-2011.",
+    )
     cfg = cfgs[0]
     if cfg.dry_run:
         return console.show(cfgs, sweeps.group(cfgs) if cfg.slurm.is_on else ())

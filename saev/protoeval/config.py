@@ -8,6 +8,7 @@ import tyro
 
 from saev import errors, fields, launch
 from saev.data import config as data_config
+from saev.data.traits import config as traits_config
 from saev.scorers import config as scorers_config
 
 Split = tp.Literal["train", "test"]
@@ -16,12 +17,14 @@ Split = tp.Literal["train", "test"]
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class ProtoEval:
-    """Chooses the best prototype for each CUB attribute on train images and measures it on test images."""
+    """Chooses the best prototype for each trait on train images and measures it on test images."""
 
     scorer: scorers_config.Scorer = dataclasses.field(default_factory=scorers_config.Random)
     """The prototypes."""
     cub_root: fields.Path = fields.shared("")
-    """The CUB_200_2011 folder."""
+    """The CUB_200_2011 folder. Short for labels:cub --labels.root."""
+    labels: traits_config.Labels = fields.shared(traits_config.Cub)
+    """What traits images have: CUB's attributes, class folders, a table, or labels of patches."""
     train_data: data_config.Shards = fields.shared(data_config.Shards)
     """Activations with the train images. They may include the test images; other images need --force."""
     test_data: data_config.Shards = fields.shared(data_config.Shards)
@@ -33,14 +36,14 @@ class ProtoEval:
     n_train: tuple[int, ...] = fields.stream((16, 64, 256, 1024, -1))
     """Numbers of train images to choose on. -1: all."""
     min_certainty: int = fields.stream(3)
-    """Least certainty of a positive annotation: 1 not visible, 2 guessing, 3 probably, 4 definitely."""
+    """CUB: least certainty of a positive annotation: 1 not visible, 2 guessing, 3 probably, 4 definitely."""
     annotations: data_config.Annotations = fields.stream("any")
-    """How several annotations of an image and trait count. any: the trait is present if one of them says so
-    with enough certainty. last: only the last line counts."""
+    """CUB: how several annotations of an image and trait count. any: the trait is present if one of them says
+    so with enough certainty. last: only the last line counts."""
     no_positives: tp.Literal["leave-out", "zero"] = fields.stream("leave-out")
     """How traits without a positive test image count. leave-out: not in any mean. zero: as AP 0."""
     swap_splits: bool = fields.stream(False)
-    """Choose and fit on CUB's test images and measure on its train images, as some published tables do."""
+    """Choose and fit on the test images and measure on the train images, as some published tables do."""
     seed: int = fields.stream(0)
     """Seed for fitting scorers and for drawing train images."""
     n_seeds: int = fields.stream(1)
@@ -51,7 +54,8 @@ class ProtoEval:
     """Memory for activations and scores, in GB (less if 256 images need less). An evaluation needs about 0.9
     GB + this + the prototypes + a memory-mapped file of all scores. The total is logged at the start."""
     gallery: fields.Path = fields.neither("")
-    """The SAE's gallery, made by visuals.py. traits.md then links each trait's latent to its images."""
+    """A gallery of one of the scorers, made by visuals.py. Each trait's best prototypes, and the test images
+    that they retrieve, are written into it. They replace the traits that it has."""
     patch_labels: fields.Path = fields.shared("")  # their content decides
     """labels.bin of `python -m saev.labels`, or only its name if several shard directories have one. Writes
     the patch table as well: which prototype says best where each class of patches is."""
@@ -96,6 +100,10 @@ class ProtoEval:
             n_boot="[0, 1e6]",
             memory_gb="(0, 1e5]",
         )
+        if self.cub_root and self.labels not in (traits_config.Cub(), traits_config.Cub(self.cub_root)):
+            raise errors.UserError(
+                f"--cub-root {self.cub_root}: other labels are given too. Pass --cub-root or labels:NAME."
+            )
         if not self.n_prototypes:
             raise errors.UserError("--n-prototypes is empty. Pass numbers of at least 1.")
         if not self.n_train or any(n < 1 and n != -1 for n in self.n_train):
@@ -113,6 +121,11 @@ class ProtoEval:
             ("test", self.test),
         )
         return sides[::-1] if self.swap_splits else sides
+
+    @property
+    def source(self) -> traits_config.Labels:
+        """The labels, also if --cub-root is given."""
+        return traits_config.Cub(self.cub_root) if self.cub_root else self.labels
 
     @property
     def protocol(self) -> tuple[object, ...]:

@@ -35,7 +35,7 @@ def favourites(cells: list[choose.Cell], about: results.About, names: list[str])
 def retrieved(
     cells: list[choose.Cell], test: score.Split, paths: list[str], about: results.About, names: list[str]
 ) -> pl.DataFrame:
-    """The frame of retrieved.parquet. paths: those of the split's images."""
+    """The frame of retrieved.parquet, with images of known labels. paths: those of the split's images."""
     parts = [pl.DataFrame(schema=results.RETRIEVED)]
     path_N = np.array(paths, object)
     for cell in cells:
@@ -46,7 +46,7 @@ def retrieved(
         for t, scores_N in enumerate(scores_TN):
             if np.isnan(cell.choices[0].train_ap_T[t]):
                 continue  # no prototype was chosen
-            image_I = highest(scores_N)
+            image_I = highest(scores_N, None if test.known_NT is None else test.known_NT[:, t])
             found = {
                 "trait": [helpers.printable(names[t])] * len(image_I),
                 "prototype": np.full(len(image_I), best_T[t]),
@@ -59,10 +59,13 @@ def retrieved(
     return pl.concat(parts)
 
 
-def highest(scores_N: np.ndarray) -> np.ndarray:
-    """The images with the highest scores, the first of equal ones, without those with the lowest score: an
-    SAE's latent scores 0 where it does not fire."""
-    image_I = np.argsort(-scores_N, kind="stable")[:N_IMAGES]
+def highest(scores_N: np.ndarray, known_N: np.ndarray | None = None) -> np.ndarray:
+    """The known images with the highest scores, the first of equal ones, without those with the lowest score:
+    an SAE's latent scores 0 where it does not fire."""
+    image_I = np.argsort(-scores_N, kind="stable")
+    if known_N is not None:
+        image_I = image_I[known_N[image_I]]
+    image_I = image_I[:N_IMAGES]
     return image_I[scores_N[image_I] > scores_N.min(initial=np.inf)]
 
 

@@ -11,7 +11,8 @@ import beartype
 import numpy as np
 
 from saev import devices, errors, fields, helpers, scorers
-from saev.data import activations, cub
+from saev.data import activations
+from saev.data.traits import base
 from saev.formats import results
 from saev.protoeval import check, config, join, labels, memory, patch_join
 from saev.scorers import config as scorers_config
@@ -30,7 +31,7 @@ PATCH_REVISION = 1
 class Experiment:
     cfgs: list[config.ProtoEval]
     """One per scorer. They differ only in the scorer and its fit data."""
-    labels: cub.Cub
+    labels: base.Traits
     sides: join.Sides
     fits: list[join.Fit]
     """The activations that each scorer is fitted on."""
@@ -89,7 +90,7 @@ class Experiment:
             tokens=f"{train.n_tokens} tokens an image ({cfg.train_data.patches})",
             shards=list(shards),
             labels=self._measured_on,
-            min_certainty=cfg.min_certainty,
+            min_certainty=0 if self.labels.source else cfg.min_certainty,
             seed=cfg.seed,
             n_seeds=cfg.n_seeds,
             n_boot=cfg.n_boot,
@@ -105,6 +106,9 @@ class Experiment:
             n_classes=len(np.unique(self.labels.class_N)),
             left_out={side.split: side.left_out for side in self.sides if side.left_out},
             annotations=cfg.annotations,
+            source=helpers.printable(self.labels.source),
+            n_unknown=self.labels.n_unknown,
+            n_labels=self.labels.labels_NT.size,
             n_zero=int((~seen_T).sum()) if cfg.no_positives == "zero" else 0,
         )
 
@@ -118,9 +122,10 @@ class Experiment:
 
     def _forced(self) -> list[str]:
         """The problems that --force accepted."""
-        known, out = set(self.labels.paths_N), check.problems(self.labels)
+        known = {*self.labels.paths_N, *self.labels.left_out}
+        out = check.problems(self.labels)
         for acts in dict.fromkeys(self._train_and_test):
-            n = sum(cub.key(acts.records[int(i)].path) not in known for i in acts.image_is_N)
+            n = sum(self.labels.key(acts.records[int(i)].path) not in known for i in acts.image_is_N)
             if n:
                 out.append(f"{n:,} images of {acts.root} have no labels and were left out")
         return out

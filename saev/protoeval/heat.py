@@ -50,10 +50,10 @@ def scores(
     """
     run = [scorer.to(device) for scorer in run]
     out_RP = np.empty((len(image_R), acts.n_tokens), np.float32)
-    order_R = np.lexsort((scorer_R, image_R))
+    order_R = np.argsort(image_R, kind="stable")
     images, first_i = np.unique(image_R[order_R], return_index=True)
     positions = np.searchsorted(acts.image_is_N, images).tolist()
-    pairs = zip(positions, np.split(order_R, first_i[1:]), strict=True)
+    pairs = zip(positions, np.split(order_R, first_i)[1:], strict=True)
     for position, rows_r in helpers.progress(pairs, "heat", len(positions), "images"):
         x_PD = torch.from_numpy(acts.read(position, position + 1)[0]).to(device)
         for s in np.unique(scorer_R[rows_r]).tolist():

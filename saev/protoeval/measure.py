@@ -40,7 +40,7 @@ class Meter:
         self, scores_TN: Float[np.ndarray, "T N"]
     ) -> tuple[Float64[np.ndarray, " T"], Float64[np.ndarray, " M"]]:
         """AP of row t for trait t, and each resample's mAP over traits with a positive (or all traits)."""
-        ap_TM = ap.resampled(scores_TN, self.test.labels_NT, self.times_MN)
+        ap_TM = ap.resampled(scores_TN, self.test.labels_NT, self.times_MN, self.test.known_NT)
         if self.is_zero:
             ap_TM = np.nan_to_num(ap_TM, nan=0.0)
         boot_TM = ap_TM[:, 1:]
@@ -66,7 +66,7 @@ def _row(
 def _constant_row(train: score.Split, meter: Meter) -> results.Row:
     """The constant scorer, whose AP is the trait's prevalence. Every real scorer should beat it."""
     zeros_NT = np.zeros(train.labels_NT.shape, np.float32)
-    train_ap_T = ap.paired(zeros_NT.T, train.labels_NT)
+    train_ap_T = ap.paired(zeros_NT.T, train.labels_NT, train.known_NT)
     choice = choose.Choice(np.zeros(len(train_ap_T), np.int64), train_ap_T)
     measured = meter(np.zeros(meter.test.labels_NT.T.shape, np.float32))
     return _row(results.CONSTANT, 1, len(zeros_NT), [choice], [measured])
@@ -77,8 +77,9 @@ def _probe_row(same_n: list[np.ndarray], train: score.Split, meter: Meter) -> re
     choices, measured = [], []
     for rows_n in same_n:
         train_ND, labels_NT = train.mean_ND[rows_n], train.labels_NT[rows_n]
-        own_NT, test_NT = probe.scores(train_ND, labels_NT, train_ND, meter.test.mean_ND)
-        train_ap_T = ap.paired(own_NT.T, labels_NT)
+        known_NT = train.known_of(rows_n)
+        own_NT, test_NT = probe.scores(train_ND, labels_NT, train_ND, meter.test.mean_ND, known_NT=known_NT)
+        train_ap_T = ap.paired(own_NT.T, labels_NT, known_NT)
         choices.append(choose.Choice(np.zeros(len(train_ap_T), np.int64), train_ap_T))
         measured.append(meter(test_NT.T))
     return _row(results.PROBE, 1, len(same_n[0]), choices, measured)

@@ -95,12 +95,14 @@ def write(root: pathlib.Path, plot: str = "") -> pathlib.Path:
     text, tex, chart_fpaths = [], [], []
     for labels, certainty in sections:
         part = merged.section(labels, certainty)
-        where = f"labels {labels[:8]}, certainty from {certainty}"
+        sources = {about.source for about in part.abouts if about.source}
+        said = "; ".join(sorted(sources)) or f"certainty from {certainty}"
+        where = f"labels {labels[:8]}, {said}"
         # columns (and their headers) that distinguish the results
         tokens = {"tokens": "Tokens"} if part.cells["tokens"].n_unique() > 1 else {}
         place = {"vit": "ViT", "layer": "Layer"} | tokens
         table = report.summary_table(part.cells, place)
-        text += [f"{where.capitalize()}:\n", *_text(part, table, place)]
+        text += [f"{where[0].upper()}{where[1:]}:\n", *_text(part, table, place)]
         tex.append(f"% {where}\n{tables.latex(table)}")
         chart = charts.grid(part.drawn, report.caption(part.cells, part.abouts))
         of = "" if len(sections) == 1 else f"-{labels[:8]}-{certainty}"

@@ -19,13 +19,29 @@ def scores(
     train_ND: Float32[np.ndarray, "N D"],
     labels_NT: Bool[np.ndarray, "N T"],
     *others: Float32[np.ndarray, "_ D"],
+    known_NT: Bool[np.ndarray, "N T"] | None = None,
 ) -> list[Float64[np.ndarray, "_ T"]]:
     """Scores `others` by ridge regression (Hoerl and Kennard 1970) from images' mean activations to each
     trait.
 
     Dimensions are scaled to variance 1 on the train images. The penalty minimises the leave-one-out error on
-    them. A trait without a positive (or negative) train image gets a constant score.
+    them. A trait without a positive (or negative) train image gets a constant score. Traits with the same
+    known labels are fitted together, on the images that have these.
     """
+    if known_NT is None or known_NT.all():
+        return _fit(train_ND, labels_NT, others)
+    out = [np.zeros((len(x_ND), labels_NT.shape[1])) for x_ND in others]
+    known_GN, group_T = np.unique(known_NT.T, axis=0, return_inverse=True)
+    for g, known_N in enumerate(known_GN):
+        if known_N.any():
+            in_group_T = group_T.ravel() == g
+            found = _fit(train_ND[known_N], labels_NT[known_N][:, in_group_T], others)
+            for scores_NT, part_NT in zip(out, found, strict=True):
+                scores_NT[:, in_group_T] = part_NT
+    return out
+
+
+def _fit(train_ND: np.ndarray, labels_NT: np.ndarray, others: tuple[np.ndarray, ...]) -> list[np.ndarray]:
     probe = sklearn.pipeline.make_pipeline(
         sklearn.preprocessing.StandardScaler(), sklearn.linear_model.RidgeCV(ALPHAS, alpha_per_target=True)
     )

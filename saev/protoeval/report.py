@@ -6,9 +6,11 @@ import dataclasses
 import logging
 import pathlib
 
+import numpy as np
 import polars as pl
 
 from saev import helpers, provenance
+from saev.data.traits import base
 from saev.formats import jsonfile, manifest, results
 from saev.protoeval import config, patch_report, stats
 from saev.report import charts, figures, frame, tables
@@ -67,7 +69,11 @@ def write(
         names: the traits' names.
         more: file name -> a further Parquet file.
     """
-    configs = [dataclasses.asdict(cfg) | {"scorer_type": type(cfg.scorer).__name__} for cfg in cfgs]
+    configs = [
+        dataclasses.asdict(cfg)
+        | {"scorer_type": type(cfg.scorer).__name__, "labels_type": type(cfg.labels).__name__}
+        for cfg in cfgs
+    ]
     helpers.write_text(dpath / "config.json", jsonfile.dumps(configs, indent=4))
     provenance.write(dpath)
     helpers.write_text(dpath / "about.json", jsonfile.dumps(dataclasses.asdict(about), indent=4))
@@ -90,6 +96,13 @@ def write(
     if patches:
         patch_report.write(dpath, patches, about)
     manifest.write(dpath, (*results.FILES, *(more or {}), *results.PATCH_FILES * bool(patches)))
+
+
+def write_split(dpath: pathlib.Path, labels: base.Traits) -> None:
+    """Writes split.csv: the path of each image, and whether it is a train or a test image."""
+    split = np.where(labels.is_train_N, "train", "test").tolist()
+    paths = [helpers.printable(path) for path in labels.paths_N]
+    frame.write_csv(dpath / "split.csv", pl.DataFrame({"path": paths, "split": split}))
 
 
 # ---- tables ----
@@ -173,6 +186,9 @@ def _notes(cells: pl.DataFrame, n_traits: int, about: results.About) -> str:
         note += f" Draws: standard deviation over {about.n_seeds} draws of the train images."
     if about.n_zero:
         note += f" {about.n_zero} trait(s) without a positive test image count as AP 0."
+    if about.n_unknown:
+        note += f" {about.n_unknown:,} of {about.n_labels:,} labels are missing; each trait's AP is over the "
+        note += "images that have its label."
     for split, paths in about.left_out.items():
         note += f" {len(paths):,} {split} image(s) are left out, because the dump recorded them as corrupt "
         note += "(about.json names them)."
@@ -234,8 +250,11 @@ def describe(about: results.About) -> str:
     if about.chosen_on:
         text += f"; {about.n_classes} classes, chosen on {about.chosen_on}, measured on {about.measured_on}"
     if about.chosen_on.endswith("test images"):
-        text += " (splits swapped: below, train images are CUB's test images, and test images its train "
+        whose = "the labels'" if about.source else "CUB's"
+        text += f" (splits swapped: below, train images are {whose} test images, and test images its train "
         text += "images)"
+    if about.source:
+        return f"{text}; {about.source}; seed {about.seed}."
     text += f"; certainty from {about.min_certainty}"
     text += ", the last annotation counts" * (about.annotations == "last")
     return f"{text}; seed {about.seed}."

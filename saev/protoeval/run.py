@@ -37,11 +37,11 @@ def main(cfgs: list[config.ProtoEval]) -> str:
     """
     cfg = cfgs[0]
     acts = opening.open_all(cfgs)
-    cub = labels.load(cfg)
-    sides = join.join(cfg, acts, cub)
-    fits = join.fit_data(cfgs, acts, sides, cub)
-    experiment = Experiment(cfgs, cub, sides, fits, patch_join.load(cfg, sides))
-    shown = gallery.scorer(cfg.gallery, cfgs, experiment.names)
+    found = labels.load(cfg, {"train": acts.train, "test": acts.test})
+    sides = join.join(cfg, acts, found)
+    fits = join.fit_data(cfgs, acts, sides, found)
+    experiment = Experiment(cfgs, found, sides, fits, patch_join.load(cfg, sides))
+    shown = gallery.own(experiment)
     if shown:
         traits.check(experiment)
     out = pathlib.Path(cfg.dump_to) / experiment.id
@@ -69,5 +69,7 @@ def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
     )
     more = dict(zip(results.FOR_GALLERIES, found, strict=True))
     patches = patch_table.evaluate(experiment, banks, parts, partial / "patches") if parts else None
+    if experiment.labels.is_drawn:
+        report.write_split(out, experiment.labels)
     report.write(out, rows, names, experiment.cfgs, about, more, patches)
     shutil.rmtree(partial, ignore_errors=True)

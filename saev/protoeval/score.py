@@ -1,4 +1,4 @@
-"""Computes CUB images' scores for all prototypes of all scorers, and their mean activations, in one pass over
+"""Computes images' scores for all prototypes of all scorers, and their mean activations, in one pass over
 shards.
 
 The pass writes both to files image by image, so memory is bounded and a killed pass resumes.
@@ -22,7 +22,8 @@ import xxhash
 from jaxtyping import Bool, Float32, Int64, jaxtyped
 
 from saev import devices, errors, helpers, scorers
-from saev.data import activations, cub, ordered
+from saev.data import activations, ordered
+from saev.data.traits import base
 from saev.formats import jsonfile
 from saev.protoeval import fit
 from saev.protoeval.experiment import Experiment
@@ -61,12 +62,18 @@ class Scores:
 @jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split's images, in the order of CUB's images.txt."""
+    """One split's images, in the order of the labels."""
 
     scores: Scores
     column_N: Int64[np.ndarray, " N"]
     """Their columns in the scores."""
     labels_NT: Bool[np.ndarray, "N T"]
+    known_NT: Bool[np.ndarray, "N T"] | None = None
+    """Which labels are known. None: all."""
+
+    def known_of(self, rows: np.ndarray) -> np.ndarray | None:
+        """`known_NT` of some images."""
+        return None if self.known_NT is None else self.known_NT[rows]
 
     def of(self, prototypes: slice | np.ndarray) -> Float32[np.ndarray, "C N"]:
         """Some prototypes' scores, copied to memory."""
@@ -91,7 +98,7 @@ def score(experiment: Experiment, banks: list[fit.Bank], dpath: pathlib.Path) ->
     run = [bank.scorer.to(device) for bank in banks]
 
     def scored(acts: activations.Activations, row_of: dict[int, int], name: str) -> Scores:
-        """Scores in the order of images.txt, so that no result depends on the order of the shards."""
+        """Scores in the order of the labels, so that no result depends on the order of the shards."""
         image_is = sorted(row_of, key=row_of.__getitem__)
         return score_images(run, acts, image_is, dpath / name, device, cfg.memory_gb)
 
@@ -106,10 +113,10 @@ def score(experiment: Experiment, banks: list[fit.Bank], dpath: pathlib.Path) ->
     return chosen, measured
 
 
-def _split(scores: Scores, row_of: dict[int, int], labels: cub.Cub) -> Split:
+def _split(scores: Scores, row_of: dict[int, int], labels: base.Traits) -> Split:
     columns = [n for n, i in enumerate(scores.image_i_N.tolist()) if i in row_of]
     rows = [row_of[i] for i in scores.image_i_N[columns].tolist()]
-    return Split(scores, np.array(columns, np.int64), labels.labels_NT[rows])
+    return Split(scores, np.array(columns, np.int64), labels.labels_NT[rows], labels.known_of(rows))
 
 
 # ---- one pass ----
@@ -156,7 +163,7 @@ def score_images(
         wanted_B = column_B >= 0
         best_KB, mean_BD = scores_KN[:, :0], mean_ND[:0]
         if wanted_B.any():
-            acts_BPD, own_BD = _images(block, wanted_B, device)
+            acts_BPD, own_BD = _images(block, stream.kept(block), wanted_B, device)
             best_BK = torch.cat([s.of_images(acts_BPD) for s in run], dim=1)
             _check_finite(best_BK, [acts.records[int(i)].path for i in block.image_i_N[wanted_B]])
             best_KB = best_BK.T.contiguous().cpu().numpy()
@@ -174,14 +181,17 @@ def score_images(
 
 
 def _images(
-    block: ordered.Block, wanted_B: Bool[np.ndarray, " B"], device: torch.device
+    block: ordered.Block,
+    is_kept_BP: Bool[np.ndarray, "B P"] | None,
+    wanted_B: Bool[np.ndarray, " B"],
+    device: torch.device,
 ) -> tuple[Float32[torch.Tensor, "N P D"], Float32[torch.Tensor, "N D"]]:
     """(activations of the wanted images, their means). Patches that are left out (--exclude-patch-labels) are
     replaced by another one of the image, which changes no maximum. If all of an image's are, they stay."""
     acts_NPD = torch.from_numpy(block.act_NXD[wanted_B]).to(device)
-    if block.is_kept_NX is None:
+    if is_kept_BP is None:
         return acts_NPD, acts_NPD.mean(dim=1)
-    is_kept_NP = torch.from_numpy(block.is_kept_NX[wanted_B]).to(device)
+    is_kept_NP = torch.from_numpy(is_kept_BP[wanted_B]).to(device)
     is_kept_NP = is_kept_NP | ~is_kept_NP.any(dim=1, keepdim=True)
     other_N1D = acts_NPD[torch.arange(len(acts_NPD), device=device), is_kept_NP.int().argmax(dim=1)][:, None]
     acts_NPD = torch.where(is_kept_NP[:, :, None], acts_NPD, other_N1D)

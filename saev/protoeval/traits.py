@@ -17,6 +17,7 @@ import polars as pl
 from saev import devices, errors, helpers, nn, scorers
 from saev.data import activations, cub, pictures
 from saev.data import config as data_config
+from saev.data.traits import config as traits_config
 from saev.formats import manifest, results, scripts
 from saev.protoeval import choose, fit, gallery, heat, report, stats
 from saev.protoeval.experiment import Experiment
@@ -80,7 +81,8 @@ def check(experiment: Experiment) -> Target:
             f"--gallery {dpath}: its data cannot be read ({errors.first_line(err)}). {REMEDY}"
         ) from err
     first = acts.records[min(measured.row_of)].path
-    root = _photos(experiment.cfgs[0].cub_root, acts, first)
+    source = experiment.cfgs[0].source
+    root = _photos(source.root if isinstance(source, traits_config.Cub) else "", acts, first)
     shown = pictures.Pictures.of(data_config.ImageFolder(str(root)), acts, SIDE)
     (height, width), (h, w) = shown.size, stats_.source.size
     if shown.grid != stats_.source.grid or height * w != width * h:
@@ -109,20 +111,21 @@ def _photos(cub_root: str, acts: activations.Activations, path: str) -> pathlib.
     for folder in [root / name for root in roots for name in ("images", "", "test", "train")]:
         if (folder / path).is_file():
             return folder
+    where = " or ".join(map(str, roots)) or "a folder that the dump names"
     raise errors.UserError(
-        f"--gallery: its traits show photos, but {path} is not in {' or '.join(map(str, roots))}. Put the "
-        "photos into --cub-root (images/), or leave --gallery out."
+        f"--gallery: its traits show photos, but {path} is not in {where}. Put it there, or leave "
+        "--gallery out."
     )
 
 
-def write(out: pathlib.Path, own: str, experiment: Experiment) -> None:
+def write(out: pathlib.Path, own: gallery.Own, experiment: Experiment) -> None:
     """Writes a results directory's traits into the gallery; they replace those that it has.
 
     data/traits.js names the folder of its pictures and is written last, so a killed command leaves the former
     traits as they were.
 
     Args:
-        own: name of the scorer that the gallery shows.
+        own: the scorer that the gallery shows.
 
     Raises:
         UserError: as `check`; or the results are damaged, or from a version that kept no images.
@@ -195,18 +198,20 @@ class _Shown:
     """The rows of prototypes.parquet of the gallery's own scorer."""
 
     @staticmethod
-    def read(out: pathlib.Path, own: str, experiment: Experiment) -> "_Shown":
+    def read(out: pathlib.Path, own: gallery.Own, experiment: Experiment) -> "_Shown":
         """Reads results, and loads their scorers."""
         files = manifest.read(out, ["traits.parquet", *results.FOR_GALLERIES], report.AGAIN)
         frames = {name: pl.read_parquet(data) for name, data in files.items()}
         is_real = ~pl.col("scorer").is_in(list(results.REFERENCES))
-        best = frames["traits.parquet"].filter(is_real, pl.col("draw") == 0).filter(stats.largest("scorer"))
+        is_shown = pl.col("n_prototypes") == own.n_prototypes if own.n_prototypes else pl.lit(True)
+        best = frames["traits.parquet"].filter(is_real, pl.col("draw") == 0)
+        best = best.filter(is_shown | (pl.col("scorer") != own.name)).filter(stats.largest("scorer"))
         best = best.unique(["scorer", "trait"], keep="last", maintain_order=True)
         size_of = dict(best.select("scorer", "n_prototypes").unique().iter_rows())
         banks = {(bank.name, k): bank.scorer for bank in fit.fit(experiment) for k in bank.ks}
         found = [
             _Scorer(name, size_of[name], banks[name, size_of[name]])
-            for name in sorted(experiment.names, key=lambda name: name != own)
+            for name in sorted(experiment.names, key=lambda name: name != own.name)
         ]
         names = [helpers.printable(name) for name in experiment.labels.attribute_names_T]
         orders = {"trait": pl.Enum(names), "scorer": pl.Enum([scorer.name for scorer in found])}
@@ -217,9 +222,9 @@ class _Shown:
             .unique(["scorer", "trait", "rank"], keep="last")
             .sort(*(pl.col(name).cast(order) for name, order in orders.items()), "rank")
         )
-        mine = (pl.col("scorer") == own) & (pl.col("n_prototypes") == size_of[own])
+        mine = (pl.col("scorer") == own.name) & (pl.col("n_prototypes") == size_of[own.name])
         favourites = frames["prototypes.parquet"].filter(mine)
-        return _Shown(experiment, own, found, best, retrieved, favourites)
+        return _Shown(experiment, own.name, found, best, retrieved, favourites)
 
     @property
     def names(self) -> list[str]:
@@ -282,15 +287,15 @@ class _Shown:
         return words
 
     def _columns(self, target: Target) -> Json:
-        """The favourite traits of each row of the gallery."""
-        trait_C3 = np.full((len(target.row_of), choose.N_FAVOURITES), -1, np.int32)
-        ap_C3 = np.full(trait_C3.shape, np.nan, np.float32)
+        """The favourite traits of each row of the gallery (C rows, F favourites)."""
+        trait_CF = np.full((len(target.row_of), choose.N_FAVOURITES), -1, np.int32)
+        ap_CF = np.full(trait_CF.shape, np.nan, np.float32)
         place_of = {name: t for t, name in enumerate(self.names)}
         columns = ("prototype", "rank", "trait", "train_ap")
         for prototype, rank, trait, train_ap in self.favourites.select(columns).iter_rows():
             if (row := target.row_of.get(prototype, -1)) >= 0:
-                trait_C3[row, rank], ap_C3[row, rank] = place_of[trait], train_ap
-        return {"trait": scripts.packed(trait_C3, "i4"), "ap": scripts.packed(ap_C3, "f4")}
+                trait_CF[row, rank], ap_CF[row, rank] = place_of[trait], train_ap
+        return {"trait": scripts.packed(trait_CF, "i4"), "ap": scripts.packed(ap_CF, "f4")}
 
     # ---- data/traits/ ----
 

@@ -43,7 +43,7 @@ def moments(
     mean_D = torch.zeros(d_vit, dtype=torch.float64, device=device)
     square_DD = torch.zeros(d_vit, d_vit, dtype=torch.float64, device=device)
     for block in helpers.progress(stream, "PCA", len(stream), "blocks"):
-        x_BD = torch.from_numpy(block.rows).to(device)
+        x_BD = torch.from_numpy(stream.rows(block)).to(device)
         B = len(x_BD)
         if not B:
             continue

@@ -67,6 +67,13 @@ def fit_each(
     return [_configured(cfg, scorer, k) for scorer, k in zip(fitted, ks, strict=True)]
 
 
+def stored(
+    cfg: Fitted, acts: activations.Activations, ks: list[int], seed: int, dpath: pathlib.Path
+) -> dict[int, pathlib.Path]:
+    """The files that `fit_each` would load: K -> file, without those that are not fitted yet."""
+    return _found(cfg, ks, dpath, type(cfg).__name__.lower(), _key(cfg, acts, seed))
+
+
 def _stored(
     cfg: Fitted,
     acts: activations.Activations,

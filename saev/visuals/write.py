@@ -79,6 +79,10 @@ class Gallery:
     """Further values of gallery.json."""
 
 
+def is_gallery(dpath: pathlib.Path) -> bool:
+    return all((dpath / name).is_file() for name in MARKERS)
+
+
 def check_target(dpath: pathlib.Path) -> None:
     """Creates the parent folder of `dpath` and checks that `dpath` may be replaced.
 
@@ -89,7 +93,7 @@ def check_target(dpath: pathlib.Path) -> None:
         dpath.parent.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise errors.UserError(f"--dump-to {dpath}: cannot be created ({err}).") from err
-    if not dpath.exists() or all((dpath / name).is_file() for name in MARKERS):
+    if not dpath.exists() or is_gallery(dpath):
         return
     if dpath.is_file() or any(dpath.iterdir()):
         raise errors.UserError(f"--dump-to {dpath}: exists and is not a gallery. Pass a new folder.")

@@ -8,7 +8,7 @@
     ["/", "search"], ["s", "star"], ["↑ ↓ ← →", "rows of a table, patches of an image, latents"], ["?", "this help"],
   ];
   const SEARCH = [
-    ["trait:wing ap>.6", "one of its three best traits (by AP above prevalence) has wing in its name, and AP above 0.6"], ["freq<.01 max>3", "fires on less than 1% of patches, up to more than 3"],
+    ["trait:wing ap>.6", "one of its best traits (by AP above prevalence) has wing in its name, and AP above 0.6"], ["freq<.01 max>3", "fires on less than 1% of patches, up to more than 3"],
     ["id:185", "this latent; id:1,2,3 for several"], ["class:gull", "a class that is over-represented among its images"],
     ["star: note:beak", "with a star; with a note that has this word"], ["-trait:blue", "not"], ["images>100 mean<2", "images that it fires on; mean value"],
   ];

@@ -26,6 +26,9 @@
   /* A name from the data: its own direction does not touch the text around it. */
   saev.name = (text, attributes) => saev.el("bdi", attributes, text);
 
+  /* A trait's name for a narrow column; its title is the whole name. */
+  saev.traitName = (name) => saev.name(name.replace(/^has_/, ""), { class: "cut", title: name });
+
   /* Three digits; a missing number is a dash. */
   saev.number = (x) => {
     if (!Number.isFinite(x)) return "–";

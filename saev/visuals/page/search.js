@@ -6,7 +6,6 @@
     ">": (a, b) => a > b, "<": (a, b) => a < b, ">=": (a, b) => a >= b, "<=": (a, b) => a <= b,
     "=": (a, b) => a === b, ":": (a, b) => a === b,
   };
-  const SLOTS = 3; // traits and classes that are kept for each latent
 
   /* Terms of a search, e.g. `trait:wing ap>.6 -class:gull "long bill"`: [{not, field, op, value}]. */
   saev.parseSearch = (text) =>
@@ -35,9 +34,10 @@
   };
 
   const contains = (names, value) => names.map((name) => name.toLowerCase().includes(value));
-  const inSlots = (places, hit, row) => {
-    for (let j = SLOTS * row; j < SLOTS * row + SLOTS; j++) if (places[j] >= 0 && hit[places[j]]) return true;
-    return false;
+  /* The places of a row in a column with several values for each row, such as its best traits. */
+  saev.slots = (column, row) => {
+    const n = column ? column.length / saev.gallery.n : 0;
+    return Array.from({ length: n }, (_, k) => n * row + k);
   };
 
   function latentFields() {
@@ -48,14 +48,14 @@
     const fields = Object.fromEntries(Object.entries(numbers).map(([k, c]) => [k, { number: (row) => c[row] }]));
     const text = (names, places) => (value) => {
       const hit = contains(names, value);
-      return (row) => places !== undefined && inSlots(places, hit, row);
+      return (row) => saev.slots(places, row).some((j) => places[j] >= 0 && hit[places[j]]);
     };
     const { id } = columns;
     fields.trait = { test: text(traitNames, traits.trait) };
     fields.class = { test: text(classes, columns.class) };
     fields.note = { test: (value) => (row) => saev.stars.note(id[row]).toLowerCase().includes(value) && saev.stars.note(id[row]) !== "" };
     fields.star = { test: (value) => (row) => saev.stars.has(id[row]) === (value !== "no") };
-    fields.ap = { number: (row) => traits.ap?.[SLOTS * row + saev.traitSlot(row)] ?? NaN };
+    fields.ap = { number: (row) => traits.ap?.[saev.traitPlace(row)] ?? NaN };
     fields[""] = {
       test: (value) => {
         const tests = [fields.trait, fields.class, fields.note].map((field) => field.test(value));
@@ -66,11 +66,11 @@
   }
 
   /* `trait:` and `ap` speak of one trait: a latent is kept if one of its traits meets them all.
-     Returns the other terms, and the place (0, 1, 2) of the first trait that does for each row, or -1. */
+     Returns the other terms, and for each row the place in the columns of its first trait that does, or -1. */
   function traitTest(terms) {
     const traits = saev.traits.columns;
     const asked = terms.filter(({ field, not }) => (field === "trait" || field === "ap") && !not);
-    if (!asked.some(({ field }) => field === "trait") || !traits.trait) return [terms, () => 0];
+    if (!asked.some(({ field }) => field === "trait") || !traits.trait) return [terms, firstTrait];
     const names = saev.traits.traits.map((trait) => trait.name);
     const tests = asked.map(({ field, op, value }) => {
       const hit = contains(names, value);
@@ -78,8 +78,8 @@
       if (field === "ap" && (value === "" || Number.isNaN(limit))) throw new Error(`ap${op}${value}: no number.`);
       return field === "trait" ? (j) => hit[traits.trait[j]] : (j) => COMPARE[op](traits.ap[j], limit);
     });
-    const slot = (row) => [0, 1, 2].findIndex((k) => traits.trait[SLOTS * row + k] >= 0 && tests.every((test) => test(SLOTS * row + k)));
-    return [terms.filter((term) => !asked.includes(term)), slot];
+    const place = (row) => saev.slots(traits.trait, row).find((j) => traits.trait[j] >= 0 && tests.every((test) => test(j))) ?? -1;
+    return [terms.filter((term) => !asked.includes(term)), place];
   }
 
   saev.range = (text) => {
@@ -105,7 +105,8 @@
     });
   };
 
-  saev.traitSlot = () => 0; // which of a row's traits the table shows: the best, or the one that was searched
+  const firstTrait = (row) => ((saev.traits.columns.trait?.length ?? 0) / saev.gallery.n) * row;
+  saev.traitPlace = firstTrait; // which of a row's traits the table shows: the best, or the one that was searched
   let cached = { about: null, rows: null };
   saev.SORT = "-freq";
 
@@ -115,13 +116,13 @@
     const about = JSON.stringify([parts, saev.stars.version]);
     if (cached.about === about) return cached.rows;
     const fields = latentFields();
-    const [terms, slot] = traitTest(saev.parseSearch(parts[0]));
-    saev.traitSlot = slot;
+    const [terms, place] = traitTest(saev.parseSearch(parts[0]));
+    saev.traitPlace = place;
     const [x, y] = [saev.range(parts[1]), saev.range(parts[2])];
     const [valueOf, brushed] = [saev.axis(params), Boolean(parts[1] || parts[2])];
     const inside = (value, [low, high]) => value >= low && value <= high;
     const rows = saev.filterRows(terms, fields, saev.gallery.n).filter(
-      (row) => slot(row) >= 0 && (!brushed || (inside(saev.logFreq(row), x) && inside(valueOf(row), y))));
+      (row) => place(row) >= 0 && (!brushed || (inside(saev.logFreq(row), x) && inside(valueOf(row), y))));
     const sort = parts[4] || saev.SORT;
     const field = fields[sort.replace(/^-/, "")];
     const sorted = field?.number ? saev.sortRows(rows, sort, field.number) : rows;

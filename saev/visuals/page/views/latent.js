@@ -47,10 +47,10 @@
   function aside(row, latent) {
     const { classes } = saev.gallery;
     const { trait, ap } = saev.traits.columns;
-    const best = trait ? [0, 1, 2].map((k) => 3 * row + k).filter((j) => trait[j] >= 0) : [];
+    const best = saev.slots(trait, row).filter((j) => trait[j] >= 0);
     const lifts = latent.classes.slice(0, LISTED);
     return [
-      trait && ranking("Traits", "average precision on the train images", best.map((j) => {
+      trait && ranking("Traits", "average precision on the train images; the traits with the largest AP above prevalence", best.map((j) => {
         const { name } = saev.traits.traits[trait[j]];
         return [saev.el("a", { href: saev.href("trait", name) }, saev.name(name)), saev.number(ap[j]), ap[j]];
       })),

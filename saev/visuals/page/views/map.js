@@ -188,7 +188,7 @@
   function columnsOfTable() {
     const { columns } = saev.gallery;
     const traits = saev.traits.columns;
-    const trait = (row) => saev.traits.traits[traits.trait[3 * row + saev.traitSlot(row)]];
+    const trait = (row) => saev.traits.traits[traits.trait[saev.traitPlace(row)]];
     const number = (key, label, hint, format = saev.number, wide = false) =>
       ({ key, label, hint, number: true, wide, sort: true, width: key === "freq" ? "minmax(6.8rem,1.2fr)" : "minmax(4.8rem,1fr)", cell: (row) => format(columns[key === "images" ? "n_images" : key][row]) });
     return [
@@ -200,9 +200,9 @@
       number("max", "Max", "largest value"),
       number("images", "Images", "number of images that it fires on", saev.number, true),
       ...(traits.trait ? [
-        { key: "ap", label: "AP", hint: "average precision for this trait, on the train images", number: true, sort: true, width: "minmax(4.6rem,.8fr)", cell: (row) => saev.number(traits.ap[3 * row + saev.traitSlot(row)]) },
+        { key: "ap", label: "AP", hint: "average precision for this trait, on the train images", number: true, sort: true, width: "minmax(4.6rem,.8fr)", cell: (row) => saev.number(traits.ap[saev.traitPlace(row)]) },
         { key: "trait", label: "Trait", hint: "the trait that it detects best, or the one that was searched", width: "minmax(9rem,2.6fr)",
-          cell: (row) => (trait(row) ? saev.name(trait(row).name, { class: "cut", title: trait(row).name }) : "–") },
+          cell: (row) => (trait(row) ? saev.traitName(trait(row).name) : "–") },
       ] : []),
     ];
   }
