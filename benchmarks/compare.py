@@ -12,10 +12,11 @@ import scipy.sparse
 import torch
 
 from benchmarks import common
-from saev.compare import correlate, match, store
+from saev.compare import correlate, match
+from saev.formats import codeshards
 
 
-def codes(R: int, S: int, l0: int, seed: int) -> store.Store:
+def codes(R: int, S: int, l0: int, seed: int) -> codeshards.Csr:
     """l0 different latents fire in each row; some fire a hundred times as often as others."""
     rng = np.random.default_rng(seed)
     weight_S = 10 ** -rng.uniform(0, 2, S)
@@ -23,13 +24,12 @@ def codes(R: int, S: int, l0: int, seed: int) -> store.Store:
     latent_RK = np.sort(np.argpartition(key_RS, S - l0, axis=1)[:, S - l0 :], axis=1)
     value_n = rng.random(R * l0, np.float32) + 0.1
     start_R1 = np.arange(0, R * l0 + 1, l0)
-    return store.Store(start_R1, latent_RK.ravel().astype(np.int32), value_n, S, 1)
+    return codeshards.Csr(start_R1, latent_RK.ravel().astype(np.int32), value_n)
 
 
 def product(R: int, S: int, l0: int, n_repeats: int) -> list[common.Case]:
     """Sums of products of all pairs of latents: ours, scipy's sparse product, and the dense product in float32."""
-    one, two = codes(R, S, l0, 0), codes(R, S, l0, 1)
-    rows = (one.rows(np.arange(R)), two.rows(np.arange(R)))
+    rows = (codes(R, S, l0, 0), codes(R, S, l0, 1))
     sums = {"sparse": np.zeros((S, S)), "dense": np.zeros((S, S))}
     f_RS, g_RS = (torch.from_numpy(scipy_of(r, R, S).toarray()) for r in rows)
     out = torch.empty(S, S)
@@ -50,7 +50,7 @@ def product(R: int, S: int, l0: int, n_repeats: int) -> list[common.Case]:
     found = common.interleaved(calls, n_repeats)
     np.testing.assert_allclose(sums["sparse"], sums["dense"], atol=1e-9)
     np.testing.assert_allclose(sums["sparse"], out.double().numpy(), atol=1e-2)
-    density = one.density * two.density
+    density = (l0 / S) ** 2
     return [
         {
             "name": f"products, {name}, S {S}, L0 {l0}",
@@ -64,7 +64,7 @@ def product(R: int, S: int, l0: int, n_repeats: int) -> list[common.Case]:
     ]
 
 
-def scipy_of(rows: store.Rows, R: int, S: int) -> scipy.sparse.csr_matrix:
+def scipy_of(rows: codeshards.Csr, R: int, S: int) -> scipy.sparse.csr_matrix:
     return scipy.sparse.csr_matrix((rows.value_n, rows.latent_n, rows.start_R1), shape=(R, S))
 
 

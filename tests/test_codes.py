@@ -18,7 +18,7 @@ import torch
 import saev
 from saev import errors, nn, scorers
 from saev.codes import config, encode
-from saev.data import activations, memory
+from saev.data import activations, memory, passes
 from saev.data import config as data_config
 from saev.formats import codeshards
 from saev.nn import config as nn_config
@@ -158,6 +158,17 @@ def test_a_latent_that_is_negative_wherever_it_fires() -> None:
     assert pooled.values.tolist() == [[-1, 0], [-2, -1]]
 
 
+def test_a_code_that_is_not_finite(dump) -> None:
+    rows = codeshards.Csr(np.arange(N * P + 1), np.full(N * P, 7, np.int32), np.ones(N * P, np.float32))
+    acts = activations.Activations(dump[0])
+    for bad in (np.nan, -np.inf):
+        rows.value_n[2 * P + 1] = bad
+        for codes in (rows, np.pad(rows.value_n[:, None], ((0, 0), (7, 0)))):
+            message = f"the value of unit 7 in class2/0002.jpg, patch 1, is {bad}. Check the weights"
+            with pytest.raises(errors.UserError, match=message):
+                passes.check(codes, acts.image_is_N, acts, "unit")
+
+
 def test_cls_and_all_tokens(dump, cfg: config.Codes, tmp_path: pathlib.Path) -> None:
     sae = an_sae(SAES["top-k"])
     for patches, n in (("cls", 1), ("all", P + 1)):
@@ -262,6 +273,23 @@ def test_reading_imports_no_torch(dump, cfg: config.Codes, tmp_path: pathlib.Pat
     assert done.stdout == "12 class0/0000.jpg\n"
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self/fd").exists(), reason="counts open files by Linux's /proc")
+def test_many_shards_keep_few_files_open(tmp_path: pathlib.Path) -> None:
+    """While all of them are read, image by image and at once."""
+    dtypes = codeshards.csr("patch") | {"patch_values": codeshards.VALUES}
+    shards = codeshards.Shards(tmp_path, 40, 1, dtypes, "command")
+    rows = codeshards.Csr(np.array([0, 1, 3]), np.array([4, 0, 2]), np.array([1.5, 2, 3]))
+    for i in shards.missing():
+        with shards.writing(i) as writer:
+            writer.add_codes("patch", rows)
+    n_before = len(list(pathlib.Path("/proc/self/fd").iterdir()))
+    found = [shards.rows("patch", "patch_values", 2, imgs) for imgs in shards.parts(range(40))]
+    assert len(list(pathlib.Path("/proc/self/fd").iterdir())) - n_before <= codeshards.N_OPEN
+    joined = codeshards.Csr.joined(found, codeshards.VALUES)
+    assert joined.start_R1.tolist() == sorted([*range(0, 121, 3), *range(1, 120, 3)])
+    assert joined.latent_n.tolist() == [4, 0, 2] * 40 and joined.value_n.tolist() == [1.5, 2, 3] * 40
+
+
 # ---- damage, kills ----
 
 
@@ -311,6 +339,45 @@ def test_only_missing_shards_are_written(dump, cfg: config.Codes, tmp_path: path
     assert written(cfg, sae, tmp_path / "sae.pt").dpath == dpath
     assert {fpath: fpath.read_bytes() for fpath in files(dpath)} == want
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
+
+
+def test_a_pass_keeps_only_its_own_shards(dump, tmp_path: pathlib.Path) -> None:
+    """Those that are complete and undamaged; nothing of another pass or of an older version."""
+    acts, dtypes = activations.Activations(dump[0]), {"sums": codeshards.VALUES}
+    dpath = tmp_path / "pass"
+    dpath.mkdir()
+    (dpath / "state").write_text("of an older version")
+    n_written = []
+
+    def write_shard(writer, blocks) -> None:
+        for block in blocks:
+            n_written.append(len(block.image_i_N))
+            writer.add("sums", block.act_NXD.sum(axis=(1, 2)))
+
+    def made(key: str, n_block: int) -> codeshards.Shards:
+        shards = passes.scratch(dpath, key, acts, n_block, dtypes)
+        passes.write(shards, acts, n_block, write_shard, "test")
+        return shards
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "MIN_PATCHES", 4 * P)
+        first = made("a", 2)
+        assert (
+            n_written == [2] * 5
+            and len(first) == 3
+            and [len(first.imgs_in(i)) for i in range(3)] == [4, 4, 2]
+        )
+        sums_N = np.concatenate([first.array(i, "sums") for i in range(3)])
+        np.testing.assert_allclose(sums_N, dump[1].sum(dim=(1, 2)), rtol=1e-4)
+        assert [f.name for f in dpath.iterdir()] == [first.dpath.name]
+        (first.dpath_of(1) / "sums.bin").write_bytes(bytes(16))
+        n_written.clear()
+        again = made("a", 2)
+        assert again.dpath == first.dpath and n_written == [2, 2]
+        np.testing.assert_array_equal(again.array(1, "sums"), sums_N[4:8])
+        n_written.clear()
+        assert made("b", 2).dpath != first.dpath and n_written == [2] * 5
+        assert not first.dpath.exists()
 
 
 @pytest.mark.slow

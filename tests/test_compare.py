@@ -14,11 +14,13 @@ import scipy.optimize
 import torch
 
 from saev import errors, nn, scorers
-from saev.compare import config, correlate, match, run, sides, store
-from saev.data import activations
+from saev.compare import config, correlate, match, memory, run, sides, store
+from saev.data import activations, passes
 from saev.data import config as data_config
+from saev.data import memory as data_memory
+from saev.formats import codeshards
 from saev.nn import config as nn_config
-from saev.scorers import base
+from saev.scorers import base, rows
 from saev.scorers import sae as sae_scorer
 
 N, P, D = 40, 9, 12
@@ -79,11 +81,14 @@ def plain(f_RS: np.ndarray, f_RZ: np.ndarray) -> np.ndarray:
         ]
 
 
-def stored(f_RS: np.ndarray, per_image: int = 1) -> store.Store:
-    row_n, latent_n = f_RS.nonzero()
-    start_R1 = np.searchsorted(row_n, np.arange(len(f_RS) + 1)).astype(np.int64)
-    value_n = f_RS[row_n, latent_n].astype(np.float32)
-    return store.Store(start_R1, latent_n.astype(np.int32), value_n, f_RS.shape[1], per_image)
+def stored(dpath: pathlib.Path, f_RS: np.ndarray, per_image: int = 1) -> store.Store:
+    """Codes in shards of 7 images."""
+    dtypes = codeshards.csr("0") | {"0_values": codeshards.VALUES}
+    shards = codeshards.Shards(dpath, len(f_RS) // per_image, 7, dtypes, "command")
+    for i, first in enumerate(range(0, len(f_RS), 7 * per_image)):
+        with shards.writing(i) as writer:
+            writer.add_codes("0", rows.of_dense(torch.from_numpy(f_RS[first : first + 7 * per_image])))
+    return store.Store(shards, "0", f_RS.shape[1], per_image)
 
 
 def sparse_codes(n_rows: int, n_latents: int, seed: int, density: float = 0.1) -> np.ndarray:
@@ -99,10 +104,10 @@ def sparse_codes(n_rows: int, n_latents: int, seed: int, density: float = 0.1) -
 
 @pytest.mark.parametrize("memory_gb", [1e-9, 1e-5, 1.0])
 @pytest.mark.parametrize("density", [0.05, 0.9])
-def test_correlations_are_numpys(memory_gb: float, density: float) -> None:
+def test_correlations_are_numpys(tmp_path: pathlib.Path, memory_gb: float, density: float) -> None:
     """In tiles and chunks of any size, by sparse and by dense products, in order and with permuted images."""
     f_RS, f_RZ = sparse_codes(60, 9, 0, density), sparse_codes(60, 70, 1, density)
-    one, two = stored(f_RS, 3), stored(f_RZ, 3)
+    one, two = stored(tmp_path / "1", f_RS, 3), stored(tmp_path / "2", f_RZ, 3)
     assert (one.density * two.density > correlate.DENSE) == (density > 0.5)
     stats = (correlate.moments(one), correlate.moments(two))
     for order_N in (np.arange(20), run.permuted(20, 0)):
@@ -115,20 +120,28 @@ def test_correlations_are_numpys(memory_gb: float, density: float) -> None:
         np.testing.assert_allclose(found_SZ, np.nan_to_num(want_SZ, nan=-np.inf), atol=1e-12)
 
 
-def test_a_large_mean_costs_no_digits() -> None:
+def test_a_large_mean_costs_no_digits(tmp_path: pathlib.Path) -> None:
     """Such as the scores of --similarity distance."""
     rng = np.random.default_rng(0)
     f_RS = (-5000 + rng.standard_normal((500, 6))).astype(np.float32)
-    codes = stored(f_RS)
+    codes = stored(tmp_path, f_RS)
     stats = correlate.moments(codes)
     (tile,) = correlate.tiles(codes, codes, (np.arange(500), np.arange(500)), (stats, stats), 1.0)
     assert stats.is_live_S.all()
     np.testing.assert_allclose(tile.corr_TZ, plain(f_RS, f_RS), atol=1e-7)
 
 
-def test_rows_of_images_in_any_order() -> None:
+def test_rows_of_images_in_any_order(tmp_path: pathlib.Path) -> None:
+    """And all codes in blocks of any size, over the borders of shards."""
     f_RS = sparse_codes(30, 5, 0, 0.4)
-    codes = stored(f_RS, 3)
+    codes = stored(tmp_path, f_RS, 3)
+    value_n = f_RS[f_RS != 0]
+    assert codes.n_codes == len(value_n) and codes.density == pytest.approx(len(value_n) / 150)
+    for n in (1, 7, 1000):
+        blocks = list(codes.blocks(n))
+        assert {len(values) for _, values in blocks[:-1]} <= {n}
+        np.testing.assert_array_equal(np.concatenate([values for _, values in blocks]), value_n)
+        np.testing.assert_array_equal(np.concatenate([latents for latents, _ in blocks]), f_RS.nonzero()[1])
     for image_N in (np.arange(10), np.array([3, 4, 1, 9, 0, 0]), np.array([7])):
         found = codes.rows(image_N)
         want_RS = f_RS.reshape(10, 3, 5)[image_N].reshape(-1, 5)
@@ -183,7 +196,7 @@ def test_matches_are_those_of_plain_loops(
     one, two = scipy.optimize.linear_sum_assignment(corr_SZ.clip(min=0), maximize=True)
     best = corr_SZ[one, two].clip(min=0).sum()
     assert found.pairs is not None and found.pairs.is_exact
-    monkeypatch.setattr(match, "EXACT", 10)
+    monkeypatch.setattr(memory, "EXACT", 10)
     restricted = match.match(in_tiles(corr_SZ, n), S, Z, candidates=12).pairs
     assert restricted is not None and not restricted.is_exact
     for pairs in (found.pairs, restricted):
@@ -207,7 +220,7 @@ def test_shares_count_live_latents() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2**26])
 def test_cosines(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(match, "COSINES", at_once)
+    monkeypatch.setattr(memory, "COSINES", at_once)
     generator = torch.Generator().manual_seed(0)
     one_SD, two_ZD = (
         torch.nn.functional.normalize(torch.randn(n, 5, generator=generator), dim=1) for n in (8, 11)
@@ -483,14 +496,15 @@ def encoded(acts: activations.Activations, dpath: pathlib.Path, run_: list) -> l
 
 
 def test_a_pass_that_stopped_resumes(made, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torn bytes after the last note are cut off, blocks with changed bytes are encoded again."""
+    """Complete shards stay, those with changed bytes are encoded again."""
     acts = activations.Activations.open(data_config.Shards(str(made[0]), 3))
     run_ = [sae_scorer.SaeLatents(trained(tmp_path / f"{i}.pt", i), 2 * D) for i in range(2)]
-    monkeypatch.setattr(store, "MAX_CODES", 5 * P * 2 * D)  # blocks of 5 images
-    monkeypatch.setattr(store, "SAVE_S", 0.0)
+    monkeypatch.setattr(data_memory, "MAX_IMAGES", 5)
+    monkeypatch.setattr(passes, "MIN_PATCHES", 1)  # a shard is a block
     whole = encoded(acts, tmp_path / "whole", run_)
-    want = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir() if f.name != "code.json"}
-    real, n_calls = store._sparse, 0
+    want = files_of(tmp_path / "whole")
+    assert len(want) == 8 * 7
+    real, n_calls = rows.of_dense, 0
 
     def killed(*args):
         nonlocal n_calls
@@ -499,23 +513,27 @@ def test_a_pass_that_stopped_resumes(made, tmp_path: pathlib.Path, monkeypatch: 
             raise KeyboardInterrupt
         return real(*args)
 
-    for damage in ("none", "value", "note"):
+    for damage in ("none", "0_values.bin", "shard.json"):
         dpath, n_calls = tmp_path / damage, 0
-        monkeypatch.setattr(store, "_sparse", killed)
+        monkeypatch.setattr(rows, "of_dense", killed)
         with pytest.raises(KeyboardInterrupt):
             encoded(acts, dpath, run_)
-        if damage == "value":  # in the second block of the first scorer
-            data = bytearray((dpath / "0.value").read_bytes())
-            data[4 * whole[0].start_R1[5 * P] + 2] ^= 1
-            (dpath / "0.value").write_bytes(bytes(data))
-        if damage == "note":
-            (dpath / "done.json").write_text("{")
+        if damage != "none":
+            (fpath,) = dpath.glob(f"*/shard000001/{damage}")
+            data = bytearray(fpath.read_bytes())
+            data[len(data) // 2] ^= 1
+            fpath.write_bytes(bytes(data))
         n_calls = -100
         found = encoded(acts, dpath, run_)
         n_encoded = n_calls + 100
-        assert n_encoded == {"none": 2 * 5, "value": 2 * 7, "note": 2 * 8}[damage]
-        assert {f.name: f.read_bytes() for f in dpath.iterdir() if f.name != "code.json"} == want
-        np.testing.assert_array_equal(found[1].value_n, whole[1].value_n)
+        assert n_encoded == 2 * (5 if damage == "none" else 6)
+        assert files_of(dpath) == want
+        every = np.arange(N)
+        np.testing.assert_array_equal(found[1].rows(every).value_n, whole[1].rows(every).value_n)
+
+
+def files_of(dpath: pathlib.Path) -> dict[str, bytes]:
+    return {str(f.relative_to(dpath)): f.read_bytes() for f in dpath.rglob("*") if f.is_file()}
 
 
 @pytest.mark.slow
@@ -532,17 +550,18 @@ def test_a_killed_command_ends_as_an_undisturbed_one(made, tmp_path: pathlib.Pat
         tmp_path / "b" / "sae.pt",
     ]
     words += ["--data.shard-root", made[0], "--data.layer", "3", "--device", "cpu", "--dump-to"]
-    slowed = f"""
+    slowed = """
 import os, runpy, signal, sys
-from saev.compare import store
-store.MAX_CODES, store.SAVE_S = {3 * P * 2 * D}, 0.0
-real, calls = store._sparse, []
+from saev.data import memory, passes
+from saev.scorers import rows
+memory.MAX_IMAGES, passes.MIN_PATCHES = 3, 1
+real, calls = rows.of_dense, []
 def sparse(*args):
     calls.append(1)
     if len(calls) == 11:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
-store._sparse = sparse
+rows.of_dense = sparse
 sys.argv = sys.argv[1:]
 runpy.run_module("saev.compare", run_name="__main__", alter_sys=True)
 """
@@ -552,7 +571,7 @@ runpy.run_module("saev.compare", run_name="__main__", alter_sys=True)
     )
     assert done.returncode == -9
     left = {f.name[-8:] for f in (tmp_path / "killed").iterdir()}
-    assert left == {".partial", "ial.lock"} and list((tmp_path / "killed").glob(".*.partial/0/done.json"))
+    assert left == {".partial", "ial.lock"} and list((tmp_path / "killed").glob(".*.partial/0/*/shard000000"))
     ends = [inprocess.run(*words, tmp_path / name) for name in ("killed", "whole")]
     assert [end.returncode for end in ends] == [0, 0], ends[0].stderr
     one, two = (pathlib.Path(end.stdout.splitlines()[-1]) for end in ends)
@@ -567,3 +586,39 @@ def test_dry_run_and_flags() -> None:
     assert done.returncode == 0 and "runs = ('a', 'b')" in done.stdout and "1 Slurm job" in done.stdout
     done = inprocess.run("-m", "saev.compare", "--scorer", "x")
     assert done.returncode == 2 and done.stderr.startswith("error: name two dictionaries")
+
+
+# ---- the ViT's units ----
+
+
+@pytest.mark.parametrize("per", ["patch", "image"])
+def test_raw_units_are_a_dictionary(made, tmp_path: pathlib.Path, per: str) -> None:
+    """Against plain correlations of the activations themselves. Cosines are the decoder's entries."""
+    dpath, acts_NLPD = made
+    sae = trained(tmp_path / "a" / "sae.pt", 0)
+    out = run.main(configured(dpath, tmp_path, other="units", per=per))
+    found = read(out, "matches.parquet")
+    text = (pathlib.Path(out) / "summary.md").read_text()
+    assert "| a | rarest quarter" in text and "| units | rarest quarter" not in text  # they always fire
+    x_NPD = acts_NLPD[:, 0]
+    f_NPS = sae.encode(torch.from_numpy(x_NPD)).numpy()
+    rows = [v.reshape(N * P, -1) if per == "patch" else v.max(axis=1) for v in (f_NPS, x_NPD)]
+    want_SD = plain(*rows)
+    one, two = found.filter(of="one"), found.filter(of="two")
+    live_S = one["is_live"].to_numpy()
+    np.testing.assert_allclose(one["corr"].to_numpy()[live_S], want_SD[live_S].max(axis=1), atol=1e-6)
+    np.testing.assert_array_equal(two["best"].to_numpy(), want_SD[live_S].argmax(axis=0))
+    assert len(two) == D and two["is_live"].all()
+    cosine_SD = sae.W_dec.detach().numpy()[live_S]
+    np.testing.assert_allclose(one["cos"].to_numpy()[live_S], cosine_SD.max(axis=1), atol=1e-6)
+
+
+def test_raw_units_among_runs(made, tmp_path: pathlib.Path) -> None:
+    dpath, _ = made
+    trained(tmp_path / "a" / "sae.pt", 0)
+    out = run.main(
+        configured(dpath, tmp_path, scorer="", other="", runs=("units", str(tmp_path / "a" / "sae.pt")))
+    )
+    assert read(out, "dictionaries.csv")["kind"].to_list() == ["Units", "Relu"]
+    assert read(out, "pairs.csv")["one"].to_list() == ["units"]
+    assert read(out, "pairs.csv")["differ"].to_list() == ["kind, latents"]  # not the seed: units have none

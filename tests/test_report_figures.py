@@ -134,6 +134,15 @@ def test_text_stays_text(small: matplotlib.figure.Figure, tmp_path: pathlib.Path
     assert b"/Subtype /Image" not in data
 
 
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_names_of_any_script(suffix: str, tmp_path: pathlib.Path) -> None:
+    """Without a warning for each character that the font lacks (pytest makes warnings errors)."""
+    rows = fronts(2).with_columns(run=pl.Series(["鷺", "$\\frac$"]))
+    figures.save(charts.front(rows, "鷺"), tmp_path / f"x{suffix}")
+    if suffix == ".svg":
+        assert (tmp_path / "x.svg").read_text().count("鷺") == 2
+
+
 @pytest.mark.parametrize("name", ["x.jpg", "x", "pdf", "x.pdf.gz"])
 def test_another_extension(name: str) -> None:
     with pytest.raises(errors.UserError, match=rf"^--plot {name}: .* must end in \.pdf, \.svg or \.png\.$"):

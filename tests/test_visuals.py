@@ -15,6 +15,7 @@ import unittest.mock
 
 import forked
 import gallery_files
+import inprocess
 import numpy as np
 import PIL.Image
 import pytest
@@ -789,6 +790,45 @@ def test_a_gallery_says_what_it_shows(cfg: config.Visuals) -> None:
     assert said["latents"] == [0, 3] and said["ckpt"] == cfg.ckpt
     assert said["sha256"] == hashlib.sha256(pathlib.Path(cfg.ckpt).read_bytes()).hexdigest()
     assert said["filters"] == "the latents of --include-latents" and len(said["xxh3_128"]) == 32
+
+
+def test_a_figure_makes_its_gallery_first_and_then_uses_it(
+    cfg: config.Visuals, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latent 3 fires on one patch: image 5, row 1, column 2 of the 4 x 4 grid."""
+    args = ["--dump-to", cfg.dump_to, "--ckpt", cfg.ckpt, "--n-images", K, "--device", "cpu"]
+    args += ["--data.shard-root", cfg.data.shard_root, "--data.layer", cfg.data.layer]
+    rest = ["images:image-folder", "--images.root", cfg.images.root]
+    too_large = inprocess.run("visuals.py", *args, "--figure", S, *rest)
+    assert (
+        too_large.returncode == 2 and f"--figure {S}: the scorer has latents 0 to {S - 1}" in too_large.stderr
+    )
+    assert not pathlib.Path(cfg.dump_to).exists()
+    png, pdf = tmp_path / "x.png", tmp_path / "x.pdf"
+    done = inprocess.run("visuals.py", *args, "--figure", 3, "--out", png, *rest)
+    assert (done.returncode, done.stdout) == (0, f"{png}\n"), done.stderr
+    assert gallery_files.load(cfg.dump_to, "stats")["columns"]["id"].tolist() == [0, 1, 3, 4, 5]
+    with PIL.Image.open(png) as img:
+        img_HW3 = np.asarray(img.convert("RGB"), np.int64)
+    seen_HW = (np.abs(img_HW3 - (50, 100, 50)) < 4).all(axis=2)  # image 5's colour, less one patch
+    hot_HW = (np.abs(img_HW3 - (0.3 * np.array([50, 100, 50]) + 0.7 * np.array([255, 0, 128]))) < 4).all(
+        axis=2
+    )
+    (top, left), (bottom, right) = (f(np.argwhere(seen_HW), axis=0) for f in (np.min, np.max))
+    patch = (right + 1 - left) // 4
+    want_HW = np.zeros_like(seen_HW)
+    want_HW[top + patch : top + 2 * patch, left + 2 * patch : left + 3 * patch] = True
+    legend = bottom + 1  # below the picture
+    assert (hot_HW[:legend] == want_HW[:legend]).all() and want_HW.sum() == patch**2 > 1000
+
+    def no_pass(*_: object) -> None:
+        raise AssertionError("a pass began")
+
+    monkeypatch.setattr(spool, "run", no_pass)
+    assert inprocess.run("visuals.py", *args, "--figure", 3, 0, "--out", pdf, *rest).returncode == 0
+    assert pdf.read_bytes().startswith(b"%PDF-")
+    dead = inprocess.run("visuals.py", *args, "--figure", 2, *rest)
+    assert dead.returncode == 2 and "--figure 2: this latent never fires" in dead.stderr
 
 
 def test_a_folder_filled_meanwhile_is_kept(cfg: config.Visuals, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ def main(cfg: config.Codes) -> str:
         )
     device = devices.pick(cfg.device)
     acts = activations.Activations.open(cfg.data)
+    acts.only_whole("codes are of")
     scorer = scorers.load(cfg.scorer)
     scorers.check_fits(scorer, acts, cfg.scorer)
     metadata = describe(cfg, scorer, acts)
@@ -116,7 +117,7 @@ def _write(
         for block in blocks:
             x_RD = torch.from_numpy(block.act_NXD).flatten(0, 1).to(device)
             rows, pooled = encode(x_RD, len(block.image_i_N))
-            passes.check(rows, block, acts, dtype=metadata.dtype)
+            passes.check(rows, block.image_i_N, acts, dtype=metadata.dtype)
             _write_block(writer, metadata, rows, pooled)
 
     n_block = data_memory.n_block(metadata.n_patches, metadata.n_latents)

@@ -72,7 +72,7 @@ class Rows:
 
 
 class Codes:
-    """A folder of codes. Arrays are memory-mapped and compared with their checksums on first use.
+    """A folder of codes. Each file is compared with its checksum when it is first used.
 
     Row r is patch r % n_patches of image r // n_patches. Patches are in raster order, images in the order of
     `paths`. Images that the dump could not read are left out.

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float64, Int64, jaxtyped
 
 from saev import compiled
-from saev.compare import store
+from saev.compare import memory, store
+from saev.formats import codeshards
 from saev.nn import kernels
 
 CONSTANT = 1e-13
@@ -24,8 +25,6 @@ DENSE = 0.025
 """Dense matrices are multiplied if the product of both densities is larger (logbook 034)."""
 DENSE_ROWS = 2048
 """Rows that are made dense at a time."""
-CODE_BYTES = 24
-"""Bytes of a code in memory: itself, its copy, and its place when sorted by latent."""
 MOST_CODES = 2**30
 """Codes are numbered in 32 bits."""
 PART = 32
@@ -50,10 +49,10 @@ class Moments:
 
 def moments(codes: store.Store) -> Moments:
     """Sums in float64."""
-    S, n_rows = codes.n_latents, len(codes.start_R1) - 1
+    S, n_rows = codes.n_latents, codes.n_rows
     n_fired_S, sum_S, square_S = np.zeros(S, np.int64), np.zeros(S), np.zeros(S)
-    for part in codes.blocks():
-        latent_n, value_n = codes.latent_n[part], codes.value_n[part].astype(np.float64)
+    for latent_n, value_n in codes.blocks():
+        value_n = value_n.astype(np.float64)
         n_fired_S += np.bincount(latent_n, minlength=S)
         sum_S += np.bincount(latent_n, value_n, S)
         square_S += np.bincount(latent_n, value_n**2, S)
@@ -85,8 +84,8 @@ def tiles(
     n_bytes = 1e9 * memory_gb
     Z = two.n_latents
     n_tile = int(np.clip(n_bytes / 2 // (8 * Z), 1, one.n_latents))
-    per_image = (len(one.value_n) + len(two.value_n)) / one.n_images
-    n_codes = min(n_bytes / 4 / CODE_BYTES, MOST_CODES)
+    per_image = (one.n_codes + two.n_codes) / one.n_images
+    n_codes = min(n_bytes / 4 / memory.CODE_BYTES, MOST_CODES)
     n_images = int(np.clip(n_codes / max(1.0, per_image), 1, len(images[0])))
     add = _add_dense if one.density * two.density > DENSE else _add_sparse
     sum_TZ = np.empty((n_tile, Z))
@@ -115,7 +114,7 @@ def _normalise(sum_TZ: np.ndarray, first: int, one: Moments, two: Moments, start
 # ---- sums of products ----
 
 
-def _add_sparse(sum_TZ: np.ndarray, first: int, one: store.Rows, two: store.Rows) -> None:
+def _add_sparse(sum_TZ: np.ndarray, first: int, one: codeshards.Csr, two: codeshards.Csr) -> None:
     """Each latent's sums stay in the cache: its rows, and in each of these the other dictionary's codes."""
     T = len(sum_TZ)
     n_latents = max(first + T, int(one.latent_n.max(initial=-1)) + 1)
@@ -139,7 +138,7 @@ def _add_products(sum_TZ, start_T1, row_n, value_n, start_R1, latent_n, other_n,
                 sum_TZ[t, latent_n[j]] += value * other_n[j]
 
 
-def _add_dense(sum_TZ: np.ndarray, first: int, one: store.Rows, two: store.Rows) -> None:
+def _add_dense(sum_TZ: np.ndarray, first: int, one: codeshards.Csr, two: codeshards.Csr) -> None:
     sums_TZ = torch.from_numpy(sum_TZ)
     T, Z = sum_TZ.shape
     for at in range(0, len(one.start_R1) - 1, DENSE_ROWS):
@@ -147,7 +146,7 @@ def _add_dense(sum_TZ: np.ndarray, first: int, one: store.Rows, two: store.Rows)
         sums_TZ.addmm_(f_RT.T, g_RZ)
 
 
-def _dense(rows: store.Rows, at: int, first: int, n_latents: int) -> torch.Tensor:
+def _dense(rows: codeshards.Csr, at: int, first: int, n_latents: int) -> torch.Tensor:
     """DENSE_ROWS rows from row `at` on, of latents from `first` on, in float64."""
     start_R1 = rows.start_R1[at : at + DENSE_ROWS + 1]
     part = slice(start_R1[0], start_R1[-1])

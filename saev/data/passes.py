@@ -13,6 +13,7 @@ import shutil
 import typing as tp
 
 import numpy as np
+from jaxtyping import Int64
 
 from saev import errors, helpers
 from saev.data import activations, ordered
@@ -39,7 +40,7 @@ def scratch(
     name = helpers.hash_of([key, acts.fingerprint, n_block])[:16]
     for other in dpath.glob("*"):
         if other.name != name:
-            shutil.rmtree(other, ignore_errors=True)
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
     n_imgs = max(MIN_PATCHES // acts.n_tokens, acts.n_imgs // MAX_SHARDS)
     n_imgs = n_block * max(1, n_imgs // n_block)  # blocks do not depend on it
     shards = codeshards.Shards(dpath / name, acts.n_imgs, n_imgs, dtypes, "command")
@@ -71,16 +72,17 @@ def write(
 
 def check(
     codes: codeshards.Csr | np.ndarray,
-    block: ordered.Block,
+    image_i_N: Int64[np.ndarray, " N"],
     acts: activations.Activations,
     noun: str = "latent",
     dtype: tp.Literal["float16", "float32"] = "float32",
 ) -> None:
-    """Checks codes before they are written.
+    """Checks values before they are written.
 
     Args:
-        codes: those of a block: CSR, or dense (R, K).
-        noun: what a code is of.
+        codes: those of some images: CSR, or dense (R, K).
+        image_i_N: the images' numbers.
+        noun: what a column is, for the message.
 
     Raises:
         UserError: one is not finite, or larger than `dtype` can hold (the image is named).
@@ -96,10 +98,9 @@ def check(
     else:
         n_rows, row = len(codes.start_R1) - 1, int(np.searchsorted(codes.start_R1, at, "right")) - 1
         latent = int(codes.latent_n[at])
-    image, patch = divmod(row, n_rows // len(block.image_i_N))
-    where = acts.name_of(int(block.image_i_N[image])) + f", patch {patch}," * (n_rows > len(block.image_i_N))
-    remedy = "Pass --dtype float32." if np.isfinite(value_n[at]) else "Check the scorer's weights."
-    raise errors.UserError(
-        f"the value of {noun} {latent} in {where} is {value_n[at]:g}; the largest {dtype} is {limit:g}. "
-        f"{remedy}"
-    )
+    image, patch = divmod(row, n_rows // len(image_i_N))
+    where = acts.name_of(int(image_i_N[image])) + f", patch {patch}," * (n_rows > len(image_i_N))
+    what = f"the value of {noun} {latent} in {where} is {value_n[at]:g}"
+    if np.isfinite(value_n[at]):
+        raise errors.UserError(f"{what}; the largest {dtype} is {limit:g}. Pass --dtype float32.")
+    raise errors.UserError(f"{what}. Check the weights; a fitted scorer is fitted again if you delete it.")

@@ -159,13 +159,15 @@ class Shards:
 
     def remove_damaged(self) -> None:
         """Compares all complete shards with their checksums. Removes those that differ, with a warning."""
-        for shard_i in sorted(set(range(len(self))).difference(self.missing())):
+        complete = sorted(set(range(len(self))).difference(self.missing()))
+        for shard_i in helpers.progress(complete, "check", len(complete), "shards"):
             try:
                 for name in self.dtypes:
                     self.array(shard_i, name)
             except errors.UserError:
                 logger.warning("%s: was changed (checksum); it is encoded again", self.dpath_of(shard_i))
-                self.sidecar.cache_clear()
+                for cached in (self.array.cache_clear, self.sidecar.cache_clear, self._checked.clear):
+                    cached()
                 shutil.rmtree(self.dpath_of(shard_i))
 
     @contextlib.contextmanager
@@ -226,7 +228,7 @@ class Shards:
         return values
 
     def rows(self, kind: str, values: str, n_rows: int, imgs: range) -> Csr:
-        """Codes of images of one shard.
+        """Codes of images of one shard, copied to memory.
 
         Args:
             kind: such as "patch" or "image".
@@ -241,7 +243,8 @@ class Shards:
             K = len(value_n) // (n_rows * len(self.imgs_in(shard_i)))
             start_R1 = np.arange(0, (last - first) * K + 1, K, dtype=np.int64)
             latent_n = np.tile(np.arange(K, dtype=LATENTS), last - first)
-            return Csr(start_R1, latent_n, value_n[first * K : last * K])
+            return Csr(start_R1, latent_n, value_n[first * K : last * K].copy())
         start_R1 = self.array(shard_i, f"{kind}_starts")[first : last + 1]
         part = slice(int(start_R1[0]), int(start_R1[-1]))
-        return Csr(start_R1 - start_R1[0], self.array(shard_i, f"{kind}_latents")[part], value_n[part])
+        latent_n = self.array(shard_i, f"{kind}_latents")[part]
+        return Csr(start_R1 - start_R1[0], latent_n.copy(), value_n[part].copy())

@@ -3,19 +3,38 @@
 C rows (shown latents), M pictures, n images of a group, m patches with heat.
 """
 
+import base64
 import collections.abc
 import functools
+import io
 import pathlib
 import typing as tp
 
 import msgspec
 import numpy as np
+import PIL.Image
 
 from saev import errors
 from saev.formats import scripts
 
 FILES = 8
-"""Files of latents that are held at a time."""
+"""Files of latents, and of pictures, that are held at a time."""
+WEBP = "data:image/webp;base64,"
+
+
+class Scorer(msgspec.Struct):
+    """What is shown."""
+
+    name: str = ""
+    kind: str = ""
+    n: int = 0
+    noun: str = "latent"
+    fires: str = ""
+    """A sentence that says when one fires on a patch."""
+    sha256: str = ""
+
+
+Size = tp.Annotated[int, msgspec.Meta(ge=1, le=2**16)]
 
 
 class Source(msgspec.Struct):
@@ -25,8 +44,16 @@ class Source(msgspec.Struct):
     layer: int
     n_patches: int
     """Per image."""
-    grid: list[int]
-    size: list[int]
+    grid: tuple[Size, Size]
+    size: tuple[Size, Size]
+    data: str = ""
+    n_images: int = 0
+
+
+class Shown(msgspec.Struct):
+    """Which latents are shown."""
+
+    filters: str = ""
 
 
 class Files(msgspec.Struct):
@@ -41,12 +68,13 @@ class Stats(msgspec.Struct):
     """data/stats.js."""
 
     title: str
-    scorer: dict[str, tp.Any]
+    scorer: Scorer
     source: Source
     files: Files
     columns: dict[str, tp.Any]
     """Packed."""
     classes: list[str] = []
+    shown: Shown = msgspec.field(default_factory=Shown)
 
 
 class Group(msgspec.Struct):
@@ -87,6 +115,14 @@ class Paths(msgspec.Struct):
     n: tp.Any = None
 
 
+class _Image(msgspec.Struct):
+    src: str
+
+
+class _Images(msgspec.Struct):
+    images: list[_Image]
+
+
 class Gallery:
     """A gallery's files.
 
@@ -107,6 +143,7 @@ class Gallery:
             raise errors.UserError(message) from err
         self.id_C = self.column("id").astype(np.int64)
         self._file = functools.lru_cache(FILES)(self._read_latents)
+        self._images = functools.lru_cache(FILES)(self._read_images)
 
     def _fpath(self, name: str) -> pathlib.Path:
         return self.dpath / "data" / f"{name}.js"
@@ -136,6 +173,21 @@ class Gallery:
     def latents(self) -> collections.abc.Iterator[Latent]:
         """The entries of all rows."""
         return (self.latent(row) for row in range(len(self.id_C)))
+
+    def picture(self, place: int) -> PIL.Image.Image:
+        """The picture at a place in data/images."""
+        if place >= self.stats.files.n_images:
+            raise self.damaged("stats", f"{self.stats.files.n_images} pictures, but number {place} is shown")
+        file, i = divmod(place, self.stats.files.images)
+        name, found = f"images/{file:03}", self._images(file)
+        try:
+            data = base64.b64decode(found[i].src.removeprefix(WEBP), validate=True)
+            return PIL.Image.open(io.BytesIO(data), formats=["WEBP"]).convert("RGB")
+        except (IndexError, ValueError, OSError, PIL.Image.DecompressionBombError) as err:
+            raise self.damaged(name, f"a picture that is none ({errors.first_line(err)})") from err
+
+    def _read_images(self, file: int) -> list[_Image]:
+        return scripts.read(self.dpath, f"images/{file:03}", self.remedy, _Images).images
 
     def _read_latents(self, file: int) -> list[Latent]:
         name, n = f"latents/{file:03}", self.stats.files.latents

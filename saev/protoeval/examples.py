@@ -35,7 +35,7 @@ def favourites(cells: list[choose.Cell], about: results.About, names: list[str])
 def retrieved(
     cells: list[choose.Cell], test: score.Split, paths: list[str], about: results.About, names: list[str]
 ) -> pl.DataFrame:
-    """The frame of retrieved.parquet. paths: those of the split's images."""
+    """The frame of retrieved.parquet, with images of known labels. paths: those of the split's images."""
     parts = [pl.DataFrame(schema=results.RETRIEVED)]
     path_N = np.array(paths, object)
     known = [None] * len(names) if test.known_NT is None else list(test.known_NT.T)

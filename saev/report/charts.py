@@ -32,7 +32,7 @@ BAND: Style = {"alpha": 0.15, "linewidth": 0}
 # ---- mAP against train images ----
 
 
-@figures.styled
+@figures.styled()
 def grid(cells: pl.DataFrame, caption: str) -> matplotlib.figure.Figure:
     """mAP against the number of train images: a panel per scorer, a line per K.
 
@@ -145,7 +145,7 @@ ANGLES = np.pi / 8 * np.array([0, 8, 2, 6, 14, 10, 4, 12, 1, 7, 15, 9, 3, 5, 13,
 """Directions of a name from its point, in the order in which they are tried."""
 
 
-@figures.styled
+@figures.styled()
 def front(runs: pl.DataFrame, caption: str) -> matplotlib.figure.Figure:
     """Normalised MSE against L0: a colour per kind of SAE, the front as a line, each point with its run's
     name if there is room for it.
@@ -241,7 +241,7 @@ MOST_LINES = 10
 """Most pairs of dictionaries that are drawn one by one; of more, the means by what differs are drawn."""
 
 
-@figures.styled
+@figures.styled()
 def matched(curve: pl.DataFrame, caption: str) -> matplotlib.figure.Figure:
     """Share of matched latents against the least correlation: a colour per pair, its null dashed.
 

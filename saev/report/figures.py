@@ -1,7 +1,10 @@
 """Figures for print: style, sizes, captions, and files in three formats."""
 
+import collections.abc
+import contextlib
 import pathlib
 import textwrap
+import warnings
 
 import matplotlib
 import matplotlib.figure
@@ -41,8 +44,15 @@ STYLE: dict[str, object] = {
     "xtick.labelsize": SMALL,
     "ytick.labelsize": SMALL,
 }
-styled = matplotlib.rc_context(STYLE)
-"""Decorates functions that make figures."""
+
+
+@contextlib.contextmanager
+def styled() -> collections.abc.Generator[None]:
+    """The style of figures, for a block or, as a decorator, for a function. Characters that the font lacks
+    (Chinese ones, for example) are boxes, except in SVG files; matplotlib does not warn of each."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
 
 
 def check(path: str, flag: str) -> None:
@@ -54,7 +64,7 @@ def check(path: str, flag: str) -> None:
 def save(figure: matplotlib.figure.Figure, fpath: pathlib.Path) -> None:
     """Writes a figure atomically, in the format that the extension names."""
     suffix = fpath.suffix.lower()
-    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd, matplotlib.rc_context(STYLE):
+    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd, styled():
         figure.savefig(fd, format=suffix[1:], dpi=figure.dpi, metadata=METADATA[suffix])
 
 

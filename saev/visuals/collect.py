@@ -33,11 +33,11 @@ def main(cfg: config.Visuals) -> str:
     device = devices.pick(cfg.device)
     acts = activations.Activations.open(dataclasses.replace(cfg.data, patches="image"))
     layer = acts.only_layer("a gallery shows")
+    acts.only_whole("a gallery shows")
     coder = coders.load(cfg, acts, device)
-    if bad := [i for i in cfg.include_latents if i >= coder.n]:
-        raise errors.UserError(
-            f"--include-latents {bad[0]}: the scorer has {coder.noun}s 0 to {coder.n - 1}."
-        )
+    for flag, latents in (("--include-latents", cfg.include_latents), ("--figure", cfg.figure)):
+        if bad := [i for i in latents if i >= coder.n]:
+            raise errors.UserError(f"{flag} {bad[0]}: the scorer has {coder.noun}s 0 to {coder.n - 1}.")
     shown = pictures.Pictures.of(cfg.images, acts, cfg.thumb_side)
     if shown.transform is None:
         logger.info("%s: has no transform.json; heat maps assume a square centre crop", cfg.data.shard_root)

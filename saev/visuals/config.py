@@ -10,6 +10,8 @@ from saev import errors, fields, launch
 from saev.data import config as data_config
 
 Similarity = tp.Literal["saved", "plain", "dot", "cosine", "distance"]
+MOST_ROWS = 50
+"""Most latents in a figure."""
 SortBy = tp.Literal["id", "freq", "mean", "max", "n-images"]
 
 
@@ -90,6 +92,13 @@ class Visuals:
     """Images, evenly spaced in the data set, for which the gallery shows the latents on every patch."""
     thumb_side: int = 224
     """Longest side of the pictures in pixels."""
+    figure: tuple[int, ...] = ()
+    """Draw the top images of these latents into the file --out, from the gallery in --dump-to. If there is
+    none, it is made first."""
+    figure_images: int = 8
+    """Images per latent in the figure. Up to 5 fit into a column of a paper."""
+    out: fields.Path = "figure.pdf"
+    """The figure's file (.pdf, .svg or .png)."""
     seed: int = 0
     """Seed of all samples of images and patches."""
     device: str = "auto"
@@ -112,6 +121,8 @@ class Visuals:
             n_group="[0, 1e3]",
             image_view="[0, 1e6]",
             thumb_side="[16, 2048]",
+            figure="[0, 1e9]",
+            figure_images="[1, 20]",
             seed="[0, 4294967296)",
         )
         for name in ("log_freq_range", "log_value_range"):
@@ -120,6 +131,10 @@ class Visuals:
                 raise errors.UserError(
                     f"--{name.replace('_', '-')} {low} {high}: the first must not exceed the second."
                 )
+        if len(self.figure) > MOST_ROWS:
+            raise errors.UserError(
+                f"--figure names {len(self.figure)} latents. A figure holds at most {MOST_ROWS}."
+            )
         given = self.scorer.ckpt if isinstance(self.scorer, Sae) else "another scorer"
         if self.ckpt and given not in ("", self.ckpt):
             raise errors.UserError("--ckpt and --scorer name two scorers. Pass one of them.")

@@ -114,7 +114,7 @@ def _write(
             writer.add("totals", scores_NPS.sum(dim=(0, 1), dtype=torch.float64).cpu().numpy())
         else:
             fired = coder(x_XD)
-        passes.check(fired, block, acts, coder.noun)
+        passes.check(fired, block.image_i_N, acts, coder.noun)
         writer.add_codes("patch", fired)
     if coder.is_ranked_by_score:
         writer.add("top_values", ranked.value_SK)
