@@ -167,11 +167,11 @@ def score_images(
         wanted_B = column_B >= 0
         best_KB, mean_BD = scores_KN[:, :0], mean_ND[:0]
         if wanted_B.any():
-            acts_BPD = torch.from_numpy(block.act_NXD[wanted_B]).to(device)
+            acts_BPD, own_BD = _images(block, stream.kept(block), wanted_B, device)
             best_BK = torch.cat([s.of_images(acts_BPD) for s in run], dim=1)
             _check_finite(best_BK, [acts.records[int(i)].path for i in block.image_i_N[wanted_B]])
             best_KB = best_BK.T.contiguous().cpu().numpy()
-            mean_BD = acts_BPD.mean(dim=1).cpu().numpy()
+            mean_BD = own_BD.cpu().numpy()
             scores_KN[:, column_B[wanted_B]] = best_KB
             mean_ND[column_B[wanted_B]] = mean_BD
         blocks.append((len(block.image_i_N), _checksums(best_KB, mean_BD, [slice(None)])[0]))
@@ -182,6 +182,25 @@ def score_images(
             helpers.write_text(done_fpath, jsonfile.dumps(Note(key, blocks)))
             saved_s = time.monotonic()
     return Scores(scores_KN, mean_ND, image_i_N)
+
+
+def _images(
+    block: ordered.Block,
+    is_kept_BP: Bool[np.ndarray, "B P"] | None,
+    wanted_B: Bool[np.ndarray, " B"],
+    device: torch.device,
+) -> tuple[Float32[torch.Tensor, "N P D"], Float32[torch.Tensor, "N D"]]:
+    """(activations of the wanted images, their means). Patches that are left out (--exclude-patch-labels) are
+    replaced by another one of the image, which changes no maximum. If all of an image's are, they stay."""
+    acts_NPD = torch.from_numpy(block.act_NXD[wanted_B]).to(device)
+    if is_kept_BP is None:
+        return acts_NPD, acts_NPD.mean(dim=1)
+    is_kept_NP = torch.from_numpy(is_kept_BP[wanted_B]).to(device)
+    is_kept_NP = is_kept_NP | ~is_kept_NP.any(dim=1, keepdim=True)
+    other_N1D = acts_NPD[torch.arange(len(acts_NPD), device=device), is_kept_NP.int().argmax(dim=1)][:, None]
+    acts_NPD = torch.where(is_kept_NP[:, :, None], acts_NPD, other_N1D)
+    total_ND = torch.einsum("npd,np->nd", acts_NPD, is_kept_NP.float())
+    return acts_NPD, total_ND / is_kept_NP.sum(dim=1, keepdim=True)
 
 
 def _done(
