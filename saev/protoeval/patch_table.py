@@ -393,6 +393,7 @@ def _of_pairs(
     times_MI = patches.times_MI.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):  # of resamples without a labelled patch
         r_TM = 1 - (loss_TI @ times_MI.T) / (bias_TI @ times_MI.T)
+    r_TM = r_TM.round(12) + 0.0  # exactly 0 without a prototype
     return [_Measured(*each) for each in zip(r_TM, found.ap_TM, found.purity_TM, strict=True)]
 
 
