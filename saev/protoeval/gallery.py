@@ -73,6 +73,8 @@ class Gallery(msgspec.Struct):
     latents: list[int]
     kind: str = "sae"
     """sae, kmeans, random, pca or units."""
+    images: str = ""
+    """The folder of its images."""
 
 
 def read(gallery: pathlib.Path) -> Gallery:

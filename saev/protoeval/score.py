@@ -6,6 +6,7 @@ The pass writes both to files image by image, so memory is bounded and a killed 
 N images, K prototypes of all scorers, C of them, T traits, D d_vit, B images of a block, P patches.
 """
 
+import collections.abc
 import dataclasses
 import itertools
 import logging
@@ -25,7 +26,7 @@ from saev import devices, errors, helpers, scorers
 from saev.data import activations, ordered
 from saev.data.traits import base
 from saev.formats import jsonfile
-from saev.protoeval import fit
+from saev.protoeval import fit, join
 from saev.protoeval.experiment import Experiment
 
 logger = logging.getLogger("saev")
@@ -84,11 +85,17 @@ class Split:
         return self.scores.mean_ND[self.column_N]
 
 
-def score(experiment: Experiment, banks: list[fit.Bank], dpath: pathlib.Path) -> tuple[Split, Split]:
+def score(
+    experiment: Experiment,
+    banks: list[fit.Bank],
+    dpath: pathlib.Path,
+    sides_of: collections.abc.Iterable[join.Sides] = (),
+) -> tuple[Split, Split]:
     """Scores the images to choose on and the images to measure on, in one pass if they share shards.
 
     Args:
         dpath: folder of a killed pass, which is resumed.
+        sides_of: other experiments, whose images are scored too, so that they find the same pass done.
 
     Raises:
         UserError: see `score_images`.
@@ -96,27 +103,24 @@ def score(experiment: Experiment, banks: list[fit.Bank], dpath: pathlib.Path) ->
     cfg, sides = experiment.cfgs[0], experiment.sides
     device = devices.pick(cfg.device)
     run = [bank.scorer.to(device) for bank in banks]
-
-    def scored(acts: activations.Activations, row_of: dict[int, int], name: str) -> Scores:
-        """Scores in the order of the labels, so that no result depends on the order of the shards."""
-        image_is = sorted(row_of, key=row_of.__getitem__)
-        return score_images(run, acts, image_is, dpath / name, device, cfg.memory_gb)
-
-    if sides.chosen.acts is sides.measured.acts:
-        of_both = scored(sides.chosen.acts, sides.chosen.row_of | sides.measured.row_of, "all")
-        found = [of_both, of_both]
-    else:
-        found = [scored(side.acts, side.row_of, side.split) for side in sides]
-    chosen, measured = (
-        _split(scores, side.row_of, experiment.labels) for scores, side in zip(found, sides, strict=True)
-    )
+    images: dict[activations.Activations, set[int]] = {}
+    for side in [*sides, *itertools.chain(*sides_of)]:
+        images.setdefault(side.acts, set()).update(side.row_of)
+    scored = {
+        acts: score_images(run, acts, sorted(is_), dpath / str(n), device, cfg.memory_gb)
+        for n, (acts, is_) in enumerate(images.items())
+    }
+    chosen, measured = (_split(scored[side.acts], side.row_of, experiment.labels) for side in sides)
     return chosen, measured
 
 
 def _split(scores: Scores, row_of: dict[int, int], labels: base.Traits) -> Split:
-    columns = [n for n, i in enumerate(scores.image_i_N.tolist()) if i in row_of]
-    rows = [row_of[i] for i in scores.image_i_N[columns].tolist()]
-    return Split(scores, np.array(columns, np.int64), labels.labels_NT[rows], labels.known_of(rows))
+    """One split, in the order of the labels, so that no result depends on the order of the shards."""
+    column_of = {i: n for n, i in enumerate(scores.image_i_N.tolist())}
+    image_is = sorted(row_of, key=row_of.__getitem__)
+    rows = [row_of[i] for i in image_is]
+    columns = np.array([column_of[i] for i in image_is], np.int64)
+    return Split(scores, columns, labels.labels_NT[rows], labels.known_of(rows))
 
 
 # ---- one pass ----

@@ -97,6 +97,7 @@ def main(cfg: config.Visuals) -> str:
                 "sha256": sha256,
                 "kind": coder.kind,
                 "filters": filters(cfg, coder),
+                "images": str(shown.root.absolute()),
             },
         )
         write.write(dpath, gallery)
