@@ -192,10 +192,11 @@ def _codes(
     for at in range(0, len(x_RD), n_rows):
         code_RK = scorer(x_RD[at : at + n_rows])[:, columns]
         if not code_RK.isfinite().all():
-            k = int((~code_RK.isfinite()).nonzero()[0, 1])
+            column = int((~code_RK.isfinite()).nonzero()[0, 1])
+            k = columns.start + column if isinstance(columns, slice) else int(columns[column])
             raise errors.UserError(
-                f"a patch's score by prototype {torch.arange(scorer.n_prototypes)[columns][k].item()} is not "
-                "finite. Check the checkpoint's weights, or delete the fitted scorer to fit it again."
+                f"a patch's score by prototype {k} is not finite. Check the checkpoint's weights, or delete "
+                "the fitted scorer to fit it again."
             )
         yield at, code_RK.T.float().contiguous().cpu().numpy()
 
