@@ -225,10 +225,10 @@ def _write_paths(dpath: pathlib.Path, made: MadeUp, images: list[dict]) -> None:
     scripts.write(dpath, "paths", columns)
 
 
-def _codes(made: MadeUp, rng: np.random.Generator, i: int, peaks: dict) -> dict:
+def _codes(made: MadeUp, rng: np.random.Generator, i: int, peaks: scripts.Packed) -> dict:
     k = 6
     rows = rng.integers(0, made.n_latents, 60)
-    largest = np.frombuffer(base64.b64decode(peaks["b"]), "<f4")
+    largest = np.frombuffer(peaks.b, "<f4")
     row, value = [], []
     for _ in range(made.n_patches):
         fires = rng.choice(rows, k, replace=False)

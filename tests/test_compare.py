@@ -14,9 +14,10 @@ import scipy.optimize
 import torch
 
 from saev import errors, nn, scorers
-from saev.compare import config, correlate, match, run, sides, store
-from saev.data import activations, memory, passes
+from saev.compare import config, correlate, match, memory, run, sides, store
+from saev.data import activations, passes
 from saev.data import config as data_config
+from saev.data import memory as data_memory
 from saev.formats import codeshards
 from saev.nn import config as nn_config
 from saev.scorers import base, rows
@@ -195,7 +196,7 @@ def test_matches_are_those_of_plain_loops(
     one, two = scipy.optimize.linear_sum_assignment(corr_SZ.clip(min=0), maximize=True)
     best = corr_SZ[one, two].clip(min=0).sum()
     assert found.pairs is not None and found.pairs.is_exact
-    monkeypatch.setattr(match, "EXACT", 10)
+    monkeypatch.setattr(memory, "EXACT", 10)
     restricted = match.match(in_tiles(corr_SZ, n), S, Z, candidates=12).pairs
     assert restricted is not None and not restricted.is_exact
     for pairs in (found.pairs, restricted):
@@ -219,7 +220,7 @@ def test_shares_count_live_latents() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2**26])
 def test_cosines(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(match, "COSINES", at_once)
+    monkeypatch.setattr(memory, "COSINES", at_once)
     generator = torch.Generator().manual_seed(0)
     one_SD, two_ZD = (
         torch.nn.functional.normalize(torch.randn(n, 5, generator=generator), dim=1) for n in (8, 11)
@@ -498,7 +499,7 @@ def test_a_pass_that_stopped_resumes(made, tmp_path: pathlib.Path, monkeypatch: 
     """Complete shards stay, those with changed bytes are encoded again."""
     acts = activations.Activations.open(data_config.Shards(str(made[0]), 3))
     run_ = [sae_scorer.SaeLatents(trained(tmp_path / f"{i}.pt", i), 2 * D) for i in range(2)]
-    monkeypatch.setattr(memory, "MAX_IMAGES", 5)
+    monkeypatch.setattr(data_memory, "MAX_IMAGES", 5)
     monkeypatch.setattr(passes, "MIN_PATCHES", 1)  # a shard is a block
     whole = encoded(acts, tmp_path / "whole", run_)
     want = files_of(tmp_path / "whole")
@@ -585,3 +586,39 @@ def test_dry_run_and_flags() -> None:
     assert done.returncode == 0 and "runs = ('a', 'b')" in done.stdout and "1 Slurm job" in done.stdout
     done = inprocess.run("-m", "saev.compare", "--scorer", "x")
     assert done.returncode == 2 and done.stderr.startswith("error: name two dictionaries")
+
+
+# ---- the ViT's units ----
+
+
+@pytest.mark.parametrize("per", ["patch", "image"])
+def test_raw_units_are_a_dictionary(made, tmp_path: pathlib.Path, per: str) -> None:
+    """Against plain correlations of the activations themselves. Cosines are the decoder's entries."""
+    dpath, acts_NLPD = made
+    sae = trained(tmp_path / "a" / "sae.pt", 0)
+    out = run.main(configured(dpath, tmp_path, other="units", per=per))
+    found = read(out, "matches.parquet")
+    text = (pathlib.Path(out) / "summary.md").read_text()
+    assert "| a | rarest quarter" in text and "| units | rarest quarter" not in text  # they always fire
+    x_NPD = acts_NLPD[:, 0]
+    f_NPS = sae.encode(torch.from_numpy(x_NPD)).numpy()
+    rows = [v.reshape(N * P, -1) if per == "patch" else v.max(axis=1) for v in (f_NPS, x_NPD)]
+    want_SD = plain(*rows)
+    one, two = found.filter(of="one"), found.filter(of="two")
+    live_S = one["is_live"].to_numpy()
+    np.testing.assert_allclose(one["corr"].to_numpy()[live_S], want_SD[live_S].max(axis=1), atol=1e-6)
+    np.testing.assert_array_equal(two["best"].to_numpy(), want_SD[live_S].argmax(axis=0))
+    assert len(two) == D and two["is_live"].all()
+    cosine_SD = sae.W_dec.detach().numpy()[live_S]
+    np.testing.assert_allclose(one["cos"].to_numpy()[live_S], cosine_SD.max(axis=1), atol=1e-6)
+
+
+def test_raw_units_among_runs(made, tmp_path: pathlib.Path) -> None:
+    dpath, _ = made
+    trained(tmp_path / "a" / "sae.pt", 0)
+    out = run.main(
+        configured(dpath, tmp_path, scorer="", other="", runs=("units", str(tmp_path / "a" / "sae.pt")))
+    )
+    assert read(out, "dictionaries.csv")["kind"].to_list() == ["Units", "Relu"]
+    assert read(out, "pairs.csv")["one"].to_list() == ["units"]
+    assert read(out, "pairs.csv")["differ"].to_list() == ["kind, latents"]  # not the seed: units have none

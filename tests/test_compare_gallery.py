@@ -149,3 +149,24 @@ def test_a_wrong_gallery_is_refused_before_the_pass(cfg: config.Compare, tmp_pat
             run.main(cfg)
         assert "\n" not in str(err.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gallery_of_units_is_known_by_its_vit_and_layer(
+    cfg: config.Compare, tmp_path: pathlib.Path
+) -> None:
+    """Its sha256 is not that of a file. Without a gallery, the units are named."""
+    given = dataclasses.replace(cfg, other="units", other_gallery=str(tmp_path / "g u"))
+    made_gallery(tmp_path / "g u", tmp_path / "a" / "sae.pt", list(range(D)), [1, 3])
+    fpath = tmp_path / "g u" / "data" / "stats.js"
+    text = fpath.read_text().replace('"name":"x"', '"kind":"units"')
+    fpath.write_text(text)
+    with pytest.raises(errors.UserError, match="shows another dictionary. Pass a gallery of units"):
+        run.main(given)
+    fpath.write_text(text.replace('"a ViT"', '"made-up"'))
+    run.main(given)
+    found = scripts.read(pathlib.Path(cfg.gallery), "compare", "")
+    assert found["other"]["scorer"]["kind"] == "units" and found["other"]["href"]
+    assert any(one["groups"] for one in scripts.read(pathlib.Path(cfg.gallery), "compare/000", "")["latents"])
+    run.main(dataclasses.replace(given, other_gallery=""))
+    other = scripts.read(pathlib.Path(cfg.gallery), "compare", "")["other"]
+    assert (other["scorer"]["noun"], other["title"], other["scorer"]["ckpt"]) == ("unit", "units", "")

@@ -23,6 +23,10 @@ def test_damaged_files_and_kills_are_right_or_refused() -> None:
     assert [lines["all", ""][bad] for bad in ("wrong", "traceback", "hang")] == ["0"] * 3
     for what in ("activations", "shard metadata", "SAE checkpoint", "fitted scorer", "results"):
         assert int(lines["bit flips", what]["refused"]) > 0
+    assert (
+        lines["bit flips", "codes of a gallery"]["right"]
+        == lines["bit flips", "codes of a gallery"]["attempts"]
+    )
     assert {what for campaign, what in lines if campaign == "kills"} == {"dump", "train", "look", "evaluate"}
 
 

@@ -1,4 +1,4 @@
-"""The memory that a dump, a gallery and an evaluation are said to take, against processes that do them."""
+"""The memory that a dump, a gallery, ... are said to take, against processes that do them."""
 
 import collections.abc
 import concurrent.futures
@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 
 from saev import nn
+from saev.compare import config as compare_config
 from saev.data import config as data_config
 from saev.demo import minicub
 from saev.formats import shards
@@ -152,9 +153,41 @@ def evaluations(make_shards, tmp_path: pathlib.Path) -> dict[str, list[protoeval
     }
 
 
+def comparisons(make_shards, tmp_path: pathlib.Path) -> dict[str, compare_config.Compare]:
+    def comparison(
+        name: str, n_imgs: int, n_patches: int, d_sae: int, top_k: int, d_vit: int = 8, **kwargs: tp.Any
+    ) -> compare_config.Compare:
+        dpath, _ = make_shards(
+            n_imgs=n_imgs, n_patches=n_patches, d_vit=d_vit, layers=(0,), cls_token=False, per_shard=1000
+        )
+        for seed, other in enumerate("ab"):
+            sae = nn.SparseAutoencoder(nn_config.TopK(d_vit=d_vit, d_sae=d_sae, top_k=top_k), seed=seed)
+            nn.save(sae, tmp_path / name / other / "sae.pt")
+        return compare_config.Compare(
+            scorer=str(tmp_path / name / "a" / "sae.pt"),
+            other=str(tmp_path / name / "b" / "sae.pt"),
+            data=data_config.Shards(str(dpath), 0),
+            dump_to=str(tmp_path / name),
+            device="cpu",
+            **kwargs,
+        )
+
+    return {
+        "nothing": comparison("nothing", 8, 4, 32, 4),
+        "one to one": comparison("one to one", 200, 16, 4096, 32),
+        "codes": comparison("codes", 1200, 100, 512, 64, memory_gb=2.0),
+        "tiles": comparison("tiles", 100, 16, 8192, 32, memory_gb=0.5),
+    }
+
+
 @pytest.mark.parametrize(
     ("module", "cases"),
-    [("saev.data.dump", dumps), ("saev.visuals.collect", galleries), ("saev.protoeval.run", evaluations)],
+    [
+        ("saev.data.dump", dumps),
+        ("saev.visuals.collect", galleries),
+        ("saev.protoeval.run", evaluations),
+        ("saev.compare.run", comparisons),
+    ],
 )
 def test_what_a_stage_says_is_right_within_30_percent(
     make_shards, tmp_path: pathlib.Path, module: str, cases: collections.abc.Callable

@@ -492,6 +492,28 @@ def test_absent_data_name_their_command(show: Open, tmp_path: pathlib.Path) -> N
         assert command in page.inner_text(".absent")
 
 
+def test_pair_shows_as_many_pictures_of_both_sides(show: Open, tmp_path: pathlib.Path) -> None:
+    made = gallery_data.MadeUp(n_latents=20, n_images=24, n_view=0)
+    gallery_data.write(tmp_path, made)
+    page = show("#/compare/21", tmp_path)
+    sides = [page.locator(".side").nth(i) for i in (0, 1)]
+    assert [side.locator("figure").count() for side in sides] == [8, 8]
+    following = page.locator(".heading a.step").last.get_attribute("href")
+    page.keyboard.press("j")
+    page.wait_for_function("!location.hash.endsWith('/21')")
+    assert following == hash_of(page)
+
+
+def test_pair_without_pictures_says_where_they_come_from(show: Open, tmp_path: pathlib.Path) -> None:
+    gallery_data.write(tmp_path, gallery_data.MadeUp(n_latents=20, n_images=8, n_view=0))
+    empty = [{"id": i, "low": 0.0, "high": 0.0, "groups": []} for i in range(20)]
+    scripts.write(tmp_path, "compare/000", {"latents": empty})
+    for href, words in (("../other/index.html", "has none of its top images"), ("", "--other-gallery")):
+        value = scripts.read(tmp_path, "compare", "")
+        scripts.write(tmp_path, "compare", value | {"other": value["other"] | {"href": href}})
+        assert words in show("#/compare/21", tmp_path).locator(".side").nth(1).inner_text()
+
+
 def test_signed_values_have_a_linear_axis(show: Open, tmp_path: pathlib.Path) -> None:
     gallery_data.write(tmp_path, gallery_data.MadeUp(n_latents=40, n_images=8, n_view=0, signed=True))
     label = show("#/map?value=mean", tmp_path).get_attribute("canvas.scatter", "aria-label")

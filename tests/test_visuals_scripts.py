@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saev import errors
-from saev.formats import scripts
+from saev.formats import jsonfile, scripts
 
 
 def test_text_cannot_end_the_script(tmp_path: pathlib.Path) -> None:
@@ -26,8 +26,8 @@ def test_text_cannot_end_the_script(tmp_path: pathlib.Path) -> None:
     [("u1", [0, 255]), ("u2", [[1, 65535]]), ("u4", [2**32 - 1]), ("i4", [-1, 5]), ("f4", [0.5, np.nan])],
 )
 def test_packed_numbers_return(kind: str, values: list) -> None:
-    out = scripts.packed(values, kind)
-    back = np.frombuffer(base64.b64decode(str(out["b"])), "<" + kind)
+    out = json.loads(jsonfile.dumps(scripts.packed(values, kind)))
+    back = np.frombuffer(base64.b64decode(out["b"]), "<" + kind)
     assert out["n"] == list(np.shape(values))
     np.testing.assert_array_equal(back.reshape(np.shape(values)), np.asarray(values, back.dtype))
     np.testing.assert_array_equal(scripts.unpacked(out, "", ""), np.asarray(values, back.dtype))
@@ -43,6 +43,6 @@ def test_numbers_that_do_not_fit_are_refused(kind: str, value: float) -> None:
     "change", [{"n": [3]}, {"b": "?"}, {"b": "AAA="}, {"t": "f8"}, {"t": None}, {"n": None}]
 )
 def test_damaged_numbers_are_one_line(change: dict) -> None:
-    out = scripts.packed([1, 2], "u2") | change
+    out = json.loads(jsonfile.dumps(scripts.packed([1, 2], "u2"))) | change
     with pytest.raises(errors.UserError, match="^x: its numbers cannot be read .* Do it.$"):
         scripts.unpacked(out, "x", "Do it.")

@@ -16,7 +16,8 @@ class Compare:
     """Matches latents of two dictionaries (or all pairs of several) by their values on the same images."""
 
     scorer: fields.Path = fields.neither("")  # its content decides
-    """The first dictionary: an SAE's checkpoint (sae.pt) or a fitted scorer (scorers/NAME.bin)."""
+    """The first dictionary: an SAE's checkpoint (sae.pt), a fitted scorer (scorers/NAME.bin), or `units` (the
+    ViT's own units: each dimension of its activations)."""
     data: data_config.Shards = fields.neither(data_config.Shards)
     """The first dictionary's activations."""
     other: fields.Path = fields.neither("")
@@ -25,8 +26,8 @@ class Compare:
     """The second dictionary's activations, of the same images (joined by path). Default: --data.
     --other-data.layer alone: another layer of the same shards."""
     runs: tuple[fields.Path, ...] = fields.neither(())
-    """Compare all pairs of these instead: checkpoints, fitted scorers, run directories or folders of runs.
-    Each SAE is run on the layer of --data that it was trained on."""
+    """Compare all pairs of these instead: checkpoints, fitted scorers, run directories, folders of
+    runs, or units. Each SAE is run on the layer of --data that it was trained on."""
     per: tp.Literal["auto", "patch", "image"] = "auto"
     """What values are compared on. patch needs equal grids of patches over the same part of the image. auto:
     patch where that holds, else image."""
@@ -85,8 +86,8 @@ class Compare:
             raise errors.UserError("--other-gallery needs --gallery, the gallery that shows the matches.")
         if not self.runs and not (self.scorer and self.other):
             raise errors.UserError(
-                "name two dictionaries with --scorer and --other (sae.pt or scorers/NAME.bin), or several "
-                "with --runs."
+                "name two dictionaries with --scorer and --other (sae.pt, scorers/NAME.bin or units), or "
+                "several with --runs."
             )
 
     @property

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64, jaxtyped
 
 from saev import compiled
-from saev.compare import store
+from saev.compare import memory, store
 from saev.formats import codeshards
 from saev.nn import kernels
 
@@ -25,8 +25,6 @@ DENSE = 0.025
 """Dense matrices are multiplied if the product of both densities is larger (logbook 034)."""
 DENSE_ROWS = 2048
 """Rows that are made dense at a time."""
-CODE_BYTES = 24
-"""Bytes of a code in memory: itself, its copy, and its place when sorted by latent."""
 MOST_CODES = 2**30
 """Codes are numbered in 32 bits."""
 PART = 32
@@ -87,7 +85,7 @@ def tiles(
     Z = two.n_latents
     n_tile = int(np.clip(n_bytes / 2 // (8 * Z), 1, one.n_latents))
     per_image = (one.n_codes + two.n_codes) / one.n_images
-    n_codes = min(n_bytes / 4 / CODE_BYTES, MOST_CODES)
+    n_codes = min(n_bytes / 4 / memory.CODE_BYTES, MOST_CODES)
     n_images = int(np.clip(n_codes / max(1.0, per_image), 1, len(images[0])))
     add = _add_dense if one.density * two.density > DENSE else _add_sparse
     sum_TZ = np.empty((n_tile, Z))

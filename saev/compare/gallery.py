@@ -41,9 +41,17 @@ def _of(dpath: str, flag: str, side: sides.Side) -> gallery.Gallery:
     """The gallery of a side. `flag` names it in messages."""
     remedy = f"Pass a gallery of {side.fpath} as {flag}, made by visuals.py."
     found = gallery.Gallery(pathlib.Path(dpath), remedy)
-    if found.stats.scorer.sha256 != helpers.hash_file(side.fpath):
+    if not _shows(found, side):
         raise errors.UserError(f"{flag} {dpath}: shows another dictionary. {remedy}")
     return found
+
+
+def _shows(found: gallery.Gallery, side: sides.Side) -> bool:
+    """Whether a gallery shows a dictionary. Units are known by their ViT and layer."""
+    if not side.is_units:
+        return found.stats.scorer.sha256 == side.digest
+    mine = ("units", side.acts.metadata.vit_ckpt, side.layer)
+    return (found.stats.scorer.kind, found.stats.source.vit, found.stats.source.layer) == mine
 
 
 def write(galleries: Galleries, found: list[sides.Side], out: pathlib.Path) -> None:
@@ -105,9 +113,9 @@ def _described(mine: gallery.Gallery, other: gallery.Gallery | None, side: sides
             "name": side.kind,
             "kind": kind,
             "n": side.scorer.n_prototypes,
-            "noun": "latent" if side.sae else "prototype",
-            "ckpt": helpers.printable(str(side.fpath)),
-            "sha256": helpers.hash_file(side.fpath),
+            "noun": side.noun,
+            "ckpt": "" if side.is_units else helpers.printable(str(side.fpath)),
+            "sha256": side.digest,
         },
         "source": {"vit": side.vit, "layer": side.layer, "n_images": side.acts.n_imgs},
         "href": "",

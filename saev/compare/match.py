@@ -16,14 +16,10 @@ import scipy.sparse.csgraph
 import torch
 from jaxtyping import Bool, Float32, Float64, Int64, jaxtyped
 
-from saev.compare import correlate
+from saev.compare import correlate, memory
 
-EXACT = 4096
-"""Dictionaries of at most this many latents are matched one to one over all pairs."""
 NONE = -1
 """No latent."""
-COSINES = 2**26
-"""Cosines that are computed at a time."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -71,11 +67,11 @@ def match(tiles: collections.abc.Iterable[correlate.Tile], S: int, Z: int, candi
 
     Args:
         candidates: the most correlated partners of each latent that are considered for one-to-one matches in
-            dictionaries of more than EXACT latents. 0: no one-to-one matches.
+            dictionaries of more than memory.EXACT latents. 0: no one-to-one matches.
     """
     best_S, corr_S = np.full(S, NONE), np.full(S, -np.inf)
     best_Z, corr_Z = np.full(Z, NONE), np.full(Z, -np.inf)
-    is_exact = max(S, Z) <= EXACT
+    is_exact = max(S, Z) <= memory.EXACT
     edges: list[Edges] = []
     all_SZ = np.zeros((S, Z) if candidates and is_exact else (0, 0))
     for first, corr_TZ in tiles:
@@ -166,7 +162,7 @@ def by_cosine(
     dead_Z = torch.from_numpy(~is_live_Z)
 
     def tiles() -> collections.abc.Iterator[correlate.Tile]:
-        n = max(1, COSINES // Z)
+        n = max(1, memory.COSINES // Z)
         for first in range(0, S, n):
             cosine_TZ = (one_SD[first : first + n] @ two_ZD.T).double()
             cosine_TZ[:, dead_Z] = -torch.inf

@@ -94,7 +94,7 @@ def dictionaries(
             "name": [side.name for side in found],
             "kind": [side.kind for side in found],
             "n_latents": [side.scorer.n_prototypes for side in found],
-            "seed": [side.seed for side in found],
+            "seed": pl.Series([side.seed for side in found], dtype=pl.String),
             "vit": [side.vit for side in found],
             "layer": [side.layer for side in found],
             "n_images_left_out": joined.n_left_out,
@@ -107,7 +107,8 @@ def dictionaries(
 
 def _pair(pair: Pair, of_sides: pl.DataFrame) -> pl.DataFrame:
     one, two = (of_sides.row(n, named=True) for n in (pair.one, pair.two))
-    differ = [WORDS.get(key, key) for key in PLACE if one[key] != two[key]]
+    known = [key for key in PLACE if None not in (one[key], two[key])]
+    differ = [WORDS.get(key, key) for key in known if one[key] != two[key]]
     cosines = [best.mean() for best in pair.cosines] if pair.cosines else [float("nan")] * 2
     return pl.DataFrame(
         {
@@ -210,7 +211,7 @@ def sides_table(of_sides: pl.DataFrame) -> pl.DataFrame:
         {
             "Dictionary": of_sides["name"],
             "Kind": of_sides["kind"],
-            "Seed": of_sides["seed"],
+            "Seed": of_sides["seed"].fill_null(""),
             "ViT": of_sides["vit"],
             "Layer": tables.texts("{}", of_sides["layer"]),
             "Latents": tables.texts("{:,}", of_sides["n_latents"]),
@@ -246,8 +247,10 @@ def _of_two(
 
 
 def _by_frequency(of_latents: pl.DataFrame, of_sides: pl.DataFrame, cfg: config.Compare) -> str:
-    """A table of the live latents in quarters by how often they fire."""
-    live = of_latents.filter("is_live")
+    """A table of the live latents in quarters by how often they fire. Prototypes and units always do."""
+    live = of_latents.filter("is_live", pl.col("frequency").n_unique().over("of") > 1)
+    if not len(live):
+        return ""
     rank = (pl.col("frequency").rank("ordinal") - 1) * 4 // pl.len()
     matched = [
         (pl.col("is_mutual") & (pl.col("corr") >= t)).mean().alias(f"Matched at {t:g}")

@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 
 from saev import devices, fields, helpers, scorers
-from saev.compare import config, correlate, gallery, match, report, sides, store
+from saev.compare import config, correlate, gallery, match, memory, report, sides, store
+from saev.data import activations
 
 logger = logging.getLogger("saev")
 
@@ -48,6 +49,9 @@ def _id(cfg: config.Compare, found: list[sides.Side], joined: sides.Joined) -> s
 
 
 def _compare(cfg: config.Compare, found: list[sides.Side], joined: sides.Joined, out: pathlib.Path) -> None:
+    if devices.pick(cfg.device).type == "cpu":  # the formula holds on a CPU
+        sizes = [_sizes(side, acts, joined.per_patch) for side, acts in zip(found, joined.acts, strict=True)]
+        logger.info("memory: about %.2f GB (docs/memory.md)", memory.peak(cfg, sizes) / 1e9)
     partial = out.with_name(f".{out.name}.partial")  # a killed pass resumes from here
     stores = _encode(cfg, found, joined, partial)
     stats = [correlate.moments(codes) for codes in stores]
@@ -62,6 +66,16 @@ def _compare(cfg: config.Compare, found: list[sides.Side], joined: sides.Joined,
     ]
     report.write(out, cfg, found, joined, stats, pairs)
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sizes(side: sides.Side, acts: activations.Activations, per_patch: bool) -> memory.Side:
+    """An SAE without a top_k is taken to have one latent in a hundred on a patch."""
+    n, n_imgs = side.scorer.n_prototypes, acts.n_imgs
+    n_codes = n
+    if side.sae:
+        n_codes = min(n, (1 if per_patch else 8) * getattr(side.sae.cfg, "top_k", max(1, n // 100)))
+    n_rows = n_imgs * acts.n_tokens if per_patch else n_imgs
+    return memory.Side(n, acts.d_vit, n_imgs, acts.n_tokens, n_rows, n_codes, bool(side.sae))
 
 
 def _encode(

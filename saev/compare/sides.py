@@ -23,6 +23,8 @@ from saev.scorers import sae as sae_scorer
 
 logger = logging.getLogger("saev")
 
+UNITS = "units"
+"""Stands for the ViT's own units instead of a file."""
 GEOMETRY = ("size", "resize", "squash")
 """The fields of an image transform that decide what a patch shows."""
 
@@ -34,6 +36,7 @@ class Side:
 
     name: str
     fpath: pathlib.Path
+    """UNITS for the ViT's units."""
     scorer: tp.Any
     """A `scorers.Scorer`."""
     acts: activations.Activations
@@ -44,8 +47,23 @@ class Side:
         return self.scorer.sae if isinstance(self.scorer, sae_scorer.SaeLatents) else None
 
     @property
+    def is_units(self) -> bool:
+        return str(self.fpath) == UNITS
+
+    @property
+    def digest(self) -> str:
+        """sha256 of its file."""
+        return helpers.hash_of(self.scorer.digest()) if self.is_units else helpers.hash_file(self.fpath)
+
+    @property
+    def noun(self) -> str:
+        return "latent" if self.sae else "unit" if self.is_units else "prototype"
+
+    @property
     def kind(self) -> str:
         """The SAE's architecture, or the similarity with which prototypes score."""
+        if self.is_units:
+            return "Units"
         return type(self.sae.cfg).__name__ if self.sae else f"Prototypes ({self.scorer.similarity})"
 
     @property
@@ -57,13 +75,15 @@ class Side:
         return self.acts.layers[0]
 
     @property
-    def seed(self) -> str:
-        """The seed in config.json beside a checkpoint; "" if there is none."""
+    def seed(self) -> str | None:
+        """The seed in config.json beside an SAE's checkpoint; "" if there is none. None for other scorers."""
+        if not self.sae:
+            return None
         try:
             found = jsonfile.read_sealed(self.fpath.with_name("config.json"), dict[str, tp.Any], "", old=True)
         except (OSError, errors.UserError):
             return ""
-        return str(found.get("seed", "")) if self.sae else ""
+        return str(found.get("seed", ""))
 
     def directions(self) -> Float32[torch.Tensor, "K D"]:
         """Unit vectors in activation space: decoder rows, or prototypes minus the mean."""
@@ -94,11 +114,13 @@ def open_all(cfg: config.Compare) -> list[Side]:
     is_open: dict[data_config.Shards, activations.Activations] = {}
     out = []
     for name, (fpath, data, flag) in zip(_names([f for f, _, _ in given]), given, strict=True):
-        scorer = scorers.load(fpath)
+        scorer = None if str(fpath) == UNITS else scorers.load(fpath)
         data = _of_its_layer(scorer, data) if cfg.runs else data
         if data not in is_open:
             is_open[data] = activations.Activations(data, flag, is_open.values())
             is_open[data].only_layer("a dictionary is of")
+            is_open[data].only_whole("dictionaries are compared on")
+        scorer = scorer or scorers.Prototypes.units(is_open[data].d_vit)
         out.append(Side(name, fpath, scorer, is_open[data]))
         scorers.check_fits(scorer, is_open[data], str(fpath))
     return out
@@ -107,7 +129,7 @@ def open_all(cfg: config.Compare) -> list[Side]:
 def _checkpoints(run: str) -> list[pathlib.Path]:
     """The dictionaries that a path of --runs names."""
     path = pathlib.Path(run)
-    if path.is_file():
+    if run == UNITS or path.is_file():
         return [path]
     found = [path / "sae.pt"] if (path / "sae.pt").is_file() else sorted(path.glob("*/sae.pt"))
     if not found:
@@ -135,7 +157,7 @@ def _names(fpaths: list[pathlib.Path]) -> list[str]:
     return [helpers.printable("/".join(mine[-n:])) for mine in parts]
 
 
-def _of_its_layer(scorer: scorers.Scorer, data: data_config.Shards) -> data_config.Shards:
+def _of_its_layer(scorer: scorers.Scorer | None, data: data_config.Shards) -> data_config.Shards:
     """The layer that an SAE was trained on, if its checkpoint says so."""
     layers = scorer.sae.activations.get("layers") if isinstance(scorer, sae_scorer.SaeLatents) else None
     return dataclasses.replace(data, layer=layers[0]) if layers and len(layers) == 1 else data

@@ -5,13 +5,14 @@ import math
 import pathlib
 import typing as tp
 
+import msgspec
 import numpy as np
 
 from saev import errors, helpers
 from saev.formats import jsonfile
 
 TYPES = {
-    "u1": np.uint8,
+    "u1": np.dtype(np.uint8),
     "u2": np.dtype("<u2"),
     "u4": np.dtype("<u4"),
     "i4": np.dtype("<i4"),
@@ -21,18 +22,27 @@ ESCAPED = {c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 """Characters that would end a script, or a line of one."""
 
 
-def packed(values: object, kind: str) -> dict[str, object]:
+class Packed(msgspec.Struct, frozen=True, gc=False):
+    """Numbers, as msgspec writes them: {"t": type, "n": shape, "b": base64}. A gallery has half a million."""
+
+    t: str
+    n: tuple[int, ...]
+    b: bytes
+
+
+def packed(values: object, kind: str) -> Packed:
     """Numbers as base64 of little-endian bytes. kind: u1, u2, u4, i4 or f4.
 
     Raises:
         OverflowError: an integer does not fit.
     """
-    given = np.asarray(values)
-    array = given.astype(TYPES[kind], copy=False)
-    is_exact = kind == "f4" or np.can_cast(given.dtype, TYPES[kind], "safe")
-    if not is_exact and not np.array_equal(array, given):
-        raise OverflowError(f"numbers do not fit in {kind}")
-    return {"t": kind, "n": list(array.shape), "b": base64.b64encode(array.tobytes()).decode()}
+    array, dtype = np.asarray(values), TYPES[kind]
+    if array.dtype != dtype:
+        given, array = array, array.astype(dtype)
+        is_exact = kind == "f4" or np.can_cast(given.dtype, dtype, "safe")
+        if not is_exact and not np.array_equal(array, given):
+            raise OverflowError(f"numbers do not fit in {kind}")
+    return Packed(kind, array.shape, array.tobytes())
 
 
 def write(dpath: pathlib.Path, name: str, value: dict[str, object]) -> None:

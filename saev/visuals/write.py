@@ -303,7 +303,7 @@ def _groups(
             e += n
 
 
-def _related(gallery: Gallery) -> collections.abc.Iterator[dict[str, list[list[tp.Any]]]]:
+def _related(gallery: Gallery) -> collections.abc.Iterator[dict[str, list[tp.Any]]]:
     """What each row is related to. Lists are made for some rows at a time, because they are large."""
     coder, chosen_C, classes, row_S = gallery.coder, gallery.chosen_C, gallery.classes, _row_of(gallery)
     vectors_SD = coder.vectors()
@@ -321,11 +321,9 @@ def _related(gallery: Gallery) -> collections.abc.Iterator[dict[str, list[list[t
         yield from (dict(zip(("neighbours", "together", "classes"), row, strict=True)) for row in each)
 
 
-def _pairs(related: relations.Related, row_S: np.ndarray, rows: slice) -> list[list[list[object]]]:
-    """[row or -1, number, value] of each related latent."""
-    latent_CK, value_CK = related.latent_CK[rows], related.value_CK[rows]
+def _pairs(related: relations.Related, row_S: np.ndarray, rows: slice) -> list[list[tuple[tp.Any, ...]]]:
+    """(row or -1, number, value) of each related latent."""
+    latent_CK, value_CK = related.latent_CK[rows], related.value_CK[rows].astype(np.float64).round(4)
     columns = (row_S[latent_CK].tolist(), latent_CK.tolist(), value_CK.tolist())  # of -1 too: left out
-    return [
-        [[row, s, round(value, 4)] for row, s, value in zip(*each, strict=True) if s >= 0]
-        for each in zip(*columns, strict=True)
-    ]
+    found = [list(zip(*each, strict=True)) for each in zip(*columns, strict=True)]
+    return found if (latent_CK >= 0).all() else [[x for x in each if x[1] >= 0] for each in found]

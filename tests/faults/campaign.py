@@ -95,11 +95,15 @@ def interrupted_targets(chain: Chain) -> list[Target]:
     with interrupted("k-means, pass 2", 0):
         chain.evaluate("unused", "half-scorers")
     fits = sorted(chain.root.glob("half-scorers/*.state"))
-    assert states and caches and fits, (states, caches, fits)
+    with interrupted("statistics", 0):  # all codes are written
+        chain.look("half-gallery/g")
+    codes = sorted(p for p in chain.root.glob("half-gallery/.g.pass/*") if p.is_file())
+    assert states and caches and fits and codes, (states, caches, fits, codes)
     return [
         Target("training state", states, _on_a_copy(chain, "half", _train_on)),
         Target("scores of a pass", caches, _on_a_copy(chain, "half-results", _evaluate_on)),
         Target("k-means state", fits, _on_a_copy(chain, "half-scorers", _fit_on)),
+        Target("codes of a gallery", codes, _on_a_copy(chain, "half-gallery", _look_on)),
     ]
 
 
@@ -132,6 +136,10 @@ def _fit_on(chain: Chain, name: str) -> str:
         return chain.table(results)
     finally:
         shutil.rmtree(chain.root / "fit-results")
+
+
+def _look_on(chain: Chain, name: str) -> str:
+    return kills.files(pathlib.Path(chain.look(f"{name}/g")))
 
 
 def inputs(chain: Chain) -> list[Target]:

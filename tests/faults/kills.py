@@ -97,12 +97,12 @@ def _artefact(chain: Chain, command: Command, root: pathlib.Path) -> str:
         (ckpt,) = (root / "checkpoints" if is_own else root).glob("*/sae.pt")
         return chain.run_weights(ckpt)
     if command.name == "look":
-        return _files(root / "gallery")
+        return files(root / "gallery")
     (about,) = (root / "results" if is_own else root).glob("*/about.json")
     return chain.table(about.parent)
 
 
-def _files(folder: pathlib.Path) -> str:
+def files(folder: pathlib.Path) -> str:
     """Names and bytes of all files but code.json, which names the command."""
     fpaths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "code.json")
     return digest([[str(p.relative_to(folder)), p.read_bytes().hex()] for p in fpaths])

@@ -1,6 +1,7 @@
 /* Two dictionaries on the same images: how many latents match, beside matches by chance; the pairs, side by side. */
 (() => {
   "use strict";
+  const PICTURES = 8; // of each latent of a pair
   const COMMAND = "uv run python -m saev.compare …";
 
   const absent = () => (saev.compare.problem ? saev.problem(saev.compare.problem)
@@ -16,7 +17,7 @@
     const line = (values, kind) => saev.svg("polyline", { class: `line ${kind}`, points: Array.from(threshold, (t, i) => `${x(t).toFixed(1)},${y(values[i]).toFixed(1)}`).join(" ") });
     const marks = [0, 0.25, 0.5, 0.75, 1];
     const half = threshold.findIndex((t) => t >= 0.5);
-    const words = half < 0 ? "" : ` At ${saev.number(threshold[half])}: ${saev.percent(share[half])}, by chance ${saev.percent(chance[half])}.`;
+    const words = half < 0 ? "" : ` At ${Number(threshold[half].toFixed(2))}: ${saev.percent(share[half])}, by chance ${saev.percent(chance[half])}.`;
     return saev.el("figure", { class: "curve" },
       saev.svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Share of ${saev.noun}s matched against the least correlation.${words}` },
         marks.map((s) => [saev.svg("line", { class: "grid", x1: left, x2: width - 12, y1: y(s), y2: y(s) }), saev.svg("text", { x: left - 6, y: y(s) + 4, "text-anchor": "end" }, `${100 * s}%`)]),
@@ -63,7 +64,7 @@
     const limit = chance[Math.floor(0.95 * (chance.length - 1))];
     main.append(saev.el("div", { class: "columns" }, saev.el("div", { class: "left" },
       saev.el("dl", { class: "both" }, dictionary("This", saev.gallery), dictionary("Other", other)), curve(),
-      saev.el("p", { class: "hint" }, `${method.words} ${saev.count(method.n_images, "image")}, ${method.n_patches.toLocaleString("en")} patches. With permuted images, 95% of the correlations are below ${saev.number(limit)}.`)),
+      saev.el("p", { class: "hint" }, `${method.words} With permuted images, 95% of the correlations are below ${saev.number(limit)}.`)),
     saev.el("div", { class: "right" }, table.bar, table.element)));
     table.handlers.update();
     return table.handlers;
@@ -85,21 +86,26 @@
     if (place < 0 || row === undefined) throw new Error(`${saev.capital(saev.noun)} ${argument} is not in this comparison.`);
     saev.title(`${saev.capital(saev.noun)} ${id}, compared`);
     const step = (by) => columns.id[place + by] !== undefined && saev.go("compare", columns.id[place + by]);
-    const groups = (latent, attributes) => latent.groups.filter((group) => group.image.n[0] > 0).map((group) =>
-      saev.el("section", { class: "group" }, saev.el("h4", null, `${saev.capital(group.name)} images`), saev.figures(group, attributes)));
+    const beside = (by, label, sign) => (columns.id[place + by] === undefined ? saev.el("span", { class: "step", "aria-hidden": "true" }, sign)
+      : saev.el("a", { class: "step", href: saev.href("compare", columns.id[place + by]), "aria-label": label, title: label }, sign));
+    const tops = (latent) => latent.groups.filter((group) => group.name === "top" && group.image.n[0] > 0);
+    const groups = (latent, attributes) => tops(latent).map((group) =>
+      saev.el("section", { class: "group" }, saev.el("h4", null, "Top images"), saev.figures(group, { ...attributes, most: PICTURES })));
+    const unseen = () => saev.el("p", { class: "hint" }, other.href ? "This gallery has none of its top images." : "To see its images here, pass its gallery as --other-gallery.");
     const facts = [["Correlation", saev.number(columns.corr[place])], ["Mutual", columns.mutual[place] ? "yes" : "no"],
       ["One to one", `${idOr(columns.pair[place])} (${saev.number(columns.pair_corr[place])})`],
       ...(method.one_space ? [["By cosine", `${idOr(columns.cos_best[place])} (${saev.number(columns.cos[place])})`]] : [])];
     const best = columns.best[place];
     main.append(
-      saev.el("div", { class: "heading" }, saev.el("a", { href: saev.href("compare", "", { on: id }) }, "Compare"), saev.el("h2", null, `${saev.capital(saev.noun)} ${id} and ${idOr(best)}`), saev.starButton(id)),
+      saev.el("div", { class: "heading" }, saev.el("a", { href: saev.href("compare", "", { on: id }) }, "Compare"), saev.el("h2", null, `${saev.capital(saev.noun)} ${id} and ${idOr(best)}`), saev.starButton(id),
+        beside(-1, `Previous ${saev.noun} (k)`, "‹"), beside(1, `Next ${saev.noun} (j)`, "›")),
       saev.el("dl", { class: "facts" }, facts.map(([k, v]) => saev.el("div", null, saev.el("dt", null, k), saev.el("dd", null, v)))),
       saev.heatControls("0", "maximum"),
       saev.el("div", { class: "sides two" },
         saev.el("section", { class: "side" }, saev.el("h3", null, saev.el("a", { href: saev.href("latent", id) }, `${saev.capital(saev.noun)} ${id}`), " · ", saev.name(saev.gallery.title)),
-          saev.later(saev.latentAt(row), (latent) => groups({ ...latent, groups: latent.groups.filter((group) => group.name === "top") }, { id }))),
+          saev.later(saev.latentAt(row), (latent) => groups(latent, { id }))),
         saev.el("section", { class: "side" }, saev.el("h3", null, `${saev.capital(other.scorer.noun)} ${idOr(best)} · `, saev.name(other.title), " ", best >= 0 && elsewhere(other.href, best)),
-          best < 0 ? saev.el("p", null, "It has no match.") : saev.later(saev.otherAt(place), (latent) => groups(latent, { id: best, latent: undefined, noun: other.scorer.noun })))));
+          best < 0 ? saev.el("p", null, "It has no match.") : saev.later(saev.otherAt(place), (latent) => (tops(latent).length ? groups(latent, { id: best, latent: undefined, noun: other.scorer.noun }) : unseen())))));
     return { update: saev.applyHeat, move: step, arrow: step, star: () => saev.stars.toggle(id), escape: () => saev.go("compare", "", { on: id }) };
   }
 
