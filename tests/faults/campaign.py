@@ -102,7 +102,7 @@ def interrupted_targets(chain: Chain) -> list[Target]:
     fits = sorted(chain.root.glob("half-scorers/*.state"))
     with interrupted("statistics", 0):  # all codes are written
         chain.look("half-gallery/g")
-    codes = sorted(p for p in chain.root.glob("half-gallery/.g.pass/*") if p.is_file())
+    codes = sorted(p for p in chain.root.glob("half-gallery/.g.pass/**/*") if p.is_file())
     assert states and caches and fits and codes, (states, caches, fits, codes)
     return [
         Target("training state", states, _on_a_copy(chain, "half", _train_on)),
