@@ -273,6 +273,13 @@ def test_another_grid_or_a_missing_photo_is_refused_before_the_pass(
     assert not (tmp_path / "new").exists()
 
 
+def test_two_sources_of_labels_are_refused(made: traits_data.Made) -> None:
+    cub = dataclasses.replace(made.cfgs[1], cub_root="", labels=traits_config.Cub(made.cfgs[1].cub_root))
+    other = dataclasses.replace(cub, labels=traits_config.ClassFolders())
+    with pytest.raises(errors.UserError, match="traits of one source of labels, but 2 are given"):
+        run.each([cub, other])
+
+
 def test_older_results_say_that_they_kept_no_images(made: traits_data.Made, tmp_path: pathlib.Path) -> None:
     older = shutil.copytree(made.root / "results", tmp_path / "results")
     (out,) = (p for p in older.iterdir() if p.is_dir())

@@ -4,7 +4,7 @@ import logging
 import pathlib
 import shutil
 
-from saev import helpers
+from saev import errors, helpers
 from saev.formats import results
 from saev.protoeval import (
     choose,
@@ -44,6 +44,11 @@ def each(cfgs: list[config.ProtoEval]) -> list[str]:
     """
     acts = opening.open_all(cfgs)
     sources = dict.fromkeys(cfg.source for cfg in cfgs)
+    if cfgs[0].gallery and len(sources) > 1:
+        raise errors.UserError(
+            f"--gallery {cfgs[0].gallery}: shows the traits of one source of labels, but {len(sources)} are "
+            "given. Evaluate them without --gallery, then run the command with it and one of them."
+        )
     experiments = [_experiment([cfg for cfg in cfgs if cfg.source == source], acts) for source in sources]
     names = [experiment.id for experiment in experiments]
     # a killed pass resumes from here
