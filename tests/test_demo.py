@@ -78,6 +78,21 @@ def test_prints_the_table_and_where_everything_is(
     assert stats["shown"]["n"] > 300 and stats["files"]["n_images"] > 50
 
 
+def test_the_best_latents_of_all_traits_are_in_the_gallery(
+    first: subprocess.CompletedProcess[str], dpath: pathlib.Path
+) -> None:
+    made = {fpath.name: pathlib.Path(fpath.read_text()) for fpath in (dpath / "made").iterdir()}
+    shown = made["gallery"].parent
+    value = gallery_files.load(shown, "traits")
+    ids = gallery_files.load(shown, "stats")["columns"]["id"].tolist()
+    names = [scorer["name"] for scorer in value["scorers"]]
+    assert names[0].startswith("Sae ") and names[1:] == ["Random", "KMeans", "Pca"]
+    best = [best for trait in value["traits"] for best in trait["best"] if best["scorer"] == 0]
+    assert len(best) > 30 and [ids[one["row"]] for one in best] == [one["prototype"] for one in best]
+    assert "not in the gallery" not in (made["results"] / "traits.md").read_text()
+    assert (value["columns"]["trait"][:, 0] >= 0).mean() > 0.2  # 512 of 1,536 latents take part
+
+
 def test_prints_commands_that_run(first: subprocess.CompletedProcess[str], dpath: pathlib.Path) -> None:
     """Each printed command, run by itself, finds its work done."""
     commands = re.findall(r"^\$ uv run (.*)$", first.stdout, re.M)

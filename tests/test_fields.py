@@ -17,15 +17,17 @@ from saev.training import report
 ROOT = pathlib.Path(saev.__file__).parent
 NOT_PATHS = {"device", "wandb_project", "slurm_acct", "slurm_partition", "slurm_qos", "slurm_constraint"}
 NOT_PATHS |= {"slurm_gpu_type", "slurm_exclude", "slurm_setup", "slurm_extra", "after", "stage_to"}
-NOT_PATHS |= {"suffix"}
+NOT_PATHS |= {"suffix", "split_column", "split_names", "path_column", "binary", "categorical", "class_column"}
+NOT_PATHS |= {"label_name", "parts"}
 """Fields of type str that hold something else."""
 MAY_BE_NEGATIVE = {"layer", "vit_layers", "n_train", "log_freq_range", "log_value_range"}
 
 
 def configs() -> list[type]:
     found = {launch.SlurmConfig, report.Report}
-    for fpath in ROOT.glob("*/config.py"):
-        module = importlib.import_module(f"saev.{fpath.parent.name}.config")
+    for fpath in ROOT.glob("**/config.py"):
+        package = ".".join(fpath.parent.relative_to(ROOT).parts)
+        module = importlib.import_module(f"saev.{package}.config")
         classes = [c for _, c in inspect.getmembers(module, dataclasses.is_dataclass)]
         found |= {c for c in classes if c.__module__ == module.__name__}
     internal = {"DumpJob", "Subset"}  # no user makes one
@@ -33,7 +35,8 @@ def configs() -> list[type]:
 
 
 def make(cls: type, **given: object) -> tp.Any:
-    required = {"runs": ("x",)} if cls is report.Report else {}
+    required: dict[str, object] = {"runs": ("x",)} if cls is report.Report else {}
+    required |= {"split": "file"} if "split_file" in given else {}
     return cls(**required | given)
 
 
@@ -76,6 +79,11 @@ def test_paths_are_expanded(
     if name == "name":  # part of a file's name
         with pytest.raises(errors.UserError, match="--name .*: use letters, digits and underscores"):
             make(cls, name="../x")
+        return
+    if name == "numeric":  # columns and thresholds
+        for bad in ("~/x", "=1", "a=", "a=b"):
+            with pytest.raises(errors.UserError, match=f"--labels.numeric {bad}: must be COLUMN=NUMBER"):
+                make(cls, numeric=("a=1", bad))
         return
     got = getattr(make(cls, **{name: shaped(cls, name, "~/$SCRATCH/x${SCRATCH}")}), name)
     if name in NOT_PATHS:

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from saev import errors
+from saev import errors, provenance
 from saev.data import config as data_config
 from saev.data import images
 from saev.demo import minicub
@@ -150,6 +150,7 @@ def test_labels_are_read_as_they_were_made(cfg: config.Labels, caplog: pytest.Lo
     np.testing.assert_array_equal(found.id_NP, [[i, 9, i, 9] for i in range(5)])
     assert found.classes == {i: f"class {i}" for i in (0, 1, 2, 3, 4, 9)} and found.ignore == 255
     assert found.id_of("class 9", "--x") == 9 and found.made["rule"] == "majority"
+    assert found.made["code"] == provenance.record()
     with pytest.raises(
         errors.UserError, match="--x clss: no such class. The labels' classes are class 0, class 1"
     ):

@@ -228,6 +228,14 @@ def test_defaults_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib
     assert launch.of_user() == launch.SlurmConfig()
 
 
+def test_the_defaults_that_the_docs_show(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    page = (ROOT / "docs" / "slurm.md").read_text()
+    (shown,) = re.findall(r"^(?:    \w+ = .*\n)+", page, re.M)
+    cfg = defaults(monkeypatch, tmp_path, shown)
+    assert (cfg.n_hours, cfg.slurm_setup) == (12.0, ("module load cuda",))
+    assert launch.SlurmConfig(on_slurm=True).slurm_partition == "gpu"
+
+
 def test_defaults_are_shown_by_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     defaults(monkeypatch, tmp_path, "mem_gb = 77\n")
     done = subprocess.run([sys.executable, "train.py", "--dry-run"], cwd=ROOT, capture_output=True, text=True)
@@ -505,6 +513,8 @@ def test_a_memory_kill_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
     assert queue.why_lost("7", "", log).startswith("was cancelled. ")
     slurm_prints(tmp_path, monkeypatch, "sacct", "")
     assert queue.why_lost("7", "NODE_FAIL", log).startswith("ended with its node. ")
+    assert queue.why_lost("7", "", log).startswith("left the queue before it began, ")
+    log.write_text("a line\n")
     assert queue.why_lost("7", "", log) == "left the queue without a result"
     log.write_text(
         "slurmstepd-n1: error: StepId=7.0 exceeded memory limit (513683456 > 209715200), being killed\n"
@@ -538,6 +548,7 @@ def test_a_full_disk_of_the_logs_is_named(tmp_path: pathlib.Path, monkeypatch: p
     slurm_prints(tmp_path, monkeypatch, "squeue", "")
     slurm_prints(tmp_path, monkeypatch, "sacct", "")
     job = submissions.Job("7", "k", "lr = 0.5")
+    submissions.log(job, tmp_path).touch()
     error = f"job 7 (lr = 0.5) left the queue without a result. Its log: {tmp_path}/7_0_log.out"
     assert watch.look([job], tmp_path) == ({"7": launch.Outcome(error=error)}, {})
     monkeypatch.setattr("saev.launch.watch.shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
@@ -551,12 +562,15 @@ def test_rows_of_squeue(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch)
         "State": "PENDING",
         "RestartCnt": "2",
         "UserName": "ann",
+        "Name": "saev-train",
         "Reason": "ReqNodeNotAvail, Unavail",
     }
     slurm_prints(
         tmp_path, monkeypatch, "squeue", "".join(cells[c].ljust(w) for c, w in queue.COLUMNS.items()) + "\n"
     )
-    assert queue.squeue(["7_3"]) == {"7_3": queue.Queued("PENDING", "ReqNodeNotAvail, Unavail", 2, "ann")}
+    assert queue.squeue(["7_3"]) == {
+        "7_3": queue.Queued("PENDING", "ReqNodeNotAvail, Unavail", 2, "ann", "saev-train")
+    }
     slurm_prints(tmp_path, monkeypatch, "squeue", "")
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
     assert queue.squeue(["7_3"]) is None
@@ -645,6 +659,22 @@ def test_running_jobs_are_found_by_config(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert found(more) == [("7_0", 2), ("", 1), ("7_1", 2), ("", 1)]
     assert [more.stages[job.key].arg for job in more.jobs if not job.id] == [[5], [6]]
     assert [job.label for job in more.jobs if not job.id] == ["argument = 5", "argument = 6"]
+
+
+def test_another_job_with_an_earlier_jobs_id(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """As where two clusters share --log-to: the id is of a job that this one's Slurm gave to other work."""
+    note(tmp_path, batch(monkeypatch, tmp_path, [[1]]), 7)
+    user = submissions.user()
+    for name, is_found in (
+        ("saev-train-x", True),
+        ("saev-tr", True),
+        ("notebook", False),
+        ("saev-data-x", False),
+    ):
+        squeue_says(monkeypatch, {"7_0": queue.Queued("RUNNING", "", 0, user, name)})
+        assert found(batch(monkeypatch, tmp_path, [[1]])) == [("7_0" if is_found else "", 1)]
+    squeue_says(monkeypatch, {"7_0": queue.Queued("RUNNING", "", 0, "another", "saev-train-x")})
+    assert found(batch(monkeypatch, tmp_path, [[1]])) == [("", 1)]
 
 
 def test_a_job_that_also_does_other_work_is_named_and_left(
@@ -835,6 +865,15 @@ def test_a_cut_result_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "7_0_result.pkl").touch()
     outcome = submissions.result(submissions.Job("7", "k", ""), tmp_path)
     assert outcome is not None and "7_0_result.pkl is cut off. Run the same command again" in outcome.error
+
+
+def test_a_closed_terminal_ends_a_command_when_the_id_is_noted() -> None:
+    source = (
+        "import signal\nfrom saev.launch import slurm\nwith slurm.interrupted_later():\n"
+        "    signal.raise_signal(signal.SIGHUP)\n    print('noted', flush=True)\nprint('never')"
+    )
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGHUP, "noted\n")
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -48,6 +48,37 @@ def test_equals_sklearn(kind: str) -> None:
     np.testing.assert_allclose(got_KT, reference(scores_NK, labels_NT), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["random", "tied", "mostly zero", "all tied"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
+def test_missing_labels_are_left_out_as_sklearn_on_the_others(kind: str, share: float) -> None:
+    """Also where a missing label is given as True, and on resamples."""
+    rng = np.random.default_rng(1)
+    scores_NK, labels_NT = scores(kind, 150, 5, rng), rng.random((150, 5)) < 0.3
+    known_NT = rng.random((150, 5)) < share
+    known_NT[:, 1], known_NT[:, 2] = True, False
+    got_KT = ap.average_precision(scores_NK, labels_NT, known_NT)
+    times_MN = ap.resamples(150, 3, seed=1)
+    times_MN[0] = 1
+    again_TM = ap.resampled(scores_NK.T, labels_NT, times_MN, known_NT)
+    np.testing.assert_allclose(ap.paired(scores_NK.T, labels_NT, known_NT), np.diag(got_KT), atol=1e-12)
+    for t, known_N in enumerate(known_NT.T):
+        want_K = reference(scores_NK[known_N], labels_NT[known_N, t : t + 1])[:, 0]
+        np.testing.assert_allclose(got_KT[:, t], want_K, rtol=0, atol=1e-12)
+        for m in range(3):
+            rows = np.repeat(np.arange(150), times_MN[m] * known_N)
+            want = reference(scores_NK[rows, t : t + 1], labels_NT[rows, t : t + 1])[0, 0]
+            np.testing.assert_allclose(again_TM[t, m], want, rtol=0, atol=1e-12)
+    assert np.isnan(got_KT[:, 2]).all()
+    every_KT = ap.average_precision(scores_NK, labels_NT, np.ones((150, 5), bool))
+    np.testing.assert_array_equal(every_KT, ap.average_precision(scores_NK, labels_NT))
+
+
+def test_known_labels_have_the_shape_of_labels() -> None:
+    for bad in (np.ones((3, 1), bool), np.ones((3, 2))):
+        with pytest.raises(errors.UserError, match=r"known_NT is .*\(3, \d\). Pass booleans \(3, 2\)"):
+            ap.average_precision(np.ones((3, 4)), np.ones((3, 2)), bad)
+
+
 def test_all_tied_is_prevalence() -> None:
     labels_NT = np.array([[True, False], [False, False], [False, True], [False, True]])
     got_KT = ap.average_precision(np.zeros((4, 1), np.float32), labels_NT)

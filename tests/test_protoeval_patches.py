@@ -122,13 +122,17 @@ def read(dpath: pathlib.Path, name: str, columns: dict) -> pl.DataFrame:
     return frame.read_csv((dpath / name).read_bytes(), columns)
 
 
-@pytest.mark.parametrize("kind", ["Random", "Sae"])
+@pytest.mark.parametrize("kind", ["Random", "Units", "Sae"])
 def test_equals_a_loop_over_all_patches(cfg: config.ProtoEval, tmp_path: pathlib.Path, kind: str) -> None:
     if kind == "Sae":
         cfg = dataclasses.replace(cfg, scorer=save_sae(tmp_path / "run" / "sae.pt"), n_prototypes=(2, 6))
+    if kind == "Units":
+        cfg = dataclasses.replace(cfg, scorer=scorers_config.Units())
     dpath = pathlib.Path(run.main([cfg]))
     id_NP, acts_NPD = draw()
-    if kind == "Sae":
+    if kind == "Units":
+        code_NPK = np.stack([acts_NPD, -acts_NPD], axis=3).reshape(N, P, -1)
+    elif kind == "Sae":
         code_NPK = np.maximum(acts_NPD - 1, 0)
     else:
         (fpath,) = pathlib.Path(cfg.scorers_to).glob("random*.bin")
@@ -148,7 +152,7 @@ def test_equals_a_loop_over_all_patches(cfg: config.ProtoEval, tmp_path: pathlib
             k, train_r, r, ap, purity = by_hand(code_NPK[:, :, :n_prototypes], id_NP, class_id)
             assert row["prototype"] == k
             got = (row["train_r"], row["probe_r"], row["ap"], row["purity"])
-            assert got == pytest.approx((train_r, r, ap, purity), abs=1e-6 if kind == "Random" else 1e-5)
+            assert got == pytest.approx((train_r, r, ap, purity), abs=1e-5 if kind == "Sae" else 1e-6)
             measured.append((r, ap, purity, ap >= 0.3))
         cells = read(dpath, "patches.csv", results.PATCHES).filter(pl.col("n_prototypes") == n_prototypes)
         cell = cells.filter(pl.col("scorer") == rows["scorer"][0]).row(0, named=True)

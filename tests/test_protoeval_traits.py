@@ -15,7 +15,8 @@ import sklearn.metrics
 import torch
 import traits_data
 
-from saev import errors, nn, scorers
+from saev import errors, nn, scorers, sweeps
+from saev.data.traits import config as traits_config
 from saev.formats import manifest
 from saev.formats import results as results_format
 from saev.protoeval import choose, config, examples, run
@@ -168,7 +169,7 @@ def test_favourites_leave_out_what_is_no_better_than_chance() -> None:
 def test_highest_scores_without_the_lowest() -> None:
     scores_N = np.array([0, 3, 0, 1, 3, 0], np.float32)
     assert examples.highest(scores_N).tolist() == [1, 4, 3]
-    known_N = np.array([True, False, True, True, True, True])
+    known_N = np.array([True, False, True, True, True, False])
     assert examples.highest(scores_N, known_N).tolist() == [4, 3]
     assert examples.highest(np.zeros(5, np.float32)).tolist() == []
     assert examples.highest(-np.arange(20, dtype=np.float32)).tolist() == list(range(examples.N_IMAGES))
@@ -252,8 +253,8 @@ def test_another_grid_or_a_missing_photo_is_refused_before_the_pass(
         stats.write_text(text.replace(old, wrong))
         with pytest.raises(errors.UserError, match="Pass a gallery of images of this shape"):
             run.main(cfgs)
-    stats.write_text(text.replace('"classes"', '"x"'))
-    with pytest.raises(errors.UserError, match=r"its data cannot be read .*Run visuals\.py again\.$"):
+    stats.write_text(text.replace('"grid"', '"x"'))
+    with pytest.raises(errors.UserError, match=r"stats\.js: cannot be read .*Run visuals\.py again\.$"):
         run.main(cfgs)
     stats.write_text(text)
     alone = tmp_path / "CUB"
@@ -263,8 +264,12 @@ def test_another_grid_or_a_missing_photo_is_refused_before_the_pass(
     with pytest.raises(errors.UserError, match=f"{gone}: no such image"):
         run.main([dataclasses.replace(cfg, cub_root=str(alone)) for cfg in cfgs])
     shutil.rmtree(alone / "images")
-    with pytest.raises(errors.UserError, match=r"is not in .*CUB or /gone\. Put it there"):
-        run.main([dataclasses.replace(cfg, cub_root=str(alone)) for cfg in cfgs])
+    with pytest.raises(errors.UserError, match=r"is not in .*CUB or .*images or /gone\. Put the photos"):
+        (made.root / "CUB" / "images").rename(tmp_path / "aside")
+        try:
+            run.main([dataclasses.replace(cfg, cub_root=str(alone)) for cfg in cfgs])
+        finally:
+            (tmp_path / "aside").rename(made.root / "CUB" / "images")
     assert not (tmp_path / "new").exists()
 
 
@@ -288,6 +293,38 @@ def test_tokens_of_the_whole_image_have_no_heat(tmp_path: pathlib.Path) -> None:
     assert len(entries) == 4 and all(len(entry["image"]) and not len(entry["heat"]) for entry in entries)
 
 
+def test_labels_of_a_table_with_missing_ones(
+    made: traits_data.Made, copy: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Images whose label is missing are neither right nor wrong, and the photos lie where the gallery's do."""
+    labels_NT, is_missing_N = traits_data.labels(), np.arange(traits_data.N) % 5 < 2
+    lines = ["path,split,wings,bill"]
+    for n, path in enumerate(traits_data.PATHS):
+        split = "train" if traits_data.IS_TRAIN_N[n] else "test"
+        lines.append(
+            f"{path},{split},{'' if is_missing_N[n] else int(labels_NT[n, 0])},{int(labels_NT[n, 2])}"
+        )
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    table = traits_config.Table(split="file", file=str(tmp_path / "table.csv"), binary=("wings", "bill"))
+    new = {"cub_root": "", "labels": table, "gallery": str(copy), "dump_to": str(tmp_path / "new")}
+    run.main([dataclasses.replace(cfg, **new) for cfg in made.cfgs])
+    value = gallery_files.load(copy, "traits")
+    known = TEST[~is_missing_N[TEST]]
+    assert [trait["n_test"] for trait in value["traits"]] == [len(known), len(TEST)]
+    assert value["traits"][0]["prevalence"] == pytest.approx(labels_NT[known, 0].mean())
+    images = images_of(copy, value)
+    wings, bill = pictures_of(copy, value)
+    for entry, best in zip(wings, value["traits"][0]["best"], strict=True):
+        top_N = patch_scores(made, value["scorers"][entry["scorer"]]["name"]).max(axis=1)
+        if entry["scorer"] == 0:
+            top_N = top_N[:, best["prototype"]]
+            want = sorted(known, key=lambda n: (-top_N[n], n))[: len(entry["image"])]
+            assert [images[i]["path"] for i in entry["image"]] == [traits_data.PATHS[n] for n in want]
+            assert entry["right"].tolist() == labels_NT[want, 0].tolist()
+    shown = {images[i]["path"] for entry in bill for i in entry["image"]}
+    assert shown & {traits_data.PATHS[n] for n in np.flatnonzero(is_missing_N)}
+
+
 def test_scorers_that_retrieve_no_image(tmp_path: pathlib.Path) -> None:
     """No latent of this SAE fires."""
     made = traits_data.make(tmp_path)
@@ -301,6 +338,15 @@ def test_scorers_that_retrieve_no_image(tmp_path: pathlib.Path) -> None:
     assert value["files"]["n_images"] == 0 and pictures_of(made.gallery, value) == [[]] * 5
     assert [len(trait["best"]) for trait in value["traits"]] == [1, 1, 1, 1, 0]
     assert value["columns"]["trait"].tolist() == [[-1] * 8]
+
+
+def test_a_slurm_job_gets_the_gallery(tmp_path: pathlib.Path) -> None:
+    """All scorers of a sweep are one job, which writes the gallery once."""
+    (tmp_path / "sweep.toml").write_text('[[scorer]]\ntype = "random"\n[[scorer]]\ntype = "pca"\n')
+    args = ["--sweep", str(tmp_path / "sweep.toml"), "--gallery", str(tmp_path / "gallery")]
+    args += ["--slurm-acct", "ACCOUNT", "--slurm-partition", "PARTITION", "--n-hours", "2"]
+    (job,) = sweeps.group(sweeps.parse(config.ProtoEval, "protoeval.py", args))
+    assert [cfg.gallery for cfg in job] == [str(tmp_path / "gallery")] * 2 and job[0].slurm.is_on
 
 
 # ---- again, and killed ----
@@ -382,12 +428,12 @@ run.main([{_as_code(cfg)}])
 
 def _as_code(cfg: config.ProtoEval) -> str:
     text = repr(cfg)
-    homes = {
+    modules = {
         "Shards": "data_config",
         "Sae": "scorers_config",
         "SlurmConfig": "launch",
         "Cub": "traits_config",
     }
-    for name, home in homes.items():
-        text = text.replace(f"={name}(", f"={home}.{name}(")
+    for name, module in modules.items():
+        text = text.replace(f"={name}(", f"={module}.{name}(")
     return f"config.{text}"

@@ -380,3 +380,14 @@ def test_the_sample_is_that_of_sorting_all_keys(data) -> None:
     np.testing.assert_array_equal(np.sort(key_R[:60]), np.sort(monkey)[:60])
     np.testing.assert_array_equal(acts_RD[:60, 0], key_R[:60].astype(np.float32))
     assert bound == np.sort(monkey)[59] and np.isinf(key_R[60:]).all()
+
+
+def test_units_score_by_each_dimension_and_its_negative(make_shards) -> None:
+    dpath, acts_NLTD = make_shards()
+    scorer = scorers.fit(config.Units(), data_config.Shards(str(dpath), 7), 100)
+    x_BD = torch.from_numpy(acts_NLTD[:, 1, 1:].reshape(-1, acts_NLTD.shape[-1]))
+    score_BK = scorer(x_BD).unflatten(1, (-1, 2))
+    assert scorer.n_prototypes == 2 * x_BD.shape[1]
+    assert torch.equal(score_BK[:, :, 0], x_BD) and torch.equal(score_BK[:, :, 1], -x_BD)
+    three = scorers.fit(config.Units(), data_config.Shards(str(dpath), 7), 3)
+    assert torch.equal(three(x_BD), scorer(x_BD)[:, :3])

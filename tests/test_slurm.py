@@ -59,6 +59,8 @@ def slurm(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> launch.Slu
 def test_an_array_returns_its_results_in_order(slurm: launch.SlurmConfig) -> None:
     outcomes = launch.run("tasks:square", [3, 1, 2], slurm, "saev-test")
     assert [outcome.get() for outcome in outcomes] == [9, 1, 4]
+    log = (pathlib.Path(slurm.log_to) / f"{submitted(slurm)[0]}_0_log.out").read_text().splitlines()
+    assert log[0].endswith(f"] job {submitted(slurm)[0]}: argument = 3") and len(log) == len(set(log))
     (note,) = [json.loads(f.read_text()) for f in pathlib.Path(slurm.log_to).glob("*_submission.json")]
     assert [job["id"] for job in note["jobs"]] == submitted(slurm) and note["args"] == sys.argv
     assert [job["label"] for job in note["jobs"]] == ["argument = 3", "argument = 1", "argument = 2"]
@@ -245,9 +247,10 @@ def test_the_disk_of_the_logs_is_full(slurm: launch.SlurmConfig, tmp_path: pathl
 EARLY_WARNING = """
 import os, subprocess
 if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(os.environ["N_WARNINGS"]):
-    subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -USR2 {os.getpid()}"])
+    wait = f"until grep -q '^SigBlk:[^1-9a-f]*800$' /proc/{os.getpid()}/status; do sleep 0.01; done"
+    subprocess.Popen(["sh", "-c", f"{wait}; kill -USR2 {os.getpid()}"])
 """
-"""Python runs this when it starts."""
+"""Python runs this when it starts. The job's first line blocks the signal."""
 
 
 @pytest.mark.parametrize("accounting", [True, False])
@@ -463,6 +466,31 @@ def test_only_what_is_missing_is_submitted_again(slurm: launch.SlurmConfig, tmp_
     assert [outcome.get() for outcome in again] == files and len(submitted(slurm)) == 6
 
 
+def test_a_cancelled_task_of_an_array_is_submitted_again(
+    slurm: launch.SlurmConfig, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It alone; the command that waits notices within 30 s."""
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    held = dataclasses.replace(slurm, slurm_extra=("hold",))
+    with pytest.raises(SystemExit):
+        launch.run("tasks:write", files, dataclasses.replace(held, slurm_wait=False), "saev-test")
+    first, second = submitted(slurm)
+    caplog.set_level("INFO", "saev")
+    waiting = in_thread(files, held, "tasks:write")
+    wait_for(lambda: "2 job(s): 2 pending" in caplog.text)
+    subprocess.run(["scancel", second], check=True)
+    try:  # Slurm says nothing of such a task any more
+        wait_for(
+            lambda: f"job {second} (argument = {files[1]}) left the queue before it began" in caplog.text, 30
+        )
+    finally:
+        subprocess.run(["scontrol", "release", first], check=True)
+    assert [bool(outcome.error) for outcome in waiting.result(60)] == [False, True]
+    again = launch.run("tasks:write", files, slurm, "saev-test", is_lasting=True)
+    assert [outcome.get() for outcome in again] == files and len(submitted(slurm)) == 3
+    assert [pathlib.Path(f).read_text() for f in files] == ["x", "x"]
+
+
 def test_retry_failed(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
     files = [str(tmp_path / name) for name in ("a", "b")]
     retry = dataclasses.replace(slurm, retry_failed=True)
@@ -659,21 +687,6 @@ def test_jobs_lists_attaches_and_collects(slurm: launch.SlurmConfig, tmp_path: p
     assert re.match(rf"{array_id}  \S+ \S+  saev-test: 2 done\n    in ", jobs(slurm).stdout)
     assert "7: no such submission" in jobs(slurm, "collect", "7").stderr
     assert jobs(slurm, "cancel").stdout == "no job is left to cancel\n"
-
-
-def test_jobs_cancels(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(SystemExit):
-        launch.run(
-            "tasks:wait_for_ever",
-            [str(tmp_path / "a")],
-            dataclasses.replace(slurm, slurm_wait=False),
-            "saev-test",
-        )
-    wait_for((tmp_path / "a.started").exists)
-    (job_id,) = submitted(slurm)
-    assert jobs(slurm, "cancel").stdout == f"cancelled {job_id}\n"
-    wait_for(lambda: "was cancelled" in jobs(slurm).stdout, 30)
-    assert re.search(rf"error: job {job_id} was cancelled", jobs(slurm, "collect").stderr)
 
 
 def test_jobs_retries_a_sweep(make_shards, slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
@@ -993,15 +1006,19 @@ def test_the_commands_of_the_page(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     The first one's terminal is closed while it waits.
     """
     sweep, _, jobs, attach, collect, cancel, retry, dump, train, staging = page_commands()
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    folder, disk = tmp_path / "a user's folder", tmp_path / "node"
+    folder.mkdir()
+    disk.mkdir()
+    monkeypatch.setenv("TMPDIR", str(disk))
+    (folder / "configs").symlink_to(ROOT / "configs")
     minicub.draw(tmp_path / "cub", n_imgs=20)
-    (tmp_path / "photos").symlink_to(tmp_path / "cub" / "images")
+    (folder / "photos").symlink_to(tmp_path / "cub" / "images")
     slurm = ["--device", "cpu", "--n-gpus", 0, "--n-cpus", 1, "--log-to", "logs"]
-    few = [*slurm, "--n-patches", 2000, "--batch-size", 200, "--wandb-project", ""]
-    logs = tmp_path / "logs"
+    few = [*slurm, "--n-patches", 2000, "--batch-size", 200, "--wandb-project", "", "--stage-to", "$TMPDIR"]
+    logs = folder / "logs"
 
     def run(words: list[str], values: dict[str, object], *more: object) -> list[str]:
-        return saev(*filled(words, values, *more), cwd=tmp_path)
+        return saev(*filled(words, values, *more), cwd=folder)
 
     def newest() -> str:
         return max((f.name.partition("_")[0] for f in logs.glob("*_submission.json")), key=int)
@@ -1013,9 +1030,11 @@ def test_the_commands_of_the_page(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
 
     terminal, theirs = os.openpty()
     command = ["setsid", "--ctty", sys.executable, *filled(sweep, names, *few)]
-    waiting = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs)
+    waiting = subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    wait_for(lambda: [*logs.glob("*_submission.json")])
+    shown = b""
+    while not re.search(rb"\b1 (pending|running)", shown):
+        shown += os.read(terminal, 4096)
     os.close(terminal)
     assert waiting.wait(30) == -signal.SIGHUP
     first = newest()
@@ -1029,27 +1048,31 @@ def test_the_commands_of_the_page(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     training = newest()
     assert queue_says(training, "Dependency:80", str) == f"afterok:{dumping}(unfulfilled)"
     assert run(cancel, {"1234": training}) == [f"cancelled {training}"]
-    wait_for(lambda: "was cancelled" in "\n".join(run(jobs, {})))
+    wait_for(lambda: f"    job {training} was cancelled" in "\n".join(run(jobs, {})))
+    command = [sys.executable, *filled(collect, {})]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2 and f"job {training} was cancelled. Run the same command" in done.stderr
     run(retry, {"1234": training})
     subprocess.run(["scontrol", "release", dumping], check=True)
     (ckpt,) = run(attach, {"1234": newest()})
     assert newest() != training and set(run(collect, {})) == {*ckpts, ckpt, shards}
 
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    copied = [f.name for f in logs.glob("*_log.out") if "--stage-to: copied" in f.read_text()]
+    assert copied == [f"{first}_0_log.out"] and [*disk.glob("saev-staged/*/*/metadata.json")]
     job = ["srun", "--account=test", "--partition=nextgen", sys.executable]
-    shown = subprocess.run(
-        [*job, *filled(staging, {"/scratch/me": tmp_path}, "--gb", "0.02")],
+    done = subprocess.run(
+        [*job, *filled(staging, {"/scratch/me": tmp_path, "$TMPDIR": disk}, "--gb", "0.02")],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert "epoch from the copy" in shown.stdout, shown.stderr
+    assert "epoch from the copy" in done.stdout, done.stderr
     page = (ROOT / "docs" / "slurm.md").read_text()
     for command in re.findall("`((?:sacctmgr|sinfo)[^`]*)`", page):
-        shown = subprocess.run(
+        done = subprocess.run(
             command, shell=True, capture_output=True, text=True, env=os.environ | {"USER": "root"}
         )
-        assert re.search("test.*normal" if "sacctmgr" in command else "nextgen.*infinite", shown.stdout)
+        assert re.search("test.*normal" if "sacctmgr" in command else "nextgen.*infinite", done.stdout)
 
 
 # ---- signals in the middle of every stage ----
@@ -1067,10 +1090,7 @@ class Interrupted:
     """Called when the job has the warning."""
 
     def of(self, side: str, *more: object) -> list[str]:
-        words = [str(word).replace("{}", side) for word in self.command]
-        subcommands = [i for i, word in enumerate(words) if re.match(r"(data|images|masks|scorer):", word)]
-        at = min(subcommands, default=len(words))
-        return [*words[:at], *map(str, more), *words[at:]]
+        return filled([str(word).replace("{}", side) for word in self.command], {}, *more)
 
     def run(self, logs: pathlib.Path) -> None:
         command = [sys.executable, *self.of("there", *ON_SLURM, "--log-to", logs)]
@@ -1088,20 +1108,19 @@ class Interrupted:
 
 def warn(job_id: str) -> None:
     """Sends Slurm's warning to a job, which is stopped until it has it."""
-    (pid,) = [
-        pid
-        for pid in of_job(job_id)
-        if pathlib.Path(f"/proc/{pid}/cmdline").read_text().startswith(sys.executable)
-    ]
-    os.kill(pid, signal.SIGSTOP)
-    subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
+    folders = [pathlib.Path(f"/proc/{pid}") for pid in of_job(job_id)]
+    (folder,) = [f for f in folders if (f / "cmdline").read_text().startswith(sys.executable)]
 
-    def is_pending() -> bool:
-        status = pathlib.Path(f"/proc/{pid}/status").read_text()
-        return bool(int(re.search(r"^ShdPnd:\s*(\w+)", status, re.M)[1], 16) >> (signal.SIGUSR2 - 1) & 1)
+    def has_it() -> int:
+        pending = re.search(r"^ShdPnd:\s*(\w+)", (folder / "status").read_text(), re.M)[1]
+        return int(pending, 16) >> (signal.SIGUSR2 - 1) & 1
 
-    wait_for(is_pending)
-    os.kill(pid, signal.SIGCONT)
+    os.kill(int(folder.name), signal.SIGSTOP)
+    try:
+        subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
+        wait_for(has_it)
+    finally:
+        os.kill(int(folder.name), signal.SIGCONT)
 
 
 def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> None:
@@ -1133,9 +1152,18 @@ def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> N
 
     to = ["--device", "cpu", "--dump-to", tmp_path / "{}"]
     dump = ["-m", "saev.data", *VIT, "--vit-batch-size", 1, "--max-patches-per-shard", 17, *to, *data]
-    label = ["-m", "saev.labels", "--shard-root", shards, "--name", "{}"]
+    label = [
+        "-m",
+        "saev.labels",
+        "--shard-root",
+        shards,
+        "--name",
+        "{}",
+        "masks:index",
+        "--masks.root",
+        masks,
+    ]
     label += ["images:cub200", "--images.root", cub]
-    label += ["masks:index", "--masks.root", masks]
     to += ["--data.shard-root", shards]
     codes = ["-m", "saev.codes", "--scorer", ckpt, *to, "--max-patches-per-shard", 16]
     compare = ["-m", "saev.compare", "--scorer", ckpt, "--other", other, *to]
@@ -1157,7 +1185,7 @@ def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> N
     pipe = max(masks.rglob("*.png"))
     mask, writer = pipe.rename(tmp_path / "mask.png"), []
     os.mkfifo(pipe)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(stages)) as pool:
         for done in [pool.submit(stage.run, tmp_path / name) for name, stage in stages.items()]:
             done.result()
     made = {side: files_of(tmp_path / side, "**/*.*") for side in ("here", "there")}

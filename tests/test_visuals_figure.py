@@ -1,5 +1,6 @@
 """Figures of latents, from made-up galleries (gallery_data.py) whose heat is known to the pixel."""
 
+import itertools
 import json
 import pathlib
 import xml.etree.ElementTree as ET
@@ -102,13 +103,22 @@ def figure_legend_size(width: int) -> tuple[int, int]:
     ("n_images", "width"), [(1, figures.COLUMN), (5, figures.COLUMN), (6, figures.PAGE), (8, figures.PAGE)]
 )
 def test_it_has_the_width_of_a_paper(n_images: int, width: float, tmp_path: pathlib.Path) -> None:
-    drawn = figure.draw(write(tmp_path, n_images=n_images), (3, 1), 8)
+    """Also with the longest words."""
+    write(tmp_path, n_images=n_images, low=-0.5)
+    edit(tmp_path, "stats", "scorer", n=40_000, noun="prototype", fires="A patch fires the prototype " * 9)
+    edit(tmp_path, "stats", "columns", id=scripts.packed([32_768, 1, 2, 3], "u4"))
+    edit(tmp_path, "stats", "columns", freq=scripts.packed([1.234e-5, 1, 1, 1], "f4"))
+    edit(tmp_path, "stats", "columns", mean=scripts.packed([-1.234e-5, 1, 1, 1], "f4"))
+    edit(tmp_path, "stats", "columns", max=scripts.packed([-1.234e-5, 1, 1, 1], "f4"))
+    drawn = figure.draw(galleries.Gallery(tmp_path, ""), (32_768, 1), 8)
     assert drawn.get_size_inches()[0] == pytest.approx(width, abs=0.02)
     assert drawn.dpi >= figure.LEAST_DPI - 1
     inside = drawn.bbox
-    for text in drawn.texts:
-        box = text.get_window_extent()
-        assert box.x0 >= -1 and box.x1 <= inside.x1 and box.y0 >= 0 and box.y1 <= inside.y1, text.get_text()
+    found = [text.get_window_extent() for text in drawn.texts]
+    for box in found:
+        assert box.x0 >= -1 and box.x1 <= inside.x1 and box.y0 >= 0 and box.y1 <= inside.y1
+    found += [axes.get_window_extent() for axes in drawn.axes]
+    assert [(a, b) for a, b in itertools.combinations(found, 2) if a.overlaps(b)] == []
 
 
 # ---- words ----
@@ -129,18 +139,18 @@ def test_labels_and_caption(tmp_path: pathlib.Path) -> None:
     assert first == "latent 1: fires on 0.423% of patches, mean 1.25, largest 5"
     assert texts(drawn)[1] == "latent 7: fires on 0% of patches, largest 3", "each latent once"
     legend, *caption = texts(drawn)[2:]
-    assert legend == "heat: from 0 to the latent's largest value"
+    assert legend == "heat: 0 to the latent's largest value"
     assert " ".join(caption) == (
         "Images with the largest values, from mini-CUB, TopK 16, seed 0 (sae-topk-16). dinov2_vits14, layer 8; CUB: 8 "
-        "images of 256 patches. A latent fires on a patch where its value is above 0. Mean and largest: of its values "
-        "where it fires."
+        "images of 256 patches. A latent fires on a patch where its value is above 0. Mean: over the patches that it "
+        "fires on. Largest: on any patch."
     )
 
 
 def test_heat_of_scores_begins_at_their_mean(tmp_path: pathlib.Path) -> None:
     write(tmp_path, low=-0.25)
     edit(tmp_path, "stats", "scorer", noun="prototype")
-    assert "heat: from its mean score to the prototype's largest value" in texts(
+    assert "heat: mean score to the prototype's largest value" in texts(
         figure.draw(galleries.Gallery(tmp_path, ""), (1,), 2)
     )
 

@@ -38,6 +38,7 @@ def main(cfg: config.Codes) -> str:
         )
     device = devices.pick(cfg.device)
     acts = activations.Activations.open(cfg.data)
+    acts.only_whole("codes are of")
     scorer = scorers.load(cfg.scorer)
     scorers.check_fits(scorer, acts, cfg.scorer)
     metadata = describe(cfg, scorer, acts)

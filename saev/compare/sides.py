@@ -119,7 +119,8 @@ def open_all(cfg: config.Compare) -> list[Side]:
         if data not in is_open:
             is_open[data] = activations.Activations(data, flag, is_open.values())
             is_open[data].only_layer("a dictionary is of")
-        scorer = scorer or _units(is_open[data].d_vit)
+            is_open[data].only_whole("dictionaries are compared on")
+        scorer = scorer or scorers.Prototypes.units(is_open[data].d_vit)
         out.append(Side(name, fpath, scorer, is_open[data]))
         scorers.check_fits(scorer, is_open[data], str(fpath))
     return out
@@ -154,11 +155,6 @@ def _names(fpaths: list[pathlib.Path]) -> list[str]:
         n for n in range(1, max(map(len, parts)) + 1) if len({mine[-n:] for mine in parts}) == len(parts)
     )
     return [helpers.printable("/".join(mine[-n:])) for mine in parts]
-
-
-def _units(d_vit: int) -> scorers.Prototypes:
-    """Scores an activation by its dimensions."""
-    return scorers.Prototypes.of(torch.eye(d_vit), torch.zeros(d_vit), "plain")
 
 
 def _of_its_layer(scorer: scorers.Scorer | None, data: data_config.Shards) -> data_config.Shards:

@@ -3,7 +3,8 @@
 Images are addressed by their position among the readable images, without skipped ones.
 `Activations.image_is_N` maps positions to image numbers, which count all images of all directories.
 
-Shape letters: N images, X chosen tokens of an image (layer after layer), D d_vit.
+Shape letters: A images of all directories, N those in the stream, T chosen tokens, X those of all layers
+(layer after layer), D d_vit.
 """
 
 import collections.abc
@@ -16,10 +17,11 @@ import typing as tp
 import beartype
 import numpy as np
 import torch
+import xxhash
 from jaxtyping import Float32, Int64, Shaped, jaxtyped
 
 from saev import errors, fields, helpers
-from saev.data import config
+from saev.data import config, patch_classes
 from saev.formats import shards, space, staging
 from saev.formats.pieces import SUM_BYTES
 
@@ -175,6 +177,7 @@ class Activations:
         self.chosen: tuple[int, ...] | None = None
         self.advice = SEQUENTIAL
         self._files = _Files()
+        self._is_kept_AT = patch_classes.kept(self, cfg.exclude_patch_labels)
         self._choose(None)
 
     @staticmethod
@@ -223,6 +226,13 @@ class Activations:
         self.image_is_N: Int64[np.ndarray, " N"] = np.concatenate(images)
         if not len(self.image_is_N):
             raise errors.UserError(f"{self.root}: holds no image that could be read.")
+        self.is_kept_NT = None if self._is_kept_AT is None else self._is_kept_AT[self.image_is_N]
+        """Whether a token of an image is in the stream. None: all are."""
+        if self.is_kept_NT is not None and not self.is_kept_NT.any():
+            raise errors.UserError(
+                f"{self.flag}.exclude-patch-labels {' '.join(self.cfg.exclude_patch_labels)}: leaves no "
+                "patch of these images. Leave out fewer classes."
+            )
 
     @property
     def given(self) -> str:
@@ -246,6 +256,17 @@ class Activations:
             )
         return self.layers[0]
 
+    def only_whole(self, what: str) -> None:
+        """Refuses streams without the patches of some classes.
+
+        Raises:
+            UserError: --data.exclude-patch-labels was given.
+        """
+        if self.is_kept_NT is not None:
+            raise errors.UserError(
+                f"{self.flag}.exclude-patch-labels: {what} whole images. Leave the flag out here."
+            )
+
     @property
     def n_per_img(self) -> int:
         """X: tokens of an image over all chosen layers."""
@@ -253,7 +274,8 @@ class Activations:
 
     def __len__(self) -> int:
         """Number of activations in the stream."""
-        return self.n_imgs * self.n_per_img
+        n_tokens = self.n_imgs * self.n_tokens if self.is_kept_NT is None else int(self.is_kept_NT.sum())
+        return n_tokens * len(self.layers)
 
     @property
     def n_lead(self) -> int:
@@ -269,7 +291,9 @@ class Activations:
     def fingerprint(self) -> str:
         """A hash of the stream's content: activations, images and their order, layers and tokens."""
         parts = [part.fingerprint for part in self.dirs]
-        chosen = [] if self.chosen is None else [self.chosen]
+        chosen: list[object] = [] if self.chosen is None else [self.chosen]
+        if self.is_kept_NT is not None:
+            chosen.append(xxhash.xxh3_128_hexdigest(np.packbits(self.is_kept_NT).data))
         return helpers.hash_of([parts, self.layers, self.tokens.start, self.tokens.stop, *chosen])
 
     @property

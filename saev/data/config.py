@@ -158,6 +158,9 @@ class Shards:
     """More shard directories of the same ViT, read as one stream with shard_root."""
     partial: bool = False
     """Allow an unfinished dump, and read its complete shards."""
+    exclude_patch_labels: tuple[str, ...] = ()
+    """Classes of patches to leave out, such as background: names in labels.json, which lies beside the shards
+    (`python -m saev.labels`). Patches without a label stay."""
 
     def __post_init__(self) -> None:
         fields.settle(self, "data.", layer="[-1e4, 1e4]")

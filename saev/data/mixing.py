@@ -17,7 +17,7 @@ import math
 import typing as tp
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Bool, Int64, UInt64
 
 from saev.compiled import jit
 
@@ -62,6 +62,8 @@ class Layout(tp.NamedTuple):
     n_pool: int
     n_ready: int
     """Activations of the pool that can be drawn (fewer at the end of an epoch). The others are being read."""
+    is_kept_NT: Bool[np.ndarray, "N T"] | None = None
+    """Whether an image's token is in the stream. None: all are."""
 
     @classmethod
     def of(
@@ -75,6 +77,7 @@ class Layout(tp.NamedTuple):
         n_fit: int,
         n_lead: int = 0,
         n_piece: int = 1,
+        is_kept_NT: Bool[np.ndarray, "N T"] | None = None,
     ) -> "Layout":
         """Chooses the sizes of the blocks and the pool.
 
@@ -85,7 +88,7 @@ class Layout(tp.NamedTuple):
             n_fit: activations that fit into memory.
             n_piece: patches per checksummed piece.
         """
-        n_acts = sum(map(len, shards)) * n_layers * n_tokens
+        n_acts = n_layers * _n_kept(shards, n_tokens, is_kept_NT)
         mixing = 2 * n_fit // (BLOCKS_PER_BATCH * batch_size)
         n_patches = n_tokens - n_lead
         n_block = min(max(mixing, READ_BYTES // token_bytes, 1), n_patches)
@@ -96,7 +99,7 @@ class Layout(tp.NamedTuple):
         n_pool = min(max(n_fit, 2 * (batch_size + max_block)), 2 * n_acts + max_block)
         lag = min(n_pool // 8, max(4 * batch_size, LAG_BYTES // token_bytes))
         n_ready = min(n_pool - lag, n_acts)
-        return cls(shards, n_layers, n_tokens, n_lead, n_block, batch_size, n_pool, n_ready)
+        return cls(shards, n_layers, n_tokens, n_lead, n_block, batch_size, n_pool, n_ready, is_kept_NT)
 
     @property
     def n_per_img(self) -> int:
@@ -114,7 +117,7 @@ class Layout(tp.NamedTuple):
 
     @property
     def n_acts(self) -> int:
-        return sum(map(len, self.shards)) * self.n_per_img
+        return self.n_layers * _n_kept(self.shards, self.n_tokens, self.is_kept_NT)
 
     def order(self, seed: int, epoch: int) -> collections.abc.Iterator[Int64[np.ndarray, " G"]]:
         """Yields all blocks of an epoch in the order in which they enter the pool."""
@@ -127,6 +130,8 @@ class Layout(tp.NamedTuple):
             parts = [np.arange(r.start * per_img, r.stop * per_img, dtype=dtype) for r in group]
             block_G = np.concatenate(parts)
             rng.shuffle(block_G)
+            if self.is_kept_NT is not None:
+                block_G = block_G[self.n_in(block_G.astype(np.int64)) > 0]
             for start in range(0, len(block_G), 2**16):
                 yield block_G[start : start + 2**16].astype(np.int64)
 
@@ -137,6 +142,18 @@ class Layout(tp.NamedTuple):
 
     def n_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
         """Returns the number of activations in each block."""
+        if self.is_kept_NT is None:
+            return self.n_read(block_G)
+        image_G = block_G // (self.n_layers * self.n_parts)
+        part_G, out_G = block_G % self.n_parts, np.empty_like(block_G)
+        for part in range(self.n_parts):
+            start, stop = self._first_token(np.array([part, part + 1])).tolist()
+            mine_G = part_G == part
+            out_G[mine_G] = self.is_kept_NT[image_G[mine_G], start:stop].sum(axis=1)
+        return out_G
+
+    def n_read(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
+        """Returns the number of tokens of each block, including those that are left out."""
         part_G = block_G % self.n_parts
         return self._first_token(part_G + 1) - self._first_token(part_G)
 
@@ -147,16 +164,32 @@ class Layout(tp.NamedTuple):
 
     def all_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " n"]:
         """Returns the stream indices of all activations of the blocks, block by block."""
-        n_G = self.n_in(block_G)
+        index_n = self.all_read(block_G)
+        return index_n if self.is_kept_NT is None else index_n[self.is_kept(index_n)]
+
+    def all_read(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " n"]:
+        """Returns the stream indices of all tokens of the blocks, including those that are left out."""
+        n_G = self.n_read(block_G)
         index_n = np.empty(n_G.sum(), np.int64)
         _count_up(self.first_in(block_G), n_G, index_n)
         return index_n
+
+    def is_kept(self, index_n: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Returns which tokens are in the stream."""
+        if self.is_kept_NT is None:
+            return np.ones(len(index_n), bool)
+        return self.is_kept_NT[index_n // self.n_per_img, index_n % self.n_tokens]
 
     def blocks_of(self, index_R: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " G"]:
         """Returns the blocks that hold these activations."""
         x_R, token_R = np.divmod(index_R, self.n_tokens)
         part_R = np.maximum(token_R - self.n_lead, 0) // self.n_block
         return np.unique(x_R * self.n_parts + part_R)
+
+
+def _n_kept(shards: list[range], n_tokens: int, is_kept_NT: Bool[np.ndarray, "N T"] | None) -> int:
+    """Tokens of one layer that are in the stream."""
+    return sum(map(len, shards)) * n_tokens if is_kept_NT is None else int(is_kept_NT.sum())
 
 
 class Cursor:

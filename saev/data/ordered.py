@@ -5,7 +5,7 @@ import math
 import typing as tp
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from saev.data import activations, config
 from saev.data.ahead import ahead
@@ -57,3 +57,15 @@ class Ordered:
                 block = Block(self.acts.image_is_N[start:stop], self.acts.read(start, stop))
                 activations.check_finite(block.act_NXD, block.image_i_N, self.acts)
                 yield block
+
+    def kept(self, block: Block) -> Bool[np.ndarray, "N X"] | None:
+        """Whether each token of a block is in the stream. None: all are."""
+        if self.acts.is_kept_NT is None:
+            return None
+        positions_N = np.searchsorted(self.acts.image_is_N, block.image_i_N)
+        return np.tile(self.acts.is_kept_NT[positions_N], (1, len(self.acts.layers)))
+
+    def rows(self, block: Block) -> Float32[np.ndarray, "R D"]:
+        """The tokens of a block that are in the stream, image after image."""
+        is_kept_NX = self.kept(block)
+        return block.act_NXD.reshape(-1, self.acts.d_vit) if is_kept_NX is None else block.act_NXD[is_kept_NX]

@@ -7,7 +7,7 @@ import collections.abc
 import typing as tp
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from saev import errors
 from saev.data import activations
@@ -62,3 +62,20 @@ def _of_directory(part: shards.ShardDir, name: str, number: dict[str, int]) -> I
             f"{patchlabels.AGAIN}"
         )
     return class_of[labels.id_NP]
+
+
+def kept(acts: "activations.Activations", excluded: tuple[str, ...]) -> Bool[np.ndarray, "N X"] | None:
+    """Whether each token of each image is of none of these classes. None if no class is excluded.
+
+    Raises:
+        UserError: as `read`, or the labels have no such class.
+    """
+    if not excluded:
+        return None
+    names, (class_NX,) = read([acts])
+    if unknown := [name for name in excluded if name not in names]:
+        raise errors.UserError(
+            f"{acts.flag}.exclude-patch-labels {unknown[0]}: no such class. The labels' classes are "
+            f"{', '.join(names[:20])}."
+        )
+    return ~np.isin(class_NX, [names.index(name) for name in excluded])

@@ -86,6 +86,7 @@ class Shuffled:
             token_bytes=self.acts.token_bytes,
             batch_size=batch_size,
             n_fit=mixing.n_fit(pool_bytes, batch_size, self.acts.d_vit, self.acts.token_bytes),
+            is_kept_NT=self.acts.is_kept_NT,
         )
 
     def __iter__(self) -> collections.abc.Iterator[Batch]:
@@ -298,9 +299,20 @@ class _Pool:
         index_n = self.layout.all_in(block_G)
         slot_n = self._take_slots(len(index_n))
         row_n2 = np.stack([index_n, slot_n], axis=1)
-        dones = self._read(block_G, slot_n)
+        dones = self._read(block_G, self._slots(block_G, slot_n))
         self.readings.append(_Reading(self.layout.n_in(block_G), row_n2, dones))
         return True
+
+    def _slots(
+        self, block_G: Int64[np.ndarray, " G"], slot_n: Int64[np.ndarray, " n"]
+    ) -> Int64[np.ndarray, " m"]:
+        """The slots of all tokens of the blocks (-1: left out), given those of their activations."""
+        if self.layout.is_kept_NT is None:
+            return slot_n
+        is_kept_m = self.layout.is_kept(self.layout.all_read(block_G))
+        slot_m = np.full(len(is_kept_m), -1)
+        slot_m[is_kept_m] = slot_n
+        return slot_m
 
     def _take_slots(self, n: int) -> Int64[np.ndarray, " n"]:
         self.n_free -= n
@@ -312,16 +324,16 @@ class _Pool:
         ready_R2[:, 1] = self._take_slots(len(ready_R2))
         order_R = np.argsort(ready_R2[:, 0])
         block_G = self.layout.blocks_of(ready_R2[:, 0])
-        index_n = self.layout.all_in(block_G)  # ascending, as with order_R
-        slot_n = np.full(len(index_n), -1)  # already drawn
+        index_n = self.layout.all_read(block_G)  # ascending, as with order_R
+        slot_n = np.full(len(index_n), -1)  # already drawn, or left out
         slot_n[np.searchsorted(index_n, ready_R2[order_R, 0])] = ready_R2[order_R, 1]
         for done in self._read(block_G, slot_n):
             done.result()
 
     def _read(self, block_G: Int64[np.ndarray, " G"], slot_n: Int64[np.ndarray, " n"]) -> list[Done]:
-        """Starts to read blocks into their activations' slots (-1: discarded), in file order."""
+        """Starts to read blocks into their tokens' slots (-1: discarded), in file order."""
         order_G = np.argsort(block_G)
-        n_G = self.layout.n_in(block_G)
+        n_G = self.layout.n_read(block_G)
         n_share = max(1, self.stream.share_bytes // (self.layout.max_block * self.acts.token_bytes))
         n_share = max(1, min(n_share, math.ceil(len(block_G) / self.stream.n_threads)))
         index_G = self.layout.first_in(block_G)

@@ -94,10 +94,9 @@ def _csv(fpath: pathlib.Path, columns: list[str]) -> pl.DataFrame:
     _check(fpath, names, columns)
     if twice := [name for name in columns if names.count(name) > 1]:
         raise errors.UserError(f"{fpath}: has two columns {twice[0]!r}. Rename one of them.")
-    numbers = [names.index(name) for name in columns]
-    frame = pl.read_csv(text.encode(), separator=mark, columns=numbers, infer_schema=False)
-    in_file = sorted(columns, key=names.index)
-    return frame.rename(dict(zip(frame.columns, in_file, strict=True))).select(columns)
+    frame = pl.read_csv(text.encode(), separator=mark, infer_schema=False)
+    found = {frame.columns[names.index(name)]: name for name in columns}
+    return frame.select(list(found)).rename(found)
 
 
 def _check(fpath: pathlib.Path, names: list[str], columns: list[str]) -> None:

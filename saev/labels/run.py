@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Int32, jaxtyped
 
-from saev import errors, helpers
+from saev import errors, helpers, provenance
 from saev.data import images, pixels
 from saev.formats import patchlabels, shards
 from saev.labels import config, masks
@@ -47,7 +47,7 @@ def main(cfg: config.Labels) -> str:
     view = View(images.Transform.from_dict(fields), shard_dir.metadata.n_patches_per_img)
     id_NP = _label_all(cfg, shard_dir, source, view)
     _report(id_NP, classes := source.classes or {i: str(i) for i in np.unique(id_NP).tolist() if i >= 0})
-    made = source.made() | {"rule": cfg.rule, "background": cfg.background}
+    made = source.made() | {"rule": cfg.rule, "background": cfg.background, "code": provenance.record()}
     return str(patchlabels.write(shard_dir, cfg.name, id_NP, classes, made))
 
 

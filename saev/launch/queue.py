@@ -48,7 +48,7 @@ OUT_OF_MEMORY = r"slurmstepd\S*: error: .*?(?:exceeded memory limit(?: \((\d+) >
 """What Slurm writes to the log of a job that it kills for its memory; some give bytes used and asked."""
 KILLED = r"srun: error: \S+: tasks? [\d,-]+: Killed"
 """What srun writes to the log if something else killed a task."""
-COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 8, "UserName": 40, "Reason": 80}
+COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 8, "UserName": 40, "Name": 120, "Reason": 80}
 """Columns of squeue that are read, with their widths."""
 
 
@@ -59,6 +59,11 @@ class Queued(tp.NamedTuple):
     reason: str = ""
     n_restarts: int = 0
     user: str = ""
+    name: str = ""
+
+    def is_of(self, user: str, name: str) -> bool:
+        """Whether it may be this user's job of this name. Other clusters give its id to other jobs."""
+        return self.user in ("", user) and name.startswith(self.name)  # squeue may cut it
 
     @property
     def is_over(self) -> bool:
@@ -89,8 +94,8 @@ def squeue(ids: collections.abc.Iterable[str]) -> dict[str, Queued] | None:
         for width in COLUMNS.values():
             cells.append(line[at : at + width].strip())
             at += width
-        job_id, state, restarts, user, reason = cells
-        found[job_id] = Queued(state, reason, int(restarts) if restarts.isdecimal() else 0, user)
+        job_id, state, restarts, user, name, reason = cells
+        found[job_id] = Queued(state, reason, int(restarts) if restarts.isdecimal() else 0, user, name)
     return found
 
 
@@ -121,6 +126,8 @@ def why_lost(job_id: str, state: str, log: pathlib.Path) -> str:
         return "was killed by the system, as when a node has no memory left. Raise --mem-gb"
     if not state and "_" in job_id and _was_cancelled_before_it_began(job_id):
         state = "CANCELLED"
+    if not state and not log.exists():
+        return "left the queue before it began, as a cancelled job does. Run the same command again"
     return ENDED[state]
 
 

@@ -222,7 +222,8 @@ class Batch:
             row = queue.row_of(old.id, rows)
             is_whole = all(part in todo and newest[part][0] is old for part in old.parts)
             outcome = submissions.result(old, self.log_to)
-            if outcome is None and not row.is_over and row.user in ("", submission.user):
+            is_mine = row.is_of(submission.user, submission.name)
+            if outcome is None and not row.is_over and is_mine:
                 if is_whole and row.state == "PENDING" and row.reason in queue.HOPELESS:
                     hopeless.append(old.id)
                     continue

@@ -43,6 +43,8 @@ AGREES = 0.5
 CLEARLY, MISFITS = 0.1, 0.05
 """A class is a misfit if another class of the archive fits better by the first number. The second is the
 largest accepted fraction of misfits."""
+BLOCK = 2**24
+"""Labels that are added up at a time."""
 ENOUGH = 200
 """Least images of a split for its statistics to be checked."""
 ARCHIVE = "class_attribute_labels_continuous.txt"
@@ -151,8 +153,14 @@ class _Classes(tp.NamedTuple):
         ones = np.ones(len(class_N)), (class_N, np.arange(len(class_N)))
         adds_CN = scipy.sparse.csr_array(ones, shape=(n_C, len(class_N)))
         labels_NT, known_NT = labels.labels_NT[rows], labels.known_of(rows)
-        n_CT = np.asarray(adds_CN @ (np.ones((len(class_N), 1)) if known_NT is None else known_NT))
-        return cls(np.broadcast_to(n_CT, (n_C, labels_NT.shape[1])), np.asarray(adds_CN @ labels_NT))
+        every = max(1, BLOCK // max(1, len(class_N)))  # traits at a time, because the product converts them
+
+        def added(x_NT: np.ndarray) -> np.ndarray:
+            blocks = (x_NT[:, t : t + every] for t in range(0, x_NT.shape[1], every))
+            return np.concatenate([np.asarray(adds_CN @ x_NB) for x_NB in blocks], axis=1)
+
+        n_CT = added(np.ones((len(class_N), 1), bool) if known_NT is None else known_NT)
+        return cls(np.broadcast_to(n_CT, (n_C, labels_NT.shape[1])), added(labels_NT))
 
     @property
     def mean_CT(self) -> np.ndarray:
@@ -218,6 +226,8 @@ def _shift_problems(labels: base.Traits) -> list[str]:
     labels = dataclasses.replace(labels, class_N=class_N.astype(np.int64))
     own, _ = between_classes(labels)
     chance = SHIFT * float(np.sqrt(2 * (len(folders) - 1))) / len(class_N)
+    if own + chance >= 1:
+        return []
     for by, whose in ((-1, "next"), (1, "previous")):
         known_NT = None if labels.known_NT is None else np.roll(labels.known_NT, by, axis=0)
         labels_NT = np.roll(labels.labels_NT, by, axis=0)

@@ -30,10 +30,10 @@ def main() -> None:
         return labels.describe(cfgs, console.say)
     name = sweeps.title("protoeval", cfg, cfg.scorer)
     outcomes = []
-    for outcome in launch.run("saev.protoeval.run:main", sweeps.group(cfgs), cfg.slurm, name):
+    for outcome in launch.run("saev.protoeval.run:each", sweeps.group(cfgs), cfg.slurm, name):
         outcomes.append(outcome)
-        if outcome.value is not None:
-            _show(outcome.value)
+        for dpath in outcome.value or ():
+            _show(dpath)
     return launch.check(outcomes)
 
 

@@ -23,8 +23,9 @@ class ProtoEval:
     """The prototypes."""
     cub_root: fields.Path = fields.shared("")
     """The CUB_200_2011 folder. Short for labels:cub --labels.root."""
-    labels: traits_config.Labels = fields.shared(traits_config.Cub)
-    """What traits images have: CUB's attributes, class folders, a table, or labels of patches."""
+    labels: traits_config.Labels = fields.neither(traits_config.Cub)
+    """What traits images have: CUB's attributes, class folders, a table, or labels of patches. A sweep may
+    have several, which share one pass over the activations."""
     train_data: data_config.Shards = fields.shared(data_config.Shards)
     """Activations with the train images. They may include the test images; other images need --force."""
     test_data: data_config.Shards = fields.shared(data_config.Shards)

@@ -38,6 +38,7 @@ def retrieved(
     """The frame of retrieved.parquet, with images of known labels. paths: those of the split's images."""
     parts = [pl.DataFrame(schema=results.RETRIEVED)]
     path_N = np.array(paths, object)
+    known = [None] * len(names) if test.known_NT is None else list(test.known_NT.T)
     for cell in cells:
         if cell.favourites is None:
             continue
@@ -46,7 +47,7 @@ def retrieved(
         for t, scores_N in enumerate(scores_TN):
             if np.isnan(cell.choices[0].train_ap_T[t]):
                 continue  # no prototype was chosen
-            image_I = highest(scores_N, None if test.known_NT is None else test.known_NT[:, t])
+            image_I = highest(scores_N, known[t])
             found = {
                 "trait": [helpers.printable(names[t])] * len(image_I),
                 "prototype": np.full(len(image_I), best_T[t]),
@@ -60,13 +61,16 @@ def retrieved(
 
 
 def highest(scores_N: np.ndarray, known_N: np.ndarray | None = None) -> np.ndarray:
-    """The known images with the highest scores, the first of equal ones, without those with the lowest score:
-    an SAE's latent scores 0 where it does not fire."""
+    """The images with the highest scores, the first of equal ones, without those with the lowest score: an
+    SAE's latent scores 0 where it does not fire.
+
+    Args:
+        known_N: whether each image's label is known; the others are left out. None: all are.
+    """
     image_I = np.argsort(-scores_N, kind="stable")
     if known_N is not None:
         image_I = image_I[known_N[image_I]]
-    image_I = image_I[:N_IMAGES]
-    return image_I[scores_N[image_I] > scores_N.min(initial=np.inf)]
+    return image_I[scores_N[image_I] > scores_N.min(initial=np.inf)][:N_IMAGES]
 
 
 def _of(cell: choose.Cell, about: results.About, frame: pl.DataFrame) -> pl.DataFrame:

@@ -116,7 +116,7 @@ class Experiment:
         """All that determines a scorer, except the seed and paths."""
         found = {"cls": type(cfg.scorer).__name__, **dataclasses.asdict(cfg.scorer)}
         found |= _content(cfg, fit)
-        if isinstance(cfg.scorer, scorers_config.Sae):
+        if isinstance(cfg.scorer, scorers_config.Sae | scorers_config.Units):
             return found
         return found | {"fitted_on": fit.description}
 
@@ -151,6 +151,8 @@ class Experiment:
 
 def _content(cfg: config.ProtoEval, fit: join.Fit) -> dict[str, str]:
     """A hash of the SAE's checkpoint, or of the activations that the scorer is fitted on."""
+    if isinstance(cfg.scorer, scorers_config.Units):
+        return {}
     ckpt = getattr(cfg.scorer, "ckpt", None)
     if ckpt is None:
         return {"fit": fit.acts.fingerprint}

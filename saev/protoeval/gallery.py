@@ -55,8 +55,8 @@ def _files(cfg: config.ProtoEval, acts: activations.Activations) -> list[tuple[i
                     f"--scorer.ckpt {ckpt}: no such checkpoint. Pass the sae.pt that train.py printed."
                 )
             return [(None, pathlib.Path(ckpt))]
-        case scorers_config.Pca(both_signs=True):  # a gallery shows each component once
-            return []
+        case scorers_config.Pca(both_signs=True) | scorers_config.Units():
+            return []  # a gallery shows each component or unit once
         case fitted:
             ks, dpath = list(cfg.n_prototypes), pathlib.Path(cfg.scorers_to)
             found = scorers.stored(fitted, acts, ks, cfg.seed, dpath)
@@ -73,6 +73,8 @@ class Gallery(msgspec.Struct):
     latents: list[int]
     kind: str = "sae"
     """sae, kmeans, random, pca or units."""
+    images: str = ""
+    """The folder of its images."""
 
 
 def read(gallery: pathlib.Path) -> Gallery:

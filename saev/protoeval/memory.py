@@ -82,6 +82,8 @@ def _n_prototypes(cfg: config.ProtoEval, d_vit: int) -> int:
             return sum(set(cfg.n_prototypes))
         case scorers_config.Pca(both_signs=both):
             return min(max(cfg.n_prototypes), (1 + both) * d_vit)
+        case scorers_config.Units():
+            return min(max(cfg.n_prototypes), 2 * d_vit)
         case _:
             return max(cfg.n_prototypes)
 
@@ -97,6 +99,8 @@ def _fit(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
             return max(_sample(n, sizes, blocks), sample + 30 * k * d_vit, 30 * k * d_vit + blocks)
         case scorers_config.Pca():
             return 5 * 8 * d_vit**2 + blocks
+        case scorers_config.Units():
+            return 16 * d_vit**2
         case _:
             return 4 * sizes.ckpt
 

@@ -61,6 +61,8 @@ def load(cfg: config.ProtoEval, sides: join.Sides) -> Labels | None:
     for side, acts, class_AX in zip(sides, streams, of_streams, strict=True):
         rows = np.array([side.row_of[i] for i in acts.image_is_N.tolist()])
         class_NX = class_AX[acts.image_is_N]
+        if acts.is_kept_NT is not None:
+            class_NX[~acts.is_kept_NT] = patch_classes.NONE
         present = np.unique(class_NX[class_NX >= 0])
         if len(present) < 2:
             what = f"only the class {names[present[0]]}" if len(present) else "no label"

@@ -4,6 +4,7 @@ import logging
 import pathlib
 import shutil
 
+from saev import helpers
 from saev.formats import results
 from saev.protoeval import (
     choose,
@@ -27,39 +28,61 @@ logger = logging.getLogger("saev")
 
 
 def main(cfgs: list[config.ProtoEval]) -> str:
-    """Evaluates the scorers of one group and returns the results directory.
+    """`each`, for configs with the same labels: returns their results directory."""
+    (out,) = each(cfgs)
+    return out
+
+
+def each(cfgs: list[config.ProtoEval]) -> list[str]:
+    """Evaluates the scorers of one group. Returns a results directory for each source of labels.
 
     The directory's name is a hash of all that determines the results, so finished ones are reused, not
-    overwritten.
+    overwritten. Scorers that several sources share score all images in one pass.
 
     Raises:
         UserError: bad labels, shards that lack a train or test image (the first is named), or bad scorers.
     """
-    cfg = cfgs[0]
     acts = opening.open_all(cfgs)
-    found = labels.load(cfg, {"train": acts.train, "test": acts.test})
-    sides = join.join(cfg, acts, found)
+    sources = dict.fromkeys(cfg.source for cfg in cfgs)
+    experiments = [_experiment([cfg for cfg in cfgs if cfg.source == source], acts) for source in sources]
+    names = [experiment.id for experiment in experiments]
+    # a killed pass resumes from here
+    name = names[0] if len(names) == 1 else helpers.hash_of(names)[:12]
+    partial = pathlib.Path(cfgs[0].dump_to) / f".{name}.partial"
+    out = [_evaluated(experiment, experiments, partial) for experiment in experiments]
+    shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _experiment(cfgs: list[config.ProtoEval], acts: opening.Opened) -> Experiment:
+    found = labels.load(cfgs[0], {"train": acts.train, "test": acts.test})
+    sides = join.join(cfgs[0], acts, found)
     fits = join.fit_data(cfgs, acts, sides, found)
-    experiment = Experiment(cfgs, found, sides, fits, patch_join.load(cfg, sides))
+    return Experiment(cfgs, found, sides, fits, patch_join.load(cfgs[0], sides))
+
+
+def _evaluated(experiment: Experiment, among: list[Experiment], partial: pathlib.Path) -> str:
+    cfg = experiment.cfgs[0]
     shown = gallery.own(experiment)
     if shown:
         traits.check(experiment)
     out = pathlib.Path(cfg.dump_to) / experiment.id
     with report.once(out, bool(cfg.patch_labels)) as is_new:
         if is_new:
-            _evaluate(experiment, out)
+            _evaluate(experiment, among, out, partial)
     if shown:
         gallery.link(out, shown, pathlib.Path(cfg.gallery))
         traits.write(out, shown, experiment)
     return str(out)
 
 
-def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
+def _evaluate(
+    experiment: Experiment, among: list[Experiment], out: pathlib.Path, partial: pathlib.Path
+) -> None:
     cfg = experiment.cfgs[0]
     experiment.log_memory()
-    partial = out.with_name(f".{out.name}.partial")  # a killed pass resumes from here
     banks = fit.fit(experiment)
-    chosen, measured = score.score(experiment, banks, partial)
+    chosen, measured = score.score(experiment, banks, partial, [other.sides for other in among])
     cells = choose.choose(chosen, banks, cfg)
     rows = measure.measure(cells, chosen, measured, cfg)
     names, about, parts = experiment.labels.attribute_names_T, experiment.about(), experiment.patches
@@ -72,4 +95,3 @@ def _evaluate(experiment: Experiment, out: pathlib.Path) -> None:
     if experiment.labels.is_drawn:
         report.write_split(out, experiment.labels)
     report.write(out, rows, names, experiment.cfgs, about, more, patches)
-    shutil.rmtree(partial, ignore_errors=True)

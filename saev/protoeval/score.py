@@ -6,6 +6,7 @@ The pass writes both to files image by image, so memory is bounded and a killed 
 N images, K prototypes of all scorers, C of them, T traits, D d_vit, B images of a block, P patches.
 """
 
+import collections.abc
 import dataclasses
 import itertools
 import logging
@@ -25,7 +26,7 @@ from saev import devices, errors, helpers, scorers
 from saev.data import activations, ordered
 from saev.data.traits import base
 from saev.formats import jsonfile
-from saev.protoeval import fit
+from saev.protoeval import fit, join
 from saev.protoeval.experiment import Experiment
 
 logger = logging.getLogger("saev")
@@ -84,11 +85,17 @@ class Split:
         return self.scores.mean_ND[self.column_N]
 
 
-def score(experiment: Experiment, banks: list[fit.Bank], dpath: pathlib.Path) -> tuple[Split, Split]:
+def score(
+    experiment: Experiment,
+    banks: list[fit.Bank],
+    dpath: pathlib.Path,
+    sides_of: collections.abc.Iterable[join.Sides] = (),
+) -> tuple[Split, Split]:
     """Scores the images to choose on and the images to measure on, in one pass if they share shards.
 
     Args:
         dpath: folder of a killed pass, which is resumed.
+        sides_of: other experiments, whose images are scored too, so that they find the same pass done.
 
     Raises:
         UserError: see `score_images`.
@@ -96,27 +103,24 @@ def score(experiment: Experiment, banks: list[fit.Bank], dpath: pathlib.Path) ->
     cfg, sides = experiment.cfgs[0], experiment.sides
     device = devices.pick(cfg.device)
     run = [bank.scorer.to(device) for bank in banks]
-
-    def scored(acts: activations.Activations, row_of: dict[int, int], name: str) -> Scores:
-        """Scores in the order of the labels, so that no result depends on the order of the shards."""
-        image_is = sorted(row_of, key=row_of.__getitem__)
-        return score_images(run, acts, image_is, dpath / name, device, cfg.memory_gb)
-
-    if sides.chosen.acts is sides.measured.acts:
-        of_both = scored(sides.chosen.acts, sides.chosen.row_of | sides.measured.row_of, "all")
-        found = [of_both, of_both]
-    else:
-        found = [scored(side.acts, side.row_of, side.split) for side in sides]
-    chosen, measured = (
-        _split(scores, side.row_of, experiment.labels) for scores, side in zip(found, sides, strict=True)
-    )
+    images: dict[activations.Activations, set[int]] = {}
+    for side in [*sides, *itertools.chain(*sides_of)]:
+        images.setdefault(side.acts, set()).update(side.row_of)
+    scored = {
+        acts: score_images(run, acts, sorted(is_), dpath / str(n), device, cfg.memory_gb)
+        for n, (acts, is_) in enumerate(images.items())
+    }
+    chosen, measured = (_split(scored[side.acts], side.row_of, experiment.labels) for side in sides)
     return chosen, measured
 
 
 def _split(scores: Scores, row_of: dict[int, int], labels: base.Traits) -> Split:
-    columns = [n for n, i in enumerate(scores.image_i_N.tolist()) if i in row_of]
-    rows = [row_of[i] for i in scores.image_i_N[columns].tolist()]
-    return Split(scores, np.array(columns, np.int64), labels.labels_NT[rows], labels.known_of(rows))
+    """One split, in the order of the labels, so that no result depends on the order of the shards."""
+    column_of = {i: n for n, i in enumerate(scores.image_i_N.tolist())}
+    image_is = sorted(row_of, key=row_of.__getitem__)
+    rows = [row_of[i] for i in image_is]
+    columns = np.array([column_of[i] for i in image_is], np.int64)
+    return Split(scores, columns, labels.labels_NT[rows], labels.known_of(rows))
 
 
 # ---- one pass ----
@@ -163,11 +167,11 @@ def score_images(
         wanted_B = column_B >= 0
         best_KB, mean_BD = scores_KN[:, :0], mean_ND[:0]
         if wanted_B.any():
-            acts_BPD = torch.from_numpy(block.act_NXD[wanted_B]).to(device)
+            acts_BPD, own_BD = _images(block, stream.kept(block), wanted_B, device)
             best_BK = torch.cat([s.of_images(acts_BPD) for s in run], dim=1)
             _check_finite(best_BK, [acts.records[int(i)].path for i in block.image_i_N[wanted_B]])
             best_KB = best_BK.T.contiguous().cpu().numpy()
-            mean_BD = acts_BPD.mean(dim=1).cpu().numpy()
+            mean_BD = own_BD.cpu().numpy()
             scores_KN[:, column_B[wanted_B]] = best_KB
             mean_ND[column_B[wanted_B]] = mean_BD
         blocks.append((len(block.image_i_N), _checksums(best_KB, mean_BD, [slice(None)])[0]))
@@ -178,6 +182,25 @@ def score_images(
             helpers.write_text(done_fpath, jsonfile.dumps(Note(key, blocks)))
             saved_s = time.monotonic()
     return Scores(scores_KN, mean_ND, image_i_N)
+
+
+def _images(
+    block: ordered.Block,
+    is_kept_BP: Bool[np.ndarray, "B P"] | None,
+    wanted_B: Bool[np.ndarray, " B"],
+    device: torch.device,
+) -> tuple[Float32[torch.Tensor, "N P D"], Float32[torch.Tensor, "N D"]]:
+    """(activations of the wanted images, their means). Patches that are left out (--exclude-patch-labels) are
+    replaced by another one of the image, which changes no maximum. If all of an image's are, they stay."""
+    acts_NPD = torch.from_numpy(block.act_NXD[wanted_B]).to(device)
+    if is_kept_BP is None:
+        return acts_NPD, acts_NPD.mean(dim=1)
+    is_kept_NP = torch.from_numpy(is_kept_BP[wanted_B]).to(device)
+    is_kept_NP = is_kept_NP | ~is_kept_NP.any(dim=1, keepdim=True)
+    other_N1D = acts_NPD[torch.arange(len(acts_NPD), device=device), is_kept_NP.int().argmax(dim=1)][:, None]
+    acts_NPD = torch.where(is_kept_NP[:, :, None], acts_NPD, other_N1D)
+    total_ND = torch.einsum("npd,np->nd", acts_NPD, is_kept_NP.float())
+    return acts_NPD, total_ND / is_kept_NP.sum(dim=1, keepdim=True)
 
 
 def _done(

@@ -10,14 +10,14 @@ import pathlib
 import shutil
 import typing as tp
 
-import msgspec
 import numpy as np
 import polars as pl
 
 from saev import devices, errors, helpers, nn, scorers
-from saev.data import activations, cub, pictures
+from saev.data import activations, pictures
 from saev.data import config as data_config
 from saev.data.traits import config as traits_config
+from saev.formats import gallery as gallery_format
 from saev.formats import manifest, results, scripts
 from saev.protoeval import choose, fit, gallery, heat, report, stats
 from saev.protoeval.experiment import Experiment
@@ -31,23 +31,6 @@ REMEDY = "Run visuals.py again."
 Json = dict[str, object]
 
 
-class _Source(msgspec.Struct):
-    """What is read of `source` in data/stats.js."""
-
-    grid: tuple[int, int]
-    size: tuple[int, int]
-
-
-class _Stats(msgspec.Struct):
-    source: _Source
-    classes: list[str]
-
-
-class _Paths(msgspec.Struct):
-    path: list[str]
-    n: dict[str, tp.Any]
-
-
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A gallery, and the test images that it can show."""
@@ -58,6 +41,8 @@ class Target:
     classes: list[str]
     number_of: dict[str, int]
     """The gallery's images: key of the path -> number in the gallery's dump."""
+    key: collections.abc.Callable[[str], str]
+    """Turns a path into the key that joins images."""
     acts: activations.Activations
     """Patches of the images that are measured on."""
     pictures: pictures.Pictures
@@ -73,47 +58,49 @@ def check(experiment: Experiment) -> Target:
     dpath, measured = pathlib.Path(experiment.cfgs[0].gallery), experiment.sides.measured
     given = measured.acts
     acts = activations.Activations(dataclasses.replace(given.cfg, patches="image"), given.flag, [given])
-    try:
-        stats_ = msgspec.convert(scripts.read(dpath, "stats", REMEDY), _Stats)
-        paths = msgspec.convert(scripts.read(dpath, "paths", REMEDY), _Paths)
-    except ValueError as err:
-        raise errors.UserError(
-            f"--gallery {dpath}: its data cannot be read ({errors.first_line(err)}). {REMEDY}"
-        ) from err
+    described, found = gallery.read(dpath), gallery_format.Gallery(dpath, REMEDY)
     first = acts.records[min(measured.row_of)].path
-    source = experiment.cfgs[0].source
-    root = _photos(source.root if isinstance(source, traits_config.Cub) else "", acts, first)
+    root = _photos(experiment, acts, described.images, first)
     shown = pictures.Pictures.of(data_config.ImageFolder(str(root)), acts, SIDE)
-    (height, width), (h, w) = shown.size, stats_.source.size
-    if shown.grid != stats_.source.grid or height * w != width * h:
-        mine, theirs = (f"{rows} x {columns}" for rows, columns in (shown.grid, stats_.source.grid))
+    source = found.stats.source
+    (height, width), (h, w) = shown.size, source.size
+    if [*shown.grid] != source.grid or height * w != width * h:
+        mine, theirs = (f"{rows} x {columns}" for rows, columns in (shown.grid, source.grid))
         raise errors.UserError(
             f"--gallery {dpath}: shows images of {h} x {w} pixels in {theirs} patches, but {given.given} has "
             f"{height} x {width} pixels in {mine} patches. Pass a gallery of images of this shape."
         )
     shown.check(sorted(measured.row_of))
-    numbers = scripts.unpacked(paths.n, str(dpath / "data" / "paths.js"), REMEDY).tolist()
-    number_of = dict(zip(map(cub.key, paths.path), numbers, strict=False))
-    latents = gallery.read(dpath).latents
-    row_of = {latent: row for row, latent in enumerate(latents)}
-    return Target(dpath, row_of, stats_.classes, number_of, acts, shown)
+    paths = found.paths()
+    key, numbers = experiment.labels.key, found.unpack(paths.n, "paths").tolist()
+    return Target(
+        dpath=dpath,
+        row_of={latent: row for row, latent in enumerate(found.id_C.tolist())},
+        classes=found.stats.classes,
+        number_of=dict(zip(map(key, paths.path), numbers, strict=True)),
+        key=key,
+        acts=acts,
+        pictures=shown,
+    )
 
 
-def _photos(cub_root: str, acts: activations.Activations, path: str) -> pathlib.Path:
-    """The folder that the dump's paths are relative to: in --cub-root, else where the dump read them.
+def _photos(experiment: Experiment, acts: activations.Activations, shown: str, path: str) -> pathlib.Path:
+    """The folder that the dump's paths are relative to: in CUB's folder, else where the gallery's images are,
+    else where the dump read them.
 
     Raises:
-        UserError: neither holds the photo `path`.
+        UserError: none of them holds the photo `path`.
     """
-    data = acts.metadata.data
-    recorded = data.get("root", "") if isinstance(data, dict) else ""
-    roots = [pathlib.Path(str(root)) for root in (cub_root, recorded) if root]
+    source, data = experiment.cfgs[0].source, acts.metadata.data
+    given = source.root if isinstance(source, traits_config.Cub) else ""
+    recorded = str(data.get("root", "")) if isinstance(data, dict) else ""
+    roots = [pathlib.Path(root) for root in dict.fromkeys((given, shown, recorded)) if root]
     for folder in [root / name for root in roots for name in ("images", "", "test", "train")]:
         if (folder / path).is_file():
             return folder
-    where = " or ".join(map(str, roots)) or "a folder that the dump names"
+    where = " or ".join(map(str, roots)) or "any known folder"
     raise errors.UserError(
-        f"--gallery: its traits show photos, but {path} is not in {where}. Put it there, or leave "
+        f"--gallery: its traits show photos, but {path} is not in {where}. Put the photos there, or leave "
         "--gallery out."
     )
 
@@ -160,7 +147,7 @@ def _write_images(dpath: pathlib.Path, name: str, target: Target, images: dict[s
             part = numbers[start : start + IMAGES]
             found: list[Json] = [
                 {
-                    "n": target.number_of.get(cub.key(records[i].path), -1),
+                    "n": target.number_of.get(target.key(records[i].path), -1),
                     "path": records[i].path,
                     "class": class_of.get(records[i].label, -1),
                     "src": src,
@@ -244,7 +231,10 @@ class _Shown:
 
     def value(self, target: Target) -> Json:
         """data/traits.js, without `files`."""
-        labels_NT = self.experiment.labels.labels_NT[sorted(self.experiment.sides.measured.row_of.values())]
+        rows = sorted(self.experiment.sides.measured.row_of.values())
+        labels_NT, known_NT = self.experiment.labels.labels_NT[rows], self.experiment.labels.known_of(rows)
+        n_T = np.full(labels_NT.shape[1], len(rows)) if known_NT is None else known_NT.sum(axis=0)
+        prevalence_T = choose.prevalence(labels_NT, known_NT)
         place_of = {scorer.name: s for s, scorer in enumerate(self.scorers)}
         best: dict[str, list[Json]] = {name: [] for name in self.names}
         order = pl.col("scorer").replace_strict(place_of, return_dtype=pl.Int64)
@@ -258,11 +248,11 @@ class _Shown:
             {
                 "name": name,
                 "group": results.group(name),
-                "prevalence": float(has_trait_N.mean()),
-                "n_test": len(has_trait_N),
+                "prevalence": prevalence,
+                "n_test": n,
                 "best": best[name],
             }
-            for name, has_trait_N in zip(self.names, labels_NT.T, strict=True)
+            for name, prevalence, n in zip(self.names, prevalence_T.tolist(), n_T.tolist(), strict=True)
         ]
         return {
             "scorers": [self._scorer(scorer) for scorer in self.scorers],

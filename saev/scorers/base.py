@@ -69,6 +69,11 @@ class Prototypes:
     ) -> "Prototypes":
         return Prototypes(vectors_KD - mean_D, mean_D, similarity, vectors_KD)
 
+    @staticmethod
+    def units(d_vit: int) -> "Prototypes":
+        """Scores an activation by its dimensions."""
+        return Prototypes(torch.eye(d_vit), torch.zeros(d_vit), "plain")
+
     @property
     def vectors_KD(self) -> Float[Tensor, "K D"]:
         return self.direction_KD + self.mean_D if self.given_KD is None else self.given_KD

@@ -62,6 +62,13 @@ class Pca:
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
+class Units:
+    """The ViT's own units: each dimension of an activation, and right after it its negative. They are not
+    fitted; there are 2 d_vit, and scores are x . v."""
+
+
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
 class Sae:
     """Latents of a trained sparse autoencoder. K prototypes are its first K latents."""
 
@@ -72,4 +79,4 @@ class Sae:
         fields.settle(self, "scorer.")
 
 
-Scorer = Random | KMeans | Pca | Sae
+Scorer = Random | KMeans | Pca | Units | Sae

@@ -267,9 +267,9 @@ def one_pass(states: list[State], acts: activations.Activations, cfg: config.KMe
     what = f"k-means, pass {max(s.n_passes for s in states) + 1}"
     for block in helpers.progress(stream, what, len(stream), "blocks"):
         mean_D = states[0].mean_D
-        raw_BD = torch.from_numpy(block.act_NXD).flatten(0, 1).to(mean_D.device)
+        raw_BD = torch.from_numpy(stream.rows(block)).to(mean_D.device)
         x_BD = _space(raw_BD, mean_D, cfg.normalize)  # no one else uses the block
-        for one in sums:
+        for one in sums if len(x_BD) else []:
             one.add(x_BD)
     for one in sums:
         one.finish(cfg)

@@ -42,9 +42,11 @@ def moments(
     d_vit, n = acts.d_vit, 0
     mean_D = torch.zeros(d_vit, dtype=torch.float64, device=device)
     square_DD = torch.zeros(d_vit, d_vit, dtype=torch.float64, device=device)
-    for _, acts_NTD in helpers.progress(stream, "PCA", len(stream), "blocks"):
-        x_BD = torch.from_numpy(acts_NTD).flatten(0, 1).to(device)
+    for block in helpers.progress(stream, "PCA", len(stream), "blocks"):
+        x_BD = torch.from_numpy(stream.rows(block)).to(device)
         B = len(x_BD)
+        if not B:
+            continue
         own_D = (x_BD.new_ones(B) @ x_BD) / B
         x_BD -= own_D  # no one else uses the block
         square_DD += (x_BD.T @ x_BD).double()

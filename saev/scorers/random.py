@@ -58,8 +58,8 @@ def reservoir(acts: activations.Activations, k: int, seed: int) -> Sample:
     key_R, acts_RD = np.full(size, np.inf), np.empty((size, d_vit), np.float32)
     n, bound = 0, np.inf  # rows in use; keys of at least `bound` cannot stay
     total_D = np.zeros(d_vit, np.float64)
-    for _, acts_NTD in helpers.progress(stream, "sample", len(stream), "blocks"):
-        acts_BD = acts_NTD.reshape(-1, d_vit)
+    for block in helpers.progress(stream, "sample", len(stream), "blocks"):
+        acts_BD = stream.rows(block)
         total_D += acts_BD.sum(axis=0, dtype=np.float64)
         key_B = rng.random(len(acts_BD))
         fresh = np.flatnonzero(key_B < bound)

@@ -60,6 +60,8 @@ def fit_each(
     if isinstance(cfg, config.Sae):
         scorer = _load_sae(cfg, acts)
         return [scorer.prefix(k) for k in ks]
+    if isinstance(cfg, config.Units):
+        return [pca.both_signs(base.Prototypes.units(acts.d_vit)).prefix(k) for k in ks]
     if dpath is None:
         fitted = _fit(cfg, acts, ks, seed, device)
     else:

@@ -33,6 +33,7 @@ def main(cfg: config.Visuals) -> str:
     device = devices.pick(cfg.device)
     acts = activations.Activations.open(dataclasses.replace(cfg.data, patches="image"))
     layer = acts.only_layer("a gallery shows")
+    acts.only_whole("a gallery shows")
     coder = coders.load(cfg, acts, device)
     for flag, latents in (("--include-latents", cfg.include_latents), ("--figure", cfg.figure)):
         if bad := [i for i in latents if i >= coder.n]:
@@ -96,6 +97,7 @@ def main(cfg: config.Visuals) -> str:
                 "sha256": sha256,
                 "kind": coder.kind,
                 "filters": filters(cfg, coder),
+                "images": str(shown.root.absolute()),
             },
         )
         write.write(dpath, gallery)

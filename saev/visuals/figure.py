@@ -23,7 +23,7 @@ WIDEST = 1.1
 """Most inches of a picture's width."""
 LEAST_DPI = 250
 """Pictures are enlarged to at least so many pixels per inch."""
-GAP, LINE, LEGEND = 0.04, 0.13, 1.2
+GAP, LINE, LEGEND = 0.04, 0.13, 0.8
 """Inches between pictures, of a line of text, and of the legend's width."""
 GREYS = (0x20, 0x80, 0xE0)
 """The legend is painted over these, as in the page."""
@@ -156,7 +156,7 @@ def _caption(gallery: galleries.Gallery) -> str:
     return (
         f"Images with the largest values, from {gallery.stats.title} ({scorer.name}). {source.vit}, layer "
         f"{source.layer}; {source.data}: {source.n_images:,} images of {source.n_patches:,} patches. "
-        f"{scorer.fires} Mean and largest: of its values where it fires."
+        f"{scorer.fires} Mean: over the patches that it fires on. Largest: on any patch."
     )
 
 
@@ -178,11 +178,12 @@ def draw(gallery: galleries.Gallery, latents: tuple[int, ...], n_images: int) ->
     thumb = rows[0].shown[0][0].width
     patch = max(math.ceil(LEAST_DPI * inches / n_across), round(thumb / n_across))
     side, dpi = (patch * n_across, patch * n_down), patch * n_across / inches
-    start = "0" if all(row.low == 0 for row in rows) else "its mean score"
-    scale = f"heat: from {start} to the {gallery.stats.scorer.noun}'s largest value"
+    start = "0" if all(row.low == 0 for row in rows) else "mean score"
+    scale = f"heat: {start} to the {gallery.stats.scorer.noun}'s largest value"
     sheet = Sheet(width, dpi)
     for row in rows:
-        sheet.say(row.label, figures.FONT)
+        for line in figures.wrapped(row.label, width, figures.FONT).splitlines():
+            sheet.say(line, figures.FONT)
         for i, (picture, heat_P) in enumerate(row.shown):
             sized = picture.resize(side, PIL.Image.Resampling.LANCZOS)
             sheet.put(pictures.painted(sized, heat_P, grid), i * (side[0] + sheet.pixels(GAP)))

@@ -80,8 +80,13 @@ def _verified(chain: Chain) -> str:
 
 
 def _linked(chain: Chain) -> str:
-    out = chain.evaluate(gallery="gallery")
-    return chain.links(out)
+    """The traits go into a copy, so that the gallery stays as visuals.py made it."""
+    copy = chain.root / "linked"
+    subprocess.run(["cp", "-a", chain.root / "gallery", copy], check=True)  # a FIFO too
+    try:
+        return chain.links(chain.evaluate(gallery="linked"))
+    finally:
+        shutil.rmtree(copy)
 
 
 def interrupted_targets(chain: Chain) -> list[Target]:

@@ -102,10 +102,10 @@ class Table(Split):
 class Masks(Split):
     """An image has a trait if patches of it have that class, by labels that python -m saev.labels made."""
 
-    patch_labels: str = ""
+    label_name: str = ""
     """Name of the labels of patches (--name of python -m saev.labels)."""
     parts: tuple[str, ...] = ()
-    """Classes to use as traits. Default: all that some images have, but not all."""
+    """Classes to use as traits. Default: all but `background` that some images have, but not all."""
     min_patches: int = 1
     """Least patches of a class that make an image have the trait."""
 

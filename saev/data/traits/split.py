@@ -80,7 +80,8 @@ def drawn(
     """Draws test images. Does not depend on the images' order.
 
     The images are put in a row, class after class, at random within a class and in a random order of classes.
-    Test images then come at equal distances, so their number in each class is its share up to 1.
+    From a random start, test images then come at equal distances, so their number in each class is its share
+    up to 1.
     """
     rng = np.random.default_rng((seed, 0x5917))
     by_path = sorted(range(len(paths)), key=paths.__getitem__)
@@ -88,7 +89,7 @@ def drawn(
     _, class_N = np.unique(class_N, return_inverse=True)
     place_C = rng.permutation(class_N.max(initial=0) + 1)
     row_N = shuffled_N[np.argsort(place_C[class_N[shuffled_N]], kind="stable")]
-    bounds = np.floor(np.arange(len(paths) + 1) * share)
+    bounds = np.floor(np.arange(len(paths) + 1) * share + rng.random())
     out_N = np.zeros(len(paths), bool)
     out_N[row_N] = bounds[1:] > bounds[:-1]
     return out_N
@@ -106,6 +107,11 @@ def _by_dump(cfg: config.Split, paths: list[str], acts: dumped.Acts) -> list[str
         raise errors.UserError(
             f"{acts['test'].given}: {len(twice)} of its images are in --train-data too, by path (first: "
             f"{twice[0]}). Dump different images, or pass another --labels.split."
+        )
+    if not (train | test) & set(paths):
+        raise errors.UserError(
+            f"--labels.split dumps: no image with labels is in the dumps, by path (first: {paths[0]}, of "
+            f"--train-data: {min(train)}). Write paths relative to the folders that were dumped."
         )
     of = dict.fromkeys(train, cfg.split_names[0]) | dict.fromkeys(test, cfg.split_names[1])
     return [of.get(path, "") for path in paths]

@@ -35,8 +35,7 @@ def load(cfg: config.Table, acts: dumped.Acts) -> base.Traits:
     if cfg.class_column:
         class_n = np.unique(table.values(cfg.class_column).fill_null("").to_numpy(), return_inverse=True)[1]
     parts = split.of(cfg, paths, class_n.astype(np.int64), acts, cfg.file)
-    traits = _traits(cfg, table)
-    base.refuse_size(len(paths), len(traits), str(fpath), "Choose fewer columns.")
+    traits = _traits(cfg, table, parts.rows_N)
     label_NT = np.stack(list(traits.values()), axis=1)[parts.rows_N]
     _refuse_dull(list(traits), label_NT, table)
     known_NT = label_NT >= 0
@@ -54,14 +53,18 @@ def load(cfg: config.Table, acts: dumped.Acts) -> base.Traits:
     )
 
 
-def _traits(cfg: config.Table, table: tablefile.Table) -> dict[str, np.ndarray]:
-    """Name -> each row's label: 1, 0, or -1 if it is missing."""
+def _traits(cfg: config.Table, table: tablefile.Table, rows_N: np.ndarray) -> dict[str, np.ndarray]:
+    """Name -> each row's label: 1, 0, or -1 if it is missing.
+
+    Args:
+        rows_N: rows of train and test images, whose values are traits.
+    """
     out: dict[str, np.ndarray] = {}
 
-    def add(name: str, label: pl.Series) -> None:
+    def add(name: str, label_N: np.ndarray) -> None:
         if name in out:
             raise errors.UserError(f"{table.fpath}: the trait {name!r} is there twice. Name its column once.")
-        out[name] = label.cast(pl.Int8).fill_null(-1).to_numpy()
+        out[name] = label_N.astype(np.int8)
 
     for column in cfg.binary:
         text = table.values(column).str.to_lowercase()
@@ -73,11 +76,16 @@ def _traits(cfg: config.Table, table: tablefile.Table) -> dict[str, np.ndarray]:
             "not 0 or 1 (or empty)",
             "Correct it, or pass the column as --labels.categorical.",
         )
-        add(column, is_yes)
+        add(column, _numbers(is_yes))
     for column in cfg.categorical:
         text = table.values(column)
-        for value in sorted(text.drop_nulls().unique().to_list()):
-            add(f"{column}::{value}", text == value)
+        names = sorted(text.gather(rows_N).drop_nulls().unique().to_list())
+        base.refuse_size(
+            len(text), len(out) + len(names), str(table.fpath), f"Is {column} a column of names?"
+        )
+        number_N = _numbers(text.cast(pl.Enum(names), strict=False).to_physical())
+        for i, name in enumerate(names):
+            add(f"{column}::{name}", np.where(number_N < 0, -1, number_N == i))
     for column, threshold in cfg.thresholds():
         text = table.values(column)
         number = text.cast(pl.Float64, strict=False)
@@ -88,8 +96,13 @@ def _traits(cfg: config.Table, table: tablefile.Table) -> dict[str, np.ndarray]:
             "no number",
             "Correct it, or leave it empty.",
         )
-        add(f"{column}::at least {threshold:g}", number >= threshold)
+        add(f"{column}::at least {threshold:g}", _numbers(number >= threshold))
     return out
+
+
+def _numbers(values: pl.Series) -> np.ndarray:
+    """Booleans or integers as numbers; -1 for missing ones."""
+    return values.cast(pl.Int64).fill_null(-1).to_numpy()
 
 
 def _refuse(table: tablefile.Table, column: str, is_bad: pl.Series, wanted: str, remedy: str) -> None:
@@ -109,8 +122,5 @@ def _refuse_dull(names: list[str], label_NT: np.ndarray, table: tablefile.Table)
     for name, label_N in zip(names, label_NT.T, strict=True):
         values = set(np.unique(label_N).tolist()) - {-1}
         if len(values) < 2:
-            what = {(): "has no label", (1,): "has", (0,): "lacks"}[tuple(values)]
-            said = (
-                f"no image {what.removeprefix('has ')}" if not values else f"every labelled image {what} it"
-            )
-            raise errors.UserError(f"{table.fpath}: the trait {name!r} says nothing: {said}. Leave it out.")
+            why = "every labelled image has it" if 1 in values else "no labelled image has it"
+            raise errors.UserError(f"{table.fpath}: the trait {name!r} says nothing: {why}. Leave it out.")
