@@ -18,7 +18,7 @@ from saev.data import activations, pictures
 from saev.data import config as data_config
 from saev.data.traits import config as traits_config
 from saev.formats import gallery as gallery_format
-from saev.formats import manifest, results, scripts
+from saev.formats import jsonfile, manifest, results, scripts
 from saev.protoeval import choose, fit, gallery, heat, report, stats
 from saev.protoeval.experiment import Experiment
 from saev.scorers import sae as sae_scorer
@@ -123,7 +123,7 @@ def write(out: pathlib.Path, own: gallery.Own, experiment: Experiment) -> None:
         target = check(experiment)
         shown = _Shown.read(out, own, experiment)
         value, entries, images = shown.value(target), list(shown.entries(target)), shown.images
-        folder = f"traits/{helpers.hash_of([value, entries, images])[:12]}"
+        folder = f"traits/{helpers.hash_of(jsonfile.dumps([value, entries, images]))[:12]}"
         value |= {"files": {"folder": folder, "traits": TRAITS, "images": IMAGES, "n_images": len(images)}}
         with helpers.atomic_folder(dpath / "data" / folder) as tmp_dpath:
             for i, start in enumerate(range(0, len(entries), TRAITS)):
