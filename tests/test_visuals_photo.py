@@ -16,6 +16,7 @@ import saev
 from saev import errors, nn, scorers
 from saev.data import activations, config, dump, pictures, pixels, vits
 from saev.demo import weights
+from saev.formats import scripts
 from saev.nn import config as nn_config
 from saev.scorers import config as scorers_config
 from saev.visuals import collect, photo
@@ -241,6 +242,25 @@ def test_frames_as_the_docs_have_them(folder: pathlib.Path, monkeypatch: pytest.
     best = {s: one["classes"][0][0] if one["classes"] else None for s, one in zip(ids, raw, strict=True)}
     assert found.latents["class"].to_list() == ["ab"[g] if g is not None else None for g in best.values()]
     assert isinstance(names["rare"], pl.DataFrame)
+
+
+@pytest.mark.slow
+def test_each_latents_traits(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert saev.visuals.open(folder / "gallery").traits.shape == (0, 3)  # protoeval.py wrote none
+    for name in ("stats", "paths"):
+        value = scripts.read(folder / "gallery", name, "")
+        scripts.write(tmp_path, name, value)
+    ids = saev.visuals.open(tmp_path).latents["latent"].to_list()
+    trait_CK = np.array([[0, 1, -1], [1, -1, -1], *[[-1] * 3] * (len(ids) - 2)], np.int32)
+    ap_CK = np.where(trait_CK >= 0, 0.5 ** np.arange(1, 4), np.nan)
+    columns = {"trait": scripts.packed(trait_CK, "i4"), "ap": scripts.packed(ap_CK, "f4")}
+    value = {"traits": [{"name": "wing</script>", "group": ""}, {"name": "bill"}], "columns": columns}
+    scripts.write(tmp_path, "traits", value)
+    want = [(ids[0], "wing</script>", 0.5), (ids[0], "bill", 0.25), (ids[1], "bill", 0.5)]
+    assert saev.visuals.open(tmp_path).traits.rows() == want
+    scripts.write(tmp_path, "traits", value | {"traits": value["traits"][:1]})
+    with pytest.raises(errors.UserError, match="traits.js: holds 1 traits, but others are named"):
+        _ = saev.visuals.open(tmp_path).traits
 
 
 @pytest.mark.slow

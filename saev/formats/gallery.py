@@ -123,6 +123,18 @@ class _Images(msgspec.Struct):
     images: list[_Image]
 
 
+class Trait(msgspec.Struct):
+    name: str
+
+
+class Traits(msgspec.Struct):
+    """data/traits.js. Empty until `protoeval.py --gallery` writes it."""
+
+    traits: list[Trait] = []
+    columns: dict[str, tp.Any] = {}
+    """Packed: each row's best traits, and their AP on the train images."""
+
+
 class Gallery:
     """A gallery's files.
 
@@ -164,6 +176,9 @@ class Gallery:
         if len(found.path) != self.stats.files.n_images:
             raise self.damaged("paths", f"{len(found.path)} pictures instead of {self.stats.files.n_images}")
         return found
+
+    def traits(self) -> Traits:
+        return scripts.read(self.dpath, "traits", self.remedy, Traits)
 
     def latent(self, row: int) -> Latent:
         """The entry of a row in data/latents."""

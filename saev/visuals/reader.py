@@ -54,6 +54,28 @@ class Gallery:
         return frame.with_columns(self._classes(frame["class"].to_numpy()))
 
     @functools.cached_property
+    def traits(self) -> pl.DataFrame:
+        """latent, trait, ap: each latent's best traits, with their AP on the train images (from `protoeval.py
+        --gallery`)."""
+        found = self._files.traits()
+        schema = {"latent": pl.Int64, "trait": pl.String, "ap": pl.Float32}
+        if not found.columns:
+            return pl.DataFrame(schema=schema)
+        trait_CK, ap_CK = (self._files.unpack(found.columns.get(name), "traits") for name in ("trait", "ap"))
+        if trait_CK.shape != ap_CK.shape or len(trait_CK) != len(self._files.id_C):
+            raise self._files.damaged("traits", f"{len(trait_CK)} rows instead of {len(self._files.id_C)}")
+        if trait_CK.max(initial=-1) >= len(found.traits):
+            raise self._files.damaged("traits", f"{len(found.traits)} traits, but others are named")
+        names, ids = [trait.name for trait in found.traits], self._files.id_C.tolist()
+        lines = [
+            (latent, names[t], ap)
+            for latent, row_K, ap_K in zip(ids, trait_CK.tolist(), ap_CK.tolist(), strict=True)
+            for t, ap in zip(row_K, ap_K, strict=True)
+            if t >= 0
+        ]
+        return pl.DataFrame(lines, schema=schema, orient="row")
+
+    @functools.cached_property
     def images(self) -> pl.DataFrame:
         """latent, group, value, path, class, image_i: the images that are shown, in the page's order.
 
