@@ -84,15 +84,15 @@ def differences(rows: collections.abc.Sequence[results.PatchRow], about: results
 def summary_table(lines: pl.DataFrame) -> pl.DataFrame:
     table = {"Scorer": lines["scorer"].to_list(), "Prototypes": tables.texts("{:,}", lines["n_prototypes"])}
     has_intervals = lines["map_low"].is_not_nan().any()
+    form = "{:.3f} ({:.3f} to {:.3f})" if has_intervals else "{:.3f}"
     for name, title in TITLES.items():
-        table[title] = tables.texts("{:.3f}", lines[name])
-        if has_intervals:
-            ends = (lines[name + end] for end in ("_low", "_high"))
-            table[f"{title}, 95% interval"] = tables.texts("{:.3f} to {:.3f}", *ends)
+        table[title] = tables.texts(form, *(lines[name + end] for end in ("", "_low", "_high")))
     return pl.DataFrame(table)
 
 
 def differences_table(lines: pl.DataFrame) -> pl.DataFrame:
+    """Of the first two measures; patch-differences.csv has all."""
+    lines = lines.filter(pl.col("measure").is_in(results.PATCH_MEASURES[:2]))
     return pl.DataFrame(
         {
             "Scorer": lines["scorer"].to_list(),
@@ -123,5 +123,5 @@ def _note(table: results.PatchTable, about: results.About) -> str:
     )
     note += "the train patches' labels."
     if about.n_boot:
-        note += f" Intervals: {about.n_boot:,} bootstrap resamples of the test images."
+        note += f" In brackets: 95% intervals from {about.n_boot:,} bootstrap resamples of the test images."
     return note

@@ -192,10 +192,11 @@ def _codes(
     for at in range(0, len(x_RD), n_rows):
         code_RK = scorer(x_RD[at : at + n_rows])[:, columns]
         if not code_RK.isfinite().all():
-            k = int((~code_RK.isfinite()).nonzero()[0, 1])
+            column = int((~code_RK.isfinite()).nonzero()[0, 1])
+            k = columns.start + column if isinstance(columns, slice) else int(columns[column])
             raise errors.UserError(
-                f"a patch's score by prototype {torch.arange(scorer.n_prototypes)[columns][k].item()} is not "
-                "finite. Check the checkpoint's weights, or delete the fitted scorer to fit it again."
+                f"a patch's score by prototype {k} is not finite. Check the checkpoint's weights, or delete "
+                "the fitted scorer to fit it again."
             )
         yield at, code_RK.T.float().contiguous().cpu().numpy()
 
@@ -393,6 +394,7 @@ def _of_pairs(
     times_MI = patches.times_MI.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):  # of resamples without a labelled patch
         r_TM = 1 - (loss_TI @ times_MI.T) / (bias_TI @ times_MI.T)
+    r_TM = r_TM.round(12) + 0.0  # exactly 0 without a prototype
     return [_Measured(*each) for each in zip(r_TM, found.ap_TM, found.purity_TM, strict=True)]
 
 
