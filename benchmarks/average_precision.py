@@ -6,6 +6,8 @@ N and T are CUB's test split; a tenth of the labels are positive. Scores are den
 ties are the rule), or of few values. The loop's time is extrapolated from some of its K x T calls, timed in turn with ours;
 ratio: our time as a fraction of it. torchmetrics (dependency group `peers`) is extrapolated from one prototype.
 
+Missing labels: our time with a tenth or half of the labels of each column (12 traits) missing as a fraction of our time without.
+
 Correctness: largest difference to scikit-learn on as many pairs.
 """
 
@@ -31,6 +33,9 @@ def main() -> None:
     cases = []
     for kind in ("dense", "sparse", "few values"):
         cases += measure(kind, scores(kind, K), labels_NT, n_pairs, n_repeats)
+    cases += [
+        measure_missing(share, scores("dense", K // 2), labels_NT, n_pairs, n_repeats) for share in (0.1, 0.5)
+    ]
     cases.append(measure_resamples(scores("dense", T), labels_NT, n_repeats))
     common.report(cases)
 
@@ -94,6 +99,35 @@ def _torchmetrics(
         "ratio": round(seconds / float(np.median(loop_s)), 3),
         "reference": "scikit-learn's loop (extrapolated)",
         "max_diff_to_saev": float(np.abs(call().numpy() - got_KT[0]).max()),
+    }
+
+
+def measure_missing(
+    share: float, scores_NK: np.ndarray, labels_NT: np.ndarray, n_pairs: int, n_repeats: int
+) -> common.Case:
+    """With missing labels, against without; scikit-learn on the others is the check."""
+    rng = np.random.default_rng(3)
+    n_columns = 26  # each of 12 traits
+    known_NT = (rng.random((N, n_columns)) >= share).repeat(T // n_columns, axis=1)
+    ap.average_precision(scores_NK[:, :2], labels_NT, known_NT)  # compiles
+    calls = {
+        "missing": lambda: common.seconds(lambda: ap.average_precision(scores_NK, labels_NT, known_NT)),
+        "none": lambda: common.seconds(lambda: ap.average_precision(scores_NK, labels_NT)),
+    }
+    timed = common.interleaved(calls, n_repeats)
+    got_KT = ap.average_precision(scores_NK, labels_NT, known_NT)
+    pairs = zip(rng.integers(0, scores_NK.shape[1], n_pairs), rng.integers(0, T, n_pairs), strict=True)
+    diffs = [
+        got_KT[k, t]
+        - sklearn.metrics.average_precision_score(labels_NT[known_NT[:, t], t], scores_NK[known_NT[:, t], k])
+        for k, t in pairs
+    ]
+    return {
+        "name": f"dense, K {scores_NK.shape[1]}, {share:.0%} of labels missing",
+        "ratio": common.median_ratio(timed["missing"], timed["none"]),
+        "reference": "without missing labels",
+        "seconds": [round(s, 3) for s in timed["missing"]],
+        "max_diff": float(np.abs(diffs).max()),
     }
 
 

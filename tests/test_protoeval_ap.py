@@ -55,7 +55,7 @@ def test_missing_labels_are_left_out_as_sklearn_on_the_others(kind: str, share: 
     rng = np.random.default_rng(1)
     scores_NK, labels_NT = scores(kind, 150, 5, rng), rng.random((150, 5)) < 0.3
     known_NT = rng.random((150, 5)) < share
-    known_NT[:, 1], known_NT[:, 2] = True, False
+    known_NT[:, 1], known_NT[:, 2], known_NT[:, 4] = True, False, known_NT[:, 0]
     got_KT = ap.average_precision(scores_NK, labels_NT, known_NT)
     times_MN = ap.resamples(150, 3, seed=1)
     times_MN[0] = 1

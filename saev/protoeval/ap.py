@@ -104,7 +104,7 @@ def of_rows(
     n_known_T, unknown = np.full(labels_NT.shape[1], n_N), None
     if known_NT is not None and not known_NT.all():
         labels_NT = labels_NT & known_NT
-        n_known_T, unknown = known_NT.sum(axis=0), _by_image(~known_NT)
+        n_known_T, unknown = known_NT.sum(axis=0), _unknown(known_NT)
     has, n_positive_T = _by_image(labels_NT), labels_NT.sum(axis=0)
     ap_KT = np.empty((n_K, labels_NT.shape[1]))
     size = max(1, BLOCK_BYTES // (8 * max(1, n_N)))
@@ -117,6 +117,16 @@ def of_rows(
 
         compiled.in_threads(kernel, len(bits_CN))
     return ap_KT
+
+
+def _unknown(known_NT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(start_N1, group_n, group_T): each image's groups without labels, as `_by_image`; each trait's group.
+
+    Traits of a group have the same known labels, as those of one column of names have.
+    """
+    bits_TB = np.packbits(known_NT, axis=0).T
+    _, first_G, group_T = np.unique(bits_TB, axis=0, return_index=True, return_inverse=True)
+    return *_by_image(~known_NT[:, first_G]), group_T.ravel()
 
 
 def _by_image(is_set_NT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -261,18 +271,18 @@ def _sort(bits_N, key_2N, place_2N, count_Q):
 
 @compiled.jit
 def _matrix(bits_CN, has, unknown, n_positive_T, n_known_T, first, last, ap_CT):
-    """Rows first to last of the AP matrix. unknown: as `has`, or None, which leaves its code out."""
+    """Rows first to last of the AP matrix. unknown: of `_unknown`, or None, which leaves its code out."""
     n_N, n_T = bits_CN.shape[1], len(n_positive_T)
     key_2N, place_2N = np.empty((2, n_N), bits_CN.dtype), np.empty((2, n_N), np.int32)
     count_Q = np.empty(2048, np.int64)
     found_T, sum_T = np.empty(n_T, np.int64), np.empty(n_T)
-    unknown_T = np.zeros(n_T, np.int64)
+    unknown_G = np.zeros(n_T, np.int64)
     start_N1, trait_n = has
     for c in range(first, last):
         n = _sort(bits_CN[c], key_2N, place_2N, count_Q)
         found_T[:] = 0
         sum_T[:] = 0.0
-        unknown_T[:] = 0
+        unknown_G[:] = 0
         start = 0
         while start < n:
             end = start + 1
@@ -281,7 +291,7 @@ def _matrix(bits_CN, has, unknown, n_positive_T, n_known_T, first, last, ap_CT):
             if unknown is not None:
                 for place in place_2N[0, start:end]:
                     for i in range(unknown[0][place], unknown[0][place + 1]):
-                        unknown_T[unknown[1][i]] += 1
+                        unknown_G[unknown[1][i]] += 1
             share = 1.0 / end
             if end == start + 1:
                 image = place_2N[0, start]
@@ -289,7 +299,7 @@ def _matrix(bits_CN, has, unknown, n_positive_T, n_known_T, first, last, ap_CT):
                     t = trait_n[i]
                     found_T[t] += 1
                     if unknown is not None:
-                        share = 1.0 / (end - unknown_T[t])
+                        share = 1.0 / (end - unknown_G[unknown[2][t]])
                     sum_T[t] += found_T[t] * share
             else:
                 for place in place_2N[0, start:end]:
@@ -299,7 +309,7 @@ def _matrix(bits_CN, has, unknown, n_positive_T, n_known_T, first, last, ap_CT):
                     for i in range(start_N1[place], start_N1[place + 1]):
                         t = trait_n[i]
                         if unknown is not None:
-                            share = 1.0 / (end - unknown_T[t])
+                            share = 1.0 / (end - unknown_G[unknown[2][t]])
                         sum_T[t] += found_T[t] * share
             start = end
         for t in range(n_T):

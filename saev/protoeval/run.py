@@ -50,11 +50,15 @@ def each(cfgs: list[config.ProtoEval]) -> list[str]:
             "given. Evaluate them without --gallery, then run the command with it and one of them."
         )
     experiments = [_experiment([cfg for cfg in cfgs if cfg.source == source], acts) for source in sources]
+    shown = [_shown(experiment) for experiment in experiments]
     names = [experiment.id for experiment in experiments]
     # a killed pass resumes from here
     name = names[0] if len(names) == 1 else helpers.hash_of(names)[:12]
     partial = pathlib.Path(cfgs[0].dump_to) / f".{name}.partial"
-    out = [_evaluated(experiment, experiments, partial) for experiment in experiments]
+    out = [
+        _evaluated(experiment, experiments, own, partial)
+        for experiment, own in zip(experiments, shown, strict=True)
+    ]
     shutil.rmtree(partial, ignore_errors=True)
     return out
 
@@ -66,11 +70,18 @@ def _experiment(cfgs: list[config.ProtoEval], acts: opening.Opened) -> Experimen
     return Experiment(cfgs, found, sides, fits, patch_join.load(cfgs[0], sides))
 
 
-def _evaluated(experiment: Experiment, among: list[Experiment], partial: pathlib.Path) -> str:
-    cfg = experiment.cfgs[0]
+def _shown(experiment: Experiment) -> gallery.Own | None:
+    """What the gallery shows, if one is given and can be used."""
     shown = gallery.own(experiment)
     if shown:
         traits.check(experiment)
+    return shown
+
+
+def _evaluated(
+    experiment: Experiment, among: list[Experiment], shown: gallery.Own | None, partial: pathlib.Path
+) -> str:
+    cfg = experiment.cfgs[0]
     out = pathlib.Path(cfg.dump_to) / experiment.id
     with report.once(out, bool(cfg.patch_labels)) as is_new:
         if is_new:
