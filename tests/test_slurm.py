@@ -689,21 +689,6 @@ def test_jobs_lists_attaches_and_collects(slurm: launch.SlurmConfig, tmp_path: p
     assert jobs(slurm, "cancel").stdout == "no job is left to cancel\n"
 
 
-def test_jobs_cancels(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(SystemExit):
-        launch.run(
-            "tasks:wait_for_ever",
-            [str(tmp_path / "a")],
-            dataclasses.replace(slurm, slurm_wait=False),
-            "saev-test",
-        )
-    wait_for((tmp_path / "a.started").exists)
-    (job_id,) = submitted(slurm)
-    assert jobs(slurm, "cancel").stdout == f"cancelled {job_id}\n"
-    wait_for(lambda: "was cancelled" in jobs(slurm).stdout, 30)
-    assert re.search(rf"error: job {job_id} was cancelled", jobs(slurm, "collect").stderr)
-
-
 def test_jobs_retries_a_sweep(make_shards, slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
     """One of two runs diverges, and does so again; the other is not trained again."""
     shards, _ = make_shards(n_imgs=30, n_patches=8, d_vit=16, layers=(0,), per_shard=10)
@@ -1063,7 +1048,10 @@ def test_the_commands_of_the_page(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     training = newest()
     assert queue_says(training, "Dependency:80", str) == f"afterok:{dumping}(unfulfilled)"
     assert run(cancel, {"1234": training}) == [f"cancelled {training}"]
-    wait_for(lambda: "was cancelled" in "\n".join(run(jobs, {})))
+    wait_for(lambda: f"    job {training} was cancelled" in "\n".join(run(jobs, {})))
+    command = [sys.executable, *filled(collect, {})]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2 and f"job {training} was cancelled. Run the same command" in done.stderr
     run(retry, {"1234": training})
     subprocess.run(["scontrol", "release", dumping], check=True)
     (ckpt,) = run(attach, {"1234": newest()})

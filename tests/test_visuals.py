@@ -15,6 +15,8 @@ import unittest.mock
 
 import forked
 import gallery_files
+import hypothesis
+import hypothesis.strategies as st
 import inprocess
 import numpy as np
 import PIL.Image
@@ -28,6 +30,8 @@ from saev.data import config as data_config
 from saev.data import memory as data_memory
 from saev.formats import codeshards, shards
 from saev.nn import config as nn_config
+from saev.training import config as training_config
+from saev.training import loop
 from saev.visuals import coders, collect, config, heat, kernels, memory, relations, spool, statistics, write
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -175,6 +179,38 @@ def test_statistics_of_a_plain_loop(
         f_NPS = np.where(is_kept_NPS, acts_NPD if sae.cfg.keep_negative else acts_NPD.clip(0), 0)
     _, _, stats = passed(cfg, tmp_path / "pass", block)
     check_stats(stats, f_NPS, f_NPS.max(axis=1), cfg.seed)
+
+
+def test_a_matryoshka_sae_as_train_py_leaves_it(
+    cfg: config.Visuals, acts_NPD: np.ndarray, tmp_path: pathlib.Path
+) -> None:
+    """Its checkpoint holds what the objective trained: latents of all prefixes, by one threshold."""
+    trained = training_config.Train(
+        data=cfg.data,
+        sae=nn_config.BatchTopK(exp_factor=2, top_k=2),
+        objective=nn_config.Matryoshka(n_prefixes=3),
+        n_patches=4096,
+        batch_size=64,
+        ckpt_to=str(tmp_path / "matryoshka"),
+        wandb_project="",
+        device="cpu",
+    )
+    (ckpt,) = loop.main([trained])
+    cfg = dataclasses.replace(cfg, ckpt=ckpt)
+    f_NPS = nn.load(ckpt).encode(torch.from_numpy(acts_NPD)).numpy()
+    assert (f_NPS != 0).any(axis=(0, 1)).sum() > S  # latents beyond the first prefix fire
+    _, _, stats = passed(cfg, tmp_path / "pass")
+    check_stats(stats, f_NPS, f_NPS.max(axis=1), cfg.seed)
+    dpath = collect.main(cfg)
+    ids = gallery_files.load(dpath, "stats")["columns"]["id"].tolist()
+    assert ids == np.flatnonzero((f_NPS != 0).any(axis=(0, 1))).tolist()
+    shown = gallery_files.images(dpath)
+    for s, latent in zip(ids, gallery_files.latents(dpath), strict=True):
+        top = next(group for group in latent["groups"] if group["name"] == "top")
+        for i, place in enumerate(top["image"].tolist()):
+            f_P = f_NPS[shown[place]["n"], :, s]
+            want_P = np.rint(255 * f_P / f_NPS[..., s].max()).clip(min=f_P > 0)
+            np.testing.assert_allclose(gallery_files.heat(top, i, P), want_P, atol=1)
 
 
 def test_a_sample_of_the_images_that_fire(
@@ -866,6 +902,13 @@ def test_grid() -> None:
         images.grid(6, None)
     with pytest.raises(errors.UserError, match="6 patches do not form a grid on an input of 32 x 32"):
         images.grid(6, (32, 32))
+
+
+@hypothesis.given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40))
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_grid_of_any_number_of_whole_patches(rows: int, columns: int, side: int) -> None:
+    """Also with few, large patches, where a smaller side would give as many with a rest."""
+    assert images.grid(rows * columns, (rows * side, columns * side)) == (rows, columns, side)
 
 
 TRANSFORMS = {

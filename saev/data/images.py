@@ -198,8 +198,9 @@ class Transform:
 def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int, int]:
     """Returns (rows, columns, side in pixels) of square patches on an input of `size` (height, width).
 
-    If several sides give as many patches, it is the largest usual one, or the largest. None means a square
-    input of unknown size: the side is 0.
+    Rows and columns are unique, because both fall as the side grows. If several sides give them, it is the
+    one without a rest (there is at most one), else the largest usual one, else the largest. None means a
+    square input of unknown size: the side is 0.
 
     Raises:
         UserError: no such grid has `n_patches` patches.
@@ -210,7 +211,8 @@ def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int, int]:
     else:
         sides = [s for s in range(1, min(size) + 1) if (size[0] // s) * (size[1] // s) == n_patches]
         if sides:
-            side = max([s for s in sides if s in USUAL] or sides)
+            whole = [s for s in sides if size[0] % s == 0 and size[1] % s == 0]
+            side = max(whole or [s for s in sides if s in USUAL] or sides)
             return size[0] // side, size[1] // side, side
     what = f"an input of {size[0]} x {size[1]} pixels" if size else "a square input"
     raise errors.UserError(

@@ -80,8 +80,13 @@ def _verified(chain: Chain) -> str:
 
 
 def _linked(chain: Chain) -> str:
-    out = chain.evaluate(gallery="gallery")
-    return chain.links(out)
+    """The traits go into a copy, so that the gallery stays as visuals.py made it."""
+    copy = chain.root / "linked"
+    subprocess.run(["cp", "-a", chain.root / "gallery", copy], check=True)  # a FIFO too
+    try:
+        return chain.links(chain.evaluate(gallery="linked"))
+    finally:
+        shutil.rmtree(copy)
 
 
 def interrupted_targets(chain: Chain) -> list[Target]:
@@ -97,7 +102,7 @@ def interrupted_targets(chain: Chain) -> list[Target]:
     fits = sorted(chain.root.glob("half-scorers/*.state"))
     with interrupted("statistics", 0):  # all codes are written
         chain.look("half-gallery/g")
-    codes = sorted(p for p in chain.root.glob("half-gallery/.g.pass/*") if p.is_file())
+    codes = sorted(p for p in chain.root.glob("half-gallery/.g.pass/**/*") if p.is_file())
     assert states and caches and fits and codes, (states, caches, fits, codes)
     return [
         Target("training state", states, _on_a_copy(chain, "half", _train_on)),
