@@ -64,7 +64,7 @@ def check(experiment: Experiment) -> Target:
     shown = pictures.Pictures.of(data_config.ImageFolder(str(root)), acts, SIDE)
     source = found.stats.source
     (height, width), (h, w) = shown.size, source.size
-    if [*shown.grid] != source.grid or height * w != width * h:
+    if shown.grid != source.grid or height * w != width * h:
         mine, theirs = (f"{rows} x {columns}" for rows, columns in (shown.grid, source.grid))
         raise errors.UserError(
             f"--gallery {dpath}: shows images of {h} x {w} pixels in {theirs} patches, but {given.given} has "
