@@ -18,7 +18,7 @@ ROOT = pathlib.Path(saev.__file__).parent
 NOT_PATHS = {"device", "wandb_project", "slurm_acct", "slurm_partition", "slurm_qos", "slurm_constraint"}
 NOT_PATHS |= {"slurm_gpu_type", "slurm_exclude", "slurm_setup", "slurm_extra", "after", "stage_to"}
 NOT_PATHS |= {"suffix", "split_column", "split_names", "path_column", "binary", "categorical", "class_column"}
-NOT_PATHS |= {"label_name", "parts"}
+NOT_PATHS |= {"label_name", "parts", "exclude_patch_labels"}
 """Fields of type str that hold something else."""
 MAY_BE_NEGATIVE = {"layer", "vit_layers", "n_train", "log_freq_range", "log_value_range"}
 

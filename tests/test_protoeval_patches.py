@@ -19,7 +19,7 @@ from saev.data import config as data_config
 from saev.demo import minicub
 from saev.formats import patchlabels, results, shards
 from saev.nn import config as nn_config
-from saev.protoeval import config, logistic, patch_table, run
+from saev.protoeval import config, logistic, patch_fit, run
 from saev.report import frame
 from saev.scorers import config as scorers_config
 
@@ -229,10 +229,8 @@ def test_less_memory_means_more_passes(
     small = dataclasses.replace(cfg, dump_to=str(tmp_path / "small"), memory_gb=5 * n_bytes / 1e9)
     n_passes = []
     with monkeypatch.context() as patch:
-        patch.setattr(patch_table, "TILE", 100)
-        patch.setattr(
-            patch_table, "_sums", lambda *a, own=patch_table._sums: n_passes.append(a[1]) or own(*a)
-        )
+        patch.setattr(patch_fit, "TILE", 100)
+        patch.setattr(patch_fit, "_sums", lambda *a, own=patch_fit._sums: n_passes.append(a[1]) or own(*a))
         got = read(pathlib.Path(run.main([small])), "patch-classes.csv", results.PATCH_CLASSES)
     assert n_passes == [[(0, 0, 5)], [(0, 5, 10)], [(0, 10, 12)]]
     for name in want.columns[2:]:
@@ -246,8 +244,8 @@ def test_less_memory_means_more_passes(
 def test_a_killed_pass_goes_on(
     cfg: config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(patch_table, "SAVE_S", 0.0)
-    monkeypatch.setattr(patch_table, "N_IMGS", 6)
+    monkeypatch.setattr(patch_fit, "SAVE_S", 0.0)
+    monkeypatch.setattr(patch_fit, "N_IMGS", 6)
     want = (pathlib.Path(run.main([cfg])) / "patch-classes.csv").read_bytes()
     again = dataclasses.replace(cfg, dump_to=str(tmp_path / "again"))
     read_of: list[int] = []

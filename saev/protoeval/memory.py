@@ -71,7 +71,8 @@ def _patches(cfgs: collections.abc.Sequence[config.ProtoEval], k: int, sizes: Si
         return 0
     most, n_test = int(cfgs[0].memory_gb * 1e9), sizes.n_test * sizes.n_tokens
     n_columns = min(k, sizes.n_classes * len(cfgs) * (len(cfgs[0].n_prototypes) + 1))
-    sums = min(most, k * (BINS + 32 * sizes.n_classes)) + 3 * SCORES
+    blocks = 4 * 4 * FIT_BLOCK * sizes.n_tokens * sizes.d_vit
+    sums = min(most, k * (BINS + 32 * sizes.n_classes)) + 3 * SCORES + blocks
     return max(sums, min(most, 4 * n_test * n_columns) + PER_PATCH * n_test)
 
 

@@ -8,49 +8,22 @@ C classes, K prototypes, I test images, N test patches with a label, R rows (pat
 class and its prototype, M resamples of the test images.
 """
 
-import collections.abc
-import logging
 import pathlib
-import time
 import typing as tp
-import zipfile
 
 import beartype
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Float64, Int32, Int64, UInt8, jaxtyped
 
-from saev import compiled, devices, errors, helpers, scorers
+from saev import compiled, devices, helpers, scorers
 from saev.data import ordered
 from saev.formats import results
-from saev.protoeval import ap, choose, config, fit, logistic, patch_join
+from saev.protoeval import ap, config, fit, patch_fit, patch_join
 from saev.protoeval.experiment import Experiment
 
-logger = logging.getLogger("saev")
-
-REVISION = 1
-"""Increment it when the sums change: then older passes are not resumed."""
-SAVE_S = 60.0
-"""Seconds between saved sums."""
-TILE = 2**24
-"""Scores that are computed at once."""
-N_IMGS = 64
-"""Images that are read at a time."""
 PAIRS = 8
 """Classes that are measured at a time."""
-
-
-class Choice(tp.NamedTuple):
-    """The prototypes of all classes, among the first K of a scorer."""
-
-    scorer: str
-    scorer_i: int
-    n_prototypes: int
-    best_C: Int64[np.ndarray, " C"]
-    w_C: Float64[np.ndarray, " C"]
-    b_C: Float64[np.ndarray, " C"]
-    """Weight and intercept of the regression."""
-    train_r_C: Float64[np.ndarray, " C"]
 
 
 def evaluate(
@@ -67,192 +40,13 @@ def evaluate(
     cfg = experiment.cfgs[0]
     device = devices.pick(cfg.device)
     run = [bank.scorer.to(device) for bank in banks]
-    fits = fit_all(run, labels, cfg, dpath, device)
-    choices = [choice for i, bank in enumerate(banks) for choice in _choices(bank, i, fits[i], labels)]
+    fits = patch_fit.fit_all(run, labels, cfg, dpath, device)
+    choices = [
+        choice for i, bank in enumerate(banks) for choice in patch_fit.choices(bank, i, fits[i], labels)
+    ]
     rows = _measure(choices, run, labels, cfg, device)
     n_train_C, n_test_C = _counts(labels)
     return results.PatchTable(labels.names, n_train_C, n_test_C, rows)
-
-
-# ---- the pass over the train images ----
-
-
-class _Share(tp.NamedTuple):
-    """Some prototypes of a scorer."""
-
-    scorer_i: int
-    start: int
-    stop: int
-
-
-def _shares(sizes: list[int], n_most: int) -> list[list[_Share]]:
-    """Divides all prototypes into parts of at most `n_most`."""
-    parts: list[list[_Share]] = [[]]
-    left = n_most
-    for i, size in enumerate(sizes):
-        start = 0
-        while start < size:
-            if not left:
-                parts.append([])
-                left = n_most
-            stop = min(size, start + left)
-            parts[-1].append(_Share(i, start, stop))
-            left -= stop - start
-            start = stop
-    return parts
-
-
-def fit_all(
-    run: list[scorers.Scorer],
-    labels: patch_join.Labels,
-    cfg: config.ProtoEval,
-    dpath: pathlib.Path,
-    device: torch.device,
-) -> list[logistic.Fits]:
-    """Fits every class on every prototype of each scorer. Classes C ... 2 C - 1 are of permuted labels.
-
-    Reads the train images once, or once for each part of the prototypes whose sums fit into --memory-gb.
-    """
-    C, sizes = len(labels.names), [s.n_prototypes for s in run]
-    n_most = max(1, int(cfg.memory_gb * 1e9 / logistic.Sums.n_bytes(2 * C)))
-    parts = _shares(sizes, n_most)
-    if len(parts) > 1:
-        text = "--memory-gb %g: the train images are read %d times, for %d prototypes at a time"
-        logger.info(text, cfg.memory_gb, len(parts), n_most)
-    found: list[list[logistic.Fits]] = [[] for _ in run]
-    for part_i, part in enumerate(parts):
-        sums = _sums(run, part, labels, cfg.seed, dpath / f"sums{part_i}.npz", device)
-        for share, each in zip(part, sums, strict=True):
-            found[share.scorer_i].append(each.fit())
-    return [_joined(fits) for fits in found]
-
-
-def _joined(fits: list[logistic.Fits]) -> logistic.Fits:
-    """The fits of consecutive prototypes."""
-    if len(fits) == 1:
-        return fits[0]
-    parts = ([f.w_KC for f in fits], [f.b_KC for f in fits], [f.loss_KC for f in fits])
-    w_KC, b_KC, loss_KC = map(np.concatenate, parts)
-    return logistic.Fits(w_KC, b_KC, loss_KC, fits[0].bias_loss_C)
-
-
-def _with_null(class_NX: Int32[np.ndarray, "N X"], n_classes: int, seed: int) -> Int32[np.ndarray, "N X 2"]:
-    """Each patch's class, and n_classes + the class of another labelled patch."""
-    null_NX = class_NX.copy()
-    is_labelled_NX = class_NX >= 0
-    drawn_n = np.random.default_rng((seed, 0x9E12)).permutation(class_NX[is_labelled_NX])
-    null_NX[is_labelled_NX] = n_classes + drawn_n
-    return np.stack([class_NX, null_NX], axis=2)
-
-
-@torch.inference_mode()
-def _sums(
-    run: list[scorers.Scorer],
-    part: list[_Share],
-    labels: patch_join.Labels,
-    seed: int,
-    fpath: pathlib.Path,
-    device: torch.device,
-) -> list[logistic.Sums]:
-    """One pass over the train images. Saves its state to `fpath`, and resumes a killed pass."""
-    side, C = labels.chosen, len(labels.names)
-    digests = [run[share.scorer_i].digest() for share in part]
-    key = helpers.hash_of(
-        [REVISION, digests, part, side.acts.fingerprint, labels.fingerprint, seed, N_IMGS, device.type]
-    )
-    sums = [logistic.Sums.empty(share.stop - share.start, 2 * C, 2) for share in part]
-    first = _resume(fpath, key, sums)
-    class_NX2 = _with_null(side.class_NX, C, seed)
-    stream = ordered.Ordered(side.acts, N_IMGS, [range(first, side.acts.n_imgs)])
-    saved_s = time.monotonic()
-    for block in helpers.progress(stream, "patches", len(stream), "blocks"):
-        class_X2 = class_NX2[first : first + len(block.image_i_N)].reshape(-1, 2)
-        is_labelled_X = class_X2[:, 0] >= 0
-        x_RD = torch.from_numpy(block.act_NXD).flatten(0, 1)[torch.from_numpy(is_labelled_X)].to(device)
-        class_R2 = class_X2[is_labelled_X]
-        for share, each in zip(part, sums, strict=True):
-            for at, code_KR in _codes(run[share.scorer_i], x_RD, slice(share.start, share.stop)):
-                each.add(code_KR, class_R2[at : at + code_KR.shape[1]])
-        first += len(block.image_i_N)
-        if time.monotonic() - saved_s >= SAVE_S or first == side.acts.n_imgs:
-            _save(fpath, key, first, sums)
-            saved_s = time.monotonic()
-    return sums
-
-
-def _codes(
-    scorer: scorers.Scorer, x_RD: torch.Tensor, columns: slice | torch.Tensor
-) -> collections.abc.Iterator[tuple[int, Float32[np.ndarray, "K r"]]]:
-    """Yields (first row, scores of some rows by these prototypes), prototype by prototype.
-
-    Raises:
-        UserError: a score is not finite.
-    """
-    n_rows = max(1, TILE // scorer.n_prototypes)
-    for at in range(0, len(x_RD), n_rows):
-        code_RK = scorer(x_RD[at : at + n_rows])[:, columns]
-        if not code_RK.isfinite().all():
-            column = int((~code_RK.isfinite()).nonzero()[0, 1])
-            k = columns.start + column if isinstance(columns, slice) else int(columns[column])
-            raise errors.UserError(
-                f"a patch's score by prototype {k} is not finite. Check the checkpoint's weights, or delete "
-                "the fitted scorer to fit it again."
-            )
-        yield at, code_RK.T.float().contiguous().cpu().numpy()
-
-
-def _save(fpath: pathlib.Path, key: str, first: int, sums: list[logistic.Sums]) -> None:
-    arrays = {f"{i}.{name}": value for i, each in enumerate(sums) for name, value in vars(each).items()}
-    fpath.parent.mkdir(parents=True, exist_ok=True)
-    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
-        np.savez(fd, allow_pickle=False, key=np.array(key), first=np.array(first), **arrays)
-
-
-def _resume(fpath: pathlib.Path, key: str, sums: list[logistic.Sums]) -> int:
-    """Reads a killed pass's sums into `sums`. Returns the number of images that they are of.
-
-    0 if there is no such file, or one of other inputs, or a damaged one (zip files have checksums).
-    """
-    try:
-        with np.load(fpath, allow_pickle=False) as found:
-            if found["key"].item() != key:
-                return 0
-            arrays = [
-                [(value, found[f"{i}.{name}"]) for name, value in vars(each).items() if name != "n_labels"]
-                for i, each in enumerate(sums)
-            ]
-            first = int(found["first"])
-    except FileNotFoundError:
-        return 0
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
-        logger.warning("%s: cannot be read (%s); the pass begins again", fpath, errors.first_line(err))
-        return 0
-    for each in arrays:
-        for mine, theirs in each:
-            mine[...] = theirs
-    return first
-
-
-# ---- the choice ----
-
-
-def _choices(
-    bank: fit.Bank, scorer_i: int, fits: logistic.Fits, labels: patch_join.Labels
-) -> collections.abc.Iterator[Choice]:
-    """For each K the prototypes with the lowest loss; for the largest one also on permuted labels."""
-    C = len(labels.names)
-    loss_KC = np.where(np.isnan(fits.loss_KC), np.inf, fits.loss_KC).round(choose.AP_DIGITS)
-    for is_null in (False, True):
-        mine = slice(C, 2 * C) if is_null else slice(0, C)
-        for n_prototypes in bank.ks[-1:] if is_null else bank.ks:
-            best_C = loss_KC[:n_prototypes, mine].argmin(axis=0)
-            at = (best_C, np.arange(C) + C * is_null)
-            name = bank.name + results.PERMUTED * is_null
-            found = (fits.w_KC[at], fits.b_KC[at], fits.r_KC[at])
-            yield Choice(name, scorer_i, n_prototypes, best_C, *found)
-
-
-# ---- the pass over the test images ----
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -268,7 +62,7 @@ class _Patches(tp.NamedTuple):
 
 
 def _measure(
-    choices: list[Choice],
+    choices: list[patch_fit.Choice],
     run: list[scorers.Scorer],
     labels: patch_join.Labels,
     cfg: config.ProtoEval,
@@ -285,13 +79,13 @@ def _measure(
     for at in range(0, len(columns), size):
         some = columns[at : at + size]
         scores_KN = _scores(run, some, labels.measured, device)
+        row_of = {column: row for row, column in enumerate(some)}
         todo = [
             (i, c)
             for i, choice in enumerate(choices)
             for c in np.flatnonzero(is_used_C).tolist()
-            if (choice.scorer_i, int(choice.best_C[c])) in set(some)
+            if (choice.scorer_i, int(choice.best_C[c])) in row_of
         ]
-        row_of = {column: row for row, column in enumerate(some)}
         steps = range(0, len(todo), PAIRS)
         for start in helpers.progress(steps, "measure patches", len(steps), "steps"):
             part = todo[start : start + PAIRS]
@@ -339,7 +133,7 @@ def _scores(
     """Scores of the labelled patches by prototypes, given as (number of the scorer, prototype), sorted."""
     is_labelled_IX = side.class_NX >= 0
     out_KN = np.empty((len(columns), int(is_labelled_IX.sum())), np.float32)
-    stream = ordered.Ordered(side.acts, N_IMGS)
+    stream = ordered.Ordered(side.acts, patch_fit.N_IMGS)
     image, patch = 0, 0
     for block in helpers.progress(stream, "score patches", len(stream), "blocks"):
         is_mine_X = is_labelled_IX[image : image + len(block.image_i_N)].reshape(-1)
@@ -347,7 +141,7 @@ def _scores(
         row = 0
         for scorer_i in dict.fromkeys(i for i, _ in columns):
             mine = torch.tensor([k for i, k in columns if i == scorer_i], device=device)
-            for at, code_KR in _codes(run[scorer_i], x_RD, mine):
+            for at, code_KR in patch_fit.codes(run[scorer_i], x_RD, mine):
                 start = patch + at
                 out_KN[row : row + len(mine), start : start + code_KR.shape[1]] = code_KR
             row += len(mine)
@@ -398,7 +192,7 @@ def _of_pairs(
     return [_Measured(*each) for each in zip(r_TM, found.ap_TM, found.purity_TM, strict=True)]
 
 
-def _row(choice: Choice, measured: list[_Measured | None]) -> results.PatchRow:
+def _row(choice: patch_fit.Choice, measured: list[_Measured | None]) -> results.PatchRow:
     """NaN for classes that are not measured."""
     some = next(each for each in measured if each)
     nothing = _Measured(*(np.full_like(some.r_M, np.nan) for _ in range(3)))
@@ -429,5 +223,5 @@ def _constant(patches: _Patches, is_used_C: Bool[np.ndarray, " C"]) -> results.P
         code_TN = np.zeros((len(class_T), len(patches.class_N)), np.float32)
         measured = _of_pairs(code_TN, zero_C[class_T], b_C[class_T], class_T, patches)
         found |= dict(zip(class_T.tolist(), measured, strict=True))
-    choice = Choice(results.CONSTANT, 0, 1, np.zeros(C, np.int64), zero_C, b_C, zero_C)
+    choice = patch_fit.Choice(results.CONSTANT, 0, 1, np.zeros(C, np.int64), zero_C, b_C, zero_C)
     return _row(choice, [found.get(c) for c in range(C)])

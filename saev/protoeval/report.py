@@ -240,7 +240,7 @@ def settings(about: results.About) -> str:
             for key, value in fields.items()
             if key != "cls"
         ]
-        lines.append(f"- {name}: {fields.get('cls', name)}, {', '.join(parts)}\n")
+        lines.append(f"- {name}: {', '.join([str(fields.get('cls', name)), *parts])}\n")
     return "".join(lines)
 
 

@@ -1,0 +1,219 @@
+"""Fits every class of patches on every prototype, in one pass over the train images, and chooses prototypes.
+
+C classes, K prototypes, N images, X tokens of an image, R rows (patches of a block).
+"""
+
+import collections.abc
+import logging
+import pathlib
+import time
+import typing as tp
+import zipfile
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Int32, Int64
+
+from saev import errors, helpers, scorers
+from saev.data import ordered
+from saev.formats import results
+from saev.protoeval import choose, config, fit, logistic, patch_join
+
+logger = logging.getLogger("saev")
+
+REVISION = 1
+"""Increment it when the sums change: then older passes are not resumed."""
+SAVE_S = 60.0
+"""Seconds between saved sums."""
+TILE = 2**24
+"""Scores that are computed at once."""
+N_IMGS = 64
+"""Images that are read at a time."""
+
+
+class Choice(tp.NamedTuple):
+    """The prototypes of all classes, among the first K of a scorer."""
+
+    scorer: str
+    scorer_i: int
+    n_prototypes: int
+    best_C: Int64[np.ndarray, " C"]
+    w_C: Float64[np.ndarray, " C"]
+    b_C: Float64[np.ndarray, " C"]
+    """Weight and intercept of the regression."""
+    train_r_C: Float64[np.ndarray, " C"]
+
+
+class _Share(tp.NamedTuple):
+    """Some prototypes of a scorer."""
+
+    scorer_i: int
+    start: int
+    stop: int
+
+
+def _shares(sizes: list[int], n_most: int) -> list[list[_Share]]:
+    """Divides all prototypes into parts of at most `n_most`."""
+    parts: list[list[_Share]] = [[]]
+    left = n_most
+    for i, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            if not left:
+                parts.append([])
+                left = n_most
+            stop = min(size, start + left)
+            parts[-1].append(_Share(i, start, stop))
+            left -= stop - start
+            start = stop
+    return parts
+
+
+def fit_all(
+    run: list[scorers.Scorer],
+    labels: patch_join.Labels,
+    cfg: config.ProtoEval,
+    dpath: pathlib.Path,
+    device: torch.device,
+) -> list[logistic.Fits]:
+    """Fits every class on every prototype of each scorer. Classes C ... 2 C - 1 are of permuted labels.
+
+    Reads the train images once, or once for each part of the prototypes whose sums fit into --memory-gb.
+    """
+    C, sizes = len(labels.names), [s.n_prototypes for s in run]
+    n_most = max(1, int(cfg.memory_gb * 1e9 / logistic.Sums.n_bytes(2 * C)))
+    parts = _shares(sizes, n_most)
+    if len(parts) > 1:
+        text = "--memory-gb %g: the train images are read %d times, for %d prototypes at a time"
+        logger.info(text, cfg.memory_gb, len(parts), n_most)
+    found: list[list[logistic.Fits]] = [[] for _ in run]
+    for part_i, part in enumerate(parts):
+        sums = _sums(run, part, labels, cfg.seed, dpath / f"sums{part_i}.npz", device)
+        for share, each in zip(part, sums, strict=True):
+            found[share.scorer_i].append(each.fit())
+    return [_joined(fits) for fits in found]
+
+
+def _joined(fits: list[logistic.Fits]) -> logistic.Fits:
+    """The fits of consecutive prototypes."""
+    if len(fits) == 1:
+        return fits[0]
+    parts = ([f.w_KC for f in fits], [f.b_KC for f in fits], [f.loss_KC for f in fits])
+    w_KC, b_KC, loss_KC = map(np.concatenate, parts)
+    return logistic.Fits(w_KC, b_KC, loss_KC, fits[0].bias_loss_C)
+
+
+def _with_null(class_NX: Int32[np.ndarray, "N X"], n_classes: int, seed: int) -> Int32[np.ndarray, "N X 2"]:
+    """Each patch's class, and n_classes + the class of another labelled patch."""
+    null_NX = class_NX.copy()
+    is_labelled_NX = class_NX >= 0
+    drawn_n = np.random.default_rng((seed, 0x9E12)).permutation(class_NX[is_labelled_NX])
+    null_NX[is_labelled_NX] = n_classes + drawn_n
+    return np.stack([class_NX, null_NX], axis=2)
+
+
+@torch.inference_mode()
+def _sums(
+    run: list[scorers.Scorer],
+    part: list[_Share],
+    labels: patch_join.Labels,
+    seed: int,
+    fpath: pathlib.Path,
+    device: torch.device,
+) -> list[logistic.Sums]:
+    """One pass over the train images. Saves its state to `fpath`, and resumes a killed pass."""
+    side, C = labels.chosen, len(labels.names)
+    digests = [run[share.scorer_i].digest() for share in part]
+    key = helpers.hash_of(
+        [REVISION, digests, part, side.acts.fingerprint, labels.fingerprint, seed, N_IMGS, device.type]
+    )
+    sums = [logistic.Sums.empty(share.stop - share.start, 2 * C, 2) for share in part]
+    first = _resume(fpath, key, sums)
+    class_NX2 = _with_null(side.class_NX, C, seed)
+    stream = ordered.Ordered(side.acts, N_IMGS, [range(first, side.acts.n_imgs)])
+    saved_s = time.monotonic()
+    for block in helpers.progress(stream, "patches", len(stream), "blocks"):
+        class_X2 = class_NX2[first : first + len(block.image_i_N)].reshape(-1, 2)
+        is_labelled_X = class_X2[:, 0] >= 0
+        x_RD = torch.from_numpy(block.act_NXD).flatten(0, 1)[torch.from_numpy(is_labelled_X)].to(device)
+        class_R2 = class_X2[is_labelled_X]
+        for share, each in zip(part, sums, strict=True):
+            for at, code_KR in codes(run[share.scorer_i], x_RD, slice(share.start, share.stop)):
+                each.add(code_KR, class_R2[at : at + code_KR.shape[1]])
+        first += len(block.image_i_N)
+        if time.monotonic() - saved_s >= SAVE_S or first == side.acts.n_imgs:
+            _save(fpath, key, first, sums)
+            saved_s = time.monotonic()
+    return sums
+
+
+def codes(
+    scorer: scorers.Scorer, x_RD: torch.Tensor, columns: slice | torch.Tensor
+) -> collections.abc.Iterator[tuple[int, Float32[np.ndarray, "K r"]]]:
+    """Yields (first row, scores of some rows by these prototypes), prototype by prototype.
+
+    Raises:
+        UserError: a score is not finite.
+    """
+    n_rows = max(1, TILE // scorer.n_prototypes)
+    for at in range(0, len(x_RD), n_rows):
+        code_RK = scorer(x_RD[at : at + n_rows])[:, columns]
+        if not code_RK.isfinite().all():
+            column = int((~code_RK.isfinite()).nonzero()[0, 1])
+            k = columns.start + column if isinstance(columns, slice) else int(columns[column])
+            raise errors.UserError(
+                f"a patch's score by prototype {k} is not finite. Check the checkpoint's weights, or delete "
+                "the fitted scorer to fit it again."
+            )
+        yield at, code_RK.T.float().contiguous().cpu().numpy()
+
+
+def _save(fpath: pathlib.Path, key: str, first: int, sums: list[logistic.Sums]) -> None:
+    arrays = {f"{i}.{name}": value for i, each in enumerate(sums) for name, value in vars(each).items()}
+    fpath.parent.mkdir(parents=True, exist_ok=True)
+    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
+        np.savez(fd, allow_pickle=False, key=np.array(key), first=np.array(first), **arrays)
+
+
+def _resume(fpath: pathlib.Path, key: str, sums: list[logistic.Sums]) -> int:
+    """Reads a killed pass's sums into `sums`. Returns the number of images that they are of.
+
+    0 if there is no such file, or one of other inputs, or a damaged one (zip files have checksums).
+    """
+    try:
+        with np.load(fpath, allow_pickle=False) as found:
+            if found["key"].item() != key:
+                return 0
+            arrays = [
+                [(value, found[f"{i}.{name}"]) for name, value in vars(each).items() if name != "n_labels"]
+                for i, each in enumerate(sums)
+            ]
+            first = int(found["first"])
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
+        logger.warning("%s: cannot be read (%s); the pass begins again", fpath, errors.first_line(err))
+        return 0
+    for each in arrays:
+        for mine, theirs in each:
+            mine[...] = theirs
+    return first
+
+
+# ---- the choice ----
+
+
+def choices(
+    bank: fit.Bank, scorer_i: int, fits: logistic.Fits, labels: patch_join.Labels
+) -> collections.abc.Iterator[Choice]:
+    """For each K the prototypes with the lowest loss; for the largest one also on permuted labels."""
+    C = len(labels.names)
+    loss_KC = np.where(np.isnan(fits.loss_KC), np.inf, fits.loss_KC).round(choose.AP_DIGITS)
+    for is_null in (False, True):
+        mine = slice(C, 2 * C) if is_null else slice(0, C)
+        for n_prototypes in bank.ks[-1:] if is_null else bank.ks:
+            best_C = loss_KC[:n_prototypes, mine].argmin(axis=0)
+            at = (best_C, np.arange(C) + C * is_null)
+            name = bank.name + results.PERMUTED * is_null
+            found = (fits.w_KC[at], fits.b_KC[at], fits.r_KC[at])
+            yield Choice(name, scorer_i, n_prototypes, best_C, *found)
