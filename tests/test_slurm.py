@@ -1098,29 +1098,38 @@ class Interrupted:
         wait_for(lambda: [*logs.glob("*_log.out")], 120)
         (log,) = logs.glob("*_log.out")
         job_id = log.name.partition("_")[0]
+        wait_for(lambda: pid_of_stage(job_id), 120)
+        pid = pid_of_stage(job_id)
         wait_for(lambda: self.is_at_work(log), 120, 0.005)
-        warn(job_id)
+        warn(job_id, pid)
         self.then()
         _, stderr = process.communicate(timeout=240)
         assert process.returncode == 0 and log.read_text().count("Caught signal SIGUSR2") == 1, stderr
         assert queue_says(job_id, "RestartCnt") == 1
 
 
-def warn(job_id: str) -> None:
-    """Sends Slurm's warning to a job, which is stopped until it has it."""
-    folders = [pathlib.Path(f"/proc/{pid}") for pid in of_job(job_id)]
-    (folder,) = [f for f in folders if (f / "cmdline").read_text().startswith(sys.executable)]
+def pid_of_stage(job_id: str) -> int:
+    """The process of a job's task, which starts all others of its Pythons. 0: it has not begun."""
+    for pid in sorted(of_job(job_id)):
+        with contextlib.suppress(OSError):
+            if pathlib.Path(f"/proc/{pid}/cmdline").read_text().startswith(sys.executable):
+                return pid
+    return 0
+
+
+def warn(job_id: str, pid: int) -> None:
+    """Sends Slurm's warning to a job, whose process is stopped until it has it."""
 
     def has_it() -> int:
-        pending = re.search(r"^ShdPnd:\s*(\w+)", (folder / "status").read_text(), re.M)[1]
-        return int(pending, 16) >> (signal.SIGUSR2 - 1) & 1
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+        return int(re.search(r"^ShdPnd:\s*(\w+)", status, re.M)[1], 16) >> (signal.SIGUSR2 - 1) & 1
 
-    os.kill(int(folder.name), signal.SIGSTOP)
+    os.kill(pid, signal.SIGSTOP)
     try:
         subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
         wait_for(has_it)
     finally:
-        os.kill(int(folder.name), signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> None:
@@ -1176,7 +1185,7 @@ def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> N
         "dump": Interrupted(dump, writes("*/acts*.json")),
         "labels": Interrupted(label, reads_pipe, mend_pipe),
         "codes": Interrupted(codes, writes("*/*/shard.json")),
-        "compare": Interrupted(compare, writes(".*.partial/*/done.json")),
+        "compare": Interrupted(compare, writes(".*.partial/*")),
         "show": Interrupted(show, writes_to_log),
         "evaluate": Interrupted(evaluate, writes_to_log),
     }
