@@ -50,8 +50,10 @@ def test_ctrl_c_while_a_command_starts(command: str, delay_s: float) -> None:
         time.sleep(0.01 + delay_s)
         process.send_signal(signal.SIGINT)
         rest = [line for line in process.stderr if not line.startswith("import time:")]
-    if process.returncode == 130:
-        assert rest == ["interrupted; run the same command again to continue.\n"]
+    interrupted = ["interrupted; run the same command again to continue.\n"]
+    if process.returncode == 130 or rest == interrupted:
+        # Python turns 130 into the signal, which a shell shows as 130, where the signal came in an exec of a string (dataclasses)
+        assert rest == interrupted and process.returncode in (130, -signal.SIGINT)
     else:  # it was faster
         assert process.returncode in (2, -signal.SIGINT)
         assert len(rest) == 1 and rest[0].startswith("error: ")

@@ -59,6 +59,7 @@ class Acts(activations.Activations):
     """Activations that are nowhere."""
 
     d_vit = 0
+    is_kept_NT = None
 
     def __init__(self, d_vit: int):
         self.d_vit = d_vit
@@ -76,9 +77,9 @@ class Blocks(ordered.Ordered):
     def __len__(self) -> int:
         return 3
 
-    def __iter__(self) -> collections.abc.Iterator[tuple[np.ndarray, np.ndarray]]:
+    def __iter__(self) -> collections.abc.Iterator[ordered.Block]:
         for _ in range(3):
-            yield np.arange(self.n_imgs), np.empty((self.n_imgs, P, self.d_vit), np.float32)
+            yield ordered.Block(np.arange(self.n_imgs), np.empty((self.n_imgs, P, self.d_vit), np.float32))
 
 
 # ---- the table ----
