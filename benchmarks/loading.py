@@ -1,6 +1,6 @@
 """How fast the loaders are, against reading the same files from end to end. N images, X tokens of an image, D d_vit.
 
-    uv run python -m benchmarks.loading [--quick] [--root DIR] [--gb GB] [--breakdown]
+    uv run python -m benchmarks.loading [--quick] [--root DIR] [--gb GB] [--breakdown | --bounds]
 
 Cold: the files are taken out of the page cache before each pass; the reference is one thread that reads them in
 16 MB pieces. Warm: the reference is copying as many bytes in memory. The shuffled loader's time runs from its
@@ -10,14 +10,17 @@ paid for by one that it reads, as in a long run. "kept" is a stream in half prec
 
 `per_core` (warm) compares bytes per second of processor time with memcpy's, which disturbances by other programs change
 less than the ratio. Times the number of free cores it bounds the ratio. --breakdown prints the processor time of the
-shuffled loader's parts instead, in milliseconds per batch of 4,096.
+shuffled loader's parts instead, in milliseconds per batch of 4,096. --bounds prints the time of its moves of memory alone, with one
+thread and with two: where two are no faster, cores share the bandwidth.
 """
 
 import argparse
 import collections
 import collections.abc
+import concurrent.futures
 import contextlib
 import functools
+import os
 import pathlib
 import tempfile
 import time
@@ -46,6 +49,9 @@ def main() -> None:
     parser.add_argument(
         "--breakdown", action="store_true", help="processor time of the shuffled loader's parts"
     )
+    parser.add_argument(
+        "--bounds", action="store_true", help="the moves of memory alone, with one thread and with two"
+    )
     args = parser.parse_args()
     gb = args.gb or (1.2 if args.quick else 4.0)
     n_repeats = args.repeats or 5
@@ -56,6 +62,9 @@ def main() -> None:
             dpath = write(pathlib.Path(root), size, dtype)
             if args.breakdown:
                 breakdown(dpath, dtype, size, n_repeats)
+                continue
+            if args.bounds:
+                bounds(dpath, dtype, size, n_repeats)
                 continue
             for cold in (True, False):
                 cases += measure(dpath, dtype, cold, size, n_repeats, args.threads)
@@ -277,6 +286,59 @@ def breakdown(dpath: pathlib.Path, dtype: str, gb: float, n_repeats: int) -> Non
         print(f"\n{dtype}{', kept' if keep_half else ''}: ms of processor time per batch")
         for name in [*LABELS, "everything", "memcpy of the same bytes"]:
             print(f"  {name:40}{min(f[name] for f in found):8.3f}")
+
+
+def bounds(dpath: pathlib.Path, dtype: str, gb: float, n_repeats: int) -> None:
+    """Prints the least time of memcpy, of reads of blocks from the page cache, and of copies out of a pool as large as
+    the loader's, for the bytes of a batch as stored."""
+    fpath = max(dpath.glob("acts*.bin"), key=lambda f: f.stat().st_size)
+    n_bytes, stored = (
+        BATCH * D * (4 if dtype == "float32" else 2),
+        np.uint32 if dtype == "float32" else np.uint16,
+    )
+    rng, n_batches = np.random.default_rng(0), 50
+    read_all([fpath])
+    block_is = rng.permutation(fpath.stat().st_size // mixing.READ_BYTES)
+    pool_PD = np.ones((int(gb / 3 * 1e9) // (n_bytes // BATCH), D), stored)
+    slots_nB = [rng.permutation(len(pool_PD))[:BATCH] for _ in range(n_batches)]
+    large, target = np.ones((2, 64 * 2**20), np.uint8)
+
+    def memcpy(share: int, n_shares: int) -> None:
+        part, into = (np.array_split(array, n_shares)[share] for array in (large, target))
+        for _ in range(n_batches * n_bytes // len(large) + 1):
+            np.copyto(into, part)
+
+    def blocks(share: int, n_shares: int) -> None:
+        buffer = bytearray(mixing.READ_BYTES)
+        with fpath.open("rb", buffering=0) as fd:
+            for i in np.resize(block_is, n_batches * n_bytes // len(buffer))[share::n_shares].tolist():
+                os.preadv(fd.fileno(), [buffer], i * len(buffer))
+
+    def rows(share: int, n_shares: int) -> None:
+        out_nD = np.ones((-(-BATCH // n_shares), D), stored)
+        for slot_B in slots_nB:
+            slot_n = np.array_split(slot_B, n_shares)[share]
+            moves.take(moves.SAME, pool_PD, slot_n, moves.LARGEST[dtype], out_nD[: len(slot_n)])
+
+    rows(0, 1)  # compile
+    print(f"\n{dtype}: ms per batch with 1 and 2 threads")
+    copied = (n_batches * n_bytes // len(large) + 1) * len(large) / n_bytes  # batches
+    parts = {"memcpy": (memcpy, copied), "blocks from the page cache": (blocks, n_batches)}
+    parts["rows out of the pool, with the check for NaN"] = (rows, n_batches)
+    for name, (part, n) in parts.items():
+        least_ms = []
+        for n_threads in (1, 2):
+            with concurrent.futures.ThreadPoolExecutor(n_threads) as threads:
+                call = functools.partial(_in_threads, threads, part, n_threads)
+                least_ms.append(1e3 * min(common.seconds(call) for _ in range(n_repeats)) / n)
+        print(f"  {name:45}{least_ms[0]:8.3f}{least_ms[1]:8.3f}")
+
+
+def _in_threads(
+    threads: concurrent.futures.ThreadPoolExecutor, part: collections.abc.Callable[[int, int], None], n: int
+) -> None:
+    for done in [threads.submit(part, share, n) for share in range(n)]:
+        done.result()
 
 
 def layout_bytes(stream: shuffled.Shuffled) -> float:
