@@ -387,6 +387,16 @@ def test_a_trait_of_protoeval_with_right_and_wrong_images(show: Open, evaluated:
     assert traits_data.NAMES[2] in page.inner_text("aside")
 
 
+def test_latents_that_did_not_take_part_say_so(show: Open, evaluated: pathlib.Path) -> None:
+    """protoeval compared the first 12 of 16 latents."""
+    words = "Only the first 12 latents took part (--n-prototypes)."
+    ids = gallery_files.load(evaluated, "stats")["columns"]["id"]
+    for latent in (ids.min(), ids.max()):
+        page = show(f"#/latent/{latent}", evaluated)
+        assert (words in page.inner_text("aside")) == (latent >= 12)
+    assert words in show("#/map", evaluated).inner_html("[role=grid]")
+
+
 def test_a_trait_that_no_train_image_has(show: Open, evaluated: pathlib.Path) -> None:
     page = show("#/trait/has_crown_color%3A%3Ain_no_train_image", evaluated)
     assert "No train image has it, so no prototype is chosen." in page.inner_text("main")
@@ -512,6 +522,17 @@ def test_pair_without_pictures_says_where_they_come_from(show: Open, tmp_path: p
         value = scripts.read(tmp_path, "compare", "")
         scripts.write(tmp_path, "compare", value | {"other": value["other"] | {"href": href}})
         assert words in show("#/compare/21", tmp_path).locator(".side").nth(1).inner_text()
+
+
+def test_heat_of_a_pair_with_prototypes_does_not_begin_at_0(show: Open, tmp_path: pathlib.Path) -> None:
+    gallery_data.write(tmp_path, gallery_data.MadeUp(n_latents=20, n_images=8, n_view=0))
+    value = scripts.read(tmp_path, "compare", "")
+    for noun, low in (("latent", "0"), ("prototype", "low")):
+        scorer = value["other"]["scorer"] | {"noun": noun}
+        scripts.write(tmp_path, "compare", value | {"other": value["other"] | {"scorer": scorer}})
+        page = show("#/compare/21", tmp_path)
+        assert page.inner_text(".legend").split() == [low, "maximum"]
+        assert ("the mean score (prototypes)" in page.inner_text("main")) == (noun == "prototype")
 
 
 def test_signed_values_have_a_linear_axis(show: Open, tmp_path: pathlib.Path) -> None:

@@ -201,7 +201,7 @@
       number("images", "Images", "number of images that it fires on", saev.number, true),
       ...(traits.trait ? [
         { key: "ap", label: "AP", hint: "average precision for this trait, on the train images", number: true, sort: true, width: "minmax(4.6rem,.8fr)", cell: (row) => saev.number(traits.ap[saev.traitPlace(row)]) },
-        { key: "trait", label: "Trait", hint: "the trait that it detects best, or the one that was searched", width: "minmax(9rem,2.6fr)",
+        { key: "trait", label: "Trait", hint: `the trait that it detects best, or the one that was searched. ${saev.tookPart()}`.trim(), width: "minmax(9rem,2.6fr)",
           cell: (row) => (trait(row) ? saev.traitName(trait(row).name) : "–") },
       ] : []),
     ];
