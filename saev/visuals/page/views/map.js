@@ -15,7 +15,7 @@
   }
 
   function ticks([low, high]) {
-    const step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1e3, 1e4, 1e5].find((s) => (high - low) / s <= 7) ?? (high - low) / 5;
+    const step = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1e3, 1e4, 1e5].find((s) => (high - low) / s <= 7) ?? (high - low) / 5;
     const first = Math.ceil(low / step);
     return Array.from({ length: Math.max(0, Math.floor(high / step) - first + 1) }, (_, i) => (first + i) * step);
   }
