@@ -201,6 +201,7 @@ def test_what_is_refused(tmp_path: pathlib.Path) -> None:
             tmp_path / "other.pt",
         ): f"{tmp_path}/other.pt: the gallery {tmp_path}/g shows another",
         ("--figure", 1, "--ckpt", tmp_path / "none.pt"): "none.pt: No such file",
+        ("--figure", 1, "--dump-to", tmp_path / "h"): f"--dump-to {tmp_path}/h: no gallery. Pass the folder",
         ("--figure", 1, "scorer:units"): "scorer:units: the gallery",
         ("--figure", 1, "--data.shard-root", "x", "--data.layer", 7): "--data.layer 7: the gallery",
         ("--figure", *range(51)): "--figure names 51 latents. A figure holds at most 50.",

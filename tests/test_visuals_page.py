@@ -250,6 +250,40 @@ def test_patch_and_latent_of_an_image(show: Open) -> None:
     assert "row 1, column 16" in page.inner_text("main h3")
 
 
+def test_a_list_says_that_it_is_cut_only_where_it_is(show: Open, tmp_path: pathlib.Path) -> None:
+    """Latent i fires on patch i of 100."""
+    gallery_data.write(tmp_path, gallery_data.MadeUp(n_latents=100, n_images=8, side=10, n_view=1))
+    codes = {
+        "start": scripts.packed(np.arange(101), "u4"),
+        "row": scripts.packed(np.arange(100), "u4"),
+        "value": scripts.packed(np.ones(100), "f4"),
+    }
+    scripts.write(tmp_path, "codes/000", {"images": [{"image": 0, **codes}]})
+    for hash_, n, is_cut in (("#/image/3", 60, True), ("#/image/3?patch=17", 1, False)):
+        page = show(hash_, tmp_path)
+        page.wait_for_selector(".firing li")
+        assert page.locator(".firing li").count() == n
+        assert ("the first 60" in page.inner_text(".right .hint")) == is_cut
+
+
+def test_an_image_outside_the_image_view_keeps_its_latents_heat(show: Open) -> None:
+    """The image view holds images 3, 45, 87 and 129."""
+    page = show("#/latent/21")
+    page.wait_for_function("[...document.querySelectorAll('figure a')].every((a) => a.href)")
+    link = page.locator("figure a[href^='#/image/136']").first
+    strongest = link.locator("img").get_attribute("alt").partition("strongest at")[2]
+    link.click()
+    page.wait_for_selector(".absent")
+    alt = page.locator(".board img").get_attribute("alt")
+    assert strongest and alt.endswith(f"latent 21, strongest at{strongest}")
+    assert page.locator(".legend").count() == 1 and page.locator(".outline").is_visible()
+    bare = show("#/image/136")
+    bare.wait_for_selector(".absent")
+    assert bare.locator(".legend").count() == 0 and "strongest" not in bare.locator("img").get_attribute(
+        "alt"
+    )
+
+
 # ---- heat ----
 
 
@@ -387,6 +421,16 @@ def test_a_trait_of_protoeval_with_right_and_wrong_images(show: Open, evaluated:
     assert traits_data.NAMES[2] in page.inner_text("aside")
 
 
+def test_latents_that_did_not_take_part_say_so(show: Open, evaluated: pathlib.Path) -> None:
+    """protoeval compared the first 12 of 16 latents."""
+    words = "Only the first 12 latents took part (--n-prototypes)."
+    ids = gallery_files.load(evaluated, "stats")["columns"]["id"]
+    for latent in (ids.min(), ids.max()):
+        page = show(f"#/latent/{latent}", evaluated)
+        assert (words in page.inner_text("aside")) == (latent >= 12)
+    assert words in show("#/map", evaluated).inner_html("[role=grid]")
+
+
 def test_a_trait_that_no_train_image_has(show: Open, evaluated: pathlib.Path) -> None:
     page = show("#/trait/has_crown_color%3A%3Ain_no_train_image", evaluated)
     assert "No train image has it, so no prototype is chosen." in page.inner_text("main")
@@ -512,6 +556,17 @@ def test_pair_without_pictures_says_where_they_come_from(show: Open, tmp_path: p
         value = scripts.read(tmp_path, "compare", "")
         scripts.write(tmp_path, "compare", value | {"other": value["other"] | {"href": href}})
         assert words in show("#/compare/21", tmp_path).locator(".side").nth(1).inner_text()
+
+
+def test_heat_of_a_pair_with_prototypes_does_not_begin_at_0(show: Open, tmp_path: pathlib.Path) -> None:
+    gallery_data.write(tmp_path, gallery_data.MadeUp(n_latents=20, n_images=8, n_view=0))
+    value = scripts.read(tmp_path, "compare", "")
+    for noun, low in (("latent", "0"), ("prototype", "low")):
+        scorer = value["other"]["scorer"] | {"noun": noun}
+        scripts.write(tmp_path, "compare", value | {"other": value["other"] | {"scorer": scorer}})
+        page = show("#/compare/21", tmp_path)
+        assert page.inner_text(".legend").split() == [low, "maximum"]
+        assert ("the mean score (prototypes)" in page.inner_text("main")) == (noun == "prototype")
 
 
 def test_signed_values_have_a_linear_axis(show: Open, tmp_path: pathlib.Path) -> None:

@@ -20,6 +20,11 @@ def main() -> None:
 
     figures.check(cfg.out, "--out")
     if not write.is_gallery(pathlib.Path(cfg.dump_to)):
+        if not cfg.data.shard_root:
+            raise errors.UserError(
+                f"--dump-to {cfg.dump_to}: no gallery. Pass the folder of one, or the flags that make it "
+                "(--data.shard-root, --ckpt, ...)."
+            )
         _gallery(cfg)
     figure.write(cfg)
     return console.say(cfg.out)

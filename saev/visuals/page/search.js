@@ -65,6 +65,12 @@
     return fields;
   }
 
+  /* Says that only the first latents took part in protoeval, if the last one (or this one) did not; else "". */
+  saev.tookPart = (id = saev.gallery.scorer.n - 1) => {
+    const n = saev.traits.scorers?.[0]?.n ?? Infinity;
+    return id < n ? "" : `Only the first ${n.toLocaleString("en")} ${saev.noun}s took part (--n-prototypes).`;
+  };
+
   /* `trait:` and `ap` speak of one trait: a latent is kept if one of its traits meets them all.
      Returns the other terms, and for each row the place in the columns of its first trait that does, or -1. */
   function traitTest(terms) {

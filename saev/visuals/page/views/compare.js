@@ -96,11 +96,13 @@
       ["One to one", `${idOr(columns.pair[place])} (${saev.number(columns.pair_corr[place])})`],
       ...(method.one_space ? [["By cosine", `${idOr(columns.cos_best[place])} (${saev.number(columns.cos[place])})`]] : [])];
     const best = columns.best[place];
+    const fromZero = saev.noun !== "prototype" && other.scorer.noun !== "prototype";
     main.append(
       saev.el("div", { class: "heading" }, saev.el("a", { href: saev.href("compare", "", { on: id }) }, "Compare"), saev.el("h2", null, `${saev.capital(saev.noun)} ${id} and ${idOr(best)}`), saev.starButton(id),
         beside(-1, `Previous ${saev.noun} (k)`, "‹"), beside(1, `Next ${saev.noun} (j)`, "›")),
       saev.el("dl", { class: "facts" }, facts.map(([k, v]) => saev.el("div", null, saev.el("dt", null, k), saev.el("dd", null, v)))),
-      saev.heatControls("0", "maximum"),
+      saev.heatControls(fromZero ? "0" : "low", "maximum"),
+      !fromZero && saev.el("p", { class: "hint" }, "Heat goes from 0 (latents, units) or the mean score (prototypes) to the maximum."),
       saev.el("div", { class: "sides two" },
         saev.el("section", { class: "side" }, saev.el("h3", null, saev.el("a", { href: saev.href("latent", id) }, `${saev.capital(saev.noun)} ${id}`), " · ", saev.name(saev.gallery.title)),
           saev.later(saev.latentAt(row), (latent) => groups(latent, { id }))),

@@ -89,6 +89,7 @@
     const { columns, rowOf } = saev.gallery;
     const controls = saev.el("div");
     const heading = saev.el("h3", { role: "status" });
+    const hint = saev.el("p", { class: "hint" });
     const items = saev.el("ol", { class: "firing" });
     const picture = board(place, (patch) => { saev.setParams({ patch }); update(); });
     const all = strongest(codes);
@@ -121,6 +122,7 @@
       const entries = patch === null ? all : inPatch(codes, patch);
       const where = patch === null ? "this image" : saev.patchWords(patch);
       heading.textContent = `${saev.count(entries.length, saev.noun)} on ${where}`;
+      hint.textContent = `value, and its share of the ${saev.noun}'s maximum${entries.length > LISTED ? `; the first ${LISTED}` : ""}`;
       const focused = items.contains(document.activeElement) ? [...items.children].findIndex((li) => li.contains(document.activeElement)) : -1;
       items.replaceChildren(...entries.slice(0, LISTED).map((entry) => item(entry, row)));
       items.children[focused]?.firstChild.focus();
@@ -132,8 +134,22 @@
     }
     update();
     const element = saev.el("div", { class: "columns" }, saev.el("div", { class: "left" }, picture.element, controls),
-      saev.el("div", { class: "right" }, heading, saev.el("p", { class: "hint" }, `value, and its share of the ${saev.noun}'s maximum${all.length > LISTED ? `; the first ${LISTED}` : ""}`), items));
+      saev.el("div", { class: "right" }, heading, hint, items));
     return { element, update };
+  }
+
+  /* A picture outside the image view, with the heat of the latent in the URL if that latent's page shows the image. */
+  async function outside(place) {
+    const { columns, rowOf } = saev.gallery;
+    const picture = saev.picture(place, null);
+    const row = saev.state.params.has("latent") ? rowOf.get(Number(saev.state.params.get("latent"))) : undefined;
+    const latent = row === undefined ? null : await saev.latentAt(row);
+    const group = latent?.groups.map(saev.unpackGroup).find(({ image }) => image.includes(place));
+    if (!group) return [saev.el("div", { class: "board" }, picture.frame)];
+    const id = columns.id[row];
+    picture.setHeat(saev.heatOf(group, group.image.indexOf(place)), `${saev.noun} ${id}`);
+    return [saev.el("div", { class: "board" }, picture.frame), saev.heatControls(latent.low, latent.high),
+      saev.el("p", null, "Heat of ", saev.el("a", { href: saev.href("latent", id) }, `${saev.noun} ${id}`), ".")];
   }
 
   function heading(image) {
@@ -160,6 +176,7 @@
       saev.title(`Image ${image.n}`);
       const code = paths.code[place];
       const codes = code < 0 ? null : unpack(await saev.codesAt(code));
+      const alone = codes ? [] : await outside(place);
       if (saev.state.view !== "image" || saev.state.argument !== argument) return;
       main.append(heading(image));
       if (codes) {
@@ -168,8 +185,7 @@
         handlers.update = view.update;
         saev.applyHeat();
       } else {
-        main.append(saev.el("div", { class: "board" }, saev.picture(place, null).frame),
-          saev.absent(`Which ${saev.noun}s fire on this image is not in the gallery. This takes more images into the image view:`, COMMAND));
+        main.append(...alone, saev.absent(`Which ${saev.noun}s fire on each patch of this image is not in the gallery. This takes more images into the image view:`, COMMAND));
       }
     }).catch((error) => main.append(saev.problem(error)));
     return handlers;

@@ -39,13 +39,13 @@
   }
 
   /* A list of names with a bar for a share from 0 to 1. */
-  const ranking = (title, words, items) =>
+  const ranking = (title, words, items, none = "None.") =>
     saev.el("section", { class: "ranking" }, saev.el("h3", null, title), saev.el("p", { class: "hint" }, words),
       items.length ? saev.el("ol", null, items.map(([name, value, share]) => saev.el("li", null, name, saev.el("span", { class: "number" }, value),
-        saev.el("span", { class: "share", style: `width:${100 * Math.min(Math.max(share, 0), 1)}%` })))) : saev.el("p", null, "None."));
+        saev.el("span", { class: "share", style: `width:${100 * Math.min(Math.max(share, 0), 1)}%` })))) : saev.el("p", null, none));
 
   function aside(row, latent) {
-    const { classes } = saev.gallery;
+    const { classes, columns: { id } } = saev.gallery;
     const { trait, ap } = saev.traits.columns;
     const best = saev.slots(trait, row).filter((j) => trait[j] >= 0);
     const lifts = latent.classes.slice(0, LISTED);
@@ -53,13 +53,13 @@
       trait && ranking("Traits", "average precision on the train images; the traits with the largest AP above prevalence", best.map((j) => {
         const { name } = saev.traits.traits[trait[j]];
         return [saev.el("a", { href: saev.href("trait", name) }, saev.name(name)), saev.number(ap[j]), ap[j]];
-      })),
+      }), saev.tookPart(id[row]) || "None."),
       classes.length > 0 && ranking("Classes", "more often among the images that it fires on than among all: images, and how many times as often", lifts.map(([c, images, lift]) =>
         [saev.name(classes[c]), `${images.toLocaleString("en")}, ${saev.number(lift)}×`, lift / lifts[0][2]])),
-      ranking(saev.capital(`nearest ${saev.noun}s`), "cosine of the directions", latent.neighbours.slice(0, LISTED).map(([r, id, cosine]) =>
-        [saev.latentLink(r, id), saev.number(cosine), cosine])),
-      ranking("Fires together with", "share of its patches on which the other one fires", latent.together.slice(0, LISTED).map(([r, id, share]) =>
-        [saev.latentLink(r, id), saev.percent(share), share])),
+      ranking(saev.capital(`nearest ${saev.noun}s`), "cosine of the directions", latent.neighbours.slice(0, LISTED).map(([r, other, cosine]) =>
+        [saev.latentLink(r, other), saev.number(cosine), cosine])),
+      ranking("Fires together with", "share of its patches on which the other one fires", latent.together.slice(0, LISTED).map(([r, other, share]) =>
+        [saev.latentLink(r, other), saev.percent(share), share])),
     ];
   }
 

@@ -15,7 +15,7 @@
   }
 
   function ticks([low, high]) {
-    const step = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1e3, 1e4, 1e5].find((s) => (high - low) / s <= 7) ?? (high - low) / 5;
+    const step = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1e3, 1e4, 1e5].find((s) => (high - low) / s <= 7) ?? (high - low) / 5;
     const first = Math.ceil(low / step);
     return Array.from({ length: Math.max(0, Math.floor(high / step) - first + 1) }, (_, i) => (first + i) * step);
   }
@@ -201,7 +201,7 @@
       number("images", "Images", "number of images that it fires on", saev.number, true),
       ...(traits.trait ? [
         { key: "ap", label: "AP", hint: "average precision for this trait, on the train images", number: true, sort: true, width: "minmax(4.6rem,.8fr)", cell: (row) => saev.number(traits.ap[saev.traitPlace(row)]) },
-        { key: "trait", label: "Trait", hint: "the trait that it detects best, or the one that was searched", width: "minmax(9rem,2.6fr)",
+        { key: "trait", label: "Trait", hint: `the trait that it detects best, or the one that was searched. ${saev.tookPart()}`.trim(), width: "minmax(9rem,2.6fr)",
           cell: (row) => (trait(row) ? saev.traitName(trait(row).name) : "–") },
       ] : []),
     ];
