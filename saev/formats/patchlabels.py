@@ -58,18 +58,6 @@ class PatchLabels:
     made: dict[str, tp.Any]
     """Where the labels come from. Empty in a protocol 2.x dump."""
 
-    def id_of(self, name: str, flag: str) -> int:
-        """The id of a class.
-
-        Raises:
-            UserError: no class has this name.
-        """
-        found = [i for i, known in self.classes.items() if known == name]
-        if not found:
-            known = ", ".join(list(self.classes.values())[:20])
-            raise errors.UserError(f"{flag} {name}: no such class. The labels' classes are {known}.")
-        return found[0]
-
 
 def paths(dpath: pathlib.Path, name: str = "") -> tuple[pathlib.Path, pathlib.Path]:
     """The files (labels, header) of a source."""
