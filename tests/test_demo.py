@@ -69,9 +69,10 @@ def test_prints_the_table_and_where_everything_is(
 ) -> None:
     for name in ("constant | 1", "Random | 512", "KMeans | 512", "Pca | 384"):
         assert f"| {name} |" in first.stdout
-    assert re.search(r"\| Sae [0-9a-f]{8} \| 512 \|", first.stdout)
+    sae = r"\| Sae [0-9a-f]{8} \| 1,536 \|"  # all its latents
+    assert re.search(rf"mAP.*{sae}.*Probe R.*{sae}", first.stdout, re.S)  # images' and patches' table
     paths = dict(re.findall(r"^ *(\w+): (\S+)$", first.stdout, re.M))
-    assert paths.keys() == {"images", "shards", "checkpoint", "gallery", "results"}
+    assert paths.keys() == {"images", "shards", "patch_labels", "checkpoint", "gallery", "results"}
     assert all(pathlib.Path(p).exists() for p in paths.values())
     assert (pathlib.Path(paths["results"]) / "chart.png").stat().st_size > 10_000
     stats = gallery_files.load(pathlib.Path(paths["gallery"]).parent, "stats")
@@ -90,15 +91,16 @@ def test_the_best_latents_of_all_traits_are_in_the_gallery(
     best = [best for trait in value["traits"] for best in trait["best"] if best["scorer"] == 0]
     assert len(best) > 30 and [ids[one["row"]] for one in best] == [one["prototype"] for one in best]
     assert "not in the gallery" not in (made["results"] / "traits.md").read_text()
-    assert (value["columns"]["trait"][:, 0] >= 0).mean() > 0.2  # 512 of 1,536 latents take part
+    assert (value["columns"]["trait"][:, 0] >= 0).mean() > 0.2
 
 
 def test_prints_commands_that_run(first: subprocess.CompletedProcess[str], dpath: pathlib.Path) -> None:
     """Each printed command, run by itself, finds its work done."""
     commands = re.findall(r"^\$ uv run (.*)$", first.stdout, re.M)
     programs = [c.split(" --")[0] for c in commands]
-    assert programs == ["python -m saev.data", "train.py", "visuals.py", "protoeval.py"]
-    for command in (commands[0], commands[1], commands[3]):
+    assert programs[:2] == ["python -m saev.data", "python -m saev.labels"]
+    assert programs[2:] == ["train.py", "visuals.py", "protoeval.py"]
+    for command in (commands[0], commands[2], commands[4]):
         args = command.removeprefix("python ").split()
         done = forked.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr

@@ -5,18 +5,18 @@ if __name__ == "__main__":  # before the imports below, which take time
 
     early.install()
 
-import pathlib
 import time
 
 from saev import console, launch, sweeps
 from saev.demo import config
+from saev.protoeval import cli as protoeval_cli
 
 STEPS = {
-    **{"dump": (), "train": ("dump",), "fit": ("dump",), "show": ("train",)},
-    "evaluate": ("train", "fit", "show"),
+    **{"dump": (), "label": ("dump",), "train": ("dump",), "fit": ("dump",), "show": ("train",)},
+    "evaluate": ("label", "train", "fit", "show"),
 }
 """Step -> the steps whose results it needs."""
-MADE = ("images", "shards", "checkpoint", "gallery", "results")
+MADE = ("images", "shards", "patch_labels", "checkpoint", "gallery", "results")
 
 
 def run(cfg: config.Demo) -> dict[str, str]:
@@ -26,7 +26,7 @@ def run(cfg: config.Demo) -> dict[str, str]:
     if cfg.slurm.is_on:
         launch.check(launch.pipeline("saev.demo.steps", STEPS, cfg, cfg.slurm, "saev-demo"))
     else:
-        for step in (steps.dump, steps.train, steps.show, steps.evaluate):
+        for step in (steps.dump, steps.label, steps.train, steps.show, steps.evaluate):
             step(cfg)
     return {name: steps.made(cfg, name) for name in MADE}
 
@@ -37,9 +37,9 @@ def main() -> None:
         return console.show([cfg], STEPS if cfg.slurm.is_on else ())
     start_s = time.monotonic()
     made = run(cfg)
-    print(f"\n{(pathlib.Path(made['results']) / 'table.md').read_text('utf-8')}")
+    protoeval_cli.show(made["results"])
     for name, path in made.items():
-        print(f"{name:>10}: {path}")
+        print(f"{name:>12}: {path}")
     print(f"\nDone in {time.monotonic() - start_s:.0f} s. Open {made['gallery']} in a browser.")
     return None
 

@@ -8,6 +8,7 @@ is halved (which smooths edges) to 256 x 256.
 """
 
 import collections.abc
+import contextlib
 import dataclasses
 import pathlib
 import typing as tp
@@ -134,32 +135,51 @@ class Bird:
     """The part behind a leaf."""
 
 
-def draw(dpath: pathlib.Path, *, n_imgs: int = 640, seed: int = 0) -> None:
-    """Draws mini-CUB into `dpath` (the CUB_200_2011 folder), which appears whole or not at all.
+def draw(dpath: pathlib.Path, *, n_imgs: int = 640, seed: int = 0, parts: pathlib.Path | None = None) -> None:
+    """Draws mini-CUB into `dpath` (the CUB_200_2011 folder), and its part masks into `parts`, if given.
 
-    A folder that exists is complete and is left alone. The same seed and number give the same files.
+    `parts` gets an index PNG for each image, below the image's folder, and names.txt with the ids of PARTS.
+    Both folders appear whole or not at all; one that exists is complete and is left alone. The same seed and
+    number give the same files.
     """
-    if dpath.exists():
-        return
-    with helpers.atomic_folder(dpath) as tmp_dpath:
-        _write(tmp_dpath, n_imgs, seed)
+    _draw(dpath, parts, n_imgs, seed)
 
 
 def draw_parts(dpath: pathlib.Path, *, n_imgs: int = 640, seed: int = 0) -> None:
-    """Draws the part masks of the images that `draw` makes of the same number and seed, as index images.
+    """Draws only the part masks of the images that `draw` makes of the same number and seed."""
+    _draw(None, dpath, n_imgs, seed)
 
-    `dpath` gets a PNG for each image, below the image's folder, and names.txt with the ids of PARTS. It
-    appears whole or not at all. A folder that exists is complete and is left alone.
-    """
-    if dpath.exists():
+
+def _draw(images: pathlib.Path | None, parts: pathlib.Path | None, n_imgs: int, seed: int) -> None:
+    images = None if images and images.exists() else images
+    parts = None if parts and parts.exists() else parts
+    if not images and not parts:
         return
-    with helpers.atomic_folder(dpath) as tmp_dpath:
-        _, birds = _birds(n_imgs, seed)
-        for i, bird in enumerate(birds):
-            fpath = (tmp_dpath / _path(bird, i)).with_suffix(".png")
-            fpath.parent.mkdir(parents=True, exist_ok=True)
-            picture(bird, np.random.default_rng((seed, i)))[1].save(fpath)
-        _write_lines(tmp_dpath / "names.txt", (f"{i} {name}" for i, name in enumerate(PARTS)))
+    rng, birds = _birds(n_imgs, seed)
+    paths = [_path(bird, i) for i, bird in enumerate(birds)]
+    with contextlib.ExitStack() as stack:
+        to_images = stack.enter_context(helpers.atomic_folder(images)) if images else None
+        to_parts = stack.enter_context(helpers.atomic_folder(parts)) if parts else None
+        for i, (path, bird) in enumerate(zip(paths, birds, strict=True)):
+            img, mask = picture(bird, np.random.default_rng((seed, i)))
+            if to_images:
+                img.save(_below(to_images / "images" / path), quality=90)
+            if to_parts:
+                mask.save(_below(to_parts / path).with_suffix(".png"))
+        if to_images:
+            # Ids follow a random order of the images, not the species as in CUB. Labels shifted by one image
+            # then belong to an unrelated bird, so a misalignment shows.
+            order = rng.permutation(n_imgs)
+            _write_lists(to_images, [paths[i] for i in order], [birds[i] for i in order], rng)
+            _write_attributes(to_images, [birds[i] for i in order], rng)
+        if to_parts:
+            _write_lines(to_parts / "names.txt", (f"{i} {name}" for i, name in enumerate(PARTS)))
+
+
+def _below(fpath: pathlib.Path) -> pathlib.Path:
+    """The same path, after its folder was made."""
+    fpath.parent.mkdir(parents=True, exist_ok=True)
+    return fpath
 
 
 def _birds(n_imgs: int, seed: int) -> tuple[np.random.Generator, list[Bird]]:
@@ -167,20 +187,6 @@ def _birds(n_imgs: int, seed: int) -> tuple[np.random.Generator, list[Bird]]:
     rng = np.random.default_rng((seed, 0xB12D))
     profiles = [{g: str(rng.choice(v)) for g, v in GROUPS.items()} for _ in range(N_SPECIES)]
     return rng, [_bird(rng, i % N_SPECIES, profiles[i % N_SPECIES]) for i in range(n_imgs)]
-
-
-def _write(root: pathlib.Path, n_imgs: int, seed: int) -> None:
-    rng, birds = _birds(n_imgs, seed)
-    paths = [_path(bird, i) for i, bird in enumerate(birds)]
-    for i, (path, bird) in enumerate(zip(paths, birds, strict=True)):
-        fpath = root / "images" / path
-        fpath.parent.mkdir(parents=True, exist_ok=True)
-        render(bird, np.random.default_rng((seed, i))).save(fpath, quality=90)
-    # Ids follow a random order of the images, not the species as in CUB. Labels shifted by one image then
-    # belong to an unrelated bird, so a misalignment shows.
-    order = rng.permutation(n_imgs)
-    _write_lists(root, [paths[i] for i in order], [birds[i] for i in order], rng)
-    _write_attributes(root, [birds[i] for i in order], rng)
 
 
 def _bird(rng: np.random.Generator, species: int, profile: Traits) -> Bird:

@@ -15,6 +15,7 @@ import beartype
 from saev import helpers, launch, sweeps
 from saev.data import config as data_config
 from saev.demo import config
+from saev.labels import config as labels_config
 from saev.protoeval import config as protoeval_config
 from saev.training import config as training_config
 from saev.visuals import config as visuals_config
@@ -60,13 +61,15 @@ class Command:
 
 
 DUMP = Command("python -m saev.data", data_config.Dump, "saev.data.dump:main", grouped=False)
+LABEL = Command("python -m saev.labels", labels_config.Labels, "saev.labels.run:main", grouped=False)
 TRAIN = Command("train.py", training_config.Train, "saev.training.loop:main", grouped=True)
 EVALUATE = Command("protoeval.py", protoeval_config.ProtoEval, "saev.protoeval.run:main", grouped=True)
 SHOW = Command("visuals.py", visuals_config.Visuals, "saev.visuals.collect:main", grouped=False)
 
 
 def draw(cfg: config.Demo) -> str:
-    """Draws mini-CUB and unpacks the weights, unless they exist. Returns the images' folder."""
+    """Draws mini-CUB with its part masks and unpacks the weights, unless they exist. Returns the images'
+    folder."""
     from saev.demo import minicub, weights
 
     print(
@@ -74,7 +77,7 @@ def draw(cfg: config.Demo) -> str:
         flush=True,
     )
     start_s = time.monotonic()
-    minicub.draw(_cub(cfg), n_imgs=cfg.n_imgs)
+    minicub.draw(_cub(cfg), n_imgs=cfg.n_imgs, parts=_parts(cfg))
     weights.unpack(_weights(cfg))
     print(f"   {time.monotonic() - start_s:.0f} s", flush=True)
     return str(_cub(cfg))
@@ -89,12 +92,22 @@ def dump(cfg: config.Demo) -> str:
     return _keep(cfg, "shards", DUMP.run("1. Dump the patch activations of one ViT layer", args))
 
 
+def label(cfg: config.Demo) -> str:
+    """Labels the patches by the part masks. Returns labels.bin."""
+    args = ["--shard-root", made(cfg, "shards"), "masks:index", "--masks.root", _parts(cfg)]
+    args += ["--masks.names", _parts(cfg) / "names.txt", "images:cub200", "--images.root", _cub(cfg)]
+    fpath = pathlib.Path(made(cfg, "shards")) / "labels.bin"
+    if not fpath.exists():
+        LABEL.run("Label the patches by the birds' parts", args)
+    return _keep(cfg, "patch_labels", str(fpath))
+
+
 def train(cfg: config.Demo) -> str:
     """Trains. Returns the checkpoint."""
     args = [*_data(cfg, "data"), "--n-patches", cfg.n_patches]
     args += ["--batch-size", 2048, "--lr", "1e-3", "--n-lr-warmup", 50, "--wandb-project", ""]
     args += ["--ckpt-to", _root(cfg) / "checkpoints", "--device", cfg.device]
-    args += ["sae:batch-top-k", "--sae.exp-factor", 4, "--sae.top-k", 16]
+    args += ["sae:batch-top-k", "--sae.exp-factor", 4, "--sae.top-k", 16, "objective:matryoshka"]
     return _keep(cfg, "checkpoint", TRAIN.run("2. Train a sparse autoencoder on them", args))
 
 
@@ -118,8 +131,13 @@ def fit(cfg: config.Demo) -> str:
 def evaluate(cfg: config.Demo) -> str:
     """Evaluates all four scorers, and writes the traits into the gallery. Returns the results directory."""
     ckpt = json.dumps(made(cfg, "checkpoint"), ensure_ascii=False)
-    title = "4. Evaluate which prototypes detect the birds' traits"
-    more = ["--gallery", pathlib.Path(made(cfg, "gallery")).parent]
+    title = "4. Evaluate which prototypes detect the birds' traits, and their parts"
+    more = [
+        "--gallery",
+        pathlib.Path(made(cfg, "gallery")).parent,
+        "--patch-labels",
+        made(cfg, "patch_labels"),
+    ]
     sweep = BASELINES + SAE.format(ckpt=ckpt)
     return _keep(cfg, "results", _evaluate(cfg, "scorers", title, sweep, *more))
 
@@ -128,7 +146,7 @@ def _evaluate(cfg: config.Demo, name: str, title: str, sweep: str, *more: object
     fpath = _root(cfg) / f"{name}.toml"
     helpers.write_text(fpath, sweep)
     args = ["--sweep", fpath, "--cub-root", _cub(cfg), "--device", cfg.device, *_data(cfg, "train-data")]
-    args += ["--n-prototypes", 32, 128, 512, "--n-train", 16, 64, -1]
+    args += ["--n-prototypes", 32, 128, 512, 1536, "--n-train", 16, 64, -1]
     args += ["--dump-to", _root(cfg) / "results", "--scorers-to", _root(cfg) / "scorers"]
     return EVALUATE.run(title, [*args, *more])
 
@@ -157,6 +175,10 @@ def _root(cfg: config.Demo) -> pathlib.Path:
 
 def _cub(cfg: config.Demo) -> pathlib.Path:
     return _root(cfg) / f"{cfg.n_imgs}" / "CUB_200_2011"
+
+
+def _parts(cfg: config.Demo) -> pathlib.Path:
+    return _root(cfg) / f"{cfg.n_imgs}" / "parts"
 
 
 def _weights(cfg: config.Demo) -> pathlib.Path:

@@ -21,7 +21,7 @@ def main() -> None:
 
         if cfg.plot:
             figures.check(cfg.plot, "--plot")
-        return _show(str(merge.write(pathlib.Path(cfg.report), cfg.plot)))
+        return show(str(merge.write(pathlib.Path(cfg.report), cfg.plot)))
     if cfg.plot:
         raise errors.UserError(f"--plot {cfg.plot}: only with --report. A result's chart is its chart.png.")
     if cfg.check:
@@ -33,11 +33,12 @@ def main() -> None:
     for outcome in launch.run("saev.protoeval.run:each", sweeps.group(cfgs), cfg.slurm, name):
         outcomes.append(outcome)
         for dpath in outcome.value or ():
-            _show(dpath)
+            show(dpath)
     return launch.check(outcomes)
 
 
-def _show(dpath: str) -> None:
+def show(dpath: str) -> None:
+    """Prints the tables of a results directory, and its path."""
     fpaths = (pathlib.Path(dpath) / name for name in ("table.md", "patches.md"))
     texts = [fpath.read_text("utf-8") for fpath in fpaths if fpath.exists()]
     console.say("\n".join([*texts, dpath]))
