@@ -93,7 +93,8 @@ def _panel(
         axes.fill_between(n, low, high, color=styles[k[0]]["color"], **BAND)
     for name in results.PROBES:
         probe = table.filter(pl.col("cls") == name).sort("n_train", "map")
-        axes.plot(probe["n_train"], probe["map"], **REFERENCES[name])
+        if len(probe):
+            axes.plot(probe["n_train"], probe["map"], **REFERENCES[name])
     for value in table.filter(pl.col("cls") == results.CONSTANT)["map"]:
         axes.axhline(value, **REFERENCES[results.CONSTANT])
     ticks = _apart(mine["n_train"].unique().sort().to_list(), 72 * (width - 0.6))
