@@ -67,7 +67,7 @@ def read_summary(result: str) -> list[dict[str, str]]:
 def test_prints_the_table_and_where_everything_is(
     first: subprocess.CompletedProcess[str], dpath: pathlib.Path
 ) -> None:
-    for name in ("constant | 1", "Random | 512", "KMeans | 512", "Pca | 384"):
+    for name in ("constant | 1", "Random | 512", "KMeans | 512", "Pca | 384", "Units | 512"):
         assert f"| {name} |" in first.stdout
     assert re.search(r"\| Sae [0-9a-f]{8} \| 512 \|", first.stdout)
     paths = dict(re.findall(r"^ *(\w+): (\S+)$", first.stdout, re.M))
@@ -86,7 +86,8 @@ def test_the_best_latents_of_all_traits_are_in_the_gallery(
     value = gallery_files.load(shown, "traits")
     ids = gallery_files.load(shown, "stats")["columns"]["id"].tolist()
     names = [scorer["name"] for scorer in value["scorers"]]
-    assert names[0].startswith("Sae ") and names[1:] == ["Random", "KMeans", "Pca"]
+    assert names[0].startswith("Sae ") and names[1:-1] == ["Random", "KMeans", "Pca", "Units"]
+    assert names[-1] == names[0].replace("Sae", "Untrained")
     best = [best for trait in value["traits"] for best in trait["best"] if best["scorer"] == 0]
     assert len(best) > 30 and [ids[one["row"]] for one in best] == [one["prototype"] for one in best]
     assert "not in the gallery" not in (made["results"] / "traits.md").read_text()

@@ -32,6 +32,7 @@ from saev.formats import codeshards, shards
 from saev.nn import config as nn_config
 from saev.training import config as training_config
 from saev.training import loop
+from saev.scorers import config as scorers_config
 from saev.visuals import coders, collect, config, heat, kernels, memory, relations, spool, statistics, write
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -234,6 +235,18 @@ def test_an_architecture_without_a_sparse_path(
     f_NPS = acts_NPD.clip(min=0)
     _, _, stats = passed(cfg, tmp_path / "pass")
     check_stats(stats, f_NPS, f_NPS.max(axis=1), cfg.seed)
+
+
+def test_an_untrained_sae(cfg: config.Visuals, acts_NPD: np.ndarray, tmp_path: pathlib.Path) -> None:
+    """The file that protoeval.py writes is an SAE; its gallery is named after it."""
+    like = scorers_config.Untrained(cfg.ckpt)
+    scorers.fit(like, cfg.data, S, dpath=tmp_path / "scorers")
+    (fpath,) = (tmp_path / "scorers").glob("untrained-*.bin")
+    cfg = dataclasses.replace(cfg, ckpt=str(fpath))
+    f_NPS = nn.load(fpath).encode(torch.from_numpy(acts_NPD)).numpy()
+    coder, _, stats = passed(cfg, tmp_path / "pass")
+    check_stats(stats, f_NPS, f_NPS.max(axis=1), cfg.seed)
+    assert (coder.kind, coders.title(cfg, 13)) == ("sae", fpath.stem)
 
 
 @pytest.mark.parametrize("similarity", ["plain", "dot", "cosine", "distance"])
