@@ -101,6 +101,15 @@ def test_codes_of_an_sae_are_those_of_encode(
     np.testing.assert_allclose(max_NK, of_images_NK, atol=1e-5)
 
 
+def test_codes_of_an_untrained_sae(dump, cfg: config.Codes, tmp_path: pathlib.Path) -> None:
+    nn.save(an_sae(SAES["batch-top-k"]), tmp_path / "sae.pt")
+    like = scorers_config.Untrained(str(tmp_path / "sae.pt"))
+    scorer = scorers.fit(like, dump[0], K, dpath=tmp_path / "scorers")
+    (fpath,) = (tmp_path / "scorers").glob("untrained-*.bin")
+    codes = saev.codes.open(encode.main(dataclasses.replace(cfg, scorer=str(fpath))))
+    np.testing.assert_allclose(codes.patches().dense(), scorer(dump[1].flatten(0, 1)), atol=1e-5)
+
+
 @pytest.mark.parametrize("image_codes", ["csr", "dense"])
 @pytest.mark.parametrize("similarity", ["plain", "dot", "cosine", "distance"])
 def test_codes_of_prototypes_are_their_scores(

@@ -21,6 +21,7 @@ from saev.data import memory as data_memory
 from saev.formats import codeshards
 from saev.nn import config as nn_config
 from saev.scorers import base, rows
+from saev.scorers import config as scorers_config
 from saev.scorers import sae as sae_scorer
 
 N, P, D = 40, 9, 12
@@ -334,6 +335,22 @@ def test_fitted_scorers(made, tmp_path: pathlib.Path) -> None:
         "Prototypes (plain)",
         "Relu",
     ]
+
+
+def test_an_untrained_sae(made, tmp_path: pathlib.Path) -> None:
+    """Compared with the SAE whose shape it has."""
+    dpath, acts_NLPD = made
+    sae = trained(tmp_path / "b" / "sae.pt", 1)
+    like = scorers_config.Untrained(str(tmp_path / "b" / "sae.pt"))
+    scorers.fit(like, data_config.Shards(str(dpath), 3), sae.d_sae, dpath=tmp_path / "scorers")
+    (fpath,) = (tmp_path / "scorers").glob("untrained-*.bin")
+    out = run.main(configured(dpath, tmp_path, scorer=str(fpath)))
+    x_RD = torch.from_numpy(np.ascontiguousarray(acts_NLPD[:, 0])).reshape(-1, D)
+    corr_SZ = plain(nn.load(fpath).encode(x_RD).numpy(), sae.encode(x_RD).numpy())
+    lines = read(out, "matches.parquet").filter(of="one")
+    np.testing.assert_allclose(lines["corr"], np.nanmax(corr_SZ, axis=1), atol=1e-5)
+    sides_ = read(out, "dictionaries.csv")
+    assert sides_["name"].to_list() == [fpath.stem, "b"] and sides_["kind"].to_list() == ["Relu"] * 2
 
 
 def test_quarters_by_frequency(made, tmp_path: pathlib.Path) -> None:

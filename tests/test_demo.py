@@ -67,7 +67,7 @@ def read_summary(result: str) -> list[dict[str, str]]:
 def test_prints_the_table_and_where_everything_is(
     first: subprocess.CompletedProcess[str], dpath: pathlib.Path
 ) -> None:
-    for name in ("constant | 1", "Random | 512", "KMeans | 512", "Pca | 384"):
+    for name in ("constant | 1", "Random | 512", "KMeans | 512", "Pca | 384", "Units | 512"):
         assert f"| {name} |" in first.stdout
     sae = r"\| Sae [0-9a-f]{8} \| 1,536 \|"  # all its latents
     assert re.search(rf"mAP.*{sae}.*Probe R.*{sae}", first.stdout, re.S)  # images' and patches' table
@@ -87,7 +87,8 @@ def test_the_best_latents_of_all_traits_are_in_the_gallery(
     value = gallery_files.load(shown, "traits")
     ids = gallery_files.load(shown, "stats")["columns"]["id"].tolist()
     names = [scorer["name"] for scorer in value["scorers"]]
-    assert names[0].startswith("Sae ") and names[1:] == ["Random", "KMeans", "Pca"]
+    assert names[0].startswith("Sae ") and names[1:-1] == ["Random", "KMeans", "Pca", "Units"]
+    assert names[-1] == names[0].replace("Sae", "Untrained")
     best = [best for trait in value["traits"] for best in trait["best"] if best["scorer"] == 0]
     assert len(best) > 30 and [ids[one["row"]] for one in best] == [one["prototype"] for one in best]
     assert "not in the gallery" not in (made["results"] / "traits.md").read_text()
@@ -124,7 +125,12 @@ def test_a_second_run_skips_what_is_done(
 def test_random_vectors_gain_from_train_images_and_from_prototypes(cfg: config.ProtoEval) -> None:
     seeds = [read_summary(run.main([dataclasses.replace(cfg, seed=s)])) for s in range(3)]
     cells = [
-        {(int(r["n_prototypes"]), int(r["n_train"])): float(r["map"]) for r in rows[1:]} for rows in seeds
+        {
+            (int(r["n_prototypes"]), int(r["n_train"])): float(r["map"])
+            for r in rows
+            if r["scorer"] == "Random"
+        }
+        for rows in seeds
     ]
     map_of = {cell: np.mean([c[cell] for c in cells]) for cell in cells[0]}
     all_train = max(n for _, n in map_of)

@@ -115,7 +115,8 @@ def evaluate(
 
 
 def test_a_scorer_that_knows_the_traits_gets_one(cfg: config.ProtoEval, labels: cub.Cub) -> None:
-    *_, row = evaluate(cfg, labels, {"oracle": oracle(labels)})
+    *_, row, null = evaluate(cfg, labels, {"oracle": oracle(labels)})
+    assert null.scorer == "oracle, permuted labels" and null.mean_ap < 0.6
     assert row.n_train == labels.is_train_N.sum()
     np.testing.assert_array_equal(row.best_RT[0], np.arange(len(labels.attribute_names_T)))
     np.testing.assert_array_equal(row.measured_T, 1.0)
@@ -130,7 +131,7 @@ def test_constant_row_is_the_mean_prevalence(cfg: config.ProtoEval, labels: cub.
 
 def test_labels_shifted_by_one_image_drop_to_the_constant_row(cfg: config.ProtoEval, labels: cub.Cub) -> None:
     shifted = dataclasses.replace(labels, labels_NT=np.roll(labels.labels_NT, 1, axis=0))
-    constant, *_, row = evaluate(cfg, shifted, {"oracle": oracle(labels)})
+    constant, *_, row, _ = evaluate(cfg, shifted, {"oracle": oracle(labels)})
     assert row.mean_ap < constant.mean_ap + 0.1
 
 
@@ -152,6 +153,7 @@ def test_scores_are_the_max_over_patches_of_a_plain_loop(
         want_K = np.max(acts_NPD[i], axis=0)
         np.testing.assert_allclose(got.scores_KN[:, n], [*want_K, *want_K[:2]], rtol=1e-6)
         np.testing.assert_allclose(got.mean_ND[n], acts_NPD[i].mean(axis=0), atol=1e-6)
+        np.testing.assert_array_equal(got.max_ND[n], acts_NPD[i].max(axis=0))
 
 
 def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub) -> None:
@@ -162,8 +164,9 @@ def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub)
     grid = [(r["scorer"], r["n_prototypes"], r["n_train"]) for r in lines]
     assert grid == [
         ("constant", "1", n_train),
-        *(("Linear probe", "1", n) for n in ("16", n_train)),
+        *((f"Logistic probe ({of})", "1", n) for of in ("mean", "max") for n in ("16", n_train)),
         *(("Pca", k, n) for k in ("4", "16") for n in ("16", n_train)),
+        ("Pca, permuted labels", "16", n_train),
     ]
     table = (dpath / "table.md").read_text()
     assert "| constant | 1 |" in table and "| Pca | 16 |" in table
@@ -182,8 +185,8 @@ def test_all_scorers_of_a_group_give_what_each_gives_alone(cfg: config.ProtoEval
     cfgs = [dataclasses.replace(cfg, scorer=s) for s in members]
     assert len(sweeps.group(cfgs)) == 1
     together = (pathlib.Path(run.main(cfgs)) / "summary.csv").read_text().splitlines()
-    alone = [(pathlib.Path(run.main([c])) / "summary.csv").read_text().splitlines()[4:] for c in cfgs]
-    assert together[4:] == [line for lines in alone for line in lines]
+    alone = [(pathlib.Path(run.main([c])) / "summary.csv").read_text().splitlines()[6:] for c in cfgs]
+    assert together[6:] == [line for lines in alone for line in lines]
 
 
 def test_scorers_of_one_table_have_different_names(cfg: config.ProtoEval) -> None:

@@ -94,6 +94,14 @@ def save_sae(fpath: pathlib.Path) -> scorers_config.Sae:
     return scorers_config.Sae(str(fpath))
 
 
+def like_sae(fpath: pathlib.Path) -> scorers_config.Untrained:
+    """An SAE before training, of the shape of a trained one."""
+    fpath.parent.mkdir()
+    trained = nn.SparseAutoencoder(nn_config.BatchTopK(d_vit=D, d_sae=14, top_k=3), 5)
+    nn.save(trained.eval(), fpath)
+    return scorers_config.Untrained(str(fpath))
+
+
 def by_hand(code_NPK: np.ndarray, id_NP: np.ndarray, class_id: int) -> tuple[int, float, float, float, float]:
     """(prototype, train R, test R, AP, purity of the first 16) by scikit-learn, prototype by prototype."""
     is_labelled_NP, code_NPK = id_NP >= 0, code_NPK.astype(np.float64)
@@ -122,8 +130,19 @@ def read(dpath: pathlib.Path, name: str, columns: dict) -> pl.DataFrame:
     return frame.read_csv((dpath / name).read_bytes(), columns)
 
 
-@pytest.mark.parametrize("kind", ["Random", "Units", "Sae"])
+def of_images_by_hand(code_NPK: np.ndarray, t: int) -> tuple[int, float, float]:
+    """(prototype, train AP, test AP) of a trait in the image table."""
+    best_NK = code_NPK.max(axis=1)
+    aps = [average_precision_score(LABELS_N2[IS_TRAIN_N, t], score_N[IS_TRAIN_N]) for score_N in best_NK.T]
+    k = int(np.argmax(np.round(aps, 12)))
+    return k, aps[k], float(average_precision_score(LABELS_N2[~IS_TRAIN_N, t], best_NK[~IS_TRAIN_N, k]))
+
+
+@pytest.mark.parametrize("kind", ["Random", "Units", "Sae", "Untrained"])
 def test_equals_a_loop_over_all_patches(cfg: config.ProtoEval, tmp_path: pathlib.Path, kind: str) -> None:
+    """Both tables."""
+    if kind == "Untrained":
+        cfg = dataclasses.replace(cfg, scorer=like_sae(tmp_path / "run" / "sae.pt"))
     if kind == "Sae":
         cfg = dataclasses.replace(cfg, scorer=save_sae(tmp_path / "run" / "sae.pt"), n_prototypes=(2, 6))
     if kind == "Units":
@@ -134,6 +153,10 @@ def test_equals_a_loop_over_all_patches(cfg: config.ProtoEval, tmp_path: pathlib
         code_NPK = np.stack([acts_NPD, -acts_NPD], axis=3).reshape(N, P, -1)
     elif kind == "Sae":
         code_NPK = np.maximum(acts_NPD - 1, 0)
+    elif kind == "Untrained":
+        (fpath,) = pathlib.Path(cfg.scorers_to).glob("untrained-14-*.bin")
+        code_NPK = nn.load(fpath).encode(acts_NPD).numpy()
+        assert 2 < (code_NPK[IS_TRAIN_N] > 0).sum(axis=2).mean() < 4
     else:
         (fpath,) = pathlib.Path(cfg.scorers_to).glob("random*.bin")
         scorer = dataclasses.replace(scorers.load(fpath), similarity="dot")
@@ -159,6 +182,12 @@ def test_equals_a_loop_over_all_patches(cfg: config.ProtoEval, tmp_path: pathlib
         means = [cell[name] for name in ("probe_r", "map", "purity", "coverage")]
         assert means == pytest.approx(np.mean(measured, axis=0).tolist(), abs=1e-5)
         assert cell["n_classes"] == 4
+        traits = pl.read_parquet(dpath / "traits.parquet").filter(
+            pl.col("n_prototypes") == n_prototypes, pl.col("scorer") == rows["scorer"][0]
+        )
+        for t, row in enumerate(traits.iter_rows(named=True)):
+            got = (row["prototype"], row["train_ap"], row["test_ap"])
+            assert got == pytest.approx(of_images_by_hand(code_NPK[:, :, :n_prototypes], t), abs=1e-9)
         for name in ("probe_r", "map", "purity", "coverage"):
             assert cell[f"{name}_low"] <= cell[name] <= cell[f"{name}_high"]
 

@@ -164,7 +164,7 @@ def test_a_scorer_of_another_size_is_held_against_the_largest_smaller_baseline(
         sae = rows[2]._replace(n_prototypes=k)
         lines = against([few, many, other_n, sae], about)
         assert [line["baseline_prototypes"] for line in lines] == [want] * (want is not None)
-    assert differences([few, rows[0], row(results.PROBE, 1, 1000, [[0.9]], [0.9] * 4)], about) == []
+    assert differences([few, rows[0], row(results.PROBES[1], 1, 1000, [[0.9]], [0.9] * 4)], about) == []
 
 
 def test_the_written_tables(rows: list[results.Row], about: results.About, tmp_path: pathlib.Path) -> None:
@@ -181,7 +181,6 @@ def test_the_written_tables(rows: list[results.Row], about: results.About, tmp_p
         "| Random | 512 | 1,000 | 0.500 | 0.500 |\n",
         f"\n{report.AGAINST}\n\n| Scorer |",
         "| Sae_2 | 512 | 1,000 | Random | 512 | +0.000 | +0.000 to +0.000 |  |\n",
-        report.PROBE_NOTE,
     ):
         assert line in text
     tex = (tmp_path / "table.tex").read_text()
@@ -230,7 +229,7 @@ def test_traits_without_a_positive_are_reported_not_averaged(about: results.Abou
 def test_the_chart_shows_every_line_whole(about: results.About) -> None:
     rows = [
         row("constant", 1, 99, [[0.2]]),
-        *(row(results.PROBE, 1, n, [[0.95]]) for n in (16, 99)),
+        *(row(results.PROBES[1], 1, n, [[0.95]]) for n in (16, 99)),
         *(row("Low", 4, n, [[0.3]]) for n in (16, 99)),
         *(row("High", 4, n, [[0.9]]) for n in (16, 99)),
     ]
@@ -241,6 +240,53 @@ def test_the_chart_shows_every_line_whole(about: results.About) -> None:
     np.testing.assert_array_equal(high.get_lines()[0].get_xydata(), [[16, 0.9], [99, 0.9]])
     assert set(high.get_lines()[1].get_ydata()) == {0.95}
     assert set(high.get_lines()[2].get_ydata()) == {0.2}
+
+
+def test_references_are_explained_and_held_against_nothing(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    """Constant score, probes, and each scorer followed by its null: in one table and in the report of all."""
+    about = dataclasses.replace(
+        about,
+        created="2026-01-01",
+        scorers={"Random": {"cls": "Random"}, "Sae_1": {"cls": "Sae"}},
+        nulls={"Random, permuted labels": "Random", "Sae_1, permuted labels": "Sae_1"},
+    )
+    of = dict(zip(("constant", "Random", "Sae_1"), rows, strict=True))
+    of = {name: each._replace(boot_RM=each.boot_RM[:1]) for name, each in of.items()}
+    of |= {name: of["constant"]._replace(scorer=name) for name in results.PROBES[1:]}
+    of |= {name: of[whose]._replace(scorer=name) for name, whose in about.nulls.items()}
+    order = ["constant", *results.PROBES[1:]]
+    order += ["Random", "Random, permuted labels", "Sae_1", "Sae_1, permuted labels"]
+    report.write(tmp_path / "all" / "one", [of[name] for name in order], NAMES, [], about)
+    merge.write(tmp_path / "all")
+    for fpath in (tmp_path / "all/one/summary.csv", tmp_path / "all/report/table.csv"):
+        assert pl.read_csv(fpath)["scorer"].to_list() == order
+        text = fpath.with_name("table.md").read_text()
+        for name in (results.PROBES[1], results.NULL):
+            assert report.REFERENCE_NOTES[name] in text
+        assert report.REFERENCE_NOTES[results.PROBES[0]] not in text
+    held = frame.read_csv((tmp_path / "all/one/differences.csv").read_bytes(), results.DIFFERENCES)
+    assert {*held["scorer"], *held["baseline"]} == {"Random", "Sae_1"}
+    nulls = [about.scorer(name) for name in about.nulls]
+    assert len({s.id for s in (*nulls, *map(about.scorer, about.scorers))}) == 4
+    assert nulls[1].settings["of"] == "Sae" and nulls[0].settings["cls"] == results.NULL
+
+
+def test_ridge_probes_of_older_results_stay_rows_of_their_own(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    values = dict(zip(results.PROBES, (0.5, 0.75, 1.0), strict=True))
+    probes = [row(name, 1, 1000, [[value] * 3]) for name, value in values.items()]
+    for day, some in (("01", probes[:1]), ("02", probes[1:])):
+        report.write(
+            tmp_path / day, [rows[0], *some], NAMES, [], dataclasses.replace(about, created=f"2026-01-{day}")
+        )
+    merge.write(tmp_path)
+    lines = pl.read_csv(tmp_path / "report/table.csv").select("scorer", "map").rows()
+    assert lines[1:] == [*values.items()] and lines[0][0] == "constant"
+    text = (tmp_path / "report/table.md").read_text()
+    assert all(report.REFERENCE_NOTES[name] in text for name in results.PROBES[:2])
 
 
 # ---- joined ----

@@ -176,7 +176,8 @@ def test_each_patch_meets_its_own_label(
         assert float(line[3]) == pytest.approx(LABELS_N2[is_measured_N].mean(), abs=1e-12)
     else:
         assert "left out, because" not in table
-    *_, x, y = pl.read_parquet(dpath / "traits.parquet").to_dicts()
+    lines = pl.read_parquet(dpath / "traits.parquet").to_dicts()
+    x, y = (line for line in lines if line["scorer"] == "Sae run")
     assert [(t["prototype"], t["test_ap"]) for t in (x, y)] == [(0, 1.0), (1, 1.0)]
 
 
@@ -222,14 +223,15 @@ def test_a_typed_layer_without_its_shard_root_counts(name: str) -> None:
 
 
 def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
-    """Choice on the drawn train images alone, among the scorer's first k; AP on all test images. Ties and negative scores."""
+    """Choice on the drawn train images alone, among the scorer's first k; AP on all test images. Ties and negative scores.
+    The nulls choose on permuted labels."""
     rng, n_traits = np.random.default_rng(3), 5
     splits = []
     for n in (50, 60):
         labels_NT = rng.random((n, n_traits)) < 0.3
         scores_NK = rng.integers(-4, 4, (n, 9)).astype(np.float32)
-        means_ND = rng.standard_normal((n, D)).astype(np.float32)
-        scores = score.Scores(scores_NK.T, means_ND, np.arange(n))
+        mean_ND, max_ND = rng.standard_normal((2, n, D)).astype(np.float32)
+        scores = score.Scores(scores_NK.T, mean_ND, max_ND, np.arange(n))
         splits.append(score.Split(scores, np.arange(n), labels_NT))
     train, test = splits
     train.labels_NT[:, 3], test.labels_NT[:, 4] = False, False
@@ -240,15 +242,21 @@ def test_every_cell_equals_a_plain_loop_with_sklearn() -> None:
     ]
     cfg = config.ProtoEval(n_train=(7, -1), n_boot=0, memory_gb=1e-6)
     cells = choose.choose(train, banks, cfg)
-    constant, _, _, *rows = measure.measure(cells, train, test, cfg)
+    constant, *rows = measure.measure(cells, train, test, cfg)
+    rows = rows[4:]  # of the probes
     np.testing.assert_allclose(constant.test_ap_RT[0][:4], test.labels_NT[:, :4].mean(axis=0))
     cells = [("a", 0, 3), ("b", 3, 2), ("b", 3, 6)]
     wanted = [(*cell, n_train) for cell in cells for n_train in (7, 50)]
+    wanted.insert(2, ("a, permuted labels", 0, 3, 50))
+    wanted.append(("b, permuted labels", 3, 6, 50))
     assert [(r.scorer, r.n_prototypes, r.n_train) for r in rows] == [(c[0], *c[2:]) for c in wanted]
-    for row, (_, first, k, n_train) in zip(rows, wanted, strict=True):
+    order = choose.permutation(50, cfg.seed)
+    assert sorted(order) == list(range(50)) and (order != range(50)).sum() > 40
+    for row, (name, first, k, n_train) in zip(rows, wanted, strict=True):
         drawn = choose.train_subset(50, n_train, 0)
+        labels_NT = train.labels_NT[order if "permuted" in name else drawn]
         for t in range(n_traits):
-            seen, y = train.labels_NT[drawn, t], test.labels_NT[:, t]
+            seen, y = labels_NT[:, t], test.labels_NT[:, t]
             aps = [
                 sklearn.metrics.average_precision_score(seen, train.scores.scores_KN[first + i, drawn])
                 for i in range(k if seen.any() else 0)

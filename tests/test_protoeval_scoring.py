@@ -16,7 +16,7 @@ from saev import errors, nn, scorers
 from saev.data import activations
 from saev.data import config as data_config
 from saev.nn import config as nn_config
-from saev.protoeval import probe, score
+from saev.protoeval import score
 from saev.scorers import base
 from saev.scorers import sae as sae_scorer
 
@@ -90,6 +90,7 @@ def test_only_the_images_asked_for_in_their_order(
     want_BK = torch.cat([scorer.of_images(acts_BPD) for scorer in run], dim=1)
     np.testing.assert_allclose(got.scores_KN.T, want_BK, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got.mean_ND, acts_NPD[image_is].mean(axis=1), atol=1e-6)
+    np.testing.assert_array_equal(got.max_ND, acts_NPD[image_is].max(axis=1))
 
 
 KILLED = """
@@ -131,11 +132,11 @@ def test_a_killed_pass_goes_on_to_the_same_scores(
         done = forked.run(command(name, "0"), env=env, capture_output=True, text=True, check=True)
         counts.append(done.stdout.count("block"))
     assert counts[1] == 12 and 0 < counts[0] < 12 and counts[2] == 0
-    for fname in ("scores.bin", "means.bin"):
+    for fname in ("scores.bin", "means.bin", "maxima.bin"):
         assert (tmp_path / "killed" / fname).read_bytes() == (tmp_path / "whole" / fname).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["scores.bin", "means.bin", "done.json"])
+@pytest.mark.parametrize("name", ["scores.bin", "means.bin", "maxima.bin", "done.json"])
 @pytest.mark.parametrize("how", ["gone", "cut", "empty"])
 def test_a_pass_whose_files_are_not_whole_starts_again(
     data: tuple[data_config.Shards, np.ndarray], tmp_path: pathlib.Path, name: str, how: str
@@ -154,7 +155,7 @@ def test_a_pass_whose_files_are_not_whole_starts_again(
     np.testing.assert_array_equal(scored(prototypes(4)), want)
 
 
-@pytest.mark.parametrize("name", ["scores.bin", "means.bin", "done.json"])
+@pytest.mark.parametrize("name", ["scores.bin", "means.bin", "maxima.bin", "done.json"])
 def test_a_flipped_bit_is_scored_again(
     data: tuple[data_config.Shards, np.ndarray],
     tmp_path: pathlib.Path,
@@ -169,7 +170,7 @@ def test_a_flipped_bit_is_scored_again(
         got = score.score_images(
             [prototypes(3)], activations.Activations(data[0]), image_is, tmp_path, torch.device("cpu")
         )
-        return [got.scores_KN.tobytes(), got.mean_ND.tobytes()]
+        return [got.scores_KN.tobytes(), got.mean_ND.tobytes(), got.max_ND.tobytes()]
 
     want, fpath = scored(), tmp_path / name
     content = fpath.read_bytes()
@@ -245,27 +246,3 @@ def test_a_top_k_sae_is_scored_some_images_at_a_time(monkeypatch: pytest.MonkeyP
     want_BK = scorer.of_images(acts_BPD)
     monkeypatch.setattr(sae_scorer, "AT_ONCE", 4 * 7 * D * 3)
     torch.testing.assert_close(scorer.of_images(acts_BPD), want_BK, rtol=1e-6, atol=1e-6)
-
-
-def test_the_probe_finds_a_linear_trait_and_gives_a_constant_where_there_is_no_positive() -> None:
-    rng = np.random.default_rng(0)
-    x_ND = rng.standard_normal((300, D)).astype(np.float32)
-    labels_NT = np.stack([x_ND[:, 2] - x_ND[:, 5] > 1, np.zeros(300, bool)], axis=1)
-    train_NT, test_NT = probe.scores(x_ND[:200], labels_NT[:200], x_ND[:200], x_ND[200:])
-    assert train_NT.shape == (200, 2) and np.ptp(test_NT[:, 1]) < 1e-9
-    best = test_NT[:, 0].argsort()[::-1][: labels_NT[200:, 0].sum()]
-    assert labels_NT[200:, 0][best].mean() > 0.9
-
-
-def test_the_probe_with_fewer_images_than_dimensions_and_one_trait() -> None:
-    rng = np.random.default_rng(1)
-    x_ND = rng.standard_normal((6, 50)).astype(np.float32)
-    labels_NT = np.array([[True], [False]] * 3)
-    (own_NT,) = probe.scores(x_ND, labels_NT, x_ND)
-    assert own_NT.shape == (6, 1) and np.isfinite(own_NT).all()
-
-
-def test_the_probe_of_one_image_is_a_constant() -> None:
-    x_ND = np.random.default_rng(0).standard_normal((9, 5)).astype(np.float32)
-    (test_NT,) = probe.scores(x_ND[:1], np.array([[True, False]]), x_ND)
-    assert np.ptp(test_NT, axis=0).max() < 1e-9

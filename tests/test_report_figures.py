@@ -40,7 +40,7 @@ def grid_rows(scorers: dict[str, tuple[int, ...]], n_boot: int = 5) -> list[resu
     }
     return [
         row(results.CONSTANT, 1, NS[-1], 0.1, n_boot),
-        *(row(results.PROBE, 1, n, 0.15 + n / 1e5, n_boot) for n in NS),
+        *(row(name, 1, n, 0.15 + n / 1e5, n_boot) for name in results.PROBES[1:] for n in NS),
         *(row(name, k, n, values[k, n], n_boot) for name, ks in scorers.items() for k in ks for n in NS),
     ]
 
@@ -193,7 +193,8 @@ def test_a_number_of_prototypes_has_one_look_in_every_panel(about: results.About
     entries = dict(zip((t.get_text() for t in legend.get_texts()), legend.legend_handles, strict=True))
     assert [*entries] == [
         *sorted(looks, key=lambda k: int(k[4:].replace(",", ""))),
-        "linear probe",
+        "logistic probe (mean)",
+        "logistic probe (max)",
         "constant score",
         "95% interval",
     ]

@@ -20,6 +20,7 @@ from saev.data import config as data_config
 from saev.formats import checkpoint, tensors
 from saev.nn import config as nn_config
 from saev.scorers import base, config, kmeans, random
+from saev.scorers import sae as sae_scorer
 
 D = 6
 
@@ -391,3 +392,73 @@ def test_units_score_by_each_dimension_and_its_negative(make_shards) -> None:
     assert torch.equal(score_BK[:, :, 0], x_BD) and torch.equal(score_BK[:, :, 1], -x_BD)
     three = scorers.fit(config.Units(), data_config.Shards(str(dpath), 7), 3)
     assert torch.equal(three(x_BD), scorer(x_BD)[:, :3])
+
+
+# ---- SAEs before training ----
+
+SAES = [
+    nn_config.Relu(d_vit=D, exp_factor=4),
+    nn_config.TopK(d_vit=D, d_sae=30, top_k=4, keep_negative=True),
+    nn_config.BatchTopK(d_vit=D, exp_factor=4, top_k=4, normalize="none"),
+    nn_config.BatchTopK(d_vit=D, d_sae=6, top_k=6),
+    nn_config.JumpRelu(d_vit=D, exp_factor=4, tied_init=False),
+]
+
+
+@pytest.mark.parametrize("sae_cfg", SAES, ids=lambda c: f"{type(c).__name__} {c.n_latents}")
+def test_an_untrained_sae_is_that_of_the_first_step(
+    data, tmp_path: pathlib.Path, sae_cfg: nn_config.Sae
+) -> None:
+    """The shape of the trained one, whose weights change nothing; and as many latents fire as its config says."""
+    cfg, acts_BD = data
+    acts = activations.Activations(cfg)
+    trained = nn.SparseAutoencoder(sae_cfg, 7)
+    torch.nn.init.normal_(trained.W_enc)
+    trained.b_enc.data.fill_(9)
+    trained.threshold.fill_(3)
+    fpath = tmp_path / "run" / "sae.pt"
+    fpath.parent.mkdir()
+    nn.save(trained, fpath, acts.space.describe())
+    like = config.Untrained(str(fpath))
+    made, again, other = (
+        scorers.fit(like, cfg, 5, seed=seed, dpath=tmp_path / name)
+        for seed, name in ((2, "a"), (2, "a"), (3, "b"))
+    )
+    assert isinstance(made, sae_scorer.SaeLatents) and made.n_prototypes == 5
+    assert made.digest() == again.digest() != other.digest()
+    (stored,) = (tmp_path / "a").glob(f"untrained-{sae_cfg.n_latents}-*.bin")
+    got, want = nn.load(stored), nn.SparseAutoencoder(sae_cfg, 2)
+    want.initialize(torch.from_numpy(random.reservoir(acts, len(acts), 2).acts_KD))
+    assert got.cfg == trained.cfg and got.activations == nn.load(fpath).activations
+    for name, value in want.state_dict().items():
+        if name != "threshold":
+            torch.testing.assert_close(got.state_dict()[name], value, rtol=0, atol=0)
+    l0 = float((got.encode(acts_BD) != 0).sum(dim=1).float().mean())
+    pre_BS = (torch.from_numpy(acts_BD) * got.scale - got.b_dec) @ got.W_enc
+    positive = float((pre_BS > 0).sum(dim=1).float().mean())
+    want_l0 = {
+        nn_config.Relu: positive,
+        nn_config.TopK: 4,
+        nn_config.BatchTopK: min(getattr(sae_cfg, "top_k", 0), positive),
+        nn_config.JumpRelu: l0,
+    }[type(sae_cfg)]
+    assert l0 == pytest.approx(want_l0, rel=0.01) and l0 >= 0.99
+
+
+def test_an_untrained_sae_needs_a_trained_one_of_these_activations(data, tmp_path: pathlib.Path) -> None:
+    cfg, _ = data
+    with pytest.raises(errors.UserError, match="--scorer.like is missing: pass the sae.pt of a trained SAE"):
+        scorers.fit(config.Untrained(), cfg, 5)
+    with pytest.raises(errors.UserError, match="no such checkpoint"):
+        scorers.fit(config.Untrained(str(tmp_path / "sae.pt")), cfg, 5, dpath=tmp_path / "s")
+    trained = nn.SparseAutoencoder(nn_config.Relu(d_vit=D, exp_factor=4))
+    space = activations.Activations(cfg).space.describe()
+    nn.save(trained, tmp_path / "sae.pt", space | {"layers": [9]})
+    with pytest.raises(errors.UserError, match="sae.pt.*layer"):
+        scorers.fit(config.Untrained(str(tmp_path / "sae.pt")), cfg, 5, dpath=tmp_path / "s")
+    nn.save(trained, tmp_path / "sae.pt", space)
+    scorers.fit(config.Untrained(str(tmp_path / "sae.pt")), cfg, 5, dpath=tmp_path / "s")
+    (stored,) = (tmp_path / "s").glob("*.bin")
+    scorers.save(scorers.fit(config.Random(), cfg, 24), stored)
+    with pytest.raises(errors.UserError, match=r"holds \(24, 6\) instead of \(24, 6\)|Delete the file"):
+        scorers.fit(config.Untrained(str(tmp_path / "sae.pt")), cfg, 5, dpath=tmp_path / "s")

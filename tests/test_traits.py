@@ -438,15 +438,17 @@ def test_every_cell_equals_sklearn_on_the_images_that_have_the_label() -> None:
         known_NT[:, 0] = True
         known_NT[:, 2] = known_NT[:, 1]
         scores_KN = rng.integers(-4, 4, (9, n)).astype(np.float32)
-        made = score.Scores(scores_KN, rng.standard_normal((n, D)).astype(np.float32), np.arange(n))
+        mean_ND, max_ND = rng.standard_normal((2, n, D)).astype(np.float32)
+        made = score.Scores(scores_KN, mean_ND, max_ND, np.arange(n))
         splits.append(score.Split(made, np.arange(n), labels_NT & known_NT, known_NT))
     train, test = splits
     bank = fit.Bank("a", scorers.Prototypes.of(torch.zeros(9, D), torch.zeros(D), "dot"), (9,))
     cfg = protoeval_config.ProtoEval(n_train=(20, -1), n_boot=0)
     cells = choose.choose(train, [bank], cfg)
-    constant, *probes, few, every = measure.measure(cells, train, test, cfg)
+    constant, *probes, few, every, null = measure.measure(cells, train, test, cfg)
     ap = sklearn.metrics.average_precision_score
-    for n, of_probe, row in ((20, probes[0], few), (60, probes[1], every)):
+    order = choose.permutation(60, 0)
+    for n, of_probes, row in ((20, probes[::2], few), (60, probes[1::2], every)):
         drawn = choose.train_subset(60, n, 0)
         for t in range(n_traits):
             rows = drawn[train.known_NT[drawn, t]]
@@ -457,11 +459,25 @@ def test_every_cell_equals_sklearn_on_the_images_that_have_the_label() -> None:
             want = ap(y, test.scores.scores_KN[row.best_RT[0][t], seen])
             assert row.test_ap_RT[0][t] == pytest.approx(want, abs=1e-12)
             assert constant.test_ap_RT[0][t] == pytest.approx(y.mean(), abs=1e-12)
-            ridge = sklearn.linear_model.RidgeCV(probe.ALPHAS)
-            model = sklearn.pipeline.make_pipeline(sklearn.preprocessing.StandardScaler(), ridge)
-            model.fit(train.mean_ND[rows].astype(float), train.labels_NT[rows, t].astype(float))
-            want = ap(y, model.predict(test.mean_ND[seen].astype(float)))
-            assert of_probe.test_ap_RT[0][t] == pytest.approx(want, abs=1e-9)
+            for of_probe, name in zip(of_probes, ("mean_ND", "max_ND"), strict=True):
+                scaler = sklearn.preprocessing.StandardScaler().fit(getattr(train, name)[drawn].astype(float))
+                x_nD, x_ND = (scaler.transform(getattr(s, name)) for s in (train, test))
+                labels, known = (of[drawn][:, t : t + 1] for of in (train.labels_NT, train.known_NT))
+                x_nE = np.column_stack([x_nD[drawn], np.ones(n)])
+                (penalty,) = probe.choose_penalties(x_nE, labels, known, 0)
+                model = sklearn.linear_model.LogisticRegression(C=1 / penalty, tol=1e-10)
+                model.fit(x_nD[rows], train.labels_NT[rows, t])
+                assert of_probe.test_ap_RT[0][t] == pytest.approx(
+                    ap(y, model.decision_function(x_ND[seen])), abs=1e-9
+                )
+    for t in range(n_traits):  # labels and whether they are known move together
+        y, rows = train.labels_NT[order, t], train.known_NT[order, t]
+        aps = [ap(y[rows], scores_N[rows]) for scores_N in train.scores.scores_KN]
+        assert null.best_RT[0][t] == np.argmax(np.round(aps, 12))
+        assert null.train_ap_RT[0][t] == pytest.approx(max(aps), abs=1e-12)
+        seen = test.known_NT[:, t]
+        want = ap(test.labels_NT[seen, t], test.scores.scores_KN[null.best_RT[0][t], seen])
+        assert null.test_ap_RT[0][t] == pytest.approx(want, abs=1e-12)
 
 
 # ---- the command ----
@@ -506,7 +522,7 @@ def summary(dpath: str) -> dict[str, float]:
 def test_labels_follow_their_images(planted: protoeval_config.ProtoEval, tmp_path: pathlib.Path) -> None:
     """Shuffled rows give the same numbers; labels of other rows do not, and are refused."""
     want = summary(run.main([planted]))
-    assert want["Linear probe"] > 0.95 and want["Pca"] > want["constant"] + 0.2
+    assert want["Logistic probe (max)"] > 0.95 and want["Pca"] > want["constant"] + 0.2
     header, *rows = (tmp_path / "t.csv").read_text().splitlines()
     np.random.default_rng(1).shuffle(rows)
     (tmp_path / "t.csv").write_text("\n".join([header, *rows]))

@@ -30,6 +30,7 @@ from saev.data import config as data_config
 from saev.data import memory as data_memory
 from saev.formats import codeshards, shards
 from saev.nn import config as nn_config
+from saev.scorers import config as scorers_config
 from saev.training import config as training_config
 from saev.training import loop
 from saev.visuals import coders, collect, config, heat, kernels, memory, relations, spool, statistics, write
@@ -234,6 +235,20 @@ def test_an_architecture_without_a_sparse_path(
     f_NPS = acts_NPD.clip(min=0)
     _, _, stats = passed(cfg, tmp_path / "pass")
     check_stats(stats, f_NPS, f_NPS.max(axis=1), cfg.seed)
+
+
+def test_an_untrained_sae(cfg: config.Visuals, acts_NPD: np.ndarray, tmp_path: pathlib.Path) -> None:
+    """The file that protoeval.py writes is an SAE; its gallery is named after it."""
+    like = scorers_config.Untrained(cfg.ckpt)
+    scorers.fit(like, cfg.data, S, dpath=tmp_path / "scorers")
+    (fpath,) = (tmp_path / "scorers").glob("untrained-*.bin")
+    cfg = dataclasses.replace(cfg, ckpt=str(fpath))
+    f_NPS = nn.load(fpath).encode(torch.from_numpy(acts_NPD)).numpy()
+    coder, _, stats = passed(cfg, tmp_path / "pass")
+    assert stats.fired_S.tolist() == (f_NPS > 0).sum(axis=(0, 1)).tolist()
+    top_SK = -np.sort(-f_NPS.max(axis=1), axis=0)[:K].T
+    np.testing.assert_allclose(np.where(stats.top_value_SK > 0, stats.top_value_SK, 0), top_SK, atol=1e-4)
+    assert (coder.kind, coders.title(cfg, 13)) == ("sae", fpath.stem)
 
 
 @pytest.mark.parametrize("similarity", ["plain", "dot", "cosine", "distance"])

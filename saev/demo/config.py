@@ -12,7 +12,7 @@ from saev import errors, fields, launch
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Draws mini-CUB, dumps a ViT layer, trains an SAE, evaluates four scorers, and shows the latents.
+    """Draws mini-CUB, dumps a ViT layer, trains an SAE, evaluates scorers, and shows the latents.
 
     A second run skips what is done.
     """

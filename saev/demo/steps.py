@@ -30,11 +30,16 @@ n_samples = 50_000
 n_iters = 10
 [[scorer]]
 type = "pca"
+[[scorer]]
+type = "units"
 """
 SAE = """\
 [[scorer]]
 type = "sae"
 ckpt = {ckpt}
+[[scorer]]
+type = "untrained"
+like = {ckpt}
 """
 
 
@@ -129,7 +134,7 @@ def fit(cfg: config.Demo) -> str:
 
 
 def evaluate(cfg: config.Demo) -> str:
-    """Evaluates all four scorers, and writes the traits into the gallery. Returns the results directory."""
+    """Evaluates all scorers, and writes the traits into the gallery. Returns the results directory."""
     ckpt = json.dumps(made(cfg, "checkpoint"), ensure_ascii=False)
     title = "4. Evaluate which prototypes detect the birds' traits, and their parts"
     more = [

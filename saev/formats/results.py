@@ -15,9 +15,14 @@ from jaxtyping import Float64, Int64
 
 from saev import helpers
 
-CONSTANT, PROBE, BASELINE = "constant", "Linear probe", "Random"
-"""Scorers that others are compared with: one constant score, a supervised probe, random activations."""
-REFERENCES = (CONSTANT, PROBE)
+CONSTANT, BASELINE, NULL = "constant", "Random", "Permuted labels"
+"""Scorers that others are compared with: one constant score, random activations, a scorer's prototypes chosen
+on permuted labels."""
+PROBES = ("Linear probe", "Logistic probe (mean)", "Logistic probe (max)")
+"""Supervised references. The first one, a ridge regression on mean activations, is only in older results."""
+FIRST = (CONSTANT, *PROBES)
+"""They begin each table, in this order."""
+REFERENCES = (*FIRST, NULL)
 
 FILES = ("about.json", "summary.csv", "kinds.csv", "resamples.npz", "traits.parquet", "table.md")
 """Files of a results directory that later commands read. Its manifest lists them."""
@@ -147,11 +152,16 @@ class About:
     """Labels (of an image and a trait) that are missing."""
     n_labels: int = 0
     """All labels, with those that are missing."""
+    nulls: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Name of a row whose prototypes are chosen on permuted labels -> their scorer."""
 
     def scorer(self, name: str) -> ScorerId:
         """The scorer with this name in the table. The constant scorer is the same in every table."""
         if name == CONSTANT:
             return ScorerId(name, {"cls": CONSTANT})
+        if name in self.nulls:
+            of = self.scorer(self.nulls[name]).settings
+            return ScorerId(name, of | {"cls": NULL, "of": of["cls"]})
         splits = dict(zip(("activations", "test"), dict.fromkeys(self.activations), strict=False))
         settings = self.scorers.get(name, {"cls": name}) | {"seed": self.seed} | splits
         return ScorerId(name, settings)

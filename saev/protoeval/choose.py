@@ -1,6 +1,6 @@
 """Chooses each trait's prototype by average precision on train images.
 
-N train images, K prototypes, C of them, T traits.
+N train images, n of them, K prototypes, C of them, T traits.
 """
 
 import typing as tp
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64, jaxtyped
 
 from saev import helpers
+from saev.formats import results
 from saev.protoeval import ap, config, fit, score
 
 AP_DIGITS = 12
@@ -48,7 +49,10 @@ class Cell(tp.NamedTuple):
 
 
 def choose(train: score.Split, banks: list[fit.Bank], cfg: config.ProtoEval) -> list[Cell]:
-    """Chooses for the whole grid: scorer x K x number of train images."""
+    """Chooses for the whole grid: scorer x K x number of train images.
+
+    The last cell of each fit is its null: its most prototypes and train images, whose labels are permuted.
+    """
     drawn = draws(len(train.labels_NT), cfg)
     out: list[Cell] = []
     first = 0
@@ -65,13 +69,19 @@ def _cells(
     T, cells, most, found = train.labels_NT.shape[1], [], max(drawn), []
     none = Choice(np.zeros(T, np.int64), np.full(T, np.nan))
     best = {n: [none] * len(same_n) for n, same_n in drawn.items()}
+    null = [none] * len(drawn[most])
     size = max(1, int(cfg.memory_gb * 1e9 / (16 * train.scores.scores_KN.shape[1])))
     for first, last in _pieces(bank.ks, size):
         scores_CN = train.of(slice(start + first, start + last))
         for n, same_n in drawn.items():
             for r, rows_n in enumerate(same_n):
                 labels_nT, known_nT = train.labels_NT[rows_n], train.known_of(rows_n)
-                ap_CT = ap.of_rows(scores_CN[:, rows_n], labels_nT, known_nT)
+                if n < most:
+                    ap_CT = ap.of_rows(scores_CN[:, rows_n], labels_nT, known_nT)
+                else:
+                    order_n = permutation(len(rows_n), cfg.seed, r)
+                    ap_CT, null_CT = _with_null(scores_CN[:, rows_n], labels_nT, known_nT, order_n)
+                    null[r] = better(null[r], null_CT, first)
                 best[n][r] = better(best[n][r], ap_CT, first)
                 if n == most and r == 0:
                     found.append(favourites(ap_CT, prevalence(labels_nT, known_nT)))
@@ -79,7 +89,22 @@ def _cells(
             cells += [Cell(bank.name, last, n, list(choices), start) for n, choices in best.items()]
     merged = Favourites(*map(np.concatenate, zip(*found, strict=True)))
     is_last = (max(bank.ks), most)
-    return [c._replace(favourites=merged) if (c.n_prototypes, c.n_train) == is_last else c for c in cells]
+    cells = [c._replace(favourites=merged) if (c.n_prototypes, c.n_train) == is_last else c for c in cells]
+    return [*cells, Cell(bank.name + results.PERMUTED, *is_last, null, start)]
+
+
+def _with_null(
+    scores_Cn: np.ndarray, labels_nT: np.ndarray, known_nT: np.ndarray | None, order_n: np.ndarray
+) -> list[Float64[np.ndarray, "C T"]]:
+    """APs for the labels, and for those of the images in another order. Both share the images' ranking."""
+    both_nU = np.hstack([labels_nT, labels_nT[order_n]])
+    known_nU = None if known_nT is None else np.hstack([known_nT, known_nT[order_n]])
+    return np.hsplit(ap.of_rows(scores_Cn, both_nU, known_nU), 2)
+
+
+def permutation(n: int, seed: int, r: int = 0) -> Int64[np.ndarray, " n"]:
+    """Image i gets all labels of image order_n[i], for the null of draw r, equally for all scorers."""
+    return np.random.default_rng((seed, 0x9E12, r)).permutation(n)
 
 
 def draws(n_images: int, cfg: config.ProtoEval) -> dict[int, list[np.ndarray]]:

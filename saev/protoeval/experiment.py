@@ -19,7 +19,7 @@ from saev.scorers import config as scorers_config
 
 logger = logging.getLogger("saev")
 
-REVISION = 5
+REVISION = 6
 """Raise it when the same activations, labels and config may give other numbers."""
 
 PATCH_REVISION = 1
@@ -110,6 +110,7 @@ class Experiment:
             n_unknown=self.labels.n_unknown,
             n_labels=self.labels.labels_NT.size,
             n_zero=int((~seen_T).sum()) if cfg.no_positives == "zero" else 0,
+            nulls={name + results.PERMUTED: name for name in self.names},
         )
 
     def _settings(self, cfg: config.ProtoEval, fit: join.Fit) -> dict[str, tp.Any]:
@@ -135,7 +136,7 @@ class Experiment:
         if devices.pick(self.cfgs[0].device).type != "cpu":
             return
         chosen, measured = self.sides
-        ckpts = [pathlib.Path(getattr(cfg.scorer, "ckpt", "")) for cfg in self.cfgs]
+        ckpts = [pathlib.Path(scorers_config.checkpoint(cfg.scorer)) for cfg in self.cfgs]
         sizes = memory.Sizes(
             n_train=len(chosen.row_of),
             n_test=len(measured.row_of),
@@ -150,18 +151,24 @@ class Experiment:
 
 
 def _content(cfg: config.ProtoEval, fit: join.Fit) -> dict[str, str]:
-    """A hash of the SAE's checkpoint, or of the activations that the scorer is fitted on."""
-    if isinstance(cfg.scorer, scorers_config.Units):
-        return {}
-    ckpt = getattr(cfg.scorer, "ckpt", None)
-    if ckpt is None:
-        return {"fit": fit.acts.fingerprint}
-    return {"ckpt": helpers.hash_file(pathlib.Path(ckpt)) if pathlib.Path(ckpt).is_file() else ckpt}
+    """Hashes of the SAE's checkpoint and of the activations that the scorer is fitted on, as far as it has
+    them."""
+    ckpt = scorers_config.checkpoint(cfg.scorer)
+    content = helpers.hash_file(pathlib.Path(ckpt)) if pathlib.Path(ckpt).is_file() else ckpt
+    match cfg.scorer:
+        case scorers_config.Units():
+            return {}
+        case scorers_config.Sae():
+            return {"ckpt": content}
+        case scorers_config.Untrained():
+            return {"like": content, "fit": fit.acts.fingerprint}
+        case _:
+            return {"fit": fit.acts.fingerprint}
 
 
 def _run_name(cfg: config.ProtoEval) -> str:
     """An SAE's run id, its name in the table; else ""."""
-    return pathlib.Path(getattr(cfg.scorer, "ckpt", "")).parent.name
+    return pathlib.Path(scorers_config.checkpoint(cfg.scorer)).parent.name
 
 
 # ---- names ----
@@ -175,7 +182,7 @@ def names(cfgs: list[config.ProtoEval]) -> list[str]:
     """
     short = [_name(cfg, cfgs) for cfg in cfgs]
     full = [
-        f"{name} ({getattr(cfg.scorer, 'ckpt', '')} fit on {cfg.fit.shard_root} layer {cfg.fit.layer} "
+        f"{name} ({scorers_config.checkpoint(cfg.scorer)} fit on {cfg.fit.shard_root} layer {cfg.fit.layer} "
         f"{cfg.fit.patches}, {_fit_images(cfg)})"
         for name, cfg in zip(short, cfgs, strict=True)
     ]
@@ -191,7 +198,7 @@ def _name(cfg: config.ProtoEval, cfgs: list[config.ProtoEval]) -> str:
     parts = [type(cfg.scorer).__name__]
     for field in dataclasses.fields(cfg.scorer):
         value = getattr(cfg.scorer, field.name)
-        if field.name == "ckpt":
+        if field.name in ("ckpt", "like"):
             parts.append(pathlib.Path(value).parent.name or value)
         elif any(getattr(c.scorer, field.name) != value for c in alike):
             parts.append(f"{field.name}={value}")

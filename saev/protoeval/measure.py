@@ -1,6 +1,6 @@
-"""Measures the chosen prototypes, a constant scorer and a linear probe by average precision on test images.
+"""Measures the chosen prototypes, a constant scorer and two probes by average precision on test images.
 
-N images, T traits, M resamples of the test images.
+N images, D d_vit, T traits, M resamples of the test images.
 """
 
 import beartype
@@ -15,10 +15,14 @@ from saev.protoeval import ap, choose, config, probe, score
 def measure(
     cells: list[choose.Cell], train: score.Split, test: score.Split, cfg: config.ProtoEval
 ) -> list[results.Row]:
-    """The rows of the constant scorer and of the linear probe, then one row per cell."""
+    """The rows of the constant scorer and of the probes, then one row per cell."""
     meter = Meter(test, cfg)
     rows = [_constant_row(train, meter)]
-    rows += [_probe_row(same_n, train, meter) for same_n in choose.draws(len(train.labels_NT), cfg).values()]
+    pooled = zip(results.PROBES[1:], (train.mean_ND, train.max_ND), (test.mean_ND, test.max_ND), strict=True)
+    draws = choose.draws(len(train.labels_NT), cfg).values()
+    todo = [(same_n, *each) for each in pooled for same_n in draws]
+    for same_n, name, train_ND, test_ND in helpers.progress(todo, "probes", len(todo), "probes"):
+        rows.append(_probe_row(name, same_n, train, train_ND, test_ND, meter, cfg.seed))
     for cell in helpers.progress(cells, "measure", len(cells), "cells"):
         found = [meter(test.of(cell.first + choice.best_T)) for choice in cell.choices]
         rows.append(_row(cell.scorer, cell.n_prototypes, cell.n_train, cell.choices, found))
@@ -72,14 +76,22 @@ def _constant_row(train: score.Split, meter: Meter) -> results.Row:
     return _row(results.CONSTANT, 1, len(zeros_NT), [choice], [measured])
 
 
-def _probe_row(same_n: list[np.ndarray], train: score.Split, meter: Meter) -> results.Row:
-    """A linear probe, trained on the images that scorers choose on: what labels give without prototypes."""
+def _probe_row(
+    name: str,
+    same_n: list[np.ndarray],
+    train: score.Split,
+    train_ND: Float[np.ndarray, "N D"],
+    test_ND: Float[np.ndarray, "_ D"],
+    meter: Meter,
+    seed: int,
+) -> results.Row:
+    """A probe on pooled activations, trained on the images that scorers choose on: what labels give without
+    prototypes."""
     choices, measured = [], []
     for rows_n in same_n:
-        train_ND, labels_NT = train.mean_ND[rows_n], train.labels_NT[rows_n]
-        known_NT = train.known_of(rows_n)
-        own_NT, test_NT = probe.scores(train_ND, labels_NT, train_ND, meter.test.mean_ND, known_NT=known_NT)
+        own_ND, labels_NT, known_NT = train_ND[rows_n], train.labels_NT[rows_n], train.known_of(rows_n)
+        own_NT, test_NT = probe.scores(own_ND, labels_NT, own_ND, test_ND, known_NT=known_NT, seed=seed)
         train_ap_T = ap.paired(own_NT.T, labels_NT, known_NT)
         choices.append(choose.Choice(np.zeros(len(train_ap_T), np.int64), train_ap_T))
         measured.append(meter(test_NT.T))
-    return _row(results.PROBE, 1, len(same_n[0]), choices, measured)
+    return _row(name, 1, len(same_n[0]), choices, measured)

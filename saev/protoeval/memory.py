@@ -20,6 +20,10 @@ DISTANCES = 4 * 2**28
 """Bytes of the distances that k-means computes at once on a GPU (`scorers.kmeans.TILE`)."""
 BINS, SCORES = 36_944, 4 * 2**24
 """Bytes of a prototype's bins in the patch table (`logistic.Sums`), and of the scores computed at once."""
+PROBES = 256
+"""Regressions that are fitted at once (`probe.AT_ONCE`)."""
+UNTRAINED, PRE_ACTIVATIONS = 65_536, 4 * 2**25
+"""Activations that initialise an untrained SAE, and bytes of the pre-activations that set its threshold."""
 PER_PATCH = 250
 """Bytes per test patch while its classes are measured."""
 
@@ -51,15 +55,15 @@ def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
     """Peak bytes for one group of scorers, including the memory-mapped files of scores."""
     ks = [_n_prototypes(cfg, sizes.d_vit) for cfg in cfgs]
     held = sum(
-        2 * sizes.ckpt if isinstance(cfg.scorer, scorers_config.Sae) else 8 * k * sizes.d_vit
+        2 * sizes.ckpt if scorers_config.checkpoint(cfg.scorer) else 8 * k * sizes.d_vit
         for cfg, k in zip(cfgs, ks, strict=True)
     )
     fit = max(_fit(cfg, k, sizes) for cfg, k in zip(cfgs, ks, strict=True))
-    scores = 4 * sizes.n_imgs * (sum(ks) + sizes.d_vit)
+    scores = 4 * sizes.n_imgs * (sum(ks) + 2 * sizes.d_vit)
     one = 4 * (5 * sizes.n_tokens * sizes.d_vit + 2 * sum(ks))  # an image's activations and scores
     block = max(one, int(min(cfgs[0].memory_gb * 1e9, one * min(SCORE_BLOCK, sizes.n_imgs))))
-    # mean activations in float64, scaled, centred and decomposed
-    probe = 8 * sizes.n_train * (6 * sizes.d_vit + 4 * sizes.n_traits)
+    # pooled activations in float64, scaled and decomposed; what a part of the regressions needs
+    probe = 8 * sizes.n_train * (6 * sizes.d_vit + 8 * min(PROBES, 5 * sizes.n_traits) + sizes.n_traits)
     choosing = _choice(cfgs[0], max(ks), sizes)
     most = max(block, choosing, probe, _patches(cfgs, sum(ks), sizes))
     return memory.PROGRAM + max(fit, LIBRARIES + held + scores + most)
@@ -102,6 +106,9 @@ def _fit(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
             return 5 * 8 * d_vit**2 + blocks
         case scorers_config.Units():
             return 16 * d_vit**2
+        case scorers_config.Untrained():
+            sample = min(UNTRAINED, sizes.n_fit)
+            return _sample(sample, sizes, blocks) + max(4 * sizes.ckpt, 4 * PRE_ACTIVATIONS)
         case _:
             return 4 * sizes.ckpt
 
@@ -125,7 +132,7 @@ def gpu_scoring(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) 
     """Peak bytes of a GPU's tensors in the pass over images: scorers, a block of images, a tile of scores."""
     ks = [_n_prototypes(cfg, sizes.d_vit) for cfg in cfgs]
     held = sum(
-        sizes.ckpt if isinstance(cfg.scorer, scorers_config.Sae) else 8 * k * sizes.d_vit
+        sizes.ckpt if scorers_config.checkpoint(cfg.scorer) else 8 * k * sizes.d_vit
         for cfg, k in zip(cfgs, ks, strict=True)
     )
     one = 4 * (5 * sizes.n_tokens * sizes.d_vit + 2 * sum(ks))
@@ -133,7 +140,7 @@ def gpu_scoring(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) 
     block = 4 * n_imgs * (sizes.n_tokens * sizes.d_vit + 2 * sum(ks))
     n_rows = min(TILE_ROWS, n_imgs * sizes.n_tokens)
     tile = 12 * n_rows * sizes.d_vit + min(2 * TILE_BYTES, 4 * n_rows * max(ks))  # prepared, and scores
-    compared = [k for cfg, k in zip(cfgs, ks, strict=True) if not isinstance(cfg.scorer, scorers_config.Sae)]
+    compared = [k for cfg, k in zip(cfgs, ks, strict=True) if not scorers_config.checkpoint(cfg.scorer)]
     unit_vectors = 4 * max(compared, default=0) * sizes.d_vit
     return held + block + tile + unit_vectors
 

@@ -17,7 +17,7 @@ logger = logging.getLogger("saev")
 
 LEGEND = (
     "mAP: mean over traits with a positive test image (table.csv has their number). Interval: 95% bootstrap "
-    f"interval over test images. 5% and 95% are quantiles over traits. {report.PROBE_NOTE}"
+    "interval over test images. 5% and 95% are quantiles over traits."
 )
 OVER_SEEDS = (
     "Mean and standard deviation over seeds of the mAP, and of its difference from random activations with "
@@ -137,7 +137,7 @@ def _text(part: Merged, table: pl.DataFrame, place: dict[str, str]) -> list[str]
         f"{report.settings(about)}"
         for about in part.abouts
     ]
-    return [*text, f"{LEGEND}\n", *dict.fromkeys(notes)]
+    return [*text, f"{LEGEND} {report.reference_notes(part.cells)}\n", *dict.fromkeys(notes)]
 
 
 # ---- reading ----

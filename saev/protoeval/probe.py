@@ -1,17 +1,25 @@
-"""The supervised reference: a linear probe per trait. N images, D d_vit, T traits."""
+"""The supervised references: a logistic regression per trait on images' pooled activations.
 
-import warnings
+N images, D d_vit, T traits, E inputs of a regression (directions of the activations, and 1 for the
+intercept), C regressions: a trait on the train images but one fold.
+"""
+
+import collections.abc
 
 import beartype
 import numpy as np
-import scipy.linalg
-import sklearn.linear_model
-import sklearn.pipeline
-import sklearn.preprocessing
-from jaxtyping import Bool, Float32, Float64, jaxtyped
+import sklearn.model_selection
+from jaxtyping import Bool, Float32, Float64, Int8, jaxtyped
 
-ALPHAS = np.logspace(-1, 6, 15)
-"""Candidate penalties. Each trait gets its own."""
+from saev.protoeval import newton_cg
+
+PENALTIES = np.logspace(5, -1, 13)
+"""Candidate penalties, from strong to weak. Each trait gets its own."""
+FEW_PENALTY = 1.0
+"""Of traits with fewer than two positive or negative train images: scikit-learn's default."""
+N_FOLDS = 5
+AT_ONCE = 256
+"""Regressions that are fitted together."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -20,35 +28,104 @@ def scores(
     labels_NT: Bool[np.ndarray, "N T"],
     *others: Float32[np.ndarray, "_ D"],
     known_NT: Bool[np.ndarray, "N T"] | None = None,
+    seed: int = 0,
 ) -> list[Float64[np.ndarray, "_ T"]]:
-    """Scores `others` by ridge regression (Hoerl and Kennard 1970) from images' mean activations to each
-    trait.
+    """Scores `others` by L2-penalised logistic regression from images' pooled activations to each trait.
 
-    Dimensions are scaled to variance 1 on the train images. The penalty minimises the leave-one-out error on
-    them. A trait without a positive (or negative) train image gets a constant score. Traits with the same
-    known labels are fitted together, on the images that have these.
+    Dimensions are scaled to mean 0 and variance 1 on the train images. Each trait is fitted on the images
+    with a known label, with the penalty that `choose_penalties` finds. A trait without a positive (or
+    negative) train image gets a constant score.
     """
-    if known_NT is None or known_NT.all():
-        return _fit(train_ND, labels_NT, others)
-    out = [np.zeros((len(x_ND), labels_NT.shape[1])) for x_ND in others]
-    known_GN, group_T = np.unique(known_NT.T, axis=0, return_inverse=True)
-    for g, known_N in enumerate(known_GN):
-        if known_N.any():
-            in_group_T = group_T.ravel() == g
-            found = _fit(train_ND[known_N], labels_NT[known_N][:, in_group_T], others)
-            for scores_NT, part_NT in zip(out, found, strict=True):
-                scores_NT[:, in_group_T] = part_NT
-    return out
+    known_NT = np.ones_like(labels_NT) if known_NT is None else known_NT
+    mean_D, std_D = train_ND.mean(axis=0, dtype=np.float64), train_ND.std(axis=0, dtype=np.float64)
+    std_D[std_D <= 1e-7 * np.abs(mean_D)] = np.inf  # constant, up to rounding
+    x_NE, turn_DE = _turned((train_ND - mean_D) / std_D)
+    penalty_T = choose_penalties(x_NE, labels_NT, known_NT, seed)
+    is_used_NT = known_NT & (_rarer(labels_NT, known_NT) > 0)
+    w_ET = np.zeros((x_NE.shape[1], labels_NT.shape[1]))
+    for at in _parts(labels_NT.shape[1]):
+        w_ET[:, at] = newton_cg.fit(x_NE, labels_NT[:, at], is_used_NT[:, at], penalty_T[at], w_ET[:, at])
+    w_DT = turn_DE @ w_ET[:-1]
+    return [((other_ND - mean_D) / std_D) @ w_DT + w_ET[-1] for other_ND in others]
 
 
-def _fit(train_ND: np.ndarray, labels_NT: np.ndarray, others: tuple[np.ndarray, ...]) -> list[np.ndarray]:
-    probe = sklearn.pipeline.make_pipeline(
-        sklearn.preprocessing.StandardScaler(), sklearn.linear_model.RidgeCV(ALPHAS, alpha_per_target=True)
-    )
-    with warnings.catch_warnings():
-        # With few images the smallest penalty is nearly singular; leave-one-out then chooses a larger one.
-        warnings.simplefilter("ignore", scipy.linalg.LinAlgWarning)
-        warnings.simplefilter("ignore", RuntimeWarning)  # leave-one-out of a single image
-        probe.fit(train_ND.astype(np.float64), labels_NT.astype(np.float64))
-    found = (np.asarray(probe.predict(x_ND.astype(np.float64))) for x_ND in others)
-    return [scores.reshape(len(scores), -1) for scores in found]
+@jaxtyped(typechecker=beartype.beartype)
+def choose_penalties(
+    x_NE: Float64[np.ndarray, "N E"],
+    labels_NT: Bool[np.ndarray, "N T"],
+    known_NT: Bool[np.ndarray, "N T"],
+    seed: int,
+) -> Float64[np.ndarray, " T"]:
+    """Each trait's penalty with the lowest loss on held-out folds of the images with a known label.
+
+    The folds are stratified: N_FOLDS, or as many as the rarer label has images. With fewer than two of these,
+    it is FEW_PENALTY. From strong to weak penalties, a trait's search ends once the loss has risen twice in a
+    row.
+    """
+    fold_NT = _folds(labels_NT, known_NT, seed)
+    n_folds_T = fold_NT.max(axis=0, initial=-1) + 1
+    penalty_T = np.full(labels_NT.shape[1], FEW_PENALTY)
+    several = np.flatnonzero(n_folds_T)
+    for at in _parts(len(several), AT_ONCE // N_FOLDS):
+        mine = several[at]
+        penalty_T[mine] = _searched(x_NE, labels_NT[:, mine], fold_NT[:, mine], n_folds_T[mine])
+    return penalty_T
+
+
+def _searched(
+    x_NE: np.ndarray, labels_NT: np.ndarray, fold_NT: np.ndarray, n_folds_T: np.ndarray
+) -> Float64[np.ndarray, " T"]:
+    """`choose_penalties` for some traits."""
+    trait_C = np.repeat(np.arange(len(n_folds_T)), n_folds_T)
+    fold_C = np.concatenate([np.arange(n) for n in n_folds_T])
+    w_EC = np.zeros((x_NE.shape[1], len(trait_C)))
+    penalty_T, best_T, last_T = np.zeros(len(n_folds_T)), *np.full((2, len(n_folds_T)), np.inf)
+    n_risen_T = np.zeros(len(n_folds_T), np.int64)
+    for penalty in PENALTIES:
+        live_C = np.flatnonzero(n_risen_T[trait_C] < 2)
+        if not len(live_C):
+            break
+        mine_C = trait_C[live_C]
+        label_NC, fold_NC = labels_NT[:, mine_C], fold_NT[:, mine_C]
+        is_held_NC = fold_NC == fold_C[live_C]
+        is_used_NC = (fold_NC >= 0) & ~is_held_NC
+        penalty_C = np.full(len(live_C), penalty)
+        w_EC[:, live_C] = newton_cg.fit(x_NE, label_NC, is_used_NC, penalty_C, w_EC[:, live_C], 1e-7)
+        z_NC = x_NE @ w_EC[:, live_C]
+        loss_C = np.where(is_held_NC, np.logaddexp(0, z_NC) - label_NC * z_NC, 0.0).sum(axis=0)
+        loss_T = np.bincount(mine_C, loss_C, len(n_folds_T))
+        is_live_T = n_risen_T < 2
+        is_best_T = is_live_T & (loss_T < best_T)
+        penalty_T[is_best_T], best_T[is_best_T] = penalty, loss_T[is_best_T]
+        n_risen_T = np.where(is_live_T & (loss_T <= last_T), 0, n_risen_T + 1)
+        last_T = loss_T
+    return penalty_T
+
+
+def _folds(labels_NT: np.ndarray, known_NT: np.ndarray, seed: int) -> Int8[np.ndarray, "N T"]:
+    """Each image's fold for each trait. -1: its label is missing, or the trait has too few images."""
+    fold_NT = np.full(labels_NT.shape, -1, np.int8)
+    for t, rarer in enumerate(_rarer(labels_NT, known_NT).tolist()):
+        if rarer < 2:
+            continue
+        rows = np.flatnonzero(known_NT[:, t])
+        split = sklearn.model_selection.StratifiedKFold(min(N_FOLDS, rarer), shuffle=True, random_state=seed)
+        for fold, (_, held) in enumerate(split.split(rows, labels_NT[rows, t])):
+            fold_NT[rows[held], t] = fold
+    return fold_NT
+
+
+def _rarer(labels_NT: np.ndarray, known_NT: np.ndarray) -> np.ndarray:
+    """Images with the rarer label of each trait."""
+    n_T = (labels_NT & known_NT).sum(axis=0)
+    return np.minimum(n_T, known_NT.sum(axis=0) - n_T)
+
+
+def _turned(x_ND: np.ndarray) -> tuple[Float64[np.ndarray, "N E"], Float64[np.ndarray, "D e"]]:
+    """(the inputs in their principal axes, in which penalties are the same, and 1; the axes)."""
+    u_NE, size_E, turn_ED = np.linalg.svd(x_ND, full_matrices=False)
+    return np.column_stack([u_NE * size_E, np.ones(len(x_ND))]), turn_ED.T
+
+
+def _parts(n: int, size: int = AT_ONCE) -> collections.abc.Iterator[slice]:
+    return (slice(at, at + size) for at in range(0, n, size))

@@ -27,10 +27,16 @@ AGAINST = (
 AGAIN = "Move that folder away and evaluate again with protoeval.py."
 INTERVAL = "95% bootstrap interval of the mAP over {} resamples of the test images (quantiles 2.5% and 97.5%)"
 """What `results.interval` is, for notes and captions."""
-PROBE_NOTE = (
-    "Linear probe: ridge regression on the mean activation, trained on the labels of the same number of "
-    "images. It is a supervised reference. With few images it is not an upper bound."
-)
+REFERENCE_NOTES = {
+    results.PROBES[0]: "Linear probe (of an older version): ridge regression on the mean activation.",
+    results.PROBES[1]: "Logistic probes: logistic regression on the mean, or maximum, of each dimension over "
+    "an image's patches, trained on the labels of the same number of images, with the penalty of each trait "
+    "chosen by cross-validation on them. They are supervised references. With few images they are not upper "
+    "bounds.",
+    results.NULL: "Permuted labels: the prototypes are chosen after the labels of the train images were "
+    "permuted, and measured on the true labels of the test images.",
+}
+"""What a row means, for a class of references."""
 
 
 @contextlib.contextmanager
@@ -198,7 +204,12 @@ def _notes(cells: pl.DataFrame, n_traits: int, about: results.About) -> str:
     for n_train, n in unseen.unique("n_train", keep="last").sort("n_train").iter_rows():
         note += f" With {n_train} train images, {n} trait(s) have no positive train image (in some draw) "
         note += "and get prototype 0."
-    return f"{note} {PROBE_NOTE}\n\n{settings(about)}"
+    return f"{note} {reference_notes(cells)}\n\n{settings(about)}"
+
+
+def reference_notes(cells: pl.DataFrame) -> str:
+    """What the rows of references mean that a table has."""
+    return " ".join(note for cls, note in REFERENCE_NOTES.items() if cls in cells["cls"])
 
 
 def caption(cells: pl.DataFrame, abouts: list[results.About]) -> str:
@@ -236,7 +247,7 @@ def settings(about: results.About) -> str:
         if similarity in scorers_config.FORMULAS:
             fields = fields | {"similarity": f"{similarity} {scorers_config.FORMULAS[similarity]}"}
         parts = [
-            f"{key.replace('_', ' ')} {str(value)[:8] if key in ('ckpt', 'fit') else value}"
+            f"{key.replace('_', ' ')} {str(value)[:8] if key in ('ckpt', 'like', 'fit') else value}"
             for key, value in fields.items()
             if key != "cls"
         ]

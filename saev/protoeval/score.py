@@ -1,7 +1,7 @@
-"""Computes images' scores for all prototypes of all scorers, and their mean activations, in one pass over
+"""Computes images' scores for all prototypes of all scorers, and their pooled activations, in one pass over
 shards.
 
-The pass writes both to files image by image, so memory is bounded and a killed pass resumes.
+The pass writes them to files image by image, so memory is bounded and a killed pass resumes.
 
 N images, K prototypes of all scorers, C of them, T traits, D d_vit, B images of a block, P patches.
 """
@@ -38,7 +38,7 @@ CHECKED = 2**24
 """Scores that are read at a time to compare checksums."""
 
 Block = tuple[tp.Annotated[int, msgspec.Meta(ge=0, le=2**31)], str]
-"""(number of images in a block, checksum of their scores and means)."""
+"""(number of images in a block, checksum of their scores and pooled activations)."""
 
 
 class Note(msgspec.Struct):
@@ -52,11 +52,13 @@ class Note(msgspec.Struct):
 @jaxtyped(typechecker=beartype.beartype)
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Scores and means of images, in the order of `image_i_N`. The arrays are memory-mapped files."""
+    """Scores and pooled activations of images, in the order of `image_i_N`. The arrays are memory-mapped
+    files."""
 
     scores_KN: Float32[np.ndarray, "K N"]
     mean_ND: Float32[np.ndarray, "N D"]
-    """Mean over each image's patches, the linear probe's input."""
+    max_ND: Float32[np.ndarray, "N D"]
+    """Mean and maximum of each dimension over an image's patches: the probes' inputs."""
     image_i_N: Int64[np.ndarray, " N"]
 
 
@@ -83,6 +85,10 @@ class Split:
     @property
     def mean_ND(self) -> Float32[np.ndarray, "N D"]:
         return self.scores.mean_ND[self.column_N]
+
+    @property
+    def max_ND(self) -> Float32[np.ndarray, "N D"]:
+        return self.scores.max_ND[self.column_N]
 
 
 def score(
@@ -155,33 +161,34 @@ def score_images(
     n_imgs = int(np.clip(memory_gb * 1e9 / image_bytes, 1, MAX_BLOCK))
     # what the scores depend on; the block size may change their last bits
     key = helpers.hash_of([[s.digest() for s in run], acts.fingerprint, image_is, n_imgs, device.type])
-    shapes = {"scores.bin": (n_prototypes, len(image_i_N)), "means.bin": (len(image_i_N), acts.d_vit)}
+    pooled = (len(image_i_N), acts.d_vit)
+    shapes = {"scores.bin": (n_prototypes, len(image_i_N)), "means.bin": pooled, "maxima.bin": pooled}
     columns_N = column_of[acts.image_is_N]
     blocks = _done(done_fpath, key, shapes, columns_N)
     first = sum(n for n, _ in blocks)
-    scores_KN, mean_ND = (_mapped(dpath / name, shape) for name, shape in shapes.items())
+    scores_KN, mean_ND, max_ND = (_mapped(dpath / name, shape) for name, shape in shapes.items())
     stream = ordered.Ordered(acts, n_imgs, [range(first, acts.n_imgs)])
     saved_s = time.monotonic()
     for block in helpers.progress(stream, "score", len(stream), "blocks"):
         column_B = column_of[block.image_i_N]
         wanted_B = column_B >= 0
-        best_KB, mean_BD = scores_KN[:, :0], mean_ND[:0]
+        best_KB, mean_BD, max_BD = scores_KN[:, :0], mean_ND[:0], max_ND[:0]
         if wanted_B.any():
-            acts_BPD, own_BD = _images(block, stream.kept(block), wanted_B, device)
+            acts_BPD, pooled_2BD = _images(block, stream.kept(block), wanted_B, device)
             best_BK = torch.cat([s.of_images(acts_BPD) for s in run], dim=1)
             _check_finite(best_BK, [acts.records[int(i)].path for i in block.image_i_N[wanted_B]])
             best_KB = best_BK.T.contiguous().cpu().numpy()
-            mean_BD = own_BD.cpu().numpy()
-            scores_KN[:, column_B[wanted_B]] = best_KB
-            mean_ND[column_B[wanted_B]] = mean_BD
-        blocks.append((len(block.image_i_N), _checksums(best_KB, mean_BD, [slice(None)])[0]))
+            mean_BD, max_BD = pooled_2BD.cpu().numpy()
+            column_N = column_B[wanted_B]
+            scores_KN[:, column_N], mean_ND[column_N], max_ND[column_N] = best_KB, mean_BD, max_BD
+        blocks.append((len(block.image_i_N), _checksums(best_KB, [mean_BD, max_BD], [slice(None)])[0]))
         first += len(block.image_i_N)
         if time.monotonic() - saved_s >= SAVE_S or first == acts.n_imgs:
-            scores_KN.flush()
-            mean_ND.flush()
+            for array in (scores_KN, mean_ND, max_ND):
+                array.flush()
             helpers.write_text(done_fpath, jsonfile.dumps(Note(key, blocks)))
             saved_s = time.monotonic()
-    return Scores(scores_KN, mean_ND, image_i_N)
+    return Scores(scores_KN, mean_ND, max_ND, image_i_N)
 
 
 def _images(
@@ -189,18 +196,20 @@ def _images(
     is_kept_BP: Bool[np.ndarray, "B P"] | None,
     wanted_B: Bool[np.ndarray, " B"],
     device: torch.device,
-) -> tuple[Float32[torch.Tensor, "N P D"], Float32[torch.Tensor, "N D"]]:
-    """(activations of the wanted images, their means). Patches that are left out (--exclude-patch-labels) are
-    replaced by another one of the image, which changes no maximum. If all of an image's are, they stay."""
+) -> tuple[Float32[torch.Tensor, "N P D"], Float32[torch.Tensor, "2 N D"]]:
+    """(activations of the wanted images, their means and maxima). Patches that are left out
+    (--exclude-patch-labels) are replaced by another one of the image, which changes no maximum. If all of an
+    image's are, they stay."""
     acts_NPD = torch.from_numpy(block.act_NXD[wanted_B]).to(device)
     if is_kept_BP is None:
-        return acts_NPD, acts_NPD.mean(dim=1)
+        return acts_NPD, torch.stack([acts_NPD.mean(dim=1), acts_NPD.amax(dim=1)])
     is_kept_NP = torch.from_numpy(is_kept_BP[wanted_B]).to(device)
     is_kept_NP = is_kept_NP | ~is_kept_NP.any(dim=1, keepdim=True)
     other_N1D = acts_NPD[torch.arange(len(acts_NPD), device=device), is_kept_NP.int().argmax(dim=1)][:, None]
     acts_NPD = torch.where(is_kept_NP[:, :, None], acts_NPD, other_N1D)
     total_ND = torch.einsum("npd,np->nd", acts_NPD, is_kept_NP.float())
-    return acts_NPD, total_ND / is_kept_NP.sum(dim=1, keepdim=True)
+    mean_ND = total_ND / is_kept_NP.sum(dim=1, keepdim=True)
+    return acts_NPD, torch.stack([mean_ND, acts_NPD.amax(dim=1)])
 
 
 def _done(
@@ -227,8 +236,8 @@ def _done(
         return []
     starts = np.cumsum([0, *(n for n, _ in note.blocks)])
     parts = [columns_N[a:b] for a, b in itertools.pairwise(starts.tolist())]
-    scores_KN, mean_ND = map(_mapped, fpaths, shapes.values())
-    found = _checksums(scores_KN, mean_ND, [part[part >= 0] for part in parts])
+    scores_KN, *pooled = map(_mapped, fpaths, shapes.values())
+    found = _checksums(scores_KN, pooled, [part[part >= 0] for part in parts])
     is_good = [
         len(part) == n and one == checksum
         for part, (n, checksum), one in zip(parts, note.blocks, found, strict=True)
@@ -245,10 +254,12 @@ def _done(
 
 
 def _checksums(
-    scores_KN: np.ndarray, mean_ND: np.ndarray, columns: list[np.ndarray] | list[slice]
+    scores_KN: np.ndarray,
+    pooled: collections.abc.Sequence[np.ndarray],
+    columns: list[np.ndarray] | list[slice],
 ) -> list[str]:
-    """XXH3-128 of each block of columns: its scores, prototype by prototype, then its means. Reads scores
-    once."""
+    """XXH3-128 of each block of columns: its scores, prototype by prototype, then its pooled activations.
+    Reads scores once."""
     sums = [xxhash.xxh3_128() for _ in columns]
     n_rows = max(1, CHECKED // max(1, scores_KN.shape[1]))
     for start in range(0, len(scores_KN), n_rows):
@@ -256,7 +267,8 @@ def _checksums(
         for digest, column_B in zip(sums, columns, strict=True):
             digest.update(np.ascontiguousarray(rows_RN[:, column_B]).data)
     for digest, column_B in zip(sums, columns, strict=True):
-        digest.update(np.ascontiguousarray(mean_ND[column_B]).data)
+        for pooled_ND in pooled:
+            digest.update(np.ascontiguousarray(pooled_ND[column_B]).data)
     return [digest.hexdigest() for digest in sums]
 
 

@@ -38,8 +38,8 @@ def cells(summary: pl.DataFrame, about: results.About) -> pl.DataFrame:
 
 
 def in_order(frame: pl.DataFrame) -> pl.DataFrame:
-    """Sorts rows as in reports: by PLACE, with the constant scorer and the linear probe first."""
-    rank = [pl.col("cls") != name for name in results.REFERENCES]
+    """Sorts rows as in reports: by PLACE, with the constant scorer and the probes first."""
+    rank = [pl.col("cls") != name for name in results.FIRST]
     return frame.sort(*PLACE, *rank, "scorer", "n_prototypes", "n_train", maintain_order=True)
 
 

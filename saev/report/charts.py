@@ -24,8 +24,11 @@ MOST_PANELS = 4
 """Most panels in a row of the grid."""
 Style = dict[str, tp.Any]
 """Keyword arguments of matplotlib."""
-PROBE: Style = {"color": "0.25", "linestyle": ":", "linewidth": 1, "label": "linear probe"}
-CONSTANT: Style = {"color": "0.45", "linestyle": "--", "linewidth": 0.8, "label": "constant score"}
+REFERENCES: dict[str, Style] = {
+    name: {"color": "0.25", "linestyle": line, "linewidth": 1, "label": f"{name[0].lower()}{name[1:]}"}
+    for name, line in zip(results.PROBES, ("-.", ":", (0, (1, 3))), strict=True)
+} | {results.CONSTANT: {"color": "0.45", "linestyle": "--", "linewidth": 0.8, "label": "constant score"}}
+"""Lines of the probes and of the constant scorer."""
 BAND: Style = {"alpha": 0.15, "linewidth": 0}
 
 
@@ -88,11 +91,12 @@ def _panel(
         n, value, low, high = line.select("n_train", "map", "low", "high")
         axes.plot(n, value, **styles[k[0]])
         axes.fill_between(n, low, high, color=styles[k[0]]["color"], **BAND)
-    for _, probe in table.filter(pl.col("cls") == results.PROBE).group_by("cls"):
-        probe = probe.sort("n_train", "map")
-        axes.plot(probe["n_train"], probe["map"], **PROBE)
+    for name in results.PROBES:
+        probe = table.filter(pl.col("cls") == name).sort("n_train", "map")
+        if len(probe):
+            axes.plot(probe["n_train"], probe["map"], **REFERENCES[name])
     for value in table.filter(pl.col("cls") == results.CONSTANT)["map"]:
-        axes.axhline(value, **CONSTANT)
+        axes.axhline(value, **REFERENCES[results.CONSTANT])
     ticks = _apart(mine["n_train"].unique().sort().to_list(), 72 * (width - 0.6))
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
@@ -116,7 +120,7 @@ def _entries(cells: pl.DataFrame, styles: dict[int, Style]) -> list[matplotlib.a
     found: list[tp.Any] = [
         matplotlib.lines.Line2D([], [], label=f"K = {k:,}", **style) for k, style in styles.items()
     ]
-    for name, style in ((results.PROBE, PROBE), (results.CONSTANT, CONSTANT)):
+    for name, style in REFERENCES.items():
         if name in cells["cls"]:
             found.append(matplotlib.lines.Line2D([], [], **style))
     if cells["low"].is_not_nan().any():

@@ -79,4 +79,26 @@ class Sae:
         fields.settle(self, "scorer.")
 
 
-Scorer = Random | KMeans | Pca | Units | Sae
+@beartype.beartype
+@dataclasses.dataclass(frozen=True)
+class Untrained:
+    """Latents of an SAE before training, with the architecture and size of a trained one. Random weights;
+    scale, decoder bias and threshold are set from activations. K prototypes are its first K latents."""
+
+    like: fields.Path = fields.neither("")  # its content decides
+    """Checkpoint (sae.pt) of the trained SAE."""
+
+    def __post_init__(self) -> None:
+        fields.settle(self, "scorer.")
+
+
+Scorer = Random | KMeans | Pca | Units | Sae | Untrained
+
+
+def checkpoint(cfg: Scorer) -> str:
+    """The checkpoint of a scorer that is an SAE or like one; "" for the others."""
+    match cfg:
+        case Sae(ckpt=fpath) | Untrained(like=fpath):
+            return fpath
+        case _:
+            return ""

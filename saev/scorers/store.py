@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import pathlib
 import re
+import typing as tp
 
 import beartype
 import torch
@@ -12,7 +13,7 @@ from saev import errors, fields, helpers, nn
 from saev.data import activations
 from saev.data import config as data_config
 from saev.formats import checkpoint, tensors
-from saev.scorers import base, config, kmeans, pca, random, sae
+from saev.scorers import base, config, kmeans, pca, random, sae, untrained
 
 logger = logging.getLogger("saev")
 
@@ -21,7 +22,7 @@ REFIT = "Delete the file; the next run fits it again."
 REVISION = 5
 """Increment it when a fit gives other numbers: then older fits and evaluations are computed again."""
 
-Fitted = config.Random | config.Pca | config.KMeans
+Fitted = config.Random | config.Pca | config.KMeans | config.Untrained
 """Configs of scorers that are fitted on activations."""
 
 
@@ -83,7 +84,7 @@ def _stored(
     seed: int,
     device: torch.device,
     dpath: pathlib.Path,
-) -> list[base.Prototypes]:
+) -> list[base.Scorer]:
     """As `_fit`, but scorers in the folder are loaded, and others saved there."""
     helpers.sweep(dpath)
     name, key = type(cfg).__name__.lower(), _key(cfg, acts, seed)
@@ -103,7 +104,7 @@ def _stored(
                     if state.with_suffix(".bin").exists():
                         state.unlink(missing_ok=True)
                 found = _found(cfg, ks, dpath, name, key)
-    return [_fitted(found[k], acts.d_vit) for k in ks]
+    return [_fitted(cfg, found[k], acts.d_vit) for k in ks]
 
 
 def _fit(
@@ -113,39 +114,51 @@ def _fit(
     seed: int,
     device: torch.device,
     state_fpaths: list[pathlib.Path] | None = None,
-) -> list[base.Prototypes]:
+) -> list[base.Scorer]:
     """Fits one scorer for each K. They may have more prototypes than that."""
-    if isinstance(cfg, config.KMeans):
-        return kmeans.fit(cfg, acts, ks, seed, state_fpaths, device)
-    one = pca.fit(acts, device) if isinstance(cfg, config.Pca) else random.fit(acts, max(ks), seed)
-    return [one] * len(ks)
+    match cfg:
+        case config.KMeans():
+            return [*kmeans.fit(cfg, acts, ks, seed, state_fpaths, device)]
+        case config.Pca():
+            return [pca.fit(acts, device)] * len(ks)
+        case config.Untrained():
+            return [untrained.fit(cfg, acts, seed)] * len(ks)
+        case config.Random():
+            return [random.fit(acts, max(ks), seed)] * len(ks)
 
 
 def _found(cfg: Fitted, ks: list[int], dpath: pathlib.Path, name: str, key: str) -> dict[int, pathlib.Path]:
-    """Maps K to its file, if there is one. Random activations: any with at least K. PCA: the only one."""
+    """Maps K to its file, if there is one. Random activations: any with at least K. PCA and untrained SAEs:
+    the only one."""
     names = {fpath: fpath.name.split("-") for fpath in dpath.glob(f"{name}-*-{key}.bin")}
     sizes = {int(parts[1]): f for f, parts in names.items() if re.fullmatch("[0-9]{1,9}", parts[1])}
     if isinstance(cfg, config.KMeans):
         return {k: sizes[k] for k in ks if k in sizes}
-    usable = {k: [n for n in sorted(sizes) if n >= k or isinstance(cfg, config.Pca)] for k in ks}
+    is_one = isinstance(cfg, config.Pca | config.Untrained)
+    usable = {k: [n for n in sorted(sizes) if n >= k or is_one] for k in ks}
     return {k: sizes[ns[0]] for k, ns in usable.items() if ns}
 
 
-def _fitted(fpath: pathlib.Path, d_vit: int) -> base.Prototypes:
+def _fitted(cfg: Fitted, fpath: pathlib.Path, d_vit: int) -> base.Scorer:
     """Loads a fitted scorer.
 
     Raises:
         UserError: as `load`; or its size does not match its name and the activations.
     """
     scorer, k = load(fpath), int(fpath.name.split("-")[1])
-    shape = tuple(scorer.direction_KD.shape) if isinstance(scorer, base.Prototypes) else "an SAE"
-    if not isinstance(scorer, base.Prototypes) or shape != (k, d_vit):
-        raise errors.UserError(f"{fpath}: holds {shape} instead of {(k, d_vit)} (prototypes, d_vit). {REFIT}")
+    is_sae = isinstance(scorer, sae.SaeLatents)
+    vectors_KD = scorer.sae.W_dec if is_sae else tp.cast(base.Prototypes, scorer).direction_KD
+    shape = tuple(vectors_KD.shape)
+    if is_sae != isinstance(cfg, config.Untrained) or shape != (k, d_vit):
+        what = f"{'an SAE ' * is_sae}{shape}"
+        raise errors.UserError(f"{fpath}: holds {what} instead of {(k, d_vit)} (prototypes, d_vit). {REFIT}")
     return scorer
 
 
-def _configured(cfg: Fitted, scorer: base.Prototypes, k: int) -> base.Prototypes:
+def _configured(cfg: Fitted, scorer: base.Scorer, k: int) -> base.Scorer:
     """The first k prototypes, with the config's similarity and signs."""
+    if isinstance(cfg, config.Untrained) or not isinstance(scorer, base.Prototypes):
+        return scorer.prefix(k)
     if isinstance(cfg, config.Pca):
         return (pca.both_signs(scorer) if cfg.both_signs else scorer).prefix(k)
     return dataclasses.replace(scorer, similarity=cfg.similarity).prefix(k)
@@ -160,6 +173,8 @@ def _key(cfg: config.Scorer, acts: activations.Activations, seed: int) -> str:
         "activations": acts.fingerprint,
         "seed": None if isinstance(cfg, config.Pca) else seed,
     }
+    if isinstance(cfg, config.Untrained):
+        parts["like"] = helpers.hash_file(pathlib.Path(cfg.like)) if pathlib.Path(cfg.like).is_file() else ""
     return helpers.hash_of(parts)[:12]
 
 

@@ -32,7 +32,7 @@ def main() -> None:
 
 def _gallery(cfg: config.Visuals) -> str:
     source = pathlib.Path(cfg.source or "units")
-    is_sae = isinstance(cfg.shown, config.Sae)
+    is_sae = isinstance(cfg.shown, config.Sae) and source.suffix != ".bin"
     name = sweeps.title("visuals", cfg, source.parent.name if is_sae else source.stem)
     (outcome,) = launch.run("saev.visuals.collect:main", [cfg], cfg.slurm, name)
     return outcome.get()

@@ -208,11 +208,11 @@ def _fitted(
 
 
 def title(cfg: config.Visuals, layer: int) -> str:
-    """The gallery's title: the run's name, the scorer's file, or the layer."""
+    """The gallery's title: the run's name, the fitted scorer's file, or the layer."""
     match cfg.shown:
-        case config.Sae(ckpt=ckpt):
+        case config.Sae(ckpt=ckpt) if not ckpt.endswith(".bin"):  # of an untrained SAE
             return pathlib.Path(ckpt).resolve().parent.name
-        case config.Fitted(path=path):
+        case config.Sae(ckpt=path) | config.Fitted(path=path):
             return pathlib.Path(path).stem
         case _:
             return f"units of layer {layer}"

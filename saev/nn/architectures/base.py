@@ -71,6 +71,9 @@ class Architecture(abc.ABC):
     def initialize(self, sae: "SparseAutoencoder", x_ND: Tensor) -> None:  # noqa: B027
         """Initialises these parameters from raw activations. scale and b_dec are already set."""
 
+    def calibrate(self, sae: "SparseAutoencoder", x_ND: Tensor) -> None:  # noqa: B027
+        """Sets what inference needs besides the parameters, for an SAE that is not trained."""
+
     def set_threshold(self, sae: "SparseAutoencoder", threshold: Tensor) -> None:
         """Sets the threshold, () or (S,), to that of another library's SAE."""
         sae.threshold.copy_(threshold.clamp(min=0))

@@ -3,6 +3,8 @@
 Shape letters: B batch, D d_vit, S latents, K the first K latents, n sparse codes.
 """
 
+import contextlib
+import math
 import typing as tp
 
 import beartype
@@ -14,9 +16,19 @@ from saev import errors
 from saev.nn import activations, config, sparse
 from saev.nn.architectures import base
 
+CALIBRATED = 2**25
+"""About how many pre-activations decide the threshold of an SAE that is not trained."""
+
 
 class BatchTopK(base.Architecture, cfg=config.BatchTopK):
     is_always_sparse = True
+
+    def calibrate(self, sae, x_ND: Tensor) -> None:
+        """Sets the threshold so that top_k latents fire per activation; to 0 if fewer are positive."""
+        n_rows = max(16, CALIBRATED // sae.d_sae)
+        x_BD = x_ND[:: math.ceil(len(x_ND) / n_rows)]
+        with contextlib.suppress(errors.UserError):
+            calibrate(sae, x_BD, self.cfg.top_k)
 
     def encode(self, sae, pre_BS: Tensor) -> Tensor:
         if not sae.training:
