@@ -40,7 +40,9 @@ def check(banks: list[fit.Bank], cfg: config.ProtoEval, patches: patch_join.Labe
                 f"--audit {max(cfg.audit)}: {banks[i].name} has {max(banks[i].ks):,} prototypes. Pass "
                 "smaller numbers, or more prototypes (--n-prototypes)."
             )
-    if not len(_classes(patches)):
+    class_C = _classes(patches)
+    logger.info("audit: %d of %d classes of patches", len(class_C), len(patches.names))
+    if not len(class_C):
         raise errors.UserError(
             f"--audit: no class of {cfg.patch_labels} can be audited. Needed is a class, other than "
             f"{BACKGROUND}, that train and test patches have, and less than {results.TAU:.0%} of the train "

@@ -169,7 +169,7 @@ def saved(fpath: pathlib.Path) -> Ranking | None:
     """A ranking that `save` wrote; None if there is no such file or it is damaged (zip files have
     checksums)."""
     try:
-        with np.load(fpath, allow_pickle=False) as arrays:
+        with fpath.open("rb") as fd, np.load(fd, allow_pickle=False) as arrays:
             return Ranking(*(arrays[name] for name in Ranking._fields))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
