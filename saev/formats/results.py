@@ -11,7 +11,7 @@ import typing as tp
 import beartype
 import numpy as np
 import polars as pl
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64, Int64, jaxtyped
 
 from saev import helpers
 
@@ -92,6 +92,25 @@ PATCH_DIFFERENCES = (
     | dict.fromkeys(("difference", "low", "high"), pl.Float64)
     | {"excludes_zero": pl.Boolean}
 )
+
+# ---- the audit ----
+
+AUDIT_FILES = ("audit.parquet", "audit-yields.csv", "audit-differences.csv", "audit.md")
+"""Files that a results directory has besides, with --audit."""
+AUDIT = (
+    PATCH_CELL
+    | {"rank": pl.Int64, "prototype": pl.Int64, "penalty": pl.Float64, "trait": pl.String}
+    | {"weight": pl.Float64, "class": pl.String}
+    | dict.fromkeys(("train_ap", "test_ap", "purity", "highest_ap"), pl.Float64)
+    | {"localises": pl.Boolean}
+)
+AUDIT_YIELDS = (
+    PATCH_CELL
+    | {"measure": pl.String}
+    | dict.fromkeys(("value", "low", "high", "null", "null_low", "null_high", "p", "any_class"), pl.Float64)
+)
+AREA = "area"
+"""Name of the area under the yields, the mean of Yield(1), Yield(2), ... up to the largest B."""
 
 
 @beartype.beartype
@@ -242,6 +261,67 @@ class PatchTable(tp.NamedTuple):
     n_test_C: Int64[np.ndarray, " C"]
     """Patches of each class."""
     rows: list[PatchRow]
+
+
+@jaxtyped(typechecker=beartype.beartype)
+@dataclasses.dataclass(frozen=True)
+class AuditRow:
+    """The audit of a scorer's first B prototypes, ranked by the image labels of train images.
+
+    M: all test images, then resamples of them, which all rows share. P permutations of the image labels.
+    """
+
+    scorer: str
+    n_prototypes: int
+    prototype_B: Int64[np.ndarray, " B"]
+    penalty_B: Float64[np.ndarray, " B"]
+    """Penalty at which it enters the model, as a share of the largest; NaN: it does not."""
+    trait_B: Int64[np.ndarray, " B"]
+    """Trait with its largest weight at this penalty; -1: none."""
+    weight_B: Float64[np.ndarray, " B"]
+    class_B: Int64[np.ndarray, " B"]
+    """Class of patches with the highest AP on train images."""
+    train_ap_B: Float64[np.ndarray, " B"]
+    ap_BM: Float64[np.ndarray, "B M"]
+    """AP of this class on test images; NaN in resamples without it."""
+    purity_B: Float64[np.ndarray, " B"]
+    highest_ap_B: Float64[np.ndarray, " B"]
+    """Highest AP of any class on the test images: selected on them, so too high."""
+    null_ap_PB: Float64[np.ndarray, "P B"]
+    """`ap_BM` of the prototypes that are ranked by permuted image labels, on all test images."""
+
+    def means_M(self, measure: str) -> Float64[np.ndarray, " M"]:
+        """Yield("10") is "10". AREA: the area under the yields."""
+        return yields(self.ap_BM, measure)
+
+    def null_P(self, measure: str) -> Float64[np.ndarray, " P"]:
+        return yields(self.null_ap_PB.T, measure)
+
+
+def yields(ap_BM: Float64[np.ndarray, "B M"], measure: str) -> Float64[np.ndarray, " M"]:
+    """Share of the first B prototypes with an AP of at least TAU. measure: B, or AREA for the mean over all
+    B. NaN, of a class without a patch, is less."""
+    localises_BM = ap_BM >= TAU
+    if measure == AREA:
+        n_B = np.arange(1, len(ap_BM) + 1)
+        return (localises_BM.cumsum(axis=0) / n_B[:, None]).mean(axis=0)
+    return localises_BM[: int(measure)].mean(axis=0)
+
+
+class AuditTable(tp.NamedTuple):
+    budgets: list[int]
+    """The numbers B, ascending."""
+    names: list[str]
+    """Of the classes of patches."""
+    audited: list[int]
+    """Classes that are audited."""
+    traits: list[str]
+    rows: list[AuditRow]
+    """The constant scorer's first."""
+
+    @property
+    def measures(self) -> list[str]:
+        return [*map(str, self.budgets), AREA]
 
 
 def interval(boot_M: np.ndarray, value: float) -> tuple[float, float]:

@@ -39,6 +39,6 @@ def main() -> None:
 
 def show(dpath: str) -> None:
     """Prints the tables of a results directory, and its path."""
-    fpaths = (pathlib.Path(dpath) / name for name in ("table.md", "patches.md"))
+    fpaths = (pathlib.Path(dpath) / name for name in ("table.md", "patches.md", "audit.md"))
     texts = [fpath.read_text("utf-8") for fpath in fpaths if fpath.exists()]
     console.say("\n".join([*texts, dpath]))

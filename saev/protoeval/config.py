@@ -60,6 +60,9 @@ class ProtoEval:
     patch_labels: fields.Path = fields.shared("")  # their content decides
     """labels.bin of `python -m saev.labels`, or only its name if several shard directories have one. Writes
     the patch table as well: which prototype says best where each class of patches is."""
+    audit: tuple[int, ...] = fields.stream(())
+    """With --patch-labels: rank prototypes by an L1-logistic model of the image labels, and audit the first B
+    on the labels of patches. Numbers B, such as 10 25 50 100 (docs/audit.md)."""
     report: fields.Path = fields.neither("")
     """Join all results below this folder into one report, without evaluating anything."""
     plot: fields.Path = fields.neither("")
@@ -100,7 +103,9 @@ class ProtoEval:
             n_seeds="[1, 1e4]",
             n_boot="[0, 1e6]",
             memory_gb="(0, 1e5]",
+            audit="[1, 1e5]",
         )
+        self._check_audit()
         if self.cub_root and self.labels not in (traits_config.Cub(), traits_config.Cub(self.cub_root)):
             raise errors.UserError(
                 f"--cub-root {self.cub_root}: other labels are given too. Pass --cub-root or labels:NAME."
@@ -109,6 +114,22 @@ class ProtoEval:
             raise errors.UserError("--n-prototypes is empty. Pass numbers of at least 1.")
         if not self.n_train or any(n < 1 and n != -1 for n in self.n_train):
             raise errors.UserError(f"--n-train {self.n_train}: pass numbers of at least 1, or -1 for all.")
+
+    def _check_audit(self) -> None:
+        if self.audit and not self.patch_labels:
+            raise errors.UserError(
+                "--audit: needs labels of patches. Pass --patch-labels with the labels.bin that "
+                "`python -m saev.labels` printed."
+            )
+        masks = self.source
+        if self.audit and isinstance(masks, traits_config.Masks):
+            name = f"labels-{masks.label_name}.bin" if masks.label_name else "labels.bin"
+            if self.patch_labels.rpartition("/")[2] == name:
+                raise errors.UserError(
+                    f"--audit: --patch-labels {self.patch_labels} also gives the image labels "
+                    "(labels:masks), but prototypes must not be ranked by the labels that they are audited "
+                    "on. Pass other image labels, such as labels:class-folders."
+                )
 
     @property
     def test(self) -> data_config.Shards:

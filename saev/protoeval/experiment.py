@@ -25,6 +25,9 @@ REVISION = 6
 PATCH_REVISION = 1
 """The same for the patch table."""
 
+AUDIT_REVISION = 1
+"""The same for the audit."""
+
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Experiment:
             parts += self._activations
         if self.patches:
             parts += [PATCH_REVISION, self.patches.fingerprint]
+        if self.cfgs[0].audit:
+            parts += [AUDIT_REVISION]
         return helpers.hash_of(parts)[:12]
 
     @property

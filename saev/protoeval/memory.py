@@ -26,6 +26,8 @@ UNTRAINED, PRE_ACTIVATIONS = 65_536, 4 * 2**25
 """Activations that initialise an untrained SAE, and bytes of the pre-activations that set its threshold."""
 PER_PATCH = 250
 """Bytes per test patch while its classes are measured."""
+RANKINGS = 21
+"""Rankings of a scorer's prototypes in the audit (1 + `audit.N_NULL`)."""
 
 
 class Sizes(tp.NamedTuple):
@@ -65,7 +67,8 @@ def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
     # pooled activations in float64, scaled and decomposed; what a part of the regressions needs
     probe = 8 * sizes.n_train * (6 * sizes.d_vit + 8 * min(PROBES, 5 * sizes.n_traits) + sizes.n_traits)
     choosing = _choice(cfgs[0], max(ks), sizes)
-    most = max(block, choosing, probe, _patches(cfgs, sum(ks), sizes))
+    patches = max(_patches(cfgs, sum(ks), sizes), _audit(cfgs, ks, sizes))
+    most = max(block, choosing, probe, patches)
     return memory.PROGRAM + max(fit, LIBRARIES + held + scores + most)
 
 
@@ -78,6 +81,21 @@ def _patches(cfgs: collections.abc.Sequence[config.ProtoEval], k: int, sizes: Si
     blocks = 4 * 4 * FIT_BLOCK * sizes.n_tokens * sizes.d_vit
     sums = min(most, k * (BINS + 32 * sizes.n_classes)) + 3 * SCORES + blocks
     return max(sums, min(most, 4 * n_test * n_columns) + PER_PATCH * n_test)
+
+
+def _audit(
+    cfgs: collections.abc.Sequence[config.ProtoEval], ks: collections.abc.Sequence[int], sizes: Sizes
+) -> int:
+    """Ranking: weights, gradients and two flags of each prototype and trait, and a block of scores. Auditing:
+    scores of train or test patches by the first prototypes, and each patch's classes."""
+    if not cfgs[0].audit:
+        return 0
+    most, k = int(cfgs[0].memory_gb * 1e9), max(ks)
+    ranking = 16 * k * sizes.n_traits + min(most, 12 * sizes.n_train * k)
+    n_patches = max(sizes.n_train, sizes.n_test) * sizes.n_tokens
+    n_columns = sum(min(k, RANKINGS * max(cfgs[0].audit)) for k in ks)
+    own = PER_PATCH * sizes.n_test * sizes.n_tokens + sizes.n_classes * n_patches
+    return max(ranking, min(most, 4 * n_patches * n_columns) + own + 2 * 2**26)
 
 
 def _n_prototypes(cfg: config.ProtoEval, d_vit: int) -> int:

@@ -181,7 +181,7 @@ def _resume(fpath: pathlib.Path, key: str, sums: list[logistic.Sums]) -> int:
     0 if there is no such file, or one of other inputs, or a damaged one (zip files have checksums).
     """
     try:
-        with np.load(fpath, allow_pickle=False) as found:
+        with fpath.open("rb") as fd, np.load(fd, allow_pickle=False) as found:
             if found["key"].item() != key:
                 return 0
             arrays = [

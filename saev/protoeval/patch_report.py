@@ -32,7 +32,8 @@ def write(dpath: pathlib.Path, table: results.PatchTable, about: results.About) 
     frame.write_csv(dpath / "patch-differences.csv", against)
     text = f"Labels of patches:\n\n{tables.markdown(summary_table(rows))}\n{_note(table, about)}\n"
     if len(against):
-        text += f"\n{AGAINST}{tables.markdown(differences_table(against))}"
+        shown = {name: TITLES[name] for name in results.PATCH_MEASURES[:2]}
+        text += f"\n{AGAINST}{tables.markdown(differences_table(against, shown))}"
     helpers.write_text(dpath / "patches.md", text)
 
 
@@ -62,18 +63,23 @@ def classes(table: results.PatchTable) -> pl.DataFrame:
     return pl.DataFrame(lines, results.PATCH_CLASSES, orient="row")
 
 
-def differences(rows: collections.abc.Sequence[results.PatchRow], about: results.About) -> pl.DataFrame:
-    """The frame of patch-differences.csv: scorers minus random activations, at equal K, else at the
-    baseline's largest smaller K."""
+def differences(
+    rows: collections.abc.Sequence[results.PatchRow] | collections.abc.Sequence[results.AuditRow],
+    about: results.About,
+    measures: collections.abc.Sequence[str] = results.PATCH_MEASURES,
+    any_k: bool = False,
+) -> pl.DataFrame:
+    """The frame of patch-differences.csv or audit-differences.csv: scorers minus random
+    activations, at equal K, else at the baseline's largest smaller K. any_k: at the baseline's largest K."""
     cls_of = {name: settings.get("cls") for name, settings in about.scorers.items()}
     bases = [row for row in rows if cls_of.get(row.scorer) == results.BASELINE]
     lines = []
     for row in rows:
-        smaller = [base for base in bases if base.n_prototypes <= row.n_prototypes]
+        smaller = [base for base in bases if base.n_prototypes <= row.n_prototypes or any_k]
         if cls_of.get(row.scorer, results.BASELINE) == results.BASELINE or not smaller:
             continue
         base = max(smaller, key=lambda base: base.n_prototypes)
-        for name in results.PATCH_MEASURES:
+        for name in measures:
             gap_M = row.means_M(name) - base.means_M(name)
             low, high = results.interval(gap_M[1:], float(gap_M[0]))
             line = (row.scorer, row.n_prototypes, base.scorer, base.n_prototypes, name, float(gap_M[0]), low)
@@ -90,16 +96,16 @@ def summary_table(lines: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(table)
 
 
-def differences_table(lines: pl.DataFrame) -> pl.DataFrame:
-    """Of the first two measures; patch-differences.csv has all."""
-    lines = lines.filter(pl.col("measure").is_in(results.PATCH_MEASURES[:2]))
+def differences_table(lines: pl.DataFrame, titles: dict[str, str]) -> pl.DataFrame:
+    """titles: measure -> title, of those that are shown. patch-differences.csv has all."""
+    lines = lines.filter(pl.col("measure").is_in(list(titles)))
     return pl.DataFrame(
         {
             "Scorer": lines["scorer"].to_list(),
             "Prototypes": tables.texts("{:,}", lines["n_prototypes"]),
             "Baseline": lines["baseline"].to_list(),
             "Baseline prototypes": tables.texts("{:,}", lines["baseline_prototypes"]),
-            "Measure": [TITLES[name] for name in lines["measure"]],
+            "Measure": [titles[name] for name in lines["measure"]],
             "Difference": tables.texts("{:+.3f}", lines["difference"]),
             "95% interval": tables.texts("{:+.3f} to {:+.3f}", lines["low"], lines["high"]),
             "": ["excludes 0" if excludes else "" for excludes in lines["excludes_zero"]],

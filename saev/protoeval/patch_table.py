@@ -8,6 +8,7 @@ C classes, K prototypes, I test images, N test patches with a label, R rows (pat
 class and its prototype, M resamples of the test images.
 """
 
+import collections.abc
 import pathlib
 import typing as tp
 
@@ -45,12 +46,12 @@ def evaluate(
         choice for i, bank in enumerate(banks) for choice in patch_fit.choices(bank, i, fits[i], labels)
     ]
     rows = _measure(choices, run, labels, cfg, device)
-    n_train_C, n_test_C = _counts(labels)
+    n_train_C, n_test_C = counts(labels)
     return results.PatchTable(labels.names, n_train_C, n_test_C, rows)
 
 
 @jaxtyped(typechecker=beartype.beartype)
-class _Patches(tp.NamedTuple):
+class Patches(tp.NamedTuple):
     """The labelled test patches."""
 
     class_N: Int32[np.ndarray, " N"]
@@ -70,15 +71,11 @@ def _measure(
 ) -> list[results.PatchRow]:
     """Measures on the test patches. Columns of scores are held in memory, in as many passes as --memory-gb
     needs."""
-    patches = _patches(labels, cfg)
-    is_used_C = _is_used(labels)
+    patches = test_patches(labels, cfg)
+    is_used_C = is_used(labels)
     pairs = {(choice.scorer_i, k) for choice in choices for k in choice.best_C[is_used_C].tolist()}
-    columns = sorted(pairs)
-    size = max(1, int(cfg.memory_gb * 1e9 / (4 * len(patches.class_N))))
     parts: dict[tuple[int, int], _Measured] = {}
-    for at in range(0, len(columns), size):
-        some = columns[at : at + size]
-        scores_KN = _scores(run, some, labels.measured, device)
+    for some, scores_KN in scored(run, pairs, labels.measured, cfg.memory_gb, device):
         row_of = {column: row for row, column in enumerate(some)}
         todo = [
             (i, c)
@@ -99,26 +96,26 @@ def _measure(
     return rows
 
 
-def _is_used(labels: patch_join.Labels) -> Bool[np.ndarray, " C"]:
+def is_used(labels: patch_join.Labels) -> Bool[np.ndarray, " C"]:
     """Classes that some train patch and some test patch has."""
-    n_train_C, n_test_C = _counts(labels)
+    n_train_C, n_test_C = counts(labels)
     return (n_train_C > 0) & (n_test_C > 0)
 
 
-def _counts(labels: patch_join.Labels) -> list[Int64[np.ndarray, " C"]]:
+def counts(labels: patch_join.Labels) -> list[Int64[np.ndarray, " C"]]:
     """Train and test patches of each class."""
     found = (side.class_NX[side.class_NX >= 0] for side in (labels.chosen, labels.measured))
     return [np.bincount(class_N, minlength=len(labels.names)) for class_N in found]
 
 
-def _patches(labels: patch_join.Labels, cfg: config.ProtoEval) -> _Patches:
+def test_patches(labels: patch_join.Labels, cfg: config.ProtoEval) -> Patches:
     side = labels.measured
     is_labelled_IX = side.class_NX >= 0
     image_IX = np.broadcast_to(side.order_N[:, None], side.class_NX.shape).astype(np.int32)
     n_imgs = len(side.order_N)
     times_MI = ap.resamples(n_imgs, cfg.n_boot, cfg.seed)
-    n_C, _ = _counts(labels)
-    return _Patches(
+    n_C, _ = counts(labels)
+    return Patches(
         side.class_NX[is_labelled_IX],
         image_IX[is_labelled_IX],
         np.concatenate([np.ones((1, n_imgs), np.uint8), times_MI]),
@@ -126,11 +123,31 @@ def _patches(labels: patch_join.Labels, cfg: config.ProtoEval) -> _Patches:
     )
 
 
+Column = tuple[int, int]
+"""(number of the scorer, prototype)."""
+
+
+def scored(
+    run: list[scorers.Scorer],
+    columns: collections.abc.Iterable[Column],
+    side: patch_join.Side,
+    memory_gb: float,
+    device: torch.device,
+) -> collections.abc.Iterator[tuple[list[Column], Float32[np.ndarray, "K N"]]]:
+    """Yields some of the columns, sorted, and their scores of a split's labelled patches. Reads the split's
+    images once, or once for each part of the columns that fits into memory."""
+    columns = sorted(columns)
+    size = max(1, int(memory_gb * 1e9 / (4 * max(1, int((side.class_NX >= 0).sum())))))
+    for at in range(0, len(columns), size):
+        some = columns[at : at + size]
+        yield some, _scores(run, some, side, device)
+
+
 @torch.inference_mode()
 def _scores(
-    run: list[scorers.Scorer], columns: list[tuple[int, int]], side: patch_join.Side, device: torch.device
+    run: list[scorers.Scorer], columns: list[Column], side: patch_join.Side, device: torch.device
 ) -> Float32[np.ndarray, "K N"]:
-    """Scores of the labelled patches by prototypes, given as (number of the scorer, prototype), sorted."""
+    """Scores of the labelled patches by prototypes, which are sorted."""
     is_labelled_IX = side.class_NX >= 0
     out_KN = np.empty((len(columns), int(is_labelled_IX.sum())), np.float32)
     stream = ordered.Ordered(side.acts, patch_fit.N_IMGS)
@@ -163,7 +180,7 @@ def _of_pairs(
     w_T: Float64[np.ndarray, " T"],
     b_T: Float64[np.ndarray, " T"],
     class_T: Int64[np.ndarray, " T"],
-    patches: _Patches,
+    patches: Patches,
 ) -> list[_Measured]:
     """Measures regressions of classes on one prototype each."""
     is_own_TN = patches.class_N == class_T[:, None]
@@ -212,7 +229,7 @@ def _row(choice: patch_fit.Choice, measured: list[_Measured | None]) -> results.
     )
 
 
-def _constant(patches: _Patches, is_used_C: Bool[np.ndarray, " C"]) -> results.PatchRow:
+def _constant(patches: Patches, is_used_C: Bool[np.ndarray, " C"]) -> results.PatchRow:
     """The constant scorer: R is 0, AP and purity are the class's share of the test patches."""
     C = len(is_used_C)
     zero_C = np.zeros(C)

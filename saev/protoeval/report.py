@@ -12,7 +12,7 @@ import polars as pl
 from saev import helpers, provenance
 from saev.data.traits import base
 from saev.formats import jsonfile, manifest, results
-from saev.protoeval import config, patch_report, stats
+from saev.protoeval import audit_report, config, patch_report, stats
 from saev.report import charts, figures, frame, tables
 from saev.scorers import config as scorers_config
 
@@ -40,11 +40,14 @@ REFERENCE_NOTES = {
 
 
 @contextlib.contextmanager
-def once(out: pathlib.Path, has_patches: bool = False) -> collections.abc.Generator[bool]:
+def once(
+    out: pathlib.Path, has_patches: bool = False, has_audit: bool = False
+) -> collections.abc.Generator[bool]:
     """Yields whether a results directory must still be written. Inside, no other process writes it.
 
     Args:
         has_patches: whether it holds a patch table as well.
+        has_audit: whether it holds an audit.
 
     Raises:
         UserError: it was written, but a file is damaged.
@@ -55,7 +58,8 @@ def once(out: pathlib.Path, has_patches: bool = False) -> collections.abc.Genera
         with helpers.locked(out.with_name(f".{out.name}.lock"), f"it evaluates {out}"):
             yield not (out / manifest.NAME).exists()
     else:
-        manifest.read(out, results.FILES + results.PATCH_FILES * has_patches, AGAIN)
+        more = results.PATCH_FILES * has_patches + results.AUDIT_FILES * has_audit
+        manifest.read(out, results.FILES + more, AGAIN)
         logger.info("%s: already evaluated", out)
         yield False
 
@@ -68,6 +72,7 @@ def write(
     about: results.About,
     more: collections.abc.Mapping[str, pl.DataFrame] | None = None,
     patches: results.PatchTable | None = None,
+    audit: results.AuditTable | None = None,
 ) -> None:
     """Writes a results directory, with the manifest last.
 
@@ -101,7 +106,10 @@ def write(
     helpers.write_text(dpath / "table.md", "\n".join([text, *sections(kinds, differences)]))
     if patches:
         patch_report.write(dpath, patches, about)
-    manifest.write(dpath, (*results.FILES, *(more or {}), *results.PATCH_FILES * bool(patches)))
+    if audit:
+        audit_report.write(dpath, audit, about)
+    extra = results.PATCH_FILES * bool(patches) + results.AUDIT_FILES * bool(audit)
+    manifest.write(dpath, (*results.FILES, *(more or {}), *extra))
 
 
 def write_split(dpath: pathlib.Path, labels: base.Traits) -> None:

@@ -7,6 +7,7 @@ import shutil
 from saev import errors, helpers
 from saev.formats import results
 from saev.protoeval import (
+    audit,
     choose,
     config,
     examples,
@@ -83,7 +84,7 @@ def _evaluated(
 ) -> str:
     cfg = experiment.cfgs[0]
     out = pathlib.Path(cfg.dump_to) / experiment.id
-    with report.once(out, bool(cfg.patch_labels)) as is_new:
+    with report.once(out, bool(cfg.patch_labels), bool(cfg.audit)) as is_new:
         if is_new:
             _evaluate(experiment, among, out, partial)
     if shown:
@@ -98,6 +99,8 @@ def _evaluate(
     cfg = experiment.cfgs[0]
     experiment.log_memory()
     banks = fit.fit(experiment)
+    if cfg.audit and experiment.patches:
+        audit.check(banks, cfg, experiment.patches)
     chosen, measured = score.score(experiment, banks, partial, [other.sides for other in among])
     cells = choose.choose(chosen, banks, cfg)
     rows = measure.measure(cells, chosen, measured, cfg)
@@ -108,6 +111,9 @@ def _evaluate(
     )
     more = dict(zip(results.FOR_GALLERIES, found, strict=True))
     patches = patch_table.evaluate(experiment, banks, parts, partial / "patches") if parts else None
+    audited = None
+    if cfg.audit and parts:
+        audited = audit.evaluate(experiment, banks, chosen, parts, partial / "audit")
     if experiment.labels.is_drawn:
         report.write_split(out, experiment.labels)
-    report.write(out, rows, names, experiment.cfgs, about, more, patches)
+    report.write(out, rows, names, experiment.cfgs, about, more, patches, audited)

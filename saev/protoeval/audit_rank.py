@@ -1,0 +1,181 @@
+"""Ranks prototypes by the path of an L1-logistic model of the image labels.
+
+For each trait t, with standardised scores x of the train images that have a known label y:
+
+    minimise over w_t and b_t:   mean of log(1 + exp(z)) - y z, z = x w_t + b_t,   + penalty * sum of |w_t|
+
+The penalty falls from the one above which all weights are 0. Prototypes rank in the order in which they enter
+the model of any trait; those of one step by the sum of |w_t| over traits.
+
+At each penalty only some prototypes are given to scikit-learn: those that the strong rule keeps (Tibshirani
+et al. 2012, doi:10.1111/j.1467-9868.2011.01004.x). The gradients of all others are checked afterwards, so
+the solution is that of all prototypes.
+
+N train images, K prototypes, C of them, S those that are fitted, T traits, B prototypes that are ranked.
+"""
+
+import pathlib
+import typing as tp
+import zipfile
+
+import beartype
+import numpy as np
+import sklearn.linear_model
+from jaxtyping import Bool, Float32, Float64, Int64, jaxtyped
+
+from saev import helpers
+from saev.protoeval import choose, score
+
+REVISION = 1
+"""Increment it when rankings change: then older ones are not resumed."""
+RATIO, N_STEPS = 10 ** (-1 / 20), 60
+"""Of consecutive penalties, and their number: down to a thousandth of the largest."""
+SLACK = 0.01
+"""By how much a gradient may exceed the penalty, relative to it."""
+INTERCEPT = 1e3
+"""liblinear penalises the intercept too; this divides its penalty."""
+
+
+@jaxtyped(typechecker=beartype.beartype)
+class Ranking(tp.NamedTuple):
+    """The first prototypes, in order."""
+
+    prototype_B: Int64[np.ndarray, " B"]
+    penalty_B: Float64[np.ndarray, " B"]
+    """Penalty at which it enters the model, as a share of the largest; NaN: it does not."""
+    trait_B: Int64[np.ndarray, " B"]
+    """Trait with its largest weight at this penalty; -1: none."""
+    weight_B: Float64[np.ndarray, " B"]
+    """That weight, for standardised scores."""
+
+
+class Images(tp.NamedTuple):
+    """Standardised scores of the train images by a scorer's prototypes, read in blocks."""
+
+    train: score.Split
+    first: int
+    """Index of the first prototype, counted over all scorers."""
+    size: int
+    """Prototypes of a block."""
+    mean_K: Float32[np.ndarray, " K"]
+    scale_K: Float32[np.ndarray, " K"]
+    """1 / standard deviation; 0 for a prototype whose scores are all equal."""
+
+    def gradients(self, rest_NT: Float64[np.ndarray, "N T"]) -> Float32[np.ndarray, "K T"]:
+        """Products of each prototype's scores with each trait's residuals."""
+        rest_NT, n_K = rest_NT.astype(np.float32), len(self.mean_K)
+        blocks = [np.arange(k, min(k + self.size, n_K)) for k in range(0, n_K, self.size)]
+        return np.concatenate([self._rows(k_C) @ rest_NT for k_C in blocks])
+
+    def columns(self, k_S: Int64[np.ndarray, " S"]) -> Float64[np.ndarray, "N S"]:
+        return self._rows(k_S).T.astype(np.float64)
+
+    def _rows(self, k_C: Int64[np.ndarray, " C"]) -> Float32[np.ndarray, "C N"]:
+        x_CN = self.train.of(self.first + k_C)
+        x_CN -= self.mean_K[k_C, None]
+        x_CN *= self.scale_K[k_C, None]
+        return x_CN
+
+
+def images(train: score.Split, first: int, n_prototypes: int, memory_gb: float) -> Images:
+    """The scores of prototypes first ... first + n_prototypes - 1 of all scorers'."""
+    size = max(1, int(memory_gb * 1e9 / (12 * len(train.labels_NT))))
+    mean_K, scale_K = np.empty((2, n_prototypes), np.float32)
+    for k in range(0, n_prototypes, size):
+        some = slice(k, min(k + size, n_prototypes))
+        x_CN = train.of(slice(first + some.start, first + some.stop))
+        std_C = np.where(np.ptp(x_CN, axis=1) > 0, x_CN.std(axis=1, dtype=np.float64), np.inf)
+        mean_K[some], scale_K[some] = x_CN.mean(axis=1, dtype=np.float64), 1 / std_C
+    return Images(train, first, size, mean_K, scale_K)
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def rank(
+    x: Images, labels_NT: Bool[np.ndarray, "N T"], known_NT: Bool[np.ndarray, "N T"] | None, n: int
+) -> Ranking:
+    """The first n prototypes. Those that do not enter the model come last, by their largest gradient.
+
+    The path ends once n prototypes have entered. Traits that all images have, or none, are left out.
+    """
+    n_K, n_T = len(x.mean_K), labels_NT.shape[1]
+    rest_NT = np.stack([_residuals(labels_NT[:, t], _known(known_NT, t)) for t in range(n_T)], axis=1)
+    gradient_KT = np.abs(x.gradients(rest_NT))
+    largest = penalty = float(gradient_KT.max())
+    step_K, size_K = np.full(n_K, N_STEPS), np.zeros(n_K)
+    trait_K, weight_K = np.full(n_K, -1), np.zeros(n_K)
+    w_KT = np.zeros((n_K, n_T), np.float32)
+    for step in range(N_STEPS if largest > 0 else 0):
+        before, penalty = penalty, penalty * RATIO
+        is_fitted_KT = (gradient_KT >= 2 * penalty - before) | (w_KT != 0)
+        todo_T = is_fitted_KT.any(axis=0)
+        while todo_T.any():
+            for t in np.flatnonzero(todo_T).tolist():
+                k_S = np.flatnonzero(is_fitted_KT[:, t])
+                fitted = _fit(x.columns(k_S), labels_NT[:, t], _known(known_NT, t), penalty)
+                w_KT[k_S, t], rest_NT[:, t] = fitted
+            gradient_KT = np.abs(x.gradients(rest_NT))
+            new_KT = (gradient_KT > penalty * (1 + SLACK)) & ~is_fitted_KT
+            is_fitted_KT |= new_KT
+            todo_T = new_KT.any(axis=0)
+        k_S = np.flatnonzero((w_KT != 0).any(axis=1) & (step_K == N_STEPS))
+        step_K[k_S], size_K[k_S] = step, np.abs(w_KT[k_S]).sum(axis=1)
+        trait_K[k_S] = np.abs(w_KT[k_S]).argmax(axis=1)
+        weight_K[k_S] = w_KT[k_S, trait_K[k_S]]
+        if (step_K < N_STEPS).sum() >= n:
+            break
+    size_K = np.where(step_K < N_STEPS, size_K, gradient_KT.max(axis=1)).round(choose.AP_DIGITS)
+    order_B = np.lexsort((np.arange(n_K), -size_K, step_K))[:n]
+    penalty_B = np.where(step_K[order_B] < N_STEPS, RATIO ** (step_K[order_B] + 1.0), np.nan)
+    return Ranking(order_B, penalty_B, trait_K[order_B], weight_K[order_B])
+
+
+def _known(known_NT: np.ndarray | None, t: int) -> np.ndarray | slice:
+    """The images whose label for a trait is known."""
+    return slice(None) if known_NT is None else known_NT[:, t]
+
+
+def _residuals(label_N: np.ndarray, known: np.ndarray | slice, share: float | np.ndarray | None = None):
+    """(label - predicted share) / number of known labels; 0 for images without. Default: the mean label."""
+    label_n = label_N[known]
+    share = label_n.mean() if share is None and len(label_n) else share
+    out_N = np.zeros(len(label_N))
+    out_N[known] = (label_n - share) / len(label_n) if len(label_n) else 0
+    return out_N
+
+
+def _fit(
+    x_NS: np.ndarray, label_N: np.ndarray, known: np.ndarray | slice, penalty: float
+) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " N"]]:
+    """(weights, residuals) of one trait."""
+    x_nS, label_n = x_NS[known], label_N[known]
+    model = sklearn.linear_model.LogisticRegression(
+        l1_ratio=1,
+        C=1 / (penalty * len(label_n)),
+        solver="liblinear",
+        intercept_scaling=INTERCEPT,
+        tol=1e-6,
+        max_iter=10_000,
+        random_state=0,
+    )
+    model.fit(x_nS, label_n)
+    share_n = model.predict_proba(x_nS)[:, 1]
+    return model.coef_[0], _residuals(label_N, known, share_n)
+
+
+# ---- resuming ----
+
+
+def saved(fpath: pathlib.Path) -> Ranking | None:
+    """A ranking that `save` wrote; None if there is no such file or it is damaged (zip files have
+    checksums)."""
+    try:
+        with fpath.open("rb") as fd, np.load(fd, allow_pickle=False) as arrays:
+            return Ranking(*(arrays[name] for name in Ranking._fields))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def save(fpath: pathlib.Path, ranking: Ranking) -> None:
+    fpath.parent.mkdir(parents=True, exist_ok=True)
+    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
+        np.savez(fd, allow_pickle=False, **ranking._asdict())
