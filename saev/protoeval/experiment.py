@@ -25,6 +25,9 @@ REVISION = 5
 PATCH_REVISION = 1
 """The same for the patch table."""
 
+SEVERAL_REVISION = 1
+"""The same for models of several prototypes, and keys."""
+
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Experiment:
             parts += self._activations
         if self.patches:
             parts += [PATCH_REVISION, self.patches.fingerprint]
+        if self.cfgs[0].models:
+            parts.append(SEVERAL_REVISION)
         return helpers.hash_of(parts)[:12]
 
     @property
@@ -109,6 +114,11 @@ class Experiment:
             source=helpers.printable(self.labels.source),
             n_unknown=self.labels.n_unknown,
             n_labels=self.labels.labels_NT.size,
+            models={
+                f"{name}, {words}": (name, model)
+                for cfg, name in zip(self.cfgs, self.names, strict=True)
+                for model, words in cfg.models.items()
+            },
             n_zero=int((~seen_T).sum()) if cfg.no_positives == "zero" else 0,
         )
 

@@ -189,7 +189,7 @@ class _Shown:
         """Reads results, and loads their scorers."""
         files = manifest.read(out, ["traits.parquet", *results.FOR_GALLERIES], report.AGAIN)
         frames = {name: pl.read_parquet(data) for name, data in files.items()}
-        is_real = ~pl.col("scorer").is_in(list(results.REFERENCES))
+        is_real = pl.col("scorer").is_in(experiment.names)
         is_shown = pl.col("n_prototypes") == own.n_prototypes if own.n_prototypes else pl.lit(True)
         best = frames["traits.parquet"].filter(is_real, pl.col("draw") == 0)
         best = best.filter(is_shown | (pl.col("scorer") != own.name)).filter(stats.largest("scorer"))
