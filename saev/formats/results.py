@@ -29,6 +29,11 @@ FILES = ("about.json", "summary.csv", "kinds.csv", "resamples.npz", "traits.parq
 FOR_GALLERIES = ("prototypes.parquet", "retrieved.parquet")
 """Further ones, which older results lack."""
 
+WEIGHTS_FILE, KEYS_FILE, KEYS_TEXT = "weights.parquet", "keys.parquet", "keys.md"
+"""Of models of several prototypes (--several), and of keys (--key-depth)."""
+KEY = "key"
+"""In place of the number of prototypes of a model."""
+
 CELL = {"scorer": pl.String, "n_prototypes": pl.Int64, "n_train": pl.Int64}
 """Columns that identify a cell of the grid."""
 SUMMARY = CELL | {
@@ -64,6 +69,20 @@ RETRIEVED = (
     | CELL
     | {"trait": pl.String, "prototype": pl.Int64, "rank": pl.Int64, "image": pl.String}
     | {"score": pl.Float32, "has_trait": pl.Boolean}
+)
+
+WEIGHTS = (
+    {"scorer_id": pl.String}
+    | CELL
+    | {"trait": pl.String, "rank": pl.Int64, "prototype": pl.Int64, "weight": pl.Float64}
+    | {"intercept": pl.Float64}
+)
+KEYS = (
+    {"scorer_id": pl.String}
+    | CELL
+    | {"trait": pl.String, "n_categories": pl.Int64, "depth": pl.Int64, "n_ends": pl.Int64, "ap": pl.Float64}
+    | {f"accuracy{end}": pl.Float64 for end in ("", "_low", "_high")}
+    | {f"balanced_accuracy{end}": pl.Float64 for end in ("", "_low", "_high")}
 )
 
 # ---- the patch table ----
@@ -173,6 +192,8 @@ class About:
     """All labels, with those that are missing."""
     nulls: dict[str, str] = dataclasses.field(default_factory=dict)
     """Name of a row whose prototypes are chosen on permuted labels -> their scorer."""
+    models: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    """Rows of several prototypes: name in the table -> the scorer's name, and their number or KEY."""
 
     def scorer(self, name: str) -> ScorerId:
         """The scorer with this name in the table. The constant scorer is the same in every table."""
@@ -181,9 +202,15 @@ class About:
         if name in self.nulls:
             of = self.scorer(self.nulls[name]).settings
             return ScorerId(name, of | {"cls": NULL, "of": of["cls"]})
+        if name in self.models:
+            of, model = self.models[name]
+            return ScorerId(name, self.scorer(of).settings | {"model": model})
         splits = dict(zip(("activations", "test"), dict.fromkeys(self.activations), strict=False))
         settings = self.scorers.get(name, {"cls": name}) | {"seed": self.seed} | splits
         return ScorerId(name, settings)
+
+    def is_sae(self, name: str) -> bool:
+        return self.scorers[name]["cls"] == "Sae"
 
 
 class Row(tp.NamedTuple):

@@ -51,6 +51,12 @@ class ProtoEval:
     """Draws of each number of train images. The table has the mean and spread over draws."""
     n_boot: int = fields.stream(1000)
     """Bootstrap resamples of the test images, for 95% intervals of mAPs and paired differences. 0: none."""
+    several: tuple[int, ...] = fields.stream(())
+    """Also fit a sparse logistic model of each trait on at most so many prototypes, chosen on train images
+    (such as 5 20). Each number is a row of the table."""
+    key_depth: int = fields.stream(0)
+    """Also grow a decision tree for each trait, at most so many steps deep, and write them as
+    dichotomous keys (keys.md). 0: none."""
     memory_gb: float = fields.shared(4.0)
     """Memory for activations and scores, in GB (less if 256 images need less). An evaluation needs about 0.9
     GB + this + the prototypes + a memory-mapped file of all scores. The total is logged at the start."""
@@ -102,6 +108,8 @@ class ProtoEval:
             seed="[0, 4294967296)",
             n_seeds="[1, 1e4]",
             n_boot="[0, 1e6]",
+            several="[1, 1000]",
+            key_depth="[0, 20]",
             memory_gb="(0, 1e5]",
             audit="[1, 1e5]",
         )
@@ -153,6 +161,13 @@ class ProtoEval:
     def protocol(self) -> tuple[object, ...]:
         """Settings, besides the labels' files, that determine what is measured on which images."""
         return (self.min_certainty, self.annotations, self.no_positives, self.swap_splits)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Rows of several prototypes: number of prototypes, or "key" -> what follows the scorer's name."""
+        noun = "latent" if isinstance(self.scorer, scorers_config.Sae) else "prototype"
+        named = {str(n): f"{n} {noun}{'s' * (n > 1)}" for n in self.several}
+        return named | ({"key": "key"} if self.key_depth else {})
 
     @property
     def fit(self) -> data_config.Shards:

@@ -27,6 +27,8 @@ PATCH_REVISION = 1
 
 AUDIT_REVISION = 1
 """The same for the audit."""
+SEVERAL_REVISION = 1
+"""The same for models of several prototypes, and keys."""
 
 
 @beartype.beartype
@@ -56,6 +58,8 @@ class Experiment:
             parts += [PATCH_REVISION, self.patches.fingerprint]
         if self.cfgs[0].audit:
             parts += [AUDIT_REVISION]
+        if self.cfgs[0].models:
+            parts.append(SEVERAL_REVISION)
         return helpers.hash_of(parts)[:12]
 
     @property
@@ -114,6 +118,11 @@ class Experiment:
             source=helpers.printable(self.labels.source),
             n_unknown=self.labels.n_unknown,
             n_labels=self.labels.labels_NT.size,
+            models={
+                f"{name}, {words}": (name, model)
+                for cfg, name in zip(self.cfgs, self.names, strict=True)
+                for model, words in cfg.models.items()
+            },
             n_zero=int((~seen_T).sum()) if cfg.no_positives == "zero" else 0,
             nulls={name + results.PERMUTED: name for name in self.names},
         )

@@ -189,7 +189,11 @@ def merge(found: list[Result]) -> Merged:
     boots = [boot_RM for result in found for boot_RM in result.boots]
     seedless = cells.with_columns(scorer="family_name")
     means = pl.col("map", "low", "high").mean()
-    drawn = seedless.group_by(*stats.PLACE, "cls", "family", *results.CELL, maintain_order=True).agg(means)
+    drawn = (
+        seedless.filter(stats.IS_SINGLE)
+        .group_by(*stats.PLACE, "cls", "family", *results.CELL, maintain_order=True)
+        .agg(means)
+    )
     by_place = cells.sort(stats.PLACE, maintain_order=True)
     return Merged(
         abouts=[found[i].about for i in by_place["result"].unique(maintain_order=True)],

@@ -38,6 +38,11 @@ REFERENCE_NOTES = {
 }
 """What a row means, for a class of references."""
 
+KEYS_NOTE = (
+    "Keys (keys.md has their text, keys.parquet their numbers): means over keys, on test images. Balanced "
+    "accuracy: the share of the images of a category that are led to it, mean over categories."
+)
+
 
 @contextlib.contextmanager
 def once(
@@ -73,12 +78,14 @@ def write(
     more: collections.abc.Mapping[str, pl.DataFrame] | None = None,
     patches: results.PatchTable | None = None,
     audit: results.AuditTable | None = None,
+    texts: collections.abc.Mapping[str, str] | None = None,
 ) -> None:
     """Writes a results directory, with the manifest last.
 
     Args:
         names: the traits' names.
         more: file name -> a further Parquet file.
+        texts: the same of text files.
     """
     configs = [
         dataclasses.asdict(cfg)
@@ -98,18 +105,24 @@ def write(
     frame.write_parquet(dpath / "traits.parquet", traits.select(*results.TRAITS))
     for name, found in (more or {}).items():
         frame.write_parquet(dpath / name, found)
+    for name, text in (texts or {}).items():
+        helpers.write_text(dpath / name, text)
     results.write_resamples(dpath / "resamples.npz", rows)
-    figures.save(charts.grid(cells, caption(cells, [about])), dpath / "chart.png")
+    single = cells.filter(stats.IS_SINGLE)
+    figures.save(charts.grid(single, caption(single, [about])), dpath / "chart.png")
     table = summary_table(cells)
     helpers.write_text(dpath / "table.tex", f"% {describe(about)}\n{tables.latex(table)}")
     text = warning(about) + tables.markdown(table) + _notes(cells, len(names), about)
-    helpers.write_text(dpath / "table.md", "\n".join([text, *sections(kinds, differences)]))
+    parts = [text, *sections(kinds, differences)]
+    if more and results.KEYS_FILE in more:
+        parts.append(f"{KEYS_NOTE}\n\n{tables.markdown(keys_table(more[results.KEYS_FILE]))}")
+    helpers.write_text(dpath / "table.md", "\n".join(parts))
     if patches:
         patch_report.write(dpath, patches, about)
     if audit:
         audit_report.write(dpath, audit, about)
     extra = results.PATCH_FILES * bool(patches) + results.AUDIT_FILES * bool(audit)
-    manifest.write(dpath, (*results.FILES, *(more or {}), *extra))
+    manifest.write(dpath, (*results.FILES, *(more or {}), *(texts or {}), *extra))
 
 
 def write_split(dpath: pathlib.Path, labels: base.Traits) -> None:
@@ -171,6 +184,22 @@ def differences_table(lines: pl.DataFrame, place: dict[str, str] | None = None) 
         "": ["excludes 0" if excludes else "" for excludes in lines["excludes_zero"]],
     }
     return pl.DataFrame(_size(lines, place or {}) | shown)
+
+
+def keys_table(lines: pl.DataFrame) -> pl.DataFrame:
+    """Means over a scorer's keys. lines: the frame of keys.parquet."""
+    names = ("ap", "balanced_accuracy", "accuracy")
+    means = lines.group_by(list(results.CELL), maintain_order=True).agg(
+        pl.len(), *(pl.col(name).fill_nan(None).mean() for name in (*names, "depth"))
+    )
+    shown = {
+        "Keys": tables.texts("{:,}", means["len"]),
+        "Depth": tables.texts("{:.1f}", means["depth"]),
+        "AP": tables.texts("{:.3f}", means["ap"]),
+        "Balanced accuracy": tables.texts("{:.3f}", means["balanced_accuracy"]),
+        "Accuracy": tables.texts("{:.3f}", means["accuracy"]),
+    }
+    return pl.DataFrame(_size(means, {}) | shown)
 
 
 def seeds_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.DataFrame:

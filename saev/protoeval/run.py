@@ -21,6 +21,7 @@ from saev.protoeval import (
     patch_table,
     report,
     score,
+    several,
     traits,
 )
 from saev.protoeval.experiment import Experiment
@@ -109,11 +110,14 @@ def _evaluate(
         examples.favourites(cells, about, names),
         examples.retrieved(cells, measured, experiment.measured_paths, about, names),
     )
-    more = dict(zip(results.FOR_GALLERIES, found, strict=True))
+    more, texts = dict(zip(results.FOR_GALLERIES, found, strict=True)), {}
+    if cfg.models:
+        rows, frames, texts = several.evaluate(rows, cells, chosen, measured, cfg, about, names)
+        more |= frames
     patches = patch_table.evaluate(experiment, banks, parts, partial / "patches") if parts else None
     audited = None
     if cfg.audit and parts:
         audited = audit.evaluate(experiment, banks, chosen, parts, partial / "audit")
     if experiment.labels.is_drawn:
         report.write_split(out, experiment.labels)
-    report.write(out, rows, names, experiment.cfgs, about, more, patches, audited)
+    report.write(out, rows, names, experiment.cfgs, about, more, patches, audited, texts)

@@ -17,18 +17,30 @@ PLACE = ("labels", "min_certainty", "vit", "layer", "tokens")
 """Fields of `results.About` that comparable results share, in the order of the reports."""
 IS_REFERENCE = pl.col("cls").is_in(list(results.REFERENCES))
 IS_BASELINE = pl.col("cls") == results.BASELINE
-IS_AGAINST_BASELINE = ~IS_BASELINE & (pl.col("cls_other") == results.BASELINE)
-"""Of differences: those of other scorers from random activations."""
+IS_SINGLE = pl.col("model") == ""
+"""Whether a row is of single prototypes, the best for each trait; else it is of several, or of keys."""
+IS_AGAINST_BASELINE = (
+    ~IS_BASELINE & (pl.col("cls_other") == results.BASELINE) & (pl.col("model") == pl.col("model_other"))
+)
+"""Of differences: those of other scorers from random activations, with as many prototypes for each trait."""
 
 
 def cells(summary: pl.DataFrame, about: results.About) -> pl.DataFrame:
-    """Adds columns to those of summary.csv: PLACE, seed, n_boot, scorer_id, cls, family, row.
+    """Adds columns to those of summary.csv: PLACE, seed, n_boot, scorer_id, cls, family, model, of, row.
 
-    family is the scorer's id without the seed; row is the cell's index in the resamples.
+    family is the scorer's id without the seed; row is the cell's index in the resamples. Of a row of several
+    prototypes, model is their number, or "key", and `of` the id of the scorer of single ones; else "" and
+    its own id.
     """
     scorers = [about.scorer(name) for name in summary["scorer"].unique(maintain_order=True)]
-    ids = [(s.name, s.id, str(s.settings.get("cls", s.name)), s.seedless.id) for s in scorers]
-    columns = dict.fromkeys(("scorer", "scorer_id", "cls", "family"), pl.String)
+    ids = [
+        (
+            *(s.name, s.id, str(s.settings.get("cls", s.name)), s.seedless.id),
+            *(str(s.settings.get("model", "")), about.scorer(about.models.get(s.name, (s.name,))[0]).id),
+        )
+        for s in scorers
+    ]
+    columns = dict.fromkeys(("scorer", "scorer_id", "cls", "family", "model", "of"), pl.String)
     of = {key: pl.lit(getattr(about, key)) for key in (*PLACE, "seed", "n_boot")}
     return (
         summary.with_row_index("row")
@@ -117,12 +129,14 @@ def differences(cells: pl.DataFrame, boots: list[np.ndarray]) -> pl.DataFrame:
     """
     on = [*PLACE, "seed", "n_boot", "n_train"]
     real = cells.filter(~IS_REFERENCE).with_row_index("order")
+    is_alike = pl.col("model") == pl.col("model_other")  # else, the same scorer with fewer or more prototypes
     real = real.with_columns(first=pl.col("order").min().over(*PLACE, "scorer_id"))
     others = real.unique([*on, "scorer_id", "n_prototypes"], keep="last")
     pairs = (
         real.join(others, on=on, suffix="_other")
         .filter(
             pl.col("scorer_id") != pl.col("scorer_id_other"),
+            is_alike | (pl.col("of") == pl.col("of_other")),
             pl.col("n_prototypes_other") <= pl.col("n_prototypes"),
         )
         .filter(
@@ -145,7 +159,7 @@ def differences(cells: pl.DataFrame, boots: list[np.ndarray]) -> pl.DataFrame:
         .hstack(found)
         .drop_nulls("low")
         .with_columns(excludes_zero=(pl.col("low") > 0) | (pl.col("high") < 0))
-        .select(*PLACE, "cls", "cls_other", *results.DIFFERENCES)
+        .select(*PLACE, "cls", "cls_other", "model", "model_other", *results.DIFFERENCES)
     )
 
 
@@ -170,7 +184,7 @@ def over_seeds(cells: pl.DataFrame) -> pl.DataFrame:
     Args:
         cells: `scorer` is the name without the seed.
     """
-    size = [*PLACE, "n_prototypes", "n_train"]
+    size = [*PLACE, "model", "n_prototypes", "n_train"]
     found = (
         cells.filter(~IS_REFERENCE)
         .sort("seed", maintain_order=True)
