@@ -85,10 +85,24 @@ class Side:
             return ""
         return str(found.get("seed", ""))
 
-    def directions(self) -> Float32[torch.Tensor, "K D"]:
-        """Unit vectors in activation space: decoder rows, or prototypes minus the mean."""
+    @property
+    def scale_D(self) -> torch.Tensor | None:
+        """The factor of each dimension, of an SAE with --sae.normalize per-dim; else None."""
+        return self.sae.scale.float().cpu() if self.sae and self.sae.scale.ndim else None
+
+    def directions(self, scale_D: torch.Tensor | None = None) -> Float32[torch.Tensor, "K D"]:
+        """Unit vectors in activation space: decoder rows, or prototypes minus the mean.
+
+        Args:
+            scale_D: factors of the dimensions, for both sides: cosines are then in units of deviations.
+        """
         found_KD = self.sae.W_dec if self.sae else self.scorer.direction_KD
-        return torch.nn.functional.normalize(found_KD.detach().float().cpu(), dim=1)
+        found_KD = found_KD.detach().float().cpu()
+        if self.scale_D is not None:
+            found_KD = found_KD / self.scale_D
+        if scale_D is not None:
+            found_KD = found_KD * scale_D
+        return torch.nn.functional.normalize(found_KD, dim=1)
 
     def is_in_space_of(self, other: "Side") -> bool:
         """Whether both dictionaries have the same ViT and layer, so that cosines mean something."""
