@@ -21,6 +21,8 @@ EXTREME = 5.0
 MAX_START = 1024
 """The first guess of the centre is the per-dimension median of at most this many activations."""
 MAX_ROUNDS = 10
+QUARTILES = 1.349
+"""Distance between a normal distribution's quartiles, in standard deviations."""
 ROUNDING = 1e-6
 """Values that differ by at most this fraction of their mean are equal but for rounding in float32."""
 CHUNK = 8192
@@ -73,10 +75,15 @@ def by_dimension(x_ND: Float[Tensor, "N D"]) -> Dimensions:
     """Estimates each dimension's mean and standard deviation over the ordinary activations.
 
     Distances that say which are ordinary are in units of the deviations, so that a dimension with large
-    deviations does not hide activations that are extreme in the others. The first guess is in raw units.
+    deviations does not hide activations that are extreme in the others. The first guess of a deviation is a
+    normal distribution's, from the quartiles.
     """
-    unit_D, last_N = torch.ones_like(x_ND[0]), None
-    found = Dimensions(unit_D, unit_D)
+    few_MD = x_ND[:: math.ceil(len(x_ND) / MAX_START)]
+    quartiles_2D = few_MD.quantile(torch.tensor([0.25, 0.75], device=x_ND.device, dtype=x_ND.dtype), dim=0)
+    guess_D = (quartiles_2D[1] - quartiles_2D[0]) / QUARTILES
+    guess_D = torch.where(guess_D > 0, guess_D, few_MD.std(dim=0, correction=0))  # mostly one value
+    unit_D, last_N = torch.where(guess_D > 0, 1 / guess_D, 0.0), None
+    found = Dimensions(guess_D, guess_D)
     for _ in range(MAX_ROUNDS):
         scaled_ND = x_ND * unit_D
         around = typical(scaled_ND)
