@@ -94,7 +94,7 @@ class Side:
         """Unit vectors in activation space: decoder rows, or prototypes minus the mean.
 
         Args:
-            scale_D: factors of the dimensions, for both sides: cosines are then in units of deviations.
+            scale_D: multiplies the dimensions first.
         """
         found_KD = self.sae.W_dec if self.sae else self.scorer.direction_KD
         found_KD = found_KD.detach().float().cpu()
@@ -111,6 +111,16 @@ class Side:
         except errors.UserError:
             return False
         return True
+
+
+def directions(one: Side, two: Side) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both sides' directions, in the same units.
+
+    If an SAE divides each dimension by its deviation, cosines are in these units. In raw units, a dimension
+    with large deviations would decide them.
+    """
+    scale_D = two.scale_D if one.scale_D is None else one.scale_D
+    return one.directions(scale_D), two.directions(scale_D)
 
 
 def open_all(cfg: config.Compare) -> list[Side]:
