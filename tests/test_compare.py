@@ -238,6 +238,31 @@ def test_cosines(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- whole comparisons ----
 
 
+def test_cosines_of_saes_with_their_own_scales(made, tmp_path: pathlib.Path) -> None:
+    """The same latents, with and without --sae.normalize per-dim, on a dimension that dominates raw cosines."""
+    cfg = nn_config.TopK(d_vit=D, exp_factor=2, top_k=4)
+    plain = trained(tmp_path / "a" / "sae.pt", 0, cfg)
+    scale_D = torch.ones(D)
+    scale_D[2] = 1e-3
+    copies = [nn.SparseAutoencoder(dataclasses.replace(cfg, normalize="per-dim")) for _ in range(2)]
+    for n, sae in enumerate(copies):
+        state = plain.state_dict() | {"scale": scale_D * (1 + n)}
+        state |= {"W_enc": plain.W_enc / state["scale"][:, None], "W_dec": plain.W_dec * state["scale"]}
+        sae.load_state_dict(state)
+        nn.save(sae, tmp_path / "bc"[n] / "sae.pt", {"layers": [3]})
+    files = [str(tmp_path / name / "sae.pt") for name in "abc"]
+    for one, two in ((0, 1), (1, 0), (1, 2)):
+        pair = sides.open_all(configured(made[0], tmp_path, scorer=files[one], other=files[two]))
+        want_KD = torch.nn.functional.normalize(plain.W_dec * scale_D, dim=1)
+        for got_KD in sides.directions(*pair):
+            torch.testing.assert_close(got_KD, want_KD)
+    torch.testing.assert_close(copies[1].directions(), plain.directions())
+    out = run.main(configured(made[0], tmp_path))
+    found = read(out, "matches.parquet").filter("is_live")
+    assert len(found) > 30 and found["cos_best"].equals(found["latent"], check_names=False)
+    np.testing.assert_allclose(found["cos"], 1, atol=1e-6)
+
+
 ARCHITECTURES = [
     nn_config.Relu(d_vit=D, exp_factor=2),
     nn_config.TopK(d_vit=D, exp_factor=2, top_k=4),

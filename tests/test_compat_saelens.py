@@ -23,12 +23,15 @@ CFGS = [
     config.TopK(d_vit=D, exp_factor=4, top_k=3),
     config.BatchTopK(d_vit=D, exp_factor=4, top_k=3),
     config.JumpRelu(d_vit=D, exp_factor=4),
+    config.TopK(d_vit=D, exp_factor=4, top_k=3, normalize="per-dim"),
 ]
 each_cfg = pytest.mark.parametrize("cfg", CFGS, ids=lambda c: type(c).__name__)
 
 
 def batch() -> torch.Tensor:
-    return 5 * torch.randn(40, D, generator=torch.Generator().manual_seed(0)) + torch.arange(D)
+    return torch.linspace(2, 8, D) * torch.randn(
+        40, D, generator=torch.Generator().manual_seed(0)
+    ) + torch.arange(D)
 
 
 def make(cfg: config.Sae) -> nn.SparseAutoencoder:
@@ -61,9 +64,10 @@ def test_there_and_back(cfg: config.Sae, tmp_path: pathlib.Path) -> None:
     assert again.scale == 1
 
 
-def test_weights_are_folded_for_raw_activations(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("normalize", ["scale", "per-dim"])
+def test_weights_are_folded_for_raw_activations(normalize: str, tmp_path: pathlib.Path) -> None:
     """By the formula f = relu((x - b_dec) W_enc + b_enc), x_hat = f W_dec + b_dec, on what was written."""
-    sae = make(CFGS[0])
+    sae = make(dataclasses.replace(CFGS[0], normalize=normalize))
     saelens.export(sae, tmp_path / "out")
     t = safetensors.torch.load_file(tmp_path / "out" / "sae_weights.safetensors")
     f_BS = torch.relu((batch() - t["b_dec"]) @ t["W_enc"] + t["b_enc"])

@@ -295,6 +295,8 @@ def test_header_of_an_sae(sae_fpath: pathlib.Path) -> None:
             "normalize": "scale",
             "b_dec_init": "mean",
             "tied_init": True,
+            "init": "random",
+            "init_blend": 0.8,
             "top_k": 3,
             "aux_coeff": 1 / 32,
             "aux_k": 0,

@@ -97,6 +97,26 @@ def test_figures_of_constant_activations_and_of_perfect_reconstructions() -> Non
     assert tokens.metrics()["token_nmse_q95"] == 0
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_each_dimension_alone(scale: float) -> None:
+    """Numpy over the ordinary ones, although one dimension's deviations hide the sinks of the others."""
+    x_ND, is_sink_N = with_sinks(0.01, 300)
+    x_ND[:, 7] *= scale
+    x_ND[:, 9] = 0.1
+    found = robust.by_dimension(x_ND)
+    want_ND = x_ND[~is_sink_N].double().numpy()
+    np.testing.assert_allclose(found.centre_D, want_ND.mean(axis=0), rtol=1e-6)
+    want_D = np.where(np.arange(D) == 9, 0, want_ND.std(axis=0))
+    np.testing.assert_allclose(found.deviation_D, want_D, rtol=1e-6)
+
+
+def test_deviations_far_smaller_than_the_mean_lose_no_digits() -> None:
+    rng = np.random.default_rng(0)
+    x_ND = torch.from_numpy((3000 + rng.standard_normal((20_000, D))).astype(np.float32))
+    found = robust.by_dimension(x_ND)
+    np.testing.assert_allclose(found.deviation_D, x_ND.double().numpy().std(axis=0), rtol=1e-6)
+
+
 @pytest.mark.parametrize("b_dec_init", ["mean", "geometric-median"])
 def test_an_sae_starts_alike_with_and_without_sinks(b_dec_init: str) -> None:
     x_ND, is_sink_N = with_sinks(0.002, 560)

@@ -21,14 +21,15 @@ CFGS = [
     config.Relu(d_vit=D, exp_factor=FACTOR, sparsity_coeff=0.03),
     config.TopK(d_vit=D, exp_factor=FACTOR, top_k=3),
     config.BatchTopK(d_vit=D, exp_factor=FACTOR, top_k=3, threshold_momentum=0.1),
+    config.TopK(d_vit=D, exp_factor=FACTOR, top_k=3, normalize="per-dim"),
 ]
 each_cfg = pytest.mark.parametrize("cfg", CFGS, ids=lambda c: type(c).__name__)
 
 
 def batch(seed: int = 0, n: int = B) -> Tensor:
-    """Like real activations: not centred, and not of unit variance."""
+    """Like real activations: not centred, and of different variances."""
     generator = torch.Generator().manual_seed(seed)
-    return 5 * torch.randn(n, D, generator=generator) + torch.arange(D) * 3.0
+    return torch.linspace(4, 6, D) * torch.randn(n, D, generator=generator) + torch.arange(D) * 3.0
 
 
 def make(cfg: config.Sae, seed: int = 1) -> nn.SparseAutoencoder:
@@ -46,10 +47,10 @@ def pre_activations(sae: nn.SparseAutoencoder, x_BD: Tensor) -> np.ndarray:
     """(scale x - b_dec) W_enc + b_enc in float64, by loops over latents."""
     x_BD, W_enc = x_BD.double().numpy(), sae.W_enc.detach().double().numpy()
     b_dec, b_enc = sae.b_dec.detach().double().numpy(), sae.b_enc.detach().double().numpy()
-    out_BS = np.zeros((len(x_BD), sae.d_sae))
+    out_BS, scale = np.zeros((len(x_BD), sae.d_sae)), sae.scale.double().numpy()
     for b, x_D in enumerate(x_BD):
         for s in range(sae.d_sae):
-            out_BS[b, s] = np.dot(x_D * sae.scale.item() - b_dec, W_enc[:, s]) + b_enc[s]
+            out_BS[b, s] = np.dot(x_D * scale - b_dec, W_enc[:, s]) + b_enc[s]
     return out_BS
 
 
@@ -77,7 +78,7 @@ def test_evaluation_equals_the_formula(cfg: config.Sae) -> None:
     np.testing.assert_allclose(f_BS.detach(), want_BS, rtol=1e-4, atol=1e-4)
 
     W_dec, b_dec = sae.W_dec.detach().double().numpy(), sae.b_dec.detach().double().numpy()
-    want_BD = [(f_S @ W_dec + b_dec) / sae.scale.item() for f_S in want_BS]
+    want_BD = [(f_S @ W_dec + b_dec) / sae.scale.double().numpy() for f_S in want_BS]
     np.testing.assert_allclose(sae.decode(f_BS).detach(), want_BD, rtol=1e-4, atol=1e-3)
     x_hat_BD, f_again_BS = sae(x_BD)
     assert torch.equal(f_again_BS, f_BS)
@@ -161,7 +162,7 @@ def test_save_and_load_give_identical_outputs(cfg: config.Sae, tmp_path: pathlib
         assert torch.equal(got, want)
 
 
-def plain_loss(cfg: config.Sae, p: dict[str, Tensor], scale: float, x_BD: Tensor) -> Tensor:
+def plain_loss(cfg: config.Sae, p: dict[str, Tensor], scale: Tensor, x_BD: Tensor) -> Tensor:
     """The objective from its definition, with sorted values, one sample at a time."""
     z_BD = x_BD * scale
     pre_BS = (z_BD - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
@@ -186,7 +187,7 @@ def test_loss_and_gradients_equal_the_plain_formula(cfg: config.Sae) -> None:
     out = objectives.Objective(sae, config.Vanilla())(x_BD)
     out.loss.backward()
     params = {k: p.detach().double().requires_grad_() for k, p in sae.named_parameters()}
-    want = plain_loss(cfg, params, sae.scale.item(), x_BD.double())
+    want = plain_loss(cfg, params, sae.scale.double(), x_BD.double())
     want.backward()
     assert out.loss.item() == pytest.approx(want.item(), rel=1e-4)
     for name, p in sae.named_parameters():
@@ -225,10 +226,67 @@ def test_initialize_centres_and_scales() -> None:
     np.testing.assert_allclose(sae.W_dec.detach().norm(dim=1), 1, rtol=1e-6)
 
 
-def test_initialize_survives_constant_activations() -> None:
-    sae = nn.SparseAutoencoder(CFGS[1])
+@each_cfg
+@pytest.mark.parametrize("init", ["random", "data"])
+def test_initialize_survives_constant_activations(cfg: config.Sae, init: str) -> None:
+    sae = nn.SparseAutoencoder(dataclasses.replace(cfg, init=init, init_blend=1.0))
     sae.initialize(torch.full((4, D), 0.1))
     assert all(t.isfinite().all() for t in sae.state_dict().values())
+    np.testing.assert_allclose(sae.W_dec.detach().norm(dim=1), 1, rtol=1e-6)
+
+
+def test_per_dim_gives_every_dimension_variance_1() -> None:
+    x_ND = batch(n=2000) * torch.tensor([1, 1e3, 1, 1e-3, 0, 1]) + 7
+    sae = nn.SparseAutoencoder(CFGS[3])
+    sae.initialize(x_ND)
+    z_ND = x_ND * sae.scale - sae.b_dec.detach()
+    np.testing.assert_allclose(z_ND.mean(dim=0), 0, atol=1e-4)
+    np.testing.assert_allclose(z_ND.double().var(dim=0, correction=0), [1, 1, 1, 1, 0, 1], atol=1e-4)
+    varying = [0, 1, 2, 3, 5]
+    assert sae.scale[4] == sae.scale[varying].median(), "a constant dimension is scaled like the others"
+    assert sae.decode(torch.zeros(sae.d_sae))[4].item() == pytest.approx(7, rel=1e-6)
+
+
+def test_directions_are_what_a_code_adds_in_raw_units() -> None:
+    for sae in (make(CFGS[1]), make(CFGS[3])):
+        codes_SS = torch.eye(sae.d_sae)
+        added_SD = sae.decode(codes_SS) - sae.decode(torch.zeros_like(codes_SS))
+        torch.testing.assert_close(sae.directions(), added_SD, rtol=1e-4, atol=1e-4)
+
+
+# ---- data-point initialisation ----
+
+
+@pytest.mark.parametrize("blend", [1.0, 0.8])
+@pytest.mark.parametrize("cfg", [CFGS[1], CFGS[3]], ids=["scale", "per-dim"])
+def test_decoder_rows_are_evenly_spaced_activations(cfg: config.Sae, blend: float) -> None:
+    """By plain loops: unit vectors of (activation - mean), blended with the random ones of the same seed."""
+    x_ND = batch(n=3 * D * FACTOR + 5)
+    drawn_SD = nn.SparseAutoencoder(cfg, 3).W_dec.detach().double().numpy()
+    sae = nn.SparseAutoencoder(dataclasses.replace(cfg, init="data", init_blend=blend), 3)
+    sae.initialize(x_ND)
+    assert torch.equal(sae.W_enc, sae.W_dec.T) and sae.W_enc.T.is_contiguous()
+    scale, mean_D = sae.scale.double().numpy(), x_ND.double().mean(dim=0).numpy()
+    rows_SD = sae.W_dec.detach().double().numpy()
+    for s in range(sae.d_sae):
+        away_D = (x_ND[s * len(x_ND) // sae.d_sae].double().numpy() - mean_D) * scale
+        want_D = blend * away_D / np.linalg.norm(away_D) + (1 - blend) * drawn_SD[s]
+        np.testing.assert_allclose(rows_SD[s], want_D / np.linalg.norm(want_D), atol=1e-5)
+
+
+def test_latents_beyond_the_activations_stay_random() -> None:
+    cfg = dataclasses.replace(CFGS[1], init="data", tied_init=False)
+    sae, random = nn.SparseAutoencoder(cfg, 3), nn.SparseAutoencoder(cfg, 3)
+    sae.initialize(batch(n=5))
+    torch.testing.assert_close(sae.W_dec[5:], random.W_dec[5:])
+    assert (sae.W_dec[:5] - random.W_dec[:5]).norm(dim=1).min() > 0.1
+    assert torch.equal(sae.W_enc, random.W_enc), "an encoder of its own stays random"
+
+
+def test_new_fields_leave_digests_of_finished_results_alone() -> None:
+    """They hash the config's repr."""
+    want = "d_vit=4, exp_factor=None, d_sae=8, normalize='scale', b_dec_init='mean', tied_init=True"
+    assert repr(config.Relu(d_vit=4, d_sae=8)).startswith(f"Relu({want}, sparsity_coeff=0.0004")
 
 
 @pytest.mark.parametrize("coeff", [0.0, 1e-3, 0.02, 1e6])

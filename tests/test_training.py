@@ -19,7 +19,7 @@ from saev.data import config as data_config
 from saev.formats import metricslog
 from saev.nn import config as nn_config
 from saev.nn import metrics
-from saev.training import config, evaluate, loop, run
+from saev.training import config, evaluate, loop, memory, run
 
 NAMES = {
     "mse",
@@ -235,12 +235,16 @@ def test_training_equals_a_plain_loop(cfg: config.Train) -> None:
         torch.testing.assert_close(tensor, sae.state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
-def test_runs_on_one_stream_equal_runs_alone(cfg: config.Train) -> None:
+def test_runs_on_one_stream_equal_runs_alone(cfg: config.Train, monkeypatch: pytest.MonkeyPatch) -> None:
     cfgs = [
         cfg,
         change(cfg, sae=nn_config.BatchTopK(exp_factor=2, top_k=3)),
         change(cfg, sae=nn_config.Relu(exp_factor=4), lr=1e-3),
+        change(cfg, sae=nn_config.TopK(exp_factor=4, top_k=3, normalize="per-dim")),
+        # initialised on more activations than the others
+        change(cfg, sae=nn_config.TopK(exp_factor=20, top_k=3, init="data")),
     ]
+    monkeypatch.setattr(memory, "READ_FIRST", 64)
     assert sweeps.group(cfgs) == [cfgs]
     together = loop.main([change(c, ckpt_to=c.ckpt_to + "-together") for c in cfgs])
     for c, fpath in zip(cfgs, together, strict=True):
@@ -452,6 +456,9 @@ def test_run_id_depends_on_what_decides_the_weights_and_on_nothing_else(
         change(cfg, sae=nn_config.TopK(exp_factor=4, top_k=4)),
         change(cfg, sae=nn_config.TopK(exp_factor=5, top_k=3)),
         change(cfg, sae=nn_config.BatchTopK(exp_factor=4, top_k=3)),
+        change(cfg, sae=nn_config.TopK(exp_factor=4, top_k=3, normalize="per-dim")),
+        change(cfg, sae=nn_config.TopK(exp_factor=4, top_k=3, init="data")),
+        change(cfg, sae=nn_config.TopK(exp_factor=4, top_k=3, init="data", init_blend=0.5)),
         change(cfg, data=dataclasses.replace(cfg.data, layer=3)),
         change(cfg, data=dataclasses.replace(cfg.data, patches="all")),
         change(cfg, data=dataclasses.replace(cfg.data, shard_root=str(other_dpath))),
@@ -510,6 +517,8 @@ def test_the_old_ids() -> None:
     topk = config.Train(sae=nn_config.TopK(d_vit=8, d_sae=32, top_k=3), lr=1e-2, dead_window=100)
     relu = config.Train(sae=nn_config.Relu(d_vit=8, d_sae=32), lr=1e-3, dead_window=50, seed=3)
     assert [loop.old_run_id(c, "abc") for c in (topk, relu)] == ["2730496b", "c4adf1e6"]
+    data = change(topk, sae=change(topk.sae, init="data"))
+    assert loop.old_run_id(data, "abc") != "2730496b", "not a run of a version that knew no --sae.init"
 
 
 def test_roles() -> None:

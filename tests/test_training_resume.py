@@ -33,6 +33,7 @@ SAES = {
     "batch-top-k": nn_config.BatchTopK(exp_factor=4, top_k=3),
     "relu": nn_config.Relu(exp_factor=4, resample_every=7),
     "jump-relu": nn_config.JumpRelu(exp_factor=4),
+    "per-dim, data": nn_config.BatchTopK(exp_factor=4, top_k=3, normalize="per-dim", init="data"),
 }
 
 
@@ -460,7 +461,7 @@ def environment() -> dict[str, str]:
 def sweep(tmp_path: pathlib.Path) -> str:
     fpath = tmp_path / "two.toml"
     fpath.write_text(
-        '[[sae]]\ntype = "top-k"\nexp_factor = 4\ntop_k = 3\n[[sae]]\ntype = "relu"\nexp_factor = 4\n'
+        '[[sae]]\ntype = "top-k"\nexp_factor = 4\ntop_k = 3\nnormalize = "per-dim"\ninit = "data"\n[[sae]]\ntype = "relu"\nexp_factor = 4\n'
         # so few latents fire that its steps go the sparse way
         '[[sae]]\ntype = "relu"\nexp_factor = 64\nsparsity_coeff = 0.1\n'
     )
@@ -524,7 +525,8 @@ def newest_state(ckpt_to: str) -> int:
 def test_two_processes_equal_one(cfg: config.Train, tmp_path: pathlib.Path) -> None:
     """Data parallel over gloo: each takes half of each batch. Three architectures on one stream."""
     saes = [f"[[sae]]\ntype = '{name}'\nexp_factor = 4\n" for name in ("batch-top-k", "relu", "jump-relu")]
-    (tmp_path / "three.toml").write_text("".join(saes).replace("k'\n", "k'\ntop_k = 3\n"))
+    more = "top_k = 3\nnormalize = 'per-dim'\ninit = 'data'\n"
+    (tmp_path / "three.toml").write_text("".join(saes).replace("k'\n", f"k'\n{more}"))
     more = ["--n-patches", str(60 * 32), "--lr", "1e-3", "--sweep", str(tmp_path / "three.toml")]
     fpaths = []
     for n in ("1", "2"):

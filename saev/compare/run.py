@@ -113,8 +113,8 @@ def _pair(
     null = match.match(tiles, *sizes)
     cosines = None
     if found[which[0]].is_in_space_of(found[which[1]]):
-        directions = [found[n].directions() for n in which]
-        cosines = match.by_cosine(directions[0], directions[1], both[0].is_live_S, both[1].is_live_S)
+        directions = sides.directions(found[which[0]], found[which[1]])
+        cosines = match.by_cosine(*directions, both[0].is_live_S, both[1].is_live_S)
     return report.Pair(*which, matched, null, cosines)
 
 

@@ -85,10 +85,24 @@ class Side:
             return ""
         return str(found.get("seed", ""))
 
-    def directions(self) -> Float32[torch.Tensor, "K D"]:
-        """Unit vectors in activation space: decoder rows, or prototypes minus the mean."""
+    @property
+    def scale_D(self) -> torch.Tensor | None:
+        """The factor of each dimension, of an SAE with --sae.normalize per-dim; else None."""
+        return self.sae.scale.float().cpu() if self.sae and self.sae.scale.ndim else None
+
+    def directions(self, scale_D: torch.Tensor | None = None) -> Float32[torch.Tensor, "K D"]:
+        """Unit vectors in activation space: decoder rows, or prototypes minus the mean.
+
+        Args:
+            scale_D: multiplies the dimensions first.
+        """
         found_KD = self.sae.W_dec if self.sae else self.scorer.direction_KD
-        return torch.nn.functional.normalize(found_KD.detach().float().cpu(), dim=1)
+        found_KD = found_KD.detach().float().cpu()
+        if self.scale_D is not None:
+            found_KD = found_KD / self.scale_D
+        if scale_D is not None:
+            found_KD = found_KD * scale_D
+        return torch.nn.functional.normalize(found_KD, dim=1)
 
     def is_in_space_of(self, other: "Side") -> bool:
         """Whether both dictionaries have the same ViT and layer, so that cosines mean something."""
@@ -97,6 +111,16 @@ class Side:
         except errors.UserError:
             return False
         return True
+
+
+def directions(one: Side, two: Side) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both sides' directions, in the same units.
+
+    If an SAE divides each dimension by its deviation, cosines are in these units. In raw units, a dimension
+    with large deviations would decide them.
+    """
+    scale_D = two.scale_D if one.scale_D is None else one.scale_D
+    return one.directions(scale_D), two.directions(scale_D)
 
 
 def open_all(cfg: config.Compare) -> list[Side]:

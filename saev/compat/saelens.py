@@ -40,12 +40,12 @@ def export(model: sae.SparseAutoencoder, dpath: pathlib.Path | str) -> None:
             "This TopK keeps negative values (keep_negative), but SAELens' sets them to 0. "
             "It cannot be exported."
         )
-    scale = model.scale.double()
+    scale_D = model.scale.double().expand(model.d_vit)
     tensors = {
-        "W_enc": model.W_enc.double() * scale,
+        "W_enc": model.W_enc.double() * scale_D[:, None],
         "b_enc": model.b_enc.double(),
-        "W_dec": model.W_dec.double() / scale,
-        "b_dec": model.b_dec.double() / scale,
+        "W_dec": model.W_dec.double() / scale_D,
+        "b_dec": model.b_dec.double() / scale_D,
     }
     cfg: dict[str, tp.Any] = {
         "d_in": model.d_vit,

@@ -26,14 +26,22 @@ class Architecture:
     """Number of latents as a multiple of d_vit. Default: 16, unless d_sae is given."""
     d_sae: int | None = None
     """Number of latents. Default: exp_factor x d_vit. Pass one of the two."""
-    normalize: tp.Literal["scale", "none"] = "scale"
+    normalize: tp.Literal["scale", "per-dim", "none"] = "scale"
     """scale: multiply activations by one factor, saved with the model, so that their mean squared distance
-    from their mean is d_vit (ignoring the few with extreme norms). none: use them as they are."""
+    from their mean is d_vit (ignoring the few with extreme norms). per-dim: divide each dimension by its
+    standard deviation (likewise), for ViTs in which a few dimensions hold most of the variance. none: use
+    activations as they are."""
     b_dec_init: tp.Literal["mean", "geometric-median", "zero"] = "mean"
     """Initial decoder bias: the mean of the stream's first 65,536 activations (ignoring the few with extreme
     norms), their geometric median (Bricken et al. 2023), or 0."""
     tied_init: bool = True
     """Initialise the encoder as the decoder's transpose (Gao et al. 2024), instead of separately."""
+    # A digest of an SAE's scores contains the repr. Finished results do not know fields without one.
+    init: tp.Literal["random", "data"] = dataclasses.field(default="random", repr=False)
+    """Initial decoder rows. random: random directions. data: directions of activations from their mean,
+    blended with random ones (--sae.init-blend)."""
+    init_blend: float = dataclasses.field(default=0.8, repr=False)
+    """Weight of the activation's direction with --sae.init data. The random direction has the rest."""
 
     EITHER: tp.ClassVar = ("exp_factor", "d_sae")
     """At most one of these fields is set. A typed flag for one replaces a sweep's value of either."""
@@ -43,7 +51,10 @@ class Architecture:
     """Peak memory of a training step, as a multiple of a batch's dense codes."""
     GPU_CODES: tp.ClassVar[float] = 0
     """The same on a GPU. 0: its codes are sparse there."""
-    INTERVALS: tp.ClassVar = dict.fromkeys(("d_vit", "exp_factor", "d_sae"), AT_LEAST_1)
+    INTERVALS: tp.ClassVar = {
+        **dict.fromkeys(("d_vit", "exp_factor", "d_sae"), AT_LEAST_1),
+        "init_blend": "[0, 1]",
+    }
 
     def __post_init__(self) -> None:
         fields.settle(self, "sae.", **self.INTERVALS)

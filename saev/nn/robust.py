@@ -21,6 +21,12 @@ EXTREME = 5.0
 MAX_START = 1024
 """The first guess of the centre is the per-dimension median of at most this many activations."""
 MAX_ROUNDS = 10
+QUARTILES = 1.349
+"""Distance between a normal distribution's quartiles, in standard deviations."""
+ROUNDING = 1e-6
+"""Values that differ by at most this fraction of their mean are equal but for rounding in float32."""
+CHUNK = 8192
+"""Activations that are summed in float64 at a time."""
 BINS_PER_OCTAVE, MAX_OCTAVE = 64, 40
 """The histogram of token errors covers 2^-40 to 2^40; a bin is 1.1% wide."""
 
@@ -53,6 +59,55 @@ def typical(x_ND: Float[Tensor, "N D"]) -> Typical:
         centre_D = ordinary_N.to(x_ND.dtype) @ x_ND / ordinary_N.sum()
     square_N = torch.where(ordinary_N, distance_N, 0.0).double().square()
     return Typical(centre_D, (square_N.sum() / ordinary_N.sum()).sqrt().to(x_ND.dtype), limit)
+
+
+class Dimensions(tp.NamedTuple):
+    """Centre and spread of the ordinary activations, for each dimension alone."""
+
+    centre_D: Float[Tensor, " D"]
+    deviation_D: Float[Tensor, " D"]
+    """Standard deviation; 0 for a dimension that is constant but for rounding."""
+
+
+@torch.no_grad()
+@jaxtyped(typechecker=beartype.beartype)
+def by_dimension(x_ND: Float[Tensor, "N D"]) -> Dimensions:
+    """Estimates each dimension's mean and standard deviation over the ordinary activations.
+
+    Distances that say which are ordinary are in units of the deviations, so that a dimension with large
+    deviations does not hide activations that are extreme in the others. The first guess of a deviation is a
+    normal distribution's, from the quartiles.
+    """
+    few_MD = x_ND[:: math.ceil(len(x_ND) / MAX_START)]
+    quartiles_2D = few_MD.quantile(torch.tensor([0.25, 0.75], device=x_ND.device, dtype=x_ND.dtype), dim=0)
+    guess_D = (quartiles_2D[1] - quartiles_2D[0]) / QUARTILES
+    guess_D = torch.where(guess_D > 0, guess_D, few_MD.std(dim=0, correction=0))  # mostly one value
+    unit_D, last_N = torch.where(guess_D > 0, 1 / guess_D, 0.0), None
+    found = Dimensions(guess_D, guess_D)
+    for _ in range(MAX_ROUNDS):
+        scaled_ND = x_ND * unit_D
+        around = typical(scaled_ND)
+        ordinary_N = distance(scaled_ND, around.centre_D) <= around.limit
+        if last_N is not None and torch.equal(ordinary_N, last_N):
+            break
+        last_N = ordinary_N
+        found = _moments(x_ND, ordinary_N)
+        unit_D = torch.where(found.deviation_D > 0, 1 / found.deviation_D, 0.0)
+    return found
+
+
+def _moments(x_ND: Tensor, ordinary_N: Tensor) -> Dimensions:
+    """Mean and deviation of each dimension over the ordinary activations, summed in float64."""
+    shift_D = x_ND[ordinary_N.nonzero()[0, 0]].double()
+    sum_D, square_D, n = torch.zeros_like(shift_D), torch.zeros_like(shift_D), ordinary_N.sum()
+    for x_CD, ordinary_C in zip(x_ND.split(CHUNK), ordinary_N.split(CHUNK), strict=True):
+        shifted_CD = x_CD[ordinary_C].double() - shift_D
+        sum_D += shifted_CD.sum(dim=0)
+        square_D += shifted_CD.square().sum(dim=0)
+    centre_D = shift_D + sum_D / n
+    deviation_D = (square_D / n - (sum_D / n).square()).clamp(min=0).sqrt()
+    deviation_D[deviation_D <= ROUNDING * centre_D.abs()] = 0
+    return Dimensions(centre_D.to(x_ND), deviation_D.to(x_ND))
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -101,7 +156,7 @@ class Tokens:
 
     def quantile(self, q: float) -> float:
         """The quantile's bin centre. 0 below the first bin; NaN if the activations are constant."""
-        if self.around.radius <= 1e-6 * self.around.centre_D.norm():  # float32's rounding
+        if self.around.radius <= ROUNDING * self.around.centre_D.norm():
             return math.nan
         n_below = self.n_bin.cumsum(0)
         i = int((n_below < max(1, math.ceil(q * int(n_below[-1])))).sum())

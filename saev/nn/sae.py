@@ -2,6 +2,7 @@
 
     x' = scale x,   f = act((x' - b_dec) W_enc + b_enc),   x_hat = (f W_dec + b_dec) / scale
 
+scale is one factor, or one for each dimension (D,).
 Shape letters: N activations, B batch, D d_vit, S latents. W_enc is (D, S), W_dec is (S, D) with unit-norm
 rows. In memory W_enc is the transpose of a contiguous (S, D), so a latent's weights are contiguous.
 """
@@ -66,7 +67,7 @@ class SparseAutoencoder(torch.nn.Module):
         self.architecture.start(self)
         self.scale: Tensor
         self.threshold: Tensor
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones(self.d_vit if cfg.normalize == "per-dim" else ()))
         self.register_buffer("threshold", torch.zeros(()))
 
     @property
@@ -80,23 +81,54 @@ class SparseAutoencoder(torch.nn.Module):
     @torch.no_grad()
     @jaxtyped(typechecker=beartype.beartype)
     def initialize(self, x_ND: Float[Tensor, "N D"]) -> robust.Typical:
-        """Initialises scale, b_dec and the architecture's parameters from raw activations.
+        """Initialises scale, b_dec, with --sae.init data the weights, and the architecture's parameters.
 
-        The scale makes the mean squared distance of ordinary x' from their mean d_vit. Extreme activations
-        affect neither scale nor mean (see `robust`).
+        The scale makes the mean squared distance of ordinary x' from their mean d_vit, or with per-dim the
+        variance of each dimension 1. A constant dimension gets the median scale of the others. Extreme
+        activations affect neither scale nor mean (see `robust`).
+
+        Args:
+            x_ND: raw activations, in random order. With --sae.init data at least d_sae, if there are so many.
         """
         found = robust.typical(x_ND)
-        if self.cfg.normalize == "scale":
-            self.scale.copy_(math.sqrt(self.d_vit) / found.radius.clamp(min=1e-6))
+        centre_D = found.centre_D
+        match self.cfg.normalize:
+            case "scale":
+                self.scale.copy_(math.sqrt(self.d_vit) / found.radius.clamp(min=1e-6))
+            case "per-dim":
+                centre_D, deviation_D = robust.by_dimension(x_ND)
+                varying_C = deviation_D[deviation_D > 0]
+                usual = varying_C.median() if len(varying_C) else torch.ones_like(found.radius)
+                self.scale.copy_(1 / torch.where(deviation_D > 0, deviation_D, usual))
+            case "none":
+                pass
         match self.cfg.b_dec_init:
             case "mean":
-                self.b_dec.copy_(found.centre_D * self.scale)
+                self.b_dec.copy_(centre_D * self.scale)
             case "geometric-median":
                 self.b_dec.copy_(geometric_median(x_ND) * self.scale)
             case "zero":
                 self.b_dec.zero_()
+        if self.cfg.init == "data":
+            self._start_at(x_ND, centre_D)
         self.architecture.initialize(self, x_ND)
         return found
+
+    def _start_at(self, x_ND: Tensor, centre_D: Tensor) -> None:
+        """Blends decoder rows with the directions of evenly spaced activations (data-point initialisation).
+
+        So each latent starts where it fires on something (Anthropic's circuits updates, October 2025). If
+        there are fewer activations than latents, the last latents stay random.
+        """
+        n = min(len(x_ND), self.d_sae)
+        row_C = torch.arange(n, device=x_ND.device) * len(x_ND) // n
+        away_CD = (x_ND[row_C] - centre_D) * self.scale
+        is_there_C1 = away_CD.norm(dim=1, keepdim=True) > 0  # not the centre itself
+        unit_CD = torch.where(is_there_C1, torch.nn.functional.normalize(away_CD, dim=1), self.W_dec[:n])
+        self.W_dec[:n] = torch.lerp(self.W_dec[:n], unit_CD, self.cfg.init_blend)
+        self.normalize_decoder()
+        if self.cfg.tied_init:
+            self.W_enc.copy_(self.W_dec.T)
 
     def encode(self, x: Tensor | np.ndarray) -> Float[Tensor, "*batch S"]:
         """Computes codes of raw activations (*batch, D) of any float type, in the model's float type.
@@ -133,6 +165,10 @@ class SparseAutoencoder(torch.nn.Module):
                 f"{width}."
             )
         return values.reshape(-1, width).to(self.W_dec)
+
+    def directions(self) -> Float[Tensor, "S D"]:
+        """Decoder rows in the units of raw activations: what a code of 1 adds to the reconstruction."""
+        return self.W_dec / self.scale
 
     def check_fits(self, acts: space.Space, ckpt: str, flag: str) -> None:
         """Refuses activations of another space than it was trained on, as far as its checkpoint says.

@@ -165,6 +165,7 @@ class Sums:
             "normalized_mse": error / spread if spread > 0 else None,
             "explained_variance": 1 - all_residual / all_spread if all_spread > 0 else None,
             "explained_variance_per_dim": 1 - residual / spread if spread > 0 else None,
+            "explained_variance_median_dim": self._median_dim(),
             "l0": n_fired / (n * S),
             "l0_count": n_fired / n,
             "l1": self.abs_sum.item() / (n * S),
@@ -179,6 +180,15 @@ class Sums:
             "n_dense": int((frequency_S > DENSE).sum()),
             **(self.tokens.metrics() if self.tokens else {}),
         }
+
+    def _median_dim(self) -> float | None:
+        """Median over dimensions that vary of the explained variance of each alone."""
+        n, mean_D = self.n, self.shift_D + self.x_D / self.n
+        spread_D = self.x2_D - self.x_D**2 / n
+        residual_D = self.error2_D - self.error_D**2 / n
+        is_varying_D = spread_D > 1e-28 * n * mean_D.square()
+        explained_C = 1 - residual_D[is_varying_D] / spread_D[is_varying_D]
+        return explained_C.median().item() if len(explained_C) else None
 
     def latents(self) -> dict[str, np.ndarray]:
         """Per latent: how often it fires, its mean value when it fires, and its largest value."""

@@ -4,6 +4,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import logging
+import math
 import pathlib
 import time
 
@@ -21,6 +22,8 @@ logger = logging.getLogger("saev")
 
 REVISION = 4
 """Raise it when the same config may give other weights."""
+SEEN = 8192
+"""Activations whose variance by dimension is looked at."""
 
 
 def main(cfgs: list[config.Train]) -> list[str]:
@@ -115,6 +118,10 @@ def run_id(cfg: config.Train, fingerprint: str) -> str:
 def old_run_id(cfg: config.Train, fingerprint: str) -> str:
     """The id in version 0.1, which also hashed fields at their defaults."""
     parts = {name: dataclasses.asdict(cfg)[name] for name in fields.result_names(config.Train)}
+    usual = dataclasses.asdict(type(cfg.sae)())
+    for name in ("init", "init_blend"):  # came later
+        if parts["sae"][name] == usual[name]:
+            del parts["sae"][name]
     if not _uses_window(cfg):
         del parts["dead_window"]
     parts |= {"revision": REVISION, "activations": fingerprint}
@@ -234,9 +241,15 @@ class _Loop:
 
     def _fit_starts(self) -> None:
         """Initialises from data, on many activations. Training then sees these activations too."""
-        x_ND = self.batches.peek(peek.n_activations(self.stream.acts)).to(self.device).float()
-        for run, _ in self.runs:
-            run.start(x_ND)
+        n_acts, size = len(self.stream.acts), self.cfg.batch_size
+        wanted = [memory.n_start(run.cfg, n_acts) for run, _ in self.runs]
+        x_ND = self.batches.peek(max(wanted)).to(self.device).float()
+        for (run, _), n in zip(self.runs, wanted, strict=True):
+            run.start(x_ND[: math.ceil(n / size) * size])  # as many as it would read alone
+        self._warn_of_outliers(x_ND[: math.ceil(peek.n_activations(self.stream.acts) / size) * size])
+
+    def _warn_of_outliers(self, x_ND: Tensor) -> None:
+        """Warns of a few activations, or one dimension, that will dominate the loss."""
         is_clipped = all(run.cfg.max_norm_ratio for run, _ in self.runs)
         found = robust.shares(robust.totals(x_ND, self.runs[0][0].around))
         if found["extreme_variance_frac"] > 0.5 and not is_clipped:
@@ -245,6 +258,16 @@ class _Loop:
                 "will dominate the loss. Pass --max-norm-ratio 5 (docs/training.md).",
                 100 * found["extreme_frac"],
                 100 * found["extreme_variance_frac"],
+            )
+            return
+        variance_D = x_ND[:: math.ceil(len(x_ND) / SEEN)].var(dim=0)
+        share, dimension = (variance_D / variance_D.sum().clamp(min=1e-30)).max(dim=0)
+        if share > 0.5 and any(run.cfg.sae.normalize != "per-dim" for run, _ in self.runs):
+            logger.warning(
+                "dimension %d holds %.3g%% of the activations' variance, so most latents may never fire. "
+                "Pass --sae.normalize per-dim (docs/training.md).",
+                dimension.item(),
+                100 * share.item(),
             )
 
     def _any(self, *flags: bool) -> list[bool]:

@@ -39,14 +39,21 @@ def peak(cfgs: collections.abc.Sequence[config.Train], n_acts: int, token_bytes:
     kept = sum(_kept(cfg) for cfg in cfgs)
     passing = max(_passing(cfg) for cfg in cfgs)
     evaluation = max(_evaluation(cfg) for cfg in cfgs)
-    # as batches, and concatenated
-    first = 2 * 4 * d_vit * (n_read_first(d_vit, n_acts) + cfgs[0].batch_size)
+    # as batches, concatenated, and in scaled units
+    copies = 3 if any(cfg.sae.normalize == "per-dim" for cfg in cfgs) else 2
+    first = copies * 4 * d_vit * (max(n_start(cfg, n_acts) for cfg in cfgs) + cfgs[0].batch_size)
     return PROGRAM + stream + first + max(kept + passing, evaluation)
 
 
 def n_read_first(d_vit: int, n_acts: int) -> int:
     """Number of activations that initialisation and evaluation read first."""
     return min(READ_FIRST, READ_FIRST_BYTES // (4 * max(1, d_vit)), n_acts)
+
+
+def n_start(cfg: config.Train, n_acts: int) -> int:
+    """Number of activations that initialise a run: with --sae.init data, at least one for each latent."""
+    wanted = cfg.sae.n_latents if cfg.sae.init == "data" else 0
+    return max(n_read_first(cfg.sae.d_vit or 0, n_acts), min(wanted, n_acts))
 
 
 def _stream(cfg: config.Train, n_acts: int, d_vit: int, token_bytes: int) -> int:
