@@ -372,11 +372,17 @@ class Activations:
 
     @functools.cached_property
     def sizes_A2(self) -> Int64[np.ndarray, "A 2"] | None:
-        """(width, height) of each photo, by number; 0 if it was skipped. None: a dump without padding does not
-        record them."""
-        if not self.metadata.has_padding:
+        """(width, height) of each photo, by number; 0 if it was skipped or does not matter. None: it does not
+        matter for any, because no dump has padding."""
+        if not any(part.metadata.has_padding for part in self.dirs):
             return None
-        return np.concatenate([part.sizes_N2 for part in self.dirs])
+        empty = [np.zeros((part.metadata.n_imgs, 2), np.int64) for part in self.dirs]
+        return np.concatenate(
+            [
+                part.sizes_N2 if part.metadata.has_padding else zero_N2
+                for part, zero_N2 in zip(self.dirs, empty, strict=True)
+            ]
+        )
 
     def layout(self, image_i: int) -> layout.Layout:
         """Where the patches of an image lie.
@@ -600,7 +606,7 @@ def _layers(dirs: list[shards.ShardDir], layer: int | tp.Literal["all"], flag: s
 
 def _check_stored_alike(dirs: list[shards.ShardDir], flag: str) -> None:
     """Checks that directories store the same tokens in the same type, and that none is named twice."""
-    for name in ("n_patches_per_img", "cls_token", "dtype", "has_padding"):
+    for name in ("n_patches_per_img", "cls_token", "dtype"):
         values = {getattr(part.metadata, name) for part in dirs}
         if len(values) > 1:
             raise errors.UserError(

@@ -70,9 +70,10 @@ class Vit:
     n_patches_per_img: int | None = None
     """Patches per image. Default: inferred from the model. If given, it is checked against it."""
     resize: Resize | None = None
-    """crop: the centre of the photo. squash: all of it, in the input's aspect ratio. pad: all of it, on ground
-    of the mean colour. flexible: all of it, in the grid of about as many patches that distorts it least.
-    Loaders leave out patches without any of the photo. Default: the model's own, crop or squash."""
+    """crop: the centre of the photo. squash: all of it, in the input's aspect ratio. pad: all of it, with
+    borders of the mean colour. flexible: all of it, in the grid of about as many patches that distorts it
+    least. Patches without any of the photo are left out of what is read. Default: the model's own, crop or
+    squash."""
     autocast: tp.Literal["off", "bfloat16"] = "off"
     """bfloat16: run the ViT under bfloat16 autocast: faster on GPUs, less precise. Its activations are
     float32 in both cases."""

@@ -125,8 +125,8 @@ class Transform:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fit: tp.Literal["cover", "pad", "flexible"] = "cover"
-    """cover: crop or squash, as above. pad: the whole photo, on ground of the mean colour, its corner on a
-    patch's corner. flexible: the whole photo, in a grid of patches of its own (`flexible_grid`)."""
+    """cover: crop or squash, as above. pad: the whole photo, with borders of the mean colour; its upper left
+    corner is a patch's. flexible: the whole photo, in a grid of patches of its own (`flexible_grid`)."""
     patch: int = 0
     """Side of a patch in pixels. 0 where `fit` does not need it."""
 

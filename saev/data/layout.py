@@ -87,6 +87,6 @@ def check_size(fpath: pathlib.Path, size: tuple[int, int], dumped_2: Int64[np.nd
     """Raises a UserError if a photo has another (width, height) than it had in the dump."""
     if size != tuple(dumped_2.tolist()):
         raise errors.UserError(
-            f"{fpath}: has {size[0]} x {size[1]} pixels, but {dumped_2[0]} x {dumped_2[1]} in the dump, so it "
-            "is unknown where its patches lie. Pass the folder that was dumped."
+            f"{fpath}: has {size[0]} x {size[1]} pixels, but {dumped_2[0]} x {dumped_2[1]} in the dump, so "
+            "where its patches lie is unknown. Pass the folder that was dumped."
         )

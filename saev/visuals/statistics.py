@@ -92,7 +92,8 @@ def collect(
     value_SR = np.full((S, R), -np.inf, np.float32)
     for first, fired in codes.blocks("statistics"):
         kernels.collect(
-            *fired, codes.n_patches, first, codes.n_shown_N, class_N, coder.is_signed, not coder.is_ranked_by_score, seed,
+            *fired, codes.n_patches, first, codes.n_shown_N, class_N,
+            coder.is_signed, not coder.is_ranked_by_score, seed,
             fired_S, total_S, low_S, high_S, images_S, class_SG,
             value_SK, position_SK, sampled_S, key_SR, at_SR, value_SR,
         )  # fmt: skip
