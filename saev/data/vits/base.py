@@ -121,9 +121,9 @@ class Vit(torch.nn.Module):
         with torch.no_grad():
             return self(img_CHW[None], layers)[0, 0, int(self.cls_token) :]
 
-    def layout(self, photo: PIL.Image.Image) -> layout.Layout:
-        """Where the patches of a photo lie."""
-        return layout.Layout.of(self.transform, self.n_patches, photo.size)
+    def layout(self, photo: PIL.Image.Image | pathlib.Path | str) -> layout.Layout:
+        """Where the patches of a photo lie, and which show nothing of it. Raises as `patches`."""
+        return layout.Layout.of(self.transform, self.n_patches, pixels.opened(photo).size)
 
     def space(self, layer: int) -> space.Space:
         """The space of `patches` at a layer."""
