@@ -107,7 +107,7 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
     """A function that writes a complete shard directory of its own and returns (its path, what it wrote as (N, L, T, D)).
 
     Without `acts` the activations are standard normal. Token 0 is [CLS] if `cls_token`, so T is n_patches + 1.
-    The images `skip` are recorded as corrupt. Image i has path "class{i % 3}/{i:04}.jpg" and label "class{i % 3}".
+    The images `skip` are recorded as corrupt. `sizes` (of photos) and `transform` make it a dump with padding. Image i has path "class{i % 3}/{i:04}.jpg" and label "class{i % 3}".
     """
     from saev.formats import shards  # not before pytest_configure
 
@@ -127,6 +127,7 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
         name: str = "made-up",
         skip: tuple[int, ...] = (),
         transform: dict[str, object] | None = None,
+        sizes: list[tuple[int, int]] | None = None,
     ) -> tuple[pathlib.Path, np.ndarray]:
         n_tokens = n_patches + cls_token
         if acts is None:
@@ -142,7 +143,7 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
             n_imgs=n_imgs,
             max_patches_per_shard=per_shard * n_tokens * len(layers),
             data={"root": "made-up", "__class__": "ImageFolder"},
-            **shards.stored_as(dtype),
+            **shards.stored_as(dtype, sizes is not None),
         )
         records = [shards.Record(f"class{i % 3}/{i:04}.jpg", f"class{i % 3}") for i in range(n_imgs)]
         dump_to = tmp_path / f"shards{next(numbers)}"
@@ -151,6 +152,7 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
             image_is = metadata.imgs_in(shard_i)
             with out.writing(shard_i) as writer:
                 writer.skipped += [shards.Skipped(i, "corrupt") for i in image_is if i in skip]
+                writer.sizes += sizes[image_is.start : image_is.stop] if sizes else []
                 writer.write(np.ascontiguousarray(acts[image_is.start : image_is.stop], np.float32))
         return out.dpath, acts
 

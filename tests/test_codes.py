@@ -161,10 +161,13 @@ def test_a_latent_that_is_negative_wherever_it_fires() -> None:
     rows = codeshards.Csr(
         np.array([0, 2, 3]), np.array([0, 2, 0], np.int32), np.array([-1, -2, -3], np.float32)
     )
-    pooled = encode._pooled(rows, 1, 4)
+    pooled = encode._pooled(rows, np.array([2]), 4)
     assert pooled.index is not None
     assert [x.tolist() for x in pooled.index] == [[0, 2], [0, 2]]
     assert pooled.values.tolist() == [[-1, 0], [-2, -1]]
+    padded = rows.of_rows(np.array([True, False]))  # of one patch and padding
+    pooled = encode._pooled(padded, np.array([1]), 4)
+    assert pooled.values.tolist() == [[-1, -2], [-1, -2]]
 
 
 def test_a_code_that_is_not_finite(dump) -> None:

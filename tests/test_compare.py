@@ -89,7 +89,7 @@ def stored(dpath: pathlib.Path, f_RS: np.ndarray, per_image: int = 1) -> store.S
     for i, first in enumerate(range(0, len(f_RS), 7 * per_image)):
         with shards.writing(i) as writer:
             writer.add_codes("0", rows.of_dense(torch.from_numpy(f_RS[first : first + 7 * per_image])))
-    return store.Store(shards, "0", f_RS.shape[1], per_image)
+    return store.Store(shards, "0", f_RS.shape[1], per_image, len(f_RS))
 
 
 def sparse_codes(n_rows: int, n_latents: int, seed: int, density: float = 0.1) -> np.ndarray:

@@ -204,9 +204,12 @@ def test_the_formula_of_a_dump(name: str, layers: tuple[int, ...], autocast: tp.
         asked = data_config.Dump(
             vit=cfg, data=data_config.ImageFolder("x"), vit_batch_size=n_imgs, vit_layers=layers
         )
-        out = unittest.mock.Mock(shards.ShardDir, metadata=unittest.mock.Mock(layers=layers))
+        metadata = unittest.mock.Mock(layers=layers, n_tokens=vit.n_patches + 1)
+        out = unittest.mock.Mock(shards.ShardDir, metadata=metadata)
         dumper = dump._Dumper(asked, vit, out, [], fake_gpu.DEVICE)
-        batch = dump.Loaded(range(n_imgs), torch.empty(n_imgs, 3, *vit.transform.size), [])
+        batch = dump.Loaded(
+            range(n_imgs), [(list(range(n_imgs)), torch.empty(n_imgs, 3, *vit.transform.size))], [], []
+        )
         sizes = data_memory.Sizes(gpu.live, 224 * 224, vit.n_patches + 1, vit.d_vit, len(layers))
         assert len(list(dumper._compute([batch] * 3))) == 3
         if (len(layers), n_imgs) == (4, 64):

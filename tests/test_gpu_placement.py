@@ -395,11 +395,13 @@ def test_the_forward_pass_of_a_dump(autocast: tp.Any, tmp_path: pathlib.Path) ->
     vit = vits.load(vit_cfg)
     with fake_gpu.Gpu() as gpu:
         gpu.adopt(vit)
-        out = unittest.mock.Mock(shards.ShardDir, metadata=unittest.mock.Mock(layers=(3, 11)))
+        metadata = unittest.mock.Mock(layers=(3, 11), n_tokens=197)
+        out = unittest.mock.Mock(shards.ShardDir, metadata=metadata)
         dumper = dump._Dumper(cfg, vit, out, [], fake_gpu.DEVICE)
         height, width = vit.transform.size
         batches = [
-            dump.Loaded(range(2 * i, 2 * i + 2), torch.empty(2, 3, height, width), []) for i in range(3)
+            dump.Loaded(range(2 * i, 2 * i + 2), [([0, 1], torch.empty(2, 3, height, width))], [], [])
+            for i in range(3)
         ]
         with gpu.count() as waits:
             found = list(dumper._compute(batches))

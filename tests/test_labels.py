@@ -25,6 +25,9 @@ TRANSFORMS = {
     "crop of a box": images.Transform((160, 224), (176, 224), False, "bicubic", HALF, HALF),
     "squash": images.Transform((224, 224), 224, True, "bicubic", HALF, HALF),
     "squash, wide": images.Transform((112, 224), (112, 224), True, "bicubic", HALF, HALF),
+    "pad": images.Transform((224, 224), 224, False, "bicubic", HALF, HALF, "pad", 8),
+    "pad with a rest": images.Transform((230, 230), 230, False, "bicubic", HALF, HALF, "pad", 8),
+    "flexible": images.Transform((224, 224), 224, False, "bicubic", HALF, HALF, "flexible", 8),
 }
 SIDE = 8
 SHAPES = {"square": (256, 256), "portrait": (180, 256), "landscape": (256, 150), "tall": (101, 256)}
@@ -43,6 +46,9 @@ def source_rectangles(
 ) -> tp.Iterator[tuple[int, slice, slice]]:
     """(patch, rows, columns) of the photo that each patch shows, by arithmetic, and a pixel more on each side."""
     rows, columns = (side // SIDE for side in transform.size)
+    if transform.fit != "cover":
+        yield from whole_rectangles(transform, width, height, rows, columns)
+        return
     cover = (transform.resize,) * 2 if isinstance(transform.resize, int) else transform.resize
     if transform.squash:
         scales = cover[0] / height, cover[1] / width
@@ -62,6 +68,32 @@ def source_rectangles(
             for corner, scale in zip(corners, scales, strict=True)
         ]
         yield patch, *spans
+
+
+def whole_rectangles(
+    transform: images.Transform, width: int, height: int, rows: int, columns: int
+) -> tp.Iterator[tuple[int, slice, slice]]:
+    """The same where the whole photo is shown. Patches that hold a border are left out."""
+    scale, first = [min(rows * SIDE / height, columns * SIDE / width)] * 2, [0, 0]
+    if transform.fit == "flexible":
+        rows, columns = images.flexible_grid(rows * columns, height / width)
+        scale = [rows * SIDE / height, columns * SIDE / width]
+    else:  # the border's upper and left parts are whole patches
+        spare = [
+            n * SIDE - round(side * s)
+            for n, side, s in zip((rows, columns), (height, width), scale, strict=True)
+        ]
+        first = [int(pixels / 2 / SIDE) for pixels in spare]
+    for row in range(rows):
+        for column in range(columns):
+            starts = [(i - i0) * SIDE / s for i, i0, s in zip((row, column), first, scale, strict=True)]
+            ends = [start + SIDE / s for start, s in zip(starts, scale, strict=True)]
+            if min(starts) < 0 or ends[0] > height + 0.01 or ends[1] > width + 0.01:
+                continue
+            spans = [
+                slice(max(0, int(a) - 1), int(np.ceil(b)) + 1) for a, b in zip(starts, ends, strict=True)
+            ]
+            yield row * columns + column, *spans
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 import signal
@@ -25,7 +26,7 @@ import torch
 from conftest import as_older
 
 from saev import errors, nn, scorers
-from saev.data import activations, images, passes, pictures
+from saev.data import activations, images, layout, passes, pictures
 from saev.data import config as data_config
 from saev.data import memory as data_memory
 from saev.formats import codeshards, shards
@@ -933,6 +934,87 @@ TRANSFORMS = {
     "rest": images.Transform((70, 70), 70, False, "bicubic", (0.5,), (0.5,)),  # 6 pixels belong to no patch
 }
 SIDE = 16
+HALF = (0.5, 0.5, 0.5)
+WHOLE = {
+    "pad": images.Transform((64, 64), 64, False, "bicubic", HALF, HALF, "pad", SIDE),
+    "pad, wide": images.Transform((64, 140), (64, 140), False, "bicubic", HALF, HALF, "pad", SIDE),
+    "flexible": images.Transform((64, 64), 64, False, "bicubic", HALF, HALF, "flexible", SIDE),
+}
+
+
+@pytest.mark.parametrize("size", [(80, 80), (160, 90), (90, 160), (257, 911), (911, 257)])
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_patch_that_fires_is_the_bright_square_of_a_whole_photo(
+    name: str, size: tuple[int, int], tmp_path: pathlib.Path, make_shards, cfg: config.Visuals
+) -> None:
+    """As below, for --resize pad and flexible. Photos have two sizes, so grids and borders differ. Padding holds
+    activations that would fire, which are not shown."""
+    transform = WHOLE[name]
+    n_patches = math.prod(n // SIDE for n in transform.size)
+    photos, acts_NP, want = [], np.full((4, n_patches), 9, np.float32), []
+    for i, (width, height) in enumerate([size, size[::-1]] * 2):
+        rows, columns = (n // SIDE for n in transform.input_size(width, height))
+        left, top, right, bottom = transform.box(width, height)
+        scales = (right - left) / width, (bottom - top) / height
+        shown = [
+            (row, column)
+            for row in range(rows)
+            for column in range(columns)
+            if top < (row + 1) * SIDE
+            and row * SIDE < bottom
+            and left < (column + 1) * SIDE
+            and column * SIDE < right
+        ]
+        whole = [(r, c) for r, c in shown if (r + 1) * SIDE <= bottom and (c + 1) * SIDE <= right]
+        row, column = [whole[0], whole[-1], whole[len(whole) // 2], whole[1]][i]
+        img = PIL.Image.new("L", (width, height))
+        corners = (column * SIDE - left, row * SIDE - top, (column + 1) * SIDE - left, (row + 1) * SIDE - top)
+        img.paste(255, tuple(round(p / scales[k % 2]) for k, p in enumerate(corners)))
+        photos.append(img.convert("RGB"))
+        seen_HW = (transform(photos[-1])[0].numpy() / 2 + 0.5)[: rows * SIDE, : columns * SIDE]
+        mean_RC = seen_HW.reshape(rows, SIDE, columns, SIDE).mean(axis=(1, 3))
+        for r, c in shown:  # borders are grey
+            acts_NP[i, r * columns + c] = mean_RC[r, c] if (r, c) in whole else 0
+        want.append((rows, columns, row, column))
+    dpath, _ = make_shards(
+        n_imgs=4, n_patches=n_patches, d_vit=1, layers=(0,), cls_token=False, acts=acts_NP[:, None, :, None],
+        transform=transform.to_dict(), sizes=[img.size for img in photos],
+    )  # fmt: skip
+    for img, record in zip(photos, shards.ShardDir.open(dpath).records, strict=True):
+        (fpath := tmp_path / "photos" / record.path).parent.mkdir(parents=True, exist_ok=True)
+        img.save(fpath, format="PNG")
+    sae = nn.SparseAutoencoder(nn_config.Relu(d_vit=1, exp_factor=1))
+    with torch.no_grad():
+        sae.W_enc.fill_(1)
+        sae.b_enc.fill_(-0.5)
+    nn.save(sae, tmp_path / "bright.pt")
+    asked = {
+        "ckpt": str(tmp_path / "bright.pt"),
+        "data": data_config.Shards(str(dpath), 0),
+        "thumb_side": 128,
+    }
+    asked |= {"images": data_config.ImageFolder(str(tmp_path / "photos")), "image_view": 4, "n_images": 4}
+    made_at = collect.main(dataclasses.replace(cfg, **asked))
+    columns_of = gallery_files.load(made_at, "stats")["columns"]
+    n_shown = np.concatenate([layout.shown(shards.ShardDir.open(dpath))]).sum()
+    assert columns_of["freq"] == pytest.approx(4 / n_shown) and columns_of["max"][0] < 0.6
+    shown_images = gallery_files.images(made_at)
+    (top, *_) = gallery_files.latents(made_at)[0]["groups"]
+    assert len(top["image"]) == 4
+    for i, place in enumerate(top["image"].tolist()):
+        rows, columns, row, column = want[shown_images[place]["n"]]
+        is_nominal = (rows, columns) == tuple(n // SIDE for n in transform.size)
+        assert shown_images[place].get("grid") == (None if is_nominal else [rows, columns])
+        (patch,) = np.flatnonzero(gallery_files.heat(top, i, n_patches))
+        assert patch == row * columns + column
+        data = base64.b64decode(shown_images[place]["src"].partition(",")[2])
+        with PIL.Image.open(io.BytesIO(data)) as picture:
+            assert picture.width / picture.height == pytest.approx(columns / rows, rel=0.02)
+            cells = picture.convert("L").resize((8 * columns, 8 * rows), PIL.Image.Resampling.BOX)
+        cells = np.asarray(cells, np.float64).reshape(rows, 8, columns, 8).mean(axis=(1, 3))
+        assert cells[row, column] > 175
+        cells[row, column] = 0
+        assert cells.max() < 150  # grey borders
 
 
 @pytest.mark.parametrize("size", [(80, 80), (160, 90), (90, 160), (257, 911), (911, 257)])

@@ -12,6 +12,7 @@ import typing as tp
 import beartype
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from saev import compiled, devices, errors, helpers, provenance, scorers
@@ -84,7 +85,9 @@ def _images(acts: activations.Activations) -> collections.abc.Iterator[codes.Ima
     is_listed = acts.is_listed
     for image_i in acts.image_is_N.tolist():
         path, label = acts.records[image_i] if is_listed else ("", "")
-        yield codes.Image(image_i, path, label)
+        placed = None if acts.sizes_A2 is None else acts.layout(image_i)
+        grid, shown = (placed.grid, placed.shown) if placed else (None, None)
+        yield codes.Image(image_i, path, label, grid, shown)
 
 
 def _say_size(scorer: scorers.Scorer, acts: activations.Activations, metadata: codes.Metadata) -> None:
@@ -116,7 +119,10 @@ def _write(
     def write_shard(writer: codeshards.ShardWriter, blocks: collections.abc.Iterator[ordered.Block]) -> None:
         for block in blocks:
             x_RD = torch.from_numpy(block.act_NXD).flatten(0, 1).to(device)
-            rows, pooled = encode(x_RD, len(block.image_i_N))
+            is_kept_NP = acts.kept(block.image_i_N)
+            if is_kept_NP is None:
+                is_kept_NP = np.ones((len(block.image_i_N), metadata.n_patches), bool)
+            rows, pooled = encode(x_RD, is_kept_NP)
             passes.check(rows, block.image_i_N, acts, dtype=metadata.dtype)
             _write_block(writer, metadata, rows, pooled)
 
@@ -131,30 +137,34 @@ class _Pooled(tp.NamedTuple):
     values: np.ndarray
 
 
-_Encode = collections.abc.Callable[[Tensor, int], tuple[codeshards.Csr | np.ndarray, _Pooled]]
-"""Activations (R, D) of N images -> codes of their rows (CSR, or dense (R, K)) and of the images."""
+_Encode = collections.abc.Callable[
+    [Tensor, Bool[np.ndarray, "N P"]], tuple[codeshards.Csr | np.ndarray, _Pooled]
+]
+"""Activations (R, D) of N images, and whether a patch is no padding -> codes of their rows (CSR, or dense
+(R, K)) and of the images. Rows of padding have no codes; dense ones are 0."""
 
 
 def _of_sae(scorer: sae_scorer.SaeLatents, metadata: codes.Metadata) -> _Encode:
     """Encodes without a dense code."""
     rows_of = scorer_rows.of_sae(scorer)
 
-    def encode(x_RD: Tensor, n_imgs: int) -> tuple[codeshards.Csr, _Pooled]:
-        rows = rows_of(x_RD)
-        pooled = _pooled(rows, n_imgs, scorer.n_prototypes)
+    def encode(x_RD: Tensor, is_kept_NP: np.ndarray) -> tuple[codeshards.Csr, _Pooled]:
+        rows = rows_of(x_RD).of_rows(is_kept_NP.ravel())
+        pooled = _pooled(rows, is_kept_NP.sum(axis=1), scorer.n_prototypes)
         return (_cut(rows, metadata.top_n) if metadata.top_n else rows), pooled
 
     return encode
 
 
-def _pooled(rows: codeshards.Csr, n_imgs: int, n_latents: int) -> _Pooled:
-    """Maximum and mean of each latent that fires in an image."""
-    n_patches, n = (len(rows.start_R1) - 1) // n_imgs, len(rows.latent_n)
+def _pooled(rows: codeshards.Csr, n_patches_N: np.ndarray, n_latents: int) -> _Pooled:
+    """Maximum and mean of each latent that fires in an image, over its patches without padding."""
+    n_imgs, n = len(n_patches_N), len(rows.latent_n)
+    n_rows = (len(rows.start_R1) - 1) // n_imgs
     n_N, latent_n, values_2n = np.empty(n_imgs, np.int64), np.empty(n, np.int32), np.empty((2, n), np.float32)
-    inputs = (rows.value_n, rows.latent_n, rows.start_R1, n_patches, n_latents)
+    inputs = (rows.value_n, rows.latent_n, rows.start_R1, n_rows, n_latents, n_patches_N)
     kernel = functools.partial(kernels.pool, *inputs, n_N, latent_n, *values_2n)
     compiled.in_threads(kernel, n_imgs)
-    begin_N = rows.start_R1[:-1:n_patches]
+    begin_N = rows.start_R1[:-1:n_rows]
     is_used_n = np.zeros(n + 1, np.int64)
     np.add.at(is_used_n, begin_N, 1)
     np.add.at(is_used_n, begin_N + n_N, -1)
@@ -166,12 +176,20 @@ def _pooled(rows: codeshards.Csr, n_imgs: int, n_latents: int) -> _Pooled:
 def _of_dense(scorer: scorers.Scorer, metadata: codes.Metadata) -> _Encode:
     """Encodes with a score for each prototype. With --top-n, the largest are kept."""
 
-    def encode(x_RD: Tensor, n_imgs: int) -> tuple[codeshards.Csr | np.ndarray, _Pooled]:
-        score_RK = scorer(x_RD)
-        score_NPK = score_RK.unflatten(0, (n_imgs, -1))
-        pooled = _Pooled(None, torch.stack([score_NPK.amax(dim=1), score_NPK.mean(dim=1)]).cpu().numpy())
-        score = score_RK.cpu().numpy()
-        return (_largest(score, metadata.top_n) if metadata.layout == "csr" else score), pooled
+    def encode(x_RD: Tensor, is_kept_NP: np.ndarray) -> tuple[codeshards.Csr | np.ndarray, _Pooled]:
+        score_NPK = scorer(x_RD).unflatten(0, is_kept_NP.shape)
+        if is_kept_NP.all():
+            pooled_2NK = torch.stack([score_NPK.amax(dim=1), score_NPK.mean(dim=1)])
+        else:
+            is_kept_NP1 = torch.from_numpy(is_kept_NP).to(x_RD.device)[:, :, None]
+            max_NK = score_NPK.masked_fill(~is_kept_NP1, -torch.inf).amax(dim=1)
+            score_NPK = score_NPK.masked_fill(~is_kept_NP1, 0)
+            pooled_2NK = torch.stack([max_NK, score_NPK.sum(dim=1) / is_kept_NP1.sum(dim=1)])
+        score = score_NPK.flatten(0, 1).cpu().numpy()
+        rows = score
+        if metadata.layout == "csr":
+            rows = _largest(score, metadata.top_n).of_rows(is_kept_NP.ravel())
+        return rows, _Pooled(None, pooled_2NK.cpu().numpy())
 
     return encode
 

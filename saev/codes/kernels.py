@@ -13,17 +13,20 @@ from saev.compiled import jit
 
 
 @jit
-def pool(value_n, latent_n, start_R1, n_patches, n_latents, n_N, out_latent_n, max_n, mean_n, first, last):
+def pool(
+    value_n, latent_n, start_R1, n_rows, n_latents, n_patches_N, n_N, out_latent_n, max_n, mean_n, first, last
+):
     """Maximum and mean over patches of each latent that fires in an image, for images first ... last - 1.
 
     An image's results begin where its codes begin, because there are at most as many. n_N: their number.
-    A latent that does not fire in a patch has code 0 there.
+    A latent that does not fire in a patch has code 0 there. n_rows: of an image. n_patches_N: those that are
+    no padding.
     """
     best_K = np.zeros(n_latents, np.float32)
     total_K = np.zeros(n_latents, np.float64)
     fired_K = np.zeros(n_latents, np.int64)
     for i in range(first, last):
-        begin, end = start_R1[i * n_patches], start_R1[(i + 1) * n_patches]
+        begin, end = start_R1[i * n_rows], start_R1[(i + 1) * n_rows]
         for j in range(begin, end):
             k, value = latent_n[j], value_n[j]
             if fired_K[k] == 0 or value > best_K[k]:
@@ -34,9 +37,9 @@ def pool(value_n, latent_n, start_R1, n_patches, n_latents, n_N, out_latent_n, m
         for k in range(n_latents):
             if fired_K[k] == 0:
                 continue
-            is_zero = best_K[k] < 0 and fired_K[k] < n_patches
+            is_zero = best_K[k] < 0 and fired_K[k] < n_patches_N[i]
             out_latent_n[at], max_n[at] = k, 0 if is_zero else best_K[k]
-            mean_n[at] = total_K[k] / n_patches
+            mean_n[at] = total_K[k] / n_patches_N[i]
             total_K[k], fired_K[k] = 0, 0
             at += 1
         n_N[i] = at - begin

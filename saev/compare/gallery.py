@@ -151,8 +151,9 @@ def _batched(entries: collections.abc.Iterable[dict]) -> collections.abc.Iterato
         yield part
 
 
-def _grid(found: gallery.Gallery) -> tuple[tuple[int, int], tuple[int, int]]:
-    return found.stats.source.grid, found.stats.source.size
+def _grid(found: gallery.Gallery) -> tuple[object, ...]:
+    source = found.stats.source
+    return source.grid, source.size, source.transform
 
 
 def _empty(latent: int) -> dict[str, object]:

@@ -25,7 +25,7 @@ logger = logging.getLogger("saev")
 
 UNITS = "units"
 """Stands for the ViT's own units instead of a file."""
-GEOMETRY = ("size", "resize", "squash")
+GEOMETRY = ("size", "resize", "squash", "fit")
 """The fields of an image transform that decide what a patch shows."""
 
 
@@ -235,7 +235,7 @@ def join(sides: list[Side], cfg: config.Compare) -> Joined:
         [only[a] for a in acts],
         [order[a] for a in acts],
         [left_out[a] for a in acts],
-        _per_patch(streams, cfg),
+        _per_patch([only[acts] for acts in streams], [order[acts] for acts in streams], cfg),
     )
 
 
@@ -266,15 +266,19 @@ def _first(acts: activations.Activations) -> str:
     return acts.records[int(acts.image_is_N[0])].path
 
 
-def _per_patch(streams: list[activations.Activations], cfg: config.Compare) -> bool:
+def _per_patch(
+    streams: list[activations.Activations], orders: list[Int64[np.ndarray, " N"]], cfg: config.Compare
+) -> bool:
     shapes = [(acts.n_tokens, acts.cfg.patches, _geometry(acts)) for acts in streams]
+    sizes = [_sizes(acts, order_N) for acts, order_N in zip(streams, orders, strict=True)]
     is_same = all(shape == shapes[0] for shape in shapes)
+    is_same = is_same and all(np.array_equal(sizes_N2, sizes[0]) for sizes_N2 in sizes)
     is_known = bool(shapes[0][2]) or len({tuple(p.dpath for p in acts.dirs) for acts in streams}) == 1
     if cfg.per == "patch" and not (is_same and is_known):
-        n, m = streams[0].n_tokens, streams[-1].n_tokens
+        found = [f"{acts.n_tokens} patches, --resize {_resize(acts)}" for acts in (streams[0], streams[-1])]
         raise errors.UserError(
             f"--per patch: {streams[0].given} and {streams[-1].given} have other grids over the image, or "
-            f"unknown ones ({n} and {m} patches). Pass --per image."
+            f"unknown ones ({' and '.join(found)}). Pass --per image."
         )
     return cfg.per != "image" and is_same and is_known
 
@@ -282,3 +286,16 @@ def _per_patch(streams: list[activations.Activations], cfg: config.Compare) -> b
 def _geometry(acts: activations.Activations) -> dict[str, object]:
     found = acts.transform()
     return {name: found.get(name) for name in GEOMETRY} if found else {}
+
+
+def _sizes(acts: activations.Activations, order_N: Int64[np.ndarray, " N"]) -> np.ndarray:
+    """(width, height) of each photo, if the grid or padding depends on it."""
+    if acts.sizes_A2 is None:
+        return np.zeros((len(order_N), 2), np.int64)
+    return acts.sizes_A2[acts.image_is_N[order_N]]
+
+
+def _resize(acts: activations.Activations) -> str:
+    """--resize of a dump, for messages."""
+    data = acts.metadata.data
+    return str(data.get("resize", "default")) if isinstance(data, dict) else "default"

@@ -15,7 +15,7 @@ import typing as tp
 import beartype
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, jaxtyped
+from jaxtyping import Bool, Float, Int64, jaxtyped
 from torch import Tensor
 
 from saev import scorers
@@ -35,14 +35,12 @@ class Store:
     n_latents: int
     per_image: int
     """Rows of an image."""
+    n_rows: int
+    """Of all images. Rows of padding have no codes and do not count."""
 
     @property
     def n_images(self) -> int:
         return self.shards.n_imgs
-
-    @property
-    def n_rows(self) -> int:
-        return self.n_images * self.per_image
 
     @functools.cached_property
     def _ends(self) -> list[int]:
@@ -86,20 +84,33 @@ class Store:
             yield latent_n, value_n
 
 
-Values = collections.abc.Callable[[tp.Any, Tensor], Tensor]
-"""(scorer, activations of images (B, P, D)) -> their values (R, S), image after image."""
+Values = collections.abc.Callable[[tp.Any, Tensor, Tensor | None], Tensor]
+"""(scorer, activations of images (B, P, D), whether a patch is no padding (B, P); None: none is) -> their
+values (R, S), image after image."""
+IsShown = Bool[Tensor, "B P"] | None
 
 
-def per_patch(scorer: scorers.Scorer, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "R S"]:
-    return scorer(acts_BPD.flatten(0, 1))
+def per_patch(
+    scorer: scorers.Scorer, acts_BPD: Float[Tensor, "B P D"], is_shown_BP: IsShown
+) -> Float[Tensor, "R S"]:
+    """0 on padding."""
+    values_RS = scorer(acts_BPD.flatten(0, 1))
+    return values_RS if is_shown_BP is None else values_RS.masked_fill(~is_shown_BP.flatten()[:, None], 0)
 
 
-def per_image_max(scorer: scorers.Scorer, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B S"]:
-    return scorer.of_images(acts_BPD)
+def per_image_max(
+    scorer: scorers.Scorer, acts_BPD: Float[Tensor, "B P D"], is_shown_BP: IsShown
+) -> Float[Tensor, "B S"]:
+    return scorer.of_images(acts_BPD if is_shown_BP is None else ordered.filled(acts_BPD, is_shown_BP))
 
 
-def per_image_mean(scorer: scorers.Scorer, acts_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B S"]:
-    return per_patch(scorer, acts_BPD).unflatten(0, acts_BPD.shape[:2]).mean(dim=1)
+def per_image_mean(
+    scorer: scorers.Scorer, acts_BPD: Float[Tensor, "B P D"], is_shown_BP: IsShown
+) -> Float[Tensor, "B S"]:
+    values_BPS = per_patch(scorer, acts_BPD, is_shown_BP).unflatten(0, acts_BPD.shape[:2])
+    if is_shown_BP is None:
+        return values_BPS.mean(dim=1)
+    return values_BPS.sum(dim=1) / is_shown_BP.sum(dim=1, keepdim=True)
 
 
 @torch.inference_mode()
@@ -132,11 +143,14 @@ def encode(
     def write(writer: codeshards.ShardWriter, blocks: collections.abc.Iterator[ordered.Block]) -> None:
         for block in blocks:
             acts_BPD = torch.from_numpy(block.act_NXD).to(device)
+            kept_BP = acts.kept(block.image_i_N)
+            is_shown_BP = None if kept_BP is None else torch.from_numpy(kept_BP).to(device)
             for i, scorer in enumerate(run):
-                found = scorer_rows.of_dense(values(scorer, acts_BPD))
+                found = scorer_rows.of_dense(values(scorer, acts_BPD, is_shown_BP))
                 passes.check(found, block.image_i_N, acts)
                 writer.add_codes(str(i), found)
 
     passes.write(shards, acts, n_block, write, "encode")
-    per_image = acts.n_tokens if values is per_patch else 1
-    return [Store(shards, str(i), scorer.n_prototypes, per_image) for i, scorer in enumerate(run)]
+    is_whole = values is not per_patch
+    sizes = (1, acts.n_imgs) if is_whole else (acts.n_tokens, len(acts))
+    return [Store(shards, str(i), scorer.n_prototypes, *sizes) for i, scorer in enumerate(run)]

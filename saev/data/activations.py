@@ -18,10 +18,10 @@ import beartype
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Float32, Int64, Shaped, jaxtyped
+from jaxtyping import Bool, Float32, Int64, Shaped, jaxtyped
 
 from saev import errors, fields, helpers
-from saev.data import config, patch_classes
+from saev.data import config, images, layout, patch_classes
 from saev.formats import shards, space, staging
 from saev.formats.pieces import SUM_BYTES
 
@@ -177,7 +177,7 @@ class Activations:
         self.chosen: tuple[int, ...] | None = None
         self.advice = SEQUENTIAL
         self._files = _Files()
-        self._is_kept_AT = patch_classes.kept(self, cfg.exclude_patch_labels)
+        self._is_kept_AT = _both(self._shown(), patch_classes.kept(self, cfg.exclude_patch_labels))
         self._choose(None)
 
     @staticmethod
@@ -192,7 +192,8 @@ class Activations:
     def only(self, image_is: collections.abc.Collection[int]) -> "Activations":
         """A stream of only these images, by number. It shares this stream's directories."""
         out = copy.copy(self)
-        out.__dict__.pop("fingerprint", None)
+        for cached in ("fingerprint", "n_kept_N"):
+            out.__dict__.pop(cached, None)
         out._choose(tuple(sorted(image_is)))
         return out
 
@@ -207,6 +208,17 @@ class Activations:
         patches = "cls" if is_cls else "all" if self.first_patch < 0 else "image"
         described = {"vit_family": m.vit_family, "vit_ckpt": m.vit_ckpt}
         return space.Space.of(described | {"layers": self.layers, "patches": patches}, m.d_vit)
+
+    def _shown(self) -> Bool[np.ndarray, "A T"] | None:
+        """Whether each token of each image shows some of its photo, or is [CLS]. None: all do."""
+        n_lead, n_patches = -min(0, self.first_patch), self.first_patch + self.n_tokens
+        if not n_patches or not any(part.metadata.has_padding for part in self.dirs):
+            return None
+        parts = [
+            np.ones((part.metadata.n_imgs, n_patches), bool) if found is None else found
+            for part, found in zip(self.dirs, map(layout.shown, self.dirs), strict=True)
+        ]
+        return np.pad(np.concatenate(parts), ((0, 0), (n_lead, 0)), constant_values=True)
 
     def _choose(self, image_is: tuple[int, ...] | None) -> None:
         """Restricts the stream to these images; None means all."""
@@ -227,7 +239,7 @@ class Activations:
         if not len(self.image_is_N):
             raise errors.UserError(f"{self.root}: holds no image that could be read.")
         self.is_kept_NT = None if self._is_kept_AT is None else self._is_kept_AT[self.image_is_N]
-        """Whether a token of an image is in the stream. None: all are."""
+        """Whether a token of an image is in the stream: no padding, no excluded class. None: all are."""
         if self.is_kept_NT is not None and not self.is_kept_NT.any():
             raise errors.UserError(
                 f"{self.flag}.exclude-patch-labels {' '.join(self.cfg.exclude_patch_labels)}: leaves no "
@@ -257,15 +269,29 @@ class Activations:
         return self.layers[0]
 
     def only_whole(self, what: str) -> None:
-        """Refuses streams without the patches of some classes.
+        """Refuses streams without the patches of some classes. (Padding is no part of an image.)
 
         Raises:
             UserError: --data.exclude-patch-labels was given.
         """
-        if self.is_kept_NT is not None:
+        if self.cfg.exclude_patch_labels:
             raise errors.UserError(
                 f"{self.flag}.exclude-patch-labels: {what} whole images. Leave the flag out here."
             )
+
+    def kept(self, image_i_N: Int64[np.ndarray, " N"]) -> Bool[np.ndarray, "N X"] | None:
+        """Whether each token of images, by number, is in the stream. None: all are."""
+        if self.is_kept_NT is None:
+            return None
+        positions_N = np.searchsorted(self.image_is_N, image_i_N)
+        return np.tile(self.is_kept_NT[positions_N], (1, len(self.layers)))
+
+    @functools.cached_property
+    def n_kept_N(self) -> Int64[np.ndarray, " N"]:
+        """Tokens of each image that are in the stream, in one layer."""
+        if self.is_kept_NT is None:
+            return np.full(self.n_imgs, self.n_tokens)
+        return self.is_kept_NT.sum(axis=1)
 
     @property
     def n_per_img(self) -> int:
@@ -274,8 +300,7 @@ class Activations:
 
     def __len__(self) -> int:
         """Number of activations in the stream."""
-        n_tokens = self.n_imgs * self.n_tokens if self.is_kept_NT is None else int(self.is_kept_NT.sum())
-        return n_tokens * len(self.layers)
+        return int(self.n_kept_N.sum()) * len(self.layers)
 
     @property
     def n_lead(self) -> int:
@@ -338,6 +363,36 @@ class Activations:
                 "transforms. Read them one by one."
             )
         return first
+
+    @functools.cached_property
+    def geometry(self) -> images.Transform | None:
+        """The image transform. None for dumps of other tools. Raises as `transform`."""
+        found = self.transform()
+        return images.Transform.from_dict(found) if found else None
+
+    @functools.cached_property
+    def sizes_A2(self) -> Int64[np.ndarray, "A 2"] | None:
+        """(width, height) of each photo, by number; 0 if it was skipped or does not matter. None: it does not
+        matter for any, because no dump has padding."""
+        if not any(part.metadata.has_padding for part in self.dirs):
+            return None
+        empty = [np.zeros((part.metadata.n_imgs, 2), np.int64) for part in self.dirs]
+        return np.concatenate(
+            [
+                part.sizes_N2 if part.metadata.has_padding else zero_N2
+                for part, zero_N2 in zip(self.dirs, empty, strict=True)
+            ]
+        )
+
+    def layout(self, image_i: int) -> layout.Layout:
+        """Where the patches of an image lie.
+
+        Raises:
+            UserError: as `transform`, or the patches form no grid.
+        """
+        width, height = (0, 0) if self.sizes_A2 is None else self.sizes_A2[image_i].tolist()
+        size = (width, height) if width else None
+        return layout.Layout.of(self.geometry, self.metadata.n_patches_per_img, size)
 
     def shard_positions(self) -> list[range]:
         """Positions of the images of each shard file."""
@@ -526,6 +581,13 @@ class _ReadErrors:
                 f"{part.acts_fpath(self.extent.shard_i)}: cannot be read ({err.strerror}). "
                 "Check the file system, or run the same `python -m saev.data` command again."
             ) from err
+
+
+def _both(
+    one: Bool[np.ndarray, "A T"] | None, two: Bool[np.ndarray, "A T"] | None
+) -> Bool[np.ndarray, "A T"] | None:
+    """Tokens that both keep. None: all."""
+    return one if two is None else two if one is None else one & two
 
 
 def _layers(dirs: list[shards.ShardDir], layer: int | tp.Literal["all"], flag: str) -> tuple[int, ...]:

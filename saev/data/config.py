@@ -10,6 +10,8 @@ from saev import errors, fields, launch
 
 Family = tp.Literal["clip", "siglip", "dinov2", "dinov3", "mae", "timm"]
 Patches = tp.Literal["image", "cls", "all"]
+Resize = tp.Literal["crop", "squash", "pad", "flexible"]
+"""How a photo becomes the ViT's input (docs/images-and-weights.md)."""
 Annotations = tp.Literal["any", "last"]
 """Which annotations count if an image and trait have several."""
 
@@ -67,6 +69,11 @@ class Vit:
     """Width of the residual stream. Default: inferred from the model. If given, it is checked against it."""
     n_patches_per_img: int | None = None
     """Patches per image. Default: inferred from the model. If given, it is checked against it."""
+    resize: Resize | None = None
+    """crop: the centre of the photo. squash: all of it, in the input's aspect ratio. pad: all of it, with
+    borders of the mean colour. flexible: all of it, in the grid of about as many patches that distorts it
+    least. Patches without any of the photo are left out of what is read. Default: the model's own, crop or
+    squash."""
     autocast: tp.Literal["off", "bfloat16"] = "off"
     """bfloat16: run the ViT under bfloat16 autocast: faster on GPUs, less precise. Its activations are
     float32 in both cases."""

@@ -33,14 +33,18 @@ class Decoded(tp.NamedTuple):
 
     img_3HW: Tensor
     error: str
+    size: tuple[int, int] = (0, 0)
+    """(width, height) of the photo."""
 
 
 class Loaded(tp.NamedTuple):
     """A batch of images."""
 
     image_is: range
-    imgs_BCHW: Tensor
+    groups: list[tuple[list[int], Tensor]]
+    """Places in the batch, and inputs (B, 3, H, W) of one size. With --resize flexible, sizes differ."""
     skipped: list[shards.Skipped]
+    sizes: list[tuple[int, int]]
 
 
 def main(cfg: config.Dump, job_i: int = 0) -> str:
@@ -62,8 +66,8 @@ def main(cfg: config.Dump, job_i: int = 0) -> str:
         d_vit=vit.d_vit,
         n_imgs=len(records),
         max_patches_per_shard=cfg.max_patches_per_shard,
-        data=_describe(cfg.data),
-        **shards.stored_as(cfg.dtype),
+        data=_describe(cfg.data) | ({"resize": vit.resize} if vit.resize else {}),
+        **shards.stored_as(cfg.dtype, vit.transform.fit != "cover"),
     )
     _warn_of_earlier_lists(pathlib.Path(cfg.dump_to), metadata)
     transform = vit.transform.to_dict()
@@ -167,7 +171,7 @@ class _Dumper:
     def _decode(self, image_i: int) -> Decoded:
         try:
             img = images.open_rgb(self.root / self.records[image_i].path)
-            return Decoded(self.vit.transform(img), "")
+            return Decoded(self.vit.transform(img), "", img.size)
         except images.BadImage as err:
             if not self.cfg.skip_corrupt:
                 raise errors.UserError(f"{err} (Or pass --skip-corrupt to leave such images out.)") from err
@@ -187,7 +191,7 @@ class _Dumper:
                 skipped = [
                     shards.Skipped(i, d.error) for i, d in zip(image_is, decoded, strict=True) if d.error
                 ]
-                yield Loaded(image_is, torch.stack([d.img_3HW for d in decoded]), skipped)
+                yield Loaded(image_is, _grouped(decoded), skipped, [d.size for d in decoded])
         finally:
             decoders.shutdown(wait=False, cancel_futures=True)
 
@@ -202,8 +206,7 @@ class _Dumper:
         on_gpu = self.device.type == "cuda"
         waiting: tuple[Loaded, devices.OnItsWay] | None = None
         for batch in loaded:
-            imgs_BCHW = batch.imgs_BCHW.pin_memory() if on_gpu else batch.imgs_BCHW
-            acts_BLTD = self.vit(imgs_BCHW.to(self.device, non_blocking=True), self.out.metadata.layers)
+            acts_BLTD = self._forward(batch)
             if not on_gpu:
                 yield batch, acts_BLTD.contiguous().numpy()
                 continue
@@ -212,6 +215,22 @@ class _Dumper:
                 yield before[0], before[1].arrived().numpy()
         if waiting is not None:
             yield waiting[0], waiting[1].arrived().numpy()
+
+    def _forward(self, batch: Loaded) -> Tensor:
+        """(B, L, T, D) activations. Tokens after those of an image's own grid are zero."""
+        metadata, out_BLTD = self.out.metadata, None
+        for rows, imgs_BCHW in batch.groups:
+            imgs_BCHW = imgs_BCHW.pin_memory() if self.device.type == "cuda" else imgs_BCHW
+            acts_BLTD = self.vit(imgs_BCHW.to(self.device, non_blocking=True), metadata.layers)
+            n_tokens = acts_BLTD.shape[2]
+            if len(rows) == len(batch.image_is) and n_tokens == metadata.n_tokens:
+                return acts_BLTD
+            if out_BLTD is None:
+                shape = (len(batch.image_is), len(metadata.layers), metadata.n_tokens, metadata.d_vit)
+                out_BLTD = acts_BLTD.new_zeros(shape)
+            out_BLTD[rows, :, :n_tokens] = acts_BLTD
+        assert out_BLTD is not None, "a batch has images"
+        return out_BLTD
 
     def _write_shard(
         self,
@@ -243,6 +262,8 @@ class _Dumper:
         self._check_finite(acts_BLTD, batch.image_is)
         writer.write(acts_BLTD)
         writer.skipped += batch.skipped
+        if self.out.metadata.has_padding:
+            writer.sizes += batch.sizes
 
     def _check_finite(self, acts_BLTD: np.ndarray, image_is: range) -> None:
         limit = np.finfo(np.float16).max
@@ -263,3 +284,11 @@ class _Dumper:
             raise errors.UserError(
                 f"image {path}: the ViT gives NaN or infinite activations. Check the image and the weights."
             )
+
+
+def _grouped(decoded: list[Decoded]) -> list[tuple[list[int], Tensor]]:
+    """The inputs of each size, with their places."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, found in enumerate(decoded):
+        places.setdefault(tuple(found.img_3HW.shape), []).append(i)
+    return [(mine, torch.stack([decoded[i].img_3HW for i in mine])) for mine in places.values()]

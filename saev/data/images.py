@@ -1,6 +1,7 @@
 """Image datasets and the transform from a photo to a ViT's input."""
 
 import dataclasses
+import functools
 import logging
 import math
 import pathlib
@@ -18,7 +19,7 @@ from saev.data import config, cub, walk
 from saev.data.pixels import BadImage, open_rgb
 from saev.formats.shards import Record
 
-__all__ = ["BadImage", "Transform", "grid", "image_root", "list_images", "open_rgb"]
+__all__ = ["BadImage", "Transform", "flexible_grid", "grid", "image_root", "list_images", "open_rgb"]
 
 logger = logging.getLogger("saev")
 
@@ -38,6 +39,8 @@ MAX_BETWEEN = 2**26
 
 USUAL = (8, 14, 16, 32)
 """Sides of usual ViTs' patches in pixels."""
+LEAST_FILLED = 7 / 8
+"""A flexible grid has at least this share of a dump's patches per image."""
 
 
 # ---- datasets ----
@@ -121,6 +124,11 @@ class Transform:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fit: tp.Literal["cover", "pad", "flexible"] = "cover"
+    """cover: crop or squash, as above. pad: the whole photo, with borders of the mean colour; its upper left
+    corner is a patch's. flexible: the whole photo, in a grid of patches of its own (`flexible_grid`)."""
+    patch: int = 0
+    """Side of a patch in pixels. 0 where `fit` does not need it."""
 
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
@@ -138,9 +146,61 @@ class Transform:
             raise errors.UserError(
                 f"transform: cannot crop {self.size} from an image resized to {self.resize}."
             )
+        if self.fit != "cover" and not 1 <= self.patch <= min(self.size):
+            raise errors.UserError(f"transform: {self.patch} pixels are no side of a patch of {self.size}.")
 
-    def geometry(self, img: PIL.Image.Image) -> PIL.Image.Image:
-        """Returns the part of the image that the ViT sees, resized to `size`. Heat maps are drawn on it."""
+    def with_resize(self, mode: config.Resize | None, n_patches: int) -> "Transform":
+        """The same transform with another geometry. None: itself. The family's own mode: itself too.
+
+        Args:
+            n_patches: the number of patches of an input of `size`.
+
+        Raises:
+            UserError: pad or flexible, and it is unknown where the patches lie.
+        """
+        if mode is None or (mode in ("crop", "squash") and self.squash == (mode == "squash")):
+            return self
+        resize = self.size[0] if self.size[0] == self.size[1] else self.size
+        out = dataclasses.replace(self, resize=resize, squash=mode == "squash")
+        if mode in ("crop", "squash"):
+            return out
+        _, _, patch = grid(n_patches, self.size)
+        return dataclasses.replace(out, fit=mode, patch=patch)
+
+    def input_size(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) in pixels of the ViT's input for a photo: `size`, unless the grid is flexible."""
+        if self.fit != "flexible":
+            return self.size
+        rows, columns = flexible_grid(math.prod(n // self.patch for n in self.size), height / width)
+        return rows * self.patch, columns * self.patch
+
+    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of a photo in the ViT's input. What is outside is padding."""
+        if self.fit != "pad":
+            rows, columns = self.input_size(width, height)
+            return 0, 0, columns, rows
+        covered = [n // self.patch * self.patch for n in self.size]  # patches see no more
+        scale = min(covered[0] / height, covered[1] / width)
+        h, w = (min(max(1, round(n * scale)), most) for n, most in zip((height, width), covered, strict=True))
+        top, left = (
+            (most - n) // 2 // self.patch * self.patch for n, most in zip((h, w), covered, strict=True)
+        )
+        return left, top, left + w, top + h
+
+    def geometry(self, img: PIL.Image.Image, ground: int | None = None) -> PIL.Image.Image:
+        """Returns what the ViT sees of an image, as large as its input. Heat maps are drawn on it.
+
+        Args:
+            ground: value of padding's pixels. Default: the mean colour.
+        """
+        if self.fit != "cover":
+            left, top, right, bottom = self.box(img.width, img.height)
+            photo = _resize(img, (right - left, bottom - top), INTERPOLATIONS[self.interpolation])
+            height, width = self.input_size(img.width, img.height)
+            mean = tuple(round(255 * v) for v in self.mean)
+            out = PIL.Image.new(img.mode, (width, height), mean if ground is None else ground)
+            out.paste(photo, (left, top))
+            return out
         height, width = self.size
         whole = self._resized(img.width, img.height)
         left, top = round((whole[0] - width) / 2.0), round((whole[1] - height) / 2.0)
@@ -173,8 +233,9 @@ class Transform:
         return (pixels_HW3.permute(2, 0, 1).float().div(255) - mean_3) / std_3
 
     def to_dict(self) -> dict[str, tp.Any]:
-        """Returns plain JSON values."""
-        return dataclasses.asdict(self)
+        """Returns plain JSON values, without `fit` and `patch` where older dumps had none."""
+        found = dataclasses.asdict(self)
+        return found if self.fit != "cover" else {k: v for k, v in found.items() if k not in ("fit", "patch")}
 
     @classmethod
     def from_dict(cls, obj: object) -> "Transform":
@@ -219,6 +280,32 @@ def grid(n_patches: int, size: tuple[int, int] | None) -> tuple[int, int, int]:
         f"{n_patches} patches do not form a grid on {what}, so it is unknown where they lie. "
         "Dump the images again."
     )
+
+
+@functools.cache
+def _flexible_grids(n_patches: int) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """(rows, columns) of all grids with enough patches, those with the most first; log(rows / columns)."""
+    least = math.ceil(LEAST_FILLED * n_patches)
+    grids = [
+        (rows, columns)
+        for rows in range(1, n_patches + 1)
+        for columns in range(-(-least // rows), n_patches // rows + 1)
+    ]
+    grids.sort(key=lambda grid: (-grid[0] * grid[1], grid))
+    return grids, np.log([rows / columns for rows, columns in grids])
+
+
+def flexible_grid(n_patches: int, aspect: float) -> tuple[int, int]:
+    """(rows, columns) of the grid that distorts an image least.
+
+    Its rows / columns are nearest to `aspect` (as a ratio), among the grids with at most `n_patches` patches
+    and at least LEAST_FILLED of them. Of equally near ones, it has the most patches.
+
+    Args:
+        aspect: height / width.
+    """
+    grids, log_G = _flexible_grids(n_patches)
+    return grids[int(np.abs(log_G - math.log(aspect)).argmin())]
 
 
 def _resize(img: PIL.Image.Image, size: tuple[int, int], resample: PIL.Image.Resampling) -> PIL.Image.Image:

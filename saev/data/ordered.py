@@ -5,7 +5,8 @@ import math
 import typing as tp
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
 
 from saev.data import activations, config
 from saev.data.ahead import ahead
@@ -21,6 +22,17 @@ class Block(tp.NamedTuple):
     """Their numbers, ascending, without images that could not be read."""
     act_NXD: Float32[np.ndarray, "N X D"]
     """Their tokens. With layer "all", those of the first layer come first."""
+
+
+def filled(
+    acts_NPD: Float[torch.Tensor, "N P D"], is_kept_NP: Bool[torch.Tensor, "N P"]
+) -> Float[torch.Tensor, "N P D"]:
+    """Images in which another patch stands for each patch that is left out, which changes no maximum over
+    patches. If all of an image's patches are left out, they stay."""
+    other_N = is_kept_NP.int().argmax(dim=1)
+    other_N1D = acts_NPD[torch.arange(len(acts_NPD), device=acts_NPD.device), other_N][:, None]
+    is_empty_N1 = ~is_kept_NP.any(dim=1, keepdim=True)
+    return torch.where((is_kept_NP | is_empty_N1)[:, :, None], acts_NPD, other_N1D)
 
 
 class Ordered:
@@ -60,10 +72,7 @@ class Ordered:
 
     def kept(self, block: Block) -> Bool[np.ndarray, "N X"] | None:
         """Whether each token of a block is in the stream. None: all are."""
-        if self.acts.is_kept_NT is None:
-            return None
-        positions_N = np.searchsorted(self.acts.image_is_N, block.image_i_N)
-        return np.tile(self.acts.is_kept_NT[positions_N], (1, len(self.acts.layers)))
+        return self.acts.kept(block.image_i_N)
 
     def rows(self, block: Block) -> Float32[np.ndarray, "R D"]:
         """The tokens of a block that are in the stream, image after image."""

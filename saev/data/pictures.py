@@ -4,16 +4,17 @@ import base64
 import collections.abc
 import dataclasses
 import io
+import math
 import os
 import pathlib
 
 import beartype
 import numpy as np
 import PIL.Image
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 
 from saev import errors
-from saev.data import activations, images
+from saev.data import activations, images, layout
 from saev.data import config as data_config
 from saev.formats import shards
 
@@ -35,11 +36,13 @@ class Pictures:
     transform: images.Transform | None
     """The ViT's image transform. None means a square centre crop."""
     grid: tuple[int, int]
-    """(rows, columns) of the patches."""
+    """(rows, columns) of the patches; with --resize flexible, of a photo of the input's aspect ratio."""
     patch: int
     """Side of a patch in pixels of the ViT's input; 0 if the transform is not known."""
     side: int
     """Longest side of a picture."""
+    sizes_A2: Int64[np.ndarray, "A 2"] | None = None
+    """(width, height) of each photo, by number, if the grid or padding depends on it."""
 
     @staticmethod
     def of(
@@ -48,10 +51,9 @@ class Pictures:
         """Raises a UserError if no root is given, or the patches do not form a grid."""
         if not cfg.root:
             raise errors.UserError("--images.root is missing: pass the folder that was dumped.")
-        fields = acts.transform()
-        transform = images.Transform.from_dict(fields) if fields else None
-        rows, columns, patch = images.grid(acts.n_tokens, transform.size if transform else None)
-        return Pictures(images.image_root(cfg), acts.records, transform, (rows, columns), patch, side)
+        placed = layout.Layout.of(acts.geometry, acts.n_tokens)
+        root, sizes_A2 = images.image_root(cfg), acts.sizes_A2
+        return Pictures(root, acts.records, acts.geometry, placed.grid, placed.patch, side, sizes_A2)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -66,8 +68,21 @@ class Pictures:
         if self.transform is None:
             return "transform not recorded: a square centre crop is assumed"
         height, width = self.transform.size
+        if self.transform.fit == "flexible":
+            return "resized whole to a grid of patches near their aspect ratio"
         how = "squashed" if self.transform.squash else "resized and centre-cropped"
+        how = "resized and padded" if self.transform.fit == "pad" else how
         return f"{how} to {height} x {width} pixels"
+
+    def layout(self, image_i: int) -> layout.Layout:
+        """Where the patches of an image lie in its view."""
+        width, height = (0, 0) if self.sizes_A2 is None else self.sizes_A2[image_i].tolist()
+        return layout.Layout.of(self.transform, math.prod(self.grid), (width, height) if width else None)
+
+    def own_grid(self, image_i: int) -> dict[str, object]:
+        """An image's entry `grid` in a gallery, if it has another grid than most."""
+        grid = self.layout(image_i).grid
+        return {} if grid == self.grid else {"grid": list(grid)}
 
     def check(self, image_is: collections.abc.Iterable[int]) -> None:
         """Raises a UserError that names the first missing image."""
@@ -82,11 +97,15 @@ class Pictures:
         """The part of an image that the patches cover, at most `side` pixels a side.
 
         Raises:
-            UserError: the image is missing or unreadable.
+            UserError: the image is missing or unreadable, or has another size than in the dump.
         """
         self.check([image_i])
-        img = images.open_rgb(self.root / self.records[image_i].path)
-        return seen(img, self.transform, self.size, self.side)
+        fpath = self.root / self.records[image_i].path
+        img = images.open_rgb(fpath)
+        if self.sizes_A2 is not None:
+            layout.check_size(fpath, img.size, self.sizes_A2[image_i])
+        size = self.size if self.transform is None else self.layout(image_i).size
+        return seen(img, self.transform, size, self.side)
 
     def src(self, image_i: int) -> str:
         """The view as a data: URL."""
@@ -119,11 +138,11 @@ def painted(
     """Heat over a picture, as the page paints it: exact rectangles in one hue, opacity linear in heat.
 
     Args:
-        heat_P: from 0 to 1, in raster order.
+        heat_P: from 0 to 1, in raster order. What follows the grid's patches is left out.
         grid: (rows, columns) of the patches.
         opacity: at heat 1.
     """
-    heat_RC = np.rint(255 * opacity * heat_P.clip(0, 1)).astype(np.uint8).reshape(grid)
+    heat_RC = np.rint(255 * opacity * heat_P[: math.prod(grid)].clip(0, 1)).astype(np.uint8).reshape(grid)
     mask = PIL.Image.fromarray(heat_RC).resize(img.size, PIL.Image.Resampling.NEAREST)
     return PIL.Image.composite(PIL.Image.new("RGB", img.size, HUE), img, mask)
 

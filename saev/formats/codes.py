@@ -61,13 +61,18 @@ class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return out
 
 
-class Image(msgspec.Struct, frozen=True):
+class Image(msgspec.Struct, frozen=True, omit_defaults=True):
     """One line of images.jsonl."""
 
     image_i: int
     """Number of the image in the dump."""
     path: str
     label: str
+    grid: tuple[int, int] | None = None
+    """Rows and columns of its patches, in a dump with --resize pad or flexible."""
+    shown: tuple[int, int, int, int] | None = None
+    """There too: first row, row after the last, first column and column after the last of the patches that
+    show the photo. The others are padding and have no codes."""
 
 
 def create(

@@ -62,6 +62,10 @@ class Csr(tp.NamedTuple):
         before_n1 = np.concatenate([np.zeros(1, np.int64), np.cumsum(is_kept_n)])
         return Csr(before_n1[self.start_R1], self.latent_n[is_kept_n], self.value_n[is_kept_n])
 
+    def of_rows(self, is_kept_R: np.ndarray | None) -> "Csr":
+        """The same rows, without the codes of those that are not marked. None: with all."""
+        return self if is_kept_R is None else self.kept(np.repeat(is_kept_R, np.diff(self.start_R1)))
+
     @staticmethod
     def joined(parts: list["Csr"], dtype: np.dtype) -> "Csr":
         """The rows of all parts. dtype: of the values if there are none."""

@@ -48,6 +48,8 @@ class Source(msgspec.Struct):
     size: tuple[Size, Size]
     data: str = ""
     n_images: int = 0
+    transform: str = ""
+    """What was done to the images, in words."""
 
 
 class Shown(msgspec.Struct):
@@ -117,6 +119,8 @@ class Paths(msgspec.Struct):
 
 class _Image(msgspec.Struct):
     src: str
+    grid: tuple[Size, Size] | None = None
+    """None: that of `Source`."""
 
 
 class _Images(msgspec.Struct):
@@ -191,15 +195,26 @@ class Gallery:
 
     def picture(self, place: int) -> PIL.Image.Image:
         """The picture at a place in data/images."""
+        found = self._image(place)
+        try:
+            data = base64.b64decode(found.src.removeprefix(WEBP), validate=True)
+            return PIL.Image.open(io.BytesIO(data), formats=["WEBP"]).convert("RGB")
+        except (ValueError, OSError, PIL.Image.DecompressionBombError) as err:
+            name = f"images/{place // self.stats.files.images:03}"
+            raise self.damaged(name, f"a picture that is none ({errors.first_line(err)})") from err
+
+    def grid(self, place: int) -> tuple[int, int]:
+        """(rows, columns) of the patches of that picture."""
+        return self._image(place).grid or self.stats.source.grid
+
+    def _image(self, place: int) -> _Image:
         if place >= self.stats.files.n_images:
             raise self.damaged("stats", f"{self.stats.files.n_images} pictures, but number {place} is shown")
         file, i = divmod(place, self.stats.files.images)
-        name, found = f"images/{file:03}", self._images(file)
-        try:
-            data = base64.b64decode(found[i].src.removeprefix(WEBP), validate=True)
-            return PIL.Image.open(io.BytesIO(data), formats=["WEBP"]).convert("RGB")
-        except (IndexError, ValueError, OSError, PIL.Image.DecompressionBombError) as err:
-            raise self.damaged(name, f"a picture that is none ({errors.first_line(err)})") from err
+        found = self._images(file)
+        if i >= len(found):
+            raise self.damaged(f"images/{file:03}", f"{len(found)} pictures, but number {i} is shown")
+        return found[i]
 
     def _read_images(self, file: int) -> list[_Image]:
         return scripts.read(self.dpath, f"images/{file:03}", self.remedy, _Images).images

@@ -14,7 +14,9 @@ from saev.formats import jsonfile
 PROTOCOL = "1.0.0"
 PROTOCOL_HALF = "1.0.1"
 """Protocol of dtypes other than float32. Readers that know only 1.0.0 refuse it, and misread no bytes."""
-READABLE = ("1.0", "1.1", "2.0", "2.1")
+PROTOCOL_PADDED = "1.2.0"
+"""Protocol of dumps with padding (--resize pad or flexible). Readers that do not know padding refuse it."""
+READABLE = ("1.0", "1.1", "1.2", "2.0", "2.1")
 """Protocols (major.minor) whose acts files have the same layout."""
 ALIASES = {
     "vit_family": ("family",),
@@ -68,6 +70,11 @@ class Metadata:
     def n_tokens(self) -> int:
         """Tokens per image, [CLS] included."""
         return self.n_patches_per_img + int(self.cls_token)
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether some patches may show nothing of their photo."""
+        return self.protocol.startswith("1.2")
 
     @property
     def imgs_per_shard(self) -> int:
@@ -135,6 +142,7 @@ class Metadata:
             raise errors.UserError(f"{fpath}: does not fit protocol {protocol} ({what}). {AGAIN}") from err
 
 
-def stored_as(dtype: str) -> dict[str, tp.Any]:
+def stored_as(dtype: str, has_padding: bool = False) -> dict[str, tp.Any]:
     """Returns the fields `dtype` and `protocol` of a new dump."""
-    return {"dtype": dtype, "protocol": PROTOCOL if dtype == "float32" else PROTOCOL_HALF}
+    protocol = PROTOCOL if dtype == "float32" else PROTOCOL_HALF
+    return {"dtype": dtype, "protocol": PROTOCOL_PADDED if has_padding else protocol}

@@ -9,7 +9,8 @@
         images.jsonl     per image, in order, {"path": ..., "label": ...}; path is relative to the dataset
         transform.json   how an image became the ViT's input (for heat maps)
         acts000000.xxh3  checksums of the pieces of the shard (`pieces.Pieces`)
-        acts000000.json  skipped images; checksums of the shard, its .xxh3 and the files about all images
+        acts000000.json  skipped images; checksums of the shard, its .xxh3 and the files about all images;
+                         sizes of the photos, if the dump has padding (protocol 1.2.0)
         complete.json    the same for all shards
         code.json        which code dumped
 
@@ -235,6 +236,7 @@ class ShardDir(WritableShards):
                 xxh3_128=complete.xxh3_128[name],
                 skipped=tuple(skipped[i]),
                 pieces=complete.pieces.get(name, ""),
+                sizes=complete.sizes.get(name, ""),
                 files=complete.files,
             )
             for name, i in names.items()
@@ -299,7 +301,8 @@ class ShardDir(WritableShards):
         sums = [[i, roots.get(i) or self._root(i)] for i in self.shard_is]
         skipped = [[s.image_i, s.error] for _, x in sorted(self.sidecars.items()) for s in x.skipped]
         tables = [self._digest(fpath) for fpath in (self.images_fpath, self.transform_fpath) if self.is_ours]
-        return helpers.hash_of([self.metadata.hash, tables, sums, skipped])
+        sizes = [[s.sizes for _, s in sorted(self.sidecars.items())]] if self.metadata.has_padding else []
+        return helpers.hash_of([self.metadata.hash, tables, sums, skipped, *sizes])
 
     # ---- contents ----
 
@@ -310,6 +313,19 @@ class ShardDir(WritableShards):
         image_is_N = np.concatenate([np.arange(0), *parts])
         skipped = [s.image_i for sidecar in self.sidecars.values() for s in sidecar.skipped]
         return image_is_N[~np.isin(image_is_N, skipped)] if skipped else image_is_N
+
+    @functools.cached_property
+    def sizes_N2(self) -> Int64[np.ndarray, "N 2"]:
+        """(width, height) of each photo of a dump with padding; 0 if it was skipped or is not dumped yet.
+
+        Raises:
+            UserError: a sidecar is damaged.
+        """
+        out_N2 = np.zeros((self.metadata.n_imgs, 2), np.int64)
+        for i, sidecar in self.sidecars.items():
+            r = self.metadata.imgs_in(i)
+            out_N2[r.start : r.stop] = sidecar.size_n2(self.sidecar_fpath(i))
+        return out_N2
 
     def _table(self, fpath: pathlib.Path) -> bytes:
         """Reads a file about all images and compares it with its checksum, if one is recorded."""

@@ -58,6 +58,16 @@ class Sidecar(_File, frozen=True, kw_only=True):
     """Of the bytes of all images."""
     pieces: Sum | tp.Literal[""] = ""
     """XXH3 of acts000000.xxh3. Empty in older dumps."""
+    sizes: str = ""
+    """Width and height of each photo, "500x375 333x500 ..."; 0x0 for a skipped one. Empty in dumps without
+    padding."""
+
+    def size_n2(self, fpath: pathlib.Path) -> list[tuple[int, int]]:
+        """`sizes` as numbers. Raises UserError unless there is one for each image."""
+        found = [part.partition("x") for part in self.sizes.split()]
+        if len(found) != self.n_imgs or not all(w.isdecimal() and h.isdecimal() for w, _, h in found):
+            raise errors.UserError(f"{fpath}: lacks the sizes of its photos. {REMEDY}")
+        return [(int(w), int(h)) for w, _, h in found]
 
 
 class Complete(_File, frozen=True, kw_only=True):
@@ -65,6 +75,7 @@ class Complete(_File, frozen=True, kw_only=True):
 
     xxh3_128: dict[str, Sum]
     pieces: dict[str, Sum] = {}
+    sizes: dict[str, str] = {}
 
     @classmethod
     def of(cls, sidecars: dict[str, Sidecar]) -> "Complete":
@@ -74,11 +85,12 @@ class Complete(_File, frozen=True, kw_only=True):
             skipped=tuple(skipped for s in sidecars.values() for skipped in s.skipped),
             pieces={name: s.pieces for name, s in sidecars.items()},
             files=next(iter(sidecars.values())).files,
+            sizes={name: s.sizes for name, s in sidecars.items() if s.sizes},
         )
 
 
 def _fields(file: _File) -> dict[str, tp.Any]:
-    """In the order in which they are written."""
+    """In the order in which they are written. Dumps without padding have no `sizes`."""
     fields = msgspec.to_builtins(file)
-    order = ("n_imgs", "xxh3_128", "skipped", "pieces", "files")
+    order = ("n_imgs", "xxh3_128", "skipped", "pieces", "files", *["sizes"] * bool(fields["sizes"]))
     return {name: fields[name] for name in order if name in fields}

@@ -37,6 +37,8 @@ class ShardWriter:
         self.sums = bytearray()
         """Checksums of the pieces."""
         self.skipped: list[Skipped] = []
+        self.sizes: list[tuple[int, int]] = []
+        """(width, height) of each photo, if the dump has padding."""
         self.n_unsynced = 0
 
     @jaxtyped(typechecker=beartype.beartype)
@@ -112,11 +114,12 @@ class WritableShards(ShardFiles):
             yield writer
             assert fd.tell() == self.n_bytes(shard_i)
             fd.truncate(self.metadata.imgs_per_shard * self.metadata.img_bytes)  # pads the last shard
-        self._write_sums(shard_i, bytes(writer.sums), writer.sum.hexdigest(), writer.skipped)
+        sizes = " ".join(f"{width}x{height}" for width, height in writer.sizes)
+        self._write_sums(shard_i, bytes(writer.sums), writer.sum.hexdigest(), writer.skipped, sizes)
         self.write_index()
 
     def _write_sums(
-        self, shard_i: int, sums: bytes, xxh3_128: str, skipped: collections.abc.Iterable[Skipped]
+        self, shard_i: int, sums: bytes, xxh3_128: str, skipped: collections.abc.Iterable[Skipped], sizes: str
     ) -> None:
         with helpers.atomic(self.sums_fpath(shard_i)) as tmp_fpath:
             tmp_fpath.write_bytes(sums)
@@ -126,6 +129,7 @@ class WritableShards(ShardFiles):
             skipped=tuple(skipped),
             pieces=xxhash.xxh3_128_hexdigest(sums),
             files=self.tables,
+            sizes=sizes,
         )
         helpers.write_text(self.sidecar_fpath(shard_i), sidecar.dumps())
 
@@ -157,7 +161,7 @@ class WritableShards(ShardFiles):
                 f"{self.acts_fpath(shard_i)}: differs from its checksum. "
                 f"Delete it and {fpath.name}, and run the same command again."
             )
-        self._write_sums(shard_i, sums, xxh3_128, sidecar.skipped)
+        self._write_sums(shard_i, sums, xxh3_128, sidecar.skipped, sidecar.sizes)
         return Sidecar.loads(fpath)
 
     def finish(self) -> None:

@@ -14,10 +14,10 @@ import pathlib
 import beartype
 import numpy as np
 import PIL.Image
-from jaxtyping import Int32, jaxtyped
+from jaxtyping import Int32, Int64, jaxtyped
 
 from saev import errors, helpers, provenance
-from saev.data import images, pixels
+from saev.data import images, layout, pixels
 from saev.formats import patchlabels, shards
 from saev.labels import config, masks
 
@@ -72,12 +72,14 @@ def _label_all(
     """Labels of all images; VOID for those that the dump skipped."""
     metadata, records = shard_dir.metadata, shard_dir.records
     id_NP = np.full((metadata.n_imgs, metadata.n_patches_per_img), masks.VOID, np.int32)
+    sizes_N2 = shard_dir.sizes_N2 if metadata.has_padding else None
     label = functools.partial(_label, cfg, images.image_root(cfg.images), source, view)
     image_is = shard_dir.image_is_N.tolist()
     n_missing = 0
     with concurrent.futures.ThreadPoolExecutor(cfg.n_workers) as pool:
         try:
-            found = pool.map(label, (records[i] for i in image_is))
+            dumped = (None if sizes_N2 is None else sizes_N2[i] for i in image_is)
+            found = pool.map(label, (records[i] for i in image_is), dumped)
             for i, id_P in zip(
                 image_is, helpers.progress(found, "label", len(image_is), "images"), strict=True
             ):
@@ -92,9 +94,18 @@ def _label_all(
 
 
 def _label(
-    cfg: config.Labels, root: pathlib.Path, source: masks.Source, view: "View", record: shards.Record
+    cfg: config.Labels,
+    root: pathlib.Path,
+    source: masks.Source,
+    view: "View",
+    record: shards.Record,
+    dumped_2: Int64[np.ndarray, " 2"] | None,
 ) -> Int32[np.ndarray, " P"] | None:
-    mask_HW = source.of(record, _size(root / record.path))
+    """dumped_2: (width, height) of the photo in the dump, if it matters."""
+    size = _size(root / record.path)
+    if dumped_2 is not None:
+        layout.check_size(root / record.path, size, dumped_2)
+    mask_HW = source.of(record, size)
     if mask_HW is None:
         if cfg.missing == "refuse":
             raise errors.UserError(
@@ -131,33 +142,33 @@ class View:
     transform: images.Transform
     n_patches: int
 
-    @functools.cached_property
-    def grid(self) -> tuple[int, int, int]:
-        """(rows, columns, side in pixels) of the patches. Raises as `images.grid`."""
-        return images.grid(self.n_patches, self.transform.size)
-
     @jaxtyped(typechecker=beartype.beartype)
     def seen(self, mask_HW: Int32[np.ndarray, "H W"]) -> Int32[np.ndarray, "h w"]:
-        """The ids of the pixels of the ViT's input: the photo's geometry, with the nearest pixel's id."""
+        """The ids of the pixels of the ViT's input: the photo's geometry, with the nearest pixel's id. VOID
+        outside the photo."""
         nearest = dataclasses.replace(self.transform, interpolation="nearest")
-        return np.array(nearest.geometry(PIL.Image.fromarray(mask_HW)), np.int32)
+        return np.array(nearest.geometry(PIL.Image.fromarray(mask_HW), masks.VOID), np.int32)
 
     @jaxtyped(typechecker=beartype.beartype)
     def labels(
         self, mask_HW: Int32[np.ndarray, "H W"], background: int | None = None
     ) -> Int32[np.ndarray, " P"]:
         """The id that most pixels of each patch have; of equal counts, the lowest id. VOID only where more
-        pixels are VOID than have any one id.
+        pixels are VOID than have any one id, such as in padding.
 
         Args:
             background: an id that counts only in patches without any other.
+
+        Raises:
+            UserError: see `images.grid`.
         """
         seen_HW = self.seen(mask_HW)
-        rows, columns, side = self.grid
+        placed = layout.Layout.of(self.transform, self.n_patches, mask_HW.shape[::-1])
+        (rows, columns), side = placed.grid, placed.patch
         patch_HW = np.arange(rows).repeat(side)[:, None] * columns + np.arange(columns).repeat(side)
         id_C, class_n = np.unique(seen_HW[: rows * side, : columns * side], return_inverse=True)
         at_n = patch_HW.ravel() * len(id_C) + class_n.ravel()
-        n_PC = np.bincount(at_n, minlength=self.n_patches * len(id_C)).reshape(-1, len(id_C))
+        n_PC = np.bincount(at_n, minlength=rows * columns * len(id_C)).reshape(-1, len(id_C))
         # VOID is lowest, so it comes last: of equal counts, the first wins.
         order_C = np.argsort(np.where(id_C == masks.VOID, patchlabels.MAX_ID + 1, id_C))
         id_C, n_PC = id_C[order_C], n_PC[:, order_C]
@@ -166,4 +177,6 @@ class View:
             has_other_P1 = n_PC[:, is_other_C].any(axis=1, keepdims=True)
             n_PC = np.where(has_other_P1 & ~is_other_C, 0, n_PC)
             n_PC = np.where(~has_other_P1 & (id_C == background) & (n_PC > 0), n_PC + side * side, n_PC)
-        return id_C[n_PC.argmax(axis=1)].astype(np.int32)
+        out_P = np.full(self.n_patches, masks.VOID, np.int32)
+        out_P[: rows * columns] = id_C[n_PC.argmax(axis=1)]
+        return out_P

@@ -38,7 +38,7 @@ def scores(
     scorer_R: Int64[np.ndarray, " R"],
     prototype_R: Int64[np.ndarray, " R"],
 ) -> Float32[np.ndarray, "R P"]:
-    """Patch scores. Each image is read once, and scored only for its prototypes.
+    """Patch scores; NaN for padding. Each image is read once, and scored only for its prototypes.
 
     Args:
         run: the scorers.
@@ -53,12 +53,14 @@ def scores(
     order_R = np.argsort(image_R, kind="stable")
     images, first_i = np.unique(image_R[order_R], return_index=True)
     positions = np.searchsorted(acts.image_is_N, images).tolist()
-    pairs = zip(positions, np.split(order_R, first_i)[1:], strict=True)
-    for position, rows_r in helpers.progress(pairs, "heat", len(positions), "images"):
+    pairs = enumerate(zip(positions, np.split(order_R, first_i)[1:], strict=True))
+    for n, (position, rows_r) in helpers.progress(pairs, "heat", len(positions), "images"):
         x_PD = torch.from_numpy(acts.read(position, position + 1)[0]).to(device)
         for s in np.unique(scorer_R[rows_r]).tolist():
             mine_C = rows_r[scorer_R[rows_r] == s]
             out_RP[mine_C] = _scores(run[s], x_PD, prototype_R[mine_C]).T.float().cpu().numpy()
+        if (is_kept_NP := acts.kept(images[n : n + 1])) is not None:
+            out_RP[np.ix_(rows_r, ~is_kept_NP[0])] = np.nan
     return out_RP
 
 
@@ -77,7 +79,8 @@ def of(scores_RP: Float32[np.ndarray, "R P"], has_zero: bool) -> Heat:
     Args:
         has_zero: scores are 0 where the prototype is absent, so `low` is 0. Otherwise it is the mean score.
     """
-    low = 0.0 if has_zero else float(scores_RP.mean()) if scores_RP.size else 0.0
+    low = 0.0 if has_zero else float(np.nanmean(scores_RP)) if scores_RP.size else 0.0
+    scores_RP = np.nan_to_num(scores_RP, nan=low)
     high = float(scores_RP.max(initial=low))
     heat_RP = (255 * (scores_RP - low) / max(high - low, 1e-30)).round().clip(0, 255).astype(np.int64)
     r_m, patch_m = np.nonzero(heat_RP)

@@ -197,16 +197,14 @@ def _images(
     wanted_B: Bool[np.ndarray, " B"],
     device: torch.device,
 ) -> tuple[Float32[torch.Tensor, "N P D"], Float32[torch.Tensor, "2 N D"]]:
-    """(activations of the wanted images, their means and maxima). Patches that are left out
-    (--exclude-patch-labels) are replaced by another one of the image, which changes no maximum. If all of an
-    image's are, they stay."""
+    """(activations of the wanted images, their means and maxima), without patches that are left out: padding,
+    and those of --exclude-patch-labels (`ordered.filled`)."""
     acts_NPD = torch.from_numpy(block.act_NXD[wanted_B]).to(device)
     if is_kept_BP is None:
         return acts_NPD, torch.stack([acts_NPD.mean(dim=1), acts_NPD.amax(dim=1)])
     is_kept_NP = torch.from_numpy(is_kept_BP[wanted_B]).to(device)
+    acts_NPD = ordered.filled(acts_NPD, is_kept_NP)
     is_kept_NP = is_kept_NP | ~is_kept_NP.any(dim=1, keepdim=True)
-    other_N1D = acts_NPD[torch.arange(len(acts_NPD), device=device), is_kept_NP.int().argmax(dim=1)][:, None]
-    acts_NPD = torch.where(is_kept_NP[:, :, None], acts_NPD, other_N1D)
     total_ND = torch.einsum("npd,np->nd", acts_NPD, is_kept_NP.float())
     mean_ND = total_ND / is_kept_NP.sum(dim=1, keepdim=True)
     return acts_NPD, torch.stack([mean_ND, acts_NPD.amax(dim=1)])

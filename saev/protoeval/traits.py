@@ -152,6 +152,7 @@ def _write_images(dpath: pathlib.Path, name: str, target: Target, images: dict[s
                     "class": class_of.get(records[i].label, -1),
                     "src": src,
                 }
+                | target.pictures.own_grid(i)
                 for i, src in zip(part, pool.map(target.pictures.src, part), strict=True)
             ]
             scripts.write_at(dpath / f"{file:03}.js", f"{name}/{file:03}", {"images": found})

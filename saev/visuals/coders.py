@@ -147,12 +147,13 @@ class UnitCoder(Coder):
         images = acts.image_is_N[np.linspace(0, acts.n_imgs - 1, n).astype(np.int64)]
         total_D, square_D = np.zeros((2, acts.d_vit))
         stream = ordered.Ordered(acts.only(images.tolist()))
+        n_patches = len(stream.acts)
         for block in helpers.progress(stream, "units' means", len(stream), "blocks"):
-            x_XD = block.act_NXD.reshape(-1, acts.d_vit).astype(np.float64)
+            x_XD = stream.rows(block).astype(np.float64)
             total_D += x_XD.sum(axis=0)
             square_D += np.square(x_XD).sum(axis=0)
-        mean_D = total_D / (n * acts.n_tokens)
-        std_D = np.sqrt(np.maximum(square_D / (n * acts.n_tokens) - mean_D**2, 0))
+        mean_D = total_D / n_patches
+        std_D = np.sqrt(np.maximum(square_D / n_patches - mean_D**2, 0))
         std_D[std_D <= CONSTANT * np.abs(mean_D)] = np.inf
         mean_D, cutoff_D = mean_D.astype(np.float32), (deviations * std_D).astype(np.float32)
         return UnitCoder(

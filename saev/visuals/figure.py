@@ -73,14 +73,17 @@ class Sheet:
         return figure
 
 
+Shown = tuple[PIL.Image.Image, np.ndarray, tuple[int, int]]
+"""The part of an image that the ViT saw, its heat (P,) from 0 to 1, and its (rows, columns) of patches."""
+
+
 class Row(tp.NamedTuple):
     """A latent."""
 
     label: str
     low: float
     """The value with heat 0."""
-    shown: list[tuple[PIL.Image.Image, np.ndarray]]
-    """The part of each image that the ViT saw, and its heat (P,) from 0 to 1."""
+    shown: list[Shown]
 
 
 def write(cfg: config.Visuals) -> None:
@@ -137,9 +140,7 @@ def _row(gallery: galleries.Gallery, latent: int, n_images: int) -> Row:
     return Row(label, found.low, shown[0])
 
 
-def _shown(
-    gallery: galleries.Gallery, group: galleries.Group, n_images: int
-) -> list[tuple[PIL.Image.Image, np.ndarray]]:
+def _shown(gallery: galleries.Gallery, group: galleries.Group, n_images: int) -> list[Shown]:
     image_N, start_N1, patch_m, heat_m = map(
         gallery.unpack, (group.image, group.start, group.patch, group.heat)
     )
@@ -147,7 +148,7 @@ def _shown(
     for i, place in enumerate(image_N[:n_images].tolist()):
         part, heat_P = slice(start_N1[i], start_N1[i + 1]), np.zeros(gallery.stats.source.n_patches)
         heat_P[patch_m[part]] = heat_m[part] / 255
-        out.append((gallery.picture(place), heat_P))
+        out.append((gallery.picture(place), heat_P, gallery.grid(place)))
     return out
 
 
@@ -171,12 +172,12 @@ def draw(gallery: galleries.Gallery, latents: tuple[int, ...], n_images: int) ->
         UserError: a latent is not in the gallery or never fires, or a file is damaged.
     """
     rows = [_row(gallery, latent, n_images) for latent in dict.fromkeys(latents)]
-    grid = (n_down, n_across) = gallery.stats.source.grid
+    n_down, n_across = np.max([grid for row in rows for *_, grid in row.shown], axis=0).tolist()
     n = max(len(row.shown) for row in rows)
     width = figures.COLUMN if n <= IN_COLUMN else figures.PAGE
     inches = min((width - (n - 1) * GAP) / n, WIDEST)
-    thumb = rows[0].shown[0][0].width
-    patch = max(math.ceil(LEAST_DPI * inches / n_across), round(thumb / n_across))
+    picture, _, (_, columns) = rows[0].shown[0]
+    patch = max(math.ceil(LEAST_DPI * inches / n_across), round(picture.width / columns))
     side, dpi = (patch * n_across, patch * n_down), patch * n_across / inches
     start = "0" if all(row.low == 0 for row in rows) else "mean score"
     scale = f"heat: {start} to the {gallery.stats.scorer.noun}'s largest value"
@@ -184,8 +185,8 @@ def draw(gallery: galleries.Gallery, latents: tuple[int, ...], n_images: int) ->
     for row in rows:
         for line in figures.wrapped(row.label, width, figures.FONT).splitlines():
             sheet.say(line, figures.FONT)
-        for i, (picture, heat_P) in enumerate(row.shown):
-            sized = picture.resize(side, PIL.Image.Resampling.LANCZOS)
+        for i, (picture, heat_P, grid) in enumerate(row.shown):
+            sized = picture.resize((patch * grid[1], patch * grid[0]), PIL.Image.Resampling.LANCZOS)
             sheet.put(pictures.painted(sized, heat_P, grid), i * (side[0] + sheet.pixels(GAP)))
         sheet.down(side[1] + 2 * sheet.pixels(GAP))
     sheet.put(_legend(sheet.pixels(LEGEND), sheet.pixels(LINE)), 0)

@@ -55,7 +55,7 @@ def scale(coder: coders.Coder, codes: spool.Spool, stats: statistics.Stats) -> t
     """
     if codes.ranked is None:
         return np.zeros_like(stats.high_S), np.maximum(stats.high_S, 0)
-    mean_S = codes.ranked.total_S / (codes.n_imgs * codes.n_patches)
+    mean_S = codes.ranked.total_S / codes.n_shown_N.sum()
     return mean_S.astype(np.float32), codes.ranked.value_SK[:, 0]
 
 
@@ -128,6 +128,8 @@ def _of_scores(
     for position, e_C in helpers.progress(pairs, "heat", len(positions), "images"):
         acts_PD = torch.from_numpy(acts.read(position, position + 1)[0]).to(coder.device)
         score_CP = coder.scores(acts_PD, latent_E[e_C]).T.float().cpu().numpy()
+        if acts.is_kept_NT is not None:  # padding
+            score_CP[:, ~acts.is_kept_NT[position]] = -np.inf
         value_E[e_C] = score_CP.max(axis=1)
         low_C1, high_C1 = low_S[latent_E[e_C], None], high_S[latent_E[e_C], None]
         n_E[e_C] = (score_CP > low_C1).sum(axis=1)

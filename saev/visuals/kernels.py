@@ -67,7 +67,7 @@ def _sample(key, position, value, n, key_R, position_R, value_R):
 
 @jit
 def collect(
-    start_X1, latent_n, value_n, n_patches, first, class_N, is_signed, is_positive, seed,
+    start_X1, latent_n, value_n, n_patches, first, n_shown_N, class_N, is_signed, is_positive, seed,
     fired_S, total_S, low_S, high_S, images_S, class_SG,
     value_SK, position_SK, sampled_S, key_SR, at_SR, value_SR,
 ):  # fmt: skip
@@ -75,6 +75,7 @@ def collect(
 
     Args:
         first: position of the block's first image.
+        n_shown_N: patches of each image by position, without padding.
         class_N: class of each image by position, or -1.
         is_signed: values may be negative where a latent fires, and 0 elsewhere is the larger one.
         is_positive: images whose largest value is not positive are not ranked or sampled.
@@ -101,7 +102,7 @@ def collect(
         for i in range(n_touched):
             s = touched_S[i]
             peak = peak_S[s]
-            if is_signed and on_S[s] < n_patches:
+            if is_signed and on_S[s] < n_shown_N[position]:
                 peak = max(peak, np.float32(0))
             on_S[s] = 0
             images_S[s] += 1

@@ -1,6 +1,7 @@
 """Heat of latents on one photo, for notebooks. P patches, D d_vit, K latents, L latents that are shown."""
 
 import collections.abc
+import math
 import pathlib
 
 import beartype
@@ -11,7 +12,7 @@ import PIL.ImageFont
 import torch
 
 from saev import errors, nn, scorers
-from saev.data import images, pictures, pixels, vits
+from saev.data import pictures, pixels, vits
 from saev.scorers import sae as scorers_sae
 
 GAP, LINE, FONT = 8, 22, 14
@@ -58,16 +59,18 @@ def show(
     if is_sae:
         sae.check_fits(vit.space(layer), "the SAE", "vit and layer")
     img = pixels.opened(photo)
+    placed = vit.layout(img)
+    is_shown_P = placed.is_shown_P[: math.prod(placed.grid)]
     value_PK = _values(sae, vit.patches(img, layer))
+    value_PK[~is_shown_P] = -np.inf if not is_sae else 0  # padding
     chosen_L = _strongest(value_PK, n, is_sae) if latents is None else _checked(latents, value_PK.shape[1])
-    rows, columns, patch = images.grid(vit.n_patches, vit.transform.size)
-    view = pictures.seen(img, vit.transform, (rows * patch, columns * patch), side)
+    view = pictures.seen(img, vit.transform, placed.size, side)
     tiles = [("photo", view)]
     for latent in chosen_L:
         value_P = value_PK[:, latent]
-        low, high = 0.0 if is_sae else value_P.mean(), value_P.max()
+        low, high = 0.0 if is_sae else value_P[is_shown_P].mean(), value_P.max()
         heat_P = (value_P - low) / max(high - low, 1e-30)
-        picture = pictures.painted(view, heat_P, (rows, columns), opacity)
+        picture = pictures.painted(view, heat_P, placed.grid, opacity)
         tiles.append((f"{'latent' if is_sae else 'prototype'} {latent}: {high:.3g}", picture))
     return _sheet(tiles)
 

@@ -53,6 +53,8 @@ class Spool:
     block: int
     """Images that are read at a time."""
     ranked: Ranked | None
+    n_shown_N: np.ndarray
+    """int64: patches of each image that are no padding. The others have no codes."""
 
     @property
     def n_imgs(self) -> int:
@@ -91,7 +93,7 @@ def run(
     shards = passes.scratch(dpath, key, acts, n_block, DTYPES | (RANKED if is_ranked else {}))
     passes.write(shards, acts, n_block, functools.partial(_write, coder, acts, k), "encode")
     ranked = _ranked(shards, coder.n, k) if is_ranked else None
-    return Spool(shards, acts.n_tokens, n_block, ranked)
+    return Spool(shards, acts.n_tokens, n_block, ranked, acts.n_kept_N)
 
 
 def _write(
@@ -105,15 +107,22 @@ def _write(
     ranked = Ranked.empty(coder.n if coder.is_ranked_by_score else 0, k)
     for block in blocks:
         x_XD = torch.from_numpy(block.act_NXD).flatten(0, 1).to(coder.device)
+        is_shown_NP = acts.kept(block.image_i_N)
         if coder.is_ranked_by_score:
             scores_XS = coder.scores(x_XD)
             fired = coder.of(scores_XS)
             scores_NPS = scores_XS.unflatten(0, block.act_NXD.shape[:2])
             first = int(np.searchsorted(acts.image_is_N, block.image_i_N[0]))
-            kernels.rank(scores_NPS.amax(dim=1).cpu().numpy(), first, ranked.value_SK, ranked.position_SK)
+            ranks_NPS = scores_NPS
+            if is_shown_NP is not None:
+                is_padding_NP1 = torch.from_numpy(~is_shown_NP).to(coder.device)[:, :, None]
+                ranks_NPS = scores_NPS.masked_fill(is_padding_NP1, -torch.inf)
+                scores_NPS = scores_NPS.masked_fill(is_padding_NP1, 0)
+            kernels.rank(ranks_NPS.amax(dim=1).cpu().numpy(), first, ranked.value_SK, ranked.position_SK)
             writer.add("totals", scores_NPS.sum(dim=(0, 1), dtype=torch.float64).cpu().numpy())
         else:
             fired = coder(x_XD)
+        fired = fired.of_rows(None if is_shown_NP is None else is_shown_NP.ravel())
         passes.check(fired, block.image_i_N, acts, coder.noun)
         writer.add_codes("patch", fired)
     if coder.is_ranked_by_score:

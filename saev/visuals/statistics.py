@@ -28,7 +28,7 @@ class Stats:
 
     n_imgs: int
     n_patches: int
-    """Per image."""
+    """Of all images, without padding."""
     fired_S: Int64[np.ndarray, " S"]
     """Patches that it fires on."""
     total_S: Float64[np.ndarray, " S"]
@@ -57,7 +57,7 @@ class Stats:
     @property
     def freq_S(self) -> Float64[np.ndarray, " S"]:
         """Fraction of patches that it fires on."""
-        return self.fired_S / (self.n_imgs * self.n_patches)
+        return self.fired_S / self.n_patches
 
     @property
     def mean_S(self) -> Float64[np.ndarray, " S"]:
@@ -92,7 +92,8 @@ def collect(
     value_SR = np.full((S, R), -np.inf, np.float32)
     for first, fired in codes.blocks("statistics"):
         kernels.collect(
-            *fired, codes.n_patches, first, class_N, coder.is_signed, not coder.is_ranked_by_score, seed,
+            *fired, codes.n_patches, first, codes.n_shown_N, class_N,
+            coder.is_signed, not coder.is_ranked_by_score, seed,
             fired_S, total_S, low_S, high_S, images_S, class_SG,
             value_SK, position_SK, sampled_S, key_SR, at_SR, value_SR,
         )  # fmt: skip
@@ -104,7 +105,7 @@ def collect(
     fires_S = fired_S > 0
     low_S, high_S = (np.where(fires_S, v_S, np.float32(0)) for v_S in (low_S, high_S))
     return Stats(
-        codes.n_imgs, codes.n_patches, fired_S, total_S, low_S, high_S, images_S, class_SG, bin_SH,
+        codes.n_imgs, int(codes.n_shown_N.sum()), fired_S, total_S, low_S, high_S, images_S, class_SG, bin_SH,
         value_SK, position_SK, sampled_S, at_SR, value_SR,
     )  # fmt: skip
 

@@ -194,7 +194,10 @@ def _write_images(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) 
             part = slice(start, start + IMAGES)
             srcs = list(pool.map(source.src, image_is[part]))
             found = zip(image_is[part], class_n[part], srcs, strict=True)
-            value = [{"n": n, "path": source.records[n].path, "class": c, "src": src} for n, c, src in found]
+            value = [
+                {"n": n, "path": source.records[n].path, "class": c, "src": src} | source.own_grid(n)
+                for n, c, src in found
+            ]
             scripts.write(dpath, f"images/{file:03}", {"images": value})
     place_of = {position: i for i, position in enumerate(gallery.view)}
     paths: Json = {

@@ -21,7 +21,7 @@ from jaxtyping import Float, Float32, jaxtyped
 from torch import Tensor
 
 from saev import errors
-from saev.data import config, images, pixels
+from saev.data import config, images, layout, pixels
 from saev.formats import space
 
 Intermediates = collections.abc.Callable[[Tensor, list[int]], list[tuple[Tensor, Tensor | None]]]
@@ -52,6 +52,7 @@ class Vit(torch.nn.Module):
         family, ckpt_id: names that identify the model in the shards' metadata.
         d_vit, n_blocks, n_patches, grid (rows, columns), cls_token: its shape.
         transform: turns a photo into its input.
+        resize: --resize, or None if it is what the family does anyway.
 
     Raises:
         UserError: block 0 does not output one token per patch, or the library reports other tokens.
@@ -67,7 +68,8 @@ class Vit(torch.nn.Module):
         self.cls_token = tower.has_cls
         self.grid = tower.grid
         self.n_patches = math.prod(tower.grid)
-        self.transform = tower.transform
+        self.transform = tower.transform.with_resize(cfg.resize, self.n_patches)
+        self.resize = cfg.resize if self.transform != tower.transform else None
         self.autocast = cfg.autocast != "off"
         self.d_vit = self._probe(tower, cfg)
 
@@ -105,6 +107,8 @@ class Vit(torch.nn.Module):
     def patches(self, photo: PIL.Image.Image | pathlib.Path | str, layer: int) -> Float32[Tensor, "P D"]:
         """Returns the activations of one photo's patches in raster order, as a dump records them.
 
+        With --resize flexible, P is the number of the photo's own patches (`layout`).
+
         Args:
             photo: the path of a photo, or a decoded one.
             layer: the block whose output is returned, counted from 0, or from the end if negative.
@@ -116,6 +120,10 @@ class Vit(torch.nn.Module):
         img_CHW = self.transform(pixels.opened(photo)).to(next(self.parameters()).device)
         with torch.no_grad():
             return self(img_CHW[None], layers)[0, 0, int(self.cls_token) :]
+
+    def layout(self, photo: PIL.Image.Image | pathlib.Path | str) -> layout.Layout:
+        """Where the patches of a photo lie, and which show nothing of it. Raises as `patches`."""
+        return layout.Layout.of(self.transform, self.n_patches, pixels.opened(photo).size)
 
     def space(self, layer: int) -> space.Space:
         """The space of `patches` at a layer."""
@@ -169,6 +177,13 @@ def check_size(patch: tuple[int, int], cfg: config.Vit) -> None:
             f"--img-size {size[0]} {size[1]}: not a multiple of the {patch[0]} x {patch[1]} pixel "
             f"patches of {cfg.vit_ckpt}. Pass --img-size {near}."
         )
+
+
+def not_flexible(cfg: config.Vit) -> errors.UserError:
+    return errors.UserError(
+        f"--resize flexible: the positions of {cfg.vit_ckpt} cannot be resampled to other grids. "
+        "Pass --resize crop, squash or pad, or a plain ViT of dinov2, dinov3, mae or timm."
+    )
 
 
 def not_a_vit(cfg: config.Vit) -> errors.UserError:

@@ -14,6 +14,8 @@ from saev.data.vits import base, timm, weights
 def build(cfg: config.Vit) -> base.Tower:
     import open_clip
 
+    if cfg.resize == "flexible":
+        raise base.not_flexible(cfg)
     cfg = _with_folder(cfg)
     name, tag = _split_ckpt(cfg)
     kwargs: dict[str, tp.Any] = {"pretrained_text": False, "force_image_size": base.asked_size(cfg)}

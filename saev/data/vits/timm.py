@@ -73,10 +73,12 @@ def build(cfg: config.Vit) -> base.Tower:
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name}*")[:3]) or "see timm.list_models()"
         raise errors.UserError(f"--vit-ckpt {cfg.vit_ckpt}: timm knows no such model ({close}).")
-    if cfg.img_size:
-        _check_size_of(name, cfg)
+    if cfg.img_size or cfg.resize == "flexible":
+        _check_without_weights(name, cfg)
     hub = cfg.vit_weights == "hub"
     kwargs: dict[str, tp.Any] = {"img_size": size} if size else {}
+    if cfg.resize == "flexible":
+        kwargs["dynamic_img_size"] = True
     with base.building(cfg):
         model: tp.Any = timm.create_model(name, pretrained=hub, num_classes=0, **kwargs)
     if cfg.vit_family == "dinov3":
@@ -131,14 +133,17 @@ def shape_of(model: tp.Any, transform: images.Transform, cfg: config.Vit) -> dic
     }
 
 
-def _check_size_of(name: str, cfg: config.Vit) -> None:
-    """Checks --img-size on a model without weights, before any are downloaded."""
+def _check_without_weights(name: str, cfg: config.Vit) -> None:
+    """Checks --img-size and --resize flexible on a model without weights, before any are downloaded."""
     import timm
 
     with base.building(cfg), torch.device("meta"):
-        embed = getattr(timm.create_model(name), "patch_embed", None)
+        model = timm.create_model(name)
+    embed = getattr(model, "patch_embed", None)
     if hasattr(embed, "feat_ratio"):
         base.check_size(embed.feat_ratio(as_scalar=False), cfg)
+    if cfg.resize == "flexible" and not hasattr(model, "dynamic_img_size"):
+        raise base.not_flexible(cfg)
 
 
 def transform_of(

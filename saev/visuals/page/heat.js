@@ -38,14 +38,15 @@
     saev.paint(canvas, legend ? heat : scaled(heat), columns);
   }
 
+  /* The rows and columns of an image's patches. Most have the gallery's; with --resize flexible, an image has its own. */
+  saev.gridOf = (image) => image?.grid ?? saev.gallery.source.grid;
+
   /* Where a patch is in its picture, as CSS. */
-  saev.patchBox = (patch) => {
-    const [rows, columns] = saev.gallery.source.grid;
+  saev.patchBox = (patch, [rows, columns]) => {
     const [y, x] = [Math.floor(patch / columns), patch % columns];
     return `left:${(100 * x) / columns}%;top:${(100 * y) / rows}%;width:${100 / columns}%;height:${100 / rows}%`;
   };
-  saev.patchWords = (patch) => {
-    const columns = saev.gallery.source.grid[1];
+  saev.patchWords = (patch, [, columns]) => {
     return `row ${Math.floor(patch / columns) + 1}, column ${(patch % columns) + 1}`;
   };
 
@@ -56,22 +57,31 @@
     const canvas = saev.el("canvas", { class: "heat", "aria-hidden": "true" });
     const outline = saev.el("span", { class: "outline" });
     const frame = saev.el("div", { class: "frame", style: `aspect-ratio:${width}/${height}` }, img, canvas, outline);
+    let grid = saev.gallery.source.grid;
+    let shown = null; // the last arguments of setHeat
     let about = "";
     let described = "";
     const describe = () => img.setAttribute("alt", saev.visible([about, described].filter(Boolean).join(": ") || "Reading …"));
-    const setHeat = (values, words = what) => {
+    const setHeat = (given, words = what) => {
+      shown = [given, words];
+      const values = given?.slice(0, grid[0] * grid[1]);
       const strongest = values ? values.indexOf(values.reduce((a, b) => Math.max(a, b), 0)) : -1;
       const fires = Boolean(values && values[strongest] > 0);
-      raw.set(canvas, { heat: values ?? new Float32Array(saev.gallery.source.n_patches), columns: saev.gallery.source.grid[1] });
+      raw.set(canvas, { heat: values ?? new Float32Array(grid[0] * grid[1]), columns: grid[1] });
       repaint(canvas);
       outline.hidden = !fires;
-      if (fires) outline.style.cssText = saev.patchBox(strongest);
-      described = [words, fires && `strongest at ${saev.patchWords(strongest)}`].filter(Boolean).join(", ");
+      if (fires) outline.style.cssText = saev.patchBox(strongest, grid);
+      described = [words, fires && `strongest at ${saev.patchWords(strongest, grid)}`].filter(Boolean).join(", ");
       describe();
     };
     setHeat(heat);
     const ready = imageAt(place).then((image) => {
       img.src = image.src;
+      if (image.grid) {
+        grid = image.grid;
+        frame.style.aspectRatio = `${grid[1]}/${grid[0]}`; // patches are square
+        setHeat(...shown);
+      }
       about = [image.path, saev.gallery.classes[image.class]].filter(Boolean).join(", ");
       describe();
       return image;

@@ -54,8 +54,8 @@
   }
 
   /* The picture whose patches can be chosen by pointer and arrow keys. */
-  function board(place, onpatch) {
-    const [rows, columns] = saev.gallery.source.grid;
+  function board(place, grid, onpatch) {
+    const [rows, columns] = grid;
     const picture = saev.picture(place, null);
     const cursor = saev.el("span", { class: "cursor" });
     cursor.hidden = true;
@@ -80,24 +80,24 @@
     const choose = (patch) => {
       chosen = patch;
       cursor.hidden = patch === null;
-      if (patch !== null) cursor.style.cssText = saev.patchBox(patch);
+      if (patch !== null) cursor.style.cssText = saev.patchBox(patch, grid);
     };
     return { ...picture, element, choose };
   }
 
-  function explorer(place, codes) {
+  function explorer(place, grid, codes) {
     const { columns, rowOf } = saev.gallery;
     const controls = saev.el("div");
     const heading = saev.el("h3", { role: "status" });
     const hint = saev.el("p", { class: "hint" });
     const items = saev.el("ol", { class: "firing" });
-    const picture = board(place, (patch) => { saev.setParams({ patch }); update(); });
+    const picture = board(place, grid, (patch) => { saev.setParams({ patch }); update(); });
     const all = strongest(codes);
 
     const chosenRow = () => (saev.state.params.has("latent") ? rowOf.get(Number(saev.state.params.get("latent"))) : undefined);
     const chosenPatch = () => {
       const patch = Number(saev.state.params.get("patch") ?? NaN);
-      return Number.isInteger(patch) && patch >= 0 && patch + 1 < codes.start.length ? patch : null;
+      return Number.isInteger(patch) && patch >= 0 && patch < grid[0] * grid[1] ? patch : null;
     };
 
     async function paint(row) {
@@ -120,7 +120,7 @@
     function update() {
       const [row, patch] = [chosenRow(), chosenPatch()];
       const entries = patch === null ? all : inPatch(codes, patch);
-      const where = patch === null ? "this image" : saev.patchWords(patch);
+      const where = patch === null ? "this image" : saev.patchWords(patch, grid);
       heading.textContent = `${saev.count(entries.length, saev.noun)} on ${where}`;
       hint.textContent = `value, and its share of the ${saev.noun}'s maximum${entries.length > LISTED ? `; the first ${LISTED}` : ""}`;
       const focused = items.contains(document.activeElement) ? [...items.children].findIndex((li) => li.contains(document.activeElement)) : -1;
@@ -180,7 +180,7 @@
       if (saev.state.view !== "image" || saev.state.argument !== argument) return;
       main.append(heading(image));
       if (codes) {
-        const view = explorer(place, codes);
+        const view = explorer(place, saev.gridOf(image), codes);
         main.append(view.element);
         handlers.update = view.update;
         saev.applyHeat();
