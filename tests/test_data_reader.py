@@ -243,10 +243,10 @@ def test_a_plan_delivers_each_activation_once_and_starts_anywhere(
 def plain_plan(layout: mixing.Layout, seed: int) -> collections.abc.Iterator[int]:
     """The stream indices of a plan in the order of their draws, in plain Python, one activation at a time."""
     blocks = [
-        (epoch, list(range(*(int(x) for x in bounds))))
+        (epoch, list(range(first, first + n)))
         for epoch in range(2)
         for part_G in layout.order(seed, epoch)
-        for bounds in zip(layout.first_in(part_G), layout.first_in(part_G) + layout.n_in(part_G), strict=True)
+        for first, n in np.stack(layout.spans(part_G), axis=1).tolist()
     ]
     n_batched = 0
     for epoch in range(2):

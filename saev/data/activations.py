@@ -468,7 +468,6 @@ class Activations:
 
     # ---- runs of tokens ----
 
-    @jaxtyped(typechecker=beartype.beartype)
     def located(self, index_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, "G 3"]:
         """Directory, shard and offset in the shard's file of the stream's activations index_G."""
         position_G, x_G = np.divmod(index_G, self.n_per_img)
@@ -478,7 +477,7 @@ class Activations:
         out_G3 = np.empty((len(index_G), 3), np.int64)
         out_G3[:, 0] = part_G
         for part_i in set(part_G.tolist()):
-            part, mine_G = self._parts[part_i], part_G == part_i
+            part, mine_G = self._parts[part_i], np.flatnonzero(part_G == part_i)
             metadata = part.dir.metadata
             shard_g, local_g = np.divmod(image_i_G[mine_G] - part.first_image, metadata.imgs_per_shard)
             token_i_g = np.array(part.layer_is)[layer_G[mine_G]] * metadata.n_tokens + token_G[mine_G]

@@ -2,10 +2,8 @@
 
 import atexit
 import collections.abc
-import contextlib
 import queue
 import threading
-import time
 import typing as tp
 
 T = tp.TypeVar("T")
@@ -21,13 +19,18 @@ def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Generat
     collection of this iterator), the thread finishes its current item, and `items` is closed. The thread
     starts with the first `next`, so the iterator may be created before a fork.
     """
-    done: queue.Queue[tuple[str, tp.Any]] = queue.Queue(n)
+    done: queue.SimpleQueue[tuple[str, tp.Any]] = queue.SimpleQueue()  # compiled, but without a bound:
+    room: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry for each item that may still be put
     stopped = threading.Event()
+    for _ in range(n):
+        room.put(None)
 
     def work() -> None:
         try:
             for item in items:
+                room.get()
                 done.put(("item", item))
+                del item  # free the memory for the consumer
                 if stopped.is_set():
                     break
             done.put(("end", None))
@@ -38,10 +41,8 @@ def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Generat
 
     def close() -> None:
         stopped.set()
-        give_up_s = time.monotonic() + PATIENCE_S
-        while thread.is_alive() and time.monotonic() < give_up_s:
-            with contextlib.suppress(queue.Empty):
-                done.get(timeout=0.02)  # it may be waiting for room in the queue
+        room.put(None)  # it may be waiting for room
+        thread.join(PATIENCE_S)
         if not thread.is_alive() and hasattr(items, "close"):
             items.close()
 
@@ -50,6 +51,7 @@ def ahead(items: collections.abc.Iterator[T], n: int) -> collections.abc.Generat
     try:
         while True:
             kind, got = done.get()
+            room.put(None)
             if kind == "error":
                 raise got
             if kind == "end":

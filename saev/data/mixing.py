@@ -135,32 +135,26 @@ class Layout(tp.NamedTuple):
             for start in range(0, len(block_G), 2**16):
                 yield block_G[start : start + 2**16].astype(np.int64)
 
-    def _first_token(self, part_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
-        """Returns the first token of each block of an image (for the block after the last: n_tokens)."""
-        first_G = np.where(part_G > 0, self.n_lead + part_G * self.n_block, 0)
-        return np.minimum(first_G, self.n_tokens)
+    def spans(
+        self, block_G: Int64[np.ndarray, " G"]
+    ) -> tuple[Int64[np.ndarray, " G"], Int64[np.ndarray, " G"]]:
+        """Returns the stream index of each block's first token, and its number of tokens. The others follow
+        the first. Tokens that are left out of the stream count."""
+        first_G, n_G = np.empty_like(block_G), np.empty_like(block_G)
+        _spans(block_G, self.n_parts, self.n_tokens, self.n_lead, self.n_block, first_G, n_G)
+        return first_G, n_G
 
     def n_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
         """Returns the number of activations in each block."""
+        first_G, n_G = self.spans(block_G)
         if self.is_kept_NT is None:
-            return self.n_read(block_G)
-        image_G = block_G // (self.n_layers * self.n_parts)
-        part_G, out_G = block_G % self.n_parts, np.empty_like(block_G)
-        for part in range(self.n_parts):
-            start, stop = self._first_token(np.array([part, part + 1])).tolist()
-            mine_G = part_G == part
+            return n_G
+        image_G, token_G, out_G = first_G // self.n_per_img, first_G % self.n_tokens, np.empty_like(block_G)
+        for start in set(token_G.tolist()):
+            mine_G = token_G == start
+            stop = start + n_G[mine_G][0]
             out_G[mine_G] = self.is_kept_NT[image_G[mine_G], start:stop].sum(axis=1)
         return out_G
-
-    def n_read(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
-        """Returns the number of tokens of each block, including those that are left out."""
-        part_G = block_G % self.n_parts
-        return self._first_token(part_G + 1) - self._first_token(part_G)
-
-    def first_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " G"]:
-        """Returns the stream index of each block's first activation. The others follow it."""
-        x_G, part_G = np.divmod(block_G, self.n_parts)
-        return x_G * self.n_tokens + self._first_token(part_G)
 
     def all_in(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " n"]:
         """Returns the stream indices of all activations of the blocks, block by block."""
@@ -169,9 +163,9 @@ class Layout(tp.NamedTuple):
 
     def all_read(self, block_G: Int64[np.ndarray, " G"]) -> Int64[np.ndarray, " n"]:
         """Returns the stream indices of all tokens of the blocks, including those that are left out."""
-        n_G = self.n_read(block_G)
+        first_G, n_G = self.spans(block_G)
         index_n = np.empty(n_G.sum(), np.int64)
-        _count_up(self.first_in(block_G), n_G, index_n)
+        _count_up(first_G, n_G, index_n)
         return index_n
 
     def is_kept(self, index_n: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
@@ -272,6 +266,17 @@ def _sample(
     _unmark(is_drawn_W, drawn_n)
     rng.shuffle(drawn_n)
     return drawn_n
+
+
+@jit
+def _spans(block_G, n_parts, n_tokens, n_lead, n_block, first_G, n_G):
+    """Fills in `Layout.spans`."""
+    for g, block in enumerate(block_G):
+        x = block // n_parts
+        part = block - x * n_parts
+        start = n_lead + part * n_block if part else 0
+        first_G[g] = x * n_tokens + start
+        n_G[g] = min(n_lead + (part + 1) * n_block, n_tokens) - start
 
 
 @jit

@@ -34,6 +34,9 @@ FAR = 4096
 EARLY_BYTES = 12 * 2**10
 """About how much is asked for before it is copied."""
 
+EARLY_ROWS = 8
+"""How far ahead the first line of a slot is asked for: its page is then known when it is written."""
+
 
 def aligned(n: int) -> UInt8[np.ndarray, " n"]:
     """New memory that begins with a cache line."""
@@ -157,7 +160,9 @@ def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_re
         if is_read_G[g]:
             at = run_G2[g, 0] - start
             slots = slot_n[first_G[g] : first_G[g] + run_G2[g, 1]]
-            for slot in slots:
+            for i, slot in enumerate(slots):
+                if i + EARLY_ROWS < len(slots):
+                    prefetch(pool + max(0, slots[i + EARLY_ROWS]) * W)
                 if slot >= 0:
                     _move(c, pool + slot * W, staging + at, W)
                 at += W

@@ -116,15 +116,17 @@ class _Batch:
         self.acts, B = stream.acts, stream.batch_size
         self.act_BD = memory.empty((B, self.acts.d_vit))
         self.bits_BD = _bits(self.act_BD)
-        self.image_i_B, self.patch_i_B, self.layer_B = (np.empty(B, np.int64) for _ in range(3))
+        self.image_i_B, self.patch_i_B, self.layer_B = np.empty((3, B), np.int64)
         self.parts: list[concurrent.futures.Future[bool]] = []
         """Each says whether its activations are good."""
 
-    def fill(
-        self, pool: "_Pool", index_n: Int64[np.ndarray, " n"], slot_n: Int64[np.ndarray, " n"], at: int
-    ) -> bool:
-        """Copies activations to rows `at`, ... Returns whether all are finite and not too large."""
-        acts, rows = self.acts, slice(at, at + len(slot_n))
+    def fill(self, pool: "_Pool", part_n2: Int64[np.ndarray, "n 2"], at: int) -> bool:
+        """Copies activations to rows `at`, ... Returns whether all are finite and not too large.
+
+        part_n2: stream index and slot.
+        """
+        acts, rows = self.acts, slice(at, at + len(part_n2))
+        index_n, slot_n = part_n2.T
         outs = (self.image_i_B[rows], self.patch_i_B[rows], self.layer_B[rows])
         layer_L = np.array(acts.layers)
         sizes = (acts.n_per_img, acts.n_tokens, acts.first_patch)
@@ -170,7 +172,7 @@ class _Memory:
             memory = np.empty(math.prod(shape) * self.dtype.itemsize, np.uint8)
         lent = memory[:]  # all tensors of this memory refer to this array
         weakref.finalize(lent, self.free.append, memory)
-        return torch.from_numpy(lent).view(self.dtype).view(shape)
+        return torch.frombuffer(lent, dtype=self.dtype).view(shape)
 
 
 class _Runs(tp.NamedTuple):
@@ -250,9 +252,8 @@ class _Pool:
         """The next batch."""
         batch, at = _Batch(self.stream, self.memory), 0
         for part_n2 in self.plan.draw(self._ready):
-            index_n, slot_n = part_n2.T.copy()
-            batch.parts.append(self.threads.submit(batch.fill, self, index_n, slot_n, at))
-            self.takings.append((batch.parts[-1], slot_n))
+            batch.parts.append(self.threads.submit(batch.fill, self, part_n2, at))
+            self.takings.append((batch.parts[-1], part_n2[:, 1]))
             at += len(part_n2)
             self._free(wait=False)
             if self.n_free * self.acts.token_bytes >= self.stream.n_threads * self.stream.share_bytes:
@@ -270,7 +271,7 @@ class _Pool:
         """Frees the slots of copies that have ended. wait: of at least one."""
         while self.takings and (wait or self.takings[0][0].done()):
             taken, slot_n = self.takings.popleft()
-            concurrent.futures.wait([taken])  # its error is for the batch's consumer
+            taken.exception()  # waits; an error is for the batch's consumer
             self.free_P[self.n_free : self.n_free + len(slot_n)] = slot_n
             self.n_free += len(slot_n)
             wait = False
@@ -297,8 +298,8 @@ class _Pool:
         if not len(block_G):
             return False
         index_n = self.layout.all_in(block_G)
-        slot_n = self._take_slots(len(index_n))
-        row_n2 = np.stack([index_n, slot_n], axis=1)
+        row_n2 = np.empty((len(index_n), 2), np.int64)
+        row_n2[:, 0], row_n2[:, 1] = index_n, (slot_n := self._take_slots(len(index_n)))
         dones = self._read(block_G, self._slots(block_G, slot_n))
         self.readings.append(_Reading(self.layout.n_in(block_G), row_n2, dones))
         return True
@@ -333,10 +334,9 @@ class _Pool:
     def _read(self, block_G: Int64[np.ndarray, " G"], slot_n: Int64[np.ndarray, " n"]) -> list[Done]:
         """Starts to read blocks into their tokens' slots (-1: discarded), in file order."""
         order_G = np.argsort(block_G)
-        n_G = self.layout.n_read(block_G)
+        index_G, n_G = self.layout.spans(block_G)
         n_share = max(1, self.stream.share_bytes // (self.layout.max_block * self.acts.token_bytes))
         n_share = max(1, min(n_share, math.ceil(len(block_G) / self.stream.n_threads)))
-        index_G = self.layout.first_in(block_G)
         at_G3 = self.acts.located(index_G)
         files, file_G2 = self.acts.files(at_G3)
         runs = _Runs(index_G, n_G, np.cumsum(n_G) - n_G, file_G2, at_G3[:, 2], files)
