@@ -297,9 +297,11 @@ def test_a_permuted_copy_matches_in_full(
     assert [
         last[f"{name}_{side}"] for name in ("share", "one_to_one", "cosine") for side in ("one", "two")
     ] == [1] * 6
-    assert last["null_one"] == last["null_two"] == 0
+    nulls = ("null", "one_to_one_null", "cosine_null")
+    assert [last[f"{name}_{side}"] for name in nulls for side in ("one", "two")] == [0] * 6
+    assert found["null_pair_corr"].max() < 0.99 and found["null_cos"].max() < 0.99
     text = (pathlib.Path(out) / "summary.md").read_text()
-    assert "100.0%" in text and ("360 patches of 40 images" in text) == (per == "patch")
+    assert text.count("| 100.0% (0.0%)") >= 6 and ("360 patches of 40 images" in text) == (per == "patch")
 
 
 def test_an_independent_dictionary_lies_near_the_null(make_shards, tmp_path: pathlib.Path) -> None:
@@ -315,7 +317,42 @@ def test_an_independent_dictionary_lies_near_the_null(make_shards, tmp_path: pat
     (pair,) = read(out, "pairs.csv").iter_rows(named=True)
     assert abs(pair["corr_one"] - pair["null_one"]) < 0.02 and pair["corr_one"] < 0.2
     curve = read(out, "curve.csv").filter(pl.col("threshold") >= 0.3)
-    assert curve.select(pl.max_horizontal("share_one", "share_two", "null_one").max()).item() == 0
+    shares = ("share_one", "share_two", "null_one", "one_to_one_one", "one_to_one_two", "one_to_one_null_one")
+    assert curve.select(pl.max_horizontal(shares).max()).item() == 0
+    one = read(out, "matches.parquet").filter("is_live", of="one")
+    paired, null = (one[name].drop_nans().mean() for name in ("pair_corr", "null_pair_corr"))
+    assert abs(paired - null) < 0.02 and 0.02 < null < 0.2
+    assert abs(pair["mmcs_one"] - pair["mmcs_null_one"]) < 0.05  # decoder rows of two seeds
+    assert abs(pair["mmcs_two"] - pair["mmcs_null_two"]) < 0.05
+
+
+@pytest.mark.parametrize("n_latents", [200, 20])
+def test_random_directions_have_the_mean_and_covariance_of_the_live_ones(n_latents: int) -> None:
+    """Two draws of one crowded distribution come as close to each other as to their nulls. Isotropic
+    directions do not come near. Also with fewer latents than dimensions."""
+    D, generator = 32, torch.Generator().manual_seed(0)
+    scale_D = 0.7 ** torch.arange(D)
+    one_SD, two_SD = (
+        torch.nn.functional.normalize(torch.randn(n_latents, D, generator=generator) * scale_D + 0.1, dim=1)
+        for _ in range(2)
+    )
+    live_S = np.arange(n_latents) % 10 != 3
+    one_SD[~torch.from_numpy(live_S)] = 1e3  # dead latents count for nothing
+    drawn_SD = match.random_like(one_SD, live_S, 7)
+    assert drawn_SD.shape == one_SD.shape and drawn_SD.norm(dim=1).sub(1).abs().max() < 1e-5
+    assert torch.equal(drawn_SD, match.random_like(one_SD, live_S, 7))
+    one_SD[~torch.from_numpy(live_S)] = one_SD[0].clone()
+    found = match.cosines(one_SD, two_SD, live_S, np.ones(n_latents, bool), 7)
+    assert abs(found.one.mean() - found.null_one.mean()) < 0.05
+    assert abs(found.two.mean() - found.null_two.mean()) < 0.05
+    isotropic_SD = torch.nn.functional.normalize(torch.randn(n_latents, D, generator=generator), dim=1)
+    isotropic, _ = match.by_cosine(one_SD, isotropic_SD, live_S, np.ones(n_latents, bool))
+    assert isotropic.mean() < found.null_one.mean() - 0.15
+    if n_latents == 200:  # their moments, before they are scaled to length 1, up to the sample's noise
+        x_LD = one_SD[torch.from_numpy(live_S)].numpy()
+        many_SD = match.random_like(torch.from_numpy(x_LD).repeat(100, 1), np.ones(100 * len(x_LD), bool), 1)
+        np.testing.assert_allclose(many_SD.numpy().mean(axis=0), x_LD.mean(axis=0), atol=0.05)
+        np.testing.assert_allclose(np.cov(many_SD.numpy().T), np.cov(x_LD.T), atol=0.1)
 
 
 @pytest.mark.parametrize("cfg", ARCHITECTURES)
@@ -499,6 +536,27 @@ def test_runs_of_two_layers(made, tmp_path: pathlib.Path) -> None:
     text = (pathlib.Path(out) / "summary.md").read_text()
     assert "| seed | 1 | 100.0% (" in text and text.count("\n| c |") == 1
     assert run.main(cfg) == out
+
+
+def test_stability_over_seeds_is_one_command_on_a_sweep(made, tmp_path: pathlib.Path) -> None:
+    sweep = tmp_path / "seeds.toml"
+    sweep.write_text(
+        "seed = [0, 1, 2]\nn_patches = 640\nbatch_size = 64\nsae = {type = 'top-k', exp_factor = 2, top_k = 4}"
+    )
+    data = ("--data.shard-root", made[0], "--data.layer", 3, "--device", "cpu")
+    args = ("--sweep", sweep, *data, "--ckpt-to", tmp_path / "checkpoints", "--wandb-project", "")
+    done = inprocess.run("train.py", *args)
+    assert done.returncode == 0 and len(done.stdout.split()) == 3, done.stderr
+    args = ("--runs", tmp_path / "checkpoints", *data[:2], "--device", "cpu", "--dump-to", tmp_path / "out")
+    done = inprocess.run("-m", "saev.compare", *args)
+    assert done.returncode == 0, done.stderr
+    assert "\n| seed | 3 | " in done.stdout  # three pairs that differ in the seed
+    out = done.stdout.splitlines()[-1]
+    assert sorted(read(out, "dictionaries.csv")["seed"]) == [0, 1, 2]
+    assert read(out, "pairs.csv")["differ"].to_list() == ["seed"] * 3
+    curve = read(out, "curve.csv")
+    assert curve.filter(pl.col("threshold") == 0)["share_one"].min() > 0.2
+    assert curve["cosine_null_one"].is_between(0, 1).all() and curve["null_one"].min() < 0.1
 
 
 def test_mistakes_are_one_line(made, tmp_path: pathlib.Path) -> None:

@@ -1,7 +1,7 @@
 """Matches of two dictionaries' latents: the best of the other one, mutual ones, one-to-one, and by cosine.
 
-S latents of the first dictionary, Z of the second, T some of S (a tile), K candidates, E pairs that are
-considered for a one-to-one match, D d_vit.
+S latents of the first dictionary, Z of the second, T some of S (a tile), B a few of S, K candidates, E pairs
+that are considered for a one-to-one match, D d_vit.
 """
 
 import collections.abc
@@ -20,6 +20,8 @@ from saev.compare import correlate, memory
 
 NONE = -1
 """No latent."""
+MOMENTS = 4096
+"""Directions that are converted to float64 at a time."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -55,11 +57,25 @@ class Pairs:
     is_exact: bool
     """All pairs were considered, not only candidates."""
 
+    def share(self, threshold: float, is_live: np.ndarray) -> float:
+        """Share of one dictionary's live latents that have a partner with at least this correlation."""
+        return float((self.corr_S >= threshold).sum() / max(1, is_live.sum()))
+
 
 class Found(tp.NamedTuple):
     one: Best
     two: Best
     pairs: Pairs | None
+
+
+class Cosines(tp.NamedTuple):
+    """Matches by the cosine of directions."""
+
+    one: Best
+    two: Best
+    null_one: Best
+    """Matches of the first dictionary in random directions that stand for the second one."""
+    null_two: Best
 
 
 def match(tiles: collections.abc.Iterable[correlate.Tile], S: int, Z: int, candidates: int = 0) -> Found:
@@ -170,3 +186,40 @@ def by_cosine(
             yield correlate.Tile(first, cosine_TZ.numpy())
 
     return match(tiles(), S, Z)[:2]
+
+
+def cosines(
+    one_SD: Float32[torch.Tensor, "S D"],
+    two_ZD: Float32[torch.Tensor, "Z D"],
+    is_live_S: Bool[np.ndarray, " S"],
+    is_live_Z: Bool[np.ndarray, " Z"],
+    seed: int,
+) -> Cosines:
+    """Matches by cosine, and those of each dictionary in random directions like the other one's."""
+    live = (is_live_S, is_live_Z)
+    null_one, _ = by_cosine(one_SD, random_like(two_ZD, is_live_Z, seed), *live)
+    _, null_two = by_cosine(random_like(one_SD, is_live_S, seed), two_ZD, *live)
+    return Cosines(*by_cosine(one_SD, two_ZD, *live), null_one, null_two)
+
+
+def random_like(
+    direction_SD: Float32[torch.Tensor, "S D"], is_live_S: Bool[np.ndarray, " S"], seed: int
+) -> Float32[torch.Tensor, "S D"]:
+    """As many unit vectors, drawn from the normal distribution with the live directions' mean and covariance.
+
+    They crowd the same subspaces, so that they come as close to other directions as these do by chance.
+    Random rotations or isotropic vectors would not, and two dictionaries would look alike because both lie
+    where the activations vary.
+    """
+    D = direction_SD.shape[1]
+    sum_D, sum_DD, n_live = torch.zeros(D).double(), torch.zeros(D, D).double(), max(1, int(is_live_S.sum()))
+    for part_BD in direction_SD[torch.from_numpy(is_live_S)].split(MOMENTS):
+        sum_D += part_BD.double().sum(dim=0)
+        sum_DD += part_BD.double().T @ part_BD.double()
+    mean_D = sum_D / n_live
+    value_D, vector_DD = torch.linalg.eigh(sum_DD / n_live - torch.outer(mean_D, mean_D))
+    root_DD = (vector_DD * value_D.clamp(min=0).sqrt()) @ vector_DD.T
+    # NumPy's: torch's with this seed may have drawn the initial weights of one of the SAEs
+    drawn_SD = np.random.default_rng([seed, 2]).standard_normal(direction_SD.shape, np.float32)
+    out_SD = torch.from_numpy(drawn_SD) @ root_DD.float() + mean_D.float()
+    return torch.nn.functional.normalize(out_SD, dim=1)

@@ -22,7 +22,9 @@ PLACE = ("vit", "layer", "kind", "n_latents", "seed")
 """What two dictionaries may differ in."""
 WORDS = {"vit": "ViT", "n_latents": "latents"}
 NULL = (
-    "The null is the same with one side's images permuted (whole images, so that patches keep their places)."
+    "In parentheses: the same by chance. For correlations, one side's images are permuted (whole images, so "
+    "that patches keep their places). For cosines, the other dictionary's directions are replaced by random "
+    "ones with the same mean and covariance."
 )
 
 
@@ -33,7 +35,7 @@ class Pair(tp.NamedTuple):
     two: int
     found: match.Found
     null: match.Found
-    cosines: tuple[match.Best, match.Best] | None
+    cosines: match.Cosines | None
     """None if the sides are not in one space."""
 
 
@@ -109,7 +111,7 @@ def _pair(pair: Pair, of_sides: pl.DataFrame) -> pl.DataFrame:
     one, two = (of_sides.row(n, named=True) for n in (pair.one, pair.two))
     known = [key for key in PLACE if None not in (one[key], two[key])]
     differ = [WORDS.get(key, key) for key in known if one[key] != two[key]]
-    cosines = [best.mean() for best in pair.cosines] if pair.cosines else [float("nan")] * 2
+    cosines = [best.mean() for best in pair.cosines] if pair.cosines else [float("nan")] * 4
     return pl.DataFrame(
         {
             "one": [one["name"]],
@@ -121,6 +123,8 @@ def _pair(pair: Pair, of_sides: pl.DataFrame) -> pl.DataFrame:
             "null_two": [pair.null.two.mean()],
             "mmcs_one": [cosines[0]],
             "mmcs_two": [cosines[1]],
+            "mmcs_null_one": [cosines[2]],
+            "mmcs_null_two": [cosines[3]],
         }
     )
 
@@ -131,18 +135,19 @@ def _curve(
     """Shares of live latents with a match of at least each threshold."""
     live = [stats[n].is_live_S for n in (pair.one, pair.two)]
     columns: dict[str, list[float]] = {"threshold": thresholds}
-    for name, both in (("share", pair.found), ("null", pair.null), ("cosine", pair.cosines)):
-        for side, i in (("one", 0), ("two", 1)):
-            best = both[i] if both else None
+    nothing = (None, None)
+    cosines, cosines_null = (pair.cosines[:2], pair.cosines[2:]) if pair.cosines else (nothing, nothing)
+    of_best = {"share": pair.found[:2], "null": pair.null[:2], "cosine": cosines, "cosine_null": cosines_null}
+    for name, both in of_best.items():
+        for side, best, is_live_S in zip(("one", "two"), both, live, strict=True):
             columns[f"{name}_{side}"] = [
-                best.share(t, live[i]) if isinstance(best, match.Best) else float("nan") for t in thresholds
+                best.share(t, is_live_S) if best else float("nan") for t in thresholds
             ]
-    pairs = pair.found.pairs
-    for side, i in (("one", 0), ("two", 1)):
-        columns[f"one_to_one_{side}"] = [
-            float((pairs.corr_S >= t).sum() / max(1, live[i].sum())) if pairs else float("nan")
-            for t in thresholds
-        ]
+    for name, pairs in (("one_to_one", pair.found.pairs), ("one_to_one_null", pair.null.pairs)):
+        for side, is_live_S in zip(("one", "two"), live, strict=True):
+            columns[f"{name}_{side}"] = [
+                pairs.share(t, is_live_S) if pairs else float("nan") for t in thresholds
+            ]
     names = {"one": of_sides["name"][pair.one], "two": of_sides["name"][pair.two]}
     return pl.DataFrame(columns).select(*(pl.lit(v).alias(k) for k, v in names.items()), pl.all())
 
@@ -152,8 +157,11 @@ def matches(pair: Pair, stats: list[correlate.Moments]) -> pl.DataFrame:
     out = []
     for side, i in (("one", pair.one), ("two", pair.two)):
         best, null, S = getattr(pair.found, side), getattr(pair.null, side), len(stats[i].mean_S)
-        cosine = pair.cosines[side == "two"] if pair.cosines else None
+        cosine, cosine_null = (
+            (getattr(pair.cosines, name) for name in (side, f"null_{side}")) if pair.cosines else (None, None)
+        )
         other_S, corr_S = _partners(pair.found.pairs, S, side == "two")
+        _, null_pair_S = _partners(pair.null.pairs, S, side == "two")
         columns = {
             "latent": np.arange(S),
             "is_live": stats[i].is_live_S,
@@ -166,6 +174,8 @@ def matches(pair: Pair, stats: list[correlate.Moments]) -> pl.DataFrame:
             "null_corr": null.value_S,
             "cos_best": cosine.latent_S if cosine else np.full(S, match.NONE),
             "cos": cosine.value_S if cosine else np.full(S, np.nan),
+            "null_pair_corr": null_pair_S,
+            "null_cos": cosine_null.value_S if cosine_null else np.full(S, np.nan),
         }
         out.append(pl.DataFrame(columns).select(pl.lit(side).alias("of"), pl.all()))
     return pl.concat(out)
@@ -228,15 +238,16 @@ def _of_two(
     lines = curve.filter(pl.col("threshold").is_in(list(cfg.thresholds))).sort("threshold")
     names = of_sides["name"].to_list()
     table = {"Correlation": tables.texts("{:g} or more", lines["threshold"])}
+    measures = [("matched", "share", "null"), ("one to one", "one_to_one", "one_to_one_null")]
+    measures += [("by cosine", "cosine", "cosine_null")] if pair.cosines else []
     for name, side in zip(names, ("one", "two"), strict=True):
-        table[f"{name} matched"] = tables.texts("{:.1%}", lines[f"share_{side}"])
-        table[f"{name} null"] = tables.texts("{:.1%}", lines[f"null_{side}"])
-        table[f"{name} one to one"] = tables.texts("{:.1%}", lines[f"one_to_one_{side}"])
-        if pair.cosines:
-            table[f"{name} by cosine"] = tables.texts("{:.1%}", lines[f"cosine_{side}"])
+        for words, *keys in measures:
+            shares = (lines[f"{key}_{side}"] for key in keys)
+            table[f"{name} {words} (null)"] = tables.texts("{:.1%} ({:.1%})", *shares)
     means = {"": names}
-    for header, key in (("Mean best correlation", "corr"), ("Null", "null"), ("Mean max cosine", "mmcs")):
-        means[header] = tables.texts("{:.3f}", [of_pairs[f"{key}_{side}"][0] for side in ("one", "two")])
+    for words, *keys in (("best correlation", "corr", "null"), ("max cosine", "mmcs", "mmcs_null")):
+        both = [[of_pairs[f"{key}_{side}"][0] for side in ("one", "two")] for key in keys]
+        means[f"Mean {words} (null)"] = tables.texts("{:.3f} ({:.3f})", *both)
     is_exact = pair.found.pairs is None or pair.found.pairs.is_exact
     how = "over all pairs" if is_exact else f"among the {cfg.candidates} best partners of each latent"
     note = f"One-to-one matches have the largest sum of correlations {how}."
@@ -280,6 +291,7 @@ def _of_runs(of_sides: pl.DataFrame, of_pairs: pl.DataFrame, curve: pl.DataFrame
         corr=pl.mean_horizontal("corr_one", "corr_two"),
         null=pl.mean_horizontal("null_one", "null_two"),
         mmcs=pl.mean_horizontal("mmcs_one", "mmcs_two"),
+        mmcs_null=pl.mean_horizontal("mmcs_null_one", "mmcs_null_two"),
     )
     for t in sorted(cfg.thresholds):
         at = lines.filter(pl.col("threshold") == t).select(
@@ -289,7 +301,13 @@ def _of_runs(of_sides: pl.DataFrame, of_pairs: pl.DataFrame, curve: pl.DataFrame
             pl.mean_horizontal("null_one", "null_two").alias(f"null {t:g}"),
         )
         wide = wide.join(at, on=["one", "two"], maintain_order="left")
-    figures = ["corr", "null", "mmcs", *(c for c in wide.columns if c.startswith(("share ", "null ")))]
+    figures = [
+        "corr",
+        "null",
+        "mmcs",
+        "mmcs_null",
+        *(c for c in wide.columns if c.startswith(("share ", "null "))),
+    ]
     by_kind = wide.group_by("differ", maintain_order=True).agg(pl.len().alias("n"), pl.col(figures).mean())
     twice = pl.concat([wide.with_columns(name=pl.col(side)) for side in ("one", "two")])
     by_run = twice.group_by("name", "differ", maintain_order=True).agg(
@@ -318,5 +336,5 @@ def _figures(lines: pl.DataFrame, first: dict[str, str], cfg: config.Compare) ->
         shares = (lines[f"share {t:g}"], lines[f"null {t:g}"])
         table[f"Matched at {t:g} (null)"] = tables.texts("{:.1%} ({:.1%})", *shares)
     table["Mean best correlation (null)"] = tables.texts("{:.3f} ({:.3f})", lines["corr"], lines["null"])
-    table["Mean max cosine"] = tables.texts("{:.3f}", lines["mmcs"])
+    table["Mean max cosine (null)"] = tables.texts("{:.3f} ({:.3f})", lines["mmcs"], lines["mmcs_null"])
     return pl.DataFrame(table)

@@ -13,7 +13,7 @@ from saev.data import activations
 
 logger = logging.getLogger("saev")
 
-REVISION = 1
+REVISION = 2
 """Raise it when the same dictionaries, activations and config may give other numbers."""
 
 
@@ -101,20 +101,24 @@ def _pair(
     stores: list[store.Store],
     stats: list[correlate.Moments],
 ) -> report.Pair:
-    """Matches of two sides, and the same with permuted images."""
+    """Matches of two sides, the same with permuted images, and matches by cosine in one space."""
     one, two = (stores[n] for n in which)
     both = (stats[which[0]], stats[which[1]])
     order_one, order_two = (joined.order[n] for n in which)
-    sizes = (one.n_latents, two.n_latents)
-    tiles = correlate.tiles(one, two, (order_one, order_two), both, cfg.memory_gb)
-    matched = match.match(tiles, *sizes, candidates=0 if cfg.runs else cfg.candidates)
     shuffled = order_two[permuted(len(order_two), cfg.seed)]
-    tiles = correlate.tiles(one, two, (order_one, shuffled), both, cfg.memory_gb)
-    null = match.match(tiles, *sizes)
+    matched, null = (
+        match.match(
+            correlate.tiles(one, two, (order_one, order), both, cfg.memory_gb),
+            one.n_latents,
+            two.n_latents,
+            candidates=0 if cfg.runs else cfg.candidates,
+        )
+        for order in (order_two, shuffled)
+    )
     cosines = None
     if found[which[0]].is_in_space_of(found[which[1]]):
         directions = sides.directions(found[which[0]], found[which[1]])
-        cosines = match.by_cosine(*directions, both[0].is_live_S, both[1].is_live_S)
+        cosines = match.cosines(*directions, both[0].is_live_S, both[1].is_live_S, cfg.seed)
     return report.Pair(*which, matched, null, cosines)
 
 
