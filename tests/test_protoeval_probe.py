@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import sklearn.linear_model
 import sklearn.model_selection
+import torch
 
 from saev.protoeval import newton_cg, probe
 
@@ -38,8 +39,8 @@ def test_a_fit_has_sklearns_loss(n: int, d: int, penalty: float) -> None:
     x_ND, labels_NT = data(n, d)
     is_used_NT = np.random.default_rng(1).random(labels_NT.shape) < 0.8
     x_ND = ((x_ND - x_ND.mean(axis=0)) / x_ND.std(axis=0)).astype(np.float64)
-    x_NE = np.column_stack([x_ND, np.ones(n)])
-    w_ET = newton_cg.fit(x_NE, labels_NT, is_used_NT, np.full(3, penalty), np.zeros((d + 1, 3)))
+    given = (np.column_stack([x_ND, np.ones(n)]), labels_NT, is_used_NT, np.full(3, penalty))
+    w_ET = newton_cg.fit(*map(torch.from_numpy, given), torch.zeros(d + 1, 3, dtype=torch.float64)).numpy()
     for t in range(3):
         rows = is_used_NT[:, t]
         own_ND, y_N = x_ND[rows], labels_NT[rows, t]
@@ -88,7 +89,7 @@ def test_penalties_differ_by_trait_and_are_chosen_for_each_alone() -> None:
     rng = np.random.default_rng(4)
     x_ND = rng.standard_normal((300, D))
     labels_NT = np.stack([x_ND[:, 0] > 0, rng.random(300) < 0.3, np.arange(300) == 7], axis=1)
-    x_NE = np.column_stack([x_ND, np.ones(300)])
+    x_NE = torch.from_numpy(np.column_stack([x_ND, np.ones(300)]))
     all_known = np.ones_like(labels_NT)
     got_T = probe.choose_penalties(x_NE, labels_NT, all_known, 0)
     assert got_T[0] <= 1 < 1e3 <= got_T[1]  # a trait that the inputs decide, and one of chance

@@ -461,11 +461,13 @@ def test_every_cell_equals_sklearn_on_the_images_that_have_the_label() -> None:
             assert constant.test_ap_RT[0][t] == pytest.approx(y.mean(), abs=1e-12)
             for of_probe, name in zip(of_probes, ("mean_ND", "max_ND"), strict=True):
                 scaler = sklearn.preprocessing.StandardScaler().fit(getattr(train, name)[drawn].astype(float))
-                x_nD, x_ND = (scaler.transform(getattr(s, name)) for s in (train, test))
+                x_nD, x_ND = (scaler.transform(getattr(s, name).astype(float)) for s in (train, test))
                 labels, known = (of[drawn][:, t : t + 1] for of in (train.labels_NT, train.known_NT))
-                x_nE = np.column_stack([x_nD[drawn], np.ones(n)])
+                x_nE = torch.from_numpy(np.column_stack([x_nD[drawn], np.ones(n)]))
                 (penalty,) = probe.choose_penalties(x_nE, labels, known, 0)
-                model = sklearn.linear_model.LogisticRegression(C=1 / penalty, tol=1e-10)
+                model = sklearn.linear_model.LogisticRegression(
+                    C=1 / penalty, tol=1e-12, solver="newton-cholesky"
+                )
                 model.fit(x_nD[rows], train.labels_NT[rows, t])
                 assert of_probe.test_ap_RT[0][t] == pytest.approx(
                     ap(y, model.decision_function(x_ND[seen])), abs=1e-9

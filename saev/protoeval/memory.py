@@ -4,6 +4,7 @@ Tests compare the predictions with the measured memory of processes, and with te
 """
 
 import collections.abc
+import os
 import typing as tp
 
 from saev.data import memory
@@ -20,8 +21,8 @@ DISTANCES = 4 * 2**28
 """Bytes of the distances that k-means computes at once on a GPU (`scorers.kmeans.TILE`)."""
 BINS, SCORES = 36_944, 4 * 2**24
 """Bytes of a prototype's bins in the patch table (`logistic.Sums`), and of the scores computed at once."""
-PROBES = 256
-"""Regressions that are fitted at once (`probe.AT_ONCE`)."""
+PROBES = 60
+"""Regressions that a thread fits at once (`probe.AT_ONCE`, in 5 folds)."""
 UNTRAINED, PRE_ACTIVATIONS = 65_536, 4 * 2**25
 """Activations that initialise an untrained SAE, and bytes of the pre-activations that set its threshold."""
 PER_PATCH = 250
@@ -64,8 +65,9 @@ def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
     scores = 4 * sizes.n_imgs * (sum(ks) + 2 * sizes.d_vit)
     one = 4 * (5 * sizes.n_tokens * sizes.d_vit + 2 * sum(ks))  # an image's activations and scores
     block = max(one, int(min(cfgs[0].memory_gb * 1e9, one * min(SCORE_BLOCK, sizes.n_imgs))))
-    # pooled activations in float64, scaled and decomposed; what a part of the regressions needs
-    probe = 8 * sizes.n_train * (6 * sizes.d_vit + 8 * min(PROBES, 5 * sizes.n_traits) + sizes.n_traits)
+    # pooled activations in float64, scaled and decomposed; what the regressions of all threads need
+    n_columns = 8 * min(PROBES * (os.cpu_count() or 1), 5 * sizes.n_traits) + sizes.n_traits
+    probe = 8 * sizes.n_train * (6 * sizes.d_vit + n_columns)
     choosing = _choice(cfgs[0], max(ks), sizes)
     patches = max(_patches(cfgs, sum(ks), sizes), _audit(cfgs, ks, sizes))
     most = max(block, choosing, probe, patches)

@@ -4,13 +4,14 @@ N images, D d_vit, T traits, E inputs of a regression (directions of the activat
 intercept), C regressions: a trait on the train images but one fold.
 """
 
-import collections.abc
-
 import beartype
 import numpy as np
 import sklearn.model_selection
+import torch
 from jaxtyping import Bool, Float32, Float64, Int8, jaxtyped
+from torch import Tensor
 
+from saev import compiled
 from saev.protoeval import newton_cg
 
 PENALTIES = np.logspace(5, -1, 13)
@@ -18,8 +19,8 @@ PENALTIES = np.logspace(5, -1, 13)
 FEW_PENALTY = 1.0
 """Of traits with fewer than two positive or negative train images: scikit-learn's default."""
 N_FOLDS = 5
-AT_ONCE = 256
-"""Regressions that are fitted together."""
+AT_ONCE = 12
+"""Traits that a thread fits together."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -40,18 +41,23 @@ def scores(
     mean_D, std_D = train_ND.mean(axis=0, dtype=np.float64), train_ND.std(axis=0, dtype=np.float64)
     std_D[std_D <= 1e-7 * np.abs(mean_D)] = np.inf  # constant, up to rounding
     x_NE, turn_DE = _turned((train_ND - mean_D) / std_D)
-    penalty_T = choose_penalties(x_NE, labels_NT, known_NT, seed)
-    is_used_NT = known_NT & (_rarer(labels_NT, known_NT) > 0)
-    w_ET = np.zeros((x_NE.shape[1], labels_NT.shape[1]))
-    for at in _parts(labels_NT.shape[1]):
-        w_ET[:, at] = newton_cg.fit(x_NE, labels_NT[:, at], is_used_NT[:, at], penalty_T[at], w_ET[:, at])
-    w_DT = turn_DE @ w_ET[:-1]
-    return [((other_ND - mean_D) / std_D) @ w_DT + w_ET[-1] for other_ND in others]
+    penalty_T = torch.from_numpy(choose_penalties(x_NE, labels_NT, known_NT, seed))
+    label_NT, is_used_NT = map(torch.from_numpy, (labels_NT, known_NT & (_rarer(labels_NT, known_NT) > 0)))
+
+    def fitted(at: slice) -> Tensor:
+        label_NC, is_used_NC, penalty_C = label_NT[:, at], is_used_NT[:, at], penalty_T[at]
+        start_EC = x_NE.new_zeros(x_NE.shape[1], len(penalty_C))
+        return newton_cg.fit(x_NE, label_NC, is_used_NC, penalty_C, start_EC)
+
+    parts = _parts(labels_NT.shape[1], N_FOLDS * AT_ONCE)
+    w_ET = torch.cat([x_NE.new_zeros(x_NE.shape[1], 0), *compiled.each_in_threads(fitted, parts)], dim=1)
+    w_DT, b_T = (turn_DE @ w_ET[:-1]).numpy(), w_ET[-1].numpy()
+    return [((other_ND - mean_D) / std_D) @ w_DT + b_T for other_ND in others]
 
 
 @jaxtyped(typechecker=beartype.beartype)
 def choose_penalties(
-    x_NE: Float64[np.ndarray, "N E"],
+    x_NE: Float64[Tensor, "N E"],
     labels_NT: Bool[np.ndarray, "N T"],
     known_NT: Bool[np.ndarray, "N T"],
     seed: int,
@@ -66,34 +72,39 @@ def choose_penalties(
     n_folds_T = fold_NT.max(axis=0, initial=-1) + 1
     penalty_T = np.full(labels_NT.shape[1], FEW_PENALTY)
     several = np.flatnonzero(n_folds_T)
-    for at in _parts(len(several), AT_ONCE // N_FOLDS):
+
+    def search(at: slice) -> None:
         mine = several[at]
         penalty_T[mine] = _searched(x_NE, labels_NT[:, mine], fold_NT[:, mine], n_folds_T[mine])
+
+    compiled.each_in_threads(search, _parts(len(several), AT_ONCE))
     return penalty_T
 
 
 def _searched(
-    x_NE: np.ndarray, labels_NT: np.ndarray, fold_NT: np.ndarray, n_folds_T: np.ndarray
+    x_NE: Tensor, labels_NT: np.ndarray, fold_NT: np.ndarray, n_folds_T: np.ndarray
 ) -> Float64[np.ndarray, " T"]:
     """`choose_penalties` for some traits."""
-    trait_C = np.repeat(np.arange(len(n_folds_T)), n_folds_T)
+    n_traits = len(n_folds_T)
+    trait_C = np.repeat(np.arange(n_traits), n_folds_T)
     fold_C = np.concatenate([np.arange(n) for n in n_folds_T])
-    w_EC = np.zeros((x_NE.shape[1], len(trait_C)))
-    penalty_T, best_T, last_T = np.zeros(len(n_folds_T)), *np.full((2, len(n_folds_T)), np.inf)
-    n_risen_T = np.zeros(len(n_folds_T), np.int64)
+    w_EC = x_NE.new_zeros(x_NE.shape[1], len(trait_C))
+    penalty_T, best_T, last_T = np.zeros(n_traits), *np.full((2, n_traits), np.inf)
+    n_risen_T = np.zeros(n_traits, np.int64)
     for penalty in PENALTIES:
         live_C = np.flatnonzero(n_risen_T[trait_C] < 2)
         if not len(live_C):
             break
         mine_C = trait_C[live_C]
-        label_NC, fold_NC = labels_NT[:, mine_C], fold_NT[:, mine_C]
-        is_held_NC = fold_NC == fold_C[live_C]
-        is_used_NC = (fold_NC >= 0) & ~is_held_NC
-        penalty_C = np.full(len(live_C), penalty)
-        w_EC[:, live_C] = newton_cg.fit(x_NE, label_NC, is_used_NC, penalty_C, w_EC[:, live_C], 1e-7)
-        z_NC = x_NE @ w_EC[:, live_C]
-        loss_C = np.where(is_held_NC, np.logaddexp(0, z_NC) - label_NC * z_NC, 0.0).sum(axis=0)
-        loss_T = np.bincount(mine_C, loss_C, len(n_folds_T))
+        is_held_NC = fold_NT[:, mine_C] == fold_C[live_C]
+        is_used_NC = (fold_NT[:, mine_C] >= 0) & ~is_held_NC
+        label_NC, used_NC, held_NC = map(torch.from_numpy, (labels_NT[:, mine_C], is_used_NC, is_held_NC))
+        penalty_C = x_NE.new_full((len(live_C),), penalty)
+        own_EC = newton_cg.fit(x_NE, label_NC, used_NC, penalty_C, w_EC[:, live_C], 1e-7)
+        w_EC[:, live_C] = own_EC
+        z_NC = x_NE @ own_EC
+        loss_NC = torch.nn.functional.softplus(z_NC, threshold=1e3) - label_NC.double() * z_NC
+        loss_T = np.bincount(mine_C, (loss_NC * held_NC).sum(dim=0).numpy(), n_traits)
         is_live_T = n_risen_T < 2
         is_best_T = is_live_T & (loss_T < best_T)
         penalty_T[is_best_T], best_T[is_best_T] = penalty, loss_T[is_best_T]
@@ -121,11 +132,11 @@ def _rarer(labels_NT: np.ndarray, known_NT: np.ndarray) -> np.ndarray:
     return np.minimum(n_T, known_NT.sum(axis=0) - n_T)
 
 
-def _turned(x_ND: np.ndarray) -> tuple[Float64[np.ndarray, "N E"], Float64[np.ndarray, "D e"]]:
+def _turned(x_ND: np.ndarray) -> tuple[Float64[Tensor, "N E"], Float64[Tensor, "D e"]]:
     """(the inputs in their principal axes, in which penalties are the same, and 1; the axes)."""
-    u_NE, size_E, turn_ED = np.linalg.svd(x_ND, full_matrices=False)
-    return np.column_stack([u_NE * size_E, np.ones(len(x_ND))]), turn_ED.T
+    u_NE, size_E, turn_ED = torch.linalg.svd(torch.from_numpy(x_ND), full_matrices=False)
+    return torch.column_stack([u_NE * size_E, u_NE.new_ones(len(u_NE))]), turn_ED.T
 
 
-def _parts(n: int, size: int = AT_ONCE) -> collections.abc.Iterator[slice]:
-    return (slice(at, at + size) for at in range(0, n, size))
+def _parts(n: int, size: int) -> list[slice]:
+    return [slice(at, at + size) for at in range(0, n, size)]
