@@ -363,27 +363,37 @@ def test_every_file_and_column_is_documented(cfg: config.ProtoEval) -> None:
 
 @pytest.mark.slow
 def test_the_example_in_the_docs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands of docs/patch-table.md, on 40 of mini-CUB's birds seen by a small untrained ViT."""
+    """The commands of docs/patch-table.md, then that of docs/audit.md, on 40 of mini-CUB's birds seen by a small untrained ViT (K 512)."""
     monkeypatch.chdir(tmp_path)
-    lines = (DOCS / "patch-table.md").read_text().partition("## Example")[2].replace("\\\n", "").splitlines()
-    commands = [line.split("uv run ")[1].replace("640", "40") for line in lines if "    uv run " in line]
-    demo, label, evaluate = commands
+    texts = [(DOCS / name).read_text().partition("## Example")[2] for name in ("patch-table.md", "audit.md")]
+    lines = "\n".join(texts).replace("\\\n", "").splitlines()
+    commands = [
+        line.split("uv run ")[1].replace("640", "40").replace("1536", "512")
+        for line in lines
+        if "    uv run " in line
+    ]
+    demo, label, evaluate, audit = commands
     assert demo == "python -m saev.demo"
     minicub.draw(pathlib.Path("demo/40/CUB_200_2011"), n_imgs=40, parts=pathlib.Path("demo/40/parts"))
     vit = "--vit-family timm --vit-ckpt vit_tiny_patch16_224 --vit-weights random --vit-layers 7 --img-size 112 --device cpu"
     dump = f"-m saev.data {vit} --dump-to {tmp_path}/demo/shards data:cub200 --data.root {tmp_path}/demo/40/CUB_200_2011"
     shard_root = inprocess.run(*dump.split()).stdout.split()[-1]
     pathlib.Path("demo/scorers.toml").write_text('[[scorer]]\ntype = "random"\n[[scorer]]\ntype = "pca"\n')
-    for command in (label, evaluate):
+    for command in (label, evaluate, audit):
         words = command.replace("HASH", pathlib.Path(shard_root).name).removeprefix("python ").split()
         words = [f"{tmp_path}/{word}" if word.startswith("demo/") else word for word in words]
         done = inprocess.run(*words)
         assert done.returncode == 0, done.stderr
+        if command is evaluate:
+            dpath = pathlib.Path(done.stdout.split()[-1])
     assert (
         "| Scorer | Prototypes | mAP |" in done.stdout.replace("Train | ", "")
         and "| Probe R |" in done.stdout
+        and "| Scorer | Prototypes | Yield(10) | Yield(25) | Yield(50) | Yield(100) | Area |" in done.stdout
     )
-    dpath = pathlib.Path(done.stdout.split()[-1])
+    audited = pl.read_parquet(pathlib.Path(done.stdout.split()[-1]) / "audit.parquet")
+    ranks = audited.group_by("scorer").agg(pl.len(), pl.col("prototype").n_unique())
+    assert set(ranks.rows()) == {("constant", 100, 1), ("Random", 100, 100), ("Pca", 100, 100)}
     rows = read(dpath, "patch-classes.csv", results.PATCH_CLASSES)
     assert set(rows["scorer"]) == {
         "constant",
