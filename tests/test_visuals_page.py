@@ -332,6 +332,57 @@ def test_one_patch_paints_exactly_its_own_pixels(
     assert np.abs(picture - expected).max() <= 1
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Image 0 has 3 x 5 patches, the others 4 x 4. Latent 1 fires on patch 7 of both: row 2, column 3 of image 0; row 2,
+    column 4 of image 1. An entry after image 0's last patch is never shown."""
+    dpath = tmp_path_factory.mktemp("wide")
+    made = gallery_data.MadeUp(
+        n_latents=8, n_images=2, side=4, n_view=2, traits=False, compare=False, picture=(GREY,) * 3
+    )
+    gallery_data.write(dpath, made)
+    for name, key in (("latents", "latents"), ("images", "images")):
+        text = (dpath / f"data/{name}/000.js").read_text()
+        entries = json.loads(text[text.index("{") : -3])[key]
+        if name == "latents":
+            heats = [{7: 255, 15: 255}, {7: 255}]
+            entries[0]["groups"] = [gallery_data.group([0, 1], heats, [8.0, 8.0], name="top", words="")]
+        else:
+            entries[0]["grid"] = [3, 5]
+        scripts.write(dpath, f"{name}/000", {key: entries})
+    return dpath
+
+
+def test_an_image_with_a_grid_of_its_own(show: Open, wide: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """--resize flexible: heat, words, and the image view's pointer and keys."""
+    page = heat_page(show, wide)
+    texts = [page.locator(".pictures img").nth(i).get_attribute("alt") for i in (0, 1)]
+    assert "row 2, column 3" in texts[0] and "row 2, column 4" in texts[1]
+    picture = shot(page, ".frame", 0, tmp_path)
+    assert picture.shape == (96, 160, 3)
+    hot = np.round(GREY + 0.7 * (HUE - GREY))
+    expected = np.full((96, 160, 3), GREY)
+    expected[32:64, 64:96] = hot
+    assert np.abs(picture - expected).max() <= 1
+    picture = shot(page, ".frame", 1, tmp_path)
+    assert np.abs(picture[60, 140] - hot).max() <= 1 and np.abs(picture[60, 80] - GREY).max() <= 1
+    for n, (rows, columns) in enumerate([(3, 5), (4, 4)]):
+        page = show(f"#/image/{n}", wide)
+        board = page.locator(".board")
+        assert f"in {rows} rows and {columns} columns" in board.get_attribute("aria-label")
+        box = board.locator(".frame").bounding_box()
+        assert box["width"] / box["height"] == pytest.approx(columns / rows, rel=0.02)
+        page.mouse.click(box["x"] + box["width"] * 2.5 / columns, box["y"] + box["height"] * 1.5 / rows)
+        page.wait_for_function(f"location.hash.includes('patch={columns + 2}')")
+        cursor = board.locator(".cursor").bounding_box()
+        assert cursor["width"] == pytest.approx(box["width"] / columns, rel=0.05)
+        assert cursor["x"] - box["x"] == pytest.approx(box["width"] * 2 / columns, abs=3)
+        board.focus()
+        for _ in range(rows):  # the last step leaves the grid
+            page.keyboard.press("ArrowDown")
+        page.wait_for_function(f"location.hash.includes('patch={(rows - 1) * columns + 2}')")
+
+
 def test_colour_is_linear_in_heat_and_equals_the_legend(
     show: Open, plain: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
