@@ -1,24 +1,21 @@
 """The gallery's page in a real browser, on made-up data (gallery_data.py). Skipped where there is no chromium."""
 
-import base64
-import collections.abc
 import json
 import pathlib
-import shutil
 
 import gallery_data
 import gallery_files
 import numpy as np
-import PIL.Image
 import pytest
 import traits_data
+from browsing import Open, hash_of, needed, shot
 from playwright import sync_api
 
 from saev.formats import scripts
 from saev.protoeval import run as protoeval_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
+pytest_plugins = ["browser_fixtures"]
+pytestmark = needed
 HUE = np.array([255, 0, 128])
 GREY = 128
 VIEWS = {
@@ -32,68 +29,6 @@ VIEWS = {
     "compare": "#/compare?find=corr>.5&on=21",
     "pair": "#/compare/21",
 }
-Open = collections.abc.Callable[..., sync_api.Page]
-
-
-@pytest.fixture(scope="module")
-def browser() -> collections.abc.Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    dpath = tmp_path_factory.mktemp("gallery")
-    gallery_data.write(dpath, gallery_data.MadeUp(n_latents=300, n_images=24, n_view=4))
-    return dpath
-
-
-@pytest.fixture
-def show(browser: sync_api.Browser, folder: pathlib.Path) -> collections.abc.Iterator[Open]:
-    """Opens a hash in a new window. When the test ends: no errors in the console, and no request but file:// and data:."""
-    contexts, wrong = [], []
-
-    def open_page(
-        hash_: str = "#/map",
-        dpath: pathlib.Path = folder,
-        errors: bool = False,
-        init: str = "",
-        **settings: object,
-    ) -> sync_api.Page:
-        context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}, **settings})
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(8000)
-        if init:
-            page.add_init_script(init)
-        if not errors:
-            page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
-            page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("dialog", lambda dialog: wrong.append(dialog.message))
-        page.on(
-            "request",
-            lambda r: None if r.url.startswith(("file://", "data:", "blob:")) else wrong.append(r.url),
-        )
-        page.goto((dpath / "index.html").as_uri() + hash_)
-        page.wait_for_selector("nav a[aria-current], main .problem")
-        page.wait_for_function("!document.querySelector('.wait')")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert wrong == []
-
-
-def pixels(fpath: pathlib.Path) -> np.ndarray:
-    with PIL.Image.open(fpath) as img:
-        return np.asarray(img.convert("RGB"), np.int64)
-
-
-def hash_of(page: sync_api.Page) -> str:
-    return page.evaluate("location.hash")
 
 
 # ---- every view ----
@@ -152,12 +87,8 @@ def test_dead_latent_says_so(show: Open) -> None:
 
 
 def test_search_sort_and_brush_of_a_plain_loop(show: Open, folder: pathlib.Path) -> None:
-    text = (folder / "data/stats.js").read_text()
-    columns = json.loads(text[text.index("{") : -3])["columns"]
-    freq, top, ids = (
-        np.frombuffer(base64.b64decode(columns[k]["b"]), "<" + t)
-        for k, t in [("freq", "f4"), ("max", "f4"), ("id", "u4")]
-    )
+    columns = gallery_files.load(folder, "stats")["columns"]
+    freq, top, ids = (columns[k] for k in ("freq", "max", "id"))
     page = show("#/map?sort=-max")
     page.fill("input[type=search]", "freq<.01 max>3")
     keep = (freq < 0.01) & (top > 3)
@@ -179,12 +110,8 @@ def test_search_sort_and_brush_of_a_plain_loop(show: Open, folder: pathlib.Path)
 
 
 def test_trait_and_ap_speak_of_one_trait(show: Open, folder: pathlib.Path) -> None:
-    text = (folder / "data/traits.js").read_text()
-    value = json.loads(text[text.index("{") : -3])
-    trait, ap = (
-        np.frombuffer(base64.b64decode(value["columns"][k]["b"]), t).reshape(-1, 3)
-        for k, t in [("trait", "<i4"), ("ap", "<f4")]
-    )
+    value = gallery_files.load(folder, "traits")
+    trait, ap = (value["columns"][k] for k in ("trait", "ap"))
     names = [t["name"] for t in value["traits"]]
     n = sum(
         any(t >= 0 and "wing" in names[t] and a > 0.4 for t, a in zip(*row, strict=True))
@@ -202,36 +129,6 @@ def test_search_that_cannot_be_read_is_explained(show: Open) -> None:
     assert 'No field "size"' in page.inner_text(".found")
     page.fill("input[type=search]", "freq<many")
     assert "no number" in page.inner_text(".found")
-
-
-def test_everything_by_keyboard(show: Open) -> None:
-    page = show()
-    press = page.keyboard.press
-    press("/")
-    page.keyboard.type("id:21,23,25")
-    press("Escape")
-    assert page.inner_text(".found").startswith("3 of 300")
-    press("j")
-    first = page.evaluate("saev.state.params.get('at')")
-    press("j")
-    press("s")
-    assert page.evaluate("saev.state.params.get('at')") != first
-    press("k")
-    press("Enter")
-    page.wait_for_function(f"location.hash.startsWith('#/latent/{first}')")
-    press("j")
-    page.wait_for_function(f"!location.hash.startsWith('#/latent/{first}')")
-    press("Escape")
-    page.wait_for_selector("canvas.scatter")
-    assert page.locator('.body .star[aria-pressed="true"]').count() == 1
-    press("?")
-    assert "trait:wing" in page.inner_text("dialog")
-    press("Escape")
-    page.wait_for_selector("dialog", state="detached")
-    page.focus("[role=grid]")
-    press("End")
-    press("ArrowUp")
-    assert page.locator('[role=row][aria-selected="true"]').get_attribute("aria-rowindex") == "3"
 
 
 def test_patch_and_latent_of_an_image(show: Open) -> None:
@@ -257,6 +154,7 @@ def test_a_list_says_that_it_is_cut_only_where_it_is(show: Open, tmp_path: pathl
         "start": scripts.packed(np.arange(101), "u4"),
         "row": scripts.packed(np.arange(100), "u4"),
         "value": scripts.packed(np.ones(100), "f4"),
+        "rank": scripts.packed(np.ones(100), "u2"),
     }
     scripts.write(tmp_path, "codes/000", {"images": [{"image": 0, **codes}]})
     for hash_, n, is_cut in (("#/image/3", 60, True), ("#/image/3?patch=17", 1, False)):
@@ -295,17 +193,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         n_latents=8, n_images=2, side=4, n_view=0, traits=False, compare=False, picture=(GREY,) * 3
     )
     gallery_data.write(dpath, made)
-    text = (dpath / "data/latents/000.js").read_text()
-    latents = json.loads(text[text.index("{") : -3])["latents"]
+    latents = scripts.read(dpath, "latents/000", "")["latents"]
     heats = [{5: 255}, {i: 17 * i for i in range(16)}]
     latents[0]["groups"] = [gallery_data.group([0, 1], heats, [8.0, 8.0], name="top", words="")]
     scripts.write(dpath, "latents/000", {"latents": latents})
     return dpath
-
-
-def shot(page: sync_api.Page, selector: str, i: int, tmp_path: pathlib.Path) -> np.ndarray:
-    page.locator(selector).nth(i).screenshot(path=tmp_path / "shot.png")
-    return pixels(tmp_path / "shot.png")
 
 
 def heat_page(show: Open, plain: pathlib.Path, **more: str) -> sync_api.Page:
@@ -552,7 +444,10 @@ def test_pair_without_pictures_says_where_they_come_from(show: Open, tmp_path: p
     gallery_data.write(tmp_path, gallery_data.MadeUp(n_latents=20, n_images=8, n_view=0))
     empty = [{"id": i, "low": 0.0, "high": 0.0, "groups": []} for i in range(20)]
     scripts.write(tmp_path, "compare/000", {"latents": empty})
-    for href, words in (("../other/index.html", "has none of its top images"), ("", "--other-gallery")):
+    for href, words in (
+        ("../other/index.html", "The other gallery does not show this latent"),
+        ("", "--other-gallery"),
+    ):
         value = scripts.read(tmp_path, "compare", "")
         scripts.write(tmp_path, "compare", value | {"other": value["other"] | {"href": href}})
         assert words in show("#/compare/21", tmp_path).locator(".side").nth(1).inner_text()

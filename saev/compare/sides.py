@@ -243,7 +243,7 @@ def _first(acts: activations.Activations) -> str:
 
 
 def _per_patch(streams: list[activations.Activations], cfg: config.Compare) -> bool:
-    shapes = [(acts.n_tokens, acts.cfg.patches, _geometry(acts)) for acts in streams]
+    shapes = [(acts.n_tokens, acts.cfg.patches, geometry(acts)) for acts in streams]
     is_same = all(shape == shapes[0] for shape in shapes)
     is_known = bool(shapes[0][2]) or len({tuple(p.dpath for p in acts.dirs) for acts in streams}) == 1
     if cfg.per == "patch" and not (is_same and is_known):
@@ -255,6 +255,7 @@ def _per_patch(streams: list[activations.Activations], cfg: config.Compare) -> b
     return cfg.per != "image" and is_same and is_known
 
 
-def _geometry(acts: activations.Activations) -> dict[str, object]:
+def geometry(acts: activations.Activations) -> dict[str, object]:
+    """What decides which part of a photo a ViT sees; empty if that was not recorded."""
     found = acts.transform()
     return {name: found.get(name) for name in GEOMETRY} if found else {}

@@ -17,6 +17,8 @@ import PIL.Image
 from saev import errors
 from saev.formats import scripts
 
+FORMAT = 2
+"""Of data/stats.js and the page. Raise it when an older page cannot show the data."""
 FILES = 8
 """Files of latents, and of pictures, that are held at a time."""
 WEBP = "data:image/webp;base64,"
@@ -46,6 +48,7 @@ class Source(msgspec.Struct):
     """Per image."""
     grid: tuple[Size, Size]
     size: tuple[Size, Size]
+    transform: str = ""
     data: str = ""
     n_images: int = 0
 
@@ -73,6 +76,7 @@ class Stats(msgspec.Struct):
     files: Files
     columns: dict[str, tp.Any]
     """Packed."""
+    format: int = 1
     classes: list[str] = []
     shown: Shown = msgspec.field(default_factory=Shown)
 
@@ -115,12 +119,17 @@ class Paths(msgspec.Struct):
     n: tp.Any = None
 
 
-class _Image(msgspec.Struct):
+class Image(msgspec.Struct):
+    """An entry in data/images."""
+
     src: str
+    path: str = ""
+    class_: int = msgspec.field(name="class", default=-1)
+    """Place in `Stats.classes`, or -1."""
 
 
 class _Images(msgspec.Struct):
-    images: list[_Image]
+    images: list[Image]
 
 
 class Trait(msgspec.Struct):
@@ -191,17 +200,25 @@ class Gallery:
 
     def picture(self, place: int) -> PIL.Image.Image:
         """The picture at a place in data/images."""
+        found = self.image(place)
+        try:
+            data = base64.b64decode(found.src.removeprefix(WEBP), validate=True)
+            return PIL.Image.open(io.BytesIO(data), formats=["WEBP"]).convert("RGB")
+        except (ValueError, OSError, PIL.Image.DecompressionBombError) as err:
+            name = f"images/{place // self.stats.files.images:03}"
+            raise self.damaged(name, f"a picture that is none ({errors.first_line(err)})") from err
+
+    def image(self, place: int) -> Image:
+        """The entry at a place in data/images."""
         if place >= self.stats.files.n_images:
             raise self.damaged("stats", f"{self.stats.files.n_images} pictures, but number {place} is shown")
         file, i = divmod(place, self.stats.files.images)
-        name, found = f"images/{file:03}", self._images(file)
-        try:
-            data = base64.b64decode(found[i].src.removeprefix(WEBP), validate=True)
-            return PIL.Image.open(io.BytesIO(data), formats=["WEBP"]).convert("RGB")
-        except (IndexError, ValueError, OSError, PIL.Image.DecompressionBombError) as err:
-            raise self.damaged(name, f"a picture that is none ({errors.first_line(err)})") from err
+        found = self._images(file)
+        if i >= len(found):
+            raise self.damaged(f"images/{file:03}", f"{len(found)} pictures instead of more than {i}")
+        return found[i]
 
-    def _read_images(self, file: int) -> list[_Image]:
+    def _read_images(self, file: int) -> list[Image]:
         return scripts.read(self.dpath, f"images/{file:03}", self.remedy, _Images).images
 
     def _read_latents(self, file: int) -> list[Latent]:
