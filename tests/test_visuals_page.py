@@ -6,13 +6,19 @@ import pathlib
 import gallery_data
 import gallery_files
 import numpy as np
+import PIL.Image
 import pytest
+import torch
 import traits_data
 from browsing import Open, hash_of, needed, shot
 from playwright import sync_api
 
-from saev.formats import scripts
+from saev import scorers
+from saev.data import config as data_config
+from saev.formats import scripts, shards
 from saev.protoeval import run as protoeval_run
+from saev.visuals import collect
+from saev.visuals import config as visuals_config
 
 pytest_plugins = ["browser_fixtures"]
 pytestmark = needed
@@ -44,9 +50,56 @@ def test_no_view_is_wider_than_the_window(show: Open, width: int, scheme: str) -
         page.wait_for_timeout(60)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         assert page.locator("main .problem").count() == 0, name
-        assert "NaN" not in page.inner_text("body") and "undefined" not in page.inner_text("body"), name
+        text = page.inner_text("body")
+        assert not any(word in text for word in ("NaN", "undefined", "false", "null")), name
+        tops = page.locator(".heading .step").evaluate_all("steps => steps.map((s) => s.offsetTop)")
+        assert len(set(tops)) <= 1, name  # previous and next are in one line
     r, g, b = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert (r + g + b < 150) == (scheme == "dark")
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_decimal_points_of_a_column_are_below_each_other(show: Open, width: int) -> None:
+    page = show(viewport={"width": width, "height": 800})
+    for hash_ in (
+        "#/map?sort=-max",
+        "#/map?sort=freq",
+        "#/traits",
+        "#/compare",
+        "#/image/3",
+        "#/image/3?patch=20",
+    ):
+        page.evaluate("hash => { location.hash = hash; }", hash_)
+        page.wait_for_function("!document.querySelector('.wait')")
+        page.wait_for_selector(".firing li" if "image" in hash_ else ".body .row")
+        points = page.evaluate(
+            """() => {
+              const out = [];
+              for (const row of document.querySelectorAll('.body .row, .firing button'))
+                [...row.querySelectorAll('.number')].forEach((cell, i) => {
+                  const text = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT).nextNode();
+                  const range = document.createRange();
+                  const at = text?.data.indexOf('.') ?? -1;
+                  if (at < 0 || !cell.offsetParent) return;
+                  range.setStart(text, at);
+                  range.setEnd(text, at + 1);
+                  (out[i] ??= []).push(range.getBoundingClientRect().x - row.getBoundingClientRect().x);
+                });
+              return out.filter(Boolean);
+            }"""
+        )
+        assert points and all(len(column) > 3 and np.ptp(column) < 1.2 for column in points), hash_
+
+
+def test_names_of_traits_stay_when_a_phone_scrolls_the_scorers(show: Open) -> None:
+    page = show("#/traits", viewport={"width": 390, "height": 844})
+    name = page.locator(".body .row > :first-child").first
+    before = name.bounding_box()
+    page.evaluate("document.querySelector('.table').scrollLeft = 90")
+    page.wait_for_timeout(60)
+    after = name.bounding_box()
+    assert before and after and abs(before["x"] - after["x"]) < 6
+    assert page.locator(".table").evaluate("t => t.scrollLeft") == 90
 
 
 def test_theme_has_a_switch_that_is_kept(show: Open) -> None:
@@ -255,6 +308,67 @@ def test_opacity_smooth_outline_and_scale(show: Open, plain: pathlib.Path, tmp_p
     assert "largest of each image" in page.inner_text(".legend") and "scale=image" in hash_of(page)
 
 
+# ---- scores that are negative ----
+
+
+@pytest.mark.slow
+def test_prototypes_by_distance(show: Open, tmp_path: pathlib.Path, make_shards) -> None:
+    """All scores are below 0. An image's list begins with the scores that are largest among the prototype's own, and
+    heat goes from the mean score to the largest."""
+    n, p, d, k = 30, 16, 6, 5
+    dpath, acts_NLTD = make_shards(n_imgs=n, n_patches=p, d_vit=d, layers=(3,), cls_token=False)
+    for i, record in enumerate(shards.ShardDir.open(dpath).records):
+        fpath = tmp_path / "photos" / record.path
+        fpath.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (32, 32), (8 * i, 100, 50)).save(fpath)
+    vectors_KD = (
+        torch.randn(k, d, generator=torch.Generator().manual_seed(0)) * torch.arange(1, k + 1)[:, None] / 3
+    )
+    scorer = scorers.Prototypes.of(vectors_KD, torch.zeros(d), "distance")
+    scorers.save(scorer, tmp_path / "kmeans-5-abc.bin")
+    cfg = visuals_config.Visuals(
+        images=data_config.ImageFolder(str(tmp_path / "photos")),
+        scorer=visuals_config.Fitted(str(tmp_path / "kmeans-5-abc.bin")),
+        data=data_config.Shards(str(dpath), 3),
+        dump_to=str(tmp_path / "gallery"),
+        image_view=4,
+        device="cpu",
+    )
+    collect.main(cfg)
+    score_NPK = scorer(torch.from_numpy(acts_NLTD[:, 0]).flatten(0, 1)).numpy().reshape(n, p, k)
+    best_NP = score_NPK.argmax(axis=2)
+    assert score_NPK.max() < 0
+    page = show("#/image/0", tmp_path / "gallery")
+    page.wait_for_selector(".firing li")
+    lines = [text.split() for text in page.locator(".firing button").all_inner_texts()]
+    ranks = [float(rank.rstrip("%")) / 100 for *_, rank in lines]
+    assert ranks == sorted(ranks, reverse=True) and len(set(ranks)) == len(ranks) == len(set(best_NP[0])) > 2
+    for name, value, rank in lines:
+        mine_n = score_NPK[..., int(name)][best_NP == int(name)]
+        peak = score_NPK[0, best_NP[0] == int(name), int(name)].max()
+        bin_ = np.histogram(mine_n, 64)[0].max() / len(mine_n)
+        assert float(value) == pytest.approx(peak, rel=5e-3)
+        assert float(rank.rstrip("%")) / 100 == pytest.approx((mine_n < peak).mean(), abs=bin_ + 1e-3)
+    assert "share of the prototype's patches with a smaller one, by which they are sorted" in page.inner_text(
+        ".right"
+    )
+    # the same heat as by hand, on the patches that it wins
+    (chosen, *_), mean_K = lines[0], score_NPK.mean(axis=(0, 1))
+    page.locator(".firing button").first.click()
+    page.wait_for_function("document.querySelector('.board img').alt.includes('strongest at')")
+    alpha_P = page.evaluate(
+        """() => { const c = document.querySelector('.board canvas');
+        return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 === 3); }"""
+    )
+    score_P, at = score_NPK[0, :, int(chosen)], int(chosen)
+    want_P = (score_P - mean_K[at]) / (score_NPK[..., at].max() - mean_K[at])
+    want_P = np.where(best_NP[0] == at, want_P.clip(0), 0)
+    assert want_P.max() > 0
+    np.testing.assert_allclose(alpha_P, 255 * want_P, atol=1)
+    text = show(f"#/latent/{chosen}", tmp_path / "gallery").inner_text("main")
+    assert "Mean |value|" in text and "Fires together" not in text
+
+
 # ---- traits that protoeval wrote ----
 
 
@@ -414,14 +528,59 @@ def test_missing_or_broken_file_is_explained(show: Open, tmp_path: pathlib.Path,
     assert "data/stats.js" in show("#/map", tmp_path, errors=True).inner_text(".problem")
 
 
+@pytest.mark.parametrize(
+    ("n_images", "n_view", "n_listed", "expected"), [(24, 4, 900, 500), (24, 4, 240, 240)]
+)
+def test_the_image_view_that_is_suggested_exists(
+    show: Open, tmp_path: pathlib.Path, n_images: int, n_view: int, n_listed: int, expected: int
+) -> None:
+    made = gallery_data.MadeUp(
+        n_latents=8, n_images=n_images, n_view=n_view, n_listed=n_listed, traits=False, compare=False
+    )
+    gallery_data.write(tmp_path, made)
+    page = show("#/image/10", tmp_path)
+    page.wait_for_selector(".absent")
+    assert page.inner_text(".absent").endswith(f"--image-view {expected}")
+
+
+@pytest.mark.parametrize("name", ["style.css", "data.js", "heat.js", "views/map.js", "app.js"])
+def test_a_missing_or_cut_file_of_the_page_is_named(show: Open, tmp_path: pathlib.Path, name: str) -> None:
+    gallery_data.write(
+        tmp_path, gallery_data.MadeUp(n_latents=8, n_images=8, n_view=0, traits=False, compare=False)
+    )
+    fpath = tmp_path / name
+    text = fpath.read_text()
+    for damaged in [None] + [text[: len(text) // 2]] * name.endswith("js"):
+        fpath.unlink() if damaged is None else fpath.write_text(damaged)
+        problems = show("#/map", tmp_path, errors=True).locator("[role=alert]").all_inner_texts()
+        words = (
+            f"{name} is missing or damaged. Copy the gallery's whole folder again, or run visuals.py again."
+        )
+        assert words in problems
+
+
+def test_damaged_numbers_are_named(show: Open, tmp_path: pathlib.Path) -> None:
+    """A script that runs, whose numbers are cut."""
+    gallery_data.write(
+        tmp_path, gallery_data.MadeUp(n_latents=8, n_images=8, n_view=0, traits=False, compare=False)
+    )
+    value = scripts.read(tmp_path, "latents/000", "")
+    value["latents"][1]["groups"][0]["heat"]["b"] = "AAAA"
+    scripts.write(tmp_path, "latents/000", value)
+    text = show("#/latent/3", tmp_path).inner_text(".problem")
+    assert text.startswith("data/latents/000.js is damaged: ") and "run again the command" in text
+    scripts.write(tmp_path, "latents/000", {"latents": value["latents"][:1]})
+    assert "data/latents/000.js is damaged: it lacks" in show("#/latent/3", tmp_path).inner_text(".problem")
+
+
 def test_absent_data_name_their_command(show: Open, tmp_path: pathlib.Path) -> None:
     made = gallery_data.MadeUp(n_latents=20, n_images=8, n_view=0, traits=False, compare=False)
     gallery_data.write(tmp_path, made)
     for hash_, command in {
         "#/traits": "protoeval.py",
         "#/compare": "saev.compare",
-        "#/image": "--image-view",
-        "#/image/3": "--image-view",
+        "#/image": "--image-view 8",  # all that there are
+        "#/image/3": "--image-view 8",
     }.items():
         page = show(hash_, tmp_path)
         page.wait_for_selector(".absent")

@@ -11,7 +11,7 @@ var saev = { views: {} };
   const arrived = new Map();
   const indexed = new WeakMap(); // the file of paths -> what `saev.paths` gives
 
-  const REMEDY = "Copy the gallery's whole folder again, or run the command again that wrote this file.";
+  const REMEDY = "Copy the gallery's whole folder again, or run again the command that wrote this file.";
   const damaged = (name, what) => new Error(`data/${name}.js is damaged: ${what}. ${REMEDY}`);
 
   /* Each file also holds its checksum, for the readers in Python: the page cannot see a script's text. */

@@ -5,14 +5,14 @@
   const SPARE = 6; // rows above and below those in sight
   let tables = 0;
 
-  /* columns: [{key, label, hint, width, cell: row -> text or node, number, wide, number of sort: sortable}].
+  /* columns: [{key, label, hint, width, narrow: width on a phone, wide: not on a phone, cell: row -> text or node, number, sort}].
      Returns {element, show(rows, sort, selected), move(step), selected(), open()}. */
   saev.table = ({ label, columns, onsort, onselect, onopen }) => {
     const prefix = `table${tables++}`;
     const state = { rows: [], sort: "", place: -1 };
     const widths = (list) => list.map((c) => c.width).join(" ");
     const least = (list) => `${list.reduce((sum, c) => sum + Number(/[\d.]+/.exec(c.width)[0]), 1)}rem`;
-    const narrow = columns.filter((c) => !c.wide);
+    const narrow = columns.filter((c) => !c.wide).map((c) => ({ ...c, width: c.narrow ?? c.width }));
     const head = saev.el("div", { role: "row", class: "row head", "aria-rowindex": "1" });
     const space = saev.el("div", { class: "space", role: "rowgroup" });
     const body = saev.el("div", { class: "body", role: "presentation" }, space);

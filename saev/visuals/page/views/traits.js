@@ -27,9 +27,9 @@
     }
     const known = fields(traits, scorers);
     const columns = [
-      { key: "name", label: "Trait", width: "minmax(11rem,3fr)", cell: (row) => saev.el("a", { href: saev.href("trait", traits[row].name), tabindex: "-1", class: "cut" }, saev.traitName(traits[row].name)) },
+      { key: "name", label: "Trait", width: "minmax(11rem,3fr)", narrow: "minmax(11rem,2fr)", cell: (row) => saev.el("a", { href: saev.href("trait", traits[row].name), tabindex: "-1", class: "cut" }, saev.traitName(traits[row].name)) },
       { key: "prevalence", label: "Prevalence", hint: "share of the test images with the trait: the AP of a constant score", number: true, sort: true, wide: true, width: "minmax(6rem,1fr)", cell: (row) => saev.fixed(traits[row].prevalence) },
-      ...scorers.map((scorer, i) => ({ key: `ap${i}`, label: saev.name(scorer.name, { class: "cut" }), hint: `${scorer.name}: AP of its best prototype on the test images`, number: true, sort: true, width: "minmax(7rem,1.4fr)",
+      ...scorers.map((scorer, i) => ({ key: `ap${i}`, label: saev.name(scorer.name, { class: "cut" }), hint: `${scorer.name}: AP of its best prototype on the test images`, number: true, sort: true, width: "minmax(7rem,1.4fr)", narrow: "minmax(5rem,1fr)",
         cell: (row) => {
           const best = bestOf(traits[row], i);
           const top = Math.max(...traits[row].best.map((b) => b.test_ap));
