@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 
 from saev.demo import minicub
-from saev.formats import scripts
+from saev.formats import gallery, scripts
 from saev.visuals.write import PAGE
 
 NASTY = [
@@ -152,7 +152,7 @@ def _stats(made: MadeUp, rng: np.random.Generator, classes: list[str]) -> dict:
     }
     n = made.n_listed or made.n_images
     return {
-        "format": 1,
+        "format": gallery.FORMAT,
         "title": NASTY[3] if made.nasty else "mini-CUB, TopK 16, seed 0",
         "scorer": scorer,
         "source": {
@@ -229,17 +229,20 @@ def _codes(made: MadeUp, rng: np.random.Generator, i: int, peaks: scripts.Packed
     k = 6
     rows = rng.integers(0, made.n_latents, 60)
     largest = np.frombuffer(peaks.b, "<f4")
-    row, value = [], []
+    row, value, rank = [], [], []
     for _ in range(made.n_patches):
         fires = rng.choice(rows, k, replace=False)
-        values = np.nan_to_num(largest[fires] * rng.uniform(0.05, 1, k))
+        ranks = rng.uniform(0, 1, k)
+        values = np.nan_to_num(largest[fires] * ranks)
         row += fires[np.argsort(-values)].tolist()
+        rank += ranks[np.argsort(-values)].tolist()
         value += np.sort(values)[::-1].tolist()
     return {
         "image": i * (made.n_images // made.n_view),
         "start": scripts.packed(np.arange(made.n_patches + 1) * k, "u4"),
         "row": scripts.packed(np.array(row), "u4"),
         "value": scripts.packed(value, "f4"),
+        "rank": scripts.packed(np.rint(65535 * np.array(rank)).astype(int), "u2"),
     }
 
 
@@ -336,11 +339,11 @@ def _write_compare(dpath: pathlib.Path, made: MadeUp, rng: np.random.Generator) 
         "columns": columns,
         "null": {"corr": scripts.packed(null, "f4")},
         "curve": curve,
-        "files": {"compare": PER_FILE["compare"]},
+        "files": {"compare": PER_FILE["compare"], "images": PER_FILE["images"], "n_images": 0},
     }
     scripts.write(dpath, "compare", value)
     latents = []
-    for row in range(min(s, 64)):
+    for row in range(s if made.n_stored is None else made.n_stored):
         peaks = np.sort(rng.uniform(0.4, 1, 8))[::-1]
         heats = [_blob(made, rng, p) for p in peaks]
         chosen = rng.choice(made.n_images, 8, replace=made.n_images < 8).tolist()

@@ -1,8 +1,9 @@
-"""Reads the data files of a gallery as the page does: JSON between `saev.put("NAME", ` and `);`, packed numbers."""
+"""Reads the data files of a gallery: JSON between `saev.put("NAME", ` and `, "CHECKSUM");`, packed numbers."""
 
 import base64
 import json
 import pathlib
+import re
 import typing as tp
 
 import numpy as np
@@ -11,8 +12,9 @@ import numpy as np
 def load(dpath: pathlib.Path | str, name: str) -> tp.Any:
     text = (pathlib.Path(dpath) / "data" / f"{name}.js").read_text("utf-8")
     start = f'saev.put("{name}", '
-    assert text.startswith(start) and text.endswith(");\n")
-    return unpacked(json.loads(text[len(start) : -3]))
+    value, end = json.JSONDecoder().raw_decode(text, len(start))
+    assert text.startswith(start) and re.fullmatch(r', "[0-9a-f]{32}"\);\n', text[end:])
+    return unpacked(value)
 
 
 def unpacked(value: tp.Any) -> tp.Any:

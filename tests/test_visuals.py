@@ -300,6 +300,34 @@ def test_units(cfg: config.Visuals, acts_NPD: np.ndarray, tmp_path: pathlib.Path
     np.testing.assert_allclose(stats.top_value_SK[[0, 1, 3], 0], f_NPS[top_S, :, [0, 1, 3]].max(axis=1))
 
 
+@pytest.mark.parametrize("name", ["relu", "signed top-k"])
+def test_the_share_of_smaller_values(
+    cfg: config.Visuals, tmp_path: pathlib.Path, make_shards, name: str
+) -> None:
+    """Linear within the bins of the histogram, so at most a bin's share from the exact one. Also where values are negative."""
+    dpath, acts_NLTD = make_shards(n_imgs=60, n_patches=P, d_vit=S, layers=(13,))
+    cfg = dataclasses.replace(cfg, data=data_config.Shards(str(dpath), 13))
+    sae = as_sae(pathlib.Path(cfg.ckpt), ARCHITECTURES[name])
+    f_XS = sae.encode(torch.from_numpy(acts_NLTD[:, 0, 1:]).flatten(0, 1)).numpy()
+    _, _, stats = passed(cfg, tmp_path / "pass")
+    for s in range(S):
+        value_n = f_XS[f_XS[:, s] != 0, s]
+        got_n = statistics.below(stats, np.full(len(value_n), s, np.int32), value_n)
+        exact_n = (value_n[None] < value_n[:, None]).mean(axis=1)
+        count_H, edges = np.histogram(value_n, 64)
+        np.testing.assert_allclose(
+            got_n, np.interp(value_n, edges, np.cumsum([0, *count_H])) / len(value_n), atol=1e-3
+        )
+        assert np.abs(got_n - exact_n).max() <= count_H.max() / len(value_n) + 1e-3
+        assert got_n[value_n.argmax()] == 1 and got_n[value_n.argmin()] == 0
+
+
+def test_a_latent_with_one_value_is_at_its_top(cfg: config.Visuals, tmp_path: pathlib.Path) -> None:
+    *_, stats = passed(cfg, tmp_path / "pass")  # dimension 3 is planted
+    one = np.full(1, 3, np.int32), np.full(1, stats.high_S[3], np.float32)
+    assert stats.fired_S[3] == 1 and statistics.below(stats, *one).tolist() == [1]
+
+
 # ---- which images ----
 
 
@@ -499,6 +527,13 @@ def test_the_image_view(cfg: config.Visuals, acts_NPD: np.ndarray) -> None:
             want.sort(key=lambda pair: -pair[1])
             assert [v for _, v in want] == one["value"][part].tolist()
             assert {r for r, _ in want} == set(one["row"][part].tolist())
+            for r, value, rank in zip(
+                *(one[k][part].tolist() for k in ("row", "value", "rank")), strict=True
+            ):
+                all_n = acts_NPD[:, :, (1, 4, 5)[r]].clip(0)
+                # few different values, so that each is at an end of its bin: the share of smaller ones or of equal ones
+                assert np.mean(all_n[all_n > 0] < value) - 1e-4 <= rank / 65535
+                assert rank / 65535 <= np.mean(all_n[all_n > 0] <= value) + 1e-4
     dpath = collect.main(dataclasses.replace(cfg, image_view=0))
     assert gallery_files.load(dpath, "stats")["files"]["n_codes"] == 0
     assert not (pathlib.Path(dpath) / "data" / "codes").exists()

@@ -1,24 +1,27 @@
 """The gallery's page in a real browser, on made-up data (gallery_data.py). Skipped where there is no chromium."""
 
-import base64
-import collections.abc
 import json
 import pathlib
-import shutil
 
 import gallery_data
 import gallery_files
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 import traits_data
+from browsing import Open, hash_of, needed, shot
 from playwright import sync_api
 
-from saev.formats import scripts
+from saev import scorers
+from saev.data import config as data_config
+from saev.formats import scripts, shards
 from saev.protoeval import run as protoeval_run
+from saev.visuals import collect
+from saev.visuals import config as visuals_config
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
+pytest_plugins = ["browser_fixtures"]
+pytestmark = needed
 HUE = np.array([255, 0, 128])
 GREY = 128
 VIEWS = {
@@ -32,68 +35,6 @@ VIEWS = {
     "compare": "#/compare?find=corr>.5&on=21",
     "pair": "#/compare/21",
 }
-Open = collections.abc.Callable[..., sync_api.Page]
-
-
-@pytest.fixture(scope="module")
-def browser() -> collections.abc.Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    dpath = tmp_path_factory.mktemp("gallery")
-    gallery_data.write(dpath, gallery_data.MadeUp(n_latents=300, n_images=24, n_view=4))
-    return dpath
-
-
-@pytest.fixture
-def show(browser: sync_api.Browser, folder: pathlib.Path) -> collections.abc.Iterator[Open]:
-    """Opens a hash in a new window. When the test ends: no errors in the console, and no request but file:// and data:."""
-    contexts, wrong = [], []
-
-    def open_page(
-        hash_: str = "#/map",
-        dpath: pathlib.Path = folder,
-        errors: bool = False,
-        init: str = "",
-        **settings: object,
-    ) -> sync_api.Page:
-        context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}, **settings})
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(8000)
-        if init:
-            page.add_init_script(init)
-        if not errors:
-            page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
-            page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("dialog", lambda dialog: wrong.append(dialog.message))
-        page.on(
-            "request",
-            lambda r: None if r.url.startswith(("file://", "data:", "blob:")) else wrong.append(r.url),
-        )
-        page.goto((dpath / "index.html").as_uri() + hash_)
-        page.wait_for_selector("nav a[aria-current], main .problem")
-        page.wait_for_function("!document.querySelector('.wait')")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert wrong == []
-
-
-def pixels(fpath: pathlib.Path) -> np.ndarray:
-    with PIL.Image.open(fpath) as img:
-        return np.asarray(img.convert("RGB"), np.int64)
-
-
-def hash_of(page: sync_api.Page) -> str:
-    return page.evaluate("location.hash")
 
 
 # ---- every view ----
@@ -109,9 +50,56 @@ def test_no_view_is_wider_than_the_window(show: Open, width: int, scheme: str) -
         page.wait_for_timeout(60)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         assert page.locator("main .problem").count() == 0, name
-        assert "NaN" not in page.inner_text("body") and "undefined" not in page.inner_text("body"), name
+        text = page.inner_text("body")
+        assert not any(word in text for word in ("NaN", "undefined", "false", "null")), name
+        tops = page.locator(".heading .step").evaluate_all("steps => steps.map((s) => s.offsetTop)")
+        assert len(set(tops)) <= 1, name  # previous and next are in one line
     r, g, b = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert (r + g + b < 150) == (scheme == "dark")
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_decimal_points_of_a_column_are_below_each_other(show: Open, width: int) -> None:
+    page = show(viewport={"width": width, "height": 800})
+    for hash_ in (
+        "#/map?sort=-max",
+        "#/map?sort=freq",
+        "#/traits",
+        "#/compare",
+        "#/image/3",
+        "#/image/3?patch=20",
+    ):
+        page.evaluate("hash => { location.hash = hash; }", hash_)
+        page.wait_for_function("!document.querySelector('.wait')")
+        page.wait_for_selector(".firing li" if "image" in hash_ else ".body .row")
+        points = page.evaluate(
+            """() => {
+              const out = [];
+              for (const row of document.querySelectorAll('.body .row, .firing button'))
+                [...row.querySelectorAll('.number')].forEach((cell, i) => {
+                  const text = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT).nextNode();
+                  const range = document.createRange();
+                  const at = text?.data.indexOf('.') ?? -1;
+                  if (at < 0 || !cell.offsetParent) return;
+                  range.setStart(text, at);
+                  range.setEnd(text, at + 1);
+                  (out[i] ??= []).push(range.getBoundingClientRect().x - row.getBoundingClientRect().x);
+                });
+              return out.filter(Boolean);
+            }"""
+        )
+        assert points and all(len(column) > 3 and np.ptp(column) < 1.2 for column in points), hash_
+
+
+def test_names_of_traits_stay_when_a_phone_scrolls_the_scorers(show: Open) -> None:
+    page = show("#/traits", viewport={"width": 390, "height": 844})
+    name = page.locator(".body .row > :first-child").first
+    before = name.bounding_box()
+    page.evaluate("document.querySelector('.table').scrollLeft = 90")
+    page.wait_for_timeout(60)
+    after = name.bounding_box()
+    assert before and after and abs(before["x"] - after["x"]) < 6
+    assert page.locator(".table").evaluate("t => t.scrollLeft") == 90
 
 
 def test_theme_has_a_switch_that_is_kept(show: Open) -> None:
@@ -152,12 +140,8 @@ def test_dead_latent_says_so(show: Open) -> None:
 
 
 def test_search_sort_and_brush_of_a_plain_loop(show: Open, folder: pathlib.Path) -> None:
-    text = (folder / "data/stats.js").read_text()
-    columns = json.loads(text[text.index("{") : -3])["columns"]
-    freq, top, ids = (
-        np.frombuffer(base64.b64decode(columns[k]["b"]), "<" + t)
-        for k, t in [("freq", "f4"), ("max", "f4"), ("id", "u4")]
-    )
+    columns = gallery_files.load(folder, "stats")["columns"]
+    freq, top, ids = (columns[k] for k in ("freq", "max", "id"))
     page = show("#/map?sort=-max")
     page.fill("input[type=search]", "freq<.01 max>3")
     keep = (freq < 0.01) & (top > 3)
@@ -179,12 +163,8 @@ def test_search_sort_and_brush_of_a_plain_loop(show: Open, folder: pathlib.Path)
 
 
 def test_trait_and_ap_speak_of_one_trait(show: Open, folder: pathlib.Path) -> None:
-    text = (folder / "data/traits.js").read_text()
-    value = json.loads(text[text.index("{") : -3])
-    trait, ap = (
-        np.frombuffer(base64.b64decode(value["columns"][k]["b"]), t).reshape(-1, 3)
-        for k, t in [("trait", "<i4"), ("ap", "<f4")]
-    )
+    value = gallery_files.load(folder, "traits")
+    trait, ap = (value["columns"][k] for k in ("trait", "ap"))
     names = [t["name"] for t in value["traits"]]
     n = sum(
         any(t >= 0 and "wing" in names[t] and a > 0.4 for t, a in zip(*row, strict=True))
@@ -202,36 +182,6 @@ def test_search_that_cannot_be_read_is_explained(show: Open) -> None:
     assert 'No field "size"' in page.inner_text(".found")
     page.fill("input[type=search]", "freq<many")
     assert "no number" in page.inner_text(".found")
-
-
-def test_everything_by_keyboard(show: Open) -> None:
-    page = show()
-    press = page.keyboard.press
-    press("/")
-    page.keyboard.type("id:21,23,25")
-    press("Escape")
-    assert page.inner_text(".found").startswith("3 of 300")
-    press("j")
-    first = page.evaluate("saev.state.params.get('at')")
-    press("j")
-    press("s")
-    assert page.evaluate("saev.state.params.get('at')") != first
-    press("k")
-    press("Enter")
-    page.wait_for_function(f"location.hash.startsWith('#/latent/{first}')")
-    press("j")
-    page.wait_for_function(f"!location.hash.startsWith('#/latent/{first}')")
-    press("Escape")
-    page.wait_for_selector("canvas.scatter")
-    assert page.locator('.body .star[aria-pressed="true"]').count() == 1
-    press("?")
-    assert "trait:wing" in page.inner_text("dialog")
-    press("Escape")
-    page.wait_for_selector("dialog", state="detached")
-    page.focus("[role=grid]")
-    press("End")
-    press("ArrowUp")
-    assert page.locator('[role=row][aria-selected="true"]').get_attribute("aria-rowindex") == "3"
 
 
 def test_patch_and_latent_of_an_image(show: Open) -> None:
@@ -257,6 +207,7 @@ def test_a_list_says_that_it_is_cut_only_where_it_is(show: Open, tmp_path: pathl
         "start": scripts.packed(np.arange(101), "u4"),
         "row": scripts.packed(np.arange(100), "u4"),
         "value": scripts.packed(np.ones(100), "f4"),
+        "rank": scripts.packed(np.ones(100), "u2"),
     }
     scripts.write(tmp_path, "codes/000", {"images": [{"image": 0, **codes}]})
     for hash_, n, is_cut in (("#/image/3", 60, True), ("#/image/3?patch=17", 1, False)):
@@ -295,17 +246,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         n_latents=8, n_images=2, side=4, n_view=0, traits=False, compare=False, picture=(GREY,) * 3
     )
     gallery_data.write(dpath, made)
-    text = (dpath / "data/latents/000.js").read_text()
-    latents = json.loads(text[text.index("{") : -3])["latents"]
+    latents = scripts.read(dpath, "latents/000", "")["latents"]
     heats = [{5: 255}, {i: 17 * i for i in range(16)}]
     latents[0]["groups"] = [gallery_data.group([0, 1], heats, [8.0, 8.0], name="top", words="")]
     scripts.write(dpath, "latents/000", {"latents": latents})
     return dpath
-
-
-def shot(page: sync_api.Page, selector: str, i: int, tmp_path: pathlib.Path) -> np.ndarray:
-    page.locator(selector).nth(i).screenshot(path=tmp_path / "shot.png")
-    return pixels(tmp_path / "shot.png")
 
 
 def heat_page(show: Open, plain: pathlib.Path, **more: str) -> sync_api.Page:
@@ -412,6 +357,67 @@ def test_opacity_smooth_outline_and_scale(show: Open, plain: pathlib.Path, tmp_p
     assert (box["x"] - frame["x"], box["y"] - frame["y"], box["width"]) == (40, 40, 40)
     page.get_by_label("Scale").select_option("image")
     assert "largest of each image" in page.inner_text(".legend") and "scale=image" in hash_of(page)
+
+
+# ---- scores that are negative ----
+
+
+@pytest.mark.slow
+def test_prototypes_by_distance(show: Open, tmp_path: pathlib.Path, make_shards) -> None:
+    """All scores are below 0. An image's list begins with the scores that are largest among the prototype's own, and
+    heat goes from the mean score to the largest."""
+    n, p, d, k = 30, 16, 6, 5
+    dpath, acts_NLTD = make_shards(n_imgs=n, n_patches=p, d_vit=d, layers=(3,), cls_token=False)
+    for i, record in enumerate(shards.ShardDir.open(dpath).records):
+        fpath = tmp_path / "photos" / record.path
+        fpath.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (32, 32), (8 * i, 100, 50)).save(fpath)
+    vectors_KD = (
+        torch.randn(k, d, generator=torch.Generator().manual_seed(0)) * torch.arange(1, k + 1)[:, None] / 3
+    )
+    scorer = scorers.Prototypes.of(vectors_KD, torch.zeros(d), "distance")
+    scorers.save(scorer, tmp_path / "kmeans-5-abc.bin")
+    cfg = visuals_config.Visuals(
+        images=data_config.ImageFolder(str(tmp_path / "photos")),
+        scorer=visuals_config.Fitted(str(tmp_path / "kmeans-5-abc.bin")),
+        data=data_config.Shards(str(dpath), 3),
+        dump_to=str(tmp_path / "gallery"),
+        image_view=4,
+        device="cpu",
+    )
+    collect.main(cfg)
+    score_NPK = scorer(torch.from_numpy(acts_NLTD[:, 0]).flatten(0, 1)).numpy().reshape(n, p, k)
+    best_NP = score_NPK.argmax(axis=2)
+    assert score_NPK.max() < 0
+    page = show("#/image/0", tmp_path / "gallery")
+    page.wait_for_selector(".firing li")
+    lines = [text.split() for text in page.locator(".firing button").all_inner_texts()]
+    ranks = [float(rank.rstrip("%")) / 100 for *_, rank in lines]
+    assert ranks == sorted(ranks, reverse=True) and len(set(ranks)) == len(ranks) == len(set(best_NP[0])) > 2
+    for name, value, rank in lines:
+        mine_n = score_NPK[..., int(name)][best_NP == int(name)]
+        peak = score_NPK[0, best_NP[0] == int(name), int(name)].max()
+        bin_ = np.histogram(mine_n, 64)[0].max() / len(mine_n)
+        assert float(value) == pytest.approx(peak, rel=5e-3)
+        assert float(rank.rstrip("%")) / 100 == pytest.approx((mine_n < peak).mean(), abs=bin_ + 1e-3)
+    assert "share of the prototype's patches with a smaller one, by which they are sorted" in page.inner_text(
+        ".right"
+    )
+    # the same heat as by hand, on the patches that it wins
+    (chosen, *_), mean_K = lines[0], score_NPK.mean(axis=(0, 1))
+    page.locator(".firing button").first.click()
+    page.wait_for_function("document.querySelector('.board img').alt.includes('strongest at')")
+    alpha_P = page.evaluate(
+        """() => { const c = document.querySelector('.board canvas');
+        return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 === 3); }"""
+    )
+    score_P, at = score_NPK[0, :, int(chosen)], int(chosen)
+    want_P = (score_P - mean_K[at]) / (score_NPK[..., at].max() - mean_K[at])
+    want_P = np.where(best_NP[0] == at, want_P.clip(0), 0)
+    assert want_P.max() > 0
+    np.testing.assert_allclose(alpha_P, 255 * want_P, atol=1)
+    text = show(f"#/latent/{chosen}", tmp_path / "gallery").inner_text("main")
+    assert "Mean |value|" in text and "Fires together" not in text
 
 
 # ---- traits that protoeval wrote ----
@@ -573,14 +579,59 @@ def test_missing_or_broken_file_is_explained(show: Open, tmp_path: pathlib.Path,
     assert "data/stats.js" in show("#/map", tmp_path, errors=True).inner_text(".problem")
 
 
+@pytest.mark.parametrize(
+    ("n_images", "n_view", "n_listed", "expected"), [(24, 4, 900, 500), (24, 4, 240, 240)]
+)
+def test_the_image_view_that_is_suggested_exists(
+    show: Open, tmp_path: pathlib.Path, n_images: int, n_view: int, n_listed: int, expected: int
+) -> None:
+    made = gallery_data.MadeUp(
+        n_latents=8, n_images=n_images, n_view=n_view, n_listed=n_listed, traits=False, compare=False
+    )
+    gallery_data.write(tmp_path, made)
+    page = show("#/image/10", tmp_path)
+    page.wait_for_selector(".absent")
+    assert page.inner_text(".absent").endswith(f"--image-view {expected}")
+
+
+@pytest.mark.parametrize("name", ["style.css", "data.js", "heat.js", "views/map.js", "app.js"])
+def test_a_missing_or_cut_file_of_the_page_is_named(show: Open, tmp_path: pathlib.Path, name: str) -> None:
+    gallery_data.write(
+        tmp_path, gallery_data.MadeUp(n_latents=8, n_images=8, n_view=0, traits=False, compare=False)
+    )
+    fpath = tmp_path / name
+    text = fpath.read_text()
+    for damaged in [None] + [text[: len(text) // 2]] * name.endswith("js"):
+        fpath.unlink() if damaged is None else fpath.write_text(damaged)
+        problems = show("#/map", tmp_path, errors=True).locator("[role=alert]").all_inner_texts()
+        words = (
+            f"{name} is missing or damaged. Copy the gallery's whole folder again, or run visuals.py again."
+        )
+        assert words in problems
+
+
+def test_damaged_numbers_are_named(show: Open, tmp_path: pathlib.Path) -> None:
+    """A script that runs, whose numbers are cut."""
+    gallery_data.write(
+        tmp_path, gallery_data.MadeUp(n_latents=8, n_images=8, n_view=0, traits=False, compare=False)
+    )
+    value = scripts.read(tmp_path, "latents/000", "")
+    value["latents"][1]["groups"][0]["heat"]["b"] = "AAAA"
+    scripts.write(tmp_path, "latents/000", value)
+    text = show("#/latent/3", tmp_path).inner_text(".problem")
+    assert text.startswith("data/latents/000.js is damaged: ") and "run again the command" in text
+    scripts.write(tmp_path, "latents/000", {"latents": value["latents"][:1]})
+    assert "data/latents/000.js is damaged: it lacks" in show("#/latent/3", tmp_path).inner_text(".problem")
+
+
 def test_absent_data_name_their_command(show: Open, tmp_path: pathlib.Path) -> None:
     made = gallery_data.MadeUp(n_latents=20, n_images=8, n_view=0, traits=False, compare=False)
     gallery_data.write(tmp_path, made)
     for hash_, command in {
         "#/traits": "protoeval.py",
         "#/compare": "saev.compare",
-        "#/image": "--image-view",
-        "#/image/3": "--image-view",
+        "#/image": "--image-view 8",  # all that there are
+        "#/image/3": "--image-view 8",
     }.items():
         page = show(hash_, tmp_path)
         page.wait_for_selector(".absent")
@@ -603,7 +654,10 @@ def test_pair_without_pictures_says_where_they_come_from(show: Open, tmp_path: p
     gallery_data.write(tmp_path, gallery_data.MadeUp(n_latents=20, n_images=8, n_view=0))
     empty = [{"id": i, "low": 0.0, "high": 0.0, "groups": []} for i in range(20)]
     scripts.write(tmp_path, "compare/000", {"latents": empty})
-    for href, words in (("../other/index.html", "has none of its top images"), ("", "--other-gallery")):
+    for href, words in (
+        ("../other/index.html", "The other gallery does not show this latent"),
+        ("", "--other-gallery"),
+    ):
         value = scripts.read(tmp_path, "compare", "")
         scripts.write(tmp_path, "compare", value | {"other": value["other"] | {"href": href}})
         assert words in show("#/compare/21", tmp_path).locator(".side").nth(1).inner_text()

@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import xxhash
 
 from saev import errors
 from saev.formats import jsonfile, scripts
@@ -15,10 +16,31 @@ def test_text_cannot_end_the_script(tmp_path: pathlib.Path) -> None:
     name = "</script><script>alert('1')</script> \u2028 & \u202e \"quoted\""
     scripts.write(tmp_path, "latents/000", {"name": name})
     text = (tmp_path / "data/latents/000.js").read_text()
-    assert text.startswith('saev.put("latents/000", {') and text.endswith("});\n")
+    assert text.startswith('saev.put("latents/000", {') and text.endswith('");\n')
     assert not set("<>&\u2028") & set(text)
-    assert json.loads(text[text.index("{") : -3]) == {"name": name}
+    body = text[text.index("{") : text.rindex("}") + 1]
+    assert json.loads(body) == {"name": name}
+    assert text[text.rindex("}") + 1 :] == f', "{xxhash.xxh3_128_hexdigest(body.encode())}");\n'
     assert scripts.read(tmp_path, "latents/000", "") == {"name": name}
+
+
+def test_each_damaged_byte_is_found(tmp_path: pathlib.Path) -> None:
+    scripts.write(tmp_path, "stats", {"name": "gull", "n": scripts.packed([1, 2], "u2")})
+    fpath = tmp_path / "data/stats.js"
+    data = fpath.read_bytes()
+    for i in range(len(data)):
+        fpath.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
+        with pytest.raises(errors.UserError, match=r"^\S+stats\.js: .* Do it\.$"):
+            scripts.read(tmp_path, "stats", "Do it.")
+        fpath.write_bytes(data[:i])
+        with pytest.raises(errors.UserError, match=r"^\S+stats\.js: .* Do it\.$"):
+            scripts.read(tmp_path, "stats", "Do it.")
+
+
+def test_a_file_of_an_older_version_is_read(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/stats.js").write_text('saev.put("stats", {"name":"gull"});\n')
+    assert scripts.read(tmp_path, "stats", "") == {"name": "gull"}
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def _first(acts: activations.Activations) -> str:
 def _per_patch(
     streams: list[activations.Activations], orders: list[Int64[np.ndarray, " N"]], cfg: config.Compare
 ) -> bool:
-    shapes = [(acts.n_tokens, acts.cfg.patches, _geometry(acts)) for acts in streams]
+    shapes = [(acts.n_tokens, acts.cfg.patches, geometry(acts)) for acts in streams]
     sizes = [_sizes(acts, order_N) for acts, order_N in zip(streams, orders, strict=True)]
     is_same = all(shape == shapes[0] for shape in shapes)
     is_same = is_same and all(np.array_equal(sizes_N2, sizes[0]) for sizes_N2 in sizes)
@@ -283,7 +283,8 @@ def _per_patch(
     return cfg.per != "image" and is_same and is_known
 
 
-def _geometry(acts: activations.Activations) -> dict[str, object]:
+def geometry(acts: activations.Activations) -> dict[str, object]:
+    """What decides which part of a photo a ViT sees; empty if that was not recorded."""
     found = acts.transform()
     return {name: found.get(name) for name in GEOMETRY} if found else {}
 

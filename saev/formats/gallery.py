@@ -17,6 +17,8 @@ import PIL.Image
 from saev import errors
 from saev.formats import scripts
 
+FORMAT = 2
+"""Of data/stats.js and the page. Raise it when an older page cannot show the data."""
 FILES = 8
 """Files of latents, and of pictures, that are held at a time."""
 WEBP = "data:image/webp;base64,"
@@ -75,6 +77,7 @@ class Stats(msgspec.Struct):
     files: Files
     columns: dict[str, tp.Any]
     """Packed."""
+    format: int = 1
     classes: list[str] = []
     shown: Shown = msgspec.field(default_factory=Shown)
 
@@ -117,14 +120,19 @@ class Paths(msgspec.Struct):
     n: tp.Any = None
 
 
-class _Image(msgspec.Struct):
+class Image(msgspec.Struct):
+    """An entry in data/images."""
+
     src: str
+    path: str = ""
+    class_: int = msgspec.field(name="class", default=-1)
+    """Place in `Stats.classes`, or -1."""
     grid: tuple[Size, Size] | None = None
     """None: that of `Source`."""
 
 
 class _Images(msgspec.Struct):
-    images: list[_Image]
+    images: list[Image]
 
 
 class Trait(msgspec.Struct):
@@ -195,7 +203,7 @@ class Gallery:
 
     def picture(self, place: int) -> PIL.Image.Image:
         """The picture at a place in data/images."""
-        found = self._image(place)
+        found = self.image(place)
         try:
             data = base64.b64decode(found.src.removeprefix(WEBP), validate=True)
             return PIL.Image.open(io.BytesIO(data), formats=["WEBP"]).convert("RGB")
@@ -205,18 +213,19 @@ class Gallery:
 
     def grid(self, place: int) -> tuple[int, int]:
         """(rows, columns) of the patches of that picture."""
-        return self._image(place).grid or self.stats.source.grid
+        return self.image(place).grid or self.stats.source.grid
 
-    def _image(self, place: int) -> _Image:
+    def image(self, place: int) -> Image:
+        """The entry at a place in data/images."""
         if place >= self.stats.files.n_images:
             raise self.damaged("stats", f"{self.stats.files.n_images} pictures, but number {place} is shown")
         file, i = divmod(place, self.stats.files.images)
         found = self._images(file)
         if i >= len(found):
-            raise self.damaged(f"images/{file:03}", f"{len(found)} pictures, but number {i} is shown")
+            raise self.damaged(f"images/{file:03}", f"{len(found)} pictures instead of more than {i}")
         return found[i]
 
-    def _read_images(self, file: int) -> list[_Image]:
+    def _read_images(self, file: int) -> list[Image]:
         return scripts.read(self.dpath, f"images/{file:03}", self.remedy, _Images).images
 
     def _read_latents(self, file: int) -> list[Latent]:

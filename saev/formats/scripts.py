@@ -3,10 +3,12 @@
 import base64
 import math
 import pathlib
+import re
 import typing as tp
 
 import msgspec
 import numpy as np
+import xxhash
 
 from saev import errors, helpers
 from saev.formats import jsonfile
@@ -18,6 +20,9 @@ TYPES = {
     "i4": np.dtype("<i4"),
     "f4": np.dtype("<f4"),
 }
+SUM = re.compile(rb', "([0-9a-f]{32})"')
+"""The checksum at a file's end. Files of older versions have none; damage does not make a file into one."""
+SUM_BYTES = 36
 ESCAPED = {c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 """Characters that would end a script, or a line of one."""
 
@@ -53,11 +58,15 @@ def write(dpath: pathlib.Path, name: str, value: dict[str, object]) -> None:
 
 
 def write_at(fpath: pathlib.Path, name: str, value: dict[str, object]) -> None:
-    """Writes the data file of this name to another place, from which it is moved later."""
-    body = jsonfile.dumps(value).strip()
+    """Writes the data file of this name to another place, from which it is moved later.
+
+    The file ends with the XXH3-128 of the JSON text.
+    """
+    body = helpers.printable(jsonfile.dumps(value).strip())
     for char, escaped in ESCAPED.items():  # much faster than str.translate
         body = body.replace(char, escaped)
-    helpers.write_text(fpath, f'saev.put("{name}", {body});\n')
+    digest = xxhash.xxh3_128_hexdigest(body.encode())
+    helpers.write_text(fpath, f'saev.put("{name}", {body}, "{digest}");\n')
 
 
 def read(dpath: pathlib.Path, name: str, remedy: str, schema: tp.Any = dict[str, tp.Any]) -> tp.Any:
@@ -67,7 +76,7 @@ def read(dpath: pathlib.Path, name: str, remedy: str, schema: tp.Any = dict[str,
         schema: the type of the value, as for `jsonfile.read`.
 
     Raises:
-        UserError: it is missing or damaged. `remedy` ends the message.
+        UserError: it is missing, damaged, or differs from its checksum. `remedy` ends the message.
     """
     fpath = dpath / "data" / f"{name}.js"
     try:
@@ -77,7 +86,12 @@ def read(dpath: pathlib.Path, name: str, remedy: str, schema: tp.Any = dict[str,
     start, end = f'saev.put("{name}", '.encode(), b");\n"
     if not (data.startswith(start) and data.endswith(end)):
         raise errors.UserError(f"{fpath}: is not a gallery's data file. {remedy}")
-    return jsonfile.parse(data[len(start) : -len(end)], schema, str(fpath), remedy)
+    body = data[len(start) : -len(end)]
+    if found := SUM.fullmatch(body[-SUM_BYTES:]):
+        body = body[:-SUM_BYTES]
+        if xxhash.xxh3_128_hexdigest(body).encode() != found[1]:
+            raise errors.UserError(f"{fpath}: was changed after it was written (checksum). {remedy}")
+    return jsonfile.parse(body, schema, str(fpath), remedy)
 
 
 def unpacked(value: tp.Any, where: str, remedy: str) -> np.ndarray:

@@ -5,6 +5,7 @@ shown for a latent.
 """
 
 import dataclasses
+import functools
 
 import beartype
 import numpy as np
@@ -64,6 +65,11 @@ class Stats:
         """Mean |value| where it fires; NaN for a latent that never fires."""
         return np.where(self.fired_S > 0, self.total_S / np.maximum(self.fired_S, 1), np.nan)
 
+    @functools.cached_property
+    def upto_SH(self) -> Int64[np.ndarray, "S H"]:
+        """Patches in a bin of the histogram or in a lower one."""
+        return self.bin_SH.cumsum(axis=1, dtype=np.int64)
+
 
 def collect(
     coder: coders.Coder,
@@ -108,6 +114,24 @@ def collect(
         codes.n_imgs, int(codes.n_shown_N.sum()), fired_S, total_S, low_S, high_S, images_S, class_SG, bin_SH,
         value_SK, position_SK, sampled_S, at_SR, value_SR,
     )  # fmt: skip
+
+
+@jaxtyped(typechecker=beartype.beartype)
+def below(
+    stats: Stats, latent_n: Int32[np.ndarray, " n"], value_n: Float32[np.ndarray, " n"]
+) -> Float64[np.ndarray, " n"]:
+    """For values of latents, the share of the latent's values (on patches that it fires on) that are smaller.
+
+    From the histogram, and linear within a bin: 1 for the latent's largest value, and wrong by at most the
+    share of one bin. It needs no sign, unlike a share of the maximum.
+    """
+    low_n, high_n = (v_S[latent_n].astype(np.float64) for v_S in (stats.low_S, stats.high_S))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        at_n = kernels.N_BINS * (value_n - low_n) / (high_n - low_n)  # in bins
+    at_n = np.where(high_n > low_n, at_n, kernels.N_BINS).clip(0, kernels.N_BINS)
+    bin_n = np.minimum(at_n.astype(np.int64), kernels.N_BINS - 1)
+    not_below_n = (1 - (at_n - bin_n)) * stats.bin_SH[latent_n, bin_n]
+    return (stats.upto_SH[latent_n, bin_n] - not_below_n) / stats.fired_S[latent_n]
 
 
 @jaxtyped(typechecker=beartype.beartype)

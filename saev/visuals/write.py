@@ -16,13 +16,13 @@ import numpy as np
 from saev import errors, helpers, provenance
 from saev.data import activations, pictures
 from saev.formats import codeshards, jsonfile, scripts
+from saev.formats import gallery as gallery_format
 from saev.visuals import coders, heat, relations, spool, statistics
 
 PAGE = pathlib.Path(__file__).parent / "page"
 """index.html, its style and its scripts, the same in every gallery."""
 MARKERS = ("index.html", "latents.csv")
 """A folder with these files is a gallery and may be replaced."""
-FORMAT = 1
 LATENTS, IMAGES, CODES = 256, 64, 8
 """Latents, pictures and images of the image view in a file."""
 Json = dict[str, object]
@@ -141,7 +141,7 @@ def _write_stats(dpath: pathlib.Path, gallery: Gallery, n_pictures: int, class_C
         "class": (class_C3, "i4"),
     }
     value: Json = {
-        "format": FORMAT,
+        "format": gallery_format.FORMAT,
         "title": gallery.title,
         "scorer": gallery.scorer,
         "source": gallery.source,
@@ -217,13 +217,13 @@ def _write_codes(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray) -
     found: list[Json] = []
     for i, position in enumerate(gallery.view, 1):
         fired = gallery.codes.rows(range(position, position + 1))
-        found.append(_codes(fired, row_S, int(np.searchsorted(positions, position))))
+        found.append(_codes(fired, gallery.stats, row_S, int(np.searchsorted(positions, position))))
         if i % CODES == 0 or i == len(gallery.view):
             scripts.write(dpath, f"codes/{(i - 1) // CODES:03}", {"images": found})
             found = []
 
 
-def _codes(fired: codeshards.Csr, row_S: np.ndarray, place: int) -> Json:
+def _codes(fired: codeshards.Csr, stats: statistics.Stats, row_S: np.ndarray, place: int) -> Json:
     """The rows that fire on each patch, largest value first."""
     P = len(fired.start_R1) - 1
     patch_n = np.repeat(np.arange(P), np.diff(fired.start_R1))
@@ -231,11 +231,13 @@ def _codes(fired: codeshards.Csr, row_S: np.ndarray, place: int) -> Json:
     order = np.lexsort((-fired.value_n, patch_n))
     order = order[row_n[order] >= 0]
     n_P = np.bincount(patch_n[order], minlength=P)
+    below_n = statistics.below(stats, fired.latent_n[order], fired.value_n[order])
     return {
         "image": place,
         "start": scripts.packed(np.concatenate([[0], np.cumsum(n_P)]), "u4"),
         "row": scripts.packed(row_n[order], "u4"),
         "value": scripts.packed(fired.value_n[order], "f4"),
+        "rank": scripts.packed(np.rint(65535 * below_n).astype(np.uint16), "u2"),
     }
 
 

@@ -3,9 +3,13 @@
   "use strict";
   const VIEWS = [["map", "Map"], ["image", "Images"], ["traits", "Traits"], ["compare", "Compare"]];
   const LIST = ["q", "sort", "x", "y", "value"]; // which latents, in which order: j and k follow it in every view
+  const OWN = ["find", "by"]; // the same for traits, pairs and images: kept where a view and its list share them
   const KEYS = [
-    ["j  k", "next and previous latent of the list"], ["Enter", "open the selected latent"], ["Escape", "leave a field, a selection, a view"],
-    ["/", "search"], ["s", "star"], ["↑ ↓ ← →", "rows of a table, patches of an image, latents"], ["?", "this help"],
+    ["j  k", "next and previous row, latent, trait, pair or image"], ["Enter", "open the selected one"], ["Escape", "leave a field, a selection, a view"],
+    ["/", "search; then Enter for the list"], ["s", "star"], ["← →", "previous and next latent, trait, pair or image"],
+    ["↑ ↓", "in a table: rows (also Page Up, Page Down, Home, End)"], ["← ↑ → ↓", "in a picture: patches"],
+    ["← ↑ → ↓", "in the map: move the cross (with Shift: farther). Enter selects the nearest point, and Enter again opens it. The space bar begins a region and ends it"],
+    ["Tab", "what comes next: links, buttons, the map, tables, pictures"], ["?", "this help"],
   ];
   const SEARCH = [
     ["trait:wing ap>.6", "one of its best traits (by AP above prevalence) has wing in its name, and AP above 0.6"], ["freq<.01 max>3", "fires on less than 1% of patches, up to more than 3"],
@@ -14,8 +18,8 @@
   ];
   let current = { view: null, argument: null, handlers: {} };
 
-  function parse() {
-    const [path, query] = location.hash.replace(/^#\/?/, "").split(/\?(.*)/s);
+  function parse(hash = location.hash) {
+    const [path, query] = hash.replace(/^#\/?/, "").split(/\?(.*)/s);
     const [view, ...rest] = path.split("/");
     let argument = rest.join("/");
     try {
@@ -31,11 +35,20 @@
     return `#/${[view, argument].filter((part) => part !== "" && part !== undefined).map(encodeURIComponent).join("/")}${query && `?${query}`}`;
   };
 
-  /* A link to a view. The list and the heat's settings go with it; `changes` are more parameters. */
-  saev.href = (view, argument = "", changes = {}) => {
-    const params = new URLSearchParams();
-    for (const name of [...LIST, ...saev.HEAT_SETTINGS])
+  const tab = (view) => ({ latent: "map", trait: "traits" })[view] ?? view;
+
+  /* Gives a link's parameters those of this view that go with it: the list, and the heat's settings. */
+  function carry(view, params) {
+    for (const name of [...LIST, ...saev.HEAT_SETTINGS, ...(tab(view) === tab(saev.state.view) ? OWN : [])]) {
       if (saev.state.params.has(name)) params.set(name, saev.state.params.get(name));
+      else params.delete(name);
+    }
+    return params;
+  }
+
+  /* A link to a view. `changes` are more parameters. */
+  saev.href = (view, argument = "", changes = {}) => {
+    const params = carry(view, new URLSearchParams());
     for (const [name, value] of Object.entries(changes)) if (value !== undefined && value !== null) params.set(name, value);
     return hash(view, String(argument), params);
   };
@@ -60,9 +73,12 @@
     for (const [view, label] of VIEWS) {
       const link = document.getElementById(`to-${view}`);
       link.href = saev.href(view, "", view === "map" ? { at: saev.state.params.get("at") } : {});
-      const here = { latent: "map", trait: "traits" }[saev.state.view] ?? saev.state.view;
-      if (here === view) link.setAttribute("aria-current", "page");
+      if (tab(saev.state.view) === view) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
+    }
+    for (const link of document.querySelectorAll("main a[href^='#/']")) {
+      const { view, argument, params } = parse(link.getAttribute("href"));
+      link.setAttribute("href", hash(view, argument, carry(view, params)));
     }
   }
 
@@ -77,6 +93,7 @@
     }
     const main = document.getElementById("main");
     const view = saev.views[state.view];
+    const hadFocus = main.contains(document.activeElement);
     current.handlers.leave?.();
     current = { view: state.view, argument: state.argument, handlers: {} };
     main.replaceChildren();
@@ -90,6 +107,7 @@
     }
     saev.applyHeat();
     scrollTo(0, 0);
+    if (hadFocus) (current.handlers.list ?? main).focus({ preventScroll: true }); // so that Tab and the arrows go on from there
   }
 
   saev.title = (text) => { document.title = saev.visible(`${text} · ${saev.gallery.title}`); };

@@ -50,14 +50,15 @@
     return `row ${Math.floor(patch / columns) + 1}, column ${(patch % columns) + 1}`;
   };
 
-  /* A picture with heat: {frame, setHeat(heat or null), ready}. `what` begins the alternative text. */
-  saev.picture = (place, heat, what, imageAt = saev.imageAt) => {
-    const [height, width] = saev.gallery.source.size;
+  /* A picture with heat: {frame, setHeat(heat or null), ready}. `what` begins the alternative text. `source` has the grid of the
+     ViT whose heat it is, and the size of what that ViT saw. */
+  saev.picture = (place, heat, what, { imageAt = saev.imageAt, source = saev.gallery.source } = {}) => {
+    const [height, width] = source.size;
     const img = saev.el("img", { alt: "Reading …", draggable: "false" });
     const canvas = saev.el("canvas", { class: "heat", "aria-hidden": "true" });
     const outline = saev.el("span", { class: "outline" });
     const frame = saev.el("div", { class: "frame", style: `aspect-ratio:${width}/${height}` }, img, canvas, outline);
-    let grid = saev.gallery.source.grid;
+    let grid = source.grid;
     let shown = null; // the last arguments of setHeat
     let about = "";
     let described = "";
@@ -92,8 +93,8 @@
 
   /* A small picture with a caption. It opens the image view, if the gallery has the image (n) there; `latent` selects that
      latent's heat. */
-  saev.figure = (place, heat, { what, caption, latent, mark, imageAt }) => {
-    const { frame, ready } = saev.picture(place, heat, what, imageAt);
+  saev.figure = (place, heat, { what, caption, latent, mark, ...of }) => {
+    const { frame, ready } = saev.picture(place, heat, what, of);
     const link = saev.el("a", { class: "picture" }, frame);
     const text = saev.el("figcaption", null, caption);
     ready.then((image) => {
@@ -104,16 +105,14 @@
     return saev.el("figure", { class: mark }, link, text);
   };
 
-  /* Pictures of a packed group, e.g. a latent's top images. */
-  saev.figures = (group, { id, latent = id, noun = saev.noun, most = Infinity, marks = () => ({}), imageAt }) => {
-    const g = saev.unpackGroup(group);
-    return saev.el("div", { class: "pictures" }, Array.from(g.image.slice(0, most), (place, k) => {
-      const value = saev.number(g.value[k]);
-      const { mark, words, sign } = marks(g, k);
+  /* Pictures of a group, e.g. a latent's top images. `of`: as for a picture. */
+  saev.figures = (group, { id, latent = id, noun = saev.noun, most = Infinity, marks = () => ({}), ...of }) =>
+    saev.el("div", { class: "pictures" }, Array.from(group.image.slice(0, most), (place, k) => {
+      const value = saev.number(group.value[k]);
+      const { mark, words, sign } = marks(group, k);
       const what = [`${noun} ${id} has value ${value}`, words].filter(Boolean).join(", ");
-      return saev.figure(place, saev.heatOf(g, k), { what, caption: [sign, saev.el("b", null, value)], latent, mark, imageAt });
+      return saev.figure(place, saev.heatOf(group, k, of.source), { what, caption: [sign, saev.el("b", null, value)], latent, mark, ...of });
     }));
-  };
 
   /* The legend: the same painting over dark, middle and light grey, from heat 0 to 255. low and high: their values, or words. */
   saev.legend = (low, high) => {

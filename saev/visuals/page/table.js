@@ -5,14 +5,14 @@
   const SPARE = 6; // rows above and below those in sight
   let tables = 0;
 
-  /* columns: [{key, label, hint, width, cell: row -> text or node, number, wide, number of sort: sortable}].
+  /* columns: [{key, label, hint, width, narrow: width on a phone, wide: not on a phone, cell: row -> text or node, number, sort}].
      Returns {element, show(rows, sort, selected), move(step), selected(), open()}. */
   saev.table = ({ label, columns, onsort, onselect, onopen }) => {
     const prefix = `table${tables++}`;
     const state = { rows: [], sort: "", place: -1 };
     const widths = (list) => list.map((c) => c.width).join(" ");
     const least = (list) => `${list.reduce((sum, c) => sum + Number(/[\d.]+/.exec(c.width)[0]), 1)}rem`;
-    const narrow = columns.filter((c) => !c.wide);
+    const narrow = columns.filter((c) => !c.wide).map((c) => ({ ...c, width: c.narrow ?? c.width }));
     const head = saev.el("div", { role: "row", class: "row head", "aria-rowindex": "1" });
     const space = saev.el("div", { class: "space", role: "rowgroup" });
     const body = saev.el("div", { class: "body", role: "presentation" }, space);
@@ -24,7 +24,7 @@
     const cellClass = (c) => [c.number && "number", c.wide && "wide"].filter(Boolean).join(" ");
 
     function drawHead() {
-      head.replaceChildren(...columns.map((c) => {
+      saev.refill(head, columns.map((c) => {
         const down = state.sort === `-${c.key}`;
         const active = down || state.sort === c.key;
         const order = active ? (down ? "descending" : "ascending") : "none";
@@ -94,6 +94,21 @@
     };
   };
 
+  /* Rows by `find` and `by` in the URL, or by `first` where it has no `by`. Raises an Error in words for a search that cannot be read. */
+  saev.found = (fields, n, first) => {
+    const { params } = saev.state;
+    const by = params.get("by") ?? first;
+    const rows = saev.filterRows(saev.parseSearch(params.get("find") ?? ""), fields, n);
+    const field = fields[by.replace(/^-/, "")];
+    return field?.number ? saev.sortRows(rows, by, field.number) : rows;
+  };
+
+  /* The row that comes by steps after a row in such a list, if any. */
+  saev.beside = (rows, row, by) => {
+    const place = rows.indexOf(row);
+    return place < 0 ? rows[0] : rows[place + by];
+  };
+
   /* A search field above a table, with `find`, `by` (sort) and `on` (selected row) in the URL.
      keys: what `on` holds for each row. Returns {bar, element, handlers}. */
   saev.searchTable = ({ label, noun, placeholder, columns, fields, keys, by: first, onopen }) => {
@@ -113,9 +128,7 @@
         about = now;
         let problem = "";
         try {
-          rows = saev.filterRows(saev.parseSearch(params.get("find") ?? ""), fields, keys.length);
-          const field = fields[by.replace(/^-/, "")];
-          if (field?.number) rows = saev.sortRows(rows, by, field.number);
+          rows = saev.found(fields, keys.length, first);
         } catch (error) {
           problem = error.message;
         }
@@ -125,7 +138,7 @@
       const selected = params.has("on") ? keys.findIndex((key) => String(key) === params.get("on")) : -1;
       table.show(rows, by, selected < 0 ? undefined : selected);
     }
-    const handlers = { update, move: table.move, open: table.open, escape: () => change({ on: null }) };
+    const handlers = { update, list: table.element, move: table.move, open: table.open, escape: () => change({ on: null }) };
     return { bar: saev.el("div", { class: "bar" }, search, found), element: table.element, handlers };
   };
 

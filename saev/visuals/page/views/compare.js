@@ -2,6 +2,7 @@
 (() => {
   "use strict";
   const PICTURES = 8; // of each latent of a pair
+  const SORT = "-corr";
   const COMMAND = "uv run python -m saev.compare …";
 
   const absent = () => (saev.compare.problem ? saev.problem(saev.compare.problem)
@@ -9,7 +10,7 @@
 
   /* Share of latents matched against the threshold, for the pairs and for permuted images. */
   function curve() {
-    const { threshold, share, null: chance } = Object.fromEntries(Object.entries(saev.compare.curve).map(([k, v]) => [k, saev.unpack(v)]));
+    const { threshold, share, null: chance } = saev.compare.curve;
     const [width, height, left, bottom] = [520, 260, 44, 40];
     const [low, high] = [threshold[0], threshold[threshold.length - 1]];
     const x = (t) => left + ((t - low) / (high - low || 1)) * (width - left - 12);
@@ -45,11 +46,11 @@
     return [
       column("id", "This", `${saev.noun} of this gallery`, (row) => saev.el("a", { href: saev.href("compare", columns.id[row]), tabindex: "-1" }, columns.id[row])),
       column("match", "Match", "the other dictionary's latent with the highest correlation", (row) => idOr(columns.best[row])),
-      column("corr", "Corr.", "of activations over the same patches", (row) => saev.number(columns.corr[row])),
+      column("corr", "Corr.", "of activations over the same patches", (row) => saev.fixed(columns.corr[row])),
       { key: "mutual", label: "Mutual", hint: "each is the other's best match", width: "minmax(5rem,.7fr)", cell: (row) => (columns.mutual[row] ? "yes" : "") },
       column("pair", "1:1", "partner in the one-to-one matching", (row) => idOr(columns.pair[row]), true),
-      column("pair_corr", "Corr. 1:1", "with the partner of the one-to-one matching", (row) => saev.number(columns.pair_corr[row]), true),
-      ...(method.one_space ? [column("cos_match", "By cosine", "the other dictionary's latent with the highest cosine", (row) => idOr(columns.cos_best[row]), true), column("cos", "Cosine", "of the decoder rows", (row) => saev.number(columns.cos[row]), true)] : []),
+      column("pair_corr", "Corr. 1:1", "with the partner of the one-to-one matching", (row) => saev.fixed(columns.pair_corr[row]), true),
+      ...(method.one_space ? [column("cos_match", "By cosine", "the other dictionary's latent with the highest cosine", (row) => idOr(columns.cos_best[row]), true), column("cos", "Cosine", "of the decoder rows", (row) => saev.fixed(columns.cos[row]), true)] : []),
     ];
   }
 
@@ -58,13 +59,13 @@
 
   function overview(main) {
     const { columns, method, other } = saev.compare;
-    const table = saev.searchTable({ label: "pairs", noun: "pair", placeholder: "corr>.5 mutual:yes", columns: tableColumns(), fields: fields(), keys: [...columns.id], by: "-corr",
+    const table = saev.searchTable({ label: "pairs", noun: "pair", placeholder: "corr>.5 mutual:yes", columns: tableColumns(), fields: fields(), keys: [...columns.id], by: SORT,
       onopen: (row) => saev.go("compare", columns.id[row]) });
-    const chance = saev.unpack(saev.compare.null.corr);
+    const chance = saev.compare.null.corr;
     const limit = chance[Math.floor(0.95 * (chance.length - 1))];
     main.append(saev.el("div", { class: "columns" }, saev.el("div", { class: "left" },
       saev.el("dl", { class: "both" }, dictionary("This", saev.gallery), dictionary("Other", other)), curve(),
-      saev.el("p", { class: "hint" }, `${method.words} With permuted images, 95% of the correlations are below ${saev.number(limit)}.`)),
+      saev.el("p", { class: "hint" }, `${method.words} With permuted images, 95% of the correlations are below ${saev.fixed(limit)}.`)),
     saev.el("div", { class: "right" }, table.bar, table.element)));
     table.handlers.update();
     return table.handlers;
@@ -85,30 +86,32 @@
     const [place, row] = [columns.id.indexOf(id), saev.gallery.rowOf.get(id)];
     if (place < 0 || row === undefined) throw new Error(`${saev.capital(saev.noun)} ${argument} is not in this comparison.`);
     saev.title(`${saev.capital(saev.noun)} ${id}, compared`);
-    const step = (by) => columns.id[place + by] !== undefined && saev.go("compare", columns.id[place + by]);
-    const beside = (by, label, sign) => (columns.id[place + by] === undefined ? saev.el("span", { class: "step", "aria-hidden": "true" }, sign)
-      : saev.el("a", { class: "step", href: saev.href("compare", columns.id[place + by]), "aria-label": label, title: label }, sign));
-    const tops = (latent) => latent.groups.filter((group) => group.name === "top" && group.image.n[0] > 0);
+    const rows = saev.found(fields(), columns.id.length, SORT);
+    const steps = saev.steps("pair", (by) => {
+      const next = saev.beside(rows, place, by);
+      return next === undefined ? undefined : saev.href("compare", columns.id[next]);
+    });
+    const tops = (latent) => latent.groups.filter((group) => group.name === "top" && group.image.length > 0);
     const groups = (latent, attributes) => tops(latent).map((group) =>
       saev.el("section", { class: "group" }, saev.el("h4", null, "Top images"), saev.figures(group, { ...attributes, most: PICTURES })));
-    const unseen = () => saev.el("p", { class: "hint" }, other.href ? "This gallery has none of its top images." : "To see its images here, pass its gallery as --other-gallery.");
-    const facts = [["Correlation", saev.number(columns.corr[place])], ["Mutual", columns.mutual[place] ? "yes" : "no"],
-      ["One to one", `${idOr(columns.pair[place])} (${saev.number(columns.pair_corr[place])})`],
-      ...(method.one_space ? [["By cosine", `${idOr(columns.cos_best[place])} (${saev.number(columns.cos[place])})`]] : [])];
+    const unseen = () => saev.el("p", { class: "hint" }, other.href ? `The other gallery does not show this ${other.scorer.noun}.` : "To see its images here, pass its gallery as --other-gallery.");
+    const facts = [["Correlation", saev.fixed(columns.corr[place])], ["Mutual", columns.mutual[place] ? "yes" : "no"],
+      ["One to one", `${idOr(columns.pair[place])} (${saev.fixed(columns.pair_corr[place])})`],
+      ...(method.one_space ? [["By cosine", `${idOr(columns.cos_best[place])} (${saev.fixed(columns.cos[place])})`]] : [])];
     const best = columns.best[place];
     const fromZero = saev.noun !== "prototype" && other.scorer.noun !== "prototype";
     main.append(
       saev.el("div", { class: "heading" }, saev.el("a", { href: saev.href("compare", "", { on: id }) }, "Compare"), saev.el("h2", null, `${saev.capital(saev.noun)} ${id} and ${idOr(best)}`), saev.starButton(id),
-        beside(-1, `Previous ${saev.noun} (k)`, "‹"), beside(1, `Next ${saev.noun} (j)`, "›")),
+        steps.element),
       saev.el("dl", { class: "facts" }, facts.map(([k, v]) => saev.el("div", null, saev.el("dt", null, k), saev.el("dd", null, v)))),
       saev.heatControls(fromZero ? "0" : "low", "maximum"),
-      !fromZero && saev.el("p", { class: "hint" }, "Heat goes from 0 (latents, units) or the mean score (prototypes) to the maximum."),
+      ...(fromZero ? [] : [saev.el("p", { class: "hint" }, "Heat goes from 0 (latents, units) or the mean score (prototypes) to the maximum.")]),
       saev.el("div", { class: "sides two" },
         saev.el("section", { class: "side" }, saev.el("h3", null, saev.el("a", { href: saev.href("latent", id) }, `${saev.capital(saev.noun)} ${id}`), " · ", saev.name(saev.gallery.title)),
           saev.later(saev.latentAt(row), (latent) => groups(latent, { id }))),
         saev.el("section", { class: "side" }, saev.el("h3", null, `${saev.capital(other.scorer.noun)} ${idOr(best)} · `, saev.name(other.title), " ", best >= 0 && elsewhere(other.href, best)),
-          best < 0 ? saev.el("p", null, "It has no match.") : saev.later(saev.otherAt(place), (latent) => (tops(latent).length ? groups(latent, { id: best, latent: undefined, noun: other.scorer.noun }) : unseen())))));
-    return { update: saev.applyHeat, move: step, arrow: step, star: () => saev.stars.toggle(id), escape: () => saev.go("compare", "", { on: id }) };
+          best < 0 ? saev.el("p", null, "It has no match.") : saev.later(saev.otherAt(place), (latent) => (tops(latent).length ? groups(latent, { id: best, latent: undefined, noun: other.scorer.noun, imageAt: saev.otherImageAt, source: other.source }) : unseen())))));
+    return { update: saev.applyHeat, ...steps.handlers, star: () => saev.stars.toggle(id), escape: () => saev.go("compare", "", { on: id }) };
   }
 
   saev.views.compare = (main, { argument }) => {

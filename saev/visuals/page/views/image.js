@@ -3,22 +3,25 @@
   "use strict";
   const FOUND = 48; // images that a search lists
   const LISTED = 60; // latents that a list shows
-  const COMMAND = "uv run visuals.py … --image-view 500";
 
-  /* For each row that fires: its largest value and that value's share of the latent's maximum, largest share first. */
+  /* What writes more images into the image view: twice as many as it has, but at least 500, and at most all. */
+  const command = () => {
+    const { source, files } = saev.gallery;
+    return `uv run visuals.py … --image-view ${Math.min(Math.max(500, 2 * files.n_codes), source.n_images)}`;
+  };
+
+  const code = (codes, i) => ({ row: codes.row[i], value: codes.value[i], rank: codes.rank[i] / 65535 });
+
+  /* For each row that fires: its largest value. The values that are largest among the latent's own come first, because a share of
+     the maximum means nothing for scores that may be negative, and is small where one value is far above all others. */
   function strongest(codes) {
-    const best = new Map();
-    codes.row.forEach((row, i) => { if (!(best.get(row) >= codes.value[i])) best.set(row, codes.value[i]); });
-    return Array.from(best, ([row, value]) => ({ row, value, share: share(row, value) })).sort((a, b) => b.share - a.share);
+    const best = new Map(); // row -> place of its largest value
+    codes.row.forEach((row, i) => { if (!(codes.value[best.get(row)] >= codes.value[i])) best.set(row, i); });
+    return Array.from(best.values(), (i) => code(codes, i)).sort((a, b) => b.rank - a.rank);
   }
-  const share = (row, value) => value / saev.gallery.columns.max[row];
 
-  function inPatch(codes, patch) {
-    const out = [];
-    for (let i = codes.start[patch]; i < codes.start[patch + 1]; i++)
-      out.push({ row: codes.row[i], value: codes.value[i], share: share(codes.row[i], codes.value[i]) });
-    return out;
-  }
+  const inPatch = (codes, patch) =>
+    Array.from({ length: codes.start[patch + 1] - codes.start[patch] }, (_, i) => code(codes, codes.start[patch] + i));
 
   function valuesOf(codes, row) {
     const values = new Float32Array(codes.start.length - 1).fill(-Infinity);
@@ -27,30 +30,38 @@
     return values;
   }
 
-  const unpack = (codes) => ({ start: saev.unpack(codes.start), row: saev.unpack(codes.row), value: saev.unpack(codes.value) });
+  /* Places of the images whose path and class have all words of `find`: those in the image view, or all if there is none. */
+  function listed(paths) {
+    const { classes, files } = saev.gallery;
+    const words = (saev.state.params.get("find") ?? "").toLowerCase().split(/\s+/).filter(Boolean);
+    const has = (i) => {
+      const text = `${paths.path[i]} ${classes[paths.class[i]] ?? ""}`.toLowerCase();
+      return words.every((word) => text.includes(word));
+    };
+    const places = [];
+    for (let i = 0; i < paths.path.length; i++) if ((paths.code[i] >= 0 || !files.n_codes) && has(i)) places.push(i);
+    return places;
+  }
 
   function picker(main, paths) {
-    const { classes } = saev.gallery;
-    const search = saev.searchField("images", "part of a path or class", "find", () => list());
+    const search = saev.searchField("images", "part of a path or class", "find", () => list(), () => move(1));
     const found = saev.el("p", { class: "found", role: "status" });
-    const place = saev.el("div", { class: "pictures" });
-    const lower = paths.path.map((path, i) => `${path} ${classes[paths.class[i]] ?? ""}`.toLowerCase());
-    const inView = paths.code.some((code) => code >= 0);
+    const pictures = saev.el("div", { class: "pictures" });
+    const move = (by) => {
+      const links = [...pictures.querySelectorAll("a[href]")];
+      const place = links.indexOf(document.activeElement);
+      links[place < 0 ? 0 : place + by]?.focus();
+    };
 
     function list() {
-      const words = (saev.state.params.get("find") ?? "").toLowerCase().split(/\s+/).filter(Boolean);
-      const places = [];
-      let count = 0;
-      for (let i = 0; i < lower.length; i++) {
-        if ((inView && paths.code[i] < 0) || !words.every((word) => lower[i].includes(word))) continue;
-        if (count++ < FOUND) places.push(i);
-      }
-      found.textContent = `${saev.count(count, "image")}${count > FOUND ? `, the first ${FOUND} are shown` : ""}`;
-      place.replaceChildren(...places.map((i) => saev.figure(i, null, { caption: `Image ${paths.n[i]}` })));
+      const places = listed(paths);
+      found.textContent = `${saev.count(places.length, "image")}${places.length > FOUND ? `, the first ${FOUND} are shown` : ""}`;
+      pictures.replaceChildren(...places.slice(0, FOUND).map((i) => saev.figure(i, null, { caption: `Image ${paths.n[i]}` })));
     }
-    main.append(saev.el("div", { class: "bar" }, search, found), !inView && saev.absent(`This gallery has no image view: which ${saev.noun}s fire on a patch is not in it. This writes it:`, COMMAND) || "", place);
+    main.append(saev.el("div", { class: "bar" }, search, found),
+      ...(saev.gallery.files.n_codes ? [] : [saev.absent(`This gallery has no image view: which ${saev.noun}s fire on a patch is not in it. This writes it:`, command())]), pictures);
     list();
-    return list;
+    return { update: list, move, arrow: move };
   }
 
   /* The picture whose patches can be chosen by pointer and arrow keys. */
@@ -103,17 +114,18 @@
     async function paint(row) {
       const latent = await saev.latentAt(row);
       if (row !== chosenRow()) return;
-      const heat = valuesOf(codes, row).map((v) => Math.max(0, (v - latent.low) / (latent.high - latent.low)));
+      const span = latent.high - latent.low;
+      const heat = valuesOf(codes, row).map((v) => (span > 0 ? Math.max(0, (v - latent.low) / span) : 0));
       picture.setHeat(heat, `${saev.noun} ${columns.id[row]}`);
       controls.replaceChildren(saev.heatControls(latent.low, latent.high));
     }
 
-    const item = (entry, row) => {
+    const item = (entry, row, format) => {
       const id = columns.id[entry.row];
       return saev.el("li", null, saev.el("button", { type: "button", "aria-pressed": entry.row === row ? "true" : "false",
         onclick: () => { saev.setParams({ latent: entry.row === row ? null : id }); update(); } },
-      saev.el("span", null, id), saev.el("span", { class: "number" }, saev.number(entry.value)),
-      saev.el("span", { class: "number" }, saev.percent(Number(entry.share.toFixed(3)))), saev.el("span", { class: "share", style: `width:${100 * Math.min(Math.max(entry.share, 0), 1)}%` })),
+      saev.el("span", null, id), saev.el("span", { class: "number" }, format(entry.value)),
+      saev.el("span", { class: "number" }, `${(100 * entry.rank).toFixed(1)}%`), saev.el("span", { class: "share", style: `width:${100 * entry.rank}%` })),
       saev.el("a", { href: saev.href("latent", id), "aria-label": `Open ${saev.noun} ${id}` }, "open"));
     };
 
@@ -122,10 +134,11 @@
       const entries = patch === null ? all : inPatch(codes, patch);
       const where = patch === null ? "this image" : saev.patchWords(patch, grid);
       heading.textContent = `${saev.count(entries.length, saev.noun)} on ${where}`;
-      hint.textContent = `value, and its share of the ${saev.noun}'s maximum${entries.length > LISTED ? `; the first ${LISTED}` : ""}`;
-      const focused = items.contains(document.activeElement) ? [...items.children].findIndex((li) => li.contains(document.activeElement)) : -1;
-      items.replaceChildren(...entries.slice(0, LISTED).map((entry) => item(entry, row)));
-      items.children[focused]?.firstChild.focus();
+      const order = patch === null ? "largest value on this image, and the share of {} with a smaller one, by which they are sorted" : "value, by which they are sorted, and the share of {} with a smaller one";
+      hint.textContent = order.replace("{}", `the ${saev.noun}'s patches`) + (entries.length > LISTED ? `; the first ${LISTED}` : "");
+      const shown = entries.slice(0, LISTED);
+      const format = saev.aligned(shown.map((entry) => entry.value));
+      saev.refill(items, shown.map((entry) => item(entry, row, format)));
       picture.choose(patch);
       if (row === undefined) {
         picture.setHeat(null, "");
@@ -144,7 +157,7 @@
     const picture = saev.picture(place, null);
     const row = saev.state.params.has("latent") ? rowOf.get(Number(saev.state.params.get("latent"))) : undefined;
     const latent = row === undefined ? null : await saev.latentAt(row);
-    const group = latent?.groups.map(saev.unpackGroup).find(({ image }) => image.includes(place));
+    const group = latent?.groups.find(({ image }) => image.includes(place));
     if (!group) return [saev.el("div", { class: "board" }, picture.frame)];
     const id = columns.id[row];
     picture.setHeat(saev.heatOf(group, group.image.indexOf(place)), `${saev.noun} ${id}`);
@@ -152,8 +165,8 @@
       saev.el("p", null, "Heat of ", saev.el("a", { href: saev.href("latent", id) }, `${saev.noun} ${id}`), ".")];
   }
 
-  function heading(image) {
-    return saev.el("div", { class: "heading" }, saev.el("a", { href: saev.href("image") }, "Images"), saev.el("h2", null, `Image ${image.n}`),
+  function heading(image, steps) {
+    return saev.el("div", { class: "heading" }, saev.el("a", { href: saev.href("image") }, "Images"), saev.el("h2", null, `Image ${image.n}`), steps,
       saev.el("p", null, saev.name(image.path), image.class >= 0 && [" · ", saev.name(saev.gallery.classes[image.class])]));
   }
 
@@ -167,25 +180,30 @@
     saev.paths().then(async (paths) => {
       if (saev.state.view !== "image" || saev.state.argument !== argument) return;
       if (argument === "") {
-        handlers.update = picker(main, paths);
+        Object.assign(handlers, picker(main, paths));
         return;
       }
       const place = paths.placeOf.get(Number(argument));
       if (place === undefined) throw new Error(`Image ${argument} is not in this gallery: it holds ${saev.count(paths.n.length, "image")}.`);
       const image = await saev.imageAt(place);
       saev.title(`Image ${image.n}`);
-      const code = paths.code[place];
-      const codes = code < 0 ? null : unpack(await saev.codesAt(code));
+      const codes = paths.code[place] < 0 ? null : await saev.codesAt(paths.code[place]);
       const alone = codes ? [] : await outside(place);
       if (saev.state.view !== "image" || saev.state.argument !== argument) return;
-      main.append(heading(image));
+      const places = listed(paths);
+      const steps = saev.steps("image", (by) => {
+        const next = saev.beside(places, place, by);
+        return next === undefined ? undefined : saev.href("image", paths.n[next], { latent: saev.state.params.get("latent") });
+      });
+      Object.assign(handlers, steps.handlers);
+      main.append(heading(image, steps.element));
       if (codes) {
         const view = explorer(place, saev.gridOf(image), codes);
         main.append(view.element);
         handlers.update = view.update;
         saev.applyHeat();
       } else {
-        main.append(...alone, saev.absent(`Which ${saev.noun}s fire on each patch of this image is not in the gallery. This takes more images into the image view:`, COMMAND));
+        main.append(...alone, saev.absent(`Which ${saev.noun}s fire on each patch of this image is not in the gallery. This takes more images into the image view:`, command()));
       }
     }).catch((error) => main.append(saev.problem(error)));
     return handlers;

@@ -3,10 +3,11 @@
   "use strict";
   const GROUPS = { top: "Top images", q4: "Fourth quarter", q3: "Third quarter", q2: "Second quarter", q1: "First quarter", random: "Random images" };
   const LISTED = 8;
+  const tenths = (share) => `${(100 * share).toFixed(1)}%`;
 
   /* Bars of a histogram; heights are log10(1 + count), so that rare large values show. */
   function histogram(packed) {
-    const counts = saev.unpack(packed.n);
+    const counts = packed.n;
     const [low, high] = packed.edges;
     const [width, height, n] = [512, 110, counts.length];
     const top = Math.log10(1 + counts.reduce((a, b) => Math.max(a, b), 0)) || 1;
@@ -32,7 +33,7 @@
     const items = [
       ["Fires on", live ? `${saev.percent(freq)} of patches${each}` : "no patch of these activations"],
       ["Images", `${columns.n_images[row].toLocaleString("en")} of ${source.n_images.toLocaleString("en")}`],
-      ["Mean value", saev.number(columns.mean[row])], ["Maximum", saev.number(columns.max[row])],
+      [saev.capital(saev.meanWords()), saev.number(columns.mean[row])], ["Maximum", saev.number(columns.max[row])],
     ];
     return saev.el("section", { class: "facts" }, saev.el("dl", null, items.map(([k, v]) => saev.el("div", null, saev.el("dt", null, k), saev.el("dd", null, v)))),
       live && histogram(latent.histogram), saev.el("p", { class: "hint" }, scorer.fires));
@@ -45,26 +46,26 @@
         saev.el("span", { class: "share", style: `width:${100 * Math.min(Math.max(share, 0), 1)}%` })))) : saev.el("p", null, none));
 
   function aside(row, latent) {
-    const { classes, columns: { id } } = saev.gallery;
+    const { classes, columns: { id }, scorer } = saev.gallery;
     const { trait, ap } = saev.traits.columns;
     const best = saev.slots(trait, row).filter((j) => trait[j] >= 0);
     const lifts = latent.classes.slice(0, LISTED);
     return [
       trait && ranking("Traits", "average precision on the train images; the traits with the largest AP above prevalence", best.map((j) => {
         const { name } = saev.traits.traits[trait[j]];
-        return [saev.el("a", { href: saev.href("trait", name) }, saev.name(name)), saev.number(ap[j]), ap[j]];
+        return [saev.el("a", { href: saev.href("trait", name) }, saev.name(name)), saev.fixed(ap[j]), ap[j]];
       }), saev.tookPart(id[row]) || "None."),
       classes.length > 0 && ranking("Classes", "more often among the images that it fires on than among all: images, and how many times as often", lifts.map(([c, images, lift]) =>
         [saev.name(classes[c]), `${images.toLocaleString("en")}, ${saev.number(lift)}×`, lift / lifts[0][2]])),
-      ranking(saev.capital(`nearest ${saev.noun}s`), "cosine of the directions", latent.neighbours.slice(0, LISTED).map(([r, other, cosine]) =>
-        [saev.latentLink(r, other), saev.number(cosine), cosine])),
-      ranking("Fires together with", "share of its patches on which the other one fires", latent.together.slice(0, LISTED).map(([r, other, share]) =>
-        [saev.latentLink(r, other), saev.percent(share), share])),
+      scorer.kind !== "units" && ranking(saev.capital(`nearest ${saev.noun}s`), "cosine of the directions", latent.neighbours.slice(0, LISTED).map(([r, other, cosine]) =>
+        [saev.latentLink(r, other), saev.fixed(cosine), cosine]), "There is no other one."),
+      scorer.noun !== "prototype" && ranking("Fires together with", "share of its patches on which the other one fires", latent.together.slice(0, LISTED).map(([r, other, share]) =>
+        [saev.latentLink(r, other), tenths(share), share]), "No other one fires on its patches."),
     ];
   }
 
   function groups(id, latent) {
-    const shown = latent.groups.filter((group) => group.image.n[0] > 0);
+    const shown = latent.groups.filter((group) => group.image.length > 0);
     if (!shown.length) return saev.el("p", null, "There are no images to show.");
     return [saev.heatControls(latent.low, latent.high), ...shown.map((group) =>
       saev.el("section", { class: "group", "data-group": group.name }, saev.el("h3", null, GROUPS[group.name] ?? group.name), saev.el("p", { class: "hint" }, group.words), saev.figures(group, { id })))];
@@ -76,14 +77,12 @@
     return area;
   };
 
-  /* Rows of the URL's list before and after a row. */
-  function beside(row, step) {
+  /* Rows of the URL's list; none if its search cannot be read. */
+  function listed() {
     try {
-      const rows = saev.list(saev.state.params);
-      const place = rows.indexOf(row);
-      return place < 0 ? rows[0] : rows[place + step];
+      return saev.list(saev.state.params);
     } catch (error) {
-      return undefined;
+      return [];
     }
   }
 
@@ -94,24 +93,20 @@
     if (row === undefined || argument === "")
       throw new Error(`${saev.capital(scorer.noun)} ${argument} is not among the ${shown.n.toLocaleString("en")} of this gallery (${shown.filters}).`);
     saev.title(`${saev.capital(saev.noun)} ${id}`);
-    const step = (by) => {
-      const next = beside(row, by);
-      if (next !== undefined) saev.go("latent", columns.id[next]);
-    };
-    const arrow = (by, sign, label) => {
-      const next = beside(row, by);
-      return next === undefined ? saev.el("span", { class: "step", "aria-hidden": "true" }, sign)
-        : saev.el("a", { class: "step", href: saev.href("latent", columns.id[next]), "aria-label": label, title: label }, sign);
-    };
+    const rows = listed();
+    const steps = saev.steps(saev.noun, (by) => {
+      const next = saev.beside(rows, row, by);
+      return next === undefined ? undefined : saev.href("latent", columns.id[next]);
+    });
     const back = () => saev.go("map", "", { at: id });
     const other = saev.compare.columns.best && saev.el("a", { href: saev.href("compare", id) }, "Its match in the other dictionary");
     main.append(
       saev.el("div", { class: "heading" }, saev.el("a", { href: saev.href("map", "", { at: id }) }, "Map"), saev.el("h2", null, `${saev.capital(saev.noun)} ${id}`), saev.starButton(id),
-        arrow(-1, "‹", "Previous in the list (k)"), arrow(1, "›", "Next in the list (j)"), other),
+        steps.element, other),
       saev.later(saev.latentAt(row), (latent) => [
         saev.el("div", { class: "about" }, facts(row, latent), note(id)),
         saev.el("div", { class: "columns" }, saev.el("div", { class: "groups" }, groups(id, latent)), saev.el("aside", null, aside(row, latent))),
       ], { class: "later" }));
-    return { update: saev.applyHeat, move: step, arrow: step, star: () => saev.stars.toggle(id), escape: back };
+    return { update: saev.applyHeat, ...steps.handlers, star: () => saev.stars.toggle(id), escape: back };
   };
 })();

@@ -20,14 +20,15 @@
     return Array.from({ length: Math.max(0, Math.floor(high / step) - first + 1) }, (_, i) => (first + i) * step);
   }
 
-  /* The scatter plot. onpick(row) and onbrush(x, y) with ranges, or nulls. */
-  function scatter(onpick, onbrush) {
+  /* The scatter plot. onpick(row), onopen(row), and onbrush(x, y) with ranges. By keyboard, arrows move a cross. */
+  function scatter(onpick, onopen, onbrush) {
     const { n, columns } = saev.gallery;
-    const canvas = saev.el("canvas", { class: "scatter", role: "img" });
+    const canvas = saev.el("canvas", { class: "scatter", role: "application", tabindex: "0", "aria-roledescription": "scatter plot", onkeydown: press, onblur: leave, onfocus: () => draw() });
     const said = saev.el("p", { class: "hint", "aria-live": "off" });
     const X = Float64Array.from({ length: n }, (_, row) => saev.logFreq(row));
     const xLimits = limits(X);
     let [Y, yLimits, listed, chosen, box, drag] = [null, null, [], undefined, null, null];
+    let [cross, corner] = [null, null]; // by keyboard: the pixel to act on, and where a region began
     let [width, height] = [0, 0];
 
     const toX = (x) => MARGIN.left + ((x - xLimits[0]) / (xLimits[1] - xLimits[0])) * (width - MARGIN.left - MARGIN.right);
@@ -83,6 +84,15 @@
         context.globalAlpha = 1;
         context.strokeRect(...area);
       }
+      if (cross && document.activeElement === canvas) {
+        context.strokeStyle = color("--accent");
+        for (const [x, y] of [[10, 0], [0, 10]]) {
+          context.beginPath();
+          context.moveTo(cross[0] - x, cross[1] - y);
+          context.lineTo(cross[0] + x, cross[1] + y);
+          context.stroke();
+        }
+      }
     }
 
     function ring(context, ink, paper) {
@@ -134,6 +144,47 @@
       return best;
     }
 
+    const about = (row) => (row === undefined ? hint()
+      : `${saev.capital(saev.noun)} ${columns.id[row]}: ${saev.percent(columns.freq[row])} of patches, maximum ${saev.number(columns.max[row])}`);
+    const between = ([x, y], [x1, y1]) => [Math.min(x, x1), Math.min(y, y1), Math.max(x, x1), Math.max(y, y1)];
+    const brush = () => onbrush([fromX(box[0]), fromX(box[2])], [fromY(box[3]), fromY(box[1])]);
+    const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
+
+    function boxOf(params) {
+      if (!params.get("x") && !params.get("y")) return null;
+      const [[x0, x1], [y0, y1]] = [saev.range(params.get("x")), saev.range(params.get("y"))];
+      const [x, y] = [(v) => toX(clamp(v, ...xLimits)), (v) => toY(clamp(v, ...yLimits))];
+      return [x(x0), y(y1), x(x1), y(y0)];
+    }
+
+    function leave() {
+      if (corner) box = boxOf(saev.state.params);
+      corner = null;
+      said.setAttribute("aria-live", "off");
+      draw();
+    }
+
+    function press(event) {
+      const step = event.shiftKey ? 40 : 8;
+      const move = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] }[event.key];
+      if (!move && event.key !== " " && event.key !== "Enter" && !(event.key === "Escape" && corner)) return;
+      event.preventDefault();
+      event.stopPropagation();
+      cross ??= chosen !== undefined && plotted(chosen) ? [toX(X[chosen]), toY(Y[chosen])] : [width / 2, height / 2];
+      if (move) cross = [clamp(cross[0] + move[0], MARGIN.left, width - MARGIN.right), clamp(cross[1] + move[1], MARGIN.top, height - MARGIN.bottom)];
+      const row = nearest(...cross);
+      said.setAttribute("aria-live", "polite");
+      said.textContent = about(row);
+      if (event.key === "Escape") return leave();
+      if (event.key === " " && !corner) corner = cross;
+      else if (event.key === " " || (event.key === "Enter" && corner)) {
+        corner = null;
+        if (box && box[2] > box[0] && box[3] > box[1]) return brush();
+      } else if (event.key === "Enter" && row !== undefined) return row === chosen ? onopen(row) : onpick(row);
+      if (corner) box = between(corner, cross);
+      draw();
+    }
+
     const at = (event) => [event.offsetX, event.offsetY];
     canvas.addEventListener("pointerdown", (event) => {
       if (event.button === 0) drag = { from: at(event), moved: false, brush: event.pointerType !== "touch" };
@@ -143,27 +194,26 @@
       const [x, y] = at(event);
       if (drag?.brush && Math.hypot(x - drag.from[0], y - drag.from[1]) > 4) drag.moved = true;
       if (drag?.moved) {
-        box = [Math.min(x, drag.from[0]), Math.min(y, drag.from[1]), Math.max(x, drag.from[0]), Math.max(y, drag.from[1])];
+        box = between(drag.from, [x, y]);
         draw();
         return;
       }
       const row = nearest(x, y);
       canvas.style.cursor = row === undefined ? "crosshair" : "pointer";
-      said.textContent = row === undefined ? hint()
-        : `${saev.capital(saev.noun)} ${columns.id[row]}: ${saev.percent(columns.freq[row])} of patches, maximum ${saev.number(columns.max[row])}`;
+      said.textContent = about(row);
     });
     canvas.addEventListener("pointerup", (event) => {
       const was = drag;
       drag = null;
       if (!was) return;
       if (!was.moved) onpick(nearest(...at(event)));
-      else onbrush([fromX(box[0]), fromX(box[2])], [fromY(box[3]), fromY(box[1])]);
+      else brush();
     });
     canvas.addEventListener("pointercancel", () => { drag = null; });
     new ResizeObserver(draw).observe(canvas);
 
     let unseen = 0;
-    const hint = () => `Drag to choose a region, click a point to select it.${unseen ? ` ${saev.count(unseen, saev.noun)} that never fired ${unseen === 1 ? "is" : "are"} not in the plot.` : ""}`;
+    const hint = () => `Drag to choose a region, click a point to select it; ? lists the keys.${unseen ? ` ${saev.count(unseen, saev.noun)} that never fired ${unseen === 1 ? "is" : "are"} not in the plot.` : ""}`;
 
     return {
       canvas, said, draw,
@@ -172,14 +222,11 @@
         Y = Float64Array.from({ length: n }, (_, i) => valueOf(i));
         yLimits = limits(Y);
         unseen = columns.freq.reduce((count, f) => count + (f > 0 ? 0 : 1), 0);
-        [listed, chosen, box] = [rows, row, null];
+        [listed, chosen] = [rows, row];
         [width, height] = [canvas.clientWidth, canvas.clientHeight];
-        const [x, y] = [saev.range(params.get("x")), saev.range(params.get("y"))];
-        const clip = (value, [low, high]) => Math.min(Math.max(value, low), high);
-        if (params.get("x") || params.get("y"))
-          box = [toX(clip(x[0], xLimits)), toY(clip(y[1], yLimits)), toX(clip(x[1], xLimits)), toY(clip(y[0], yLimits))];
+        box = boxOf(params);
         said.textContent = hint();
-        canvas.setAttribute("aria-label", `Scatter plot of ${saev.count(rows.length, saev.noun)}: ${names().xName}, against ${names().yName}. The table lists them.`);
+        canvas.setAttribute("aria-label", `Scatter plot of ${saev.count(rows.length, saev.noun)}: ${names().xName}, against ${names().yName}. The table lists them. Arrow keys move a cross, Enter selects the nearest point, the space bar begins and ends a region.`);
         draw();
       },
     };
@@ -189,18 +236,21 @@
     const { columns } = saev.gallery;
     const traits = saev.traits.columns;
     const trait = (row) => saev.traits.traits[traits.trait[saev.traitPlace(row)]];
-    const number = (key, label, hint, format = saev.number, wide = false) =>
-      ({ key, label, hint, number: true, wide, sort: true, width: key === "freq" ? "minmax(6.8rem,1.2fr)" : "minmax(4.8rem,1fr)", cell: (row) => format(columns[key === "images" ? "n_images" : key][row]) });
+    const number = (key, label, hint, format = saev.number, wide = false) => {
+      const column = columns[key === "images" ? "n_images" : key];
+      const cell = saev.aligned(column, format);
+      return { key, label, hint, number: true, wide, sort: true, width: key === "freq" ? "minmax(6.8rem,1.2fr)" : "minmax(4.8rem,1fr)", cell: (row) => cell(column[row]) };
+    };
     return [
       { key: "star", label: "", width: "2.2rem", cell: (row) => saev.starButton(columns.id[row], true) },
       { key: "id", label: saev.capital(saev.noun), hint: "its number", number: true, sort: true, width: "minmax(5.2rem,1fr)",
         cell: (row) => saev.el("a", { href: saev.href("latent", columns.id[row]), tabindex: "-1" }, columns.id[row]) },
       number("freq", "Freq.", "fraction of patches that it fires on", saev.percent),
-      number("mean", "Mean", "mean value where it fires", saev.number, true),
+      number("mean", "Mean", `${saev.meanWords()} where it fires`, saev.number, true),
       number("max", "Max", "largest value"),
       number("images", "Images", "number of images that it fires on", saev.number, true),
       ...(traits.trait ? [
-        { key: "ap", label: "AP", hint: "average precision for this trait, on the train images", number: true, sort: true, width: "minmax(4.6rem,.8fr)", cell: (row) => saev.number(traits.ap[saev.traitPlace(row)]) },
+        { key: "ap", label: "AP", hint: "average precision for this trait, on the train images", number: true, sort: true, width: "minmax(4.6rem,.8fr)", cell: (row) => saev.fixed(traits.ap[saev.traitPlace(row)]) },
         { key: "trait", label: "Trait", hint: `the trait that it detects best, or the one that was searched. ${saev.tookPart()}`.trim(), width: "minmax(9rem,2.6fr)",
           cell: (row) => (trait(row) ? saev.traitName(trait(row).name) : "–") },
       ] : []),
@@ -214,7 +264,7 @@
       saev.el("h2", null, saev.el("a", { href: saev.href("latent", id) }, `${saev.capital(saev.noun)} ${id}`), saev.starButton(id)),
       saev.later(saev.latentAt(row), (latent) => {
         const top = latent.groups.find((group) => group.name === "top");
-        if (!top || top.image.n[0] === 0) return saev.el("p", null, "It fires on none of the images.");
+        if (!top || top.image.length === 0) return saev.el("p", null, "It fires on none of the images.");
         return saev.figures(top, { id, most: PREVIEWED });
       }));
   }
@@ -223,19 +273,23 @@
     const { columns, rowOf } = saev.gallery;
     const search = saev.searchField(`${saev.noun}s`, "trait:wing ap>.6 freq<.01", "q", () => update(), () => table.element.focus());
     const found = saev.el("p", { class: "found", role: "status" });
-    const chart = scatter((row) => select(row), (x, y) => change({ x: text(x), y: text(y) }));
+    const chart = scatter((row) => select(row), (row) => open(row), (x, y) => change({ x: text(x), y: text(y) }));
     const table = saev.table({
       label: `Table of ${saev.noun}s`, columns: columnsOfTable(), onsort: (sort) => change({ sort: sort === saev.SORT ? null : sort }),
-      onselect: (row) => select(row), onopen: (row) => saev.go("latent", columns.id[row]),
+      onselect: (row) => select(row), onopen: (row) => open(row),
     });
+    const open = (row) => saev.go("latent", columns.id[row]);
     const shown = saev.el("div", { class: "shown" });
     const value = saev.el("select", { onchange: () => change({ value: value.value === "max" ? null : value.value, y: null }) },
-      saev.el("option", { value: "max" }, "maximum"), saev.el("option", { value: "mean" }, "mean value"));
+      saev.el("option", { value: "max" }, "maximum"), saev.el("option", { value: "mean" }, saev.meanWords()));
     const ends = Object.fromEntries(["x0", "x1", "y0", "y1"].map((name) => [name, saev.el("input", {
       type: "number", step: "any", "aria-label": `log10 ${name[0] === "x" ? "frequency" : "value"}, ${name[1] === "0" ? "from" : "to"}`,
       onchange: () => change({ x: join("x"), y: join("y") }),
     })]));
-    const clear = saev.el("button", { type: "button", onclick: () => change({ x: null, y: null, q: null }) }, "Show all");
+    const clear = saev.el("button", { type: "button", onclick: () => {
+      table.element.focus(); // this button goes
+      change({ x: null, y: null, q: null });
+    } }, "Show all");
     const text = (range) => range.map((v) => Number(v.toFixed(3))).join(",");
     const join = (axis) => {
       const pair = [ends[`${axis}0`].value, ends[`${axis}1`].value];
@@ -288,7 +342,7 @@
     }
     update();
     return {
-      update, repaint: chart.draw, move: table.move, open: table.open, leave: () => clearTimeout(timer),
+      update, list: table.element, repaint: chart.draw, move: table.move, open: table.open, leave: () => clearTimeout(timer),
       marks: () => { update(); table.redraw(); },
       star: () => {
         const row = table.selected();

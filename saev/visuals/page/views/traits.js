@@ -27,13 +27,13 @@
     }
     const known = fields(traits, scorers);
     const columns = [
-      { key: "name", label: "Trait", width: "minmax(11rem,3fr)", cell: (row) => saev.el("a", { href: saev.href("trait", traits[row].name), tabindex: "-1", class: "cut" }, saev.traitName(traits[row].name)) },
-      { key: "prevalence", label: "Prevalence", hint: "share of the test images with the trait: the AP of a constant score", number: true, sort: true, wide: true, width: "minmax(6rem,1fr)", cell: (row) => saev.number(traits[row].prevalence) },
-      ...scorers.map((scorer, i) => ({ key: `ap${i}`, label: saev.name(scorer.name, { class: "cut" }), hint: `${scorer.name}: AP of its best prototype on the test images`, number: true, sort: true, width: "minmax(7rem,1.4fr)",
+      { key: "name", label: "Trait", width: "minmax(11rem,3fr)", narrow: "minmax(11rem,2fr)", cell: (row) => saev.el("a", { href: saev.href("trait", traits[row].name), tabindex: "-1", class: "cut" }, saev.traitName(traits[row].name)) },
+      { key: "prevalence", label: "Prevalence", hint: "share of the test images with the trait: the AP of a constant score", number: true, sort: true, wide: true, width: "minmax(6rem,1fr)", cell: (row) => saev.fixed(traits[row].prevalence) },
+      ...scorers.map((scorer, i) => ({ key: `ap${i}`, label: saev.name(scorer.name, { class: "cut" }), hint: `${scorer.name}: AP of its best prototype on the test images`, number: true, sort: true, width: "minmax(7rem,1.4fr)", narrow: "minmax(5rem,1fr)",
         cell: (row) => {
           const best = bestOf(traits[row], i);
           const top = Math.max(...traits[row].best.map((b) => b.test_ap));
-          return best ? saev.el(best.test_ap === top ? "b" : "span", { title: `${scorer.noun} ${best.prototype}, AP ${saev.number(best.train_ap)} on the train images` }, saev.number(best.test_ap)) : "–";
+          return best ? saev.el(best.test_ap === top ? "b" : "span", { title: `${scorer.noun} ${best.prototype}, AP ${saev.fixed(best.train_ap)} on the train images` }, saev.fixed(best.test_ap)) : "–";
         } })),
     ];
     const table = saev.searchTable({ label: "traits", noun: "trait", placeholder: "wing ap>.6", columns, fields: known, keys: traits.map((trait) => trait.name), by: "",
@@ -53,11 +53,11 @@
 
   function side(best, scorer, entry) {
     const name = `${scorer.noun} ${best.prototype}`;
-    const right = entry ? saev.unpack(entry.right) : [];
+    const right = entry?.right ?? [];
     const hits = right.reduce((a, b) => a + b, 0);
     return saev.el("section", { class: "side" }, saev.el("h3", null, saev.name(scorer.name)),
       saev.el("p", null, best.row >= 0 ? saev.el("a", { href: saev.href("latent", best.prototype) }, name) : name, ` of ${scorer.n.toLocaleString("en")}`,
-        ` · AP ${saev.number(best.test_ap)} test, ${saev.number(best.train_ap)} train${entry ? ` · ${hits} of ${right.length} right` : ""}`),
+        ` · AP ${saev.fixed(best.test_ap)} test, ${saev.fixed(best.train_ap)} train${entry ? ` · ${hits} of ${right.length} right` : ""}`),
       pictures(entry, best, scorer));
   }
 
@@ -71,15 +71,19 @@
     if (place < 0) throw new Error(`There is no trait "${argument}".`);
     const trait = traits[place];
     saev.title(trait.name);
-    const step = (by) => traits[place + by] && saev.go("trait", traits[place + by].name);
+    const rows = saev.found(fields(traits, scorers), traits.length, "");
+    const steps = saev.steps("trait", (by) => {
+      const next = saev.beside(rows, place, by);
+      return next === undefined ? undefined : saev.href("trait", traits[next].name);
+    });
     main.append(
-      saev.el("div", { class: "heading" }, saev.el("a", { href: saev.href("traits", "", { on: trait.name }) }, "Traits"), saev.el("h2", null, saev.name(trait.name))),
+      saev.el("div", { class: "heading" }, saev.el("a", { href: saev.href("traits", "", { on: trait.name }) }, "Traits"), saev.el("h2", null, saev.name(trait.name)), steps.element),
       saev.el("p", { class: "hint" }, `${saev.percent(trait.prevalence)} of ${saev.count(trait.n_test, "test image")} have it. `,
         trait.best.length ? "For each scorer: the prototype with the highest AP on the train images, and the test images that it scores highest. " : "No train image has it, so no prototype is chosen. ", settings.words),
       saev.el("p", { class: "key" }, saev.el("span", { class: "right" }, "✓ has the trait"), saev.el("span", { class: "wrong" }, "✗ does not")),
       saev.heatControls("low", "highest"),
       saev.el("p", { class: "hint" }, "Heat of a prototype goes from 0 (latents) or its mean score on these patches (other prototypes) to its highest score."),
       saev.later(saev.traitAt(place), (entries) => trait.best.map((best) => side(best, scorers[best.scorer], entries.find((entry) => entry.scorer === best.scorer))), { class: "sides" }));
-    return { update: saev.applyHeat, move: step, arrow: step, escape: () => saev.go("traits", "", { on: trait.name }) };
+    return { update: saev.applyHeat, ...steps.handlers, escape: () => saev.go("traits", "", { on: trait.name }) };
   };
 })();
