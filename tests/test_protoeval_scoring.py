@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from saev import errors, nn, scorers
-from saev.data import activations
+from saev.data import activations, ordered
 from saev.data import config as data_config
 from saev.nn import config as nn_config
 from saev.protoeval import score
@@ -91,6 +91,22 @@ def test_only_the_images_asked_for_in_their_order(
     np.testing.assert_allclose(got.scores_KN.T, want_BK, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got.mean_ND, acts_NPD[image_is].mean(axis=1), atol=1e-6)
     np.testing.assert_array_equal(got.max_ND, acts_NPD[image_is].max(axis=1))
+
+
+def test_pooled_activations_are_of_the_patches_that_are_kept() -> None:
+    """An image that keeps none has all of them."""
+    rng = np.random.default_rng(0)
+    acts_BPD = rng.standard_normal((5, 4, D)).astype(np.float32)
+    is_kept_BP = rng.random((5, 4)) < 0.5
+    is_kept_BP[1], is_kept_BP[2] = False, True
+    wanted_B = np.array([True, True, True, False, True])
+    block = ordered.Block(np.arange(5), acts_BPD)
+    acts_NPD, pooled_2ND = score._images(block, is_kept_BP, wanted_B, torch.device("cpu"))
+    for n, b in enumerate(np.flatnonzero(wanted_B)):
+        kept_nD = acts_BPD[b][is_kept_BP[b]] if is_kept_BP[b].any() else acts_BPD[b]
+        np.testing.assert_allclose(pooled_2ND[0, n], kept_nD.mean(axis=0), atol=1e-6)
+        np.testing.assert_array_equal(pooled_2ND[1, n], kept_nD.max(axis=0))
+        np.testing.assert_array_equal(acts_NPD[n].amax(dim=0), kept_nD.max(axis=0))
 
 
 KILLED = """
