@@ -48,6 +48,10 @@ class Model:
         return self.weight_Z @ read(self.prototype_Z).astype(np.float64) + self.intercept
 
 
+Models = dict[int, list[Model]]
+"""Number of prototypes, at most -> each trait's model."""
+
+
 @jaxtyped(typechecker=beartype.beartype)
 def fit(
     read: Read,
@@ -56,15 +60,12 @@ def fit(
     known_NT: Bool[np.ndarray, "N T"] | None,
     sizes: collections.abc.Collection[int],
     block: int,
-) -> dict[int, list[Model]]:
-    """Fits each trait on at most `n` prototypes, for every n of `sizes`.
+) -> Models:
+    """Fits each trait on at most `n` prototypes, for every n of `sizes`. A smaller model begins a larger one.
 
     Args:
         known_NT: which labels are known. Images are left out of the models of the others.
         block: prototypes that are read at a time.
-
-    Returns:
-        n -> each trait's model. A model of fewer prototypes begins those of more.
     """
     known_TN = None if known_NT is None else np.ascontiguousarray(known_NT.T)
     paths = [
