@@ -93,7 +93,7 @@ def test_each_step_adds_the_prototype_with_the_largest_score_statistic(
     monkeypatch.setattr(sparse, "SHORTLIST", K)
     rng = np.random.default_rng(4)
     scores_KN = (rng.standard_normal((K, N)) + rng.standard_normal(N)).astype(np.float32)
-    scores_KN[7] = 3  # constant
+    scores_KN[7] = 0.3  # constant; its mean is rounded
     y_N = rng.random(N) < 1 / (1 + np.exp(-scores_KN[1] + scores_KN[2] + 0.5 * scores_KN[3]))
     (model,) = fitted(scores_KN, y_N[:, None], 5)[5]
     chosen: list[int] = []
@@ -216,6 +216,8 @@ def test_a_key_without_anything_to_tell_apart_ends_at_once() -> None:
     scores_KN = latents()
     for key in (grown(scores_KN, np.ones(N)), grown(scores_KN[:0], planted(scores_KN)[:, 0])):
         assert key.depth == 0 and not key.leaf_of(reader(scores_KN), N).any()
+    unlabelled = grown(scores_KN[:, :0], np.zeros(0))
+    assert unlabelled.depth == 0 and not unlabelled.share_LC.any()
     few = grown(scores_KN, np.arange(N) == 3)  # a single image has the trait: no cross-validation
     assert few.depth == 1
     target = keys.Target("x", [0], keys.PRESENT)
@@ -368,7 +370,7 @@ def test_differences_are_of_one_scorer_or_of_as_many_prototypes(
     cfg: config.ProtoEval, tmp_path: pathlib.Path
 ) -> None:
     both = [
-        dataclasses.replace(cfg, scorer=scorer, n_train=(-1,), n_prototypes=(8,), dump_to=str(tmp_path))
+        dataclasses.replace(cfg, scorer=scorer, n_train=(20,), n_prototypes=(8,), dump_to=str(tmp_path))
         for scorer in (scorers_config.Units(), scorers_config.Random())
     ]
     out = pathlib.Path(run.main(both))
@@ -385,6 +387,8 @@ def test_differences_are_of_one_scorer_or_of_as_many_prototypes(
     text = (out / "table.md").read_text().partition("Difference from random")[2].partition("Keys")[0]
     shown = [re.split(r" *\| *", line)[1:5:3] for line in text.splitlines() if line.startswith("| Units")]
     assert shown == [[f"Units{model}", f"Random{model}"] for model in models]
+    summary = pl.read_csv(out / "summary.csv").filter(pl.col("scorer") == "Units, key")
+    assert summary["spread"].item() >= 0  # over two draws of train images
     assert merge.write(tmp_path) == tmp_path / "report"
     again = pl.read_csv(tmp_path / "report/differences.csv").select("scorer", "baseline")
     assert set(again.iter_rows()) == found

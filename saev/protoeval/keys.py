@@ -97,8 +97,8 @@ class Key:
 
     @property
     def share_LC(self) -> Float64[np.ndarray, "L C"]:
-        """Each category's share of a node's train images."""
-        return self.count_LC / self.count_LC.sum(axis=1, keepdims=True)
+        """Each category's share of a node's train images; 0 if there are none."""
+        return self.count_LC / np.maximum(self.count_LC.sum(axis=1, keepdims=True), 1)
 
     @property
     def call_L(self) -> Int64[np.ndarray, " L"]:
