@@ -32,8 +32,8 @@ ap_of = sklearn.metrics.average_precision_score
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> traits_data.Made:
-    """With traits. Tests do not change it."""
-    made = traits_data.make(tmp_path_factory.mktemp("traits"))
+    """With traits. Tests do not change it. Galleries leave the rows of several prototypes out."""
+    made = traits_data.make(tmp_path_factory.mktemp("traits"), several=(2,), key_depth=2)
     run.main(made.cfgs)
     return made
 

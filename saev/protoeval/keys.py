@@ -97,8 +97,8 @@ class Key:
 
     @property
     def share_LC(self) -> Float64[np.ndarray, "L C"]:
-        """Each category's share of a node's train images."""
-        return self.count_LC / self.count_LC.sum(axis=1, keepdims=True)
+        """Each category's share of a node's train images; 0 if there are none."""
+        return self.count_LC / np.maximum(self.count_LC.sum(axis=1, keepdims=True), 1)
 
     @property
     def call_L(self) -> Int64[np.ndarray, " L"]:
@@ -155,22 +155,29 @@ def _ended(n_C: np.ndarray) -> Key:
 def _rounded(
     tree: tp.Any, scores_KN: np.ndarray, prototype_K: np.ndarray, category_N: np.ndarray, n_categories: int
 ) -> Key:
-    """The key of one of scikit-learn's trees, whose nodes are numbered so that children come later."""
-    node_N = np.zeros(len(category_N), np.int64)
-    is_leaf_L = tree.children_left < 0
-    threshold_L, count_LC = np.zeros(len(is_leaf_L)), np.zeros((len(is_leaf_L), n_categories), np.int64)
-    child_L2 = np.stack([tree.children_left, tree.children_right], axis=1).astype(np.int64)
-    for node, is_leaf in enumerate(is_leaf_L):
-        here_n = np.flatnonzero(node_N == node)
-        count_LC[node] = np.bincount(category_N[here_n], minlength=n_categories)
-        if is_leaf:
-            continue
-        score_n = scores_KN[tree.feature[node], here_n].astype(np.float64)
-        is_above_n = score_n > tree.threshold[node]
-        threshold_L[node] = between(float(score_n[~is_above_n].max()), float(score_n[is_above_n].min()))
-        node_N[here_n] = child_L2[node][is_above_n.astype(np.int64)]
-    prototype_L = np.where(is_leaf_L, LEAF, prototype_K[np.where(is_leaf_L, 0, tree.feature)])
-    return Key(prototype_L, threshold_L, np.where(is_leaf_L[:, None], 0, child_L2), count_LC)
+    """The key of one of scikit-learn's trees. It ends where all train images are of one category, also if
+    rounding made the tree go on."""
+    prototypes, thresholds, children, counts = [], [], [], []
+
+    def add(node: int, here_n: np.ndarray) -> int:
+        """Adds a node to which these train images come, and those after it. Returns its number."""
+        number, feature = len(counts), int(tree.feature[node])
+        counts.append(np.bincount(category_N[here_n], minlength=n_categories))
+        is_end = tree.children_left[node] < 0 or (counts[-1] > 0).sum() == 1
+        prototypes.append(LEAF if is_end else int(prototype_K[feature]))
+        thresholds.append(0.0)
+        children.append((0, 0))
+        if not is_end:
+            score_n = scores_KN[feature, here_n].astype(np.float64)
+            is_above_n = score_n > tree.threshold[node]
+            low, high = float(score_n[~is_above_n].max()), float(score_n[is_above_n].min())
+            thresholds[number] = between(low, high)
+            lower = add(int(tree.children_left[node]), here_n[~is_above_n])
+            children[number] = (lower, add(int(tree.children_right[node]), here_n[is_above_n]))
+        return number
+
+    add(0, np.arange(len(category_N)))
+    return Key(np.array(prototypes), np.array(thresholds), np.array(children), np.array(counts))
 
 
 @beartype.beartype
@@ -198,9 +205,9 @@ def accuracies(
     """(accuracy, balanced accuracy) on resamples. Balanced: the mean of the categories' recalls, without
     categories that no image has, as scikit-learn's. NaN without images."""
     is_own_NC = category_N[:, None] == np.arange(n_categories)
-    times_MN = times_MN.astype(np.float64)
-    n_MC = times_MN @ is_own_NC
-    right_MC = times_MN @ (is_own_NC & (call_N == category_N)[:, None])
+    weight_MN = times_MN.astype(np.float32)  # whole numbers below 2^24 are exact
+    n_MC = (weight_MN @ is_own_NC).astype(np.float64)
+    right_MC = (weight_MN @ (is_own_NC & (call_N == category_N)[:, None])).astype(np.float64)
     with np.errstate(invalid="ignore"):
         recall_MC, n_M = right_MC / n_MC, (n_MC > 0).sum(axis=1)
         return right_MC.sum(axis=1) / n_MC.sum(axis=1), np.nansum(recall_MC, axis=1) / n_M

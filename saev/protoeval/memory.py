@@ -70,8 +70,13 @@ def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
     probe = 8 * sizes.n_train * (6 * sizes.d_vit + n_columns)
     choosing = _choice(cfgs[0], max(ks), sizes)
     patches = max(_patches(cfgs, sum(ks), sizes), _audit(cfgs, ks, sizes))
-    most = max(block, choosing, probe, patches)
+    most = max(block, choosing + _several(cfgs[0], sizes), probe, patches)
     return memory.PROGRAM + max(fit, LIBRARIES + held + scores + most)
+
+
+def _several(cfg: config.ProtoEval, sizes: Sizes) -> int:
+    """Models of several prototypes: labels, probabilities and residuals, and the scores of all images."""
+    return bool(cfg.models) * sizes.n_traits * (28 * sizes.n_train + 8 * sizes.n_imgs)
 
 
 def _patches(cfgs: collections.abc.Sequence[config.ProtoEval], k: int, sizes: Sizes) -> int:

@@ -135,8 +135,8 @@ class _Fitted(tp.NamedTuple):
     views: list[_View]
     """One for each draw."""
     read_test: sparse.Read
-    models_R: list[dict[int, list[sparse.Model]]]
-    """On each draw: number of prototypes -> each trait's model."""
+    models_R: list[sparse.Models]
+    """On each draw."""
 
     @staticmethod
     def of(cell: choose.Cell, of_all: _All, sizes: set[int]) -> "_Fitted":
@@ -156,17 +156,24 @@ class _Fitted(tp.NamedTuple):
         return next(name for name, found in self.of_all.about.models.items() if found == of)
 
     def row(self, n: int) -> results.Row:
-        n_test, first_RT, scores = len(self.of_all.test.labels_NT), [], []
-        for models, view in zip(self.models_R, self.views, strict=True):
-            first_RT.append(
-                [int(model.prototype_Z[0]) if len(model.prototype_Z) else 0 for model in models[n]]
+        n_test, models_R = len(self.of_all.test.labels_NT), [models[n] for models in self.models_R]
+        first_RT = [
+            [int(m.prototype_Z[0]) if len(m.prototype_Z) else 0 for m in models] for models in models_R
+        ]
+        scores = (
+            (
+                np.stack([model(view.read, len(view.labels_NT)) for model in models]),
+                np.stack([model(self.read_test, n_test) for model in models]),
             )
-            train_TN = np.stack([model(view.read, len(view.labels_NT)) for model in models[n]])
-            scores.append((train_TN, np.stack([model(self.read_test, n_test) for model in models[n]])))
+            for models, view in zip(models_R, self.views, strict=True)
+        )
         return self.measured(self.name(str(n)), first_RT, scores)
 
     def measured(
-        self, name: str, first_RT: list[list[int]], scores: list[tuple[np.ndarray, np.ndarray]]
+        self,
+        name: str,
+        first_RT: list[list[int]],
+        scores: collections.abc.Iterable[tuple[np.ndarray, np.ndarray]],
     ) -> results.Row:
         """A row of the table.
 
@@ -201,17 +208,21 @@ class _Fitted(tp.NamedTuple):
 
     def grow(self) -> "_Grown":
         """Grows the cell's keys on each draw."""
-        keys_R, first_RT, scores = [], [], []
-        for view, models in zip(self.views, self.models_R, strict=True):
-            found = self._keys(view, models[N_CANDIDATES])
-            keys_R.append(found)
-            first_T = np.zeros(view.labels_NT.shape[1], np.int64)
-            for target, key in zip(self.of_all.targets, found, strict=True):
+        n_test, targets = len(self.of_all.test.labels_NT), self.of_all.targets
+        keys_R = [
+            self._keys(view, models[N_CANDIDATES])
+            for view, models in zip(self.views, self.models_R, strict=True)
+        ]
+        first_RT = np.zeros((len(keys_R), len(self.of_all.names)), np.int64)
+        for first_T, found in zip(first_RT, keys_R, strict=True):
+            for target, key in zip(targets, found, strict=True):
                 first_T[target.trait_is] = max(0, int(key.prototype_L[0]))
-            first_RT.append(first_T.tolist())
-            train_TN = self._shares(found, view.read, len(view.labels_NT))
-            scores.append((train_TN, self._shares(found, self.read_test, len(self.of_all.test.labels_NT))))
-        return _Grown(self, keys_R[0], self.measured(self.name(results.KEY), first_RT, scores))
+        scores = (
+            (self._shares(found, view.read, len(view.labels_NT)), self._shares(found, self.read_test, n_test))
+            for found, view in zip(keys_R, self.views, strict=True)
+        )
+        row = self.measured(self.name(results.KEY), first_RT.tolist(), scores)
+        return _Grown(self, keys_R[0], row)
 
     def _keys(self, view: _View, models: list[sparse.Model]) -> list[keys.Key]:
         cfg = self.of_all.cfg

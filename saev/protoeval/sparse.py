@@ -48,6 +48,10 @@ class Model:
         return self.weight_Z @ read(self.prototype_Z).astype(np.float64) + self.intercept
 
 
+Models = dict[int, list[Model]]
+"""Number of prototypes, at most -> each trait's model."""
+
+
 @jaxtyped(typechecker=beartype.beartype)
 def fit(
     read: Read,
@@ -56,15 +60,12 @@ def fit(
     known_NT: Bool[np.ndarray, "N T"] | None,
     sizes: collections.abc.Collection[int],
     block: int,
-) -> dict[int, list[Model]]:
-    """Fits each trait on at most `n` prototypes, for every n of `sizes`.
+) -> Models:
+    """Fits each trait on at most `n` prototypes, for every n of `sizes`. A smaller model begins a larger one.
 
     Args:
         known_NT: which labels are known. Images are left out of the models of the others.
         block: prototypes that are read at a time.
-
-    Returns:
-        n -> each trait's model. A model of fewer prototypes begins those of more.
     """
     known_TN = None if known_NT is None else np.ascontiguousarray(known_NT.T)
     paths = [
@@ -73,7 +74,7 @@ def fit(
     ]
     found = {}
     blocks = [slice(at, min(at + block, n_prototypes)) for at in range(0, n_prototypes, block)]
-    scale_K = np.concatenate([read(part).std(axis=1, dtype=np.float64) for part in blocks])
+    scale_K = np.concatenate([_scale(read(part)) for part in blocks])
     for step in range(1, max(sizes) + 1):
         short_TS = _shortlists(read, blocks, scale_K, paths)
 
@@ -108,6 +109,12 @@ def _shortlists(
     return np.take_along_axis(best_TS, order_TS, axis=1)
 
 
+def _scale(scores_CN: np.ndarray) -> Float64[np.ndarray, " C"]:
+    """Standard deviations; exactly 0 for equal scores, whose mean may be rounded."""
+    is_constant_C = scores_CN.max(axis=1) == scores_CN.min(axis=1)
+    return np.where(is_constant_C, 0.0, scores_CN.std(axis=1, dtype=np.float64))
+
+
 class _Path:
     """Models of one trait, each with one prototype more."""
 
@@ -135,7 +142,7 @@ class _Path:
         """Adds the best of some prototypes, and fits all weights again."""
         short_S = short_S[~np.isin(short_S, self.prototypes)]
         raw_CN = read(np.append(self.prototypes, short_S))[:, self.known_n].astype(np.float64)
-        mean_C, scale_C = raw_CN.mean(axis=1), raw_CN.std(axis=1)
+        mean_C, scale_C = raw_CN.mean(axis=1), _scale(raw_CN)
         x_CN = (raw_CN - mean_C[:, None]) / np.where(scale_C > 0, scale_C, 1)[:, None]
         n = len(self.prototypes)
         x_ZN, x_SN = np.vstack([np.ones(len(self.y_N)), x_CN[:n]]), x_CN[n:]
