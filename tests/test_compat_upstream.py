@@ -131,7 +131,13 @@ def test_there_is_a_golden_file_of_every_schema_of_ours() -> None:
         for fpath in DATA.glob(f"schema{schema}/*.pt"):
             assert json.loads(fpath.read_bytes().partition(b"\n")[0])["schema"] == schema
     newest = {p.stem for p in DATA.glob(f"schema{checkpoint.SCHEMA}/*.pt")}
-    assert newest == {name.lower() for name in config.BY_NAME}
+    assert newest == {name.lower() for name in config.BY_NAME} | {"topk_perdim"}
+
+
+def test_the_recorded_per_dim_sae_has_a_scale_per_dimension() -> None:
+    sae = nn.load(DATA / "schema102" / "topk_perdim.pt")
+    assert (sae.cfg.normalize, sae.cfg.init, sae.scale.shape) == ("per-dim", "data", (6,))
+    assert sae.scale.max() > 1000 * sae.scale.min()
 
 
 def test_a_checkpoint_of_schema_100_keeps_its_meaning() -> None:

@@ -74,6 +74,21 @@ def test_units_of_a_dimension_do_not_matter() -> None:
     assert torch.equal(one["scale"], two["scale"] * unit_D) and one["scale"].std() > 0
 
 
+def test_extreme_activations_are_clipped_in_units_of_deviations() -> None:
+    """A dimension with huge deviations does not hide them. The clipped ones are 5 radii from the centre in these units."""
+    x_ND = torch.from_numpy(activations(50).reshape(-1, D))
+    x_ND[::100, :BAD] += 300
+    is_far_N = np.arange(len(x_ND)) % 100 == 0
+    cfg = configured(pathlib.Path(), nn_config.TopK(top_k=4, normalize="per-dim"), max_norm_ratio=5.0)
+    one = run.Run(run.with_d_vit(cfg, D), pathlib.Path(), torch.device("cpu"))
+    one.start(x_ND)
+    usual_ND, clipped_ND = x_ND.double().numpy()[~is_far_N], one.clip(x_ND).double().numpy()
+    mean_D, deviation_D = usual_ND.mean(axis=0), usual_ND.std(axis=0)
+    np.testing.assert_allclose(clipped_ND[~is_far_N], usual_ND, rtol=1e-5, atol=1e-3)
+    norm_N = np.linalg.norm((clipped_ND[is_far_N] - mean_D) / deviation_D, axis=1)
+    np.testing.assert_allclose(norm_N, 5 * D**0.5, rtol=1e-3)
+
+
 # ---- against the same SAE in raw units ----
 
 ARCHITECTURES = [

@@ -1,5 +1,6 @@
 """The memory that a training is said to take, against processes that train."""
 
+import dataclasses
 import pathlib
 import pickle
 import subprocess
@@ -73,4 +74,11 @@ def test_runs_of_a_group_and_what_they_share() -> None:
     cfg = config.Train(sae=sae, batch_size=4096)
     one, two = (memory.peak([cfg] * n, 10**9, 4 * 384) for n in (1, 2))
     assert two - one == 4 * 8 * 384 * 16_512
+    scaled = config.Train(sae=dataclasses.replace(sae, normalize="per-dim"), batch_size=4096)
+    assert memory.peak([scaled, cfg], 10**9, 4 * 384) - two == 4 * 384 * (2**16 + 4096)
+    wide = dataclasses.replace(sae, d_sae=10**5)
+    random, data = (config.Train(sae=dataclasses.replace(wide, init=init)) for init in ("random", "data"))
+    more = memory.peak([data], 10**9, 4 * 384) - memory.peak([random], 10**9, 4 * 384)
+    assert more == 8 * 384 * (10**5 - 2**16)
+    assert memory.n_start(data, 70_000) == 70_000, "there are no more"
     assert memory.peak([config.Train(sae=sae, pool_gb=1.0)], 10**9, 4 * 384) == one - 10**9

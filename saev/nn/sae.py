@@ -89,6 +89,8 @@ class SparseAutoencoder(torch.nn.Module):
 
         Args:
             x_ND: raw activations, in random order. With --sae.init data at least d_sae, if there are so many.
+
+        Returns: what is typical of the activations, with per-dim of x'.
         """
         found = robust.typical(x_ND)
         centre_D = found.centre_D
@@ -100,6 +102,7 @@ class SparseAutoencoder(torch.nn.Module):
                 varying_C = deviation_D[deviation_D > 0]
                 usual = varying_C.median() if len(varying_C) else torch.ones_like(found.radius)
                 self.scale.copy_(1 / torch.where(deviation_D > 0, deviation_D, usual))
+                found = robust.typical(x_ND * self.scale)
             case "none":
                 pass
         match self.cfg.b_dec_init:

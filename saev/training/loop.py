@@ -251,7 +251,8 @@ class _Loop:
     def _warn_of_outliers(self, x_ND: Tensor) -> None:
         """Warns of a few activations, or one dimension, that will dominate the loss."""
         is_clipped = all(run.cfg.max_norm_ratio for run, _ in self.runs)
-        found = robust.shares(robust.totals(x_ND, self.runs[0][0].around))
+        run = self.runs[0][0]
+        found = robust.shares(robust.totals(run.in_units(x_ND), run.around))
         if found["extreme_variance_frac"] > 0.5 and not is_clipped:
             logger.warning(
                 "%.3g%% of the activations have an extreme norm and hold %.3g%% of the variance, so they "

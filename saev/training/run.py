@@ -108,7 +108,12 @@ class Run:
         """Moves activations that --max-norm-ratio calls too far from the centre."""
         if not self.cfg.max_norm_ratio:
             return x_BD
-        return robust.clip(x_BD, self.around, self.cfg.max_norm_ratio)
+        clipped_BD = robust.clip(self.in_units(x_BD), self.around, self.cfg.max_norm_ratio)
+        return clipped_BD if self.sae.scale.ndim == 0 else clipped_BD / self.sae.scale
+
+    def in_units(self, x_BD: Tensor) -> Tensor:
+        """Activations in the units of `around`: raw, or with per-dim scaled."""
+        return x_BD if self.sae.scale.ndim == 0 else x_BD * self.sae.scale
 
     def _prefixes(self, step: int) -> Tensor | None:
         lengths = objectives.prefixes(self.cfg.objective, self.sae.d_sae, self.cfg.seed, step)
