@@ -119,11 +119,41 @@ def _is_intact(c, start_n, start, n, data, sums):
 
 
 @jit
-def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_read_G):
+def _spans(run_G2, start_n, W):
+    """First byte and end of the pieces that hold each block."""
+    span_G2 = np.empty((len(run_G2), 2), np.int64)
+    for g in range(len(run_G2)):
+        offset, n = run_G2[g]
+        row, i = _piece(start_n, offset)
+        end, j = _piece(start_n, offset + n * W - 1)
+        span_G2[g, 0], span_G2[g, 1] = row + start_n[i], end + start_n[j + 1]
+    return span_G2
+
+
+@jit
+def announce(c, file_G2, run_G2, start_n, W):
+    """Asks the kernel to read, in the background, the blocks whose first byte is not in memory.
+
+    Args as in `read`; W: bytes of an activation. Returns whether there was one.
+    """
+    span_G2 = _spans(run_G2, start_n, W)
+    byte = np.empty(1, np.uint8)
+    target_2 = np.array([byte.ctypes.data, 0])
+    is_cold = False
+    for g in range(len(span_G2)):
+        if not _is_in_memory(c, file_G2[g, 0], span_G2[g, 0], 1, target_2):
+            _hint(c, file_G2[g : g + 1], span_G2[g : g + 1])
+            is_cold = True
+    return is_cold
+
+
+@jit
+def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_hinted, is_read_G):
     """Reads blocks, compares them with their checksums, and moves their activations to their slots.
 
-    From the first block on that is not in memory, the kernel is asked for all. A block that cannot be read,
-    differs, or is too long for `staging_n` is left out: is_read_G is then false.
+    From the first block on that is not in memory, the kernel is asked for all, unless `announce` did so
+    (is_hinted). Returns whether it was asked. A block that cannot be read, differs, or is too long for
+    `staging_n` is left out: is_read_G is then false.
 
     Args:
         c: C.
@@ -135,17 +165,11 @@ def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_re
         staging_n: memory for the pieces that hold a block.
     """
     if not (c[0] and c[2] and c[3]):
-        return
+        return is_hinted
     W = pool_PW.shape[1]
     pool, staging = pool_PW.ctypes.data, staging_n.ctypes.data
-    span_G2 = np.empty((len(run_G2), 2), np.int64)
-    for g in range(len(run_G2)):
-        offset, n = run_G2[g]
-        row, i = _piece(start_n, offset)
-        end, j = _piece(start_n, offset + n * W - 1)
-        span_G2[g, 0], span_G2[g, 1] = row + start_n[i], end + start_n[j + 1]
+    span_G2 = _spans(run_G2, start_n, W)
     target_2 = np.array([staging, 0])
-    is_hinted = False
     for g in range(len(run_G2)):
         fd, start, length = file_G2[g, 0], span_G2[g, 0], span_G2[g, 1] - span_G2[g, 0]
         if file_G2[g, 1] == 0 or length > len(staging_n):
@@ -167,6 +191,7 @@ def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_re
                     _move(c, pool + slot * W, staging + at, W)
                 at += W
     stores_done()
+    return is_hinted
 
 
 # ---- pool to batch ----

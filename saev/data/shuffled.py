@@ -26,7 +26,9 @@ from saev.data import activations, config, mixing, moves
 from saev.data.ahead import ahead
 
 SHARE_BYTES = 4 * 2**20
-"""Bytes that are announced to the kernel and then read by one thread, about."""
+"""Bytes that one thread reads at a time, about."""
+ANNOUNCED = 4
+"""Shares for each thread that are announced and not yet read: they come while the threads copy batches."""
 Done = concurrent.futures.Future[None]
 
 
@@ -188,6 +190,11 @@ class _Runs(tp.NamedTuple):
     files: collections.abc.Sequence[object]
     """See `Activations.files`."""
 
+    @property
+    def run_G2(self) -> Int64[np.ndarray, "G 2"]:
+        """Offset and number of activations."""
+        return np.stack([self.offset_G, self.n_G], axis=1)
+
     def only(self, share_g: Int64[np.ndarray, " g"]) -> "_Runs":
         """Some of the blocks."""
         return _Runs(
@@ -217,6 +224,7 @@ class _Reading:
         if len(row_n2):
             for done in self.dones:
                 done.result()
+            self.dones = []
         return row_n2
 
     @property
@@ -235,6 +243,10 @@ class _Pool:
         self.plan = mixing.Plan(layout, stream.seed, start)
         self.memory = _Memory(stream.dtype, stream.pin)
         self.threads = concurrent.futures.ThreadPoolExecutor(stream.n_threads, "saev-read")
+        self.announcer = concurrent.futures.ThreadPoolExecutor(1, "saev-announce")
+        self.room = threading.Semaphore(ANNOUNCED * stream.n_threads)
+        self.is_cold = True
+        """Whether a share was read or announced lately that was not in memory."""
         self.local = threading.local()
         unsigned = np.dtype(f"u{acts.token_bytes // acts.d_vit}")
         self.act_PD = moves.aligned(layout.n_pool * acts.token_bytes).view(unsigned).reshape(-1, acts.d_vit)
@@ -266,6 +278,9 @@ class _Pool:
             for done in reading.dones:
                 done.cancel()
         self.threads.shutdown(wait=True)
+        self.announcer.shutdown(wait=False, cancel_futures=True)
+        self.room.release()  # it may be waiting for room
+        self.announcer.shutdown(wait=True)
 
     def _free(self, wait: bool) -> None:
         """Frees the slots of copies that have ended. wait: of at least one."""
@@ -278,18 +293,18 @@ class _Pool:
 
     def _ready(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
         """The plan's `mixing.NextBlocks`. If not all of them are being read yet, waits for free slots."""
-        parts = [np.empty((0, 2), np.int64)]
+        parts: list[Int64[np.ndarray, "n 2"]] = []
         while True:
             while self.readings:
                 parts.append(self.readings[0].take(n_max))
                 n_max -= len(parts[-1])
                 if not self.readings[0].is_over:
-                    return np.concatenate(parts)
+                    return np.concatenate(parts) if parts[1:] else parts[0]
                 self.readings.popleft()
             if self._read_ahead():
                 continue
             if not self.takings:
-                return np.concatenate(parts)
+                return np.concatenate([np.empty((0, 2), np.int64), *parts])
             self._free(wait=True)
 
     def _read_ahead(self) -> bool:
@@ -341,19 +356,36 @@ class _Pool:
         files, file_G2 = self.acts.files(at_G3)
         runs = _Runs(index_G, n_G, np.cumsum(n_G) - n_G, file_G2, at_G3[:, 2], files)
         shares = [order_G[at : at + n_share] for at in range(0, len(order_G), n_share)]
-        return [self.threads.submit(self._read_share, runs.only(share), slot_n) for share in shares]
+        return [self._start(runs.only(share), slot_n) for share in shares]
 
-    def _read_share(self, runs: "_Runs", slot_n: Int64[np.ndarray, " n"]) -> None:
+    def _start(self, runs: "_Runs", slot_n: Int64[np.ndarray, " n"]) -> Done:
+        """Starts to read a share, which is announced first if files seem not to be in memory."""
+        hint = self.announcer.submit(self._announce, runs) if self.is_cold else None
+        return self.threads.submit(self._read_share, runs, slot_n, hint)
+
+    def _announce(self, runs: "_Runs") -> None:
+        """Asks the kernel for a share, when there is room for what is announced and not yet read."""
+        self.room.acquire()
+        args = (runs.file_G2, runs.run_G2, self.acts.pieces.start_n, self.acts.token_bytes)
+        self.is_cold = moves.announce(moves.C, *args)
+
+    def _read_share(self, runs: "_Runs", slot_n: Int64[np.ndarray, " n"], hint: Done | None) -> None:
         """Reads blocks into slot_n[first_G], ...
+
+        hint: the announcement.
 
         Raises:
             UserError: see `Activations.read_extents`.
         """
         acts, pool_PW = self.acts, self.act_PD.view(np.uint8)
-        run_G2 = np.stack([runs.offset_G, runs.n_G], axis=1)
-        is_read_G = np.zeros(len(run_G2), bool)
-        pieces = (acts.pieces.start_n, self._staging())
-        moves.read(moves.C, runs.file_G2, run_G2, runs.first_G, slot_n, *pieces, pool_PW, is_read_G)
+        is_read_G = np.zeros(len(runs.n_G), bool)
+        args = (runs.file_G2, runs.run_G2, runs.first_G, slot_n, acts.pieces.start_n, self._staging())
+        is_announced = hint is not None and not hint.cancel()
+        is_hinted = moves.read(moves.C, *args, pool_PW, is_announced, is_read_G)
+        if is_announced:
+            self.room.release()
+        elif is_hinted:
+            self.is_cold = True
         for g in np.flatnonzero(~is_read_G):  # this raises what is wrong with them
             n = runs.n_G[g : g + 1]
             slots = slot_n[runs.first_G[g] : runs.first_G[g] + n[0]]
