@@ -11,17 +11,19 @@ import typing as tp
 
 import numpy as np
 import PIL.Image
+import polars as pl
 import pytest
 
 from saev import nn
 from saev.compare import config as compare_config
 from saev.data import config as data_config
 from saev.demo import minicub
-from saev.formats import shards
+from saev.formats import patchlabels, shards
 from saev.nn import config as nn_config
 from saev.protoeval import config as protoeval_config
 from saev.scorers import config as scorers_config
 from saev.visuals import config as visuals_config
+from saev.visuals import memory as visuals_memory
 
 pytestmark = pytest.mark.slow
 
@@ -78,32 +80,43 @@ def dumps(_: object, tmp_path: pathlib.Path) -> dict[str, data_config.Dump]:
     }
 
 
-def galleries(make_shards, tmp_path: pathlib.Path) -> dict[str, visuals_config.Visuals]:
-    def gallery(
-        name: str, n_imgs: int, n_patches: int, d_sae: int, d_vit: int = 8, top_k: int = 4, **kwargs: tp.Any
-    ) -> visuals_config.Visuals:
-        shape = {"n_imgs": n_imgs, "n_patches": n_patches, "d_vit": d_vit, "layers": (0,)}
-        dpath, _ = make_shards(**shape, cls_token=False, per_shard=1000)
-        ckpt = tmp_path / name / "sae.pt"
-        nn.save(nn.SparseAutoencoder(nn_config.TopK(d_vit=d_vit, d_sae=d_sae, top_k=top_k)), ckpt)
-        for record in shards.ShardDir.open(dpath).records:
-            fpath = tmp_path / "imgs" / record.path
-            fpath.parent.mkdir(parents=True, exist_ok=True)
-            if not fpath.exists():
-                PIL.Image.new("RGB", (64, 64)).save(fpath)
-        return visuals_config.Visuals(
-            images=data_config.ImageFolder(str(tmp_path / "imgs")),
-            ckpt=str(ckpt),
-            data=data_config.Shards(str(dpath)),
-            dump_to=str(tmp_path / name / "gallery"),
-            device="cpu",
-            **kwargs,
-        )
+def gallery(
+    make_shards,
+    dpath: pathlib.Path,
+    n_imgs: int,
+    n_patches: int,
+    d_sae: int,
+    d_vit: int = 8,
+    top_k: int = 4,
+    **kwargs: tp.Any,
+) -> visuals_config.Visuals:
+    """Photos lie beside `dpath`, and several galleries may share them."""
+    shape = {"n_imgs": n_imgs, "n_patches": n_patches, "d_vit": d_vit, "layers": (0,)}
+    shard_dpath, _ = make_shards(**shape, cls_token=False, per_shard=1000)
+    ckpt = dpath / "sae.pt"
+    nn.save(nn.SparseAutoencoder(nn_config.TopK(d_vit=d_vit, d_sae=d_sae, top_k=top_k)), ckpt)
+    imgs_dpath = dpath.parent / "imgs"
+    for record in shards.ShardDir.open(shard_dpath).records:
+        fpath = imgs_dpath / record.path
+        fpath.parent.mkdir(parents=True, exist_ok=True)
+        if not fpath.exists():
+            PIL.Image.new("RGB", (64, 64)).save(fpath)
+    return visuals_config.Visuals(
+        images=data_config.ImageFolder(str(imgs_dpath)),
+        ckpt=str(ckpt),
+        data=data_config.Shards(str(shard_dpath)),
+        dump_to=str(dpath / "gallery"),
+        device="cpu",
+        **kwargs,
+    )
 
+
+def galleries(make_shards, tmp_path: pathlib.Path) -> dict[str, visuals_config.Visuals]:
+    tables = {"d_vit": 16, "top_k": 64, "n_images": 128}
     return {
-        "nothing": gallery("nothing", 8, 4, 32),
-        "tables": gallery("tables", 300, 256, 16384, d_vit=16, top_k=64, n_images=128),
-        "weights": gallery("weights", 4, 4, 16384, d_vit=1024),
+        "nothing": gallery(make_shards, tmp_path / "nothing", 8, 4, 32),
+        "tables": gallery(make_shards, tmp_path / "tables", 300, 256, 16384, **tables),
+        "weights": gallery(make_shards, tmp_path / "weights", 4, 4, 16384, d_vit=1024),
     }
 
 
@@ -128,6 +141,9 @@ def evaluations(make_shards, tmp_path: pathlib.Path) -> dict[str, list[protoeval
             with out.writing(shard_i) as writer:
                 shape = (len(metadata.imgs_in(shard_i)), 1, n_patches, d_vit)
                 writer.write(rng.standard_normal(shape, np.float32))
+        out = shards.ShardDir.open(str(out.dpath))
+        id_NP = rng.integers(0, 4, (n_imgs, n_patches))
+        patchlabels.write(out, "", id_NP, {i: f"part {i}" for i in range(4)}, {})
         return data_config.Shards(str(out.dpath), 3)
 
     def evaluation(name: str, train: data_config.Shards, k: int, **kwargs: tp.Any) -> list:
@@ -144,12 +160,19 @@ def evaluations(make_shards, tmp_path: pathlib.Path) -> dict[str, list[protoeval
             )
         ]
 
-    few, many, wide = acts(4, 4), acts(1000, 4, 200), acts(640, 512)
+    def patches(name: str, train: data_config.Shards, k: int, **kwargs: tp.Any) -> list:
+        fpath = pathlib.Path(train.shard_root) / "labels.bin"
+        return evaluation(name, train, k, n_boot=20, patch_labels=str(fpath), **kwargs)
+
+    few, many, wide, long = acts(4, 4), acts(1000, 4, 200), acts(640, 512), acts(10_000, 4)
     k_means = scorers_config.KMeans(n_samples=100_000, n_iters=1)
     return {
         "nothing": evaluation("nothing", few, 16),
         "scores": evaluation("scores", few, 190_000, fit_data=many),
         "fit": evaluation("fit", wide, 16, scorer=k_means, memory_gb=0.1, fit_data=wide),
+        "sums": patches("sums", few, 10_000, fit_data=many),
+        "sums in parts": patches("sums in parts", few, 10_000, fit_data=many, memory_gb=0.2),
+        "test patches": patches("test patches", long, 16),
     }
 
 
@@ -199,3 +222,21 @@ def test_what_a_stage_says_is_right_within_30_percent(
     for name, (said, taken) in found.items():
         assert taken - measured_0 > 150e6, name
         assert taken - measured_0 == pytest.approx((said - said_0) * 1e9, rel=0.3), name
+
+
+def test_a_gallery_of_32768_latents_with_128_images_needs_less_than_2_gb(
+    make_shards, tmp_path: pathlib.Path
+) -> None:
+    """Every latent fires on about all images. 64 dimensions are encoded quickly; those of a ViT-S need more memory
+    for the weights, which is added."""
+    d_vit, n, n_imgs = 64, 32768, 136
+    shape = {"d_vit": d_vit, "top_k": 512, "n_images": 128}
+    cfg = gallery(make_shards, tmp_path / "paper", n_imgs, 64, n, **shape)
+    ((said, taken),) = measured("saev.visuals.collect", {"paper": cfg}).values()
+    n_images_S = pl.read_csv(pathlib.Path(cfg.dump_to) / "latents.csv")["n_images"]
+    assert len(n_images_S) == n and n_images_S.median() >= 64
+    weights = visuals_memory.peak(cfg, visuals_memory.Sizes(n_imgs, 64, 384, n))
+    weights -= visuals_memory.peak(cfg, visuals_memory.Sizes(n_imgs, 64, d_vit, n))
+    assert 0 < weights < 0.3e9
+    assert taken + weights < 2e9
+    assert taken == pytest.approx(said * 1e9, rel=0.3)

@@ -357,15 +357,25 @@ def test_quarters(cfg: config.Visuals, acts_NPD: np.ndarray, tmp_path: pathlib.P
 # ---- what latents have to do with each other ----
 
 
-def test_neighbours() -> None:
+@pytest.mark.parametrize("chosen", [[3, 699, 0], [*range(699, 200, -1), 3, 0]])
+def test_neighbours(chosen: list[int]) -> None:
+    """Of a few latents, and of most, of which each pair is computed once."""
     vectors_SD = torch.randn(700, 5, generator=torch.Generator().manual_seed(0))
-    chosen_C = np.array([3, 699, 0])
+    chosen_C = np.array(chosen)
     unit_SD = vectors_SD.double() / vectors_SD.double().norm(dim=1, keepdim=True)
     for c, (latents, values) in enumerate(zip(*relations.neighbours(vectors_SD, chosen_C, 4), strict=True)):
         cosine_S = unit_SD @ unit_SD[chosen_C[c]]
         order = [s for s in cosine_S.argsort(descending=True).tolist() if s != chosen_C[c]][:4]
         assert latents.tolist() == order
         np.testing.assert_allclose(values, cosine_S[order], atol=1e-6)
+
+
+@pytest.mark.parametrize("n_chosen", [50, 1100])
+def test_of_equal_neighbours_the_lower_ones_are_shown(n_chosen: int) -> None:
+    unit_SD = torch.eye(50).repeat(22, 1)  # latent s is like s + 50, s + 100, ...
+    found = relations.neighbours(unit_SD, np.arange(n_chosen), 4)
+    for s, latents in enumerate(found.latent_CK.tolist()):
+        assert latents == [i for i in range(s % 50, 1100, 50) if i != s][:4]
 
 
 def test_a_latent_alone_has_no_neighbours() -> None:

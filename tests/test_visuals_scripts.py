@@ -55,6 +55,15 @@ def test_packed_numbers_return(kind: str, values: list) -> None:
     np.testing.assert_array_equal(scripts.unpacked(out, "", ""), np.asarray(values, back.dtype))
 
 
+@pytest.mark.parametrize("kind", list(scripts.TYPES))
+def test_parts_of_a_column_are_packed_alone(kind: str) -> None:
+    values_n = np.arange(20).astype(scripts.TYPES[kind])
+    for values in (values_n, values_n[::2], values_n[:0]):
+        column = scripts.Column(values, kind)
+        for start, stop in ((0, len(values)), (len(values) // 3, len(values) // 2), (0, 0)):
+            assert column.part(start, stop) == scripts.packed(values[start:stop], kind)
+
+
 @pytest.mark.parametrize(("kind", "value"), [("u1", 256), ("u2", -1), ("u4", 0.5), ("i4", np.nan)])
 def test_numbers_that_do_not_fit_are_refused(kind: str, value: float) -> None:
     with np.errstate(invalid="ignore"), pytest.raises(OverflowError, match=f"do not fit in {kind}"):

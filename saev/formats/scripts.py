@@ -50,6 +50,21 @@ def packed(values: object, kind: str) -> Packed:
     return Packed(kind, array.shape, array.tobytes())
 
 
+class Column:
+    """Numbers of which many small parts are packed, without a copy of the whole."""
+
+    def __init__(self, values_n: np.ndarray, kind: str):
+        """values_n: already of this kind."""
+        assert values_n.dtype == TYPES[kind] and values_n.ndim == 1, (values_n.dtype, kind)
+        self._kind, self._size = kind, values_n.itemsize
+        self._bytes = np.ascontiguousarray(values_n).view(np.uint8)
+
+    def part(self, start: int, stop: int) -> Packed:
+        """`packed` of values_n[start:stop], which exist."""
+        data = self._bytes[self._size * start : self._size * stop].tobytes()
+        return Packed(self._kind, (stop - start,), data)
+
+
 def write(dpath: pathlib.Path, name: str, value: dict[str, object]) -> None:
     """Writes data/<name>.js in the gallery `dpath`."""
     fpath = dpath / "data" / f"{name}.js"

@@ -11,8 +11,9 @@ from saev.data import memory
 from saev.protoeval import config
 from saev.scorers import config as scorers_config
 
-LIBRARIES = 150 * 10**6
-"""Bytes of kernels that are compiled, and libraries that are imported, after the fit."""
+LIBRARIES = 300 * 10**6
+"""Bytes of kernels that are compiled, libraries that are imported, and threads that Polars starts, after the
+fit."""
 FIT_BLOCK, SCORE_BLOCK = 64, 256
 """Most images that are read at a time."""
 TILE_ROWS, TILE_BYTES = 2**14, 2**28
@@ -53,6 +54,16 @@ class Sizes(tp.NamedTuple):
     def n_imgs(self) -> int:
         return self.n_train + self.n_test
 
+    @property
+    def n_patches(self) -> tuple[int, int]:
+        """Of the train and of the test images."""
+        return self.n_train * self.n_tokens, self.n_test * self.n_tokens
+
+    @property
+    def labels(self) -> int:
+        """Bytes of the labels of images, as they are read and by split, and of those of patches."""
+        return 2 * self.n_imgs * self.n_traits + 4 * sum(self.n_patches) * (self.n_classes > 0)
+
 
 def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
     """Peak bytes for one group of scorers, including the memory-mapped files of scores."""
@@ -71,7 +82,7 @@ def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
     choosing = _choice(cfgs[0], max(ks), sizes)
     patches = max(_patches(cfgs, sum(ks), sizes), _audit(cfgs, ks, sizes))
     most = max(block, choosing + _several(cfgs[0], sizes), probe, patches)
-    return memory.PROGRAM + max(fit, LIBRARIES + held + scores + most)
+    return memory.PROGRAM + sizes.labels + max(fit, LIBRARIES + held + scores + most)
 
 
 def _several(cfg: config.ProtoEval, sizes: Sizes) -> int:
@@ -80,14 +91,20 @@ def _several(cfg: config.ProtoEval, sizes: Sizes) -> int:
 
 
 def _patches(cfgs: collections.abc.Sequence[config.ProtoEval], k: int, sizes: Sizes) -> int:
-    """The patch table: the sums over train patches and a tile of scores, or the scores of test patches."""
+    """The patch table: sums over train patches and fits, or scores of test patches and what measures them.
+
+    Both read activations and compute a tile of scores.
+    """
     if not sizes.n_classes:
         return 0
-    most, n_test = int(cfgs[0].memory_gb * 1e9), sizes.n_test * sizes.n_tokens
+    most, (n_train, n_test) = int(cfgs[0].memory_gb * 1e9), sizes.n_patches
     n_columns = min(k, sizes.n_classes * len(cfgs) * (len(cfgs[0].n_prototypes) + 1))
-    blocks = 4 * 4 * FIT_BLOCK * sizes.n_tokens * sizes.d_vit
-    sums = min(most, k * (BINS + 32 * sizes.n_classes)) + 3 * SCORES + blocks
-    return max(sums, min(most, 4 * n_test * n_columns) + PER_PATCH * n_test)
+    tile = min(SCORES, 4 * FIT_BLOCK * sizes.n_tokens * k)
+    scoring = 3 * tile + 4 * 5 * FIT_BLOCK * sizes.n_tokens * sizes.d_vit
+    sums = min(most, k * (BINS + 32 * sizes.n_classes)) + 80 * k * sizes.n_classes + 20 * n_train
+    measured = min(most, 4 * n_test * n_columns)
+    resamples = 12 * cfgs[0].n_boot * sizes.n_test
+    return max(sums + scoring, measured + scoring, measured + PER_PATCH * n_test + resamples)
 
 
 def _audit(

@@ -4,6 +4,7 @@ C classes, K prototypes, N images, X tokens of an image, R rows (patches of a bl
 """
 
 import collections.abc
+import dataclasses
 import logging
 import pathlib
 import time
@@ -29,6 +30,10 @@ TILE = 2**24
 """Scores that are computed at once."""
 N_IMGS = 64
 """Images that are read at a time."""
+N_LABELS = 2
+"""Classes of each patch: its own, and that of another patch."""
+ARRAYS = [field.name for field in dataclasses.fields(logistic.Sums) if field.name != "n_labels"]
+"""What is saved of sums."""
 
 
 class Choice(tp.NamedTuple):
@@ -88,10 +93,15 @@ def fit_all(
         logger.info(text, cfg.memory_gb, len(parts), n_most)
     found: list[list[logistic.Fits]] = [[] for _ in run]
     for part_i, part in enumerate(parts):
-        sums = _sums(run, part, labels, cfg.seed, dpath / f"sums{part_i}.npz", device)
-        for share, each in zip(part, sums, strict=True):
-            found[share.scorer_i].append(each.fit())
+        fits = _fits(run, part, labels, cfg.seed, dpath / f"sums{part_i}.npz", device)
+        for share, each in zip(part, fits, strict=True):
+            found[share.scorer_i].append(each)
     return [_joined(fits) for fits in found]
+
+
+def _fits(run: list[scorers.Scorer], part: list[_Share], *given: tp.Any) -> list[logistic.Fits]:
+    """The fits of some prototypes, whose sums are no longer needed."""
+    return [each.fit() for each in _sums(run, part, *given)]
 
 
 def _joined(fits: list[logistic.Fits]) -> logistic.Fits:
@@ -127,8 +137,10 @@ def _sums(
     key = helpers.hash_of(
         [REVISION, digests, part, side.acts.fingerprint, labels.fingerprint, seed, N_IMGS, device.type]
     )
-    sums = [logistic.Sums.empty(share.stop - share.start, 2 * C, 2) for share in part]
-    first = _resume(fpath, key, sums)
+    first, sums = _resume(fpath, key, len(part)) or (
+        0,
+        [logistic.Sums.empty(share.stop - share.start, 2 * C, N_LABELS) for share in part],
+    )
     class_NX2 = _with_null(side.class_NX, C, seed)
     stream = ordered.Ordered(side.acts, N_IMGS, [range(first, side.acts.n_imgs)])
     saved_s = time.monotonic()
@@ -169,38 +181,47 @@ def codes(
 
 
 def _save(fpath: pathlib.Path, key: str, first: int, sums: list[logistic.Sums]) -> None:
-    arrays = {f"{i}.{name}": value for i, each in enumerate(sums) for name, value in vars(each).items()}
+    arrays = {f"{i}.{name}": getattr(each, name) for i, each in enumerate(sums) for name in ARRAYS}
     fpath.parent.mkdir(parents=True, exist_ok=True)
     with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
         np.savez(fd, allow_pickle=False, key=np.array(key), first=np.array(first), **arrays)
 
 
-def _resume(fpath: pathlib.Path, key: str, sums: list[logistic.Sums]) -> int:
-    """Reads a killed pass's sums into `sums`. Returns the number of images that they are of.
+def _resume(fpath: pathlib.Path, key: str, n: int) -> tuple[int, list[logistic.Sums]] | None:
+    """Reads the state of a killed pass: the number of its images, and the sums of n shares of prototypes.
 
-    0 if there is no such file, or one of other inputs, or a damaged one (zip files have checksums).
+    None if there is no such file, or one of other inputs, or a damaged one (zip files have checksums).
     """
     try:
         with fpath.open("rb") as fd, np.load(fd, allow_pickle=False) as found:
             if found["key"].item() != key:
-                return 0
-            arrays = [
-                [(value, found[f"{i}.{name}"]) for name, value in vars(each).items() if name != "n_labels"]
-                for i, each in enumerate(sums)
+                return None
+            sums = [
+                logistic.Sums(**{name: found[f"{i}.{name}"] for name in ARRAYS}, n_labels=N_LABELS)
+                for i in range(n)
             ]
-            first = int(found["first"])
+            return int(found["first"]), sums
     except FileNotFoundError:
-        return 0
+        return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
         logger.warning("%s: cannot be read (%s); the pass begins again", fpath, errors.first_line(err))
-        return 0
-    for each in arrays:
-        for mine, theirs in each:
-            mine[...] = theirs
-    return first
+        return None
 
 
 # ---- the choice ----
+
+
+def choose_all(
+    banks: list[fit.Bank],
+    run: list[scorers.Scorer],
+    labels: patch_join.Labels,
+    cfg: config.ProtoEval,
+    dpath: pathlib.Path,
+    device: torch.device,
+) -> list[Choice]:
+    """Fits every class on every prototype of each scorer (`fit_all`), and chooses."""
+    fits = fit_all(run, labels, cfg, dpath, device)
+    return [choice for i, bank in enumerate(banks) for choice in choices(bank, i, fits[i], labels)]
 
 
 def choices(
@@ -215,5 +236,6 @@ def choices(
             best_C = loss_KC[:n_prototypes, mine].argmin(axis=0)
             at = (best_C, np.arange(C) + C * is_null)
             name = bank.name + results.PERMUTED * is_null
-            found = (fits.w_KC[at], fits.b_KC[at], fits.r_KC[at])
+            r_C = 1 - fits.loss_KC[at] / fits.bias_loss_C[at[1]]
+            found = (fits.w_KC[at], fits.b_KC[at], r_C)
             yield Choice(name, scorer_i, n_prototypes, best_C, *found)

@@ -41,10 +41,7 @@ def evaluate(
     cfg = experiment.cfgs[0]
     device = devices.pick(cfg.device)
     run = [bank.scorer.to(device) for bank in banks]
-    fits = patch_fit.fit_all(run, labels, cfg, dpath, device)
-    choices = [
-        choice for i, bank in enumerate(banks) for choice in patch_fit.choices(bank, i, fits[i], labels)
-    ]
+    choices = patch_fit.choose_all(banks, run, labels, cfg, dpath, device)
     rows = _measure(choices, run, labels, cfg, device)
     n_train_C, n_test_C = counts(labels)
     return results.PatchTable(labels.names, n_train_C, n_test_C, rows)

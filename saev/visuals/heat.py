@@ -47,6 +47,10 @@ class Entries(tp.NamedTuple):
         start_C1 = np.concatenate([[0], np.cumsum(n_C)])
         return Entries(np.repeat(chosen_C, n_C).astype(np.int32), shown.position_CW[is_shown_CW], start_C1)
 
+    def of_rows(self, rows: slice) -> np.ndarray:
+        """The positions of the entries of consecutive rows."""
+        return self.position_E[self.start_C1[rows.start] : self.start_C1[rows.stop]]
+
 
 def scale(coder: coders.Coder, codes: spool.Spool, stats: statistics.Stats) -> tuple[np.ndarray, np.ndarray]:
     """(low_S, high_S): the values with heat 0 and heat 255.

@@ -129,6 +129,22 @@ def largest(x_CS, value_CK, at_CK, c_start, c_end):
 
 
 @jit
+def add_rows(x_CS, first, value_CK, at_CK, c_start, c_end):
+    """Adds the values of rows c_start to c_end to their `largest`. Columns begin with number `first`."""
+    for c in range(c_start, c_end):
+        for s in range(x_CS.shape[1]):
+            _insert(x_CS[c, s], first + s, value_CK[c], at_CK[c])
+
+
+@jit
+def add_columns(x_CS, first, value_SK, at_SK, s_start, s_end):
+    """Adds the values of columns s_start to s_end to their `largest`. Rows begin with number `first`."""
+    for c in range(len(x_CS)):
+        for s in range(s_start, s_end):
+            _insert(x_CS[c, s], first + c, value_SK[s], at_SK[s])
+
+
+@jit
 def bin_of(value, low, high):
     """The bin of a value between low and high."""
     if not high > low:

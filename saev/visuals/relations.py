@@ -32,6 +32,8 @@ class Related(tp.NamedTuple):
 def neighbours(vectors_SD: Tensor, chosen_C: np.ndarray, k: int = N_RELATED) -> Related:
     """The latents whose vectors have the largest cosine with each chosen one's; itself excluded."""
     unit_SD = torch.nn.functional.normalize(vectors_SD.float(), dim=1)
+    if 2 * len(chosen_C) > len(unit_SD):
+        return Related(*(found_SK[chosen_C] for found_SK in _neighbours_of_all(unit_SD, k)))
     latent_CK = np.full((len(chosen_C), k), -1, np.int32)
     value_CK = np.full((len(chosen_C), k), -np.inf, np.float32)
     for start in range(0, len(chosen_C), memory.AT_ONCE):
@@ -41,6 +43,22 @@ def neighbours(vectors_SD: Tensor, chosen_C: np.ndarray, k: int = N_RELATED) -> 
         arrays = (cosine_CS.cpu().numpy(), value_CK[start:], latent_CK[start:])
         compiled.in_threads(functools.partial(kernels.largest, *arrays), len(chosen))
     return Related(latent_CK, value_CK)
+
+
+def _neighbours_of_all(unit_SD: Tensor, k: int) -> Related:
+    """Computes each cosine once, and adds it to both latents'."""
+    S = len(unit_SD)
+    latent_SK, value_SK = np.full((S, k), -1, np.int32), np.full((S, k), -np.inf, np.float32)
+    for start in range(0, S, memory.AT_ONCE):
+        stop = min(start + memory.AT_ONCE, S)
+        cosine_CR = unit_SD[start:stop] @ unit_SD[start:].T  # R: from `start` on
+        cosine_CR.fill_diagonal_(-torch.inf)
+        found_CR = cosine_CR.cpu().numpy()
+        rows = (found_CR, start, value_SK[start:stop], latent_SK[start:stop])
+        columns = (found_CR[:, stop - start :], start, value_SK[stop:], latent_SK[stop:])
+        compiled.in_threads(functools.partial(kernels.add_rows, *rows), stop - start)
+        compiled.in_threads(functools.partial(kernels.add_columns, *columns), S - stop)
+    return Related(latent_SK, value_SK)
 
 
 class Together(tp.NamedTuple):

@@ -257,18 +257,21 @@ def _write_latents(dpath: pathlib.Path, gallery: Gallery, positions: np.ndarray)
     place_N = np.zeros(gallery.acts.n_imgs, np.uint32)
     place_N[positions] = np.arange(len(positions))
     related, class_C3 = _related(gallery), np.full((len(chosen_C), 3), -1, np.int32)
+    ends_CG = _group_ends(gallery.shown)
     low_S, high_S = heat.scale(coder, gallery.codes, gallery.stats)
     entries = heat.Entries.of(gallery.shown, chosen_C)
     latents: list[Json] = []
     n_files = 0
     for part in heat.parts(coder, gallery.acts, gallery.codes, entries, low_S, high_S):
+        rows = slice(part.rows.start, part.rows.stop)
+        groups = _groups(gallery.shown.names, ends_CG[rows], part, place_N[entries.of_rows(rows)])
         for row in part.rows:
             s = int(chosen_C[row])
             found: Json = {
                 "histogram": _histogram(gallery.stats, s),
                 "low": float(low_S[s]),
                 "high": float(high_S[s]),
-                "groups": list(_groups(gallery.shown, part, entries, row, place_N)),
+                "groups": next(groups),
             }
             latents.append(found | (others := next(related)))
             for i, (place, *_) in enumerate(others["classes"][:3]):
@@ -284,28 +287,40 @@ def _histogram(stats: statistics.Stats, s: int) -> Json:
     return {"n": scripts.packed(stats.bin_SH[s], "u4"), "edges": edges, "scale": "linear"}
 
 
+def _group_ends(shown: statistics.Shown) -> np.ndarray:
+    """(C, 1 + groups) Where each group of a row begins, and the last one ends, among the row's images."""
+    n_CW1 = np.pad((shown.position_CW >= 0).cumsum(axis=1), ((0, 0), (1, 0)))
+    return n_CW1[:, [0, *shown.ends]]
+
+
 def _groups(
-    shown: statistics.Shown, part: heat.Heat, entries: heat.Entries, row: int, place_N: np.ndarray
-) -> collections.abc.Iterator[Json]:
-    """A row's groups of images. Empty ones are left out."""
-    first = int(entries.start_C1[part.rows.start])  # of the part
-    e, before = int(entries.start_C1[row]) - first, 0
-    for name, end in zip(shown.names, shown.ends, strict=True):
-        position_W = shown.position_CW[row, before:end]
-        position_n = position_W[position_W >= 0]
-        before = end
-        if n := len(position_n):
-            m0, m1 = int(part.start_E1[e]), int(part.start_E1[e + n])
-            yield {
-                "name": name,
-                "words": WORDS[name],
-                "image": scripts.packed(place_N[position_n], "u4"),
-                "value": scripts.packed(part.value_E[e : e + n], "f4"),
-                "start": scripts.packed((part.start_E1[e : e + n + 1] - m0).astype(np.uint32), "u4"),
-                "patch": scripts.packed(part.patch_m[m0:m1], "u2"),
-                "heat": scripts.packed(part.heat_m[m0:m1], "u1"),
-            }
-            e += n
+    names: tuple[str, ...], ends_CG: np.ndarray, part: heat.Heat, place_E: np.ndarray
+) -> collections.abc.Iterator[list[Json]]:
+    """The groups of images of each row of a part. Empty ones are left out."""
+    image, value = scripts.Column(place_E, "u4"), scripts.Column(part.value_E, "f4")
+    patch, shade = scripts.Column(part.patch_m, "u2"), scripts.Column(part.heat_m, "u1")
+    first = 0
+    for ends_G in ends_CG.tolist():
+        found: list[Json] = []
+        for name, before, end in zip(names, ends_G, ends_G[1:], strict=False):
+            if before == end:
+                continue
+            e0, e1 = first + before, first + end
+            start_n = part.start_E1[e0 : e1 + 1]
+            m0, m1 = int(start_n[0]), int(start_n[-1])
+            found.append(
+                {
+                    "name": name,
+                    "words": WORDS[name],
+                    "image": image.part(e0, e1),
+                    "value": value.part(e0, e1),
+                    "start": scripts.packed((start_n - m0).astype(np.uint32), "u4"),
+                    "patch": patch.part(m0, m1),
+                    "heat": shade.part(m0, m1),
+                }
+            )
+        first += ends_G[-1]
+        yield found
 
 
 def _related(gallery: Gallery) -> collections.abc.Iterator[dict[str, list[tp.Any]]]:
