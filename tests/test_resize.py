@@ -446,6 +446,19 @@ def test_loaders_leave_padding_out(padded) -> None:
     assert torch.equal(one[-1]["act"], torch.from_numpy(want_RD[-1]))
 
 
+def test_dumps_of_two_modes_are_one_stream(padded, make_shards) -> None:
+    dpath, acts_NPD, is_shown_NP = padded
+    whole, whole_NLTD = make_shards(n_imgs=3, n_patches=P, d_vit=D, transform=CROP.to_dict(), seed=5)
+    for roots in ((dpath, whole), (whole, dpath)):
+        acts = activations.Activations(config.Shards(str(roots[0]), 7, more_roots=(str(roots[1]),)))
+        stream = ordered.Ordered(acts, 2)
+        parts = [acts_NPD[is_shown_NP], whole_NLTD[:, 1, 1:].reshape(-1, D)]
+        want_RD = np.concatenate(parts if roots[0] == dpath else parts[::-1])
+        assert np.array_equal(np.concatenate([stream.rows(block) for block in stream]), want_RD)
+        with pytest.raises(errors.UserError, match="different image transforms"):
+            acts.layout(0)
+
+
 def test_fingerprints_differ_by_padding(make_shards) -> None:
     """The same activations of photos of other sizes are other activations."""
     transform = CROP.with_resize("flexible", P).to_dict()

@@ -312,7 +312,7 @@ def test_an_image_with_a_grid_of_its_own(show: Open, wide: pathlib.Path, tmp_pat
     picture = shot(page, ".frame", 1, tmp_path)
     assert np.abs(picture[60, 140] - hot).max() <= 1 and np.abs(picture[60, 80] - GREY).max() <= 1
     for n, (rows, columns) in enumerate([(3, 5), (4, 4)]):
-        page = show(f"#/image/{n}", wide)
+        page = show(f"#/image/{7 * n + 3}", wide)
         board = page.locator(".board")
         assert f"in {rows} rows and {columns} columns" in board.get_attribute("aria-label")
         box = board.locator(".frame").bounding_box()
