@@ -17,7 +17,7 @@ import traits_data
 
 from saev import errors, nn, scorers, sweeps
 from saev.data.traits import config as traits_config
-from saev.formats import manifest
+from saev.formats import manifest, scripts
 from saev.formats import results as results_format
 from saev.protoeval import choose, config, examples, run
 from saev.scorers import config as scorers_config
@@ -246,17 +246,22 @@ def test_another_grid_or_a_missing_photo_is_refused_before_the_pass(
 ) -> None:
     new = {"dump_to": str(tmp_path / "new"), "gallery": str(copy)}
     cfgs = [dataclasses.replace(cfg, **new) for cfg in made.cfgs]
-    stats = copy / "data" / "stats.js"
-    text = stats.read_text()
-    for old, wrong in (('"grid":[2,2]', '"grid":[1,4]'), ('"size":[224,224]', '"size":[224,448]')):
-        assert old in text
-        stats.write_text(text.replace(old, wrong))
+    stats = scripts.read(copy, "stats", "")
+    source = stats["source"]
+    assert (source["grid"], source["size"]) == ([2, 2], [224, 224])
+    for wrong in ({"grid": [1, 4]}, {"size": [224, 448]}):
+        scripts.write(copy, "stats", stats | {"source": source | wrong})
         with pytest.raises(errors.UserError, match="Pass a gallery of images of this shape"):
             run.main(cfgs)
-    stats.write_text(text.replace('"grid"', '"x"'))
+    no_grid = {key: value for key, value in source.items() if key != "grid"}
+    scripts.write(copy, "stats", stats | {"source": no_grid})
     with pytest.raises(errors.UserError, match=r"stats\.js: cannot be read .*Run visuals\.py again\.$"):
         run.main(cfgs)
-    stats.write_text(text)
+    fpath = copy / "data" / "stats.js"
+    fpath.write_text(fpath.read_text().replace('"layer":', '"layer": '))
+    with pytest.raises(errors.UserError, match=r"stats\.js: was changed .*Run visuals\.py again\.$"):
+        run.main(cfgs)
+    scripts.write(copy, "stats", stats)
     alone = tmp_path / "CUB"
     shutil.copytree(made.root / "CUB", alone)
     gone = alone / "images" / traits_data.PATHS[TEST[3]]

@@ -272,6 +272,13 @@ def test_a_damaged_gallery_is_named(folder: pathlib.Path, tmp_path: pathlib.Path
         if source.exists():
             (data / f"{name}.js").write_bytes(source.read_bytes())
     text = (data / "stats.js").read_text()
+    for name, frame in (("stats", "latents"), ("paths", "images"), ("latents/000", "together")):
+        bytes_ = (data / f"{name}.js").read_bytes()
+        (data / f"{name}.js").write_bytes(bytes_.replace(b'"u4"', b'"i4"', 1))
+        with pytest.raises(errors.UserError, match=rf"{name}\.js: was changed after it was written"):
+            getattr(saev.visuals.open(tmp_path / "g"), frame)
+        (data / f"{name}.js").write_bytes(bytes_)
+    text = re.sub(', "[0-9a-f]{32}"', "", text)  # as in files of older versions
     for old, new, frame, message in (
         ('["a","b"]', '["a"]', "classes", "holds 1 classes, but others are named"),
         ('"n_images":8', '"n_images":7', "images", "holds 8 pictures instead of 7"),

@@ -246,7 +246,7 @@
       { key: "id", label: saev.capital(saev.noun), hint: "its number", number: true, sort: true, width: "minmax(5.2rem,1fr)",
         cell: (row) => saev.el("a", { href: saev.href("latent", columns.id[row]), tabindex: "-1" }, columns.id[row]) },
       number("freq", "Freq.", "fraction of patches that it fires on", saev.percent),
-      number("mean", "Mean", `${saev.meanWords()} where it fires`, saev.number, true),
+      number("mean", saev.gallery.scorer.signed ? "Mean |v|" : "Mean", `${saev.meanWords()} where it fires`, saev.number, true),
       number("max", "Max", "largest value"),
       number("images", "Images", "number of images that it fires on", saev.number, true),
       ...(traits.trait ? [
