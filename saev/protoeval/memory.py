@@ -119,7 +119,7 @@ def _audit(
     n_patches = max(sizes.n_train, sizes.n_test) * sizes.n_tokens
     n_columns = sum(min(k, RANKINGS * max(cfgs[0].audit)) for k in ks)
     own = PER_PATCH * sizes.n_test * sizes.n_tokens + sizes.n_classes * n_patches
-    return max(ranking, min(most, 4 * n_patches * n_columns) + own + 2 * 2**26)
+    return max(ranking, min(most, 4 * n_patches * n_columns) + own + 4 * 2**26)
 
 
 def _n_prototypes(cfg: config.ProtoEval, d_vit: int) -> int:

@@ -131,22 +131,27 @@ def scored(
     memory_gb: float,
     device: torch.device,
 ) -> collections.abc.Iterator[tuple[list[Column], Float32[np.ndarray, "K N"]]]:
-    """Yields some of the columns, sorted, and their scores of a split's labelled patches. Reads the split's
-    images once, or once for each part of the columns that fits into memory."""
-    columns = sorted(columns)
-    size = max(1, int(memory_gb * 1e9 / (4 * max(1, int((side.class_NX >= 0).sum())))))
-    for at in range(0, len(columns), size):
+    """Yields some of the columns, sorted, and their scores of a split's labelled patches, which the next ones
+    overwrite. Reads the split's images once, or once for each part of the columns that fits into memory."""
+    columns, n_patches = sorted(columns), int((side.class_NX >= 0).sum())
+    size = min(len(columns), max(1, int(memory_gb * 1e9 / (4 * max(1, n_patches)))))
+    out_KN = np.empty((size, n_patches), np.float32)
+    for at in range(0, len(columns), max(1, size)):
         some = columns[at : at + size]
-        yield some, _scores(run, some, side, device)
+        _scores(run, some, side, device, out_KN[: len(some)])
+        yield some, out_KN[: len(some)]
 
 
 @torch.inference_mode()
 def _scores(
-    run: list[scorers.Scorer], columns: list[Column], side: patch_join.Side, device: torch.device
-) -> Float32[np.ndarray, "K N"]:
-    """Scores of the labelled patches by prototypes, which are sorted."""
+    run: list[scorers.Scorer],
+    columns: list[Column],
+    side: patch_join.Side,
+    device: torch.device,
+    out_KN: Float32[np.ndarray, "K N"],
+) -> None:
+    """Writes the labelled patches' scores by prototypes, which are sorted, into `out_KN`."""
     is_labelled_IX = side.class_NX >= 0
-    out_KN = np.empty((len(columns), int(is_labelled_IX.sum())), np.float32)
     stream = ordered.Ordered(side.acts, patch_fit.N_IMGS)
     image, patch = 0, 0
     for block in helpers.progress(stream, "score patches", len(stream), "blocks"):
@@ -161,7 +166,6 @@ def _scores(
             row += len(mine)
         image += len(block.image_i_N)
         patch += len(x_RD)
-    return out_KN
 
 
 class _Measured(tp.NamedTuple):
