@@ -5,7 +5,10 @@ import itertools
 import os
 import pathlib
 import re
+import threading
+import time
 import tracemalloc
+import typing as tp
 
 import hypothesis
 import hypothesis.strategies as st
@@ -366,6 +369,57 @@ def taken_with(
             changed.setattr(owner, name, value)
         cfgs = [config.Shards(str(dpath), "all", patches) for patches in PATCHES]
         return list(itertools.chain(*(take(cfg, 9, batch_size=500, pool_bytes=10**6) for cfg in cfgs)))
+
+
+class Announced:
+    """Counts announcements and reads of a stream's shares, and says what the kernel has in memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, is_cold: bool):
+        self.is_cold = is_cold
+        self.lock = threading.Lock()
+        self.n_announced = self.n_taken = self.n_unannounced = self.most = 0
+        self.real_announce, self.real_read = moves.announce, moves.read
+        monkeypatch.setattr(moves, "announce", self.announce)
+        monkeypatch.setattr(moves, "read", self.read)
+
+    def announce(self, *args: tp.Any) -> bool:
+        with self.lock:
+            self.n_announced += 1
+            self.most = max(self.most, self.n_announced - self.n_taken)
+        self.real_announce(*args)
+        return self.is_cold
+
+    def read(self, *args: tp.Any) -> bool:
+        is_announced = args[8]
+        time.sleep(0.002)  # a disk
+        self.real_read(*args)
+        with self.lock:
+            self.n_taken += is_announced
+            self.n_unannounced += not is_announced
+        return self.is_cold or is_announced
+
+
+def test_shares_that_are_not_in_memory_are_announced(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    dpath, _ = make_shards(n_imgs=60, n_patches=64, d_vit=96, layers=(0,), per_shard=20)
+    stream = shuffled.Shuffled(config.Shards(str(dpath)), batch_size=300, pool_bytes=800_000, n_threads=2)
+    want = [(keys(b), b.act_BD) for b in itertools.islice(stream, 60)]
+    seen = Announced(monkeypatch, is_cold=True)
+    batches = stream.batches()
+    got = [(keys(b), b.act_BD) for b in itertools.islice(batches, 40)]
+    assert seen.n_announced > 20 and seen.n_taken > seen.n_unannounced
+    assert seen.n_taken <= seen.n_announced
+    assert 2 < seen.most <= shuffled.ANNOUNCED * stream.n_threads, "memory for them is bounded"
+    seen.is_cold = False
+    got += [(keys(b), b.act_BD) for b in itertools.islice(batches, 10)]
+    n_announced = seen.n_announced
+    got += [(keys(b), b.act_BD) for b in itertools.islice(batches, 10)]
+    assert seen.n_announced == n_announced, "everything is in memory"
+    seen.is_cold = True
+    list(itertools.islice(batches, 20))
+    assert seen.n_announced > n_announced
+    batches.close()
+    for (keys_a, act_a), (keys_b, act_b) in zip(want, got, strict=True):
+        assert keys_a == keys_b and torch.equal(act_a, act_b)
 
 
 def test_memory_is_used_again_only_after_its_last_reference(small) -> None:
