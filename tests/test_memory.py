@@ -170,7 +170,6 @@ def evaluations(make_shards, tmp_path: pathlib.Path) -> dict[str, list[protoeval
         "nothing": evaluation("nothing", few, 16),
         "scores": evaluation("scores", few, 190_000, fit_data=many),
         "fit": evaluation("fit", wide, 16, scorer=k_means, memory_gb=0.1, fit_data=wide),
-        "sums": patches("sums", few, 10_000, fit_data=many),
         "sums in parts": patches("sums in parts", few, 10_000, fit_data=many, memory_gb=0.2),
         "test patches": patches("test patches", long, 16),
     }
