@@ -86,7 +86,7 @@
     const [place, row] = [columns.id.indexOf(id), saev.gallery.rowOf.get(id)];
     if (place < 0 || row === undefined) throw new Error(`${saev.capital(saev.noun)} ${argument} is not in this comparison.`);
     saev.title(`${saev.capital(saev.noun)} ${id}, compared`);
-    const rows = saev.found(fields(), columns.id.length, SORT);
+    const rows = saev.rowsOr(() => saev.found(fields(), columns.id.length, SORT));
     const steps = saev.steps("pair", (by) => {
       const next = saev.beside(rows, place, by);
       return next === undefined ? undefined : saev.href("compare", columns.id[next]);
