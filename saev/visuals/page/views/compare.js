@@ -11,7 +11,7 @@
   /* Share of latents matched against the threshold, for the pairs and for permuted images. */
   function curve() {
     const { threshold, share, null: chance } = saev.compare.curve;
-    const [width, height, left, bottom] = [520, 260, 44, 40];
+    const [width, height, left, bottom] = [520, 260, 54, 40];
     const [low, high] = [threshold[0], threshold[threshold.length - 1]];
     const x = (t) => left + ((t - low) / (high - low || 1)) * (width - left - 12);
     const y = (s) => 10 + (1 - s) * (height - bottom - 10);
