@@ -594,7 +594,7 @@ def test_the_image_view_that_is_suggested_exists(
     assert page.inner_text(".absent").endswith(f"--image-view {expected}")
 
 
-@pytest.mark.parametrize("name", ["style.css", "data.js", "heat.js", "views/map.js", "app.js"])
+@pytest.mark.parametrize("name", ["style.css", "data.js", "views/map.js"])
 def test_a_missing_or_cut_file_of_the_page_is_named(show: Open, tmp_path: pathlib.Path, name: str) -> None:
     gallery_data.write(
         tmp_path, gallery_data.MadeUp(n_latents=8, n_images=8, n_view=0, traits=False, compare=False)
@@ -678,6 +678,20 @@ def test_signed_values_have_a_linear_axis(show: Open, tmp_path: pathlib.Path) ->
     gallery_data.write(tmp_path, gallery_data.MadeUp(n_latents=40, n_images=8, n_view=0, signed=True))
     label = show("#/map?value=mean", tmp_path).get_attribute("canvas.scatter", "aria-label")
     assert label is not None and "against mean value" in label and "prototypes" in label
+
+
+def test_a_search_that_cannot_be_read_hides_no_view(show: Open) -> None:
+    for hash_ in (
+        "#/latent/21?q=size>3",
+        "#/trait/has_size%3A%3Alarge?find=size>3",
+        "#/compare/21?find=size>3",
+    ):
+        page = show(hash_)
+        assert page.locator("figure").count() > 3 and page.locator(".problem").count() == 0
+        assert page.locator(".heading a.step").count() == 0
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".table")
+    assert 'No field "size"' in page.inner_text(".found")
 
 
 def test_latents_and_views_that_do_not_exist(show: Open) -> None:

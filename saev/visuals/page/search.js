@@ -100,6 +100,15 @@
   };
   saev.logFreq = (row) => Math.log10(saev.gallery.columns.freq[row]);
 
+  /* Rows of a list, or none if its search cannot be read. The list itself says so; what is opened from it is shown all the same. */
+  saev.rowsOr = (list) => {
+    try {
+      return list();
+    } catch (error) {
+      return [];
+    }
+  };
+
   /* Any sort key: -1 and 1 order rows by a column, and missing numbers come last. */
   saev.sortRows = (rows, sort, numberOf) => {
     const sign = sort.startsWith("-") ? -1 : 1;

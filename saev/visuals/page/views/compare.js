@@ -11,7 +11,7 @@
   /* Share of latents matched against the threshold, for the pairs and for permuted images. */
   function curve() {
     const { threshold, share, null: chance } = saev.compare.curve;
-    const [width, height, left, bottom] = [520, 260, 44, 40];
+    const [width, height, left, bottom] = [520, 260, 54, 40];
     const [low, high] = [threshold[0], threshold[threshold.length - 1]];
     const x = (t) => left + ((t - low) / (high - low || 1)) * (width - left - 12);
     const y = (s) => 10 + (1 - s) * (height - bottom - 10);
@@ -86,7 +86,7 @@
     const [place, row] = [columns.id.indexOf(id), saev.gallery.rowOf.get(id)];
     if (place < 0 || row === undefined) throw new Error(`${saev.capital(saev.noun)} ${argument} is not in this comparison.`);
     saev.title(`${saev.capital(saev.noun)} ${id}, compared`);
-    const rows = saev.found(fields(), columns.id.length, SORT);
+    const rows = saev.rowsOr(() => saev.found(fields(), columns.id.length, SORT));
     const steps = saev.steps("pair", (by) => {
       const next = saev.beside(rows, place, by);
       return next === undefined ? undefined : saev.href("compare", columns.id[next]);

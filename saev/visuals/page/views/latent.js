@@ -77,15 +77,6 @@
     return area;
   };
 
-  /* Rows of the URL's list; none if its search cannot be read. */
-  function listed() {
-    try {
-      return saev.list(saev.state.params);
-    } catch (error) {
-      return [];
-    }
-  }
-
   saev.views.latent = (main, { argument }) => {
     const { columns, rowOf, shown, scorer } = saev.gallery;
     const id = Number(argument);
@@ -93,7 +84,7 @@
     if (row === undefined || argument === "")
       throw new Error(`${saev.capital(scorer.noun)} ${argument} is not among the ${shown.n.toLocaleString("en")} of this gallery (${shown.filters}).`);
     saev.title(`${saev.capital(saev.noun)} ${id}`);
-    const rows = listed();
+    const rows = saev.rowsOr(() => saev.list(saev.state.params));
     const steps = saev.steps(saev.noun, (by) => {
       const next = saev.beside(rows, row, by);
       return next === undefined ? undefined : saev.href("latent", columns.id[next]);

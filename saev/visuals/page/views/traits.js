@@ -71,7 +71,7 @@
     if (place < 0) throw new Error(`There is no trait "${argument}".`);
     const trait = traits[place];
     saev.title(trait.name);
-    const rows = saev.found(fields(traits, scorers), traits.length, "");
+    const rows = saev.rowsOr(() => saev.found(fields(traits, scorers), traits.length, ""));
     const steps = saev.steps("trait", (by) => {
       const next = saev.beside(rows, place, by);
       return next === undefined ? undefined : saev.href("trait", traits[next].name);
