@@ -30,11 +30,24 @@ from saev.data import activations, images, layout, passes, pictures
 from saev.data import config as data_config
 from saev.data import memory as data_memory
 from saev.formats import codeshards, shards
+from saev.formats import gallery as galleries
 from saev.nn import config as nn_config
 from saev.scorers import config as scorers_config
 from saev.training import config as training_config
 from saev.training import loop
-from saev.visuals import coders, collect, config, heat, kernels, memory, relations, spool, statistics, write
+from saev.visuals import (
+    coders,
+    collect,
+    config,
+    figure,
+    heat,
+    kernels,
+    memory,
+    relations,
+    spool,
+    statistics,
+    write,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 N, P, S, K = 11, 16, 6, 3
@@ -1060,6 +1073,21 @@ def test_the_patch_that_fires_is_the_bright_square_of_a_whole_photo(
         assert cells[row, column] > 175
         cells[row, column] = 0
         assert cells.max() < 150  # grey borders
+    found = galleries.Gallery(pathlib.Path(made_at), "Again.")
+    for place, (picture, heat_P, grid) in zip(
+        top["image"].tolist(), figure._row(found, 0, 4).shown, strict=True
+    ):
+        rows, columns, row, column = want[shown_images[place]["n"]]
+        assert grid == (rows, columns)
+        heat_1 = heat_P[row * columns + column]
+        assert heat_1 == heat_P.sum() > 0.5
+        spot = int((column + 0.5) * picture.width / columns), int((row + 0.5) * picture.height / rows)
+        got, before = (
+            np.array(img.getpixel(spot), float)
+            for img in (pictures.painted(picture, heat_P, grid, 1.0), picture)
+        )
+        assert np.abs(got - before - heat_1 * (np.array(pictures.HUE) - before)).max() <= 2
+    figure.draw(found, (0,), 4)
 
 
 @pytest.mark.parametrize("size", [(80, 80), (160, 90), (90, 160), (257, 911), (911, 257)])
