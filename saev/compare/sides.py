@@ -275,10 +275,13 @@ def _per_patch(
     is_same = is_same and all(np.array_equal(sizes_N2, sizes[0]) for sizes_N2 in sizes)
     is_known = bool(shapes[0][2]) or len({tuple(p.dpath for p in acts.dirs) for acts in streams}) == 1
     if cfg.per == "patch" and not (is_same and is_known):
-        found = [f"{acts.n_tokens} patches, --resize {_resize(acts)}" for acts in (streams[0], streams[-1])]
+        one, two = streams[0], streams[-1]
+        found = f"{one.n_tokens} and {two.n_tokens} patches"
+        if _resize(one) != _resize(two):
+            found += f", --resize {_resize(one)} and {_resize(two)}"
         raise errors.UserError(
-            f"--per patch: {streams[0].given} and {streams[-1].given} have other grids over the image, or "
-            f"unknown ones ({' and '.join(found)}). Pass --per image."
+            f"--per patch: {one.given} and {two.given} have other grids over the image, or "
+            f"unknown ones ({found}). Pass --per image."
         )
     return cfg.per != "image" and is_same and is_known
 
