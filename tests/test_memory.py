@@ -173,7 +173,7 @@ def evaluations(make_shards, tmp_path: pathlib.Path) -> dict[str, list[protoeval
         "sums": patches("sums", few, 10_000, fit_data=many),
         "sums in parts": patches("sums in parts", few, 10_000, fit_data=many, memory_gb=0.2),
         "test patches": patches("test patches", long, 16),
-        "audit": patches("audit", long, 100, audit=(5,), memory_gb=0.25),
+        "audit": patches("audit", long, 75, audit=(4,), memory_gb=0.25),
     }
 
 

@@ -94,7 +94,8 @@ def result(cfg: config.ProtoEval) -> pathlib.Path:
 
 def split_of(scores_KN: np.ndarray, labels_NT: np.ndarray, known_NT: np.ndarray | None = None) -> score.Split:
     n = scores_KN.shape[1]
-    found = score.Scores(scores_KN, np.zeros((n, 1), np.float32), np.arange(n))
+    pooled_N1 = np.zeros((n, 1), np.float32)
+    found = score.Scores(scores_KN, pooled_N1, pooled_N1, np.arange(n))
     return score.Split(found, np.arange(n), labels_NT, known_NT)
 
 
