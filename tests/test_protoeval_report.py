@@ -648,10 +648,18 @@ def test_patch_tables_and_audits_are_joined(
     assert second.startswith("Labels of patches bbbbbbbb:") and second.count("| clip x |") == 1
     assert "| ViT | Layer | Scorer | Prototypes | Yield(2) | Yield(4) | Area |" in text
     assert "| clip x | 23 | Random | 8 | 1.000 " in text.partition("| Yield(3) | Area |")[2]
+    assert {f.name for f in out.glob("yields*.png")} == {"yields-aaaaaaaa.png", "yields-bbbbbbbb.png"}
+    (_, figure), _ = merge_patches.charts_of(
+        merge.merge(merge.read_all(tmp_path)).section("f" * 64, 3).patches
+    )
+    *_, random, null = figure.axes[0].lines
+    assert np.array(random.get_xydata()).tolist() == [[2, 0.5], [4, 0.25]]
+    assert np.array(null.get_xydata()).tolist() == [[2, 0.5], [4, 0.5]]
     for name in ("old", "11", "23", "other"):
         shutil.rmtree(tmp_path / name)
     text = (merge.write(tmp_path) / "table.md").read_text()
-    assert "Labels of patches" not in text and not [*out.glob("patch*"), *out.glob("audit*")]
+    assert "Labels of patches" not in text
+    assert not [f for name in ("patch", "audit", "yields") for f in out.glob(f"{name}*")]
 
 
 def test_patch_tables_of_older_versions_or_changed_ones_are_named(

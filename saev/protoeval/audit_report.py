@@ -10,9 +10,12 @@ from saev.formats import results
 from saev.protoeval import patch_report
 from saev.report import frame, tables
 
-DEFINITIONS = (
+YIELD = (
     f"Yield(B): share of the first B prototypes with an AP of at least {results.TAU} on the test images, for "
-    "the class of patches that they find best on the train images. Area: mean of Yield(1) to that of the "
+    "the class of patches that they find best on the train images."
+)
+DEFINITIONS = (
+    f"{YIELD} Area: mean of Yield(1) to that of the "
     "largest B. Permuted labels: mean over permutations of the image labels, and in brackets the 2.5% and "
     "97.5% quantiles over them. Other brackets: 95% bootstrap intervals over the test images."
 )

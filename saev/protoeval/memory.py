@@ -109,7 +109,7 @@ def _patches(cfgs: collections.abc.Sequence[config.ProtoEval], k: int, sizes: Si
 
 
 def _patch_scores(k: int, sizes: Sizes) -> int:
-    """Scores of some patches by all prototypes (computed, selected, transposed), and blocks of activations."""
+    """Scores of some patches by all prototypes (computed, chosen, transposed), and blocks of activations."""
     tile = min(SCORES, 4 * FIT_BLOCK * sizes.n_tokens * k)
     return 3 * tile + 4 * 5 * FIT_BLOCK * sizes.n_tokens * sizes.d_vit
 

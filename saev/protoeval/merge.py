@@ -114,13 +114,16 @@ def write(root: pathlib.Path, plot: str = "") -> pathlib.Path:
         of = "" if len(sections) == 1 else f"-{labels[:8]}-{certainty}"
         chart_fpaths.append(out / f"chart{of}.png")
         figures.save(chart, chart_fpaths[-1])
+        for patch_labels, figure in merge_patches.charts_of(part.patches):
+            chart_fpaths.append(out / f"yields{of}-{patch_labels}.png")
+            figures.save(figure, chart_fpaths[-1])
         if plot:
             fpath = pathlib.Path(plot)
             figures.save(chart, fpath.with_name(f"{fpath.stem}{of}{fpath.suffix}"))
     if merged.older:
         names = ", ".join(sorted(set(merged.older)))
         text.append(f"{len(merged.older)} older cells were replaced by newer ones (of {names}).\n")
-    for fpath in out.glob("chart*.png"):  # of an older report
+    for fpath in [*out.glob("chart*.png"), *out.glob("yields*.png")]:  # of an older report
         if fpath not in chart_fpaths:
             fpath.unlink()
     frame.write_csv(out / "table.csv", merged.cells.select(*PLACE, *results.SUMMARY))

@@ -4,11 +4,12 @@ import collections.abc
 import logging
 import pathlib
 
+import matplotlib.figure
 import polars as pl
 
 from saev.formats import manifest, results
 from saev.protoeval import audit_report, patch_report, report, stats
-from saev.report import frame, tables
+from saev.report import charts, frame, tables
 
 logger = logging.getLogger("saev")
 
@@ -86,6 +87,27 @@ def write(dpath: pathlib.Path, merged: dict[str, pl.DataFrame], place: collectio
             continue
         group = [key for key in GROUP if key != "audit" or name == "audit-yields.csv"]
         frame.write_csv(dpath / name, merged[name].select(*place, *group, *COLUMNS[name]))
+
+
+def charts_of(
+    merged: dict[str, pl.DataFrame],
+) -> collections.abc.Iterator[tuple[str, matplotlib.figure.Figure]]:
+    """Yields (first digits of the labels of patches, chart of the yields against B) of a section."""
+    if "audit-yields.csv" not in merged:
+        return
+    rows = merged["audit-yields.csv"].filter(pl.col("measure") != results.AREA)
+    # a yield does not depend on the other numbers B
+    rows = rows.unique(
+        [*stats.PLACE, "patch_labels", "scorer_id", "n_prototypes", "measure"], maintain_order=True
+    )
+    rows = rows.with_columns(b=pl.col("measure").cast(pl.Int64))
+    for (labels,), lines in rows.group_by("patch_labels", maintain_order=True):
+        caption = (
+            f"{tables.where(lines)}. {audit_report.YIELD} Dashed: mean over permutations of the image labels."
+        )
+        if lines["low"].is_not_nan().any():
+            caption += " Shaded: 95% bootstrap interval over the test images."
+        yield str(labels)[:8], charts.yields(lines, caption)
 
 
 def text(merged: dict[str, pl.DataFrame], place: dict[str, str]) -> list[str]:
