@@ -172,6 +172,7 @@ def evaluations(make_shards, tmp_path: pathlib.Path) -> dict[str, list[protoeval
         "fit": evaluation("fit", wide, 16, scorer=k_means, memory_gb=0.1, fit_data=wide),
         "sums in parts": patches("sums in parts", few, 10_000, fit_data=many, memory_gb=0.2),
         "test patches": patches("test patches", long, 16),
+        "audit": patches("audit", long, 75, audit=(4,), memory_gb=0.25),
     }
 
 

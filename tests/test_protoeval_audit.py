@@ -5,6 +5,7 @@ N images, P patches, D d_vit, K prototypes, T traits, B prototypes that are audi
 
 import dataclasses
 import pathlib
+import shutil
 
 import numpy as np
 import polars as pl
@@ -18,7 +19,7 @@ from saev.data import config as data_config
 from saev.data.traits import config as traits_config
 from saev.formats import patchlabels, results, shards
 from saev.nn import config as nn_config
-from saev.protoeval import ap, audit, audit_rank, config, memory, run, score
+from saev.protoeval import ap, audit, audit_rank, config, memory, merge, run, score
 from saev.report import frame
 from saev.scorers import config as scorers_config
 
@@ -94,7 +95,8 @@ def result(cfg: config.ProtoEval) -> pathlib.Path:
 
 def split_of(scores_KN: np.ndarray, labels_NT: np.ndarray, known_NT: np.ndarray | None = None) -> score.Split:
     n = scores_KN.shape[1]
-    found = score.Scores(scores_KN, np.zeros((n, 1), np.float32), np.arange(n))
+    pooled_N1 = np.zeros((n, 1), np.float32)
+    found = score.Scores(scores_KN, pooled_N1, pooled_N1, np.arange(n))
     return score.Split(found, np.arange(n), labels_NT, known_NT)
 
 
@@ -234,6 +236,22 @@ def test_intervals_equal_a_loop_over_resamples(cfg: config.ProtoEval, result: pa
         else:
             boot_M = yield_BM[: int(row["measure"])].mean(axis=0)
         assert (row["low"], row["high"]) == pytest.approx(results.interval(boot_M, row["value"]))
+
+
+def test_the_joint_report_has_the_audit(result: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(result, tmp_path / "a")
+    out = merge.write(tmp_path)
+    joined = pl.read_csv(out / "audit-yields.csv", schema_overrides={"measure": pl.String})
+    own = read(result, "audit-yields.csv", results.AUDIT_YIELDS)
+    assert (
+        joined.select(own.columns)
+        .sort("scorer", maintain_order=True)
+        .equals(own.sort("scorer", maintain_order=True))
+    )
+    assert set(joined["audit"]) == {"2 4 12"} and joined["patch_labels"].str.len_chars().min() == 64
+    (fpath,) = out.glob("yields-*.png")
+    assert fpath.stem.removeprefix("yields-") == joined["patch_labels"][0][:8]
+    assert "| Sae run, permuted labels | 24 |" in (out / "table.md").read_text()
 
 
 def test_rankings_and_rows_do_not_depend_on_other_scorers(

@@ -4,6 +4,7 @@ N images, P patches, D d_vit, K prototypes, C classes.
 """
 
 import dataclasses
+import json
 import pathlib
 
 import inprocess
@@ -237,10 +238,10 @@ def test_the_order_of_the_shards_and_other_folders_change_nothing(
     sae = save_sae(tmp_path / "run" / "sae.pt")
     data = data_config.Shards(roots[0], 3, more_roots=(roots[1],))
     other = dataclasses.replace(cfg, scorer=sae, train_data=data, patch_labels="labels-parts.bin")
-    got, want = (
-        read(pathlib.Path(run.main([each])), "patch-classes.csv", results.PATCH_CLASSES)
-        for each in (other, dataclasses.replace(cfg, scorer=sae))
-    )
+    dpaths = [pathlib.Path(run.main([each])) for each in (other, dataclasses.replace(cfg, scorer=sae))]
+    got, want = (json.loads((dpath / "about.json").read_bytes())["patch_labels"] for dpath in dpaths)
+    assert got == want != ""
+    got, want = (read(dpath, "patch-classes.csv", results.PATCH_CLASSES) for dpath in dpaths)
     keep = ~pl.col("scorer").str.contains("permuted")
     by = ["scorer", "n_prototypes", "class"]
     got, want = (rows.filter(keep).sort(by) for rows in (got, want))
@@ -337,7 +338,13 @@ def test_other_labels_are_another_result(cfg: config.ProtoEval) -> None:
     assert not (pathlib.Path(without) / "patches.md").exists()
     id_NP, _ = draw()
     patchlabels.write(shards.ShardDir.open(cfg.train_data.shard_root), "", np.roll(id_NP, 1), CLASSES, {})
-    assert len({first, without, run.main([cfg])}) == 3
+    third = run.main([cfg])
+    assert len({first, without, third}) == 3
+    hashes = [
+        json.loads((pathlib.Path(dpath) / "about.json").read_bytes())["patch_labels"]
+        for dpath in (first, without, third)
+    ]
+    assert hashes[1] == "" and len(set(hashes)) == 3
     (pathlib.Path(first) / "patches.csv").write_text("")
     patchlabels.write(shards.ShardDir.open(cfg.train_data.shard_root), "", id_NP[::-1], CLASSES, {})
     with pytest.raises(errors.UserError, match=r"patches\.csv: was changed"):

@@ -7,6 +7,8 @@ import logging
 import os
 import pathlib
 import re
+import shutil
+import typing as tp
 
 import numpy as np
 import polars as pl
@@ -14,7 +16,7 @@ import pytest
 
 from saev import errors
 from saev.formats import jsonfile, manifest, results
-from saev.protoeval import gallery, merge, report, stats
+from saev.protoeval import gallery, merge, merge_patches, report, stats
 from saev.report import charts, frame
 
 NAMES = ["has_wing_color::blue", "has_bill_length::long", "has_wing_color::red"]
@@ -560,6 +562,121 @@ def test_spread_over_seeds(rows: list[results.Row], about: results.About, tmp_pa
         assert [int(x["n_seeds"]) for x in csv.DictReader(fd)] == [2, 3, 3]
 
 
+# ---- labels of patches ----
+
+
+def patch_table(*scorers: tuple[str, float]) -> results.PatchTable:
+    """(name, AP of the class wing). One resample."""
+    names, zero_C = ["bill", "wing"], np.zeros(2)
+
+    def of(name: str, ap: float) -> results.PatchRow:
+        ap_CM = np.array([[np.nan] * 2, [ap, ap + 0.1]])
+        return results.PatchRow(name, 8, np.array([0, 3]), zero_C, zero_C, zero_C, ap_CM / 2, ap_CM, ap_CM)
+
+    return results.PatchTable(
+        names, np.array([0, 9]), np.array([0, 7]), [of(name, ap) for name, ap in scorers]
+    )
+
+
+def audit_table(budgets: list[int], *scorers: tuple[str, int]) -> results.AuditTable:
+    """(name, number of the first prototypes that localise). Permutations localise with none, and with all."""
+    n = budgets[-1]
+
+    def of(name: str, n_localise: int) -> results.AuditRow:
+        ap_B = np.where(np.arange(n) < n_localise, 0.9, 0.1)
+        zero_B, i_B = np.zeros(n), np.arange(n)
+        null_PB = np.repeat([[0.1], [0.9]], n, axis=1)
+        ap_BM = np.stack([ap_B, ap_B], axis=1)
+        return results.AuditRow(
+            name, 8, i_B, zero_B, i_B * 0, zero_B, i_B * 0, ap_B, ap_BM, zero_B, ap_B, null_PB
+        )
+
+    return results.AuditTable(budgets, ["bill", "wing"], [1], NAMES, [of(*each) for each in scorers])
+
+
+def test_patch_tables_and_audits_are_joined(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
+) -> None:
+    """Two layers with the same labels of patches, of which one has an audit; another without labels; another with
+    other ones and other numbers of audited prototypes; a newer one of layer 11."""
+    a, b, audit = "a" * 64, "b" * 64, audit_table([2, 4], ("constant", 0), ("Random", 1))
+
+    def result(name: str, layer: int, labels: str, day: int, *tables: tp.Any, **kwargs: tp.Any) -> None:
+        said = dataclasses.replace(
+            about, layer=layer, patch_labels=labels, created=f"2026-01-0{day}", nulls={}, **kwargs
+        )
+        report.write(tmp_path / name, rows, NAMES, [], said, None, *tables)
+
+    result("old", 11, a, 1, patch_table(("Random", 0.8), ("Sae_1", 0.9)))
+    result("11", 11, a, 2, patch_table(("constant", 0.1), ("Random", 0.2)))
+    result("23", 23, a, 3, patch_table(("Random", 0.5)), audit, audit=[4, 2])
+    result("plain", 12, "", 4)
+    result("other", 23, b, 5, patch_table(("Random", 0.6)), audit_table([3], ("Random", 3)), audit=[3])
+    out = merge.write(tmp_path)
+    schema = {"vit": pl.String, "layer": pl.Int64, "tokens": pl.String, "labels": pl.String}
+    schema |= {"min_certainty": pl.Int64, "patch_labels": pl.String}
+    found = frame.read_csv((out / "patches.csv").read_bytes(), schema | results.PATCHES)
+    assert found.select("layer", "patch_labels", "scorer", "map").rows() == [
+        (11, a, "constant", pytest.approx(0.1)),
+        (11, a, "Random", pytest.approx(0.2)),
+        (11, a, "Sae_1", pytest.approx(0.9)),
+        (23, a, "Random", pytest.approx(0.5)),
+        (23, b, "Random", pytest.approx(0.6)),
+    ]
+    (own,) = frame.read_csv((tmp_path / "23" / "patches.csv").read_bytes(), results.PATCHES).rows()
+    assert found.row(3)[-len(own) :] == own
+    classes = pl.read_csv(out / "patch-classes.csv")
+    assert classes.filter(layer=23, patch_labels=b)["class"].to_list() == ["bill", "wing"]
+    assert len(classes) == 2 * len(found)
+    yields = frame.read_csv(
+        (out / "audit-yields.csv").read_bytes(), schema | {"audit": pl.String} | results.AUDIT_YIELDS
+    )
+    assert yields.select("audit", "scorer", "measure", "value", "null").rows() == [
+        ("2 4", "constant", "2", 0, 0.5),
+        ("2 4", "constant", "4", 0, 0.5),
+        ("2 4", "constant", "area", 0, 0.5),
+        ("2 4", "Random", "2", 0.5, 0.5),
+        ("2 4", "Random", "4", 0.25, 0.5),
+        ("2 4", "Random", "area", pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4), 0.5),
+        ("3", "Random", "3", 1, 0.5),
+        ("3", "Random", "area", 1, 0.5),
+    ]
+    text = (out / "table.md").read_text()
+    first, second = re.findall(r"Labels of patches .*?(?=\n\n[^|])", text, re.DOTALL)
+    assert first.startswith("Labels of patches aaaaaaaa:\n\n| ViT | Layer | Scorer | Prototypes | Probe R |")
+    assert "| clip x | 11 | Sae_1 | 8 | " in first and "| clip x | 23 | Random | 8 | " in first
+    assert second.startswith("Labels of patches bbbbbbbb:") and second.count("| clip x |") == 1
+    assert "| ViT | Layer | Scorer | Prototypes | Yield(2) | Yield(4) | Area |" in text
+    assert "| clip x | 23 | Random | 8 | 1.000 " in text.partition("| Yield(3) | Area |")[2]
+    assert {f.name for f in out.glob("yields*.png")} == {"yields-aaaaaaaa.png", "yields-bbbbbbbb.png"}
+    (_, figure), _ = merge_patches.charts_of(
+        merge.merge(merge.read_all(tmp_path)).section("f" * 64, 3).patches
+    )
+    *_, random, null = figure.axes[0].lines
+    assert np.array(random.get_xydata()).tolist() == [[2, 0.5], [4, 0.25]]
+    assert np.array(null.get_xydata()).tolist() == [[2, 0.5], [4, 0.5]]
+    for name in ("old", "11", "23", "other"):
+        shutil.rmtree(tmp_path / name)
+    text = (merge.write(tmp_path) / "table.md").read_text()
+    assert "Labels of patches" not in text
+    assert not [f for name in ("patch", "audit", "yields") for f in out.glob(f"{name}*")]
+
+
+def test_patch_tables_of_older_versions_or_changed_ones_are_named(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = patch_table(("Random", 0.5))
+    report.write(tmp_path / "old", rows, NAMES, [], about, None, table)
+    said = dataclasses.replace(about, patch_labels="a" * 64)
+    report.write(tmp_path / "changed", rows, NAMES, [], said, None, table)
+    fpath = tmp_path / "changed" / "patches.csv"
+    fpath.write_text(fpath.read_text().replace("Random", "Pca"))
+    found, lines = read_one(tmp_path, caplog)
+    assert [result.dpath.name for result in found] == ["old"] and not found[0].patches
+    assert len(lines) == 2 and re.search(r"changed/patches\.csv: was changed after it was written", lines[0])
+    assert re.search(r"left out: \S*old/patches\.csv: an older version wrote it", lines[1])
+
+
 # ---- galleries ----
 
 
@@ -634,7 +751,8 @@ def test_every_file_and_column_is_documented(
     ):
         assert all(f"`{column}`" in sections[name] for column in columns), name
     _, _, joined = text.partition("## The report over all results")
-    assert all(f"`{name}`" in joined for name in (*merge.PLACE, *results.SEEDS))
+    assert all(f"`{name}`" in joined for name in (*merge.PLACE, *results.SEEDS, *merge_patches.GROUP))
+    assert all(f"- `{name}`" in joined for name in merge_patches.KEYS)
     for fpath in merge.write(tmp_path).iterdir():
         assert f"`{fpath.name}`" in text or fpath.suffix == ".png", fpath.name
 

@@ -192,6 +192,10 @@ class About:
     """All labels, with those that are missing."""
     nulls: dict[str, str] = dataclasses.field(default_factory=dict)
     """Name of a row whose prototypes are chosen on permuted labels -> their scorer."""
+    patch_labels: str = ""
+    """Hash of classes and labels of the train and test patches. Empty without --patch-labels."""
+    audit: list[int] = dataclasses.field(default_factory=list)
+    """The numbers B of --audit."""
     models: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     """Rows of several prototypes: name in the table -> the scorer's name, and their number or KEY."""
 

@@ -147,14 +147,20 @@ class _Meter:
         self, columns: set[patch_table.Column], resampled: collections.abc.Set[patch_table.Column]
     ) -> None:
         """Measures columns, some of them also on resamples of the test images."""
-        for side, found in ((self.labels.chosen, self.train_C), (self.labels.measured, self.test_C)):
-            is_class_NC = side.class_NX[side.class_NX >= 0][:, None] == self.class_C
-            for some, scores_KN in patch_table.scored(self.run, columns, side, self.memory_gb, self.device):
-                found |= dict(zip(some, ap.of_rows(scores_KN, is_class_NC), strict=True))
-                if found is self.test_C:
-                    self._resample(
-                        scores_KN, [i for i, column in enumerate(some) if column in resampled], some
-                    )
+        self._measure_side(self.labels.chosen, self.train_C, columns, frozenset())
+        self._measure_side(self.labels.measured, self.test_C, columns, resampled)
+
+    def _measure_side(
+        self,
+        side: patch_join.Side,
+        found: dict[patch_table.Column, Float64[np.ndarray, " C"]],
+        columns: set[patch_table.Column],
+        resampled: collections.abc.Set[patch_table.Column],
+    ) -> None:
+        is_class_NC = side.class_NX[side.class_NX >= 0][:, None] == self.class_C
+        for some, scores_KN in patch_table.scored(self.run, columns, side, self.memory_gb, self.device):
+            found |= dict(zip(some, ap.of_rows(scores_KN, is_class_NC), strict=True))
+            self._resample(scores_KN, [i for i, column in enumerate(some) if column in resampled], some)
 
     def _resample(self, scores_KN: np.ndarray, rows: list[int], columns: list[patch_table.Column]) -> None:
         steps = range(0, len(rows), patch_table.PAIRS)

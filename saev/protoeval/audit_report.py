@@ -10,6 +10,16 @@ from saev.formats import results
 from saev.protoeval import patch_report
 from saev.report import frame, tables
 
+YIELD = (
+    f"Yield(B): share of the first B prototypes with an AP of at least {results.TAU} on the test images, for "
+    "the class of patches that they find best on the train images."
+)
+DEFINITIONS = (
+    f"{YIELD} Area: mean of Yield(1) to that of the "
+    "largest B. Permuted labels: mean over permutations of the image labels, and in brackets the 2.5% and "
+    "97.5% quantiles over them. Other brackets: 95% bootstrap intervals over the test images."
+)
+"""What the columns of a table of several results mean."""
 N_SHOWN = 5
 """Prototypes of each scorer that audit.md names."""
 
@@ -67,18 +77,26 @@ def yields(table: results.AuditTable) -> pl.DataFrame:
     return pl.DataFrame(lines, results.AUDIT_YIELDS, orient="row")
 
 
-def yields_table(lines: pl.DataFrame) -> pl.DataFrame:
-    """A row for each scorer, and one for its ranking by permuted labels."""
+def yields_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.DataFrame:
+    """A row for each scorer, and one for its ranking by permuted labels.
+
+    Args:
+        place: column -> header of further first columns.
+    """
+    place = place or {}
     own = "{:.3f} ({:.3f} to {:.3f})" if lines["low"].is_not_nan().any() else "{:.3f}"
     rows = []
-    for (scorer, k), mine in lines.group_by("scorer", "n_prototypes", maintain_order=True):
+    key = [*place, "scorer", "n_prototypes"]
+    for (*where, scorer, k), mine in lines.group_by(key, maintain_order=True):
         titles = [title(measure) for measure in mine["measure"]]
         shown = [tables.texts(own, *(mine[name] for name in ("value", "low", "high")))]
         if scorer != results.CONSTANT:
             nulls = (mine[name] for name in ("null", "null_low", "null_high"))
             shown.append(tables.texts("{:.3f} ({:.3f} to {:.3f})", *nulls))
         for name, values in zip((scorer, f"{scorer}{results.PERMUTED}"), shown, strict=False):
-            rows.append({"Scorer": name, "Prototypes": f"{k:,}"} | dict(zip(titles, values, strict=True)))
+            first = dict(zip(place.values(), map(str, where), strict=True))
+            size = {"Scorer": name, "Prototypes": f"{k:,}"}
+            rows.append(first | size | dict(zip(titles, values, strict=True)))
     return pl.DataFrame(rows)
 
 

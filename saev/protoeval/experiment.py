@@ -118,6 +118,8 @@ class Experiment:
             source=helpers.printable(self.labels.source),
             n_unknown=self.labels.n_unknown,
             n_labels=self.labels.labels_NT.size,
+            patch_labels=self.patches.of_images if self.patches else "",
+            audit=list(cfg.audit),
             models={
                 f"{name}, {words}": (name, model)
                 for cfg, name in zip(self.cfgs, self.names, strict=True)

@@ -28,6 +28,8 @@ UNTRAINED, PRE_ACTIVATIONS = 65_536, 4 * 2**25
 """Activations that initialise an untrained SAE, and bytes of the pre-activations that set its threshold."""
 PER_PATCH = 250
 """Bytes per test patch while its classes are measured."""
+AP_BLOCKS = 4 * 2**26
+"""Bytes of the scores that are sorted at once (`ap.BLOCK_BYTES`), and of their copies."""
 RANKINGS = 21
 """Rankings of a scorer's prototypes in the audit (1 + `audit.N_NULL`)."""
 
@@ -99,27 +101,35 @@ def _patches(cfgs: collections.abc.Sequence[config.ProtoEval], k: int, sizes: Si
         return 0
     most, (n_train, n_test) = int(cfgs[0].memory_gb * 1e9), sizes.n_patches
     n_columns = min(k, sizes.n_classes * len(cfgs) * (len(cfgs[0].n_prototypes) + 1))
-    tile = min(SCORES, 4 * FIT_BLOCK * sizes.n_tokens * k)
-    scoring = 3 * tile + 4 * 5 * FIT_BLOCK * sizes.n_tokens * sizes.d_vit
+    scoring = _patch_scores(k, sizes)
     sums = min(most, k * (BINS + 32 * sizes.n_classes)) + 80 * k * sizes.n_classes + 20 * n_train
     measured = min(most, 4 * n_test * n_columns)
     resamples = 12 * cfgs[0].n_boot * sizes.n_test
     return max(sums + scoring, measured + scoring, measured + PER_PATCH * n_test + resamples)
 
 
+def _patch_scores(k: int, sizes: Sizes) -> int:
+    """Scores of some patches by all prototypes (computed, chosen, transposed), and blocks of activations."""
+    tile = min(SCORES, 4 * FIT_BLOCK * sizes.n_tokens * k)
+    return 3 * tile + 4 * 5 * FIT_BLOCK * sizes.n_tokens * sizes.d_vit
+
+
 def _audit(
     cfgs: collections.abc.Sequence[config.ProtoEval], ks: collections.abc.Sequence[int], sizes: Sizes
 ) -> int:
     """Ranking: weights, gradients and two flags of each prototype and trait, and a block of scores. Auditing:
-    scores of train or test patches by the first prototypes, and each patch's classes."""
+    scores of train or test patches by the first prototypes, each patch's classes, and what computes the
+    scores, or APs of some prototypes, or resampled APs."""
     if not cfgs[0].audit:
         return 0
     most, k = int(cfgs[0].memory_gb * 1e9), max(ks)
     ranking = 16 * k * sizes.n_traits + min(most, 12 * sizes.n_train * k)
     n_patches = max(sizes.n_train, sizes.n_test) * sizes.n_tokens
     n_columns = sum(min(k, RANKINGS * max(cfgs[0].audit)) for k in ks)
-    own = PER_PATCH * sizes.n_test * sizes.n_tokens + sizes.n_classes * n_patches
-    return max(ranking, min(most, 4 * n_patches * n_columns) + own + 4 * 2**26)
+    held = min(most, 4 * n_patches * n_columns) + sizes.n_classes * n_patches
+    resampling = PER_PATCH * sizes.n_test * sizes.n_tokens + 12 * cfgs[0].n_boot * sizes.n_test
+    ap = AP_BLOCKS + 40 * n_patches
+    return max(ranking, held + max(_patch_scores(k, sizes), ap, resampling))
 
 
 def _n_prototypes(cfg: config.ProtoEval, d_vit: int) -> int:

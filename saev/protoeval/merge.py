@@ -10,7 +10,7 @@ import polars as pl
 
 from saev import errors, helpers
 from saev.formats import jsonfile, manifest, results
-from saev.protoeval import report, stats
+from saev.protoeval import merge_patches, report, stats
 from saev.report import charts, figures, frame, tables
 
 logger = logging.getLogger("saev")
@@ -40,6 +40,8 @@ class Result:
     traits: pl.DataFrame
     boots: list[np.ndarray]
     """mAPs (draws, resamples) of each row of `cells`."""
+    patches: dict[str, pl.DataFrame]
+    """The files of `merge_patches`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Merged:
     drawn: pl.DataFrame
     """Means over seeds, for charts."""
     traits: pl.DataFrame
+    patches: dict[str, pl.DataFrame]
+    """The patch tables and audits, by name of the file."""
     older: list[str]
     """Directory names of cells that newer ones replaced."""
 
@@ -65,7 +69,8 @@ class Merged:
         frames = {
             name: value.filter(*here) for name, value in vars(self).items() if isinstance(value, pl.DataFrame)
         }
-        return dataclasses.replace(self, abouts=abouts, **frames)
+        patches = {name: value.filter(*here) for name, value in self.patches.items()}
+        return dataclasses.replace(self, abouts=abouts, patches=patches, **frames)
 
 
 def write(root: pathlib.Path, plot: str = "") -> pathlib.Path:
@@ -103,24 +108,29 @@ def write(root: pathlib.Path, plot: str = "") -> pathlib.Path:
         place = {"vit": "ViT", "layer": "Layer"} | tokens
         table = report.summary_table(part.cells, place)
         text += [f"{where[0].upper()}{where[1:]}:\n", *_text(part, table, place)]
+        text += merge_patches.text(part.patches, place)
         tex.append(f"% {where}\n{tables.latex(table)}")
         chart = charts.grid(part.drawn, report.caption(part.cells, part.abouts))
         of = "" if len(sections) == 1 else f"-{labels[:8]}-{certainty}"
         chart_fpaths.append(out / f"chart{of}.png")
         figures.save(chart, chart_fpaths[-1])
+        for patch_labels, figure in merge_patches.charts_of(part.patches):
+            chart_fpaths.append(out / f"yields{of}-{patch_labels}.png")
+            figures.save(figure, chart_fpaths[-1])
         if plot:
             fpath = pathlib.Path(plot)
             figures.save(chart, fpath.with_name(f"{fpath.stem}{of}{fpath.suffix}"))
     if merged.older:
         names = ", ".join(sorted(set(merged.older)))
         text.append(f"{len(merged.older)} older cells were replaced by newer ones (of {names}).\n")
-    for fpath in out.glob("chart*.png"):  # of an older report
+    for fpath in [*out.glob("chart*.png"), *out.glob("yields*.png")]:  # of an older report
         if fpath not in chart_fpaths:
             fpath.unlink()
     frame.write_csv(out / "table.csv", merged.cells.select(*PLACE, *results.SUMMARY))
     frame.write_csv(out / "differences.csv", merged.differences.select(*PLACE, *results.DIFFERENCES))
     frame.write_csv(out / "seeds.csv", merged.seeds.select(*PLACE, *results.SEEDS))
     frame.write_parquet(out / "traits.parquet", merged.traits)
+    merge_patches.write(out, merged.patches, PLACE)
     helpers.write_text(out / "table.tex", "\n".join(tex))
     helpers.write_text(out / "table.md", "\n".join(text))
     return out
@@ -167,12 +177,15 @@ def _read(dpath: pathlib.Path) -> Result:
         key = [*results.CELL, "draw", "trait"]
         traits = traits.unique(key, keep="last", maintain_order=True)
         boots = results.read_resamples(files["resamples.npz"], len(summary))
+        patches = merge_patches.read(dpath, about)
+    except errors.UserError:
+        raise
     except Exception as err:  # another version's columns, or files made to look like ours
         raise errors.UserError(f"{dpath}: cannot be read ({errors.first_line(err)}). {report.AGAIN}") from err
     cells = stats.cells(summary, about)
     ids = cells.select("scorer", *SCORER).unique()
     kinds = kinds.join(ids, on="scorer", maintain_order="left")
-    return Result(dpath, about, cells, kinds, traits, boots)
+    return Result(dpath, about, cells, kinds, traits, boots, patches)
 
 
 # ---- joining ----
@@ -203,6 +216,7 @@ def merge(found: list[Result]) -> Merged:
         seeds=stats.over_seeds(seedless),
         drawn=stats.in_order(drawn),
         traits=_traits(cells, found),
+        patches=merge_patches.merge([result.patches for result in found], names),
         older=[found[i].dpath.name for i in replaced],
     )
 

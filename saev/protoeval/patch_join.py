@@ -45,6 +45,20 @@ class Labels(tp.NamedTuple):
             digest.update(side.class_NX.tobytes())
         return digest.hexdigest()
 
+    @property
+    def of_images(self) -> str:
+        """The same for any order of images in the shards, and of classes. Results compare if it is equal."""
+        names = sorted(self.names)
+        rank_C = np.array(
+            [*map(names.index, self.names), -1], np.int32
+        )  # the last one is of unlabelled patches
+        digest = hashlib.sha256(helpers.canonical_json(names).encode())
+        for side in (self.chosen, self.measured):
+            digest.update(str(side.class_NX.shape).encode())
+            class_NX = np.maximum(side.class_NX, -1)[np.argsort(side.order_N)]
+            digest.update(rank_C[class_NX].tobytes())
+        return digest.hexdigest()
+
 
 def load(cfg: config.ProtoEval, sides: join.Sides) -> Labels | None:
     """Reads --patch-labels for both splits. None without the flag.

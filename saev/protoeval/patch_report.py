@@ -18,6 +18,13 @@ TITLES = {
     "purity": f"Purity@{results.PURITY_FIRST}",
     "coverage": f"Coverage@{results.TAU}",
 }
+DEFINITIONS = (
+    f"Probe R: 1 - loss / loss of the class's share in the train patches. Purity: share of the class in the "
+    f"{results.PURITY_FIRST} patches with the highest scores. Coverage: share of classes with an AP of at "
+    f"least {results.TAU}. Permuted labels: the prototypes are chosen on a permutation of the train patches' "
+    "labels."
+)
+"""What the columns of the table mean."""
 AGAINST = (
     "Difference from random activations (paired bootstrap over the test images). It does not include the "
     "variation of prototypes: random activations or an SAE with another seed give other numbers.\n\n"
@@ -120,14 +127,7 @@ def _note(table: results.PatchTable, about: results.About) -> str:
     note += f"{table.n_test_C.sum():,} patches of {about.measured_on}. Means over {n_used} classes"
     if left_out := len(table.names) - n_used:
         note += f"; {left_out} without a train or a test patch are left out"
-    note += (
-        ". Probe R: 1 - loss / loss of the class's share in the train patches. Purity: share of the class "
-    )
-    note += f"in the {results.PURITY_FIRST} patches with the highest scores. Coverage: share of classes with "
-    note += (
-        f"an AP of at least {results.TAU}. Permuted labels: the prototypes are chosen on a permutation of "
-    )
-    note += "the train patches' labels."
+    note += f". {DEFINITIONS}"
     if about.n_boot:
         note += f" In brackets: 95% intervals from {about.n_boot:,} bootstrap resamples of the test images."
     return note

@@ -137,6 +137,56 @@ def _legend(figure: matplotlib.figure.Figure, handles: collections.abc.Sequence[
     figure.legend(handles=handles, loc="outside upper center", ncols=-(-len(handles) // n_rows))
 
 
+# ---- yields of an audit ----
+
+
+@figures.styled()
+def yields(lines: pl.DataFrame, caption: str) -> matplotlib.figure.Figure:
+    """Yield(B) against B: a panel per ViT, layer and kind of tokens, a colour per scorer, its null dashed.
+
+    Args:
+        lines: the columns vit, layer, tokens, scorer, n_prototypes, b, value, low, high and null.
+    """
+    place = ["vit", "layer", "tokens"]
+    panels = lines.partition_by(place, maintain_order=True)
+    n_columns = min(MOST_PANELS, len(panels))
+    width = figures.COLUMN if n_columns == 1 else figures.PAGE
+    size = (width, 2.4 * -(-len(panels) // n_columns) + 0.9)
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    axes_RC = figure.subplots(-(-len(panels) // n_columns), n_columns, sharey=True, squeeze=False)
+    names = lines.select("scorer", "n_prototypes").unique(maintain_order=True).rows()
+    looks = dict(
+        zip(names, zip(itertools.cycle(figures.COLORS), itertools.cycle(figures.MARKERS)), strict=False)
+    )
+    varying = [key for key in place if lines[key].n_unique() > 1]
+    for axes, mine in itertools.zip_longest(axes_RC.flat, panels):
+        if mine is None:
+            axes.set_axis_off()
+            continue
+        for (scorer, k), line in mine.group_by("scorer", "n_prototypes", maintain_order=True):
+            b, value, low, high, null = line.sort("b").select("b", "value", "low", "high", "null")
+            color, marker = looks[scorer, k]
+            axes.plot(b, value, color=color, marker=marker)
+            axes.fill_between(b, low, high, color=color, **BAND)
+            axes.plot(b, null, color=color, linestyle="--", linewidth=0.8)
+        at = (f"layer {mine[key][0]}" if key == "layer" else mine[key][0] for key in varying)
+        axes.set_title(figures.wrapped(", ".join(at), width / n_columns - 0.1, figures.FONT, hyphens=True))
+        axes.set_xlabel("first prototypes, B")
+        axes.set_ylim(-0.02, 1.02)
+    for axes in axes_RC[:, 0]:
+        axes.set_ylabel("Yield(B)")
+    handles = [
+        matplotlib.lines.Line2D([], [], color=color, marker=marker, label=f"{scorer}, K = {k:,}")
+        for (scorer, k), (color, marker) in looks.items()
+    ]
+    null = matplotlib.lines.Line2D(
+        [], [], color="0.4", linestyle="--", linewidth=0.8, label="permuted labels"
+    )
+    _legend(figure, [*handles, null])
+    figures.caption(figure, caption)
+    return figure
+
+
 # ---- normalised MSE against L0 ----
 
 FEW = 12
