@@ -275,7 +275,7 @@ def _per_patch(
     is_same = is_same and all(np.array_equal(sizes_N2, sizes[0]) for sizes_N2 in sizes)
     is_known = bool(shapes[0][2]) or len({tuple(p.dpath for p in acts.dirs) for acts in streams}) == 1
     if cfg.per == "patch" and not (is_same and is_known):
-        found = [f"{acts.n_tokens} patches, --resize {_resize(acts)}" for acts in (streams[0], streams[-1])]
+        found = [f"{acts.n_tokens} patches, --resize {acts.resize}" for acts in (streams[0], streams[-1])]
         raise errors.UserError(
             f"--per patch: {streams[0].given} and {streams[-1].given} have other grids over the image, or "
             f"unknown ones ({' and '.join(found)}). Pass --per image."
@@ -294,9 +294,3 @@ def _sizes(acts: activations.Activations, order_N: Int64[np.ndarray, " N"]) -> n
     if acts.sizes_A2 is None:
         return np.zeros((len(order_N), 2), np.int64)
     return acts.sizes_A2[acts.image_is_N[order_N]]
-
-
-def _resize(acts: activations.Activations) -> str:
-    """--resize of a dump, for messages."""
-    data = acts.metadata.data
-    return str(data.get("resize", "default")) if isinstance(data, dict) else "default"
