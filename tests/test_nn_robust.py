@@ -117,6 +117,20 @@ def test_deviations_far_smaller_than_the_mean_lose_no_digits() -> None:
     np.testing.assert_allclose(found.deviation_D, x_ND.double().numpy().std(axis=0), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "value_N", [7.3 * torch.ones(500), 1e-40 * torch.randn(500)], ids=["constant", "denormal"]
+)
+def test_a_dimension_without_deviations_gets_the_usual_scale(value_N: torch.Tensor) -> None:
+    """The inverse of a denormal deviation would be infinite."""
+    x_ND = torch.randn(500, D, generator=torch.Generator().manual_seed(0))
+    x_ND[:, 3] = value_N
+    sae = nn.SparseAutoencoder(config.TopK(d_vit=D, exp_factor=2, top_k=3, normalize="per-dim"))
+    sae.initialize(x_ND)
+    others = 1 / np.delete(x_ND.double().numpy(), 3, axis=1).std(axis=0)
+    np.testing.assert_allclose(np.delete(sae.scale.numpy(), 3), others, rtol=1e-5)
+    assert sae.scale[3].item() == pytest.approx(np.sort(others)[-len(others) // 2], rel=1e-5)
+
+
 @pytest.mark.parametrize("b_dec_init", ["mean", "geometric-median"])
 def test_an_sae_starts_alike_with_and_without_sinks(b_dec_init: str) -> None:
     x_ND, is_sink_N = with_sinks(0.002, 560)

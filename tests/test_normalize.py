@@ -147,3 +147,24 @@ def test_evaluation_is_in_raw_units(both, acts_NPD: torch.Tensor) -> None:
     median = np.sort(explained_D)[(D - 1) // 2]
     assert got["explained_variance_median_dim"] == pytest.approx(median, rel=1e-3)
     assert one.metrics()["avg_w_col_norm"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("given", [{"b_dec_init": "geometric-median"}, {"resample_every": 5}], ids=str)
+def test_units_of_a_dimension_do_not_matter_to_its_median_and_resampling(given: dict) -> None:
+    """Bit for bit, as above: 2^10 times the values in one dimension, then a median and drawn activations."""
+    x_ND = torch.from_numpy(plant(20, 20, D, 64)[0].reshape(-1, D))
+    unit_D = torch.ones(D)
+    unit_D[BAD] = 2**10
+    cfg = run.with_d_vit(
+        configured(pathlib.Path(), nn_config.Relu(exp_factor=4, normalize="per-dim", **given)), D
+    )
+    states = []
+    for unit in (torch.ones(D), unit_D):
+        one = run.Run(cfg, pathlib.Path(), torch.device("cpu"))
+        one.start(x_ND * unit)
+        if "resample_every" in given:
+            one.tokens_since_fired_S[:50] = cfg.window
+            one.resample(5, x_ND * unit)
+            assert (one.tokens_since_fired_S[:50] == 0).all()
+        states.append(one.sae.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in ("W_enc", "W_dec", "b_dec"))

@@ -20,7 +20,7 @@ from saev.data import config as data_config
 from saev.demo import minicub
 from saev.formats import patchlabels, results, shards
 from saev.nn import config as nn_config
-from saev.protoeval import config, logistic, patch_fit, run
+from saev.protoeval import config, logistic, merge, patch_fit, run
 from saev.report import frame
 from saev.scorers import config as scorers_config
 
@@ -40,9 +40,12 @@ def draw() -> tuple[np.ndarray, np.ndarray]:
     return id_NP, acts_NPD
 
 
-def write_shards(dump_to: pathlib.Path, acts_NPD: np.ndarray, id_NP: np.ndarray | None) -> shards.ShardDir:
+def write_shards(
+    dump_to: pathlib.Path, acts_NPD: np.ndarray, id_NP: np.ndarray | None, **data: str
+) -> shards.ShardDir:
     """Images in reverse order, so that only a join by path is right."""
-    metadata = shards.Metadata("timm", "planted", (3,), P, False, D, N, 7 * P, {"__class__": "ImageFolder"})
+    data = {"__class__": "ImageFolder"} | data
+    metadata = shards.Metadata("timm", "planted", (3,), P, False, D, N, 7 * P, data)
     out = shards.ShardDir.create(dump_to, metadata, [shards.Record(p, "") for p in PATHS[::-1]], {})
     for shard_i in range(metadata.n_shards):
         image_is = metadata.imgs_in(shard_i)
@@ -369,6 +372,17 @@ def test_every_file_and_column_is_documented(cfg: config.ProtoEval) -> None:
 
 
 @pytest.mark.slow
+def test_tables_name_the_dumps_resize(cfg: config.ProtoEval, tmp_path: pathlib.Path) -> None:
+    """So a report does not replace one dump's rows of reference by another's."""
+    _, acts_NPD = draw()
+    for mode in ("squash", "pad"):
+        dpath = write_shards(tmp_path / mode, acts_NPD, None, resize=mode).dpath
+        data = data_config.Shards(str(dpath), 3)
+        run.main([dataclasses.replace(cfg, patch_labels="", train_data=data, n_prototypes=(4,))])
+    found = {result.about.tokens for result in merge.read_all(tmp_path / "results")}
+    assert found == {f"9 tokens an image (image, --resize {mode})" for mode in ("squash", "pad")}
+
+
 def test_the_example_in_the_docs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands of docs/patch-table.md, then that of docs/audit.md, on 40 of mini-CUB's birds seen by a small untrained ViT (K 512)."""
     monkeypatch.chdir(tmp_path)

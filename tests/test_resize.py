@@ -249,6 +249,30 @@ def test_a_photo_of_another_size_than_in_the_dump_is_refused(
         labels_run.main(cfg)
 
 
+def test_the_report_of_labels_leaves_padding_out(
+    dumps: dict[str | None, shards.ShardDir],
+    folder: pathlib.Path,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With masks of one class, all patches of the readable photos have it."""
+    for i in dumps["flexible"].image_is_N.tolist():
+        with PIL.Image.open(folder / f"{i}.png") as img:
+            PIL.Image.new("L", img.size, 7).save(tmp_path / f"{i}.png")
+    cfg = labels_config.Labels(
+        str(dumps["flexible"].dpath),
+        config.ImageFolder(str(folder)),
+        labels_config.Index(str(tmp_path)),
+        name="one",
+    )
+    with caplog.at_level("INFO", "saev"):
+        labels_run.main(cfg)
+    is_shown_NP = layout.shown(dumps["flexible"])
+    n = int(is_shown_NP.sum())
+    assert n < is_shown_NP.size and f"16 of {n} patches have no label" in caplog.text  # the corrupt image's
+    assert f"7: {100 * (n - 16) / n:.2f}% of the patches" in caplog.text
+
+
 # ---- refusals ----
 
 

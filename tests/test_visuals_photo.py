@@ -66,12 +66,24 @@ def sae_of(vit: vits.Vit, acts_PD: torch.Tensor, layer: int) -> nn.SparseAutoenc
     return sae.eval().requires_grad_(False)
 
 
-def tile(sheet: PIL.Image.Image, i: int, side: tuple[int, int]) -> np.ndarray:
-    """Pixels of the i-th picture; `side` is its (height, width)."""
-    row, column = divmod(i, photo.COLUMNS)
+def tile(sheet: PIL.Image.Image, i: int, side: tuple[int, int], n: int) -> np.ndarray:
+    """Pixels of the i-th of n pictures; `side` is its (height, width)."""
+    n_columns = min(n, photo.COLUMNS)
+    row, column = divmod(i, n_columns)
     top = row * (side[0] + photo.LINE + photo.GAP) + photo.LINE
-    left = column * (side[1] + photo.GAP)
+    left = column * (sheet.width + photo.GAP) // n_columns  # captions may be wider
     return np.asarray(sheet, np.float64)[top : top + side[0], left : left + side[1]]
+
+
+def test_captions_wider_than_a_picture_do_not_overlap() -> None:
+    """The second picture begins where the longest caption has ended, and its place holds no letters of the first."""
+    tiles = [
+        ("latent 123456: 7.89", PIL.Image.new("RGB", (16, 40), "green")),
+        ("", PIL.Image.new("RGB", (16, 40))),
+    ]
+    sheet = np.asarray(photo._sheet(tiles))
+    left = int(np.flatnonzero((sheet[photo.LINE] == 0).all(axis=1))[0])
+    assert (sheet[: photo.LINE, :left] < 100).any() and (sheet[: photo.LINE, left - photo.GAP :] == 255).all()
 
 
 def test_a_latent_paints_its_patches_and_nothing_else(vit: vits.Vit, grey: PIL.Image.Image) -> None:
@@ -82,18 +94,18 @@ def test_a_latent_paints_its_patches_and_nothing_else(vit: vits.Vit, grey: PIL.I
     assert np.array_equal(fires_PP, np.eye(ROWS * COLUMNS, dtype=bool)) and (f_PS[:, -1] == 0).all()
     sheet = saev.visuals.show(sae, grey, vit, latents=[5, 0, ROWS * COLUMNS], opacity=0.5)
     side, seen = (ROWS * PATCH, COLUMNS * PATCH), np.asarray(vit.transform.geometry(grey))
-    assert sheet.width == 4 * (side[1] + photo.GAP) - photo.GAP
-    np.testing.assert_array_equal(tile(sheet, 0, side), seen)  # untouched
+    assert sheet.width >= 4 * (side[1] + photo.GAP) - photo.GAP
+    np.testing.assert_array_equal(tile(sheet, 0, side, 4), seen)  # untouched
     for i, latent in ((1, 5), (2, 0), (3, ROWS * COLUMNS)):
         heat_P = f_PS[:, latent] / max(f_PS[:, latent].max(), 1e-30)
         opacity_HW = 0.5 * heat_P.reshape(ROWS, COLUMNS).repeat(PATCH, 0).repeat(PATCH, 1)[..., None]
         want = seen * (1 - opacity_HW) + HUE * opacity_HW
-        np.testing.assert_allclose(tile(sheet, i, side), want, atol=1.5)
+        np.testing.assert_allclose(tile(sheet, i, side, 4), want, atol=1.5)
     # without names: those that fire, the largest first
     sheet = saev.visuals.show(sae, grey, vit, n=100)
     assert sheet.height == 2 * (side[0] + photo.LINE + photo.GAP) - photo.GAP  # 9 pictures, 5 in a row
     first = int(f_PS.max(axis=0).argmax())
-    changed = np.abs(tile(sheet, 1, side) - tile(sheet, 0, side)).max(axis=2) > 20
+    changed = np.abs(tile(sheet, 1, side, 9) - tile(sheet, 0, side, 9)).max(axis=2) > 20
     (rows, columns) = np.nonzero(changed)
     assert {*(rows // PATCH * COLUMNS + columns // PATCH).tolist()} == {first} and changed.sum() == PATCH**2
 
@@ -119,7 +131,7 @@ def test_prototypes_are_shown_above_their_mean(vit: vits.Vit, grey: PIL.Image.Im
     heat_P = ((score_P - score_P.mean()) / (score_P.max() - score_P.mean())).clip(0, 1)
     opacity_HW = 0.7 * heat_P.reshape(ROWS, COLUMNS).repeat(PATCH, 0).repeat(PATCH, 1)[..., None]
     want = np.asarray(vit.transform.geometry(grey)) * (1 - opacity_HW) + HUE * opacity_HW
-    np.testing.assert_allclose(tile(sheet, 1, (ROWS * PATCH, COLUMNS * PATCH)), want, atol=1.5)
+    np.testing.assert_allclose(tile(sheet, 1, (ROWS * PATCH, COLUMNS * PATCH), 2), want, atol=1.5)
 
 
 def test_bad_input_is_one_line(vit: vits.Vit, grey: PIL.Image.Image, tmp_path: pathlib.Path) -> None:
@@ -201,7 +213,7 @@ def test_one_photo_as_the_docs_have_it(folder: pathlib.Path, monkeypatch: pytest
     assert names["f_PS"].shape == (256, 512) and len(set(names["latents"])) == 4
     sheet = saev.visuals.show(names["sae"], "photo.jpg", names["vit"], latents=names["latents"])
     # the strongest patch of the first latent is painted most
-    before, after = (tile(sheet, i, (224, 224)) for i in (0, 1))
+    before, after = (tile(sheet, i, (224, 224), 5) for i in (0, 1))
     f_RC = names["f_PS"][:, names["latents"][0]].numpy().reshape(16, 16)
     opacity_RC = 0.7 * f_RC.repeat(14, 0).repeat(14, 1)[..., None] / f_RC.max()
     np.testing.assert_allclose(after, before * (1 - opacity_RC) + HUE * opacity_RC, atol=1.5)

@@ -277,8 +277,8 @@ def _per_patch(
     if cfg.per == "patch" and not (is_same and is_known):
         one, two = streams[0], streams[-1]
         found = f"{one.n_tokens} and {two.n_tokens} patches"
-        if _resize(one) != _resize(two):
-            found += f", --resize {_resize(one)} and {_resize(two)}"
+        if one.resize != two.resize:
+            found += f", --resize {one.resize} and {two.resize}"
         raise errors.UserError(
             f"--per patch: {one.given} and {two.given} have other grids over the image, or "
             f"unknown ones ({found}). Pass --per image."
@@ -297,9 +297,3 @@ def _sizes(acts: activations.Activations, order_N: Int64[np.ndarray, " N"]) -> n
     if acts.sizes_A2 is None:
         return np.zeros((len(order_N), 2), np.int64)
     return acts.sizes_A2[acts.image_is_N[order_N]]
-
-
-def _resize(acts: activations.Activations) -> str:
-    """--resize of a dump, for messages."""
-    data = acts.metadata.data
-    return str(data.get("resize", "default")) if isinstance(data, dict) else "default"

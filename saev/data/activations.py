@@ -384,6 +384,14 @@ class Activations:
             ]
         )
 
+    @property
+    def resize(self) -> str:
+        """--resize of the dumps, for messages; "default" where it was not named."""
+        data = [part.metadata.data for part in self.dirs]
+        return " and ".join(
+            dict.fromkeys(str(d.get("resize", "default")) if isinstance(d, dict) else "default" for d in data)
+        )
+
     def layout(self, image_i: int) -> layout.Layout:
         """Where the patches of an image lie.
 

@@ -1,6 +1,7 @@
 """Labels the patches of a dump: each mask goes through the geometry that its photo went through.
 
-Shape letters: N images, P patches in Y rows and X columns, H x W pixels, n pixels, C classes of an image.
+Shape letters: N images, P patches in Y rows and X columns, H x W pixels, n pixels or patches, C classes of an
+image.
 """
 
 import collections
@@ -46,14 +47,20 @@ def main(cfg: config.Labels) -> str:
     source = masks.open_source(cfg.masks)
     view = View(images.Transform.from_dict(fields), shard_dir.metadata.n_patches_per_img)
     id_NP = _label_all(cfg, shard_dir, source, view)
-    _report(id_NP, classes := source.classes or {i: str(i) for i in np.unique(id_NP).tolist() if i >= 0})
+    classes = source.classes or {i: str(i) for i in np.unique(id_NP).tolist() if i >= 0}
+    is_shown_NP = layout.shown(shard_dir)
+    _report(id_NP.ravel() if is_shown_NP is None else id_NP[is_shown_NP], classes)
     made = source.made() | {"rule": cfg.rule, "background": cfg.background, "code": provenance.record()}
     return str(patchlabels.write(shard_dir, cfg.name, id_NP, classes, made))
 
 
-def _report(id_NP: Int32[np.ndarray, "N P"], classes: dict[int, str]) -> None:
-    """Logs how often each class is found. Raises a UserError if there is none at all."""
-    counts = zip(*np.unique(id_NP, return_counts=True), strict=True)
+def _report(id_n: Int32[np.ndarray, " n"], classes: dict[int, str]) -> None:
+    """Logs how often each class is found. Raises a UserError if there is none at all.
+
+    Args:
+        id_n: of all patches that are no padding.
+    """
+    counts = zip(*np.unique(id_n, return_counts=True), strict=True)
     n_of = collections.Counter({int(i): int(n) for i, n in counts})
     n_void = n_of.pop(masks.VOID, 0)
     if not n_of:
@@ -61,9 +68,9 @@ def _report(id_NP: Int32[np.ndarray, "N P"], classes: dict[int, str]) -> None:
             "no patch got a label: all pixels of all masks are ignored. Check --masks.ignore."
         )
     for i, n in n_of.most_common(10):
-        logger.info("%s: %.2f%% of the patches", classes[i], 100 * n / id_NP.size)
+        logger.info("%s: %.2f%% of the patches", classes[i], 100 * n / id_n.size)
     text = "%d classes, %d of them on patches; %d of %d patches have no label"
-    logger.info(text, len(classes), len(n_of), n_void, id_NP.size)
+    logger.info(text, len(classes), len(n_of), n_void, id_n.size)
 
 
 def _label_all(

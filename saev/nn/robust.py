@@ -66,7 +66,7 @@ class Dimensions(tp.NamedTuple):
 
     centre_D: Float[Tensor, " D"]
     deviation_D: Float[Tensor, " D"]
-    """Standard deviation; 0 for a dimension that is constant but for rounding."""
+    """Standard deviation; 0 for a dimension that is constant but for rounding, or for denormal numbers."""
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def by_dimension(x_ND: Float[Tensor, "N D"]) -> Dimensions:
     quartiles_2D = few_MD.quantile(torch.tensor([0.25, 0.75], device=x_ND.device, dtype=x_ND.dtype), dim=0)
     guess_D = (quartiles_2D[1] - quartiles_2D[0]) / QUARTILES
     guess_D = torch.where(guess_D > 0, guess_D, few_MD.std(dim=0, correction=0))  # mostly one value
-    unit_D, last_N = torch.where(guess_D > 0, 1 / guess_D, 0.0), None
+    unit_D, last_N = _units(guess_D), None
     found = Dimensions(guess_D, guess_D)
     for _ in range(MAX_ROUNDS):
         scaled_ND = x_ND * unit_D
@@ -92,8 +92,13 @@ def by_dimension(x_ND: Float[Tensor, "N D"]) -> Dimensions:
             break
         last_N = ordinary_N
         found = _moments(x_ND, ordinary_N)
-        unit_D = torch.where(found.deviation_D > 0, 1 / found.deviation_D, 0.0)
+        unit_D = _units(found.deviation_D)
     return found
+
+
+def _units(deviation_D: Tensor) -> Tensor:
+    """1 / deviation; 0 for one that is 0, or so small that this is infinite."""
+    return (1 / deviation_D).nan_to_num(posinf=0)
 
 
 def _moments(x_ND: Tensor, ordinary_N: Tensor) -> Dimensions:
@@ -106,8 +111,8 @@ def _moments(x_ND: Tensor, ordinary_N: Tensor) -> Dimensions:
         square_D += shifted_CD.square().sum(dim=0)
     centre_D = shift_D + sum_D / n
     deviation_D = (square_D / n - (sum_D / n).square()).clamp(min=0).sqrt()
-    deviation_D[deviation_D <= ROUNDING * centre_D.abs()] = 0
-    return Dimensions(centre_D.to(x_ND), deviation_D.to(x_ND))
+    is_constant_D = deviation_D <= (ROUNDING * centre_D.abs()).clamp(min=torch.finfo(x_ND.dtype).tiny)
+    return Dimensions(centre_D.to(x_ND), deviation_D.masked_fill(is_constant_D, 0).to(x_ND))
 
 
 @jaxtyped(typechecker=beartype.beartype)

@@ -109,7 +109,10 @@ class SparseAutoencoder(torch.nn.Module):
             case "mean":
                 self.b_dec.copy_(centre_D * self.scale)
             case "geometric-median":
-                self.b_dec.copy_(geometric_median(x_ND) * self.scale)
+                if self.scale.ndim:  # of x', because the median depends on the units of the dimensions
+                    self.b_dec.copy_(geometric_median(x_ND * self.scale))
+                else:
+                    self.b_dec.copy_(geometric_median(x_ND) * self.scale)
             case "zero":
                 self.b_dec.zero_()
         if self.cfg.init == "data":

@@ -90,13 +90,15 @@ class Experiment:
     def about(self) -> results.About:
         cfg, (chosen, measured) = self.cfgs[0], self.sides
         seen_T = self.labels.labels_NT[list(measured.row_of.values())].any(axis=0)
-        train, _ = self._train_and_test
+        train, test = self._train_and_test
+        modes = " and ".join(dict.fromkeys((train.resize, test.resize)))
+        shown = "" if modes == "default" else f", --resize {modes}"
         roots = [r for d in (cfg.train_data, cfg.test) for r in (d.shard_root, *d.more_roots)]
         shards = dict.fromkeys(helpers.printable(pathlib.Path(root).name[:8]) for root in roots)
         return results.About(
             vit=helpers.printable(f"{train.metadata.vit_family} {train.metadata.vit_ckpt}"),
             layer=train.layers[0],
-            tokens=f"{train.n_tokens} tokens an image ({cfg.train_data.patches})",
+            tokens=f"{train.n_tokens} tokens an image ({cfg.train_data.patches}{shown})",
             shards=list(shards),
             labels=self._measured_on,
             min_certainty=0 if self.labels.source else cfg.min_certainty,

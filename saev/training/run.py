@@ -173,7 +173,7 @@ class Run:
             return
         sae = self.sae
         x_hat_BD, _ = sae(x_BD)
-        loss_B = (x_BD - x_hat_BD).square().sum(dim=1).cpu()
+        loss_B = self.in_units(x_BD - x_hat_BD).square().sum(dim=1).cpu()
         generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + step)
         chosen_C = torch.multinomial(
             loss_B.double().square() + 1e-30, len(dead_C), replacement=True, generator=generator

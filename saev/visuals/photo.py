@@ -106,12 +106,14 @@ def _checked(latents: collections.abc.Sequence[int], n: int) -> list[int]:
 
 
 def _sheet(tiles: list[tuple[str, PIL.Image.Image]]) -> PIL.Image.Image:
-    """Pictures of one size in rows, each below its caption."""
-    width, height = tiles[0][1].width + GAP, tiles[0][1].height + LINE + GAP
+    """Pictures of one size in rows, each below its caption, which may be wider."""
+    font = PIL.ImageFont.load_default(FONT)
+    widths = [tiles[0][1].width, *(math.ceil(font.getlength(caption)) for caption, _ in tiles)]
+    width, height = max(widths) + GAP, tiles[0][1].height + LINE + GAP
     columns = min(COLUMNS, len(tiles))
     n_rows = -(-len(tiles) // columns)
     sheet = PIL.Image.new("RGB", (columns * width - GAP, n_rows * height - GAP), "white")
-    draw, font = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(FONT)
+    draw = PIL.ImageDraw.Draw(sheet)
     for i, (caption, picture) in enumerate(tiles):
         left, top = i % columns * width, i // columns * height
         draw.text((left, top + LINE // 2), caption, "black", font, anchor="lm")

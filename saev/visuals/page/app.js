@@ -165,9 +165,10 @@
   function showHelp() {
     if (document.querySelector("dialog")) return;
     const { scorer, source, shown } = saev.gallery;
+    const patches = source.transform.startsWith("resized whole") ? `at most ${source.n_patches}` : source.grid.join(" x ");
     dialog("Help", saev.el("h3", null, "Keys"), pairs(KEYS), saev.el("h3", null, "Search"), pairs(SEARCH),
       saev.el("h3", null, "This gallery"), saev.el("p", null, saev.name(scorer.name), `: ${scorer.kind}. ${scorer.fires}`),
-      saev.el("p", null, `Shown: ${shown.filters}. Images: ${source.transform}, ${source.grid.join(" x ")} patches.`));
+      saev.el("p", null, `Shown: ${shown.filters}. Images: ${source.transform}, ${patches} patches.`));
   }
 
   function showStars() {
