@@ -92,6 +92,21 @@ def test_means_spread_and_interval(rows: list[results.Row]) -> None:
     assert np.isnan(sae._replace(boot_RM=np.empty((1, 0))).interval[0])
 
 
+def test_an_interval_includes_its_value_also_if_few_resamples_differ() -> None:
+    """One of 50 resamples is 0.1: the quantiles are 0, their mean is 0.002."""
+    boot_M = np.array([0.1] + [0.0] * 49)
+    assert results.interval(boot_M, 0.0) == pytest.approx((-0.002, 0.0))
+    assert results.interval(-boot_M, 0.0) == pytest.approx((0.0, 0.002))
+
+
+def test_names_in_reports_sort_by_their_numbers() -> None:
+    names = ["Random", "Random, 5 prototypes", "Random, 20 prototypes", "Random, key", "Sae 9", "Sae 13"]
+    place = dict.fromkeys(stats.PLACE, "")
+    lines = [{**place, "cls": "Random", "scorer": s, "n_prototypes": 8, "n_train": 9} for s in sorted(names)]
+    assert sorted(names) != names
+    assert stats.in_order(pl.DataFrame(lines))["scorer"].to_list() == names
+
+
 def test_differences_are_paired(rows: list[results.Row], about: results.About) -> None:
     random, sae = rows[1]._replace(boot_RM=rows[1].boot_RM[:1]), rows[2]
     there, back = differences([rows[0], random, sae], about)

@@ -195,6 +195,14 @@ def test_a_key_is_scikit_learns_tree_of_the_best_depth() -> None:
         np.testing.assert_allclose(ours_NC, np.broadcast_to(share_C, ours_NC.shape))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:sklearn")
+def test_a_category_with_one_image_does_not_keep_a_key_short() -> None:
+    scores_KN = latents()
+    category_N = 2 * (scores_KN[0] > 0) + (scores_KN[1] > 0).astype(np.int64)
+    category_N[7] = 4
+    assert grown(scores_KN, category_N, 5, 3).depth >= 2
+
+
 @hypothesis.given(st.floats(-1e6, 1e6, width=32), st.floats(-1e6, 1e6, width=32))
 def test_thresholds_separate_what_they_separated(a: float, b: float) -> None:
     low, high = sorted((a, b))
@@ -454,6 +462,16 @@ def test_files_are_sealed_and_nothing_else_changes(
     ours, theirs = (pl.read_csv(dpath / "summary.csv") for dpath in (out, alone))
     assert ours.filter(~pl.col("scorer").str.contains(",")).equals(theirs)
     assert (alone / "chart.png").read_bytes() == (out / "chart.png").read_bytes()  # shows single prototypes
+
+
+def test_a_key_to_nearly_as_many_categories_as_images(cfg: config.ProtoEval, tmp_path: pathlib.Path) -> None:
+    """No warning of scikit-learn's, which are errors here."""
+    lines = [f"{path},{n % 24},{n % 2}" for n, path in enumerate(sorted(PATHS))]
+    (tmp_path / "t.csv").write_text("\n".join(["path,kind,side", *lines]) + "\n")
+    labels = traits_config.Table(file=str(tmp_path / "t.csv"), categorical=("kind",))
+    cfg = dataclasses.replace(cfg, labels=labels, n_prototypes=(8,), n_train=(-1,), n_boot=0, several=())
+    found = pl.read_parquet(pathlib.Path(run.main([cfg])) / "keys.parquet")
+    assert found["n_categories"].to_list() == [24] and found["depth"].item() >= 1
 
 
 def test_bad_numbers() -> None:

@@ -8,6 +8,7 @@ N images, K prototypes, T traits, X keys, R draws of train images, M resamples o
 
 import collections.abc
 import typing as tp
+import warnings
 
 import numpy as np
 import polars as pl
@@ -235,7 +236,9 @@ class _Fitted(tp.NamedTuple):
             depth = target.max_depth(cfg.key_depth)
             return keys.grow(scores_KN, prototype_K, category_N, n_categories, depth, cfg.seed)
 
-        return compiled.each_in_threads(one, self.of_all.targets)
+        with warnings.catch_warnings():  # of categories with few images
+            warnings.filterwarnings("ignore", category=UserWarning, module="sklearn")
+            return compiled.each_in_threads(one, self.of_all.targets)
 
     def _shares(self, found: list[keys.Key], read: sparse.Read, n_images: int) -> Float64[np.ndarray, "T N"]:
         """Each trait's share of the train images where an image ends."""
