@@ -249,7 +249,7 @@ class Row(tp.NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """95% bootstrap interval over test images of the mAP (averaged over draws); NaN without resamples."""
-        return interval(self.boot_RM.mean(axis=0), self.mean_ap)
+        return share_interval(self.boot_RM.mean(axis=0), self.mean_ap)
 
 
 class PatchRow(tp.NamedTuple):
@@ -349,6 +349,12 @@ class AuditTable(tp.NamedTuple):
     @property
     def measures(self) -> list[str]:
         return [*map(str, self.budgets), AREA]
+
+
+def share_interval(boot_M: np.ndarray, value: float) -> tuple[float, float]:
+    """`interval` of an average precision, an accuracy or another share, which is at least 0 and at most 1."""
+    low, high = np.clip(interval(boot_M, value), 0, 1).tolist()
+    return low, high
 
 
 def interval(boot_M: np.ndarray, value: float) -> tuple[float, float]:

@@ -287,7 +287,7 @@ class _Grown(tp.NamedTuple):
             line.append(float(ap_T.mean()) if len(ap_T) else float("nan"))
             for value_M in keys.accuracies(category_N, key.call_L[leaf_N], n, times_MN):
                 value, boot_M = float(value_M[0]), value_M[1:]
-                line += [value, *results.interval(boot_M[~np.isnan(boot_M)], value)]
+                line += [value, *results.share_interval(boot_M[~np.isnan(boot_M)], value)]
             lines.append(tuple(line))
         return pl.DataFrame(lines, results.KEYS, orient="row")
 
