@@ -94,6 +94,30 @@ def test_means_spread_and_interval(rows: list[results.Row]) -> None:
     assert np.isnan(sae._replace(boot_RM=np.empty((1, 0))).interval[0])
 
 
+def test_an_interval_includes_its_value_also_if_few_resamples_differ() -> None:
+    """One of 50 resamples is 0.1: the quantiles are 0, their mean is 0.002."""
+    boot_M = np.array([0.1] + [0.0] * 49)
+    assert results.interval(boot_M, 0.0) == pytest.approx((-0.002, 0.0))
+    assert results.interval(-boot_M, 0.0) == pytest.approx((0.0, 0.002))
+    assert results.share_interval(boot_M, 0.0) == (0.0, 0.0)  # a share is at least 0
+
+
+def test_the_interval_of_a_map_is_within_0_and_1() -> None:
+    """The shift of the resamples' mean to the mAP would give an interval up to 1.02."""
+    boot_RM = np.array([[1.0, 1.0, 1.0, 0.88]])
+    found = row("Sae_1", 8, 9, [[0.99]])._replace(boot_RM=boot_RM)
+    assert results.interval(boot_RM[0], 0.99)[1] > 1
+    assert found.interval == (pytest.approx(0.99 - 0.97 + np.quantile(boot_RM, 0.025)), 1.0)
+
+
+def test_names_in_reports_sort_by_their_numbers() -> None:
+    names = ["Random", "Random, 5 prototypes", "Random, 20 prototypes", "Random, key", "Sae 9", "Sae 13"]
+    place = dict.fromkeys(stats.PLACE, "")
+    lines = [{**place, "cls": "Random", "scorer": s, "n_prototypes": 8, "n_train": 9} for s in sorted(names)]
+    assert sorted(names) != names
+    assert stats.in_order(pl.DataFrame(lines))["scorer"].to_list() == names
+
+
 def test_differences_are_paired(rows: list[results.Row], about: results.About) -> None:
     random, sae = rows[1]._replace(boot_RM=rows[1].boot_RM[:1]), rows[2]
     there, back = differences([rows[0], random, sae], about)
@@ -171,7 +195,7 @@ def test_a_scorer_of_another_size_is_held_against_the_largest_smaller_baseline(
 
 def test_the_written_tables(rows: list[results.Row], about: results.About, tmp_path: pathlib.Path) -> None:
     rows = [*rows, rows[1]._replace(scorer="Sae_2")]
-    report.write(tmp_path, rows, NAMES, [], about)
+    report.write(tmp_path, report.Found(about, NAMES, rows), [])
     text = (tmp_path / "table.md").read_text()
     low, high = np.quantile([0.4, 0.5, 0.5, 0.6], [0.025, 0.975])
     for line in (
@@ -260,7 +284,7 @@ def test_references_are_explained_and_held_against_nothing(
     of |= {name: of[whose]._replace(scorer=name) for name, whose in about.nulls.items()}
     order = ["constant", *results.PROBES[1:]]
     order += ["Random", "Random, permuted labels", "Sae_1", "Sae_1, permuted labels"]
-    report.write(tmp_path / "all" / "one", [of[name] for name in order], NAMES, [], about)
+    report.write(tmp_path / "all" / "one", report.Found(about, NAMES, [of[name] for name in order]), [])
     merge.write(tmp_path / "all")
     for fpath in (tmp_path / "all/one/summary.csv", tmp_path / "all/report/table.csv"):
         assert pl.read_csv(fpath)["scorer"].to_list() == order
@@ -282,7 +306,9 @@ def test_ridge_probes_of_older_results_stay_rows_of_their_own(
     probes = [row(name, 1, 1000, [[value] * 3]) for name, value in values.items()]
     for day, some in (("01", probes[:1]), ("02", probes[1:])):
         report.write(
-            tmp_path / day, [rows[0], *some], NAMES, [], dataclasses.replace(about, created=f"2026-01-{day}")
+            tmp_path / day,
+            report.Found(dataclasses.replace(about, created=f"2026-01-{day}"), NAMES, [rows[0], *some]),
+            [],
         )
     merge.write(tmp_path)
     lines = pl.read_csv(tmp_path / "report/table.csv").select("scorer", "map").rows()
@@ -299,10 +325,10 @@ def test_differences_are_those_of_the_rows_that_are_left(
 ) -> None:
     """An SAE evaluated again, alone, is held against the random activations of the older result."""
     random, sae = rows[1]._replace(boot_RM=rows[1].boot_RM[:1]), rows[2]
-    report.write(tmp_path / "a", [random, sae], NAMES, [], about)
+    report.write(tmp_path / "a", report.Found(about, NAMES, [random, sae]), [])
     newer = dataclasses.replace(about, created="2026-02-01T00:00:00+00:00")
     low = sae._replace(test_ap_RT=sae.test_ap_RT - 0.3, boot_RM=sae.boot_RM - 0.3)
-    report.write(tmp_path / "b", [low], NAMES, [], newer)
+    report.write(tmp_path / "b", report.Found(newer, NAMES, [low]), [])
     out = merge.write(tmp_path)
     line = "| clip x | 23 | Sae_1 | 512 | 1,000 | Random | 512 | -0.300 | -0.300 to -0.300 | excludes 0 |"
     assert line in (out / "table.md").read_text()
@@ -310,7 +336,7 @@ def test_differences_are_those_of_the_rows_that_are_left(
         found = [(x["scorer"], x["baseline"], float(x["difference"])) for x in csv.DictReader(fd)]
     assert found == [("Random", "Sae_1", pytest.approx(0.3)), ("Sae_1", "Random", pytest.approx(-0.3))]
     other_seed = dataclasses.replace(about, seed=1, created="2026-03-01T00:00:00+00:00")
-    report.write(tmp_path / "c", [low._replace(scorer="Pca")], NAMES, [], other_seed)
+    report.write(tmp_path / "c", report.Found(other_seed, NAMES, [low._replace(scorer="Pca")]), [])
     merge.write(tmp_path)
     with (out / "differences.csv").open() as fd:  # other resamples cannot be paired
         assert not any("Pca" in (x["scorer"], x["baseline"]) for x in csv.DictReader(fd))
@@ -321,9 +347,11 @@ def test_the_newest_of_a_cell_wins_and_nothing_else_changes(
 ) -> None:
     newer = dataclasses.replace(about, created="2026-02-01T00:00:00+00:00")
     other = dataclasses.replace(about, layer=11)
-    report.write(tmp_path / "zzz", rows, NAMES, [], about)
-    report.write(tmp_path / "aaa", [row("Random", 512, 1000, [[0.9, 0.9, 0.9]])], NAMES, [], newer)
-    report.write(tmp_path / "mmm", rows[:2], NAMES, [], other)
+    report.write(tmp_path / "zzz", report.Found(about, NAMES, rows), [])
+    report.write(
+        tmp_path / "aaa", report.Found(newer, NAMES, [row("Random", 512, 1000, [[0.9, 0.9, 0.9]])]), []
+    )
+    report.write(tmp_path / "mmm", report.Found(other, NAMES, rows[:2]), [])
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     out = merge.write(tmp_path)
     assert {f: f.read_bytes() for f in before} == before
@@ -352,7 +380,7 @@ def test_scorers_of_one_name_are_told_apart(
     def result(name: str, day: int, ckpt: str, seed: int = 0) -> None:
         scorers = {"Sae_1": {"cls": "Sae", "ckpt": ckpt * 64}}
         said = dataclasses.replace(about, scorers=scorers, seed=seed, created=f"2026-01-0{day}")
-        report.write(tmp_path / name, rows, NAMES, [], said)
+        report.write(tmp_path / name, report.Found(said, NAMES, rows), [])
 
     result("a", 1, "a")
     result("b", 2, "b")
@@ -370,8 +398,8 @@ def test_scorers_of_one_name_are_told_apart(
 def test_results_on_other_labels_get_a_table_of_their_own(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
-    report.write(tmp_path / "a", rows, NAMES, [], about)
-    report.write(tmp_path / "b", rows, NAMES, [], dataclasses.replace(about, labels="0" * 64))
+    report.write(tmp_path / "a", report.Found(about, NAMES, rows), [])
+    report.write(tmp_path / "b", report.Found(dataclasses.replace(about, labels="0" * 64), NAMES, rows), [])
     text = (merge.write(tmp_path) / "table.md").read_text()
     assert text.count("| ViT | Layer | Scorer | Prototypes | Train | mAP |") == 2
     assert "Labels 00000000" in text and "Labels ffffffff" in text
@@ -388,7 +416,7 @@ def test_broken_and_unfinished_results_are_named_and_left_out(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("good", "edited", "gone", "unfinished"):
-        report.write(tmp_path / name, rows, NAMES, [], about)
+        report.write(tmp_path / name, report.Found(about, NAMES, rows), [])
     edited = tmp_path / "edited" / "summary.csv"
     edited.write_text(edited.read_text().replace("0.5", "0.9"))
     (tmp_path / "gone" / "kinds.csv").unlink()
@@ -414,7 +442,7 @@ def test_flipped_bits_of_results_are_refused(
 ) -> None:
     """Some of each file that is read back; a user may touch the others."""
     dpath = tmp_path / "a" / "x"
-    report.write(dpath, rows, NAMES, [], about)
+    report.write(dpath, report.Found(about, NAMES, rows), [])
     for name in (*results.FILES, "manifest.json"):
         content = (dpath / name).read_bytes()
         for i in range(3, 8 * len(content), 1 + len(content) // 3):
@@ -451,7 +479,7 @@ def test_crafted_results_are_named_and_left_out(
 ) -> None:
     """Also where the manifest says that they are as they were written."""
     dpath = tmp_path / "a" / "x"
-    report.write(dpath, rows, NAMES, [], about)
+    report.write(dpath, report.Found(about, NAMES, rows), [])
     fpath = dpath / "about.json"
     fpath.unlink()
     if name in ABOUT:
@@ -474,7 +502,7 @@ def test_names_that_are_not_utf8_are_spelt_out(
 ) -> None:
     odd = os.fsdecode(b"caf\xe9")
     about = dataclasses.replace(about, scorers={"Random": {"cls": "Random", "fit": odd}})
-    report.write(tmp_path / odd / "x", rows, [odd, *NAMES[1:]], [], about)
+    report.write(tmp_path / odd / "x", report.Found(about, [odd, *NAMES[1:]], rows), [])
     assert merge.read_all(tmp_path)[0].about == about
     merge.write(tmp_path)
     assert r"fit caf\udce9" in (tmp_path / "report" / "table.md").read_text("utf-8")
@@ -494,7 +522,7 @@ def test_sorts_of_tokens_and_activations_are_told_apart(
         said = dataclasses.replace(
             about, tokens=tokens, activations=[acts * 64] * 2, created=f"2026-01-0{day + 1}"
         )
-        report.write(tmp_path / "nested" / f"{day}", rows, NAMES, [], said)
+        report.write(tmp_path / "nested" / f"{day}", report.Found(said, NAMES, rows), [])
     text = (merge.write(tmp_path) / "table.md").read_text()
     assert "| ViT | Layer | Tokens | Scorer |" in text
     assert "| clip x | 23 | 196 (image) | Random | 512 |" in text
@@ -510,7 +538,7 @@ def test_what_was_forced_stands_above_the_table(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
     said = dataclasses.replace(about, problems=["3 images have no labels"])
-    report.write(tmp_path / "a", rows, NAMES, [], said)
+    report.write(tmp_path / "a", report.Found(said, NAMES, rows), [])
     line = "**Forced: 3 images have no labels.**\n"
     assert (tmp_path / "a" / "table.md").read_text().startswith(line)
     assert line in (merge.write(tmp_path) / "table.md").read_text()
@@ -521,7 +549,7 @@ def test_tables_say_what_the_scorers_are(
 ) -> None:
     fields = {"cls": "KMeans", "normalize": True, "fit": "ab" * 32}
     said = dataclasses.replace(about, scorers={"KMeans": fields})
-    report.write(tmp_path / "a", rows, NAMES, [], said)
+    report.write(tmp_path / "a", report.Found(said, NAMES, rows), [])
     for text in ((tmp_path / "a" / "table.md"), merge.write(tmp_path) / "table.md"):
         assert "- KMeans: KMeans, normalize True, fit abababab\n" in text.read_text()
 
@@ -529,10 +557,10 @@ def test_tables_say_what_the_scorers_are(
 def test_charts_of_an_older_report_go(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
-    report.write(tmp_path / "a", rows, NAMES, [], about)
+    report.write(tmp_path / "a", report.Found(about, NAMES, rows), [])
     out = merge.write(tmp_path)
     assert [f.name for f in out.glob("*.png")] == ["chart.png"]
-    report.write(tmp_path / "b", rows, NAMES, [], dataclasses.replace(about, min_certainty=4))
+    report.write(tmp_path / "b", report.Found(dataclasses.replace(about, min_certainty=4), NAMES, rows), [])
     merge.write(tmp_path)
     assert sorted(f.name for f in out.glob("*.png")) == ["chart-ffffffff-3.png", "chart-ffffffff-4.png"]
 
@@ -541,7 +569,7 @@ def test_kinds_are_those_of_most_prototypes(about: results.About, tmp_path: path
     for day, k in enumerate((32, 16)):
         rows = [row("constant", 1, 9, [[0.1, 0.2, 0.3]]), row("Pca", k, 9, [[k / 100] * 3])]
         said = dataclasses.replace(about, created=f"2026-01-0{day + 1}")
-        report.write(tmp_path / f"{k}", rows, NAMES, [], said)
+        report.write(tmp_path / f"{k}", report.Found(said, NAMES, rows), [])
     text = (merge.write(tmp_path) / "table.md").read_text()
     _, _, text = text.partition("By kind of trait")
     assert "| clip x | 23 | Pca | 32 | 9 | 0.320 | 0.320 |" in text
@@ -552,7 +580,7 @@ def test_spread_over_seeds(rows: list[results.Row], about: results.About, tmp_pa
     for seed, (a, b) in enumerate([(0.2, 0.5), (0.3, 0.5), (0.4, 0.8)]):
         few = [row("Random", 8, 9, [[a]]), row("Pca", 8, 9, [[b]]), row("Pca", 8, 5, [[b]])]
         said = dataclasses.replace(about, seed=seed)
-        report.write(tmp_path / f"{seed}", few[: 3 if seed else 2], NAMES[:1], [], said)
+        report.write(tmp_path / f"{seed}", report.Found(said, NAMES[:1], few[: 3 if seed else 2]), [])
     text = (merge.write(tmp_path) / "table.md").read_text()
     spread, gap = np.std([0.2, 0.3, 0.4], ddof=1), np.std([0.3, 0.2, 0.4], ddof=1)
     assert f"| clip x | 23 | Random | 8 | 9 | 3 | 0.300 ± {spread:.3f} |  |  |" in text
@@ -715,7 +743,7 @@ def test_latents_link_to_their_place_in_the_gallery(
 ) -> None:
     dpath, shown = tmp_path / "results" / "x", tmp_path / "gallery"
     write_gallery(shown, latents=[1, 7])
-    report.write(dpath, rows, NAMES, [], about)
+    report.write(dpath, report.Found(about, NAMES, rows), [])
     gallery.link(dpath, gallery.Own("Sae_1"), shown)
     text = (dpath / "traits.md").read_text()
     assert "| has_bill_length::long | [1](../../gallery/index.html#/latent/1) | 0.600 | 0.500 |" in text
@@ -736,7 +764,7 @@ def test_every_file_and_column_is_documented(
     more = {
         name: pl.DataFrame(schema=schema) for name, schema in zip(results.FOR_GALLERIES, schemas, strict=True)
     }
-    report.write(dpath, rows, NAMES, [], about, more)
+    report.write(dpath, report.Found(about, NAMES, rows, more), [])
     text = DOC.read_text()
     for fpath in dpath.iterdir():
         assert f"| `{fpath.name}` |" in text, fpath.name
@@ -760,7 +788,7 @@ def test_every_file_and_column_is_documented(
 def test_the_notebooks_two_lines(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report.write(tmp_path / "results" / "0123456789ab", rows, NAMES, [], about)
+    report.write(tmp_path / "results" / "0123456789ab", report.Found(about, NAMES, rows), [])
     monkeypatch.chdir(tmp_path)
     lines = [line.strip() for line in DOC.read_text().splitlines() if line.startswith("    ")][:2]
     names: dict = {}
@@ -772,13 +800,13 @@ def test_the_joint_frame_has_every_row_that_is_left(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
     """The older result's traits.parquet is as earlier versions wrote it: without scorer_id."""
-    report.write(tmp_path / "a", rows, NAMES, [], about)
+    report.write(tmp_path / "a", report.Found(about, NAMES, rows), [])
     old = tmp_path / "a" / "traits.parquet"
     frame.write_parquet(old, pl.read_parquet(old).drop("scorer_id"))
     manifest.write(tmp_path / "a", results.FILES)
     newer = dataclasses.replace(about, created="2026-02-01T00:00:00+00:00")
-    report.write(tmp_path / "b", [row("Random", 512, 1000, [[0.9] * 3])], NAMES, [], newer)
-    report.write(tmp_path / "c", rows[1:2], NAMES, [], dataclasses.replace(newer, seed=1))
+    report.write(tmp_path / "b", report.Found(newer, NAMES, [row("Random", 512, 1000, [[0.9] * 3])]), [])
+    report.write(tmp_path / "c", report.Found(dataclasses.replace(newer, seed=1), NAMES, rows[1:2]), [])
     traits = pl.read_parquet(merge.write(tmp_path) / "traits.parquet")
     found = traits.group_by("scorer", "seed").agg(pl.len(), pl.col("test_ap").mean())
     assert sorted(found.rows()) == [
@@ -794,7 +822,7 @@ def test_the_joint_frame_has_every_row_that_is_left(
 def test_a_cell_that_is_there_twice(about: results.About, tmp_path: pathlib.Path) -> None:
     """K-means that found fewer centroids than either K: the last one counts, and nothing is counted twice."""
     rows = [row("KMeans", 5, 9, [[ap] * 3]) for ap in (0.3, 0.4)]
-    report.write(tmp_path / "a", rows, NAMES, [], about)
+    report.write(tmp_path / "a", report.Found(about, NAMES, rows), [])
     kinds = frame.read_csv((tmp_path / "a" / "kinds.csv").read_bytes(), results.KIND_COLUMNS)
     assert kinds.select("kind", "n_traits", "map").rows() == [
         ("colour", 2, pytest.approx(0.4)),

@@ -195,6 +195,14 @@ def test_a_key_is_scikit_learns_tree_of_the_best_depth() -> None:
         np.testing.assert_allclose(ours_NC, np.broadcast_to(share_C, ours_NC.shape))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:sklearn")
+def test_a_category_with_one_image_does_not_keep_a_key_short() -> None:
+    scores_KN = latents()
+    category_N = 2 * (scores_KN[0] > 0) + (scores_KN[1] > 0).astype(np.int64)
+    category_N[7] = 4
+    assert grown(scores_KN, category_N, 5, 3).depth >= 2
+
+
 @hypothesis.given(st.floats(-1e6, 1e6, width=32), st.floats(-1e6, 1e6, width=32))
 def test_thresholds_separate_what_they_separated(a: float, b: float) -> None:
     low, high = sorted((a, b))
@@ -351,7 +359,7 @@ def test_rows_stand_beside_the_single_prototypes(cfg: config.ProtoEval, out: pat
     summary = pl.read_csv(out / "summary.csv")
     of_units = summary.filter(pl.col("scorer").str.starts_with("Units"))["scorer"].to_list()
     each = ["Units", "Units, 1 prototype", "Units, 2 prototypes"]
-    assert of_units == [*each * 3, *each, "Units, key"]
+    assert of_units == [*each * 3, *each, "Units, key", "Units, permuted labels"]
     largest = summary.filter(pl.col("n_prototypes") == 8, pl.col("n_train") > 20)
     value = dict(largest.select("scorer", "map").iter_rows())
     # "red" and "tern" are of two dimensions; their halves have an AP of about 0.8
@@ -392,7 +400,7 @@ def test_differences_are_of_one_scorer_or_of_as_many_prototypes(
     assert merge.write(tmp_path) == tmp_path / "report"
     again = pl.read_csv(tmp_path / "report/differences.csv").select("scorer", "baseline")
     assert set(again.iter_rows()) == found
-    assert pl.read_csv(tmp_path / "report/table.csv")["scorer"].n_unique() == len(names) + 2
+    assert pl.read_csv(tmp_path / "report/table.csv")["scorer"].n_unique() == len(names) + 5
 
 
 def test_weights_give_the_ap_of_the_table(cfg: config.ProtoEval, out: pathlib.Path) -> None:
@@ -448,12 +456,28 @@ def test_files_are_sealed_and_nothing_else_changes(
     names = ["weights.parquet", "keys.parquet", "keys.md"]
     assert set(manifest.read(out, names, "")) == set(names)
     assert run.main([cfg]) == str(out)
+    for name in names:
+        data = (out / name).read_bytes()
+        (out / name).write_bytes(data[:-1])
+        with pytest.raises(errors.UserError, match=name):
+            run.main([cfg])
+        (out / name).write_bytes(data)
     plain = dataclasses.replace(cfg, several=(), key_depth=0, dump_to=str(tmp_path))
     alone = pathlib.Path(run.main([plain]))
     assert alone.name != out.name and not any((alone / name).exists() for name in names)
     ours, theirs = (pl.read_csv(dpath / "summary.csv") for dpath in (out, alone))
-    assert ours.filter(~pl.col("scorer").str.contains(",")).equals(theirs)
+    assert ours.filter(~pl.col("scorer").str.contains(", key|, . proto")).equals(theirs)
     assert (alone / "chart.png").read_bytes() == (out / "chart.png").read_bytes()  # shows single prototypes
+
+
+def test_a_key_to_nearly_as_many_categories_as_images(cfg: config.ProtoEval, tmp_path: pathlib.Path) -> None:
+    """No warning of scikit-learn's, which are errors here."""
+    lines = [f"{path},{n % 24},{n % 2}" for n, path in enumerate(sorted(PATHS))]
+    (tmp_path / "t.csv").write_text("\n".join(["path,kind,side", *lines]) + "\n")
+    labels = traits_config.Table(file=str(tmp_path / "t.csv"), categorical=("kind",))
+    cfg = dataclasses.replace(cfg, labels=labels, n_prototypes=(8,), n_train=(-1,), n_boot=0, several=())
+    found = pl.read_parquet(pathlib.Path(run.main([cfg])) / "keys.parquet")
+    assert found["n_categories"].to_list() == [24] and found["depth"].item() >= 1
 
 
 def test_bad_numbers() -> None:
@@ -475,5 +499,5 @@ def test_the_page_runs_as_it_stands(tmp_path: pathlib.Path) -> None:
     (written,) = (tmp_path / "r").glob("*/keys.md")
     (shown,) = re.findall(r"\n(    1a\..*?)\n\n", page, re.DOTALL)
     assert shown in written.read_text()
-    for row in re.findall(r"^\| Units.*$", page, re.MULTILINE):
-        assert row in done.stdout
+    rows = re.findall(r"^\| .* \| 45 \|.*$", page, re.MULTILINE)
+    assert len(rows) == 8 and all(row in done.stdout for row in rows)

@@ -150,7 +150,9 @@ def test_another_extension(name: str) -> None:
 
 
 def test_both_reports_write_what_the_extension_says(about: results.About, tmp_path: pathlib.Path) -> None:
-    report.write(tmp_path / "results" / "a", grid_rows({"Random": KS}), ["a", "b", "c"], [], about)
+    report.write(
+        tmp_path / "results" / "a", report.Found(about, ["a", "b", "c"], grid_rows({"Random": KS})), []
+    )
     done = inprocess.run("protoeval.py", "--report", tmp_path / "results", "--plot", tmp_path / "p" / "x.pdf")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "p" / "x.pdf").read_bytes().startswith(b"%PDF-")
@@ -169,7 +171,7 @@ def test_several_charts_have_names_of_their_own(about: results.About, tmp_path: 
     rows = grid_rows({"Random": KS[:1]})
     for certainty in (3, 4):
         said = results.About(**{**vars(about), "min_certainty": certainty})
-        report.write(tmp_path / "results" / f"{certainty}", rows, ["a", "b", "c"], [], said)
+        report.write(tmp_path / "results" / f"{certainty}", report.Found(said, ["a", "b", "c"], rows), [])
     merge.write(tmp_path / "results", str(tmp_path / "x.svg"))
     assert sorted(f.name for f in tmp_path.glob("*.svg")) == ["x-ffffffff-3.svg", "x-ffffffff-4.svg"]
 

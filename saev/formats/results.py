@@ -253,7 +253,7 @@ class Row(tp.NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """95% bootstrap interval over test images of the mAP (averaged over draws); NaN without resamples."""
-        return interval(self.boot_RM.mean(axis=0), self.mean_ap)
+        return share_interval(self.boot_RM.mean(axis=0), self.mean_ap)
 
 
 class PatchRow(tp.NamedTuple):
@@ -355,14 +355,23 @@ class AuditTable(tp.NamedTuple):
         return [*map(str, self.budgets), AREA]
 
 
+def share_interval(boot_M: np.ndarray, value: float) -> tuple[float, float]:
+    """`interval` of an average precision, an accuracy or another share, which is at least 0 and at most 1."""
+    low, high = np.clip(interval(boot_M, value), 0, 1).tolist()
+    return low, high
+
+
 def interval(boot_M: np.ndarray, value: float) -> tuple[float, float]:
     """95% interval: quantiles of the bootstrap distribution, shifted so that its mean is `value`.
 
-    The shift removes a small bias: images that are drawn twice rank together, which raises every AP.
+    The shift removes a small bias: images that are drawn twice rank together, which raises every AP. The
+    interval always includes `value`, also if less than 2.5% of the resamples differ from the others.
     """
     low, high = quantiles(boot_M, 0.025, 0.975)
-    shift = value - float(boot_M.mean()) if len(boot_M) else 0.0
-    return low + shift, high + shift
+    if not len(boot_M):
+        return low, high
+    shift = value - float(boot_M.mean())
+    return float(np.minimum(low + shift, value)), float(np.maximum(high + shift, value))
 
 
 def quantiles(values: np.ndarray, low: float, high: float) -> tuple[float, float]:

@@ -72,7 +72,7 @@ def yields(table: results.AuditTable) -> pl.DataFrame:
             p = (1 + int((null_P >= value).sum())) / (1 + len(null_P))
             any_class = float(results.yields(row.highest_ap_B[:, None], measure)[0])
             null = (float(null_P.mean()), *results.quantiles(null_P, 0.025, 0.975))
-            low_high = np.clip(results.interval(np.array(boot), value), 0, 1).tolist()
+            low_high = results.share_interval(np.array(boot), value)
             lines.append((row.scorer, row.n_prototypes, measure, value, *low_high, *null, p, any_class))
     return pl.DataFrame(lines, results.AUDIT_YIELDS, orient="row")
 

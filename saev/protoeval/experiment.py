@@ -22,12 +22,13 @@ logger = logging.getLogger("saev")
 REVISION = 6
 """Raise it when the same activations, labels and config may give other numbers."""
 
-PATCH_REVISION = 1
+PATCH_REVISION = 2
 """The same for the patch table."""
 
-AUDIT_REVISION = 1
+AUDIT_REVISION = 2
 """The same for the audit."""
-SEVERAL_REVISION = 1
+
+SEVERAL_REVISION = 2
 """The same for models of several prototypes, and keys."""
 
 

@@ -24,7 +24,7 @@ from saev.formats import results
 from saev.protoeval import sparse
 
 N_FOLDS = 5
-"""Of the cross-validation; fewer if a category has fewer train images."""
+"""Of the cross-validation; fewer if all categories but one have fewer train images."""
 MIN_LEAF = 5
 """Train images that a key leads to each of its ends, at least; with fewer than 20 times as many, a 20th."""
 LEAF = -1
@@ -135,7 +135,7 @@ def grow(
     tree = sklearn.tree.DecisionTreeClassifier(
         max_depth=1, min_samples_leaf=least, class_weight="balanced", random_state=seed
     )
-    n_folds = min(N_FOLDS, int(n_C[n_C > 0].min()))
+    n_folds = min(N_FOLDS, int(np.sort(n_C)[-2]))  # folds may lack the rarer ones of several categories
     x_NK = np.ascontiguousarray(scores_KN.T)
     if n_folds > 1 and max_depth > 1:
         folds = sklearn.model_selection.StratifiedKFold(n_folds, shuffle=True, random_state=seed)

@@ -44,15 +44,25 @@ KEYS_NOTE = (
 )
 
 
-@contextlib.contextmanager
-def once(
-    out: pathlib.Path, has_patches: bool = False, has_audit: bool = False
-) -> collections.abc.Generator[bool]:
-    """Yields whether a results directory must still be written. Inside, no other process writes it.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What an evaluation found."""
 
-    Args:
-        has_patches: whether it holds a patch table as well.
-        has_audit: whether it holds an audit.
+    about: results.About
+    names: list[str]
+    """The traits' names."""
+    rows: list[results.Row]
+    frames: dict[str, pl.DataFrame] = dataclasses.field(default_factory=dict)
+    """File name -> a further Parquet file."""
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The same of text files."""
+    patches: results.PatchTable | None = None
+    audit: results.AuditTable | None = None
+
+
+@contextlib.contextmanager
+def once(out: pathlib.Path, cfg: config.ProtoEval) -> collections.abc.Generator[bool]:
+    """Yields whether a results directory must still be written. Inside, no other process writes it.
 
     Raises:
         UserError: it was written, but a file is damaged.
@@ -63,30 +73,17 @@ def once(
         with helpers.locked(out.with_name(f".{out.name}.lock"), f"it evaluates {out}"):
             yield not (out / manifest.NAME).exists()
     else:
-        more = results.PATCH_FILES * has_patches + results.AUDIT_FILES * has_audit
-        manifest.read(out, results.FILES + more, AGAIN)
+        several = [results.WEIGHTS_FILE] * bool(cfg.several)
+        several += [results.KEYS_FILE, results.KEYS_TEXT] * bool(cfg.key_depth)
+        tables = results.PATCH_FILES * bool(cfg.patch_labels) + results.AUDIT_FILES * bool(cfg.audit)
+        manifest.read(out, (*results.FILES, *several, *tables), AGAIN)
         logger.info("%s: already evaluated", out)
         yield False
 
 
-def write(
-    dpath: pathlib.Path,
-    rows: list[results.Row],
-    names: list[str],
-    cfgs: list[config.ProtoEval],
-    about: results.About,
-    more: collections.abc.Mapping[str, pl.DataFrame] | None = None,
-    patches: results.PatchTable | None = None,
-    audit: results.AuditTable | None = None,
-    texts: collections.abc.Mapping[str, str] | None = None,
-) -> None:
-    """Writes a results directory, with the manifest last.
-
-    Args:
-        names: the traits' names.
-        more: file name -> a further Parquet file.
-        texts: the same of text files.
-    """
+def write(dpath: pathlib.Path, found: Found, cfgs: list[config.ProtoEval]) -> None:
+    """Writes a results directory, with the manifest last."""
+    about, rows = found.about, found.rows
     configs = [
         dataclasses.asdict(cfg)
         | {"scorer_type": type(cfg.scorer).__name__, "labels_type": type(cfg.labels).__name__}
@@ -96,33 +93,33 @@ def write(
     provenance.write(dpath)
     helpers.write_text(dpath / "about.json", jsonfile.dumps(dataclasses.asdict(about), indent=4))
     cells = stats.cells(stats.summary(rows), about)
-    traits = stats.traits(rows, cells, [helpers.printable(name) for name in names])
+    traits = stats.traits(rows, cells, [helpers.printable(name) for name in found.names])
     kinds = stats.kinds(traits)
     differences = stats.differences(cells, [row.boot_RM for row in rows])
     frame.write_csv(dpath / "summary.csv", cells.select(*results.SUMMARY))
     frame.write_csv(dpath / "kinds.csv", kinds)
     frame.write_csv(dpath / "differences.csv", differences.select(*results.DIFFERENCES))
     frame.write_parquet(dpath / "traits.parquet", traits.select(*results.TRAITS))
-    for name, found in (more or {}).items():
-        frame.write_parquet(dpath / name, found)
-    for name, text in (texts or {}).items():
+    for name, lines in found.frames.items():
+        frame.write_parquet(dpath / name, lines)
+    for name, text in found.texts.items():
         helpers.write_text(dpath / name, text)
     results.write_resamples(dpath / "resamples.npz", rows)
     single = cells.filter(stats.IS_SINGLE)
     figures.save(charts.grid(single, caption(single, [about])), dpath / "chart.png")
     table = summary_table(cells)
     helpers.write_text(dpath / "table.tex", f"% {describe(about)}\n{tables.latex(table)}")
-    text = warning(about) + tables.markdown(table) + _notes(cells, len(names), about)
+    text = warning(about) + tables.markdown(table) + _notes(cells, len(found.names), about)
     parts = [text, *sections(kinds, differences)]
-    if more and results.KEYS_FILE in more:
-        parts.append(f"{KEYS_NOTE}\n\n{tables.markdown(keys_table(more[results.KEYS_FILE]))}")
+    if results.KEYS_FILE in found.frames:
+        parts.append(f"{KEYS_NOTE}\n\n{tables.markdown(keys_table(found.frames[results.KEYS_FILE]))}")
     helpers.write_text(dpath / "table.md", "\n".join(parts))
-    if patches:
-        patch_report.write(dpath, patches, about)
-    if audit:
-        audit_report.write(dpath, audit, about)
-    extra = results.PATCH_FILES * bool(patches) + results.AUDIT_FILES * bool(audit)
-    manifest.write(dpath, (*results.FILES, *(more or {}), *(texts or {}), *extra))
+    if found.patches:
+        patch_report.write(dpath, found.patches, about)
+    if found.audit:
+        audit_report.write(dpath, found.audit, about)
+    more = results.PATCH_FILES * bool(found.patches) + results.AUDIT_FILES * bool(found.audit)
+    manifest.write(dpath, (*results.FILES, *found.frames, *found.texts, *more))
 
 
 def write_split(dpath: pathlib.Path, labels: base.Traits) -> None:

@@ -1,5 +1,6 @@
 """Stage 4, step by step. Each step is a module of that name; docs/experiment.md explains them."""
 
+import dataclasses
 import logging
 import pathlib
 import shutil
@@ -85,7 +86,7 @@ def _evaluated(
 ) -> str:
     cfg = experiment.cfgs[0]
     out = pathlib.Path(cfg.dump_to) / experiment.id
-    with report.once(out, bool(cfg.patch_labels), bool(cfg.audit)) as is_new:
+    with report.once(out, cfg) as is_new:
         if is_new:
             _evaluate(experiment, among, out, partial)
     if shown:
@@ -97,27 +98,28 @@ def _evaluated(
 def _evaluate(
     experiment: Experiment, among: list[Experiment], out: pathlib.Path, partial: pathlib.Path
 ) -> None:
-    cfg = experiment.cfgs[0]
+    cfg, parts, names = experiment.cfgs[0], experiment.patches, experiment.labels.attribute_names_T
     experiment.log_memory()
     banks = fit.fit(experiment)
-    if cfg.audit and experiment.patches:
-        audit.check(banks, cfg, experiment.patches)
+    if cfg.audit and parts:
+        audit.check(banks, cfg, parts)
     chosen, measured = score.score(experiment, banks, partial, [other.sides for other in among])
     cells = choose.choose(chosen, banks, cfg)
-    rows = measure.measure(cells, chosen, measured, cfg)
-    names, about, parts = experiment.labels.attribute_names_T, experiment.about(), experiment.patches
-    found = (
+    rows, about = measure.measure(cells, chosen, measured, cfg), experiment.about()
+    shown = (
         examples.favourites(cells, about, names),
         examples.retrieved(cells, measured, experiment.measured_paths, about, names),
     )
-    more, texts = dict(zip(results.FOR_GALLERIES, found, strict=True)), {}
+    found = report.Found(about, names, rows, dict(zip(results.FOR_GALLERIES, shown, strict=True)))
     if cfg.models:
         rows, frames, texts = several.evaluate(rows, cells, chosen, measured, cfg, about, names)
-        more |= frames
-    patches = patch_table.evaluate(experiment, banks, parts, partial / "patches") if parts else None
-    audited = None
+        found = dataclasses.replace(found, rows=rows, frames=found.frames | frames, texts=texts)
+    if parts:
+        table = patch_table.evaluate(experiment, banks, parts, partial / "patches")
+        found = dataclasses.replace(found, patches=table)
     if cfg.audit and parts:
         audited = audit.evaluate(experiment, banks, chosen, parts, partial / "audit")
+        found = dataclasses.replace(found, audit=audited)
     if experiment.labels.is_drawn:
         report.write_split(out, experiment.labels)
-    report.write(out, rows, names, experiment.cfgs, about, more, patches, audited, texts)
+    report.write(out, found, experiment.cfgs)

@@ -8,6 +8,7 @@ N images, K prototypes, T traits, X keys, R draws of train images, M resamples o
 
 import collections.abc
 import typing as tp
+import warnings
 
 import numpy as np
 import polars as pl
@@ -235,7 +236,9 @@ class _Fitted(tp.NamedTuple):
             depth = target.max_depth(cfg.key_depth)
             return keys.grow(scores_KN, prototype_K, category_N, n_categories, depth, cfg.seed)
 
-        return compiled.each_in_threads(one, self.of_all.targets)
+        with warnings.catch_warnings():  # of categories with few images
+            warnings.filterwarnings("ignore", category=UserWarning, module="sklearn")
+            return compiled.each_in_threads(one, self.of_all.targets)
 
     def _shares(self, found: list[keys.Key], read: sparse.Read, n_images: int) -> Float64[np.ndarray, "T N"]:
         """Each trait's share of the train images where an image ends."""
@@ -284,7 +287,7 @@ class _Grown(tp.NamedTuple):
             line.append(float(ap_T.mean()) if len(ap_T) else float("nan"))
             for value_M in keys.accuracies(category_N, key.call_L[leaf_N], n, times_MN):
                 value, boot_M = float(value_M[0]), value_M[1:]
-                line += [value, *results.interval(boot_M[~np.isnan(boot_M)], value)]
+                line += [value, *results.share_interval(boot_M[~np.isnan(boot_M)], value)]
             lines.append(tuple(line))
         return pl.DataFrame(lines, results.KEYS, orient="row")
 

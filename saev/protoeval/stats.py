@@ -50,9 +50,13 @@ def cells(summary: pl.DataFrame, about: results.About) -> pl.DataFrame:
 
 
 def in_order(frame: pl.DataFrame) -> pl.DataFrame:
-    """Sorts rows as in reports: by PLACE, with the constant scorer and the probes first."""
+    """Sorts rows as in reports: by PLACE, with the constant scorer and the probes first, then by name.
+
+    Numbers in names sort by value: "5 prototypes" before "20 prototypes".
+    """
     rank = [pl.col("cls") != name for name in results.FIRST]
-    return frame.sort(*PLACE, *rank, "scorer", "n_prototypes", "n_train", maintain_order=True)
+    padded = pl.col("scorer").str.replace_all(r"(\d+)", f"{'0' * 12}$1").str.replace_all(r"\d*(\d{12})", "$1")
+    return frame.sort(*PLACE, *rank, padded, "scorer", "n_prototypes", "n_train", maintain_order=True)
 
 
 def summary(rows: list[results.Row]) -> pl.DataFrame:
