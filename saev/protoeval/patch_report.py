@@ -44,7 +44,7 @@ def summary(rows: collections.abc.Sequence[results.PatchRow]) -> pl.DataFrame:
         line = [row.scorer, row.n_prototypes, int((row.ap_CM[:, 0] >= 0).sum())]
         for name in results.PATCH_MEASURES:
             means_M = row.means_M(name)
-            interval = results.interval if measure == "probe_r" else results.share_interval
+            interval = results.interval if name == "probe_r" else results.share_interval
             line += [float(means_M[0]), *interval(means_M[1:], float(means_M[0]))]
         lines.append(tuple(line))
     return pl.DataFrame(lines, results.PATCHES, orient="row")
