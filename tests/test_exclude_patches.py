@@ -176,9 +176,10 @@ def test_an_images_score_is_the_maximum_over_its_kept_patches(dump) -> None:
     data = data_config.Shards(str(dpath), 7, exclude_patch_labels=("background",))
     stream = ordered.Ordered(data, 20)
     (block,) = stream
-    acts_BPD, mean_BD = score._images(block, stream.kept(block), np.ones(N - 1, bool), torch.device("cpu"))
+    acts_BPD, pooled_2BD = score._images(block, stream.kept(block), np.ones(N - 1, bool), torch.device("cpu"))
     for row, i in enumerate(block.image_i_N.tolist()):
         is_kept_P = id_NP[i] != 0
         own_PD = acts_NLTD[i, 1, 1:][is_kept_P if is_kept_P.any() else slice(None)]
         np.testing.assert_array_equal(acts_BPD[row].amax(dim=0), own_PD.max(axis=0))
-        np.testing.assert_allclose(mean_BD[row], own_PD.mean(axis=0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(pooled_2BD[0, row], own_PD.mean(axis=0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(pooled_2BD[1, row], own_PD.max(axis=0))

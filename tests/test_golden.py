@@ -138,7 +138,7 @@ def differences(got: Statistics, want: Statistics) -> dict[str, float]:
 def tabulate(dpath: pathlib.Path, seed: int = 0) -> list[list[str | float]]:
     """The lines of a summary.csv: scorer, numbers of prototypes and train images, mAP and its 5% and 95% quantiles."""
     with pytest.MonkeyPatch.context() as patch:  # the labels matter here, not the photos
-        patch.setattr(minicub, "render", lambda bird, rng: PIL.Image.new("RGB", (8, 8)))
+        patch.setattr(minicub, "picture", lambda bird, rng: (PIL.Image.new("RGB", (8, 8)),) * 2)
         minicub.draw(dpath / "CUB_200_2011", n_imgs=80)
     listed = (dpath / "CUB_200_2011/images.txt").read_text().splitlines()
     data = write_shards(dpath / "shards", [line.split()[1] for line in listed])

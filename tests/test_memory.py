@@ -123,7 +123,7 @@ def galleries(make_shards, tmp_path: pathlib.Path) -> dict[str, visuals_config.V
 def evaluations(make_shards, tmp_path: pathlib.Path) -> dict[str, list[protoeval_config.ProtoEval]]:
     cub = tmp_path / "cub"
     with pytest.MonkeyPatch.context() as patch:  # the labels matter here, not the photos
-        patch.setattr(minicub, "render", lambda bird, rng: PIL.Image.new("RGB", (8, 8)))
+        patch.setattr(minicub, "picture", lambda bird, rng: (PIL.Image.new("RGB", (8, 8)),) * 2)
         minicub.draw(cub, n_imgs=160)
     paths = sorted(line.split()[1] for line in (cub / "images.txt").read_text().splitlines())
 

@@ -34,7 +34,7 @@ from saev.scorers import config as scorers_config
 def cub_root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     dpath = tmp_path_factory.mktemp("minicub") / "CUB_200_2011"
     with pytest.MonkeyPatch.context() as patch:  # the labels matter here, not the photos
-        patch.setattr(minicub, "render", lambda bird, rng: PIL.Image.new("RGB", (8, 8)))
+        patch.setattr(minicub, "picture", lambda bird, rng: (PIL.Image.new("RGB", (8, 8)),) * 2)
         minicub.draw(dpath, n_imgs=160)
     return dpath
 

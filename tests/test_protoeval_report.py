@@ -633,7 +633,7 @@ def test_patch_tables_and_audits_are_joined(
         said = dataclasses.replace(
             about, layer=layer, patch_labels=labels, created=f"2026-01-0{day}", nulls={}, **kwargs
         )
-        report.write(tmp_path / name, rows, NAMES, [], said, None, *tables)
+        report.write(tmp_path / name, report.Found(said, NAMES, rows, {}, {}, *tables), [])
 
     result("old", 11, a, 1, patch_table(("Random", 0.8), ("Sae_1", 0.9)))
     result("11", 11, a, 2, patch_table(("constant", 0.1), ("Random", 0.2)))
@@ -694,9 +694,9 @@ def test_patch_tables_of_older_versions_or_changed_ones_are_named(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     table = patch_table(("Random", 0.5))
-    report.write(tmp_path / "old", rows, NAMES, [], about, None, table)
+    report.write(tmp_path / "old", report.Found(about, NAMES, rows, patches=table), [])
     said = dataclasses.replace(about, patch_labels="a" * 64)
-    report.write(tmp_path / "changed", rows, NAMES, [], said, None, table)
+    report.write(tmp_path / "changed", report.Found(said, NAMES, rows, patches=table), [])
     fpath = tmp_path / "changed" / "patches.csv"
     fpath.write_text(fpath.read_text().replace("Random", "Pca"))
     found, lines = read_one(tmp_path, caplog)

@@ -290,7 +290,8 @@ def test_older_results_say_that_they_kept_no_images(made: traits_data.Made, tmp_
     (out,) = (p for p in older.iterdir() if p.is_dir())
     for name in results_format.FOR_GALLERIES:
         (out / name).unlink()
-    manifest.write(out, results_format.FILES)
+    kept = (results_format.WEIGHTS_FILE, results_format.KEYS_FILE, results_format.KEYS_TEXT)
+    manifest.write(out, (*results_format.FILES, *kept))
     with pytest.raises(errors.UserError, match=r"prototypes\.parquet: is missing\. Move that folder away"):
         run.main([dataclasses.replace(cfg, dump_to=str(older)) for cfg in made.cfgs])
 

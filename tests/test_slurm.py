@@ -99,7 +99,7 @@ def test_a_job_that_takes_more_memory_than_it_asked_for(slurm: launch.SlurmConfi
     )
     assert re.match(
         r"job \d+ was killed because it used more than its memory. Raise --mem-gb \(asked: 1.1 GB; last seen: "
-        r"[1-9.]+ GB\). Its log: ",
+        r"[0-9.]+ GB\). Its log: ",
         outcome.error,
     )
 

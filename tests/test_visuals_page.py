@@ -287,8 +287,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     )
     gallery_data.write(dpath, made)
     for name, key in (("latents", "latents"), ("images", "images")):
-        text = (dpath / f"data/{name}/000.js").read_text()
-        entries = json.loads(text[text.index("{") : -3])[key]
+        entries = scripts.read(dpath, f"{name}/000", "")[key]
         if name == "latents":
             heats = [{7: 255, 15: 255}, {7: 255}]
             entries[0]["groups"] = [gallery_data.group([0, 1], heats, [8.0, 8.0], name="top", words="")]
