@@ -12,8 +12,8 @@ from saev.protoeval import config
 from saev.scorers import config as scorers_config
 
 LIBRARIES = 300 * 10**6
-"""Bytes of kernels that are compiled, libraries that are imported, and threads that Polars starts, after the
-fit."""
+"""Bytes of kernels that are compiled, libraries that are imported, and threads that Polars starts; half of them
+after the fit."""
 FIT_BLOCK, SCORE_BLOCK = 64, 256
 """Most images that are read at a time."""
 TILE_ROWS, TILE_BYTES = 2**14, 2**28
@@ -84,7 +84,8 @@ def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
     choosing = _choice(cfgs[0], max(ks), sizes)
     patches = max(_patches(cfgs, sum(ks), sizes), _audit(cfgs, ks, sizes))
     most = max(block, choosing + _several(cfgs[0], sizes), probe, patches)
-    return memory.PROGRAM + sizes.labels + max(fit, LIBRARIES + held + scores + most)
+    after = LIBRARIES + held + scores + most
+    return memory.PROGRAM + sizes.labels + max(LIBRARIES // 2 + fit, after)
 
 
 def _several(cfg: config.ProtoEval, sizes: Sizes) -> int:

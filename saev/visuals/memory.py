@@ -55,7 +55,7 @@ def peak(cfg: config.Visuals, sizes: Sizes) -> int:
     heat = 3 * min(MAX_SHOWN, entries * max(1, sizes.n_patches // 32))
     n_codes = min(MAX_SAMPLED_CODES, sizes.n_imgs * sizes.n_patches * max(1, n // 100))
     related = weights // 2 + max(12 * n_codes, 4 * AT_ONCE * n)
-    after = tables + max(60 * entries + heat, related)
+    after = tables + max(68 * entries + heat, related)
     loading = 4 * weights * is_sae  # the file's bytes, its tensors, the SAE
     return memory.PROGRAM + LIBRARIES + max(loading, weights + max(weights // 4 + 6 * acts + scores, after))
 
