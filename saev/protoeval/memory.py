@@ -12,8 +12,8 @@ from saev.protoeval import config
 from saev.scorers import config as scorers_config
 
 LIBRARIES = 300 * 10**6
-"""Bytes of kernels that are compiled, libraries that are imported, and threads that Polars starts; half of them
-after the fit."""
+"""Bytes of kernels that are compiled, libraries that are imported, and threads that Polars starts; half of
+them after the fit."""
 FIT_BLOCK, SCORE_BLOCK = 64, 256
 """Most images that are read at a time."""
 TILE_ROWS, TILE_BYTES = 2**14, 2**28
