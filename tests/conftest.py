@@ -28,6 +28,8 @@ if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 ):  # as nohup's children have it: Ctrl-C could not be tested
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # the same: nor could a closed terminal
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 LONGEST = (
