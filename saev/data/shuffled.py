@@ -51,7 +51,8 @@ class Shuffled:
         seed: of the order.
         pool_bytes: memory for the pool and the batches made ahead. The pool holds at least two batches. The
             order of blocks takes 4 more bytes per block of the shards that are read at the same time.
-        n_threads: threads that read and copy. 0: one per core, at most 4.
+        n_threads: threads that read and copy. 0: one per core, at most 4, and one more, because a copy may
+            wait for a read.
         pin: page-locked batches, so that `.to("cuda", non_blocking=True)` copies in the background. torch
             uses a batch's memory again when the batch is dropped and such copies of it have ended.
         keep_half: batches of float16 and bfloat16 dumps in that type, for a GPU that converts them: half the
@@ -75,7 +76,7 @@ class Shuffled:
         self.acts = activations.Activations.open(data).advised(activations.RANDOM)
         self.batch_size = batch_size
         self.seed = seed
-        self.n_threads = n_threads or min(4, os.cpu_count() or 1)
+        self.n_threads = n_threads or min(4, os.cpu_count() or 1) + 1
         self.pin = pin
         self.dtype = getattr(torch, self.acts.dtype) if keep_half else torch.float32
         self.share_bytes = min(SHARE_BYTES, pool_bytes // 8 // self.n_threads)
@@ -122,11 +123,17 @@ class _Batch:
         self.parts: list[concurrent.futures.Future[bool]] = []
         """Each says whether its activations are good."""
 
-    def fill(self, pool: "_Pool", part_n2: Int64[np.ndarray, "n 2"], at: int) -> bool:
+    def fill(self, pool: "_Pool", reads: list[Done], part_n2: Int64[np.ndarray, "n 2"], at: int) -> bool:
         """Copies activations to rows `at`, ... Returns whether all are finite and not too large.
 
+        reads: those that may not have ended.
         part_n2: stream index and slot.
+
+        Raises:
+            UserError: see `Activations.read_extents`.
         """
+        for read in reads:
+            read.result()
         acts, rows = self.acts, slice(at, at + len(part_n2))
         index_n, slot_n = part_n2.T
         outs = (self.image_i_B[rows], self.patch_i_B[rows], self.layer_B[rows])
@@ -217,15 +224,10 @@ class _Reading:
         self.at = 0
 
     def take(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
-        """Rows of whole blocks, at most `n_max`. Waits until they are read."""
+        """Rows of whole blocks, at most `n_max`."""
         start = self.n_before_G[self.at]
         self.at = int(np.searchsorted(self.n_before_G, start + n_max, "right")) - 1
-        row_n2 = self.row_n2[start : self.n_before_G[self.at]]
-        if len(row_n2):
-            for done in self.dones:
-                done.result()
-            self.dones = []
-        return row_n2
+        return self.row_n2[start : self.n_before_G[self.at]]
 
     @property
     def is_over(self) -> bool:
@@ -251,6 +253,8 @@ class _Pool:
         unsigned = np.dtype(f"u{acts.token_bytes // acts.d_vit}")
         self.act_PD = moves.aligned(layout.n_pool * acts.token_bytes).view(unsigned).reshape(-1, acts.d_vit)
         self.readings: collections.deque[_Reading] = collections.deque()
+        self.reads: list[Done] = []
+        """Those that may not have ended, of blocks that can be drawn."""
         self.takings: collections.deque[tuple[concurrent.futures.Future[bool], Int64[np.ndarray, " n"]]] = (
             collections.deque()
         )
@@ -264,7 +268,8 @@ class _Pool:
         """The next batch."""
         batch, at = _Batch(self.stream, self.memory), 0
         for part_n2 in self.plan.draw(self._ready):
-            batch.parts.append(self.threads.submit(batch.fill, self, part_n2, at))
+            self.reads = [read for read in self.reads if not read.done() or read.exception()]
+            batch.parts.append(self.threads.submit(batch.fill, self, self.reads, part_n2, at))
             self.takings.append((batch.parts[-1], part_n2[:, 1]))
             at += len(part_n2)
             self._free(wait=False)
@@ -297,6 +302,9 @@ class _Pool:
         while True:
             while self.readings:
                 parts.append(self.readings[0].take(n_max))
+                if len(parts[-1]):
+                    self.reads = [*self.reads, *self.readings[0].dones]  # copies hold the old list
+                    self.readings[0].dones = []
                 n_max -= len(parts[-1])
                 if not self.readings[0].is_over:
                     return np.concatenate(parts) if parts[1:] else parts[0]
