@@ -1,9 +1,10 @@
 """Well-mixed batches of single activations, for training.
 
 `mixing` plans which activation is in which batch. Threads read blocks of neighbouring tokens into a pool of
-bounded size, from which other tasks of the same threads copy the batches. Compiled code does both (`moves`),
-so that the threads rarely wait for Python's lock. The order does not depend on the threads. To start at any
-batch, a stream first reads the blocks that are then partly in the pool, a few times the pool's size.
+bounded size, from which other tasks of the same threads copy the batches, when the reads before them have
+ended; the plan does not wait for reads. Compiled code does both (`moves`), so that the threads rarely wait
+for Python's lock. The order does not depend on the threads. To start at any batch, a stream first reads the
+blocks that are then partly in the pool, a few times the pool's size.
 
 Shape letters: B batch, P pool slots, G blocks, R activations ready to be drawn, D d_vit.
 """
@@ -51,8 +52,7 @@ class Shuffled:
         seed: of the order.
         pool_bytes: memory for the pool and the batches made ahead. The pool holds at least two batches. The
             order of blocks takes 4 more bytes per block of the shards that are read at the same time.
-        n_threads: threads that read and copy. 0: one per core, at most 4, and one more, because a copy may
-            wait for a read.
+        n_threads: threads that read and copy. 0: one per core, at most 4.
         pin: page-locked batches, so that `.to("cuda", non_blocking=True)` copies in the background. torch
             uses a batch's memory again when the batch is dropped and such copies of it have ended.
         keep_half: batches of float16 and bfloat16 dumps in that type, for a GPU that converts them: half the
@@ -76,7 +76,7 @@ class Shuffled:
         self.acts = activations.Activations.open(data).advised(activations.RANDOM)
         self.batch_size = batch_size
         self.seed = seed
-        self.n_threads = n_threads or min(4, os.cpu_count() or 1) + 1
+        self.n_threads = n_threads or min(4, os.cpu_count() or 1)
         self.pin = pin
         self.dtype = getattr(torch, self.acts.dtype) if keep_half else torch.float32
         self.share_bytes = min(SHARE_BYTES, pool_bytes // 8 // self.n_threads)
