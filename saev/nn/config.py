@@ -36,11 +36,10 @@ class Architecture:
     norms), their geometric median (Bricken et al. 2023), or 0."""
     tied_init: bool = True
     """Initialise the encoder as the decoder's transpose (Gao et al. 2024), instead of separately."""
-    # A digest of an SAE's scores contains the repr. Finished results do not know fields without one.
-    init: tp.Literal["random", "data"] = dataclasses.field(default="random", repr=False)
+    init: tp.Literal["random", "data"] = fields.later("random")
     """Initial decoder rows. random: random directions. data: directions of activations from their mean,
     blended with random ones (--sae.init-blend)."""
-    init_blend: float = dataclasses.field(default=0.8, repr=False)
+    init_blend: float = fields.later(0.8)
     """Weight of the activation's direction with --sae.init data. The random direction has the rest."""
 
     EITHER: tp.ClassVar = ("exp_factor", "d_sae")
