@@ -130,7 +130,7 @@ def _gpu_codes(cfg: config.Train) -> int:
     """A batch's codes."""
     if cfg.sae.GPU_CODES:
         return _codes(cfg) // cfg.data_parallel
-    return SPARSE_CODE * getattr(cfg.sae, "top_k", 0) * cfg.batch_size // cfg.data_parallel
+    return SPARSE_CODE * cfg.sae.n_firing * cfg.batch_size // cfg.data_parallel
 
 
 def _gpu_passing(cfg: config.Train, search: int, is_costly: bool) -> int:
