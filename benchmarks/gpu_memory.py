@@ -55,10 +55,10 @@ SAES = {
     "ReLU": Step(nn_config.Relu),
     "JumpReLU": Step(nn_config.JumpRelu),
     "TopK, costly metrics": Step(TOP_K, is_costly=True),
-    "TopK, all latents dead, `--gpu-gb 24`": Step(TOP_K, dead=1.0, gpu_gb=24),
-    "ReLU, `--gpu-gb 24`": Step(nn_config.Relu, gpu_gb=24),
-    "JumpReLU, `--gpu-gb 24`": Step(nn_config.JumpRelu, gpu_gb=24),
-    "JumpReLU, costly metrics, `--gpu-gb 24`": Step(nn_config.JumpRelu, is_costly=True, gpu_gb=24),
+    "TopK, all latents dead, `--gpu-gb 32`": Step(TOP_K, dead=1.0, gpu_gb=32),
+    "ReLU, `--gpu-gb 32`": Step(nn_config.Relu, gpu_gb=32),
+    "JumpReLU, `--gpu-gb 32`": Step(nn_config.JumpRelu, gpu_gb=32),
+    "JumpReLU, costly metrics, `--gpu-gb 32`": Step(nn_config.JumpRelu, is_costly=True, gpu_gb=32),
 }
 VIT = data_memory.Sizes(1_212_715_008, 224 * 224, N_PATCHES + 1, 1024, 4)
 """ViT-L/14 at 224 pixels with four recorded layers."""

@@ -288,7 +288,7 @@ def test_parts_find_what_the_whole_batch_finds(n_rows: int, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("name", ["TopK", "BatchTopK", "ReLU", "JumpReLU"])
-@pytest.mark.parametrize("gpu_gb", [24.0, 40.0, 300.0])
+@pytest.mark.parametrize("gpu_gb", [32.0, 40.0, 300.0])
 def test_a_step_fits_into_what_is_left(gpu_gb: float, name: str) -> None:
     """B x S is 2^31 here: 8.6 GB of pre-activations. Also if all latents are dead, and with costly metrics."""
     cfg = gpu_memory.train(name, LARGEST)
@@ -311,14 +311,15 @@ def test_a_step_fits_into_what_is_left(gpu_gb: float, name: str) -> None:
 def test_what_a_search_gets() -> None:
     """As much as all runs of the stream leave, also when all latents are dead, but never less than a little."""
     cfg = gpu_memory.train("TopK", LARGEST)
-    gpu_gbs = (24, 40, 72, 10**6)
+    gpu_gbs = (31, 36, 40, 72)
     found = [memory.search_bytes([cfg], gpu_gb * 10**9) for gpu_gb in gpu_gbs]
     assert found == sorted(found) and found[0] < found[1] < found[-1] == memory.SEARCH_BYTES[1]
-    for search, gpu_gb in zip(found[:2], gpu_gbs, strict=False):
+    assert memory.search_bytes([cfg], 20 * 10**9) == memory.SEARCH_BYTES[0]
+    for search, gpu_gb in zip(found[:3], gpu_gbs, strict=False):
         sizes = [memory.gpu_peak([cfg], n, dead=1.0) for n in (search, 2 * search)]
         assert sizes[0] <= gpu_gb * 10**9 < sizes[1]
     assert memory.search_bytes([cfg] * 5, 72 * 10**9) == memory.SEARCH_BYTES[0]
-    assert memory.search_bytes([cfg] * 2, 72 * 10**9) < memory.search_bytes([cfg], 72 * 10**9)
+    assert memory.search_bytes([cfg] * 2, 50 * 10**9) < memory.search_bytes([cfg], 50 * 10**9)
 
 
 @pytest.mark.parametrize(("gpu_gb", "want"), [(0.0, 72 * 10**9), (24.0, 24 * 10**9)])
