@@ -47,6 +47,8 @@ def main() -> None:
     print(f"{'SAE':<12}{'precision':<10}" + "".join(f"{name:>22}" for name in FIGURES))
     cases = []
     for name, sae in saes.items():
+        if name not in args.saes:
+            continue
         found = {p: [one(sae, data, p, seed, args) for seed in range(args.seeds)] for p in PRECISIONS}
         for precision, runs in found.items():
             case = {key: [round(run[key], n) for run in runs] for key, n in FIGURES.items() if key in runs[0]}
@@ -70,6 +72,7 @@ def _args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--sparsity", type=float, default=0.02, help="of ReLU")
+    parser.add_argument("--saes", nargs="+", default=["TopK", "BatchTopK", "ReLU"])
     parser.add_argument("--d-sae", type=int, help="default: 512, or 16 x d_vit of --shards")
     args = parser.parse_args()
     if args.quick:
