@@ -3,6 +3,7 @@
 uv run python -m benchmarks.gpu_memory
 """
 
+import collections.abc
 import functools
 import typing as tp
 
@@ -31,28 +32,47 @@ class Size(tp.NamedTuple):
 
 
 SIZES = [Size(1024, 16_384, 4096), Size(1024, 32_768, 16_384), Size(4096, 131_072, 16_384)]
-MATRYOSHKA = nn_config.Matryoshka()
-SAES: dict[str, tuple[tp.Any, tp.Any, bool]] = {
-    "TopK": (functools.partial(nn_config.TopK, top_k=K), nn_config.Vanilla(), False),
-    "BatchTopK": (functools.partial(nn_config.BatchTopK, top_k=K), nn_config.Vanilla(), False),
-    "TopK, Matryoshka": (functools.partial(nn_config.TopK, top_k=K), MATRYOSHKA, False),
-    "ReLU": (nn_config.Relu, nn_config.Vanilla(), False),
-    "JumpReLU": (nn_config.JumpRelu, nn_config.Vanilla(), False),
-    "TopK, costly metrics": (functools.partial(nn_config.TopK, top_k=K), nn_config.Vanilla(), True),
+
+
+class Step(tp.NamedTuple):
+    """A training step."""
+
+    sae: collections.abc.Callable[..., tp.Any]
+    objective: nn_config.Objective = nn_config.Vanilla()
+    is_costly: bool = False
+    """Measures costly metrics."""
+    dead: float = 0.0
+    """Fraction of latents that are dead."""
+    gpu_gb: float = GPU_GB
+
+
+TOP_K = functools.partial(nn_config.TopK, top_k=K)
+SAES = {
+    "TopK": Step(TOP_K),
+    "BatchTopK": Step(functools.partial(nn_config.BatchTopK, top_k=K)),
+    "TopK, Matryoshka": Step(TOP_K, nn_config.Matryoshka()),
+    "TopK, all latents dead": Step(TOP_K, dead=1.0),
+    "ReLU": Step(nn_config.Relu),
+    "JumpReLU": Step(nn_config.JumpRelu),
+    "TopK, costly metrics": Step(TOP_K, is_costly=True),
+    "TopK, all latents dead, `--gpu-gb 32`": Step(TOP_K, dead=1.0, gpu_gb=32),
+    "ReLU, `--gpu-gb 32`": Step(nn_config.Relu, gpu_gb=32),
+    "JumpReLU, `--gpu-gb 32`": Step(nn_config.JumpRelu, gpu_gb=32),
+    "JumpReLU, costly metrics, `--gpu-gb 32`": Step(nn_config.JumpRelu, is_costly=True, gpu_gb=32),
 }
-"""Stage -> SAE, objective, and whether the step measures costly metrics."""
 VIT = data_memory.Sizes(1_212_715_008, 224 * 224, N_PATCHES + 1, 1024, 4)
 """ViT-L/14 at 224 pixels with four recorded layers."""
 
 
 def train(name: str, size: Size) -> training_config.Train:
-    sae, objective, _ = SAES[name]
-    made = sae(d_vit=size.d_vit, d_sae=size.d_sae)
-    return training_config.Train(sae=made, objective=objective, batch_size=size.batch, n_patches=10**9)
+    made = SAES[name].sae(d_vit=size.d_vit, d_sae=size.d_sae)
+    return training_config.Train(
+        sae=made, objective=SAES[name].objective, batch_size=size.batch, n_patches=10**9
+    )
 
 
 def search_bytes(name: str, size: Size) -> int:
-    return training_memory.search_bytes([train(name, size)], int(GPU_GB * 1e9))
+    return training_memory.search_bytes([train(name, size)], int(SAES[name].gpu_gb * 1e9))
 
 
 def evaluation(
@@ -66,9 +86,9 @@ def evaluation(
 def rows() -> dict[str, list[int]]:
     """Stage -> peak bytes at each of SIZES."""
     out = {}
-    for name, (_, _, is_costly) in SAES.items():
+    for name, step in SAES.items():
         peaks = [
-            training_memory.gpu_peak([train(name, size)], search_bytes(name, size), is_costly)
+            training_memory.gpu_peak([train(name, size)], search_bytes(name, size), step.is_costly, step.dead)
             for size in SIZES
         ]
         out[f"training step: {name}"] = peaks

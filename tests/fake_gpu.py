@@ -194,8 +194,9 @@ class Gpu(TorchDispatchMode):
         while ready:
             node, grads = ready.pop()
             if hasattr(node, "variable"):
-                old = node.variable.grad
-                node.variable.grad = grads[0] if old is None else old + grads[0]
+                with torch.no_grad():  # torch's engine adds in place, too
+                    old = node.variable.grad
+                    node.variable.grad = grads[0] if old is None else old.add_(grads[0])
                 continue
             grads += [None] * (len(node._input_metadata) - len(grads))
             with torch.no_grad():

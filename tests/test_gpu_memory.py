@@ -22,7 +22,7 @@ from saev.data import config as data_config
 from saev.data import memory as data_memory
 from saev.formats import shards
 from saev.nn import config as nn_config
-from saev.nn import robust, sparse, triton_kernels
+from saev.nn import partsizes, robust, sparse, triton_kernels
 from saev.protoeval import memory as protoeval_memory
 from saev.scorers import base, kmeans, pca
 from saev.scorers import config as scorers_config
@@ -86,19 +86,28 @@ class Blocks(ordered.Ordered):
 
 
 def trained(name: str, size: gpu_memory.Size) -> int:
-    is_costly = gpu_memory.SAES[name][2]
+    asked = gpu_memory.SAES[name]
     with a_gpu(size.d_sae) as gpu:
         cfg = gpu_memory.train(name, size)
-        made = run.Run(
-            cfg, pathlib.Path("run"), fake_gpu.DEVICE, search_bytes=gpu_memory.search_bytes(name, size)
-        )
-        x_BD = on_gpu(size.batch, size.d_vit)
-        made.step(0, x_BD)
-        with gpu.count():
-            out = made.step(1, x_BD)
-            if is_costly:
-                made.measure(0, x_BD, out)
-            return gpu.peak
+        search = gpu_memory.search_bytes(name, size)
+        made = run.Run(cfg, pathlib.Path("run"), fake_gpu.DEVICE, search_bytes=search)
+        peak = stepped(gpu, made, asked.is_costly, int(asked.dead * size.d_sae))
+        assert peak <= asked.gpu_gb * 1e9
+        return peak
+
+
+def stepped(gpu: fake_gpu.Gpu, made: run.Run, is_costly: bool, n_dead: int) -> int:
+    """The peak of a run's second step."""
+    x_BD = on_gpu(made.cfg.batch_size, made.sae.d_vit)
+    made.step(0, x_BD)
+    step = 0 if is_costly else 1
+    with gpu.count(), unittest.mock.patch.object(made, "_updated_dead", lambda: made.dead_C):
+        if n_dead:
+            made.dead_C = torch.zeros(n_dead, dtype=torch.int64, device=fake_gpu.DEVICE)
+        out = made.step(step, x_BD)
+        if is_costly:
+            made.measure(step, x_BD, out)
+        return gpu.peak
 
 
 def evaluated(size: gpu_memory.Size) -> int:
@@ -261,8 +270,8 @@ def test_parts_find_what_the_whole_batch_finds(n_rows: int, monkeypatch: pytest.
     monkeypatch.setattr("saev.nn.kernels.available", lambda _: False)
     monkeypatch.setattr("saev.nn.triton_kernels.available", lambda _: False)
     whole, x_BD = an_encoder(60, 9, 2**33)
-    parts = whole._replace(search_bytes=n_rows * 60 * sparse.search.PRE_BYTES)
-    assert len(sparse.search.parts(parts, x_BD)[0]) == n_rows
+    parts = whole._replace(search_bytes=n_rows * 60 * partsizes.PRE_BYTES)
+    assert len(sparse.search.parts(parts, x_BD)) == -(-37 // n_rows)
     assert len(sparse.search.parts(whole, x_BD)) == 1
     for find in (
         lambda encoder: sparse.top_k(encoder, x_BD, 7),
@@ -278,32 +287,39 @@ def test_parts_find_what_the_whole_batch_finds(n_rows: int, monkeypatch: pytest.
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("gpu_gb", [20.0, 24.0, 40.0, 300.0])
-def test_a_search_fits_into_what_is_left(gpu_gb: float) -> None:
-    """B x S is 2^31 here: 8.6 GB of pre-activations."""
-    for name in ("TopK", "BatchTopK"):
-        cfg = gpu_memory.train(name, LARGEST)
-        search = memory.search_bytes([cfg], int(gpu_gb * 1e9))
-        assert search & (search - 1) == 0, "a power of two"
-        with a_gpu(LARGEST.d_sae) as gpu:
-            made = run.Run(cfg, pathlib.Path("run"), fake_gpu.DEVICE, search_bytes=search)
-            x_BD = on_gpu(LARGEST.batch, LARGEST.d_vit)
-            encoder = sparse.Encoder(made.sae.W_enc.T, made.sae.b_enc, False, search)
-            parts = sparse.search.parts(encoder, x_BD)
-            assert max(len(x_CD) for x_CD in parts) * LARGEST.d_sae < 2**31
-            for step in range(2):
-                with gpu.count() as waits:
-                    made.step(step, x_BD)
-            assert gpu.peak <= gpu_gb * 1e9
-            assert waits.total() == (len(parts) if name == "BatchTopK" else 0)
+@pytest.mark.parametrize("name", ["TopK", "BatchTopK", "ReLU", "JumpReLU"])
+@pytest.mark.parametrize("gpu_gb", [32.0, 40.0, 300.0])
+def test_a_step_fits_into_what_is_left(gpu_gb: float, name: str) -> None:
+    """B x S is 2^31 here: 8.6 GB of pre-activations. Also if all latents are dead, and with costly metrics."""
+    cfg = gpu_memory.train(name, LARGEST)
+    search = memory.search_bytes([cfg], int(gpu_gb * 1e9))
+    assert search & (search - 1) == 0, "a power of two"
+    with a_gpu(LARGEST.d_sae) as gpu:
+        made = run.Run(cfg, pathlib.Path("run"), fake_gpu.DEVICE, search_bytes=search)
+        x_BD = on_gpu(LARGEST.batch, LARGEST.d_vit)
+        rows = made.objective.rows(x_BD)
+        sizes = [part.stop - part.start for part in rows]
+        assert max(sizes) * LARGEST.d_sae < 2**31 and max(sizes) - min(sizes) <= len(sizes)
+        made.step(0, x_BD)
+        with gpu.count() as waits:
+            made.step(1, x_BD)
+            assert waits.total() == (len(rows) if name == "BatchTopK" else 0)
+        for is_costly, dead in ((False, 0), (False, LARGEST.d_sae), (True, LARGEST.d_sae // 3)):
+            assert stepped(gpu, made, is_costly, dead) <= gpu_gb * 1e9, (is_costly, dead)
 
 
 def test_what_a_search_gets() -> None:
-    """The memory of all runs of the stream is subtracted, and a search never gets less than a little."""
+    """As much as all runs of the stream leave, also when all latents are dead, but never less than a little."""
     cfg = gpu_memory.train("TopK", LARGEST)
-    few, many = (memory.search_bytes([cfg] * n, 72 * 10**9) for n in (1, 5))
-    assert (few, many) == (2**35, memory.SEARCH_BYTES[0])
-    assert memory.search_bytes([cfg], 10**15) == memory.SEARCH_BYTES[1]
+    gpu_gbs = (31, 36, 40, 72)
+    found = [memory.search_bytes([cfg], gpu_gb * 10**9) for gpu_gb in gpu_gbs]
+    assert found == sorted(found) and found[0] < found[1] < found[-1] == memory.SEARCH_BYTES[1]
+    assert memory.search_bytes([cfg], 20 * 10**9) == memory.SEARCH_BYTES[0]
+    for search, gpu_gb in zip(found[:3], gpu_gbs, strict=False):
+        sizes = [memory.gpu_peak([cfg], n, dead=1.0) for n in (search, 2 * search)]
+        assert sizes[0] <= gpu_gb * 10**9 < sizes[1]
+    assert memory.search_bytes([cfg] * 5, 72 * 10**9) == memory.SEARCH_BYTES[0]
+    assert memory.search_bytes([cfg] * 2, 50 * 10**9) < memory.search_bytes([cfg], 50 * 10**9)
 
 
 @pytest.mark.parametrize(("gpu_gb", "want"), [(0.0, 72 * 10**9), (24.0, 24 * 10**9)])

@@ -3,6 +3,7 @@
 Shape letters: B batch, D d_vit, S latents, C latents in a sample.
 """
 
+import dataclasses
 import math
 
 import beartype
@@ -123,7 +124,11 @@ class CorrelationSums:
 
     @jaxtyped(typechecker=beartype.beartype)
     def add(self, f_BS: Float[Tensor, "B S"]) -> None:
-        f_BC = f_BS[:, self.latent_C]
+        self.add_columns(f_BS[:, self.latent_C])
+
+    @jaxtyped(typechecker=beartype.beartype)
+    def add_columns(self, f_BC: Float[Tensor, "B C"]) -> None:
+        """Adds the codes of the latents `latent_C` alone."""
         if self.n == 0:  # sums of values near their mean lose fewer digits
             self.shift_C = f_BC.mean(dim=0)
             self.first_C = f_BC[0].clone()
@@ -165,18 +170,40 @@ def avg_w_col_norm(W_dec: Float[Tensor, "S D"]) -> float:
     return torch.linalg.vector_norm(W_dec, dim=1).mean().item()
 
 
+@dataclasses.dataclass(frozen=True)
+class CodeSums:
+    """Sums over a batch's codes that the metrics need."""
+
+    n_fired: Int[Tensor, ""]
+    """How many codes fire."""
+    l1: Float[Tensor, ""]
+    """The sum of |f|."""
+
+    @classmethod
+    def of(cls, values: Float[Tensor, "..."]) -> "CodeSums":
+        """Sums of codes of any shape. Zeros may be omitted."""
+        size = values.abs()
+        return cls((size > EPS_ACTIVE).count_nonzero(), size.sum())  # a sum would convert to int64
+
+    def __add__(self, other: "CodeSums") -> "CodeSums":
+        return CodeSums(self.n_fired + other.n_fired, self.l1 + other.l1)
+
+
 @jaxtyped(typechecker=beartype.beartype)
 def measure(
-    x_BD: Float[Tensor, "B D"], x_hat_BD: Float[Tensor, "B D"], values: Float[Tensor, "..."], n_latents: int
+    x_BD: Float[Tensor, "B D"],
+    x_hat_BD: Float[Tensor, "B D"],
+    codes: Float[Tensor, "..."] | CodeSums,
+    n_latents: int,
 ) -> dict[str, float]:
     """The metrics that cost little compared with a step, by name.
 
     Args:
-        values: values of the batch's codes, of any shape. Zeros may be omitted.
+        codes: values of the batch's codes, of any shape, where zeros may be omitted; or their sums.
     """
+    sums = codes if isinstance(codes, CodeSums) else CodeSums.of(codes)
     n_B = len(x_BD)
-    n_fired = (values.abs() > EPS_ACTIVE).count_nonzero().item()  # a sum would convert to int64
-    l0_count = n_fired / n_B
+    l0_count = sums.n_fired.item() / n_B
     return {
         "mse": mse(x_BD, x_hat_BD),
         "normalized_mse": normalized_mse(x_BD, x_hat_BD),
@@ -184,11 +211,13 @@ def measure(
         "explained_variance_per_dim": explained_variance_per_dim(x_BD, x_hat_BD),
         "l0": l0_count / n_latents,
         "l0_count": l0_count,
-        "l1": values.abs().sum().item() / (n_B * n_latents),
+        "l1": sums.l1.item() / (n_B * n_latents),
     }
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def costly(f_BS: Float[Tensor, "B S"], W_dec: Float[Tensor, "S D"]) -> dict[str, float]:
-    """The metrics that cost S^2, by name."""
-    return {"mean_abs_corr": mean_abs_corr(f_BS), "coherence": coherence(W_dec)}
+def costly(codes: Float[Tensor, "B S"] | CorrelationSums, W_dec: Float[Tensor, "S D"]) -> dict[str, float]:
+    """The metrics that cost S^2, by name. Codes may be sums over some latents' codes."""
+    is_sums = isinstance(codes, CorrelationSums)
+    correlation = codes.mean_abs_corr() if is_sums else mean_abs_corr(codes)
+    return {"mean_abs_corr": correlation, "coherence": coherence(W_dec)}

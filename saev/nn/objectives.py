@@ -1,7 +1,8 @@
-"""Training losses. B batch, D d_vit, S latents, P prefixes, n codes, C dead latents.
+"""Training losses. B batch, D d_vit, S latents, P prefixes, n codes, C dead latents, R rows of a part.
 
 A loss is computed through sparse codes (`saev.nn.sparse`) if few latents fire, and through dense products
-otherwise. Both give the same values up to rounding.
+otherwise. Both give the same values up to rounding. On a GPU, whatever takes B x S (or B x C) numbers is
+computed in parts of the batch if they do not fit.
 """
 
 import typing as tp
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
-from saev.nn import activations, config, kernels, sparse
+from saev.nn import activations, config, kernels, metrics, parts, partsizes, sparse
 from saev.nn.architectures import base
 from saev.nn.sae import SparseAutoencoder
 
@@ -28,18 +29,27 @@ class Output(tp.NamedTuple):
     """The reconstruction error, without penalty and AuxK."""
     x_hat_BD: Float[Tensor, "B D"]
     """Reconstruction by the whole dictionary, in the units of the activations."""
-    codes: "sparse.Codes | Float[Tensor, 'B S']"
+    codes: "sparse.Codes | Float[Tensor, 'B S'] | metrics.CodeSums"
+    """Only their sums if they were dense and the batch was divided."""
     fired_S: Bool[Tensor, " S"]
     """Latents that fired in this batch."""
+    correlations: metrics.CorrelationSums | None = None
+    """Of a divided batch, if asked for: of a seeded sample of latents, as in an evaluation."""
 
     def dense(self) -> Float[Tensor, "B S"]:
-        """The codes with their zeros."""
+        """The codes with their zeros.
+
+        Raises:
+            ValueError: only their sums are known.
+        """
+        if isinstance(self.codes, metrics.CodeSums):
+            raise ValueError("the batch was divided, so its codes were not kept")
         return self.codes if isinstance(self.codes, Tensor) else self.codes.dense()
 
     @property
-    def values(self) -> Tensor:
-        """The codes' values, without zeros if the codes are sparse."""
-        return self.codes if isinstance(self.codes, Tensor) else self.codes.value_n
+    def values(self) -> Tensor | metrics.CodeSums:
+        """The codes' values, without zeros if the codes are sparse; or their sums."""
+        return self.codes.value_n if isinstance(self.codes, sparse.Codes) else self.codes
 
 
 class Objective:
@@ -52,7 +62,7 @@ class Objective:
         cfg: vanilla or Matryoshka.
         gather: see `sparse.BatchSearch`.
         n_processes: the number of processes that share each batch.
-        search_bytes: see `sparse.Encoder`.
+        search_bytes: most bytes that B x S numbers take on a GPU at once.
         is_bfloat16: mixed precision: the encoder's product is in bfloat16, and on a GPU so are the rows that
             sparse codes select.
         way: forces sparse or dense codes.
@@ -87,10 +97,12 @@ class Objective:
         sparsity: float = 1.0,
         end_P: Int[Tensor, " P"] | None = None,
         dead_C: Int[Tensor, " C"] | None = None,
+        correlates: bool = False,
     ) -> Output:
         """Computes the mean squared error plus the architecture's penalty and AuxK.
 
-        The error is in scaled units, so that one learning rate suits every layer.
+        The error is in scaled units, so that one learning rate suits every layer. On a GPU, the gradients of
+        dense codes of a divided batch are computed here already, and `backward` passes them on.
 
         Args:
             x_BD: raw activations.
@@ -98,28 +110,40 @@ class Objective:
             end_P: the prefixes' lengths, increasing, the last one d_sae. None: only the whole dictionary.
                 On the CPU: reading them from a GPU would wait for it.
             dead_C: latents for the AuxK loss.
+            correlates: if the batch is divided, the result has `correlations`.
         """
         sae = self.sae
         scaled_BD = x_BD * sae.scale
         if self._takes_dense_step(scaled_BD, end_P):
             return self._dense_step(scaled_BD, sparsity)
-        (f, penalty), index = self._encode(scaled_BD)
         if end_P is None:
             end_P = torch.tensor([sae.d_sae])
-        if index is None:
-            reconstruction, x_hat_BD = self._reconstruct_densely(f, scaled_BD, end_P)
+        if self._is_sparse(scaled_BD):
+            out = self._sparse_step(scaled_BD, sparsity, end_P)
+        elif self.is_divided(scaled_BD) and not sae.architecture.is_always_sparse:
+            out = self._divided_step(scaled_BD, sparsity, end_P, correlates)
         else:
-            reconstruction, x_hat_BD = sparse.reconstruct(
-                f, sae.W_dec, sae.b_dec, scaled_BD, index, end_P, self.is_bfloat16
-            )
-        loss = reconstruction
-        if penalty is not None:
-            loss = loss + sparsity * sae.architecture.cfg.sparsity_coeff * penalty
+            out = self._whole_step(sae, scaled_BD, sparsity, end_P)
+        if correlates and isinstance(out.codes, sparse.Codes) and self.is_divided(scaled_BD):
+            out = out._replace(correlations=_correlations(out.codes))
         if dead_C is not None and len(dead_C) and getattr(sae.cfg, "aux_coeff", 0):
-            loss = loss + sae.cfg.aux_coeff * aux_k(sae, scaled_BD, scaled_BD - x_hat_BD, dead_C)
-        codes = f.detach() if index is None else sparse.Codes(f.detach(), index)
-        fired_S = (codes != 0).any(dim=0) if isinstance(codes, Tensor) else codes.fired_S
-        return Output(loss, reconstruction.detach(), x_hat_BD / sae.scale, codes, fired_S)
+            error_BD = scaled_BD - out.x_hat_BD
+            aux = aux_k(sae, scaled_BD, error_BD, dead_C, self.search_bytes)
+            out = out._replace(loss=out.loss + sae.cfg.aux_coeff * aux)
+        return out._replace(x_hat_BD=out.x_hat_BD / sae.scale)
+
+    def rows(self, x_BD: Tensor) -> list[slice]:
+        """The parts of a batch whose B x S numbers a GPU holds at once. A CPU holds all."""
+        return parts.slices(len(x_BD), self._n_rows(x_BD))
+
+    def is_divided(self, x_BD: Tensor) -> bool:
+        return self._n_rows(x_BD) < len(x_BD)
+
+    def _n_rows(self, x_BD: Tensor) -> int:
+        if kernels.available(x_BD):
+            return max(1, len(x_BD))
+        each = 4 * self.sae.cfg.GPU_CODES or partsizes.PRE_BYTES
+        return partsizes.n_rows(len(x_BD), self.sae.d_sae, self.search_bytes, each)
 
     def _takes_dense_step(self, x_BD: Tensor, end_P: Tensor | None) -> bool:
         has_one = self.sae.architecture.dense_step is not None and end_P is None
@@ -137,22 +161,67 @@ class Objective:
         self.density = n_S.sum().item() / self.codes_BS.numel()
         return Output(loss, error, x_hat_BD / sae.scale, self.codes_BS, n_S > 0)
 
-    # ---- codes ----
+    # ---- steps; each returns x_hat in scaled units ----
 
-    def _encode(self, x_BD: Tensor) -> tuple[base.Coded, sparse.Index | None]:
-        """Computes codes from scaled x; also returns their index if they are sparse."""
-        sae, architecture = self.sae, self.sae.architecture
+    def _sparse_step(self, x_BD: Tensor, sparsity: float, end_P: Tensor) -> Output:
+        sae = self.sae
+        found = self._find(x_BD)
         weights = (sae.W_enc, sae.b_enc, sae.b_dec)
-        if self._is_sparse(x_BD):
-            found = self._find(x_BD)
-            pre_n = sparse.encode_at(*weights, x_BD, found.index, found.value_n, self.is_bfloat16)
-            return architecture.encode_sparse(sae, pre_n, found.index), found.index
+        pre_n = sparse.encode_at(*weights, x_BD, found.index, found.value_n, self.is_bfloat16)
+        f_n, penalty = sae.architecture.encode_sparse(sae, pre_n, found.index)
+        error, x_hat_BD = sparse.reconstruct(
+            f_n, sae.W_dec, sae.b_dec, x_BD, found.index, end_P, self.is_bfloat16
+        )
+        codes = sparse.Codes(f_n.detach(), found.index)
+        loss = self._penalised(error, penalty, sparsity)
+        return Output(loss, error.detach(), x_hat_BD, codes, codes.fired_S)
+
+    def _whole_step(self, sae: SparseAutoencoder, x_BD: Tensor, sparsity: float, end_P: Tensor) -> Output:
+        """Dense codes of these rows, by an SAE that may stand in for the own one (`with_parameters`)."""
+        weights = (sae.W_enc, sae.b_enc, sae.b_dec)
         pre_BS = sparse.pre_activations(*weights, x_BD, is_bfloat16=self.is_bfloat16)
-        coded = architecture.encode_dense(sae, pre_BS)
-        if not architecture.is_always_sparse and kernels.available(x_BD):
-            n_above = (pre_BS > architecture.cutoff(sae)).count_nonzero().item()
+        f_BS, penalty = sae.architecture.encode_dense(sae, pre_BS)
+        if not sae.architecture.is_always_sparse and kernels.available(x_BD):
+            n_above = (pre_BS > sae.architecture.cutoff(sae)).count_nonzero().item()
             self.density = n_above / pre_BS.numel()
-        return coded, None
+        error, x_hat_BD = _reconstruct_densely(sae, f_BS, x_BD, end_P)
+        codes_BS = f_BS.detach()
+        loss = self._penalised(error, penalty, sparsity)
+        return Output(loss, error.detach(), x_hat_BD, codes_BS, (codes_BS != 0).any(dim=0))
+
+    def _divided_step(self, x_BD: Tensor, sparsity: float, end_P: Tensor, correlates: bool) -> Output:
+        """Dense codes of one part of the batch after another. Their gradients are computed here."""
+        sae, zero = self.sae, x_BD.new_zeros(())
+        parameters = dict(sae.named_parameters())
+        error, x_hat_BD = zero.clone(), torch.empty_like(x_BD)
+        fired_S = torch.zeros(sae.d_sae, dtype=torch.bool, device=x_BD.device)
+        sums = metrics.CodeSums(zero.long(), zero)
+        correlations = metrics.CorrelationSums(sae.d_sae, x_BD.device) if correlates else None
+
+        def loss_of(rows: slice, *tensors: Tensor) -> Tensor:
+            nonlocal sums
+            one = sae.with_parameters(dict(zip(parameters, tensors, strict=True)))
+            share = len(x_BD[rows]) / len(x_BD)
+            out = self._whole_step(one, x_BD[rows], sparsity, end_P)
+            with torch.no_grad():
+                f_RS = out.dense()
+                error.add_(out.reconstruction, alpha=share)
+                x_hat_BD[rows] = out.x_hat_BD
+                fired_S.logical_or_(out.fired_S)
+                sums = sums + metrics.CodeSums.of(f_RS)
+                if correlations is not None:
+                    correlations.add(f_RS)
+            return share * out.loss
+
+        loss = parts.summed(loss_of, self.rows(x_BD), *parameters.values())
+        return Output(loss, error, x_hat_BD, sums, fired_S, correlations)
+
+    def _penalised(self, error: Tensor, penalty: Tensor | None, sparsity: float) -> Tensor:
+        if penalty is None:
+            return error
+        return error + sparsity * self.sae.architecture.cfg.sparsity_coeff * penalty
+
+    # ---- codes ----
 
     def _is_sparse(self, x_BD: Tensor) -> bool:
         if self.way != "auto":
@@ -175,16 +244,23 @@ class Objective:
             self.density = len(codes.value_n) / n_all
         return codes
 
-    # ---- reconstructions ----
 
-    def _reconstruct_densely(self, f_BS: Tensor, x_BD: Tensor, end_P: Tensor) -> tuple[Tensor, Tensor]:
-        """See `sparse.reconstruct`."""
-        sae, ends = self.sae, end_P.tolist()
-        x_hat_BD, error = sae.b_dec, torch.zeros((), dtype=x_BD.dtype, device=x_BD.device)
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            x_hat_BD = x_hat_BD + f_BS[:, start:end] @ sae.W_dec[start:end]
-            error = error + (x_hat_BD - x_BD).square().mean() / len(ends)
-        return error, x_hat_BD.detach()
+def _reconstruct_densely(
+    sae: SparseAutoencoder, f_BS: Tensor, x_BD: Tensor, end_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `sparse.reconstruct`."""
+    ends = end_P.tolist()
+    x_hat_BD, error = sae.b_dec, torch.zeros((), dtype=x_BD.dtype, device=x_BD.device)
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        x_hat_BD = x_hat_BD + f_BS[:, start:end] @ sae.W_dec[start:end]
+        error = error + (x_hat_BD - x_BD).square().mean() / len(ends)
+    return error, x_hat_BD.detach()
+
+
+def _correlations(codes: sparse.Codes) -> metrics.CorrelationSums:
+    sums = metrics.CorrelationSums(codes.index.n_latents, codes.value_n.device)
+    sums.add_columns(codes.columns(sums.latent_C))
+    return sums
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -193,6 +269,7 @@ def aux_k(
     x_BD: Float[Tensor, "B D"],
     error_BD: Float[Tensor, "B D"],
     dead_C: Int[Tensor, " C"],
+    n_bytes: int = 2**33,
 ) -> Float[Tensor, ""]:
     """The AuxK loss (Gao et al. 2024, section 3.2): dead latents' error in reconstructing the residual.
 
@@ -202,15 +279,25 @@ def aux_k(
     Args:
         x_BD: scaled activations.
         error_BD: the residual, scaled. It gets no gradient.
+        n_bytes: most bytes that B x C numbers take on a GPU at once. More are computed in parts of the batch.
     """
     wanted = sae.architecture.cfg.aux_k or max(1, sae.d_vit // 2)
     k = min(wanted, len(dead_C))
-    W_dec_CD = sae.W_dec[dead_C]
-    pre_BC = sparse.pre_activations(sae.W_enc.T[dead_C].T, sae.b_enc[dead_C], sae.b_dec, x_BD)
-    error_hat_BD = activations.top_k(pre_BC, k) @ W_dec_CD
+    weights = (sae.W_enc.T[dead_C], sae.b_enc[dead_C], sae.W_dec[dead_C], sae.b_dec)
     error_BD = error_BD.detach()
+
+    def squares(rows: slice, W_enc_CD: Tensor, b_enc_C: Tensor, W_dec_CD: Tensor, b_dec: Tensor) -> Tensor:
+        pre_RC = sparse.pre_activations(W_enc_CD.T, b_enc_C, b_dec, x_BD[rows])
+        error_hat_RD = activations.top_k(pre_RC, k) @ W_dec_CD
+        return (error_hat_RD - error_BD[rows]).square()
+
     energy = error_BD.square().mean().clamp(min=1e-12)
-    return (k / wanted) * (error_hat_BD - error_BD).square().mean() / energy
+    size = partsizes.n_rows(len(x_BD), len(dead_C), n_bytes, partsizes.AUX_BYTES)
+    if kernels.available(x_BD) or size >= len(x_BD):
+        return (k / wanted) * squares(slice(None), *weights).mean() / energy
+    share = k / wanted / error_BD.numel()
+    rows = parts.slices(len(x_BD), size)
+    return parts.summed(lambda *args: share * squares(*args).sum(), rows, *weights) / energy
 
 
 def prefixes(cfg: config.Objective, d_sae: int, seed: int, step: int) -> list[int] | None:

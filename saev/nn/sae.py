@@ -7,6 +7,7 @@ Shape letters: N activations, B batch, D d_vit, S latents. W_enc is (D, S), W_de
 rows. In memory W_enc is the transpose of a contiguous (S, D), so a latent's weights are contiguous.
 """
 
+import copy
 import dataclasses
 import math
 import os
@@ -175,6 +176,12 @@ class SparseAutoencoder(torch.nn.Module):
     def directions(self) -> Float[Tensor, "S D"]:
         """Decoder rows in the units of raw activations: what a code of 1 adds to the reconstruction."""
         return self.W_dec / self.scale
+
+    def with_parameters(self, tensors: dict[str, Tensor]) -> "SparseAutoencoder":
+        """The same SAE with other tensors for its parameters, by name. It shares the buffers."""
+        other = copy.copy(self)
+        other._parameters = tp.cast(tp.Any, tensors)
+        return other
 
     def check_fits(self, acts: space.Space, ckpt: str, flag: str) -> None:
         """Refuses activations of another space than it was trained on, as far as its checkpoint says.

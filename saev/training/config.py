@@ -67,8 +67,8 @@ class Train:
     n_threads: int = fields.shared(0)
     """Threads that read activations. 0: one per core, at most 4. Does not change the order of activations."""
     gpu_gb: float = fields.shared(0.0)
-    """Memory of a GPU that training may take, in GB. Sparse codes are searched in parts of the batch whose
-    pre-activations fit. 0: what is free at the start."""
+    """Memory of a GPU that training may take, in GB. Steps whose pre-activations do not fit handle the batch
+    in parts. 0: what is free at the start."""
     dead_window: int | None = None
     """A latent that has not fired for this many activations is dead (for AuxK, resampling and
     dead_frac_window). Default: 1,000,000 or a tenth of --n-patches, whichever is less, but at least one

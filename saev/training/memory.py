@@ -6,6 +6,7 @@ Tests compare the predictions with the measured memory of processes, and with te
 import collections.abc
 
 from saev.data.memory import PROGRAM
+from saev.nn import partsizes
 from saev.training import config
 
 EVALUATED_CODES = 2**26
@@ -23,7 +24,7 @@ COMPARED = 1024
 SPARSE_CODE = 24
 """Bytes of a sparse code on a GPU: value, latent, order by latent, gradients."""
 SEARCH_BYTES = 2**26, 2**40
-"""Least and most memory for a search."""
+"""Least and most memory for B x S numbers."""
 
 
 def peak(cfgs: collections.abc.Sequence[config.Train], n_acts: int, token_bytes: int) -> int:
@@ -90,31 +91,33 @@ def _evaluation(cfg: config.Train) -> int:
 # ---- on a GPU ----
 
 
-def gpu_peak(cfgs: collections.abc.Sequence[config.Train], search: int, is_costly: bool = True) -> int:
+def gpu_peak(
+    cfgs: collections.abc.Sequence[config.Train], search: int, is_costly: bool = True, dead: float = 0.0
+) -> int:
     """Peak bytes of a GPU's tensors in training one group of runs.
 
-    Without AuxK's 12 x batch size x dead latents. CUDA itself takes about 0.5 GB more, and torch's allocator
-    keeps some unused.
+    CUDA itself takes about 0.5 GB more, and torch's allocator keeps some unused.
 
     Args:
         cfgs: with sae.d_vit set.
-        search: bytes for pre-activations in a search, see `search_bytes`.
+        search: bytes for B x S numbers, see `search_bytes`.
         is_costly: metrics that cost d_sae squared are measured.
+        dead: fraction of latents that are dead, for the AuxK loss.
     """
-    passing = max(_gpu_passing(cfg, search, is_costly) for cfg in cfgs)
-    results = sum(_acts(cfg) + _gpu_codes(cfg) for cfg in cfgs[1:])  # of the other runs' steps
+    passing = max(_gpu_passing(cfg, search, is_costly, dead) for cfg in cfgs)
+    results = sum(_acts(cfg) + _gpu_codes(cfg, search) for cfg in cfgs[1:])  # of the other runs' steps
     return sum(_gpu_kept(cfg) for cfg in cfgs) + results + passing
 
 
 def search_bytes(cfgs: collections.abc.Sequence[config.Train], gpu_bytes: int) -> int:
-    """Bytes for pre-activations in a search, if training may take `gpu_bytes` of a GPU's memory.
+    """Bytes for B x S numbers, if training may take `gpu_bytes` of a GPU's memory, even if all latents die.
 
-    A power of two, so that the parts in which a batch is searched rarely depend on what else is on the GPU.
+    A power of two, so that the parts into which a batch is divided rarely depend on what else is on the GPU.
     """
-    others = max(3 * _acts(cfg) + _gpu_codes(cfg) for cfg in cfgs)
-    left = gpu_bytes - sum(_gpu_kept(cfg) for cfg in cfgs) - others
     least, most = SEARCH_BYTES
-    return min(most, max(least, 1 << max(1, left).bit_length() - 1))
+    while most > least and gpu_peak(cfgs, most, is_costly=True, dead=1.0) > gpu_bytes:
+        most //= 2
+    return most
 
 
 def _acts(cfg: config.Train) -> int:
@@ -126,24 +129,64 @@ def _gpu_kept(cfg: config.Train) -> int:
     return (5 if cfg.ema else 4) * _weights(cfg)
 
 
-def _gpu_codes(cfg: config.Train) -> int:
-    """A batch's codes."""
-    if cfg.sae.GPU_CODES:
-        return _codes(cfg) // cfg.data_parallel
-    return SPARSE_CODE * cfg.sae.n_firing * cfg.batch_size // cfg.data_parallel
+def _n_samples(cfg: config.Train) -> int:
+    """Rows of a batch on one GPU."""
+    return cfg.batch_size // cfg.data_parallel
 
 
-def _gpu_passing(cfg: config.Train, search: int, is_costly: bool) -> int:
+def _part(cfg: config.Train, search: int) -> tuple[int, bool]:
+    """Bytes of a part's dense codes, and whether it is less than the batch."""
+    each = 4 * cfg.sae.GPU_CODES or partsizes.PRE_BYTES
+    n = partsizes.n_rows(_n_samples(cfg), cfg.sae.n_latents, search, each)
+    return 4 * n * cfg.sae.n_latents, n < _n_samples(cfg)
+
+
+def _gpu_codes(cfg: config.Train, search: int) -> int:
+    """A batch's codes. Of a batch that is divided, dense ones are not kept."""
+    if not cfg.sae.GPU_CODES:
+        return SPARSE_CODE * cfg.sae.n_firing * _n_samples(cfg)
+    part, is_divided = _part(cfg, search)
+    return 0 if is_divided else part
+
+
+def _gpu_passing(cfg: config.Train, search: int, is_costly: bool, dead: float) -> int:
     """Bytes that one run needs within a step. The gradients are freed at its start."""
-    W, A, C, P = _weights(cfg), _acts(cfg), _codes(cfg) // cfg.data_parallel, _n_prefixes(cfg)
-    update = W / 2 + 3 * A + _gpu_codes(cfg)
-    if cfg.sae.GPU_CODES:
-        gradients = cfg.sae.GPU_CODES * C + (P + 2) * A - W / 2
-    else:  # of the 8 bytes of `sparse.search.PRE_BYTES`
+    W, A, P, S = _weights(cfg), _acts(cfg), _n_prefixes(cfg), cfg.sae.n_latents
+    (part, is_divided), codes = _part(cfg, search), _gpu_codes(cfg, search)
+    update = W / 2 + 3 * A + codes
+    if not cfg.sae.GPU_CODES:  # 5 of the bytes of `partsizes.PRE_BYTES`
         copies = W / 4 + A / 2 if cfg.precision == "bfloat16" else 0  # of a matrix and the batch
-        gradients = max(5 / 8 * min(2 * C, search), 5 * P * A) + 3 * A + copies + _gpu_codes(cfg) - W
-    measured = max(2 * C, W / 2) + 12 * COMPARED * cfg.sae.n_latents + 3 * A if is_costly else 0
-    return int(max(update, gradients, measured))
+        gradients = max(5 / 4 * part, 5 * P * A) + 3 * A + copies + codes - W
+    elif is_divided:  # sums of gradients, and those of a part
+        share = part / (4 * _n_samples(cfg) * S)
+        gradients = cfg.sae.GPU_CODES * part + P * share * A + 3 * A + W
+    else:
+        gradients = cfg.sae.GPU_CODES * part + (P + 2) * A - W / 2
+    aux = _gpu_aux(cfg, search, dead) + codes
+    if aux > codes:
+        gradients += dead * W
+    measured = _gpu_measured(cfg, part, is_divided) + 3 * A + codes if is_costly else 0
+    return int(max(update, gradients, aux, measured))
+
+
+def _gpu_aux(cfg: config.Train, search: int, dead: float) -> int:
+    """Of the AuxK loss: products, the dead latents' weights and their gradients. Not the batch's codes."""
+    n_dead = int(dead * cfg.sae.n_latents)
+    if not n_dead or not getattr(cfg.sae, "aux_coeff", 0):
+        return 0
+    n = partsizes.n_rows(_n_samples(cfg), n_dead, search, partsizes.AUX_BYTES)
+    W = _weights(cfg)
+    return int(partsizes.AUX_BYTES * n * n_dead + 3 * dead * W - W / 2 + 5 * _acts(cfg))
+
+
+def _gpu_measured(cfg: config.Train, part: int, is_divided: bool) -> int:
+    """Of the metrics that cost d_sae squared."""
+    W, S = _weights(cfg), cfg.sae.n_latents
+    if is_divided:  # of a sample of latents
+        sampled = 12 * _n_samples(cfg) * min(S, CORRELATED) + 24 * min(S, CORRELATED) ** 2
+        return max(sampled, W // 2 + 12 * COMPARED * S)
+    dense = 1 if cfg.sae.GPU_CODES else 2  # times the codes, beside those of the step
+    return max(dense * part, W // 2) + 12 * COMPARED * S
 
 
 def _n_prefixes(cfg: config.Train) -> int:

@@ -27,7 +27,7 @@ class Run:
     Args:
         cfg: with sae.d_vit set.
         world: the processes among which its batches are divided.
-        search_bytes: see `sparse.Encoder`.
+        search_bytes: see `objectives.Objective`.
     """
 
     def __init__(
@@ -88,7 +88,11 @@ class Run:
         for parameter in self.sae.parameters():
             parameter.grad = None
         out = self.objective(
-            mine_BD, sparsity=self.cfg.sparsity_at(step), end_P=self._prefixes(step), dead_C=self._dead(step)
+            mine_BD,
+            sparsity=self.cfg.sparsity_at(step),
+            end_P=self._prefixes(step),
+            dead_C=self._dead(step),
+            correlates=self.cfg.costly_at(step),
         )
         self.is_finite &= ~self.world.any(~out.loss.detach().isfinite())
         if not self.is_finite.is_cuda and not self.is_finite:
@@ -172,7 +176,7 @@ class Run:
         if len(dead_C) == 0:
             return
         sae = self.sae
-        x_hat_BD, _ = sae(x_BD)
+        x_hat_BD = torch.cat([sae(x_BD[rows])[0] for rows in self.objective.rows(x_BD)])
         loss_B = self.in_units(x_BD - x_hat_BD).square().sum(dim=1).cpu()
         generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + step)
         chosen_C = torch.multinomial(
@@ -195,13 +199,14 @@ class Run:
         """Metrics of this step's (clipped) batch. With several processes, of this process's rows."""
         raw_BD = self.world.share(x_BD)
         mine_BD = self.clip(raw_BD)
+        W_dec = self.sae.W_dec.detach()
         costly = self.cfg.costly_at(step)
         return {
             "loss": out.loss.item(),
             **metrics.measure(mine_BD, out.x_hat_BD, out.values, self.sae.d_sae),
-            **(metrics.costly(out.dense(), self.sae.W_dec.detach()) if costly else {}),
+            **(metrics.costly(out.correlations or out.dense(), W_dec) if costly else {}),
             **robust.metrics(raw_BD, mine_BD - out.x_hat_BD),
-            "avg_w_col_norm": metrics.avg_w_col_norm(self.sae.W_dec.detach()),
+            "avg_w_col_norm": metrics.avg_w_col_norm(W_dec),
             "dead_pct": metrics.dead_pct(self.fired_S),
             "dead_frac_window": metrics.dead_frac_window(
                 self.tokens_since_fired_S, self.cfg.window, (step + 1) * len(x_BD)

@@ -84,7 +84,10 @@ class Architecture(abc.ABC):
 
     @abc.abstractmethod
     def encode_dense(self, sae: "SparseAutoencoder", pre_BS: Tensor) -> Coded:
-        """Computes codes and penalty of a training step. It may overwrite the pre-activations."""
+        """Computes codes and penalty of a training step. It may overwrite the pre-activations.
+
+        Unless `is_always_sparse`, a row's codes do not depend on the other rows: a GPU may divide the batch.
+        """
 
     @abc.abstractmethod
     def encode_sparse(self, sae: "SparseAutoencoder", pre_n: Tensor, index: sparse.Index) -> Coded:

@@ -90,6 +90,15 @@ class Codes:
         f_OS[self.index.row_n.long(), self.index.latent_n.long()] = self.value_n.detach()
         return f_OS
 
+    def columns(self, latent_C: Int[Tensor, " C"]) -> Float[Tensor, "O C"]:
+        """The codes of some latents, with their zeros. Not differentiable."""
+        C = len(latent_C)
+        column_S = torch.full((self.index.n_latents,), C, device=self.value_n.device)  # C: of all others
+        column_S[latent_C] = torch.arange(C, device=self.value_n.device)
+        f_OC1 = self.value_n.new_zeros(self.index.n_rows, C + 1)
+        f_OC1[self.index.row_n.long(), column_S[self.index.latent_n.long()]] = self.value_n.detach()
+        return f_OC1[:, :C]
+
 
 def n_positive(f_BS: Float[Tensor, "B S"]) -> Int[Tensor, " S"]:
     """Counts, for each latent, the samples in which it is positive."""

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saev import compiled
-from saev.nn import kernels, triton_select
+from saev.nn import kernels, partsizes, triton_select
 from saev.nn.sparse.codes import Codes, Index
 
 PART_BYTES, N_PARTS = 2 * 2**20, 16
@@ -18,9 +18,6 @@ PART_BYTES, N_PARTS = 2 * 2**20, 16
 at most PART_BYTES, so they stay in a core's cache. The parts do not depend on the number of threads, so no
 result does.
 """
-
-PRE_BYTES = 8
-"""Bytes of a pre-activation on a GPU: the product, a mask, and room for selecting."""
 
 HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
 """Can a product in bfloat16 be written in float32? Since torch 2.8, on a GPU."""
@@ -180,13 +177,8 @@ def _dense_above(encoder: Encoder, xc_BD: Tensor, cutoff_S: Tensor) -> tuple[Ten
 
 
 def parts(encoder: Encoder, xc_BD: Tensor) -> tuple[Tensor, ...]:
-    """Divides a batch into parts, which a GPU searches one after the other.
-
-    A part has less than 2^31 pre-activations, so that 32-bit offsets suffice.
-    """
-    S = len(encoder.W_SD)
-    n_rows = min(encoder.search_bytes // (PRE_BYTES * S), (2**31 - 1) // S)
-    return xc_BD.split(max(1, n_rows))
+    """Divides a batch into parts, which a GPU searches one after the other."""
+    return xc_BD.split(partsizes.n_rows(len(xc_BD), len(encoder.W_SD), encoder.search_bytes))
 
 
 def dense(encoder: Encoder, xc_BD: Tensor) -> Float[Tensor, "B S"]:
