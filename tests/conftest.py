@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 
-import jaxtyping
+import checked
 import numpy as np
 import pytest
 
@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     `-m "not slow"` leaves this out: it doubles the time.
     """
     if config.option.markexpr != "not slow":
-        jaxtyping.install_import_hook("saev", "beartype.beartype")
+        checked.install("saev")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
