@@ -7,6 +7,7 @@ once, not at each call of the outer function, which takes 1 ms.
 """
 
 import ast
+import collections.abc
 import dataclasses
 import functools
 import importlib.abc
@@ -22,10 +23,13 @@ import unittest.mock
 import beartype
 import jaxtyping
 
-DECORATORS = ("jaxtyped", "beartype")
-"""Names of decorators that check a function or class themselves."""
+CHECKING, UNCHECKED = ("jaxtyped", "beartype"), "no_type_check"
+"""Names of decorators that check a function or class themselves, and of the one that asks for no checks of it and what is
+inside."""
 NAME = "_checked_by_tests"
 """Under which a changed module finds this one."""
+CONF = beartype.BeartypeConf(violation_type=jaxtyping.TypeCheckError)
+"""The error is a TypeError, as jaxtyping's is."""
 
 
 def install(package: str) -> None:
@@ -76,35 +80,33 @@ class Adder(ast.NodeTransformer):
         self.is_inner = False
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        was_inner, self.is_inner = self.is_inner, False
-        self.generic_visit(node)
-        self.is_inner = was_inner
-        if not checks_itself(node):
-            node.decorator_list.insert(0, decorator(node, "checked_class"))
-        return node
+        return self._visit(
+            node, False, lambda: node.decorator_list.insert(0, decorator(node, "checked_class"))
+        )
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        was_inner, self.is_inner = self.is_inner, True
+        used = node.args
+        every = [*used.posonlyargs, *used.args, *used.kwonlyargs, used.vararg, used.kwarg]
+        is_annotated = node.returns or any(arg.annotation for arg in every if arg)
+        name = "checked_again" if self.is_inner else "checked"
+        add = (lambda: node.decorator_list.append(decorator(node, name))) if is_annotated else (lambda: None)
+        return self._visit(node, True, add)
+
+    def _visit(
+        self, node: ast.ClassDef | ast.FunctionDef, is_inner: bool, add: collections.abc.Callable[[], None]
+    ) -> ast.AST:
+        """Changes what is inside a node, then the node with `add`, as far as its own decorators allow."""
+        names = {
+            name for used in node.decorator_list for name in ast.unparse(used).partition("(")[0].split(".")
+        }
+        if UNCHECKED in names:
+            return node
+        was_inner, self.is_inner = self.is_inner, is_inner
         self.generic_visit(node)
         self.is_inner = was_inner
-        arguments = node.args
-        every = [
-            *arguments.posonlyargs,
-            *arguments.args,
-            *arguments.kwonlyargs,
-            arguments.vararg,
-            arguments.kwarg,
-        ]
-        is_annotated = node.returns or any(arg.annotation for arg in every if arg)
-        if is_annotated and not checks_itself(node):
-            name = "checked_again" if self.is_inner else "checked"
-            node.decorator_list.append(decorator(node, name))
+        if names.isdisjoint(CHECKING):
+            add()
         return node
-
-
-def checks_itself(node: ast.ClassDef | ast.FunctionDef) -> bool:
-    names = {name for used in node.decorator_list for name in ast.unparse(used).partition("(")[0].split(".")}
-    return not names.isdisjoint(DECORATORS)
 
 
 def decorator(node: ast.AST, name: str) -> ast.expr:
@@ -145,7 +147,7 @@ def checked(function: tp.Any) -> tp.Any:
     if inspect.isgeneratorfunction(function) or any(has_shapes(hint) for hint in hints.values()):
         return jaxtyping.jaxtyped(function, typechecker=beartype.beartype)
     function.__annotations__ = hints
-    return beartype.beartype(function)
+    return beartype.beartype(function, conf=CONF)
 
 
 made: dict[object, types.FunctionType] = {}

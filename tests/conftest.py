@@ -34,6 +34,8 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # the same: nor could a c
 
 LONGEST = (
     "test_slurm",
+    "test_slurm_commands",
+    "test_slurm_stages",
     "test_training_resume",
     "test_demo",
     "test_training",
@@ -54,8 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One process for each core, and one that mostly waits for Slurm's jobs, if there is a Slurm."""
-    return len(os.sched_getaffinity(0)) + (shutil.which("sbatch") is not None)
+    """One process for each core, and two that mostly wait for Slurm's jobs, if there is a Slurm."""
+    return len(os.sched_getaffinity(0)) + 2 * (shutil.which("sbatch") is not None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import types
 import typing as tp
 
@@ -38,6 +39,9 @@ PRELOADED = (
 READ_ON_IMPORT = ("PYTHON", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "TRITON_", "TORCH_", "HF_", "LD_", "HOME")
 """Variables (by their first letters) that the libraries read when they are imported. Each set of them has a server."""
 
+starting = threading.Lock()
+"""Threads that need the same server wait for it."""
+
 
 class Popen(subprocess.Popen):
     """`subprocess.Popen` of [sys.executable, ...]: a script, -m module or -c code, without options of Python."""
@@ -52,9 +56,9 @@ class Popen(subprocess.Popen):
         streams = [fd if end == -1 else end for fd, end in enumerate((p2cread, c2pwrite, errwrite))]
         request = {"args": [os.fspath(a) for a in args[1:]], "cwd": os.fspath(cwd or pathlib.Path.cwd())}
         request["env"] = {k: os.fspath(v) for k, v in (os.environ if env is None else env).items()}
-        socket.send_fds(
-            server(read_on_import(request["env"])), [json.dumps(request).encode()], [*streams, theirs]
-        )
+        with starting:
+            connection = server(read_on_import(request["env"]))
+        socket.send_fds(connection, [json.dumps(request).encode()], [*streams, theirs])
         os.close(theirs)
         for ours, end in ((p2cwrite, p2cread), (c2pread, c2pwrite), (errread, errwrite)):
             if ours != -1:  # a pipe

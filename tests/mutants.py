@@ -35,8 +35,8 @@ TESTED = {
     "saev/nn/kernels.py": "test_nn_sparse test_nn_sae",
     "saev/launch/__init__.py": "test_launch",
     "saev/launch/local.py": "test_launch",
-    "saev/launch/slurm.py": "test_launch test_slurm",
-    "saev/launch/submissions.py": "test_slurm",
+    "saev/launch/slurm.py": "test_launch test_slurm test_slurm_commands test_slurm_stages",
+    "saev/launch/submissions.py": "test_slurm test_slurm_commands",
 }
 """Module -> names of its test files."""
 SWAPS: dict[type, type] = {

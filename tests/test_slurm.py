@@ -1,59 +1,29 @@
-"""Jobs on a real Slurm. Runs where one answers (tests/slurm/up brings up a one-node Slurm); skips elsewhere."""
+"""Jobs on a real Slurm. Runs where one answers (tests/slurm/up brings up a small Slurm); skips elsewhere.
+
+Commands: test_slurm_commands.py, and longer ones: test_slurm_stages.py. The three run at the same time, so only this file
+fills or drains a node (the third), and only test_slurm_commands.py takes one down (the second).
+"""
 
 import collections.abc
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
-import numpy as np
-import PIL.Image
 import pytest
-import torch
+from slurm_cluster import MARKS, ROOT, TASKS, in_thread, queue_says, submitted, wait_for
 
-from saev import errors, launch, nn
-from saev.demo import minicub
-from tests import inprocess
+from saev import errors, launch
 
-ROOT = pathlib.Path(__file__).parent.parent
-TASKS = ROOT / "tests" / "slurm"
-
-
-def slurm_answers() -> bool:
-    """Does the Slurm of tests/slurm/up run here? A real cluster gets no jobs from a test run."""
-    if shutil.which("sbatch") is None:
-        return False
-    try:
-        # ping answers at once; the config of a Slurm that is down takes 9 s
-        command = ["sh", "-c", "scontrol ping | grep -q 'is UP' && scontrol show config"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except subprocess.TimeoutExpired:
-        return False
-    return re.search(r"^ClusterName\s*= test$", done.stdout, re.M) is not None
-
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not slurm_answers(), reason="no test Slurm here; tests/slurm/up brings one up"),
-]
-
-
-@pytest.fixture
-def slurm(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> launch.SlurmConfig:
-    monkeypatch.setenv("PYTHONPATH", str(TASKS))  # Slurm passes the environment on to the job
-    monkeypatch.syspath_prepend(str(TASKS))
-    return launch.SlurmConfig(
-        "test", "nextgen", n_hours=0.2, n_cpus=2, n_gpus=0, log_to=str(tmp_path / "logs")
-    )
+pytest_plugins = ["slurm_fixtures"]
+pytestmark = MARKS
 
 
 def test_an_array_returns_its_results_in_order(slurm: launch.SlurmConfig) -> None:
@@ -162,35 +132,11 @@ def test_jobs_out_of_time_are_queued_again(slurm: launch.SlurmConfig, tmp_path: 
     assert stdout.strip() == "[2, 2]"
 
 
-def wait_for(condition: object, timeout_s: float = 60, every_s: float = 0.2) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(every_s)
-
-
 # ---- bad days ----
 
 
 def errors_of(outcomes: collections.abc.Iterable[launch.Outcome]) -> list[str]:
     return [outcome.error for outcome in outcomes]
-
-
-def in_thread(
-    args: list[str], slurm: launch.SlurmConfig, target: str = "tasks:touch_later"
-) -> concurrent.futures.Future[list[launch.Outcome]]:
-    """A command that waits for its jobs, while the test goes on."""
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    return pool.submit(lambda: list(launch.run(target, args, slurm, "saev-test")))
-
-
-def submitted(slurm: launch.SlurmConfig) -> list[str]:
-    """Ids of all jobs that were submitted."""
-    return submitted_to(pathlib.Path(slurm.log_to))
-
-
-def submitted_to(log_to: pathlib.Path) -> list[str]:
-    return sorted(p.stem.removesuffix("_submitted") for p in log_to.glob("*submitted.pkl"))
 
 
 def test_a_warning_before_the_stage_begins(
@@ -298,7 +244,7 @@ def test_a_job_that_is_preempted_for_good_is_over(slurm: launch.SlurmConfig, tmp
     low = dataclasses.replace(slurm, slurm_partition="preemptible", n_cpus=16)
     waiting = in_thread([str(tmp_path / "low")], low, "tasks:wait_for_ever")
     wait_for((tmp_path / "low.started").exists)
-    (high,) = launch.run("tasks:square", [3], dataclasses.replace(slurm, n_cpus=16), "saev-test")
+    (high,) = launch.run("tasks:square", [3], dataclasses.replace(low, slurm_partition="high"), "saev-test")
     assert high.get() == 9
     (outcome,) = waiting.result(timeout=60)
     assert re.match(
@@ -562,24 +508,24 @@ def test_a_job_whose_predecessor_fails_does_not_run(
 def test_the_queue_is_shown_while_a_node_is_drained(
     slurm: launch.SlurmConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    host = os.uname().nodename.partition(".")[0]
-    subprocess.run(["scontrol", "update", f"node={host}", "state=drain", "reason=test"], check=True)
+    node = f"{os.uname().nodename.partition('.')[0]}3"
+    subprocess.run(["scontrol", "update", f"node={node}", "state=drain", "reason=test"], check=True)
     caplog.set_level("INFO", "saev")
     try:
-        waiting = in_thread([3], slurm, "tasks:square")
+        waiting = in_thread([3], dataclasses.replace(slurm, slurm_partition="high"), "tasks:square")
         wait_for(lambda: re.search(r"1 job\(s\): 1 pending \(.*(Drain|DRAINED|NotAvail)", caplog.text), 90)
     finally:
-        subprocess.run(["scontrol", "update", f"node={host}", "state=resume"], check=True)
+        subprocess.run(["scontrol", "update", f"node={node}", "state=resume"], check=True)
     (outcome,) = waiting.result(timeout=90)
     assert outcome.get() == 9 and "1 job(s): 1 done" in caplog.text
 
 
 def test_a_preempted_job_is_queued_again(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
-    """PreemptMode=REQUEUE, as in the partition debug: nextgen's job takes all cores, then the first goes on."""
-    low = dataclasses.replace(slurm, slurm_partition="debug", n_cpus=16)
+    """PreemptMode=REQUEUE, as in the partition low: high's job takes all cores, then the first goes on."""
+    low = dataclasses.replace(slurm, slurm_partition="low", n_cpus=16)
     waiting = in_thread([str(tmp_path / "runs")], low, "tasks:second_time")
     wait_for((tmp_path / "runs").exists)
-    (high,) = launch.run("tasks:square", [3], dataclasses.replace(slurm, n_cpus=16), "saev-test")
+    (high,) = launch.run("tasks:square", [3], dataclasses.replace(low, slurm_partition="high"), "saev-test")
     (outcome,) = waiting.result(timeout=120)
     assert (high.get(), outcome.get()) == (9, 2)
 
@@ -663,550 +609,3 @@ def test_a_job_that_no_node_can_run(slurm: launch.SlurmConfig) -> None:
     wait_for(lambda: queue_says(max(submitted(slurm), key=int), "Reason", str) == "PartitionConfig")
     (outcome,) = launch.run("tasks:square", [4], slurm, "saev-test")
     assert outcome.get() == 16
-
-
-# ---- python -m saev.jobs ----
-
-
-def jobs(slurm: launch.SlurmConfig, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "saev.jobs", *args, "--log-to", slurm.log_to]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
-def test_jobs_lists_attaches_and_collects(slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
-    assert "no submissions here" in jobs(slurm).stderr
-    files = [str(tmp_path / name) for name in ("a", "b")]
-    with pytest.raises(SystemExit):
-        launch.run("tasks:touch_later", files, dataclasses.replace(slurm, slurm_wait=False), "saev-test")
-    (array_id,) = {job_id.partition("_")[0] for job_id in submitted(slurm)}
-    early = jobs(slurm, "collect")
-    assert early.returncode == 2 and "error: not finished: 2 " in early.stderr
-    done = jobs(slurm, "attach", array_id)
-    assert done.returncode == 0 and done.stdout.split() == files
-    assert jobs(slurm, "collect").stdout.split() == files
-    assert re.match(rf"{array_id}  \S+ \S+  saev-test: 2 done\n    in ", jobs(slurm).stdout)
-    assert "7: no such submission" in jobs(slurm, "collect", "7").stderr
-    assert jobs(slurm, "cancel").stdout == "no job is left to cancel\n"
-
-
-def test_jobs_retries_a_sweep(make_shards, slurm: launch.SlurmConfig, tmp_path: pathlib.Path) -> None:
-    """One of two runs diverges, and does so again; the other is not trained again."""
-    shards, _ = make_shards(n_imgs=30, n_patches=8, d_vit=16, layers=(0,), per_shard=10)
-    (tmp_path / "sweep.toml").write_text("lr = [1e-3, 1e20]")
-    train = [
-        "--n-patches",
-        "2000",
-        "--batch-size",
-        "200",
-        "--ckpt-to",
-        str(tmp_path / "ck"),
-        "--wandb-project",
-        "",
-    ]
-    train += ["--sweep", str(tmp_path / "sweep.toml"), "--data.shard-root", str(shards), "--device", "cpu"]
-    train += ["--max-per-job", "1", *ON_SLURM, "--log-to", slurm.log_to, "sae:relu"]
-    done = subprocess.run([sys.executable, "train.py", *train], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout.strip().endswith("sae.pt") and "is not finite" in done.stderr
-    assert re.search(r"1 done; 1 failed", done.stderr) and len(submitted(slurm)) == 2
-    (name,) = {line.split()[3] for line in jobs(slurm).stdout.splitlines() if line[0] != " "}
-    assert name == "saev-train-sweep:"
-    again = jobs(slurm, "retry")
-    assert again.returncode == 2 and again.stdout == done.stdout and len(submitted(slurm)) == 3
-    run = json.loads((pathlib.Path(done.stdout.strip()).parent / "config.json").read_text())
-    assert run["code"]["job"] == submitted(slurm)[0] and len(run["code"]["commit"]) == 40
-    assert run["code"]["command"] == ["train.py", *train] and run["code"]["folder"] == str(ROOT)
-
-
-def test_the_same_sweep_divided_in_another_way(
-    make_shards, slurm: launch.SlurmConfig, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Running jobs are found by config (--max-per-job), and so is what is done (--retry-failed)."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
-    (tmp_path / "sweep.toml").write_text("max_grad_norm = [1.0, 2.0]")
-    more = ("--sweep", str(tmp_path / "sweep.toml"), *ON_SLURM, "--log-to", slurm.log_to)
-    command = train_command(shards, tmp_path / "ck", *more)
-    together = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: [*tmp_path.glob("ck/*/metrics.jsonl")])
-    (job_id,) = submitted(slurm)
-    command[2:2] = ["--max-per-job", "1"]
-    alone = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert f"1 job(s) in the queue, 0 done: {job_id}" in alone.stderr and submitted(slurm) == [job_id]
-    assert alone.returncode == 0 and len(alone.stdout.split()) == 2, alone.stderr
-    assert together.communicate(timeout=60)[0] == alone.stdout
-    command[2:2] = ["--retry-failed"]
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert again.stdout == alone.stdout and submitted(slurm) == [job_id]
-
-
-# ---- the commands ----
-
-
-def saev(*args: object, cwd: pathlib.Path = ROOT) -> list[str]:
-    """Lines that the command prints."""
-    command = [sys.executable, *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()
-
-
-VIT = [
-    "--vit-family",
-    "timm",
-    "--vit-ckpt",
-    "vit_tiny_patch16_224",
-    "--vit-weights",
-    "random",
-    "--img-size",
-    "64",
-    "--vit-layers",
-    "1",
-]
-
-
-def pipeline(dpath: pathlib.Path, cub: pathlib.Path, n_jobs: int, *where: object) -> dict[str, bytes]:
-    """Dump (4 shards) and a sweep of two; the contents of what they made, by name."""
-    dump = ["--device", "cpu", "--dump-to", dpath / "shards", "--max-patches-per-shard", 170]
-    dump += ["--n-jobs", n_jobs, *where]
-    (shards,) = saev("-m", "saev.data", *VIT, *dump, "data:cub200", "--data.root", cub)
-    (dpath / "sweep.toml").write_text("[[sae]]\ntype = 'top-k'\n[[sae]]\ntype = 'relu'\n")
-    train = ["--n-patches", 2000, "--batch-size", 200, "--ckpt-to", dpath / "ck", "--wandb-project", ""]
-    train += ["--sweep", dpath / "sweep.toml", "--data.shard-root", shards, "--device", "cpu", *where]
-    ckpts = saev("train.py", *train)
-    assert len(ckpts) == 2
-    made = {f.name: f.read_bytes() for f in pathlib.Path(shards).iterdir() if f.name != "code.json"}
-    return made | {pathlib.Path(c).parent.name: pathlib.Path(c).read_bytes() for c in ckpts}
-
-
-def test_the_commands_give_on_slurm_what_they_give_here(tmp_path: pathlib.Path) -> None:
-    cub = tmp_path / "CUB_200_2011"
-    minicub.draw(cub, n_imgs=40)
-    where = ["--slurm-acct", "test", "--slurm-partition", "nextgen", "--n-gpus", 0, "--n-cpus", 2]
-    here = pipeline(tmp_path / "here", cub, 1)
-    there = pipeline(tmp_path / "there", cub, 3, *where, "--n-hours", 0.2, "--log-to", tmp_path / "logs")
-    assert len(list((tmp_path / "logs").glob("*.pkl"))) > 0
-    assert here.keys() == there.keys() and "acts000003.bin" in here and len(here) > 10
-    assert [name for name in here if here[name] != there[name]] == []
-
-
-def test_a_dump_whose_tasks_are_killed_goes_on(tmp_path: pathlib.Path) -> None:
-    """Both tasks get SIGKILL when some shards are there; the same command ends with the bytes of an undisturbed dump."""
-    root = tmp_path / "images"
-    root.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(240):
-        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(root / f"{i:03}.png")
-    dump = [sys.executable, "-m", "saev.data", *VIT, "--device", "cpu", "--vit-batch-size", "1"]
-    dump += ["--max-patches-per-shard", "17"]  # an image a shard
-    data = ["data:image-folder", "--data.root", str(root)]
-    subprocess.run([*dump, "--dump-to", tmp_path / "here", *data], cwd=ROOT, check=True)
-
-    dump += [
-        "--n-jobs",
-        "2",
-        "--slurm-acct",
-        "test",
-        "--slurm-partition",
-        "nextgen",
-        "--n-gpus",
-        "0",
-        "--n-cpus",
-        "1",
-    ]
-    dump += ["--dump-to", str(tmp_path / "there"), "--log-to", str(tmp_path / "logs"), *data]
-    process = subprocess.Popen(dump, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len(list(tmp_path.glob("there/*/acts*.json"))) > 5)
-    (array_id,) = {p.stem.split("_")[0] for p in (tmp_path / "logs").glob("*submitted.pkl")}
-    subprocess.run(["scancel", "--full", "--signal=KILL", array_id], check=True)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 2 and "Its log: " in stderr and "Traceback" not in stderr
-    n_done = len(list(tmp_path.glob("there/*/acts*.json")))
-    assert 5 < n_done < 240
-
-    done = subprocess.run(dump, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
-    (here,) = (tmp_path / "here").iterdir()
-    there = pathlib.Path(done.stdout.strip())
-    assert sorted(f.name for f in here.iterdir()) == sorted(f.name for f in there.iterdir())
-    assert [f.name for f in here.iterdir() if f.read_bytes() != (there / f.name).read_bytes()] == [
-        "code.json"
-    ]
-
-
-# ---- training ----
-
-
-def train_command(shards: pathlib.Path, ckpt_to: pathlib.Path, *more: str) -> list[str]:
-    """Some 10 to 30 seconds of training, two processes at most."""
-    return [
-        *(sys.executable, "train.py", "--data.shard-root", str(shards)),
-        *("--n-patches", str(3000 * 64), "--batch-size", "64", "--log-every", "500"),
-        *("--lr", "1e-3", "--wandb-project", "", "--device", "cpu", "--ckpt-to", str(ckpt_to)),
-        *(*more, "sae:batch-top-k", "--sae.exp-factor", "4", "--sae.top-k", "4"),
-    ]
-
-
-ON_SLURM = (
-    *("--slurm-acct", "test", "--slurm-partition", "nextgen", "--n-gpus", "0"),
-    *("--n-cpus", "1", "--n-hours", "0.2"),
-)
-
-
-def test_training_out_of_time_goes_on_to_the_same_weights(
-    make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SIGUSR2 in the middle, with wandb: the state is saved, the job queued again, and nothing is trained twice."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
-    (here,) = saev(*train_command(shards, tmp_path / "here")[1:])
-    logs = tmp_path / "logs"
-    command = train_command(
-        shards, tmp_path / "there", *ON_SLURM, "--log-to", str(logs), "--wandb-project", "p"
-    )
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: any(f.stat().st_size for f in tmp_path.glob("there/*/metrics.jsonl")))
-    (job_id,) = {p.stem.removesuffix("_submitted") for p in logs.glob("*submitted.pkl")}
-    subprocess.run(["scancel", "--signal=USR2", job_id.split("_")[0]], check=True)
-    stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 0, stderr
-    there = pathlib.Path(stdout.strip())
-    log = "".join(f.read_text() for f in logs.glob("*.out"))
-    assert "SIGUSR2: saving after this step" in log and "continuing after step" in log
-    assert there.read_bytes() == pathlib.Path(here).read_bytes()
-    assert len([*there.parent.glob("wandb/offline-run-*")]) == 2
-
-
-@pytest.mark.parametrize("nodes", [(), ("--n-nodes", "2", "--slurm-partition", "pair")])
-def test_two_tasks_share_the_batches_of_one_sae(
-    nodes: tuple[str, ...], make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On one node, and on two."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
-    few = ("--n-patches", str(60 * 64))
-    (here,) = saev(*train_command(shards, tmp_path / "here", *few)[1:])
-    more = (*few, *ON_SLURM, "--log-to", str(tmp_path / "logs"), "--data-parallel", "2", *nodes)
-    (there,) = saev(*train_command(shards, tmp_path / "there", *more)[1:])
-    mine, theirs = nn.load(here).state_dict(), nn.load(there).state_dict()
-    for name, tensor in mine.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
-    (job_id,) = submitted_to(tmp_path / "logs")
-    assert queue_says(job_id, "NumNodes") == (2 if nodes else 1)
-
-
-def queue_says(job_id: str, name: str, kind: type = int) -> object:
-    shown = subprocess.run(
-        ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--Format={name}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return kind(shown.stdout.strip())
-
-
-def test_training_goes_on_when_its_node_dies(
-    make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Everything on the node is killed, Slurm finds it down and queues the job again, and the node comes back."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
-    (here,) = saev(*train_command(shards, tmp_path / "here")[1:])
-    logs, node = tmp_path / "logs", f"{os.uname().nodename.partition('.')[0]}2"
-    command = train_command(
-        shards, tmp_path / "there", *ON_SLURM, "--slurm-partition", "other", "--log-to", str(logs)
-    )
-    command[4:4] = ["--save-every", "0.01"]  # minutes
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: [*tmp_path.glob("there/*/state-*.pt")])
-    (job_id,) = submitted_to(logs)
-    state = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True).stdout
-    pid_fpath = pathlib.Path(re.search(r"^SlurmdPidFile\s*= (\S+)", state, re.M)[1].replace("%n", node))
-    os.kill(int(pid_fpath.read_text()), signal.SIGKILL)
-    for pid in of_job(job_id):
-        os.kill(pid, signal.SIGKILL)
-    try:
-        subprocess.run(["scontrol", "update", f"node={node}", "state=down", "reason=test"], check=True)
-    finally:
-        subprocess.run(["slurmd", "-N", node], check=True)  # a node that was down comes back when it answers
-    stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 0, stderr
-    assert "continuing after step" in "".join(f.read_text() for f in logs.glob("*.out"))
-    assert pathlib.Path(stdout.strip()).read_bytes() == pathlib.Path(here).read_bytes()
-    assert queue_says(job_id, "RestartCnt") == 1
-
-
-def of_job(job_id: str) -> list[int]:
-    """The processes of a job and the one of Slurm that watches them."""
-    found = []
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
-        except OSError:  # it has ended
-            continue
-        is_mine = f"SLURM_JOB_ID={job_id}".encode() in environment.split(b"\0")
-        if is_mine or command.startswith(f"slurmstepd: [{job_id}.".encode()):
-            found.append(int(folder.name))
-    return found
-
-
-# ---- the demo ----
-
-
-def test_the_demo_as_dependent_jobs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its artefacts are those of the same steps here, in the same folder, which is part of the dump's hash."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    small = ["--n-imgs", "40", "--n-patches", "20000", "--device", "cpu", "--dump-to", "demo"]
-    (words,) = [words for words in page_commands() if "saev.demo" in words]
-    shown = saev(*filled(words, {}, "--n-gpus", 0, "--n-cpus", 2, *small), cwd=tmp_path)
-    names = {json.loads(f.read_text())["name"] for f in (tmp_path / "logs").glob("*_submission.json")}
-    assert names == {f"saev-demo-{step}" for step in ("dump", "label", "train", "fit", "show", "evaluate")}
-    (tmp_path / "demo").rename(tmp_path / "there")
-    again = saev("-m", "saev.demo", *small, cwd=tmp_path)
-    (tmp_path / "demo").rename(tmp_path / "here")
-    tables, tables_here = ([line for line in lines if line.startswith("|")] for lines in (shown, again))
-    assert len(tables) > 20 and tables == tables_here
-    for pattern in (
-        "shards/*/acts*",
-        "checkpoints/*/sae.pt",
-        "visuals/*/latents.csv",
-        "visuals/*/data/**/*.js",
-    ):
-        there, here = (files_of(tmp_path / side, pattern) for side in ("there", "here"))
-        assert there.keys() == here.keys() and there, pattern
-        assert [name for name in here if here[name] != there[name]] == []
-
-
-def files_of(dpath: pathlib.Path, pattern: str) -> dict[str, bytes]:
-    fpaths = (fpath for fpath in dpath.glob(pattern) if fpath.is_file())
-    return {str(fpath.relative_to(dpath)): fpath.read_bytes() for fpath in fpaths}
-
-
-# ---- the page docs/slurm.md ----
-
-PLACEHOLDERS = {"lab": "test", "gpu": "nextgen", "train.py": str(ROOT / "train.py")}
-
-
-def page_commands() -> list[list[str]]:
-    """The words of the page's `uv run` commands, without `uv run` and `python`."""
-    text = (ROOT / "docs" / "slurm.md").read_text().replace("\\\n", " ")
-    return [shlex.split(c) for c in re.findall(r"^    uv run (?:python )?(.*)$", text, re.M)]
-
-
-def filled(words: list[str], values: dict[str, object], *more: object) -> list[str]:
-    """A command for this machine. values: for placeholders. more: flags, which come before its subcommands."""
-    words = [str((PLACEHOLDERS | values).get(word, word)) for word in words]
-    at = next((i for i, word in enumerate(words) if re.fullmatch(r"\w+:[\w-]+", word)), len(words))
-    return [*words[:at], *map(str, more), *words[at:]]
-
-
-def test_the_commands_of_the_page(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each runs as it stands, with other names and smaller numbers. (The demo's runs in a test of its own.)
-
-    The first one's terminal is closed while it waits.
-    """
-    sweep, _, jobs, attach, collect, cancel, retry, dump, train, staging = page_commands()
-    folder, disk = tmp_path / "a user's folder", tmp_path / "node"
-    folder.mkdir()
-    disk.mkdir()
-    monkeypatch.setenv("TMPDIR", str(disk))
-    (folder / "configs").symlink_to(ROOT / "configs")
-    minicub.draw(tmp_path / "cub", n_imgs=20)
-    (folder / "photos").symlink_to(tmp_path / "cub" / "images")
-    slurm = ["--device", "cpu", "--n-gpus", 0, "--n-cpus", 1, "--log-to", "logs"]
-    few = [*slurm, "--n-patches", 2000, "--batch-size", 200, "--wandb-project", "", "--stage-to", "$TMPDIR"]
-    logs = folder / "logs"
-
-    def run(words: list[str], values: dict[str, object], *more: object) -> list[str]:
-        return saev(*filled(words, values, *more), cwd=folder)
-
-    def newest() -> str:
-        return max((f.name.partition("_")[0] for f in logs.glob("*_submission.json")), key=int)
-
-    # dumped here first, so that the folder's name is known while the job waits
-    at = dump.index("--slurm-acct")
-    (shards,) = run([*dump[:at], *dump[at + 3 :]], {}, *VIT, "--device", "cpu")
-    names: dict[str, object] = {"shards/HASH": shards}
-
-    terminal, theirs = os.openpty()
-    command = ["setsid", "--ctty", sys.executable, *filled(sweep, names, *few)]
-    waiting = subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    while not re.search(rb"\b1 (pending|running)", shown):
-        shown += os.read(terminal, 4096)
-    os.close(terminal)
-    assert waiting.wait(30) == -signal.SIGHUP
-    first = newest()
-    assert re.match(rf"{first}  \S+ \S+  saev-train-baseline: 1 (pending|running)", run(jobs, {})[0])
-    ckpts = run(attach, {"1234": first})
-    assert len(ckpts) == 9
-
-    run(dump, names, *VIT, *slurm, "--slurm-extra", "hold")
-    dumping = newest()
-    run(train, names | {"1234": dumping}, *few)
-    training = newest()
-    assert queue_says(training, "Dependency:80", str) == f"afterok:{dumping}(unfulfilled)"
-    assert run(cancel, {"1234": training}) == [f"cancelled {training}"]
-    wait_for(lambda: f"    job {training} was cancelled" in "\n".join(run(jobs, {})))
-    command = [sys.executable, *filled(collect, {})]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 2 and f"job {training} was cancelled. Run the same command" in done.stderr
-    run(retry, {"1234": training})
-    subprocess.run(["scontrol", "release", dumping], check=True)
-    (ckpt,) = run(attach, {"1234": newest()})
-    assert newest() != training and set(run(collect, {})) == {*ckpts, ckpt, shards}
-
-    copied = [f.name for f in logs.glob("*_log.out") if "--stage-to: copied" in f.read_text()]
-    assert copied == [f"{first}_0_log.out"] and [*disk.glob("saev-staged/*/*/metadata.json")]
-    job = ["srun", "--account=test", "--partition=nextgen", sys.executable]
-    done = subprocess.run(
-        [*job, *filled(staging, {"/scratch/me": tmp_path, "$TMPDIR": disk}, "--gb", "0.02")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert "epoch from the copy" in done.stdout, done.stderr
-    page = (ROOT / "docs" / "slurm.md").read_text()
-    for command in re.findall("`((?:sacctmgr|sinfo)[^`]*)`", page):
-        done = subprocess.run(
-            command, shell=True, capture_output=True, text=True, env=os.environ | {"USER": "root"}
-        )
-        assert re.search("test.*normal" if "sacctmgr" in command else "nextgen.*infinite", done.stdout)
-
-
-# ---- signals in the middle of every stage ----
-
-
-@dataclasses.dataclass
-class Interrupted:
-    """A command on Slurm, whose job gets Slurm's warning in the middle of its work."""
-
-    command: list[object]
-    """With {} for "here" or "there" in the names of what it makes."""
-    is_at_work: collections.abc.Callable[[pathlib.Path], object]
-    """Whether the job with this log is."""
-    then: collections.abc.Callable[[], object] = lambda: None
-    """Called when the job has the warning."""
-
-    def of(self, side: str, *more: object) -> list[str]:
-        return filled([str(word).replace("{}", side) for word in self.command], {}, *more)
-
-    def run(self, logs: pathlib.Path) -> None:
-        command = [sys.executable, *self.of("there", *ON_SLURM, "--log-to", logs)]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: [*logs.glob("*_log.out")], 120)
-        (log,) = logs.glob("*_log.out")
-        job_id = log.name.partition("_")[0]
-        wait_for(lambda: pid_of_stage(job_id), 120)
-        pid = pid_of_stage(job_id)
-        wait_for(lambda: self.is_at_work(log), 120, 0.005)
-        warn(job_id, pid)
-        self.then()
-        _, stderr = process.communicate(timeout=240)
-        assert process.returncode == 0 and log.read_text().count("Caught signal SIGUSR2") == 1, stderr
-        assert queue_says(job_id, "RestartCnt") == 1
-
-
-def pid_of_stage(job_id: str) -> int:
-    """The process of a job's task, which starts all others of its Pythons. 0: it has not begun."""
-    for pid in sorted(of_job(job_id)):
-        with contextlib.suppress(OSError):
-            if pathlib.Path(f"/proc/{pid}/cmdline").read_text().startswith(sys.executable):
-                return pid
-    return 0
-
-
-def warn(job_id: str, pid: int) -> None:
-    """Sends Slurm's warning to a job, whose process is stopped until it has it."""
-
-    def has_it() -> int:
-        status = pathlib.Path(f"/proc/{pid}/status").read_text()
-        return int(re.search(r"^ShdPnd:\s*(\w+)", status, re.M)[1], 16) >> (signal.SIGUSR2 - 1) & 1
-
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
-        wait_for(has_it)
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> None:
-    """All stages but training get Slurm's warning while they work, and are queued again."""
-    cub, masks = tmp_path / "CUB_200_2011", tmp_path / "masks"
-    minicub.draw(cub, n_imgs=60)
-    minicub.draw_parts(masks, n_imgs=60)
-    data = ["data:cub200", "--data.root", cub]
-    (shards,) = here("-m", "saev.data", *VIT, "--device", "cpu", "--dump-to", tmp_path / "shards", *data)
-    (tmp_path / "two.toml").write_text("seed = [0, 1]")
-    train = ["--n-patches", 2000, "--batch-size", 200, "--ckpt-to", tmp_path / "ck", "--wandb-project", ""]
-    train += ["--sweep", tmp_path / "two.toml", "--data.shard-root", shards, "--device", "cpu"]
-    ckpt, other = here("train.py", *train)
-
-    def writes_to_log(log: pathlib.Path) -> bool:
-        return "memory: about" in log.read_text()
-
-    def writes(pattern: str) -> collections.abc.Callable[[pathlib.Path], object]:
-        return lambda _: [*(tmp_path / "there").glob(pattern)]
-
-    def reads_pipe(_: pathlib.Path) -> bool:
-        with contextlib.suppress(OSError):  # nobody reads
-            writer.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
-        return bool(writer)
-
-    def mend_pipe() -> None:
-        mask.replace(pipe)
-        os.close(*writer)
-
-    to = ["--device", "cpu", "--dump-to", tmp_path / "{}"]
-    dump = ["-m", "saev.data", *VIT, "--vit-batch-size", 1, "--max-patches-per-shard", 17, *to, *data]
-    label = [
-        "-m",
-        "saev.labels",
-        "--shard-root",
-        shards,
-        "--name",
-        "{}",
-        "masks:index",
-        "--masks.root",
-        masks,
-    ]
-    label += ["images:cub200", "--images.root", cub]
-    to += ["--data.shard-root", shards]
-    codes = ["-m", "saev.codes", "--scorer", ckpt, *to, "--max-patches-per-shard", 16]
-    compare = ["-m", "saev.compare", "--scorer", ckpt, "--other", other, *to]
-    show = ["visuals.py", "--ckpt", ckpt, *to, "--dump-to", tmp_path / "{}" / "gallery", "--n-images", 10]
-    show += ["images:cub200", "--images.root", cub]
-    evaluate = ["protoeval.py", "--cub-root", cub, "--train-data.shard-root", shards, *to[:-2]]
-    evaluate += ["--n-prototypes", 8, 64, "--n-train", 8, -1, "--n-boot", 20000]
-    evaluate += ["--scorers-to", tmp_path / "scorers", "scorer:sae", "--scorer.ckpt", ckpt]
-    stages = {
-        "dump": Interrupted(dump, writes("*/acts*.json")),
-        "labels": Interrupted(label, reads_pipe, mend_pipe),
-        "codes": Interrupted(codes, writes("*/*/shard.json")),
-        "compare": Interrupted(compare, writes(".*.partial/*")),
-        "show": Interrupted(show, writes_to_log),
-        "evaluate": Interrupted(evaluate, writes_to_log),
-    }
-    for stage in stages.values():
-        here(*stage.of("here"))
-    pipe = max(masks.rglob("*.png"))
-    mask, writer = pipe.rename(tmp_path / "mask.png"), []
-    os.mkfifo(pipe)
-    with concurrent.futures.ThreadPoolExecutor(len(stages)) as pool:
-        for done in [pool.submit(stage.run, tmp_path / name) for name, stage in stages.items()]:
-            done.result()
-    made = {side: files_of(tmp_path / side, "**/*.*") for side in ("here", "there")}
-    for side, files in made.items():
-        files["labels"] = (pathlib.Path(shards) / f"labels-{side}.bin").read_bytes()
-    assert made["here"].keys() == made["there"].keys() and len(made["here"]) > 100
-    differ = {pathlib.Path(f).name for f in made["here"] if made["here"][f] != made["there"][f]}
-    assert differ == {"code.json", "config.json", "about.json", "manifest.json"}  # which name the commands
-
-
-def here(*args: object) -> list[str]:
-    """Lines that a command prints in this process."""
-    done = inprocess.run(*args)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()
