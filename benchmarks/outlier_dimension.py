@@ -9,24 +9,15 @@ explained variance of the other dimensions (mean over dimensions) and of that on
 
 import argparse
 import dataclasses
-import pathlib
 
 import torch
 from torch import Tensor
 
-from benchmarks import common, quality
+from benchmarks import common, outliers, quality
 from saev.nn import config as nn_config
 from saev.nn import metrics
-from saev.training import config as training_config
-from saev.training import run as training_run
 
-D, FACTOR, BAD = 64, 8, 5
-ARCHITECTURES: dict[str, nn_config.Sae] = {
-    "TopK": nn_config.TopK(d_vit=D, exp_factor=FACTOR, top_k=8),
-    "BatchTopK": nn_config.BatchTopK(d_vit=D, exp_factor=FACTOR, top_k=8),
-    "JumpReLU": nn_config.JumpRelu(d_vit=D, exp_factor=FACTOR, sparsity_coeff=0.02),
-    "ReLU": nn_config.Relu(d_vit=D, exp_factor=FACTOR, sparsity_coeff=0.02),
-}
+BAD = 5
 
 
 def main() -> None:
@@ -42,7 +33,7 @@ def main() -> None:
     data = quality.planted(args)
     cases = []
     print(f"{'architecture':<12}{'dimension':>10}{'normalize':>10}{'dead %':>8}{'others':>9}{'it':>8}")
-    for name, sae in ARCHITECTURES.items():
+    for name, sae in outliers.ARCHITECTURES.items():
         for times, normalize in ((0.0, "scale"), (args.times, "scale"), (args.times, "per-dim")):
             sae = dataclasses.replace(sae, normalize=normalize)
             found = one(sae, plant(data.train_ND, times, 0), plant(data.held_out_ND[:8192], times, 1), args)
@@ -67,18 +58,7 @@ def plant(x_ND: Tensor, times: float, seed: int) -> Tensor:
 
 def one(sae: nn_config.Sae, x_ND: Tensor, held_out_ND: Tensor, args) -> common.Case:
     """Trains one SAE and measures it."""
-    cfg = training_config.Train(
-        sae=sae,
-        n_patches=args.steps * args.batch_size,
-        batch_size=args.batch_size,
-        dead_window=args.steps * args.batch_size // 10,
-    )
-    run = training_run.Run(dataclasses.replace(cfg, lr=cfg.peak_lr), pathlib.Path(), torch.device("cpu"))
-    run.start(x_ND[: 2**16])
-    order = quality.Order(x_ND, args.batch_size, 0)
-    for step in range(args.steps):
-        run.step(step, order(step))
-    x_hat_ND, f_NS = run.finished()(held_out_ND)
+    x_hat_ND, f_NS = outliers.trained(sae, x_ND, args)(held_out_ND)
     residual_D = (held_out_ND - x_hat_ND).double().var(dim=0) / held_out_ND.double().var(dim=0)
     others_C = torch.cat([residual_D[:BAD], residual_D[BAD + 1 :]])
     is_dead_S = (f_NS.abs() <= metrics.EPS_ACTIVE).all(dim=0)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, quality
+from saev import nn
 from saev.nn import config as nn_config
 from saev.nn import metrics
 from saev.training import config as training_config
@@ -84,20 +85,7 @@ def one(
     sae: nn_config.Sae, x_ND: Tensor, held_out: Sinks, atoms_AD: np.ndarray, ratio: float, args
 ) -> common.Case:
     """Trains one SAE and measures it."""
-    cfg = training_config.Train(
-        sae=sae,
-        n_patches=args.steps * args.batch_size,
-        batch_size=args.batch_size,
-        dead_window=args.steps * args.batch_size // 10,
-        max_norm_ratio=ratio,
-    )
-    cfg = dataclasses.replace(cfg, lr=cfg.peak_lr)
-    run = training_run.Run(cfg, pathlib.Path(), torch.device("cpu"))
-    run.start(x_ND[: 2**16])
-    order = quality.Order(x_ND, args.batch_size, 0)
-    for step in range(args.steps):
-        run.step(step, order(step))
-    done = run.finished()
+    done = trained(sae, x_ND, args, max_norm_ratio=ratio)
     x_hat_ND, f_NS = done(held_out.x_ND)
     plain_N = ~held_out.is_sink_N
     ordinary_ND, error_ND = held_out.x_ND[plain_N], (held_out.x_ND - x_hat_ND).square()
@@ -112,6 +100,25 @@ def one(
         "l0": round(n_fired.item(), 2),
         "found_pct": round(100 * float((cos_A > 0.9).mean()), 1),
     }
+
+
+def trained(
+    sae: nn_config.Sae, x_ND: Tensor, args: argparse.Namespace, **more: tp.Any
+) -> nn.SparseAutoencoder:
+    """An SAE after `args.steps` steps. more: further fields of the training's config."""
+    cfg = training_config.Train(
+        sae=sae,
+        n_patches=args.steps * args.batch_size,
+        batch_size=args.batch_size,
+        dead_window=args.steps * args.batch_size // 10,
+        **more,
+    )
+    run = training_run.Run(dataclasses.replace(cfg, lr=cfg.peak_lr), pathlib.Path(), torch.device("cpu"))
+    run.start(x_ND[: 2**16])
+    order = quality.Order(x_ND, args.batch_size, 0)
+    for step in range(args.steps):
+        run.step(step, order(step))
+    return run.finished()
 
 
 def row(name: str, share: float, ratio: float, found: common.Case) -> str:

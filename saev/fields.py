@@ -40,6 +40,18 @@ def neither(default: T | collections.abc.Callable[[], T]) -> T:
     return _field(default, result=False, stream=False)
 
 
+def later(default: T) -> T:
+    """Declares a field that determines the result, in a scorer or an architecture that older results record
+    without it. The repr leaves it out, and so does `recorded` at its default."""
+    return dataclasses.field(default=default, repr=False)
+
+
+def recorded(cfg: tp.Any) -> dict[str, tp.Any]:
+    """The values of a config for the record of a result: equal for old and new results of equal configs."""
+    values = dataclasses.asdict(cfg)
+    return {f.name: values[f.name] for f in dataclasses.fields(cfg) if f.repr or values[f.name] != f.default}
+
+
 def _field(default: tp.Any, *, result: bool, stream: bool) -> tp.Any:
     """Declares whether a field determines the result, and whether runs on one stream must agree in it.
 

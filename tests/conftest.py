@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 
-import jaxtyping
+import checked
 import numpy as np
 import pytest
 
@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     `-m "not slow"` leaves this out: it doubles the time.
     """
     if config.option.markexpr != "not slow":
-        jaxtyping.install_import_hook("saev", "beartype.beartype")
+        checked.install("saev")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -159,3 +159,31 @@ def make_shards(tmp_path: pathlib.Path) -> MakeShards:
         return out.dpath, acts
 
     return make
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
+    """Counts, from here on, what is opened and read: "streams" of activations, shard directories by path, and
+    files that are read whole by name, such as "images.jsonl"."""
+    from saev.data import activations  # not before pytest_configure
+    from saev.formats import jsonfile, shards
+
+    out: collections.Counter[str] = collections.Counter()
+    init, read, whole = activations.Activations.__init__, jsonfile.read_bytes, shards.ShardDir.open_unchecked
+
+    def counting(self: activations.Activations, *args: object) -> None:
+        out["streams"] += 1
+        init(self, *args)
+
+    def looked(dpath: pathlib.Path | str) -> shards.ShardDir:
+        out[str(dpath)] += 1
+        return whole(dpath)
+
+    def counted(fpath: pathlib.Path, *args: object) -> bytes:
+        out[fpath.name] += 1
+        return read(fpath, *args)
+
+    monkeypatch.setattr(activations.Activations, "__init__", counting)
+    monkeypatch.setattr(shards.ShardDir, "open_unchecked", looked)
+    monkeypatch.setattr(jsonfile, "read_bytes", counted)
+    return out

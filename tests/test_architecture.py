@@ -1,6 +1,7 @@
 """Imports go down only: DESIGN's floors, read from the source with ast."""
 
 import ast
+import functools
 import pathlib
 import re
 
@@ -68,13 +69,15 @@ def package(module: str) -> str:
     return max((p for p in FLOORS if module == p or module.startswith(f"{p}.")), key=len)
 
 
+@functools.cache
 def modules() -> dict[str, pathlib.Path]:
     fpaths = [*ROOT.glob("saev/**/*.py"), *ROOT.glob("*.py")]
     names = [".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for f in fpaths]
     return dict(zip(names, fpaths, strict=True))
 
 
-def imports(source: str, top_level_only: bool = False) -> set[str]:
+@functools.cache
+def imports(source: str, top_level_only: bool = False) -> frozenset[str]:
     """Dotted names that a source imports; `from a import b` counts as a.b."""
     tree = ast.parse(source)
     out: set[str] = set()
@@ -83,7 +86,7 @@ def imports(source: str, top_level_only: bool = False) -> set[str]:
             out |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             out |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return out
+    return frozenset(out)
 
 
 def upward(module: str, source: str) -> list[str]:

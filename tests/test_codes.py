@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing as tp
 
 import inprocess
 import numpy as np
@@ -16,11 +17,11 @@ import scipy.sparse
 import torch
 
 import saev
-from saev import errors, nn, scorers
+from saev import errors, helpers, nn, scorers
 from saev.codes import config, encode
 from saev.data import activations, memory, passes
 from saev.data import config as data_config
-from saev.formats import codeshards
+from saev.formats import codes, codeshards
 from saev.nn import config as nn_config
 from saev.scorers import base
 from saev.scorers import config as scorers_config
@@ -175,10 +176,10 @@ def test_a_code_that_is_not_finite(dump) -> None:
     acts = activations.Activations(dump[0])
     for bad in (np.nan, -np.inf):
         rows.value_n[2 * P + 1] = bad
-        for codes in (rows, np.pad(rows.value_n[:, None], ((0, 0), (7, 0)))):
+        for found in (rows, np.pad(rows.value_n[:, None], ((0, 0), (7, 0)))):
             message = f"the value of unit 7 in class2/0002.jpg, patch 1, is {bad}. Check the weights"
             with pytest.raises(errors.UserError, match=message):
-                passes.check(codes, acts.image_is_N, acts, "unit")
+                passes.check(found, acts.image_is_N, acts, "unit")
 
 
 def test_cls_and_all_tokens(dump, cfg: config.Codes, tmp_path: pathlib.Path) -> None:
@@ -479,3 +480,14 @@ def test_a_block_of_a_large_dictionary_is_small() -> None:
     assert (
         memory.n_block(256, 16384) == 16 and memory.n_block(4096, 10**6) == 1 and memory.n_block(4, 8) == 64
     )
+
+
+def test_a_field_that_is_added_later_keeps_the_names_of_older_folders() -> None:
+    class Later(codes.Metadata, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+        power: float = 1.0
+
+    old: dict[str, tp.Any] = {"scorer": "a/sae.pt", "digest": "d", "activations": "x", "vit_family": "timm"}
+    old |= {"vit_ckpt": "v", "layer": 7, "patches": "image", "n_latents": K, "n_imgs": N, "n_patches": P}
+    old |= {"imgs_per_shard": 4, "dtype": "float32", "layout": "csr", "image_layout": "csr", "top_n": 0}
+    name = helpers.hash_of(old | {"scorer": "", "schema": codes.SCHEMA})[:16]
+    assert codes.Metadata(**old).hash == Later(**old).hash == name != Later(**old, power=2.0).hash

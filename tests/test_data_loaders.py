@@ -422,6 +422,39 @@ def test_shares_that_are_not_in_memory_are_announced(make_shards, monkeypatch: p
         assert keys_a == keys_b and torch.equal(act_a, act_b)
 
 
+def test_files_in_memory_are_read_without_announcements(make_shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiled code finds in the page cache, in a whole stream and after files have left it."""
+    dpath, _ = make_shards(n_imgs=60, n_patches=64, d_vit=96, layers=(0,), per_shard=20)
+    found: list[tuple[str, bool]] = []
+    for name in ("announce", "read"):
+        call = getattr(moves, name)
+        monkeypatch.setattr(moves, name, lambda *args, f=call, n=name: found.append((n, r := f(*args))) or r)
+    fds = [os.open(fpath, os.O_RDONLY) for fpath in sorted(dpath.glob("acts*.bin"))]
+    try:
+        for fd in fds:
+            os.fsync(fd)
+            os.pread(fd, os.fstat(fd).st_size, 0)
+        try:
+            os.preadv(fds[0], [bytearray(9)], 0, os.RWF_NOWAIT)
+        except OSError:
+            pytest.skip("this file system does not say what is in memory")
+        stream = shuffled.Shuffled(config.Shards(str(dpath)), batch_size=300, pool_bytes=800_000)
+        list(itertools.islice(stream, 30))
+        assert {is_cold for _, is_cold in found[-10:]} == {False}
+        found.clear()
+        for fd in fds:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            os.preadv(fds[0], [bytearray(9)], 0, os.RWF_NOWAIT)
+            pytest.skip("this file system keeps files in memory")
+        except BlockingIOError:
+            list(itertools.islice(stream, 1))
+        assert ("announce", True) in found or ("read", True) in found
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
 def test_memory_is_used_again_only_after_its_last_reference(small) -> None:
     cfg, _ = small
     stream = shuffled.Shuffled(cfg, batch_size=6).batches()

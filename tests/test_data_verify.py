@@ -1,8 +1,10 @@
 """The check of shard directories: every kind of damage is named, nothing else is."""
 
 import json
+import os
 import pathlib
 import shutil
+import subprocess
 import sys
 
 import forked
@@ -132,4 +134,13 @@ def test_the_command(make_shards) -> None:
         f"{bad / 'acts000000.bin'}: bytes 0 to 31 differ from their checksum",
     ]
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: 1 problem(s). Delete the named files")
+    assert line.startswith("error: 1 problem(s). Delete the damaged files")
+    for name in ("complete.json", "acts000000.bin", "acts000000.json"):
+        (bad / name).unlink()
+    (bad / "shards.json").write_text(json.dumps(json.loads((bad / "shards.json").read_text())[1:]))
+    read, write = os.pipe()
+    os.close(read)  # a reader that stopped changes nothing else
+    done = forked.run([*command[:3], str(bad)], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    again = "Run the same `python -m saev.data` command again."
+    assert (done.returncode, done.stderr) == (2, f"error: the dump is not complete. {again}\n")

@@ -12,6 +12,8 @@ import pytest
 
 import saev
 from saev import errors, fields, launch
+from saev.nn import config as nn_config
+from saev.scorers import config as scorers_config
 from saev.training import report
 
 ROOT = pathlib.Path(saev.__file__).parent
@@ -145,3 +147,21 @@ def test_expand(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None
     monkeypatch.setenv("HOME", "")
     with pytest.raises(errors.UserError, match="^~/a: there is no such home folder"):
         fields.expand("~/a")
+
+
+def test_fields_that_were_added_later_do_not_change_old_records() -> None:
+    """Finished results, codes and galleries name scorers by these."""
+
+    @dataclasses.dataclass(frozen=True)
+    class KMeans(scorers_config.KMeans):
+        tries: int = fields.later(1)
+
+    @dataclasses.dataclass(frozen=True)
+    class TopK(nn_config.TopK):
+        depth: int = fields.later(1)
+
+    before, after = scorers_config.KMeans(n_iters=3), KMeans(n_iters=3)
+    assert fields.recorded(before) == dataclasses.asdict(before) == fields.recorded(after)
+    assert fields.recorded(KMeans(tries=2)) == dataclasses.asdict(scorers_config.KMeans()) | {"tries": 2}
+    assert str(nn_config.TopK(8)).rpartition(".")[2] == str(TopK(8)).rpartition(".")[2]
+    assert fields.identity(before) == fields.identity(after) != fields.identity(KMeans(tries=2))

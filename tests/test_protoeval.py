@@ -23,7 +23,7 @@ from saev import errors, nn, scorers, sweeps
 from saev.data import activations, cub
 from saev.data import config as data_config
 from saev.demo import minicub
-from saev.formats import jsonfile, results, shards
+from saev.formats import results, shards
 from saev.nn import config as nn_config
 from saev.protoeval import choose, config, experiment, fit, join, measure, opening, report, run, score
 from saev.scorers import base
@@ -393,7 +393,7 @@ def test_missing_flags(cfg: config.ProtoEval) -> None:
 
 
 def test_each_directory_is_opened_once_and_its_images_are_read_once(
-    cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path, opened: collections.Counter[str]
 ) -> None:
     """One command with four scorers, one of them fitted on activations of its own."""
     paths = [f"photos/{i}.jpg" for i in range(60)]
@@ -410,25 +410,7 @@ def test_each_directory_is_opened_once_and_its_images_are_read_once(
         {"scorer": scorers_config.Sae(str(ckpt))},
     )
     cfgs = [dataclasses.replace(cfg, n_prototypes=(8,), n_boot=20, **more) for more in members]
-    opened: collections.Counter[str] = collections.Counter()
-    init, read = activations.Activations.__init__, jsonfile.read_bytes
-
-    def counting(self: activations.Activations, *args: object) -> None:
-        opened["streams"] += 1
-        init(self, *args)
-
-    def looked(dpath: pathlib.Path | str) -> shards.ShardDir:
-        opened[str(dpath)] += 1
-        return whole(dpath)
-
-    def counted(fpath: pathlib.Path, *args: object) -> bytes:
-        opened[fpath.name] += 1
-        return read(fpath, *args)
-
-    whole = shards.ShardDir.open_unchecked
-    monkeypatch.setattr(activations.Activations, "__init__", counting)
-    monkeypatch.setattr(shards.ShardDir, "open_unchecked", looked)
-    monkeypatch.setattr(jsonfile, "read_bytes", counted)
+    opened.clear()
     run.main(cfgs)
     roots = {cfg.train_data.shard_root: 1, others.shard_root: 1}
     assert {key: opened[key] for key in roots} == roots

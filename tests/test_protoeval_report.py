@@ -627,12 +627,14 @@ def test_patch_tables_and_audits_are_joined(
 ) -> None:
     """Two layers with the same labels of patches, of which one has an audit; another without labels; another with
     other ones and other numbers of audited prototypes; a newer one of layer 11."""
-    a, b, audit = "a" * 64, "b" * 64, audit_table([2, 4], ("constant", 0), ("Random", 1))
+    a, b, audit = "a" * 64, "b" * 64, audit_table([2, 4], ("constant", 0), ("Random", 1), ("Sae_1", 2))
 
     def result(name: str, layer: int, labels: str, day: int, *tables: tp.Any, **kwargs: tp.Any) -> None:
+        scorers = {"Random": {"cls": "Random"}, "Sae_1": {"cls": "Sae"}}
         said = dataclasses.replace(
-            about, layer=layer, patch_labels=labels, created=f"2026-01-0{day}", nulls={}, **kwargs
+            about, layer=layer, patch_labels=labels, created=f"2026-01-0{day}", **kwargs
         )
+        said = dataclasses.replace(said, nulls={}, scorers=scorers)
         report.write(tmp_path / name, report.Found(said, NAMES, rows, {}, {}, *tables), [])
 
     result("old", 11, a, 1, patch_table(("Random", 0.8), ("Sae_1", 0.9)))
@@ -666,10 +668,24 @@ def test_patch_tables_and_audits_are_joined(
         ("2 4", "Random", "2", 0.5, 0.5),
         ("2 4", "Random", "4", 0.25, 0.5),
         ("2 4", "Random", "area", pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4), 0.5),
+        ("2 4", "Sae_1", "2", 1, 0.5),
+        ("2 4", "Sae_1", "4", 0.5, 0.5),
+        ("2 4", "Sae_1", "area", pytest.approx((1 + 1 + 2 / 3 + 1 / 2) / 4), 0.5),
         ("3", "Random", "3", 1, 0.5),
         ("3", "Random", "area", 1, 0.5),
     ]
+    against = {"patch_labels": a, "scorer": "Sae_1", "baseline": "Random", "baseline_prototypes": 8}
+    gaps = pl.read_csv(out / "patch-differences.csv").filter(**against)
+    assert gaps.select("layer", "measure").rows() == [(11, measure) for measure in results.PATCH_MEASURES]
+    assert gaps["difference"].to_list() == pytest.approx([0.05, 0.1, 0.1, 0])
+    gaps = pl.read_csv(out / "audit-differences.csv").filter(audit="2 4", scorer="Sae_1")
+    assert gaps.select("measure", "difference").rows()[:2] == [("2", 0.5), ("4", 0.25)]
     text = (out / "table.md").read_text()
+    assert (
+        "| clip x | 11 | Sae_1 | 8 | Random | 8 | Patch mAP | +0.100 | +0.100 to +0.100 | excludes 0 |"
+        in text
+    )
+    assert "| clip x | 23 | Sae_1 | 8 | Random | 8 | Yield(4) | +0.250 |" in text
     first, second = re.findall(r"Labels of patches .*?(?=\n\n[^|])", text, re.DOTALL)
     assert first.startswith("Labels of patches aaaaaaaa:\n\n| ViT | Layer | Scorer | Prototypes | Probe R |")
     assert "| clip x | 11 | Sae_1 | 8 | " in first and "| clip x | 23 | Random | 8 | " in first
@@ -680,7 +696,7 @@ def test_patch_tables_and_audits_are_joined(
     (_, figure), _ = merge_patches.charts_of(
         merge.merge(merge.read_all(tmp_path)).section("f" * 64, 3).patches
     )
-    *_, random, null = figure.axes[0].lines
+    *_, random, null, _, _ = figure.axes[0].lines  # the last two are the SAE's
     assert np.array(random.get_xydata()).tolist() == [[2, 0.5], [4, 0.25]]
     assert np.array(null.get_xydata()).tolist() == [[2, 0.5], [4, 0.5]]
     for name in ("old", "11", "23", "other"):

@@ -1,5 +1,6 @@
 """The traits that `protoeval.py --gallery` writes, against plain loops. N images, P patches, T traits, K prototypes."""
 
+import collections
 import dataclasses
 import pathlib
 import shutil
@@ -17,7 +18,7 @@ import traits_data
 
 from saev import errors, nn, scorers, sweeps
 from saev.data.traits import config as traits_config
-from saev.formats import manifest, scripts
+from saev.formats import manifest, patchlabels, scripts, shards
 from saev.formats import results as results_format
 from saev.protoeval import choose, config, examples, run
 from saev.scorers import config as scorers_config
@@ -72,6 +73,30 @@ def images_of(dpath: pathlib.Path, value: dict) -> list[dict]:
         for i in range(n)
         for one in gallery_files.load(dpath, f"{files['folder']}/images/{i:03}")["images"]
     ]
+
+
+def test_each_directory_is_opened_once_with_all_tables(
+    tmp_path: pathlib.Path, opened: collections.Counter[str]
+) -> None:
+    """Four scorers, one of them fitted on other activations, with --gallery, --several, --key-depth, --audit
+    and --patch-labels."""
+    more = {"several": (2,), "key_depth": 2, "audit": (2, 4), "patch_labels": "labels.bin"}
+    made = traits_data.make(tmp_path, **more)
+    shard_root = made.cfgs[0].train_data.shard_root
+    id_NP = np.random.default_rng(3).integers(0, 5, (traits_data.N, traits_data.P))
+    names = {part: f"part{part}" for part in range(5)}
+    patchlabels.write(shards.ShardDir.open(shard_root), "", id_NP, names, {})
+    other_root = traits_data.dump(tmp_path / "other", made.acts_NPD + 1)
+    fit_data = dataclasses.replace(made.cfgs[0].train_data, shard_root=other_root)
+    pca = dataclasses.replace(
+        made.cfgs[0], scorer=scorers_config.Pca(), n_prototypes=(4, 8), fit_data=fit_data
+    )
+    opened.clear()
+    out = pathlib.Path(run.main([*made.cfgs, pca]))
+    assert all((out / name).exists() for name in ("patches.md", "audit.md", "weights.parquet", "keys.md"))
+    assert (made.gallery / "data" / "traits.js").exists()
+    assert [opened[name] for name in (shard_root, other_root)] == [1, 1]
+    assert opened["images.jsonl"] == 2  # one of each directory
 
 
 # ---- what is written ----

@@ -462,3 +462,17 @@ def test_an_untrained_sae_needs_a_trained_one_of_these_activations(data, tmp_pat
     scorers.save(scorers.fit(config.Random(), cfg, 24), stored)
     with pytest.raises(errors.UserError, match=r"holds \(24, 6\) instead of \(24, 6\)|Delete the file"):
         scorers.fit(config.Untrained(str(tmp_path / "sae.pt")), cfg, 5, dpath=tmp_path / "s")
+
+
+def test_the_kind_of_a_file(data: tuple[data_config.Shards, np.ndarray], tmp_path: pathlib.Path) -> None:
+    """By the name that it was given when it was fitted; a renamed file is of no known kind."""
+    fitted = {
+        "random": config.Random(),
+        "pca": config.Pca(),
+        "kmeans": config.KMeans(n_samples=20, n_iters=1),
+    }
+    for kind, cfg in fitted.items():
+        scorers.fit(cfg, data[0], 2, dpath=tmp_path / kind)
+        (fpath,) = (tmp_path / kind).glob("*.bin")
+        assert scorers.kind_of(fpath) == kind
+        assert scorers.kind_of(fpath.rename(tmp_path / f"mine-{kind}.bin")) == "prototypes"

@@ -145,6 +145,10 @@ def test_labels_and_caption(tmp_path: pathlib.Path) -> None:
         "images of 256 patches. A latent fires on a patch where its value is above 0. Mean: over the patches that it "
         "fires on. Largest: on any patch."
     )
+    edit(tmp_path, "stats", "source", padded=True)
+    assert "8 images of at most 256 patches." in " ".join(
+        texts(figure.draw(galleries.Gallery(tmp_path, ""), (1,), 2))
+    )
 
 
 def test_heat_of_scores_begins_at_their_mean(tmp_path: pathlib.Path) -> None:

@@ -56,7 +56,7 @@ class Made:
 def make(root: pathlib.Path, **more: tp.Any) -> Made:
     """Dumps, trains nothing, makes the gallery. `more` changes the config of protoeval."""
     acts_NPD = _activations()
-    data = data_config.Shards(_dump(root / "dump", acts_NPD), 3)
+    data = data_config.Shards(dump(root / "dump", acts_NPD), 3)
     _write_cub(root / "CUB")
     _save_sae(root / "run" / "sae.pt")
     cfgs = [
@@ -102,7 +102,8 @@ def _activations() -> np.ndarray:
     return acts_NPD
 
 
-def _dump(dump_to: pathlib.Path, acts_NPD: np.ndarray) -> str:
+def dump(dump_to: pathlib.Path, acts_NPD: np.ndarray) -> str:
+    """Writes shards with a [CLS] token that is unlike the patches. Returns their directory."""
     cls_N1D = 9 + np.random.default_rng(2).standard_normal((N, 1, D)).astype(np.float32)
     acts_NLTD = np.concatenate([cls_N1D, acts_NPD], axis=1)[:, None]
     data: dict[str, object] = {"root": "/gone", "__class__": "Cub200"}

@@ -27,7 +27,7 @@ class Codes:
     """Type of the patches' codes. float16 takes 6 instead of 8 bytes per code. A code above 65,504 is then an
     error. Codes of images are float32."""
     top_n: int = 0
-    """Keep only the n largest codes of each patch (CSR). 0: all. Codes of images are of all codes."""
+    """Keep only the n largest codes of each patch (CSR). 0: all. Codes of images are made from all codes."""
     image_codes: tp.Literal["auto", "csr", "dense"] = "auto"
     """How codes of images are stored. auto: CSR for SAEs, dense for other scorers."""
     max_patches_per_shard: int = 250_000

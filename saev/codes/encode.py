@@ -95,9 +95,7 @@ def _say_size(scorer: scorers.Scorer, acts: activations.Activations, metadata: c
     P, K = acts.n_tokens, scorer.n_prototypes
     n_block = min(data_memory.n_block(P, K), metadata.imgs_per_shard)
     is_sae = isinstance(scorer, sae_scorer.SaeLatents)
-    n_codes = K
-    if isinstance(scorer, sae_scorer.SaeLatents):
-        n_codes = getattr(scorer.sae.cfg, "top_k", K // 8)
+    n_codes = (scorer.sae.cfg.n_firing or K // 8) if is_sae else K
     n_bytes = memory.peak(n_block, P, acts.d_vit, K, n_codes, is_sae)
     logger.info("memory: about %.2f GB (docs/memory.md)", n_bytes / 1e9)
     if metadata.layout == "dense":

@@ -10,7 +10,7 @@ import urllib.parse
 import numpy as np
 import polars as pl
 
-from saev import errors, helpers
+from saev import errors, helpers, scorers
 from saev.compare import config, report, sides
 from saev.formats import gallery, jsonfile, manifest, scripts
 
@@ -112,7 +112,7 @@ def _described(mine: gallery.Gallery, other: gallery.Gallery | None, side: sides
         href = os.path.relpath(other.dpath / "index.html", mine.dpath)
         described = {key: other.raw[key] for key in ("title", "scorer", "source")}
         return described | {"href": urllib.parse.quote(os.fsencode(href))}
-    kind = "sae" if side.sae else side.fpath.name.partition("-")[0]
+    kind = "sae" if side.sae else "units" if side.is_units else scorers.kind_of(side.fpath)
     return {
         "title": side.name,
         "scorer": {

@@ -69,11 +69,11 @@ def _compare(cfg: config.Compare, found: list[sides.Side], joined: sides.Joined,
 
 
 def _sizes(side: sides.Side, acts: activations.Activations, per_patch: bool) -> memory.Side:
-    """An SAE without a top_k is taken to have one latent in a hundred on a patch."""
+    """An SAE whose config does not decide it is taken to have one latent in a hundred on a patch."""
     n, n_imgs = side.scorer.n_prototypes, acts.n_imgs
     n_codes = n
     if side.sae:
-        n_codes = min(n, (1 if per_patch else 8) * getattr(side.sae.cfg, "top_k", max(1, n // 100)))
+        n_codes = min(n, (1 if per_patch else 8) * (side.sae.cfg.n_firing or max(1, n // 100)))
     n_rows = n_imgs * acts.n_tokens if per_patch else n_imgs
     return memory.Side(n, acts.d_vit, n_imgs, acts.n_tokens, n_rows, n_codes, bool(side.sae))
 

@@ -138,7 +138,8 @@ def announce(c, file_G2, run_G2, start_n, W):
     """
     span_G2 = _spans(run_G2, start_n, W)
     byte = np.empty(1, np.uint8)
-    target_2 = np.array([byte.ctypes.data, 0])
+    target_2 = np.empty(2, np.int64)
+    target_2[0] = byte.ctypes.data
     is_cold = False
     for g in range(len(span_G2)):
         if not _is_in_memory(c, file_G2[g, 0], span_G2[g, 0], 1, target_2):
@@ -169,7 +170,8 @@ def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_hi
     W = pool_PW.shape[1]
     pool, staging = pool_PW.ctypes.data, staging_n.ctypes.data
     span_G2 = _spans(run_G2, start_n, W)
-    target_2 = np.array([staging, 0])
+    target_2 = np.empty(2, np.int64)  # np.array would make floats of an address and a number
+    target_2[0] = staging
     for g in range(len(run_G2)):
         fd, start, length = file_G2[g, 0], span_G2[g, 0], span_G2[g, 1] - span_G2[g, 0]
         if file_G2[g, 1] == 0 or length > len(staging_n):

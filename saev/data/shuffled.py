@@ -1,9 +1,10 @@
 """Well-mixed batches of single activations, for training.
 
 `mixing` plans which activation is in which batch. Threads read blocks of neighbouring tokens into a pool of
-bounded size, from which other tasks of the same threads copy the batches. Compiled code does both (`moves`),
-so that the threads rarely wait for Python's lock. The order does not depend on the threads. To start at any
-batch, a stream first reads the blocks that are then partly in the pool, a few times the pool's size.
+bounded size, from which other tasks of the same threads copy the batches, when the reads before them have
+ended; the plan does not wait for reads. Compiled code does both (`moves`), so that the threads rarely wait
+for Python's lock. The order does not depend on the threads. To start at any batch, a stream first reads the
+blocks that are then partly in the pool, a few times the pool's size.
 
 Shape letters: B batch, P pool slots, G blocks, R activations ready to be drawn, D d_vit.
 """
@@ -122,11 +123,17 @@ class _Batch:
         self.parts: list[concurrent.futures.Future[bool]] = []
         """Each says whether its activations are good."""
 
-    def fill(self, pool: "_Pool", part_n2: Int64[np.ndarray, "n 2"], at: int) -> bool:
+    def fill(self, pool: "_Pool", reads: list[Done], part_n2: Int64[np.ndarray, "n 2"], at: int) -> bool:
         """Copies activations to rows `at`, ... Returns whether all are finite and not too large.
 
+        reads: those that may not have ended.
         part_n2: stream index and slot.
+
+        Raises:
+            UserError: see `Activations.read_extents`.
         """
+        for read in reads:
+            read.result()
         acts, rows = self.acts, slice(at, at + len(part_n2))
         index_n, slot_n = part_n2.T
         outs = (self.image_i_B[rows], self.patch_i_B[rows], self.layer_B[rows])
@@ -217,15 +224,10 @@ class _Reading:
         self.at = 0
 
     def take(self, n_max: int) -> Int64[np.ndarray, "n 2"]:
-        """Rows of whole blocks, at most `n_max`. Waits until they are read."""
+        """Rows of whole blocks, at most `n_max`."""
         start = self.n_before_G[self.at]
         self.at = int(np.searchsorted(self.n_before_G, start + n_max, "right")) - 1
-        row_n2 = self.row_n2[start : self.n_before_G[self.at]]
-        if len(row_n2):
-            for done in self.dones:
-                done.result()
-            self.dones = []
-        return row_n2
+        return self.row_n2[start : self.n_before_G[self.at]]
 
     @property
     def is_over(self) -> bool:
@@ -251,6 +253,8 @@ class _Pool:
         unsigned = np.dtype(f"u{acts.token_bytes // acts.d_vit}")
         self.act_PD = moves.aligned(layout.n_pool * acts.token_bytes).view(unsigned).reshape(-1, acts.d_vit)
         self.readings: collections.deque[_Reading] = collections.deque()
+        self.reads: list[Done] = []
+        """Those that may not have ended, of blocks that can be drawn."""
         self.takings: collections.deque[tuple[concurrent.futures.Future[bool], Int64[np.ndarray, " n"]]] = (
             collections.deque()
         )
@@ -264,7 +268,8 @@ class _Pool:
         """The next batch."""
         batch, at = _Batch(self.stream, self.memory), 0
         for part_n2 in self.plan.draw(self._ready):
-            batch.parts.append(self.threads.submit(batch.fill, self, part_n2, at))
+            self.reads = [read for read in self.reads if not read.done() or read.exception()]
+            batch.parts.append(self.threads.submit(batch.fill, self, self.reads, part_n2, at))
             self.takings.append((batch.parts[-1], part_n2[:, 1]))
             at += len(part_n2)
             self._free(wait=False)
@@ -297,6 +302,9 @@ class _Pool:
         while True:
             while self.readings:
                 parts.append(self.readings[0].take(n_max))
+                if len(parts[-1]):
+                    self.reads = [*self.reads, *self.readings[0].dones]  # copies hold the old list
+                    self.readings[0].dones = []
                 n_max -= len(parts[-1])
                 if not self.readings[0].is_over:
                     return np.concatenate(parts) if parts[1:] else parts[0]

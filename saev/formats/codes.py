@@ -18,8 +18,8 @@ AGAIN = "Delete it and run `python -m saev.codes` again."
 Layout = tp.Literal["csr", "dense"]
 
 
-class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the codes are of."""
+class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What the codes are of. A new field needs a default, at which it does not change the folder's name."""
 
     scorer: str
     """Path of the scorer, as it was given."""
@@ -47,7 +47,7 @@ class Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def hash(self) -> str:
         """The folder's name: a hash of all except the scorer's path."""
-        return helpers.hash_of(msgspec.structs.asdict(self) | {"scorer": ""})[:16]
+        return helpers.hash_of(msgspec.to_builtins(self) | {"scorer": "", "schema": self.schema})[:16]
 
     def arrays(self) -> dict[str, np.dtype]:
         """Name -> type of each array of a shard."""

@@ -52,6 +52,8 @@ class Source(msgspec.Struct):
     n_images: int = 0
     transform: str = ""
     """What was done to the images, in words."""
+    padded: bool = False
+    """Whether some images have fewer patches (--resize pad or flexible)."""
 
 
 class Shown(msgspec.Struct):

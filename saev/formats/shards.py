@@ -48,7 +48,8 @@ __all__ = ["STORED", "Metadata", "Record", "ShardDir", "ShardWriter", "Skipped",
 
 COPIES = "saev-staged"
 """Name of the folder of copies (`staging`)."""
-DUMP_ANEW = "Delete it and its .json, and run the same `python -m saev.data` command again."
+AGAIN = "run the same `python -m saev.data` command again."
+DUMP_ANEW = f"Delete it and its .json, and {AGAIN}"
 N_THREADS = 4
 """Threads that compute checksums on first use."""
 
@@ -207,14 +208,15 @@ class ShardDir(WritableShards):
         out, files = {}, self._any_files()
         for i in self.shard_is:
             fpath, image_is = self.sidecar_fpath(i), self.metadata.imgs_in(i)
+            remedy = f"Delete {self.acts_fpath(i).name} and its .json, and {AGAIN}"
             if not fpath.exists():
-                raise errors.UserError(f"{fpath} is missing. {DUMP_ANEW}")
+                raise errors.UserError(f"{fpath} is missing. {remedy}")
             out[i] = Sidecar.loads(fpath)
             is_alike = out[i].files in ({}, files)
             is_right = out[i].n_imgs == len(image_is)
             is_right &= all(s.image_i in image_is for s in out[i].skipped)
             if not (is_alike and is_right):
-                raise errors.UserError(f"{fpath}: does not fit the directory's other files. {DUMP_ANEW}")
+                raise errors.UserError(f"{fpath}: does not fit the directory's other files. {remedy}")
         return out
 
     def _all_sidecars(self) -> dict[int, Sidecar]:

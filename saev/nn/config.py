@@ -36,11 +36,10 @@ class Architecture:
     norms), their geometric median (Bricken et al. 2023), or 0."""
     tied_init: bool = True
     """Initialise the encoder as the decoder's transpose (Gao et al. 2024), instead of separately."""
-    # A digest of an SAE's scores contains the repr. Finished results do not know fields without one.
-    init: tp.Literal["random", "data"] = dataclasses.field(default="random", repr=False)
+    init: tp.Literal["random", "data"] = fields.later("random")
     """Initial decoder rows. random: random directions. data: directions of activations from their mean,
     blended with random ones (--sae.init-blend)."""
-    init_blend: float = dataclasses.field(default=0.8, repr=False)
+    init_blend: float = fields.later(0.8)
     """Weight of the activation's direction with --sae.init data. The random direction has the rest."""
 
     EITHER: tp.ClassVar = ("exp_factor", "d_sae")
@@ -69,10 +68,9 @@ class Architecture:
                 f"{weight_gb(self):,.0f} GB, and at most {MOST_LATENTS - 1:,} latents are possible. "
                 "Lower --sae.exp-factor or --sae.d-sae."
             )
-        top_k = getattr(self, "top_k", 0)
-        if (self.d_sae or self.d_vit) and top_k > self.n_latents:
+        if (self.d_sae or self.d_vit) and self.n_firing > self.n_latents:
             raise errors.UserError(
-                f"--sae.top-k {top_k}: the dictionary has {self.n_latents} latents. "
+                f"--sae.top-k {self.n_firing}: the dictionary has {self.n_latents} latents. "
                 "Lower it, or raise --sae.exp-factor (or --sae.d-sae)."
             )
 
@@ -88,6 +86,11 @@ class Architecture:
         if self.d_vit is None:
             raise ValueError("d_vit must be set")
         return self.d_vit * (DEFAULT_EXP_FACTOR if self.exp_factor is None else self.exp_factor)
+
+    @property
+    def n_firing(self) -> int:
+        """Latents that fire per activation, where the config decides it; else 0."""
+        return 0
 
     def default_lr(self, n_steps: int) -> float:
         """Adam's learning rate if none is given (measured in logbook 008 and 020)."""
@@ -144,6 +147,10 @@ class TopK(Architecture):
 
     INTERVALS = Architecture.INTERVALS | {"top_k": AT_LEAST_1, "aux_coeff": AT_LEAST_0, "aux_k": AT_LEAST_0}
 
+    @property
+    def n_firing(self) -> int:
+        return self.top_k
+
 
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +169,10 @@ class BatchTopK(Architecture):
     """See sae:top-k."""
 
     INTERVALS = TopK.INTERVALS | {"threshold_momentum": "(0, 1]"}
+
+    @property
+    def n_firing(self) -> int:
+        return self.top_k
 
 
 @beartype.beartype

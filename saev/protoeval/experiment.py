@@ -134,7 +134,7 @@ class Experiment:
 
     def _settings(self, cfg: config.ProtoEval, fit: join.Fit) -> dict[str, tp.Any]:
         """All that determines a scorer, except the seed and paths."""
-        found = {"cls": type(cfg.scorer).__name__, **dataclasses.asdict(cfg.scorer)}
+        found = {"cls": type(cfg.scorer).__name__, **fields.recorded(cfg.scorer)}
         found |= _content(cfg, fit)
         if isinstance(cfg.scorer, scorers_config.Sae | scorers_config.Units):
             return found

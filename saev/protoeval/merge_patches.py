@@ -13,20 +13,29 @@ from saev.report import charts, frame, tables
 
 logger = logging.getLogger("saev")
 
-KEYS = {"patches.csv": (), "patch-classes.csv": ("class",), "audit-yields.csv": ("measure",)}
+KEYS = {
+    "patches.csv": (),
+    "patch-classes.csv": ("class",),
+    "patch-differences.csv": ("baseline_id", "baseline_prototypes", "measure"),
+    "audit-yields.csv": ("measure",),
+    "audit-differences.csv": ("baseline_id", "baseline_prototypes", "measure"),
+}
 """Files that are joined, and the columns that identify a row of a scorer and a K."""
 COLUMNS = {
     "patches.csv": results.PATCHES,
     "patch-classes.csv": results.PATCH_CLASSES,
+    "patch-differences.csv": results.PATCH_DIFFERENCES,
     "audit-yields.csv": results.AUDIT_YIELDS,
+    "audit-differences.csv": results.PATCH_DIFFERENCES,
 }
+AUDITS = ("audit-yields.csv", "audit-differences.csv")
 GROUP = ("patch_labels", "audit")
 """Rows are comparable if these columns are equal, and PLACE as far as the report separates it."""
 
 
 def read(dpath: pathlib.Path, about: results.About) -> dict[str, pl.DataFrame]:
-    """The files of a results directory that are joined, with the columns `stats.PLACE`, GROUP, scorer_id and
-    cls.
+    """The files of a results directory that are joined, with the columns `stats.PLACE`, GROUP, scorer_id,
+    cls, and baseline_id where there is a baseline.
 
     Raises:
         UserError: one is missing or was changed.
@@ -37,20 +46,22 @@ def read(dpath: pathlib.Path, about: results.About) -> dict[str, pl.DataFrame]:
             text = "left out: %s: an older version wrote it, without the hash of the labels of patches. %s"
             logger.warning(text, dpath / "patches.csv", report.AGAIN)
         return {}
-    names = [name for name in KEYS if about.audit or name != "audit-yields.csv"]
+    names = [name for name in KEYS if about.audit or name not in AUDITS]
     out = {}
     for name, data in manifest.read(dpath, names, report.AGAIN).items():
         found = frame.read_csv(data, COLUMNS[name])
         scorers = [about.scorer(name) for name in found["scorer"].unique(maintain_order=True)]
         ids = [(s.name, s.id, str(s.settings.get("cls", s.name))) for s in scorers]
         of = {key: pl.lit(getattr(about, key)) for key in (*stats.PLACE, "patch_labels")}
-        of["audit"] = pl.lit(
-            " ".join(map(str, sorted(set(about.audit)))) if name == "audit-yields.csv" else ""
-        )
+        of["audit"] = pl.lit(" ".join(map(str, sorted(set(about.audit)))) if name in AUDITS else "")
         columns = dict.fromkeys(("scorer", "scorer_id", "cls"), pl.String)
         out[name] = found.with_columns(**of).join(
             pl.DataFrame(ids, columns, orient="row"), on="scorer", maintain_order="left"
         )
+        if "baseline" in found.columns:
+            id_of = {baseline: about.scorer(baseline).id for baseline in found["baseline"].unique()}
+            baseline_id = pl.col("baseline").replace_strict(id_of, return_dtype=pl.String)
+            out[name] = out[name].with_columns(baseline_id=baseline_id)
     return out
 
 
@@ -70,13 +81,20 @@ def merge(
         rows = pl.concat(parts).unique(
             [*stats.PLACE, *GROUP, "scorer_id", "n_prototypes", *key], keep="last", maintain_order=True
         )
-        on = [*stats.PLACE, "scorer_id"]
-        rows = rows.rename({"scorer": "own"}).join(names, on=on, maintain_order="left")
-        rows = rows.with_columns(scorer=pl.coalesce("scorer", "own"))
+        rows = _renamed(rows, names, "scorer", "scorer_id")
+        if "baseline" in rows.columns:
+            rows = _renamed(rows, names, "baseline", "baseline_id")
         is_constant = pl.col("cls") == results.CONSTANT
         by = [*stats.PLACE, *GROUP, ~is_constant, "scorer", "n_prototypes"]
         out[name] = rows.sort(by, maintain_order=True)
     return out
+
+
+def _renamed(rows: pl.DataFrame, names: pl.DataFrame, column: str, of: str) -> pl.DataFrame:
+    """Replaces the names in a column by the report's, for the ids in the column `of`."""
+    names = names.rename({"scorer_id": of, "scorer": "new"})
+    found = rows.join(names, on=[*stats.PLACE, of], maintain_order="left")
+    return found.with_columns(pl.coalesce("new", column).alias(column)).drop("new")
 
 
 def write(dpath: pathlib.Path, merged: dict[str, pl.DataFrame], place: collections.abc.Sequence[str]) -> None:
@@ -85,7 +103,7 @@ def write(dpath: pathlib.Path, merged: dict[str, pl.DataFrame], place: collectio
         if name not in merged:
             (dpath / name).unlink(missing_ok=True)
             continue
-        group = [key for key in GROUP if key != "audit" or name == "audit-yields.csv"]
+        group = [key for key in GROUP if key != "audit" or name in AUDITS]
         frame.write_csv(dpath / name, merged[name].select(*place, *group, *COLUMNS[name]))
 
 
@@ -119,18 +137,37 @@ def text(merged: dict[str, pl.DataFrame], place: dict[str, str]) -> list[str]:
     """
     out = []
     if "patches.csv" in merged:
+        against = merged["patch-differences.csv"]
         for (labels,), rows in merged["patches.csv"].group_by("patch_labels", maintain_order=True):
-            first = {header: tables.texts("{}", rows[key]) for key, header in place.items()}
-            table = pl.DataFrame(first).hstack(patch_report.summary_table(rows))
+            table = _places(rows, place).hstack(patch_report.summary_table(rows))
             out.append(f"Labels of patches {str(labels)[:8]}:\n\n{tables.markdown(table)}")
+            shown = {name: patch_report.TITLES[name] for name in results.PATCH_MEASURES[:2]}
+            out += _differences(against.filter(patch_labels=labels), shown, place)
         if out:
             out.append(f"{patch_report.DEFINITIONS}\n")
     if "audit-yields.csv" in merged:
-        audits = merged["audit-yields.csv"].group_by(GROUP, maintain_order=True)
-        shown = [
-            f"Audit of prototypes that image labels propose, by labels of patches {str(labels)[:8]}:\n\n"
-            f"{tables.markdown(audit_report.yields_table(rows, place))}"
-            for (labels, _), rows in audits
-        ]
-        out += [*shown, f"{audit_report.DEFINITIONS}\n"] if shown else []
+        against, audits = merged["audit-differences.csv"], []
+        for group, rows in merged["audit-yields.csv"].group_by(GROUP, maintain_order=True):
+            labels, numbers = map(str, group)
+            audits.append(
+                f"Audit of prototypes that image labels propose, by labels of patches {labels[:8]}:\n\n"
+                f"{tables.markdown(audit_report.yields_table(rows, place))}"
+            )
+            shown = {name: audit_report.title(name) for name in rows["measure"].unique(maintain_order=True)}
+            audits += _differences(against.filter(patch_labels=labels, audit=numbers), shown, place)
+        out += [*audits, f"{audit_report.DEFINITIONS}\n"] if audits else []
     return out
+
+
+def _places(rows: pl.DataFrame, place: dict[str, str]) -> pl.DataFrame:
+    """The first columns of a table."""
+    return pl.DataFrame({header: tables.texts("{}", rows[key]) for key, header in place.items()})
+
+
+def _differences(lines: pl.DataFrame, titles: dict[str, str], place: dict[str, str]) -> list[str]:
+    """The table of differences, if there are any. titles: measure -> title, of those that are shown."""
+    lines = lines.filter(pl.col("measure").is_in(list(titles)))
+    if not len(lines):
+        return []
+    table = _places(lines, place).hstack(patch_report.differences_table(lines, titles))
+    return [f"{patch_report.AGAINST}{tables.markdown(table)}"]

@@ -72,5 +72,6 @@ class SaeLatents:
 
     def digest(self) -> str:
         state = self.sae.state_dict()
+        # the repr has no fields that finished results do not know (`fields.later`)
         what = f"{self.sae.cfg} {self.n_prototypes} {sorted(state)}"
         return base.digest(what, [state[name] for name in sorted(state)])

@@ -25,6 +25,9 @@ REVISION = 5
 Fitted = config.Random | config.Pca | config.KMeans | config.Untrained
 """Configs of scorers that are fitted on activations."""
 
+KINDS = {cls: cls.__name__.lower() for cls in tp.get_args(Fitted)}
+"""They begin the names of files."""
+
 
 @beartype.beartype
 def fit(
@@ -74,7 +77,13 @@ def stored(
     cfg: Fitted, acts: activations.Activations, ks: list[int], seed: int, dpath: pathlib.Path
 ) -> dict[int, pathlib.Path]:
     """The files that `fit_each` would load: K -> file, without those that are not fitted yet."""
-    return _found(cfg, ks, dpath, type(cfg).__name__.lower(), _key(cfg, acts, seed))
+    return _found(cfg, ks, dpath, KINDS[type(cfg)], _key(cfg, acts, seed))
+
+
+def kind_of(fpath: pathlib.Path) -> str:
+    """One of KINDS, by the file's name; "prototypes" if `fit_each` did not name it."""
+    name = fpath.name.partition("-")[0]
+    return name if name in KINDS.values() else "prototypes"
 
 
 def _stored(
@@ -87,7 +96,7 @@ def _stored(
 ) -> list[base.Scorer]:
     """As `_fit`, but scorers in the folder are loaded, and others saved there."""
     helpers.sweep(dpath)
-    name, key = type(cfg).__name__.lower(), _key(cfg, acts, seed)
+    name, key = KINDS[type(cfg)], _key(cfg, acts, seed)
     found = _found(cfg, ks, dpath, name, key)
     if not set(ks) <= found.keys():
         with helpers.locked(dpath / f".{name}-{key}.lock", f"it fits {name} in {dpath}"):

@@ -127,10 +127,9 @@ class Train:
                 f"--n-patches {self.n_patches}: is less than one batch (--batch-size {self.batch_size}). "
                 "Raise it or lower --batch-size."
             )
-        top_k = getattr(self.sae, "top_k", 0)
-        if self.batch_size * top_k > MOST_CODES:
+        if self.batch_size * self.sae.n_firing > MOST_CODES:
             raise errors.UserError(
-                f"--batch-size {self.batch_size}: with --sae.top-k {top_k} a batch has more than "
+                f"--batch-size {self.batch_size}: with --sae.top-k {self.sae.n_firing} a batch has more than "
                 f"{MOST_CODES:,} codes, whose positions are 32-bit integers. Lower one of them."
             )
         if self.batch_size % self.data_parallel:

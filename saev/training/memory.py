@@ -144,7 +144,7 @@ def _part(cfg: config.Train, search: int) -> tuple[int, bool]:
 def _gpu_codes(cfg: config.Train, search: int) -> int:
     """A batch's codes. Of a batch that is divided, dense ones are not kept."""
     if not cfg.sae.GPU_CODES:
-        return SPARSE_CODE * getattr(cfg.sae, "top_k", 0) * _n_samples(cfg)
+        return SPARSE_CODE * cfg.sae.n_firing * _n_samples(cfg)
     part, is_divided = _part(cfg, search)
     return 0 if is_divided else part
 

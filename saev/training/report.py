@@ -15,7 +15,7 @@ import typing as tp
 import beartype
 import tyro
 
-from saev import cli, errors, fields, launch
+from saev import cli, console, errors, fields, launch
 
 
 @beartype.beartype
@@ -49,13 +49,13 @@ def main() -> None:
         figures.check(cfg.plot, "--plot")
     found = runs.read(cfg.runs)
     table = runs.table(found)
-    print(tables.markdown(table, padded=True), end="")
+    console.say(tables.markdown(table, padded=True).removesuffix("\n"))
     if cfg.csv:
         frame.write_csv(pathlib.Path(cfg.csv), table)
     measured = found.filter(runs.IS_MEASURED)
     if cfg.plot and len(measured):
         figures.save(charts.front(measured, runs.caption(measured)), pathlib.Path(cfg.plot))
-        print(f"\n{cfg.plot}: * marks the runs on the front")
+        console.say(f"\n{cfg.plot}: * marks the runs on the front")
 
 
 if __name__ == "__main__":

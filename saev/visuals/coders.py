@@ -204,8 +204,7 @@ def _fitted(
     scorers.check_fits(scorer, acts, f"--scorer.path {path}")
     if similarity != "saved":
         scorer = dataclasses.replace(scorer, similarity=similarity)
-    kind = pathlib.Path(path).name.partition("-")[0]
-    return PrototypeCoder(scorer.to(device), kind if kind in ("kmeans", "random", "pca") else "kmeans")
+    return PrototypeCoder(scorer.to(device), scorers.kind_of(pathlib.Path(path)))
 
 
 def title(cfg: config.Visuals, layer: int) -> str:

@@ -80,7 +80,8 @@ def main(cfg: config.Visuals) -> str:
                 "grid": list(shown.grid),
                 "size": list(shown.size),
                 "transform": shown.words,
-            },
+            }
+            | ({} if acts.sizes_A2 is None else {"padded": True}),
             filters=filters(cfg, coder),
             coder=coder,
             acts=acts,

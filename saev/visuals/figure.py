@@ -154,9 +154,11 @@ def _shown(gallery: galleries.Gallery, group: galleries.Group, n_images: int) ->
 
 def _caption(gallery: galleries.Gallery) -> str:
     scorer, source = gallery.stats.scorer, gallery.stats.source
+    most = "at most " * source.padded
     return (
         f"Images with the largest values, from {gallery.stats.title} ({scorer.name}). {source.vit}, layer "
-        f"{source.layer}; {source.data}: {source.n_images:,} images of {source.n_patches:,} patches. "
+        f"{source.layer}; {source.data}: {source.n_images:,} images of {most}"
+        f"{source.n_patches:,} patches. "
         f"{scorer.fires} Mean: over the patches that it fires on. Largest: on any patch."
     )
 
