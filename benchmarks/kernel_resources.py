@@ -72,7 +72,7 @@ def kernels() -> dict[str, tp.Any]:
 
 
 def launches(S: int, k: int, dtype: torch.dtype) -> list[Launch]:
-    """What `top_k` and `batch_top_k` start for two rows of S pre-activations, each kernel once."""
+    """What `top_k`, `batch_top_k` and `Candidates` start for two rows of S pre-activations, each kernel once."""
     out: list[Launch] = []
 
     def record(name: str, grid: tuple[int, ...], *args: Tensor | int, **constants: tp.Any) -> None:
@@ -93,7 +93,7 @@ def launches(S: int, k: int, dtype: torch.dtype) -> list[Launch]:
     with unittest.mock.patch.object(triton_select, "launch", record):
         triton_select.top_k(pre_BS, k)
         triton_select.batch_top_k(pre_BS, 2 * k)
-        candidates = triton_select.Candidates(S, pre_BS, 2 * k)
+        candidates = triton_select.Candidates(S, pre_BS, 2 * k, capacity=3 * k)
         candidates.add(pre_BS)
         candidates.codes()
     return list(dict.fromkeys(out))

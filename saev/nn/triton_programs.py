@@ -193,10 +193,10 @@ def merge(
     listed, size, key, value, place, pre, out_key, out_value, out_place, n, S, G, first,
     L: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copies the listed groups' keys, values and numbers.
+    """Copies the listed groups' keys, values and numbers, at most n groups.
 
-    Groups below n are those found so far, the others groups of `pre`, of which `first` is the first one's
-    number. Latents beyond S have 0.
+    Positions below n are groups found so far; the others are groups of `pre`, the first of which has the
+    number `first`. Latents beyond S have 0.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_there = i < tl.minimum(tl.load(size), n)
@@ -210,7 +210,7 @@ def merge(
     is_new = (is_there & (p >= n))[:, None] & (s < S)
     new = tl.load(pre + row.to(tl.int64)[:, None] * S + s, mask=is_new, other=0.0)
     at = i.to(tl.int64)[:, None] * L + j[None, :]
-    tl.store(out_value + at, tl.where(is_old[:, None], old, new), mask=is_there[:, None] & (s >= 0))
+    tl.store(out_value + at, tl.where(is_old[:, None], old, new), mask=is_there[:, None])
     number = tl.load(place + p, mask=is_there & is_old, other=0)
     tl.store(out_place + i, tl.where(is_old, number, first + group), mask=is_there)
     tl.store(out_key + i, tl.load(key + p, mask=is_there, other=0), mask=is_there)

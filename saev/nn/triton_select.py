@@ -12,11 +12,14 @@ in the k groups with the largest maxima: each of these holds a value that preced
   all values that may be wanted, and all that equal the smallest of them, lie in groups whose maximum reaches
   it. These groups are listed. The n-th largest of their values is found digit by digit from histograms, and
   then the codes are counted and written. The host waits once, for their number.
+- The same of a batch that comes in parts (`Candidates`): after each part, the groups so far and those of the
+  part are reduced to those that reach the n-th largest maximum, with copies of their values.
 
 Numbers are compared as integers of the same order (`key_of`), -0.0 as 0.0. A positive NaN counts as larger
 than infinity. The only atomics add integers, so equal inputs give equal bits.
 
-Shape letters: B batch, S latents, G groups of a row, K top k, N candidates of a row, P programs, n codes.
+Shape letters: B batch, C part of a batch, S latents, L latents of a group, G groups of a row, K top k,
+N candidates of a row, P programs, n codes or candidate groups.
 """
 
 import collections.abc
@@ -42,8 +45,6 @@ N_PROGRAMS = 1024
 """A list or histogram is made by at most this many programs, each of which reads a contiguous part."""
 BATCH_GROUP = 32
 """Latents in a group of `batch_top_k`: 128 bytes of float32, what a GPU reads from memory at once."""
-MORE_GROUPS = 1024
-"""Room for groups that tie with the n-th largest, in a search in parts, beside n / 64."""
 DIGIT_BITS = 8
 """Bits of the n-th largest key that one histogram determines."""
 
@@ -247,21 +248,24 @@ class Candidates:
     """Finds the n largest positive values of a batch that comes in parts, and all ties with the smallest.
 
     After each part it holds the groups, of all parts so far, whose maximum reaches the n-th largest maximum.
-    The n largest values lie in these. Without ties they are n groups; there is room for a few more.
+    The n largest values lie in these. Without ties they are at most n groups.
 
     Args:
         S: latents of a row.
         like: has the values' dtype and device.
         n: at least 1.
+        capacity: most groups that it holds.
     """
 
-    def __init__(self, S: int, like: Tensor, n: int):
-        self.S, self.n = S, n
+    def __init__(self, S: int, like: Tensor, n: int, capacity: int):
+        self.S, self.n, self.capacity = S, n, capacity
         self.G = -(-S // BATCH_GROUP)
-        self.capacity = n + n // 64 + MORE_GROUPS
         self.n_rows = 0
-        self.value_nL = like.new_zeros(self.capacity, BATCH_GROUP)
-        self.key_n, self.place_n = torch.zeros(2, self.capacity, dtype=torch.int32, device=like.device)
+        self.value_nL = like.new_empty(capacity, BATCH_GROUP)
+        self.key_n = torch.zeros(capacity, dtype=torch.int32, device=like.device)
+        """0 beyond the last group."""
+        self.place_n = torch.empty_like(self.key_n)
+        """A group's number in the whole batch: row x G + its number in the row."""
         self.size = torch.zeros(1, dtype=torch.int32, device=like.device)
         self.is_over = torch.zeros((), dtype=torch.bool, device=like.device)
         """So many groups tied that there was no room for all."""
@@ -276,7 +280,7 @@ class Candidates:
         self.is_over |= self.size[0] > self.capacity
         listed_n = found.places(bound, end_P, len(found.key_n))
         kept = (self.value_nL, self.place_n)
-        outs = (torch.zeros_like(self.key_n), *map(torch.zeros_like, kept))
+        outs = (torch.zeros_like(self.key_n), *map(torch.empty_like, kept))
         sizes = (self.capacity, self.S, self.G, self.n_rows * self.G)
         block = BLOCK // BATCH_GROUP
         launch(

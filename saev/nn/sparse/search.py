@@ -195,7 +195,7 @@ class BatchSearch:
     """Finds the k x B largest positive pre-activations of a batch, and all ties with the smallest of them.
 
     It starts from about the smallest one of the last batch, which saves time and does not change the result.
-    Triton's kernels need no start.
+    Triton's kernels need no start. Where `_by_triton` returns None, the search starts so on a GPU too.
 
     Args:
         gather: with several processes, each of which has a part of the batch, collects the values of all.
@@ -210,8 +210,10 @@ class BatchSearch:
     @torch.no_grad()
     def __call__(self, encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int) -> Codes:
         B, S = len(xc_BD), len(encoder.W_SD)
-        if triton_select.available(xc_BD) and (codes := self._by_triton(encoder, xc_BD, min(k, S) * B)):
-            return codes
+        if triton_select.available(xc_BD):
+            codes = self._by_triton(encoder, xc_BD, min(k, S) * B)
+            if codes is not None:
+                return codes
         n_wanted = min(k, S) * B * self.n_processes
         if self.guess is None:
             self.guess = self._sampled(encoder, xc_BD, min(k, S))
@@ -233,14 +235,19 @@ class BatchSearch:
         return codes
 
     def _by_triton(self, encoder: Encoder, xc_BD: Tensor, n: int) -> Codes | None:
-        """Waits for the GPU once. None: of a batch in parts, too many tie, or several processes share it."""
+        """Finds n codes and waits for the GPU once.
+
+        None for a batch in parts if several processes share it, if the candidates would take too much
+        memory, or if too many tie.
+        """
         S, parts_of_x = len(encoder.W_SD), parts(encoder, xc_BD)
         if len(parts_of_x) == 1:
             found = triton_select.batch_top_k(dense(encoder, xc_BD), n, self.gather, self.n_processes)
             return Codes(found[0], Index(*found[1:], S))
-        if self.n_processes > 1 or len(xc_BD) * -(-S // triton_select.BATCH_GROUP) >= 2**31:
+        room = partsizes.n_candidates(n, encoder.search_bytes)
+        if not room or self.n_processes > 1 or len(xc_BD) * -(-S // triton_select.BATCH_GROUP) >= 2**31:
             return None
-        candidates = triton_select.Candidates(S, encoder.b_S, n)
+        candidates = triton_select.Candidates(S, encoder.b_S, n, room)
         for x_CD in parts_of_x:
             candidates.add(dense(encoder, x_CD))
         found = candidates.codes()
