@@ -302,9 +302,9 @@ def check(device: str) -> None:
     for x_BS, k in cases():
         check_rows(device, x_BS, k)
         check_batch(device, x_BS, k)
-    for i, kind in enumerate(KINDS):  # the last part has one row
-        x_BS = kind(torch.Generator().manual_seed(i), 5, 70 + i)
-        check_parts(device, x_BS.to((F32, F32, BF16, F16)[i % 4]), (1, 4, 20, 80)[i % 4])
+    kinds = ((integers, 20, F32), (equal, 80, BF16), (mostly_zero, 4, F16), (negative, 1, F32))
+    for i, (kind, k, dtype) in enumerate(kinds):  # the last part has one row
+        check_parts(device, kind(torch.Generator().manual_seed(i), 5, 70 + i).to(dtype), k)
     check_more_ties_than_there_is_room_for(device)
     for kind in KINDS[:2]:
         check_processes(device, kind(torch.Generator().manual_seed(9), 3, 500), 8)
