@@ -66,13 +66,13 @@ class Needs(tp.NamedTuple):
 def kernels() -> dict[str, tp.Any]:
     from saev.nn import triton_programs
 
-    names = ("group_max", "select", "histogram", "pick", "reach", "row_dots", "adam_rows")
+    names = ("group_max", "select", "histogram", "pick", "reach", "merge", "row_dots", "adam_rows")
     found = {name: getattr(triton_programs, name) for name in names}
     return found | dict(zip(("bag", "bag_dot"), triton_kernels._kernels(), strict=True))
 
 
 def launches(S: int, k: int, dtype: torch.dtype) -> list[Launch]:
-    """What `top_k` and `batch_top_k` start for two rows of S pre-activations, each kernel once."""
+    """What `top_k`, `batch_top_k` and `Candidates` start for two rows of S pre-activations, each kernel once."""
     out: list[Launch] = []
 
     def record(name: str, grid: tuple[int, ...], *args: Tensor | int, **constants: tp.Any) -> None:
@@ -93,6 +93,9 @@ def launches(S: int, k: int, dtype: torch.dtype) -> list[Launch]:
     with unittest.mock.patch.object(triton_select, "launch", record):
         triton_select.top_k(pre_BS, k)
         triton_select.batch_top_k(pre_BS, 2 * k)
+        candidates = triton_select.Candidates(S, pre_BS, 2 * k, capacity=3 * k)
+        candidates.add(pre_BS)
+        candidates.codes()
     return list(dict.fromkeys(out))
 
 

@@ -303,9 +303,23 @@ def test_a_step_fits_into_what_is_left(gpu_gb: float, name: str) -> None:
         made.step(0, x_BD)
         with gpu.count() as waits:
             made.step(1, x_BD)
-            assert waits.total() == (len(rows) if name == "BatchTopK" else 0)
+            assert waits.total() == (1 if name == "BatchTopK" else 0)
         for is_costly, dead in ((False, 0), (False, LARGEST.d_sae), (True, LARGEST.d_sae // 3)):
             assert stepped(gpu, made, is_costly, dead) <= gpu_gb * 1e9, (is_costly, dead)
+
+
+@pytest.mark.parametrize(("log_bytes", "waits_per_step"), [(30, 1), (29, 4)])
+def test_candidates_in_parts(log_bytes: int, waits_per_step: int) -> None:
+    """They take 0.6 GB of the step. If that is more than the search may take, it uses a guess."""
+    sae = nn_config.BatchTopK(d_vit=1024, d_sae=16_384, top_k=128)
+    cfg = config.Train(sae=sae, batch_size=16_384)
+    with a_gpu(16_384, 128) as gpu:
+        made = run.Run(cfg, pathlib.Path("run"), fake_gpu.DEVICE, search_bytes=2**log_bytes)
+        for step in range(2):
+            with gpu.count() as waits:
+                made.step(step, on_gpu(16_384, 1024))
+        assert waits.total() == waits_per_step and gpu.launched["merge"] == (4 if log_bytes == 30 else 0)
+        assert LEAST <= memory.gpu_peak([cfg], 2**log_bytes, False) / gpu.peak <= MOST
 
 
 def test_what_a_search_gets() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import kernel_resources
-from saev.nn import activations, kernels, sparse, triton_kernels, triton_select
+from saev.nn import activations, kernels, partsizes, sparse, triton_kernels, triton_select
 
 pytestmark = pytest.mark.slow
 
@@ -139,6 +139,29 @@ def check_batch(device: str, x_BS: Tensor, k: int) -> None:
     assert torch.equal(as_dense(x_BS, *found), activations.batch_top_k(x_BS, k))
 
 
+def check_parts(device: str, x_BS: Tensor, k: int) -> None:
+    """Two rows at a time: the same bits as at once."""
+    n = min(k, x_BS.shape[1]) * len(x_BS)
+    want = triton_select.batch_top_k(x_BS.to(device), n)
+    candidates = triton_select.Candidates(x_BS.shape[1], want[0], n, capacity=n + 32)
+    for x_CS in x_BS.split(2):
+        candidates.add(x_CS.to(device))
+    found = candidates.codes()
+    assert found is not None
+    assert all(torch.equal(got, w) and got.dtype == w.dtype for got, w in zip(found, want, strict=True))
+
+
+def check_more_ties_than_there_is_room_for(device: str) -> None:
+    """Which is found out, whenever it happens; as many as there is room for are found."""
+    ties_BS, rising_BS = torch.ones(2, 320), torch.arange(640.0).view(2, 320)
+    for x_BS, n, capacity, n_found in ((ties_BS, 8, 20, 640), (ties_BS, 8, 19, None), (rising_BS, 1, 1, 1)):
+        candidates = triton_select.Candidates(320, x_BS.to(device), n, capacity)
+        for x_CS in (x_BS[:1], x_BS[1:], -x_BS[:1]):
+            candidates.add(x_CS.to(device))
+        found = candidates.codes()
+        assert (found and len(found[0])) == n_found
+
+
 def check_processes(device: str, x_BS: Tensor, k: int) -> None:
     """Two processes find together what one finds in both batches."""
     n = min(k, x_BS.shape[1]) * len(x_BS)
@@ -251,6 +274,7 @@ def check_search() -> None:
     )
     want = [sparse.top_k(encoder, x_BD, 9, signed).dense() for signed in (False, True)]
     want.append(sparse.BatchSearch()(encoder, x_BD, 9).dense())
+    divided = encoder._replace(search_bytes=1100 * partsizes.PRE_BYTES)
     few = sparse.Encoder(encoder.W_SD, encoder.b_S - 25, False)  # few positive ones
     want_few = sparse.top_k(few, x_BD[:1], 30, True).dense()
     with gpu[0], gpu[1]:
@@ -258,10 +282,16 @@ def check_search() -> None:
             found = [sparse.top_k(encoder, x_BD, 9, signed) for signed in (False, True)]
         with Waits() as batch_waits:
             found.append(sparse.BatchSearch()(encoder, x_BD, 9))
+        for more in (10, -10, 1024):  # enough room; too many tie; too much memory
+            with unittest.mock.patch.object(partsizes, "MORE_GROUPS", more), Waits() as parts_waits:
+                found.append(sparse.BatchSearch()(divided, x_BD, 9))
+            assert (parts_waits.n == 1) == (more == 10)
         found_few = sparse.top_k(few, x_BD[:1], 30, True)
         double = sparse.Encoder(encoder.W_SD.double(), encoder.b_S.double(), False)
         sparse.top_k(double, x_BD.double(), 9)  # torch's
+    want += 3 * want[2:]
     assert all(torch.equal(got.dense(), w) for got, w in zip(found, want, strict=True))
+    assert len(sparse.search.parts(divided, x_BD)) == 2
     assert torch.equal(found_few.dense(), want_few)
     assert len(found[0].value_n) == 2 * 9
     assert (row_waits.n, batch_waits.n) == (0, 1)
@@ -271,6 +301,10 @@ def check(device: str) -> None:
     for x_BS, k in cases():
         check_rows(device, x_BS, k)
         check_batch(device, x_BS, k)
+    kinds = ((integers, 20, F32), (equal, 80, BF16), (mostly_zero, 4, F16), (negative, 1, F32))
+    for i, (kind, k, dtype) in enumerate(kinds):  # the last part has one row
+        check_parts(device, kind(torch.Generator().manual_seed(i), 5, 70 + i).to(dtype), k)
+    check_more_ties_than_there_is_room_for(device)
     for kind in KINDS[:2]:
         check_processes(device, kind(torch.Generator().manual_seed(9), 3, 500), 8)
     check_bits(device)
@@ -323,7 +357,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
 def test_programs_fit_a_gpu(compiles, arch: int, dtype: torch.dtype, sizes: list[tuple[int, int]]) -> None:
     """No spilled registers, little shared memory, exact subnormal numbers, atomics only on integers."""
     launches = dict.fromkeys(x for S, k in sizes for x in kernel_resources.launches(S, k, dtype))
-    assert {x.name for x in launches} == {"group_max", "select", "histogram", "pick", "reach"}
+    assert {x.name for x in launches} == {"group_max", "select", "histogram", "pick", "reach", "merge"}
     for launch in launches:
         needs = kernel_resources.compiled(launch, arch)
         assert needs.stack == 0, launch
@@ -337,7 +371,8 @@ def test_programs_fit_a_gpu(compiles, arch: int, dtype: torch.dtype, sizes: list
         if launch.name == "group_max" and "*fp32" in str(launch.types) and "S" in launch.aligned:
             assert "ld.global.v4.b32" in needs.ptx, launch
         if launch.name in ("group_max", "select") or "*f" in str(launch.types):
-            assert "mul.lo.s64" in needs.ptx or "mad.lo.s64" in needs.ptx or launch.name == "histogram"
+            wide = r"m(ul|ad)\.lo\.s64|m(ul|ad)\.wide\.s32\s+%rd\d+, %r\d+, %r\d+"  # of two registers
+            assert re.search(wide, needs.ptx) or launch.name == "histogram", launch
 
 
 def test_a_spilled_register_would_be_seen(compiles) -> None:

@@ -50,6 +50,8 @@ class Architecture:
     """Peak memory of a training step, as a multiple of a batch's dense codes."""
     GPU_CODES: tp.ClassVar[float] = 0
     """The same on a GPU. 0: its codes are sparse there."""
+    SHARES_CODES: tp.ClassVar[bool] = False
+    """Do the activations of a batch compete for its codes?"""
     INTERVALS: tp.ClassVar = {
         **dict.fromkeys(("d_vit", "exp_factor", "d_sae"), AT_LEAST_1),
         "init_blend": "[0, 1]",
@@ -169,6 +171,7 @@ class BatchTopK(Architecture):
     """See sae:top-k."""
 
     INTERVALS = TopK.INTERVALS | {"threshold_momentum": "(0, 1]"}
+    SHARES_CODES = True
 
     @property
     def n_firing(self) -> int:

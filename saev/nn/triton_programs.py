@@ -11,6 +11,8 @@ import triton.language as tl
 
 LEAST = tl.constexpr(-(2**31))
 """The smallest key."""
+SIZES = ("S", "G", "n", "K", "shift", "first")
+"""Arguments for which no program of its own is compiled."""
 
 
 def jit(function):
@@ -24,7 +26,7 @@ def jit_any_size(function):
     Wider loads would have each thread hold neighbours, which scattered writes then move to other threads.
     """
     kernel = inspect.unwrap(function)
-    sizes = [name for name in inspect.signature(kernel).parameters if name in ("S", "G", "n", "K", "shift")]
+    sizes = [name for name in inspect.signature(kernel).parameters if name in SIZES]
     return triton.jit(do_not_specialize=sizes)(kernel)
 
 
@@ -184,6 +186,34 @@ def reach(
             n += tl.sum(n_kept, axis=0)  # pyrefly: ignore[unsupported-operation]  # tl.sum has a wrong type
     if IS_COUNT:
         tl.store(end + p, n)
+
+
+@jit_any_size
+def merge(
+    listed, size, key, value, place, pre, out_key, out_value, out_place, n, S, G, first,
+    L: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copies the listed groups' keys, values and numbers, at most n groups.
+
+    Positions below n are groups found so far; the others are groups of `pre`, the first of which has the
+    number `first`. Latents beyond S have 0.
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_there = i < tl.minimum(tl.load(size), n)
+    p = tl.load(listed + i, mask=is_there, other=0)
+    is_old = p < n
+    group = tl.where(is_old, 0, p - n)
+    row = group // G
+    j = tl.arange(0, L)
+    s = ((group - row * G) * L)[:, None] + j[None, :]
+    old = tl.load(value + p.to(tl.int64)[:, None] * L + j, mask=(is_there & is_old)[:, None], other=0.0)
+    is_new = (is_there & (p >= n))[:, None] & (s < S)
+    new = tl.load(pre + row.to(tl.int64)[:, None] * S + s, mask=is_new, other=0.0)
+    at = i.to(tl.int64)[:, None] * L + j[None, :]
+    tl.store(out_value + at, tl.where(is_old[:, None], old, new), mask=is_there[:, None])
+    number = tl.load(place + p, mask=is_there & is_old, other=0)
+    tl.store(out_place + i, tl.where(is_old, number, first + group), mask=is_there)
+    tl.store(out_key + i, tl.load(key + p, mask=is_there, other=0), mask=is_there)
 
 
 @jit

@@ -12,11 +12,14 @@ in the k groups with the largest maxima: each of these holds a value that preced
   all values that may be wanted, and all that equal the smallest of them, lie in groups whose maximum reaches
   it. These groups are listed. The n-th largest of their values is found digit by digit from histograms, and
   then the codes are counted and written. The host waits once, for their number.
+- The same of a batch that comes in parts (`Candidates`): after each part, the groups so far and those of the
+  part are reduced to those that reach the n-th largest maximum, with copies of their values.
 
 Numbers are compared as integers of the same order (`key_of`), -0.0 as 0.0. A positive NaN counts as larger
 than infinity. The only atomics add integers, so equal inputs give equal bits.
 
-Shape letters: B batch, S latents, G groups of a row, K top k, N candidates of a row, P programs, n codes.
+Shape letters: B batch, C part of a batch, S latents, L latents of a group, G groups of a row, K top k,
+N candidates of a row, P programs, n codes or candidate groups.
 """
 
 import collections.abc
@@ -190,10 +193,12 @@ class _Source(tp.NamedTuple):
         self._reach(bound, end_P, place_n, place_n, place_n, is_count=False)
         return place_n
 
-    def codes(self, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, latents and rows that reach the bound. Waits for their number."""
+    def codes(self, bound: Tensor, is_over: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Values, latents and rows that reach the bound; None if `is_over`. Waits for their number."""
         end_P = self.ends(bound)
-        n = int(end_P[-1].item())
+        n = int((end_P[-1] if is_over is None else torch.where(is_over, -1, end_P[-1])).item())
+        if n < 0:
+            return None
         row_n, latent_n = torch.empty(2, n, dtype=torch.int32, device=bound.device)
         value_n = self.pre_BS.new_empty(n)
         self._reach(bound, end_P, row_n, latent_n, value_n, is_count=False)
@@ -230,15 +235,80 @@ def batch_top_k(
     end_P = maxima.ends(bound)
     listed_n = maxima.places(bound, end_P, max_BG.numel())
     groups = _Source.groups(pre_BS, listed_n, end_P[-1:], BATCH_GROUP)
-    if n_processes == 1:
-        value_n, latent_n, row_n = groups.codes(groups.nth_largest(n))
-    else:
-        value_n, latent_n, row_n = groups.codes(bound)
+    found = groups.codes(groups.nth_largest(n) if n_processes == 1 else bound)
+    value_n, latent_n, row_n = tp.cast(tuple[Tensor, Tensor, Tensor], found)
+    if n_processes > 1:
         smallest = _Source.keys(_keys(gather(value_n))).nth_largest(n * n_processes)
         is_kept_n = _keys(value_n) >= smallest
         value_n, latent_n, row_n = value_n[is_kept_n], latent_n[is_kept_n], row_n[is_kept_n]
-    rows_B1 = torch.arange(len(pre_BS) + 1, dtype=torch.int32, device=pre_BS.device)
-    return value_n, latent_n, torch.searchsorted(row_n, rows_B1, out_int32=True)
+    return value_n, latent_n, _starts(row_n, len(pre_BS))
+
+
+class Candidates:
+    """Finds the n largest positive values of a batch that comes in parts, and all ties with the smallest.
+
+    After each part it holds the groups, of all parts so far, whose maximum reaches the n-th largest maximum.
+    The n largest values lie in these. Without ties they are at most n groups.
+
+    Args:
+        S: latents of a row.
+        like: has the values' dtype and device.
+        n: at least 1.
+        capacity: most groups that it holds.
+    """
+
+    def __init__(self, S: int, like: Tensor, n: int, capacity: int):
+        self.S, self.n, self.capacity = S, n, capacity
+        self.G = -(-S // BATCH_GROUP)
+        self.n_rows = 0
+        self.value_nL = like.new_empty(capacity, BATCH_GROUP)
+        self.key_n = torch.zeros(capacity, dtype=torch.int32, device=like.device)
+        """0 beyond the last group."""
+        self.place_n = torch.empty_like(self.key_n)
+        """A group's number in the whole batch: row x G + its number in the row."""
+        self.size = torch.zeros(1, dtype=torch.int32, device=like.device)
+        self.is_over = torch.zeros((), dtype=torch.bool, device=like.device)
+        """So many groups tied that there was no room for all."""
+
+    def add(self, pre_CS: Tensor) -> None:
+        """Adds the next rows."""
+        pre_CS = pre_CS.contiguous()
+        found = _Source.keys(torch.cat([self.key_n, _group_max(pre_CS, BATCH_GROUP).flatten()]))
+        bound = found.nth_largest(self.n)
+        end_P = found.ends(bound)
+        self.size = end_P[-1:]
+        self.is_over |= self.size[0] > self.capacity
+        listed_n = found.places(bound, end_P, len(found.key_n))
+        kept = (self.value_nL, self.place_n)
+        outs = (torch.zeros_like(self.key_n), *map(torch.empty_like, kept))
+        sizes = (self.capacity, self.S, self.G, self.n_rows * self.G)
+        block = BLOCK // BATCH_GROUP
+        launch(
+            "merge", (-(-self.capacity // block),), listed_n, self.size, found.key_n, *kept, pre_CS, *outs,
+            *sizes, L=BATCH_GROUP, BLOCK=block,
+        )  # fmt: skip
+        self.key_n, self.value_nL, self.place_n = outs
+        self.n_rows += len(pre_CS)
+
+    def codes(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As `batch_top_k`, of all rows; waits once. None if too many groups tied."""
+        all_n = torch.arange(self.capacity, dtype=torch.int32, device=self.size.device)
+        size = self.size.clamp(max=self.capacity)
+        groups = _Source.groups(self.value_nL, all_n, size, BATCH_GROUP)
+        found = groups.codes(groups.nth_largest(self.n), self.is_over)
+        if found is None:
+            return None
+        value_n, latent_n, candidate_n = found
+        group_n = self.place_n.index_select(0, candidate_n)
+        row_n = group_n // self.G
+        latent_n = latent_n + (group_n - row_n * self.G) * BATCH_GROUP
+        return value_n, latent_n, _starts(row_n, self.n_rows)
+
+
+def _starts(row_n: Tensor, n_rows: int) -> Tensor:
+    """Where each of the sorted rows starts."""
+    rows_B1 = torch.arange(n_rows + 1, dtype=torch.int32, device=row_n.device)
+    return torch.searchsorted(row_n, rows_B1, out_int32=True)
 
 
 def _keys(value_n: Tensor) -> Tensor:

@@ -141,6 +141,14 @@ def _part(cfg: config.Train, search: int) -> tuple[int, bool]:
     return 4 * n * cfg.sae.n_latents, n < _n_samples(cfg)
 
 
+def _candidates(cfg: config.Train, search: int) -> int:
+    """Bytes of the groups that may hold a divided batch's codes, see `triton_select.Candidates`."""
+    if not cfg.sae.SHARES_CODES or cfg.data_parallel > 1 or not _part(cfg, search)[1]:
+        return 0
+    n = min(cfg.sae.n_firing, cfg.sae.n_latents) * _n_samples(cfg)
+    return partsizes.CANDIDATE_BYTES * partsizes.n_candidates(n, search)
+
+
 def _gpu_codes(cfg: config.Train, search: int) -> int:
     """A batch's codes. Of a batch that is divided, dense ones are not kept."""
     if not cfg.sae.GPU_CODES:
@@ -156,7 +164,7 @@ def _gpu_passing(cfg: config.Train, search: int, is_costly: bool, dead: float) -
     update = W / 2 + 3 * A + codes
     if not cfg.sae.GPU_CODES:  # 5 of the bytes of `partsizes.PRE_BYTES`
         copies = W / 4 + A / 2 if cfg.precision == "bfloat16" else 0  # of a matrix and the batch
-        gradients = max(5 / 4 * part, 5 * P * A) + 3 * A + copies + codes - W
+        gradients = max(5 / 4 * part + _candidates(cfg, search), 5 * P * A) + 3 * A + copies + codes - W
     elif is_divided:  # sums of gradients, and those of a part
         share = part / (4 * _n_samples(cfg) * S)
         gradients = cfg.sae.GPU_CODES * part + P * share * A + 3 * A + W

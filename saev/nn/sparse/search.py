@@ -195,7 +195,7 @@ class BatchSearch:
     """Finds the k x B largest positive pre-activations of a batch, and all ties with the smallest of them.
 
     It starts from about the smallest one of the last batch, which saves time and does not change the result.
-    Triton's kernels need no start, but the whole batch at once.
+    Triton's kernels need no start. Where `_by_triton` returns None, the search starts so on a GPU too.
 
     Args:
         gather: with several processes, each of which has a part of the batch, collects the values of all.
@@ -210,11 +210,10 @@ class BatchSearch:
     @torch.no_grad()
     def __call__(self, encoder: Encoder, xc_BD: Float[Tensor, "B D"], k: int) -> Codes:
         B, S = len(xc_BD), len(encoder.W_SD)
-        if triton_select.available(xc_BD) and len(parts(encoder, xc_BD)) == 1:
-            found = triton_select.batch_top_k(
-                dense(encoder, xc_BD), min(k, S) * B, self.gather, self.n_processes
-            )
-            return Codes(found[0], Index(*found[1:], S))
+        if triton_select.available(xc_BD):
+            codes = self._by_triton(encoder, xc_BD, min(k, S) * B)
+            if codes is not None:
+                return codes
         n_wanted = min(k, S) * B * self.n_processes
         if self.guess is None:
             self.guess = self._sampled(encoder, xc_BD, min(k, S))
@@ -234,6 +233,25 @@ class BatchSearch:
         self.slack = max(0.02, 0.9 * self.slack)
         self.guess = smallest * (1 - self.slack)
         return codes
+
+    def _by_triton(self, encoder: Encoder, xc_BD: Tensor, n: int) -> Codes | None:
+        """Finds n codes and waits for the GPU once.
+
+        None for a batch in parts if several processes share it, if the candidates would take too much
+        memory, or if too many tie.
+        """
+        S, parts_of_x = len(encoder.W_SD), parts(encoder, xc_BD)
+        if len(parts_of_x) == 1:
+            found = triton_select.batch_top_k(dense(encoder, xc_BD), n, self.gather, self.n_processes)
+            return Codes(found[0], Index(*found[1:], S))
+        room = partsizes.n_candidates(n, encoder.search_bytes)
+        if not room or self.n_processes > 1 or len(xc_BD) * -(-S // triton_select.BATCH_GROUP) >= 2**31:
+            return None
+        candidates = triton_select.Candidates(S, encoder.b_S, n, room)
+        for x_CD in parts_of_x:
+            candidates.add(dense(encoder, x_CD))
+        found = candidates.codes()
+        return None if found is None else Codes(found[0], Index(*found[1:], S))
 
     def _sampled(self, encoder: Encoder, xc_BD: Tensor, k: int) -> float | Tensor:
         """A guess from the first 64 rows: the smallest of their 1.5 k largest values per row."""
