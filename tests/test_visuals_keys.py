@@ -28,8 +28,9 @@ def tab_to(page: sync_api.Page, selector: str, most: int = 30) -> None:
 
 
 def wait_for(page: sync_api.Page, start: str) -> None:
-    """Waits until the hash begins with this, and the view is there."""
+    """Waits until the hash begins with this, and the view is there: the page hears of its hash later."""
     page.wait_for_function("start => location.hash.startsWith(start)", arg=start)
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     page.wait_for_function("!document.querySelector('.wait')")
 
 
@@ -193,7 +194,7 @@ def test_latent(show: Open) -> None:
     wait_for(page, "#/latent/21")
     following = page.locator(".heading a.step").last.get_attribute("href")
     press(page, "ArrowRight")
-    page.wait_for_function("hash => location.hash === hash", arg=following)
+    wait_for(page, following)
     press(page, "ArrowLeft")
     wait_for(page, "#/latent/21")
     tab_to(page, "aside a", 80)
@@ -226,6 +227,7 @@ def test_images_and_patches(show: Open) -> None:
     assert "patch=" not in hash_of(page) and hash_of(page).startswith("#/image/3")
     press(page, "Escape")
     page.wait_for_function("location.hash.startsWith('#/image') && !location.hash.startsWith('#/image/')")
+    wait_for(page, "#/image")
     press(page, "/")
     page.keyboard.type("finch")
     assert page.inner_text(".found") == "1 image"
