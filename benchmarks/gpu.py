@@ -224,7 +224,7 @@ def _step(here: Here, case: train_step.Case, precision: str) -> dict[str, object
     gb = here.peak_gb(step)
     del step
     cfg = train_step.config_of(case, precision)
-    search = memory.search_bytes([cfg], 80 * 10**9)
+    part_bytes = memory.part_bytes([cfg], 80 * 10**9)
     return {
         "ratio": step_s / product_s,
         "reference": f"one encoder product, {precision}",
@@ -232,7 +232,7 @@ def _step(here: Here, case: train_step.Case, precision: str) -> dict[str, object
         "tokens_per_s": round(case.batch_size / step_s),
         "dense_ratio": _dense_s(here, case, precision) / product_s,
         "peak_gb": gb,
-        "formula_gb": round(memory.gpu_peak([cfg], search, is_costly=False) / 1e9, 3),
+        "formula_gb": round(memory.gpu_peak([cfg], part_bytes, is_costly=False) / 1e9, 3),
     }
 
 

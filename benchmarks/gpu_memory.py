@@ -71,8 +71,8 @@ def train(name: str, size: Size) -> training_config.Train:
     )
 
 
-def search_bytes(name: str, size: Size) -> int:
-    return training_memory.search_bytes([train(name, size)], int(SAES[name].gpu_gb * 1e9))
+def part_bytes(name: str, size: Size) -> int:
+    return training_memory.part_bytes([train(name, size)], int(SAES[name].gpu_gb * 1e9))
 
 
 def evaluation(
@@ -88,7 +88,7 @@ def rows() -> dict[str, list[int]]:
     out = {}
     for name, step in SAES.items():
         peaks = [
-            training_memory.gpu_peak([train(name, size)], search_bytes(name, size), step.is_costly, step.dead)
+            training_memory.gpu_peak([train(name, size)], part_bytes(name, size), step.is_costly, step.dead)
             for size in SIZES
         ]
         out[f"training step: {name}"] = peaks

@@ -63,13 +63,8 @@ def main() -> None:
 
 
 def _args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
-    parser.add_argument("--shards", type=pathlib.Path, help="a shard directory")
-    parser.add_argument("--layer", type=int, default=-1, help="one of its layers")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each SAE and precision")
+    parser = quality.options(__doc__.splitlines()[0], 3)
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--sparsity", type=float, default=0.02, help="of ReLU")
     parser.add_argument("--saes", nargs="+", default=["TopK", "BatchTopK", "ReLU"])

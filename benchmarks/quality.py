@@ -83,16 +83,22 @@ def main() -> None:
     common.report(cases)
 
 
-def _args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(about: str, n_seeds: int) -> argparse.ArgumentParser:
+    """The options that every benchmark on these activations has."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--shards", type=pathlib.Path, help="a shard directory")
     parser.add_argument("--layer", type=int, default=-1, help="one of its layers")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each method")
+    parser.add_argument("--seeds", type=int, default=n_seeds, help="runs of each method")
+    parser.add_argument("--batch-size", type=int, default=1024)
+    return parser
+
+
+def _args() -> argparse.Namespace:
+    parser = options(__doc__.splitlines()[0], 1)
     parser.add_argument("--ks", type=int, nargs="+", default=[16, 32, 64, 128], help="of --shards")
     parser.add_argument("--exp-factor", type=int, default=16, help="of --shards")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="activations for each SAE")
-    parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument(
         "--lr-factors",
         type=float,

@@ -89,8 +89,8 @@ def trained(name: str, size: gpu_memory.Size) -> int:
     asked = gpu_memory.SAES[name]
     with a_gpu(size.d_sae) as gpu:
         cfg = gpu_memory.train(name, size)
-        search = gpu_memory.search_bytes(name, size)
-        made = run.Run(cfg, pathlib.Path("run"), fake_gpu.DEVICE, search_bytes=search)
+        part_bytes = gpu_memory.part_bytes(name, size)
+        made = run.Run(cfg, pathlib.Path("run"), fake_gpu.DEVICE, part_bytes=part_bytes)
         peak = stepped(gpu, made, asked.is_costly, int(asked.dead * size.d_sae))
         assert peak <= asked.gpu_gb * 1e9
         return peak
@@ -257,11 +257,11 @@ def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
 # ---- searches in parts ----
 
 
-def an_encoder(n_latents: int, d: int, search_bytes: int) -> tuple[sparse.Encoder, torch.Tensor]:
+def an_encoder(n_latents: int, d: int, part_bytes: int) -> tuple[sparse.Encoder, torch.Tensor]:
     """In float64, so that products of any number of rows have the same largest values."""
     generator = torch.Generator().manual_seed(0)
     draw = [torch.randn(*n, generator=generator).double() for n in ((n_latents, d), (n_latents,), (37, d))]
-    return sparse.Encoder(draw[0], draw[1], False, search_bytes), draw[2]
+    return sparse.Encoder(draw[0], draw[1], False, part_bytes), draw[2]
 
 
 @pytest.mark.parametrize("n_rows", [1, 5, 36, 37])
@@ -270,7 +270,7 @@ def test_parts_find_what_the_whole_batch_finds(n_rows: int, monkeypatch: pytest.
     monkeypatch.setattr("saev.nn.kernels.available", lambda _: False)
     monkeypatch.setattr("saev.nn.triton_kernels.available", lambda _: False)
     whole, x_BD = an_encoder(60, 9, 2**33)
-    parts = whole._replace(search_bytes=n_rows * 60 * partsizes.PRE_BYTES)
+    parts = whole._replace(part_bytes=n_rows * 60 * partsizes.PRE_BYTES)
     assert len(sparse.search.parts(parts, x_BD)) == -(-37 // n_rows)
     assert len(sparse.search.parts(whole, x_BD)) == 1
     for find in (
@@ -292,10 +292,10 @@ def test_parts_find_what_the_whole_batch_finds(n_rows: int, monkeypatch: pytest.
 def test_a_step_fits_into_what_is_left(gpu_gb: float, name: str) -> None:
     """B x S is 2^31 here: 8.6 GB of pre-activations. Also if all latents are dead, and with costly metrics."""
     cfg = gpu_memory.train(name, LARGEST)
-    search = memory.search_bytes([cfg], int(gpu_gb * 1e9))
-    assert search & (search - 1) == 0, "a power of two"
+    part_bytes = memory.part_bytes([cfg], int(gpu_gb * 1e9))
+    assert part_bytes & (part_bytes - 1) == 0, "a power of two"
     with a_gpu(LARGEST.d_sae) as gpu:
-        made = run.Run(cfg, pathlib.Path("run"), fake_gpu.DEVICE, search_bytes=search)
+        made = run.Run(cfg, pathlib.Path("run"), fake_gpu.DEVICE, part_bytes=part_bytes)
         x_BD = on_gpu(LARGEST.batch, LARGEST.d_vit)
         rows = made.objective.rows(x_BD)
         sizes = [part.stop - part.start for part in rows]
@@ -314,7 +314,7 @@ def test_candidates_in_parts(log_bytes: int, waits_per_step: int) -> None:
     sae = nn_config.BatchTopK(d_vit=1024, d_sae=16_384, top_k=128)
     cfg = config.Train(sae=sae, batch_size=16_384)
     with a_gpu(16_384, 128) as gpu:
-        made = run.Run(cfg, pathlib.Path("run"), fake_gpu.DEVICE, search_bytes=2**log_bytes)
+        made = run.Run(cfg, pathlib.Path("run"), fake_gpu.DEVICE, part_bytes=2**log_bytes)
         for step in range(2):
             with gpu.count() as waits:
                 made.step(step, on_gpu(16_384, 1024))
@@ -326,14 +326,14 @@ def test_what_a_search_gets() -> None:
     """As much as all runs of the stream leave, also when all latents are dead, but never less than a little."""
     cfg = gpu_memory.train("TopK", LARGEST)
     gpu_gbs = (31, 36, 40, 72)
-    found = [memory.search_bytes([cfg], gpu_gb * 10**9) for gpu_gb in gpu_gbs]
-    assert found == sorted(found) and found[0] < found[1] < found[-1] == memory.SEARCH_BYTES[1]
-    assert memory.search_bytes([cfg], 20 * 10**9) == memory.SEARCH_BYTES[0]
+    found = [memory.part_bytes([cfg], gpu_gb * 10**9) for gpu_gb in gpu_gbs]
+    assert found == sorted(found) and found[0] < found[1] < found[-1] == memory.PART_BYTES[1]
+    assert memory.part_bytes([cfg], 20 * 10**9) == memory.PART_BYTES[0]
     for search, gpu_gb in zip(found[:3], gpu_gbs, strict=False):
         sizes = [memory.gpu_peak([cfg], n, dead=1.0) for n in (search, 2 * search)]
         assert sizes[0] <= gpu_gb * 10**9 < sizes[1]
-    assert memory.search_bytes([cfg] * 5, 72 * 10**9) == memory.SEARCH_BYTES[0]
-    assert memory.search_bytes([cfg] * 2, 50 * 10**9) < memory.search_bytes([cfg], 50 * 10**9)
+    assert memory.part_bytes([cfg] * 5, 72 * 10**9) == memory.PART_BYTES[0]
+    assert memory.part_bytes([cfg] * 2, 50 * 10**9) < memory.part_bytes([cfg], 50 * 10**9)
 
 
 @pytest.mark.parametrize(("gpu_gb", "want"), [(0.0, 72 * 10**9), (24.0, 24 * 10**9)])
@@ -350,7 +350,7 @@ def test_the_search_of_a_training_gets_what_the_flag_leaves(
     with a_gpu(LARGEST.d_sae):
         stream = unittest.mock.Mock(shuffled.Shuffled)
         assert loop._train(stream, {tmp_path: cfg}, 0, parallel.World()) == []
-        assert made[0].objective.search_bytes == memory.search_bytes([cfg], want)
+        assert made[0].objective.part_bytes == memory.part_bytes([cfg], want)
         made[0].step(0, on_gpu(LARGEST.batch, LARGEST.d_vit))
 
 

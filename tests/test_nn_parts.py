@@ -35,7 +35,7 @@ def stepped(
     """A step's results and gradients, with dead latents."""
     lengths = objectives.prefixes(objective, S, 0, 0)
     sae.zero_grad()
-    step = objectives.Objective(sae, objective, search_bytes=n_bytes, is_bfloat16=is_bfloat16)
+    step = objectives.Objective(sae, objective, part_bytes=n_bytes, is_bfloat16=is_bfloat16)
     out = step(
         sparse_cases.batch(3, B, sae.W_dec.dtype),
         sparsity=0.7,
@@ -123,7 +123,7 @@ def test_a_run_with_resampling_in_parts(tmp_path: pathlib.Path) -> None:
     cfg = training_config.Train(sae=sae, batch_size=B, n_patches=40 * B, dead_window=4 * B, device="cpu")
     states = []
     for n_bytes in (2**40, 8 * S * 12):
-        made = run.Run(cfg, tmp_path, torch.device("cpu"), search_bytes=n_bytes)
+        made = run.Run(cfg, tmp_path, torch.device("cpu"), part_bytes=n_bytes)
         made.start(sparse_cases.batch(0, 400))
         with torch.no_grad():
             made.sae.b_enc[40:] = -100  # dead

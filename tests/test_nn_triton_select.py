@@ -274,7 +274,7 @@ def check_search() -> None:
     )
     want = [sparse.top_k(encoder, x_BD, 9, signed).dense() for signed in (False, True)]
     want.append(sparse.BatchSearch()(encoder, x_BD, 9).dense())
-    divided = encoder._replace(search_bytes=1100 * partsizes.PRE_BYTES)
+    divided = encoder._replace(part_bytes=1100 * partsizes.PRE_BYTES)
     few = sparse.Encoder(encoder.W_SD, encoder.b_S - 25, False)  # few positive ones
     want_few = sparse.top_k(few, x_BD[:1], 30, True).dense()
     with gpu[0], gpu[1]:

@@ -201,7 +201,7 @@ def test_on_a_gpu_every_table_is_in_bfloat16(name: str, monkeypatch: pytest.Monk
     """Of a batch that is searched in parts, too: one copy of each weight matrix for a step. Adam stays float32."""
     with fake_gpu.Gpu(lambda n: 5 * B if n == B * S else 3):
         made = a_run(name, "bfloat16", fake_gpu.DEVICE)
-        made.objective.search_bytes = partsizes.PRE_BYTES * S * (B // 4)
+        made.objective.part_bytes = partsizes.PRE_BYTES * S * (B // 4)
         made.step(1, torch.empty(B, D, device=fake_gpu.DEVICE))
         bag = unittest.mock.Mock(wraps=triton_kernels.bag)
         bag_dot = unittest.mock.Mock(wraps=triton_kernels.bag_dot)

@@ -278,7 +278,8 @@ class _Pool:
         return batch
 
     def close(self) -> None:
-        """Leaves out reads that have not begun. Batches that were handed out are filled."""
+        """Leaves out reads that have not begun and for which no batch waits. Batches that were handed out are
+        filled."""
         for reading in self.readings:
             for done in reading.dones:
                 done.cancel()

@@ -62,7 +62,7 @@ class Objective:
         cfg: vanilla or Matryoshka.
         gather: see `sparse.BatchSearch`.
         n_processes: the number of processes that share each batch.
-        search_bytes: most bytes that B x S numbers take on a GPU at once.
+        part_bytes: most bytes that B x S numbers take on a GPU at once.
         is_bfloat16: mixed precision: the encoder's product is in bfloat16, and on a GPU so are the rows that
             sparse codes select.
         way: forces sparse or dense codes.
@@ -76,14 +76,14 @@ class Objective:
         gather: sparse.Gather = lambda value_n: value_n,
         n_processes: int = 1,
         is_bfloat16: bool = False,
-        search_bytes: int = 2**33,
+        part_bytes: int = 2**33,
         way: tp.Literal["auto", "dense", "sparse"] = "auto",
     ):
         self.sae = sae
         self.cfg = cfg
         self.search = sparse.BatchSearch(gather, n_processes)
         self.is_bfloat16 = is_bfloat16
-        self.search_bytes = search_bytes
+        self.part_bytes = part_bytes
         self.way = way
         self.density = 1.0
         self.codes_BS: Tensor | None = None
@@ -128,7 +128,7 @@ class Objective:
             out = out._replace(correlations=_correlations(out.codes))
         if dead_C is not None and len(dead_C) and getattr(sae.cfg, "aux_coeff", 0):
             error_BD = scaled_BD - out.x_hat_BD
-            aux = aux_k(sae, scaled_BD, error_BD, dead_C, self.search_bytes)
+            aux = aux_k(sae, scaled_BD, error_BD, dead_C, self.part_bytes)
             out = out._replace(loss=out.loss + sae.cfg.aux_coeff * aux)
         return out._replace(x_hat_BD=out.x_hat_BD / sae.scale)
 
@@ -143,7 +143,7 @@ class Objective:
         if kernels.available(x_BD):
             return max(1, len(x_BD))
         each = 4 * self.sae.cfg.GPU_CODES or partsizes.PRE_BYTES
-        return partsizes.n_rows(len(x_BD), self.sae.d_sae, self.search_bytes, each)
+        return partsizes.n_rows(len(x_BD), self.sae.d_sae, self.part_bytes, each)
 
     def _takes_dense_step(self, x_BD: Tensor, end_P: Tensor | None) -> bool:
         has_one = self.sae.architecture.dense_step is not None and end_P is None
@@ -236,7 +236,7 @@ class Objective:
         W_SD = sae.W_enc.detach().T.contiguous()
         if self.is_bfloat16 and not kernels.available(x_BD):
             W_SD = W_SD.bfloat16()  # once, not for each part of the batch
-        encoder = sparse.Encoder(W_SD, sae.b_enc.detach(), self.is_bfloat16, self.search_bytes)
+        encoder = sparse.Encoder(W_SD, sae.b_enc.detach(), self.is_bfloat16, self.part_bytes)
         n_all = len(x_BD) * sae.d_sae
         n_expected = int(min(self.density, 1.0) * n_all)
         codes = architecture.find(sae, encoder, x_BD - sae.b_dec.detach(), n_expected, self.search)

@@ -80,8 +80,8 @@ def _train_all(
 def _log_memory(cfgs: list[config.Train], stream: shuffled.Shuffled) -> None:
     device = devices.pick(cfgs[0].device)
     if device.type == "cuda":
-        search = memory.search_bytes(cfgs, _gpu_bytes(cfgs[0], device))
-        logger.info("GPU memory: about %.1f GB (docs/memory.md)", memory.gpu_peak(cfgs, search) / 1e9)
+        part_bytes = memory.part_bytes(cfgs, _gpu_bytes(cfgs[0], device))
+        logger.info("GPU memory: about %.1f GB (docs/memory.md)", memory.gpu_peak(cfgs, part_bytes) / 1e9)
         return
     n_bytes = memory.peak(cfgs, len(stream.acts), stream.acts.token_bytes)
     logger.info("memory: about %.1f GB (docs/memory.md)", n_bytes / 1e9)
@@ -145,8 +145,8 @@ def _train(
 ) -> list[str]:
     """Trains runs that have all done `start` steps. Returns an error line for each run that diverged."""
     device = devices.pick(next(iter(cfgs.values())).device)
-    search_bytes = memory.search_bytes([*cfgs.values()], _gpu_bytes(next(iter(cfgs.values())), device))
-    runs = [Run(cfg, dpath, device, world, search_bytes) for dpath, cfg in cfgs.items()]
+    part_bytes = memory.part_bytes([*cfgs.values()], _gpu_bytes(next(iter(cfgs.values())), device))
+    runs = [Run(cfg, dpath, device, world, part_bytes) for dpath, cfg in cfgs.items()]
     if start:
         logger.info("continuing after step %d: %s", start, ", ".join(d.name for d in cfgs))
     for run in runs if start else []:

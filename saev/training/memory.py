@@ -23,7 +23,7 @@ COMPARED = 1024
 """Latents whose products with all others are in memory at once (`metrics.CHUNK`)."""
 SPARSE_CODE = 24
 """Bytes of a sparse code on a GPU: value, latent, order by latent, gradients."""
-SEARCH_BYTES = 2**26, 2**40
+PART_BYTES = 2**26, 2**40
 """Least and most memory for B x S numbers."""
 
 
@@ -92,7 +92,7 @@ def _evaluation(cfg: config.Train) -> int:
 
 
 def gpu_peak(
-    cfgs: collections.abc.Sequence[config.Train], search: int, is_costly: bool = True, dead: float = 0.0
+    cfgs: collections.abc.Sequence[config.Train], R: int, is_costly: bool = True, dead: float = 0.0
 ) -> int:
     """Peak bytes of a GPU's tensors in training one group of runs.
 
@@ -100,21 +100,22 @@ def gpu_peak(
 
     Args:
         cfgs: with sae.d_vit set.
-        search: bytes for B x S numbers, see `search_bytes`.
+        R: most bytes of a part's B x S numbers, see `part_bytes`.
         is_costly: metrics that cost d_sae squared are measured.
         dead: fraction of latents that are dead, for the AuxK loss.
     """
-    passing = max(_gpu_passing(cfg, search, is_costly, dead) for cfg in cfgs)
-    results = sum(_acts(cfg) + _gpu_codes(cfg, search) for cfg in cfgs[1:])  # of the other runs' steps
+    passing = max(_gpu_passing(cfg, R, is_costly, dead) for cfg in cfgs)
+    results = sum(_acts(cfg) + _gpu_codes(cfg, R) for cfg in cfgs[1:])  # of the other runs' steps
     return sum(_gpu_kept(cfg) for cfg in cfgs) + results + passing
 
 
-def search_bytes(cfgs: collections.abc.Sequence[config.Train], gpu_bytes: int) -> int:
-    """Bytes for B x S numbers, if training may take `gpu_bytes` of a GPU's memory, even if all latents die.
+def part_bytes(cfgs: collections.abc.Sequence[config.Train], gpu_bytes: int) -> int:
+    """Most bytes of a part's B x S numbers, if training may take `gpu_bytes` of a GPU's memory.
 
-    A power of two, so that the parts into which a batch is divided rarely depend on what else is on the GPU.
+    That holds even if all latents die. A power of two, so that the parts into which a batch is divided rarely
+    depend on what else is on the GPU.
     """
-    least, most = SEARCH_BYTES
+    least, most = PART_BYTES
     while most > least and gpu_peak(cfgs, most, is_costly=True, dead=1.0) > gpu_bytes:
         most //= 2
     return most
@@ -134,55 +135,56 @@ def _n_samples(cfg: config.Train) -> int:
     return cfg.batch_size // cfg.data_parallel
 
 
-def _part(cfg: config.Train, search: int) -> tuple[int, bool]:
+def _part(cfg: config.Train, R: int) -> tuple[int, bool]:
     """Bytes of a part's dense codes, and whether it is less than the batch."""
     each = 4 * cfg.sae.GPU_CODES or partsizes.PRE_BYTES
-    n = partsizes.n_rows(_n_samples(cfg), cfg.sae.n_latents, search, each)
+    n = partsizes.n_rows(_n_samples(cfg), cfg.sae.n_latents, R, each)
     return 4 * n * cfg.sae.n_latents, n < _n_samples(cfg)
 
 
-def _candidates(cfg: config.Train, search: int) -> int:
+def _candidates(cfg: config.Train, R: int) -> int:
     """Bytes of the groups that may hold a divided batch's codes, see `triton_select.Candidates`."""
-    if not cfg.sae.SHARES_CODES or cfg.data_parallel > 1 or not _part(cfg, search)[1]:
+    if not cfg.sae.SHARES_CODES or cfg.data_parallel > 1 or not _part(cfg, R)[1]:
         return 0
     n = min(cfg.sae.n_firing, cfg.sae.n_latents) * _n_samples(cfg)
-    return partsizes.CANDIDATE_BYTES * partsizes.n_candidates(n, search)
+    return partsizes.CANDIDATE_BYTES * partsizes.n_candidates(n, R)
 
 
-def _gpu_codes(cfg: config.Train, search: int) -> int:
+def _gpu_codes(cfg: config.Train, R: int) -> int:
     """A batch's codes. Of a batch that is divided, dense ones are not kept."""
     if not cfg.sae.GPU_CODES:
         return SPARSE_CODE * cfg.sae.n_firing * _n_samples(cfg)
-    part, is_divided = _part(cfg, search)
+    part, is_divided = _part(cfg, R)
     return 0 if is_divided else part
 
 
-def _gpu_passing(cfg: config.Train, search: int, is_costly: bool, dead: float) -> int:
+def _gpu_passing(cfg: config.Train, R: int, is_costly: bool, dead: float) -> int:
     """Bytes that one run needs within a step. The gradients are freed at its start."""
     W, A, P, S = _weights(cfg), _acts(cfg), _n_prefixes(cfg), cfg.sae.n_latents
-    (part, is_divided), codes = _part(cfg, search), _gpu_codes(cfg, search)
+    (part, is_divided), codes = _part(cfg, R), _gpu_codes(cfg, R)
     update = W / 2 + 3 * A + codes
     if not cfg.sae.GPU_CODES:  # 5 of the bytes of `partsizes.PRE_BYTES`
         copies = W / 4 + A / 2 if cfg.precision == "bfloat16" else 0  # of a matrix and the batch
-        gradients = max(5 / 4 * part + _candidates(cfg, search), 5 * P * A) + 3 * A + copies + codes - W
+        gradients = max(5 / 4 * part + _candidates(cfg, R), 5 * P * A) + 3 * A + copies + codes - W
     elif is_divided:  # sums of gradients, and those of a part
         share = part / (4 * _n_samples(cfg) * S)
         gradients = cfg.sae.GPU_CODES * part + P * share * A + 3 * A + W
     else:
         gradients = cfg.sae.GPU_CODES * part + (P + 2) * A - W / 2
-    aux = _gpu_aux(cfg, search, dead) + codes
-    if aux > codes:
+    aux = _gpu_aux(cfg, R, dead)
+    if aux:
+        aux += codes
         gradients += dead * W
     measured = _gpu_measured(cfg, part, is_divided) + 3 * A + codes if is_costly else 0
     return int(max(update, gradients, aux, measured))
 
 
-def _gpu_aux(cfg: config.Train, search: int, dead: float) -> int:
+def _gpu_aux(cfg: config.Train, R: int, dead: float) -> int:
     """Of the AuxK loss: products, the dead latents' weights and their gradients. Not the batch's codes."""
     n_dead = int(dead * cfg.sae.n_latents)
     if not n_dead or not getattr(cfg.sae, "aux_coeff", 0):
         return 0
-    n = partsizes.n_rows(_n_samples(cfg), n_dead, search, partsizes.AUX_BYTES)
+    n = partsizes.n_rows(_n_samples(cfg), n_dead, R, partsizes.AUX_BYTES)
     W = _weights(cfg)
     return int(partsizes.AUX_BYTES * n * n_dead + 3 * dead * W - W / 2 + 5 * _acts(cfg))
 

@@ -27,7 +27,7 @@ class Run:
     Args:
         cfg: with sae.d_vit set.
         world: the processes among which its batches are divided.
-        search_bytes: see `objectives.Objective`.
+        part_bytes: see `objectives.Objective`.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Run:
         dpath: pathlib.Path,
         device: torch.device,
         world: parallel.World = parallel.World(),  # noqa: B008
-        search_bytes: int = 2**33,
+        part_bytes: int = 2**33,
     ):
         self.cfg = cfg
         self.dpath = dpath
@@ -50,7 +50,7 @@ class Run:
             gather=world.all_values,
             n_processes=world.size,
             is_bfloat16=cfg.precision == "bfloat16",
-            search_bytes=search_bytes,
+            part_bytes=part_bytes,
         )
         zero = torch.zeros((), device=device)
         self.around = robust.Typical(zero.repeat(self.sae.d_vit), zero, zero)

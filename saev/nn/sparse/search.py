@@ -42,7 +42,7 @@ class Encoder(tp.NamedTuple):
     b_S: Float[Tensor, " S"]
     is_bfloat16: bool
     """Pre-activations are products in bfloat16, without exact rescoring. W may be in bfloat16 then."""
-    search_bytes: int = 2**33
+    part_bytes: int = 2**33
     """Most bytes of pre-activations that a GPU holds at once."""
 
 
@@ -178,7 +178,7 @@ def _dense_above(encoder: Encoder, xc_BD: Tensor, cutoff_S: Tensor) -> tuple[Ten
 
 def parts(encoder: Encoder, xc_BD: Tensor) -> tuple[Tensor, ...]:
     """Divides a batch into parts, which a GPU searches one after the other."""
-    return xc_BD.split(partsizes.n_rows(len(xc_BD), len(encoder.W_SD), encoder.search_bytes))
+    return xc_BD.split(partsizes.n_rows(len(xc_BD), len(encoder.W_SD), encoder.part_bytes))
 
 
 def dense(encoder: Encoder, xc_BD: Tensor) -> Float[Tensor, "B S"]:
@@ -244,7 +244,7 @@ class BatchSearch:
         if len(parts_of_x) == 1:
             found = triton_select.batch_top_k(dense(encoder, xc_BD), n, self.gather, self.n_processes)
             return Codes(found[0], Index(*found[1:], S))
-        room = partsizes.n_candidates(n, encoder.search_bytes)
+        room = partsizes.n_candidates(n, encoder.part_bytes)
         if not room or self.n_processes > 1 or len(xc_BD) * -(-S // triton_select.BATCH_GROUP) >= 2**31:
             return None
         candidates = triton_select.Candidates(S, encoder.b_S, n, room)
