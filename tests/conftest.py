@@ -14,9 +14,9 @@ import checked
 import numpy as np
 import pytest
 
-from saev import early
-
-early.limit_spinning()  # before torch is imported, as in the commands
+# Before torch is imported, and for the processes that tests start: several of them share the cores, and threads that
+# spin while they wait for each other took a third of the whole run's processor time.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 if (
     sys.dont_write_bytecode
 ):  # as in containers: each process that a test starts would compile torch and timm anew
