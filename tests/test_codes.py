@@ -10,6 +10,7 @@ import sys
 import time
 import typing as tp
 
+import forked
 import inprocess
 import numpy as np
 import pytest
@@ -401,12 +402,12 @@ def test_a_killed_command_goes_on(make_shards, tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-m", "saev.codes", "--scorer", str(tmp_path / "sae.pt"), "--device", "cpu"]
     command += ["--data.shard-root", str(dpath), "--max-patches-per-shard", "640"]
     run = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    whole = subprocess.run([*command, "--dump-to", str(tmp_path / "whole")], check=True, **run).stdout.strip()
+    whole = forked.run([*command, "--dump-to", str(tmp_path / "whole")], check=True, **run).stdout.strip()
     want = {fpath.relative_to(whole): fpath.read_bytes() for fpath in files(pathlib.Path(whole))}
     assert len(want) == 2 + 30 * 8
     killed, n_killed = tmp_path / "killed", 0
     for n_shards in (1, 7, 15, 22):
-        process = subprocess.Popen([*command, "--dump-to", str(killed)], **run)
+        process = forked.Popen([*command, "--dump-to", str(killed)], **run)
         while len(list(killed.glob("*/shard*/shard.json"))) < n_shards and process.poll() is None:
             time.sleep(0.002)
         n_killed += process.poll() is None
@@ -414,7 +415,7 @@ def test_a_killed_command_goes_on(make_shards, tmp_path: pathlib.Path) -> None:
         process.communicate()
     assert n_killed >= 2
     before = {f: f.stat().st_mtime_ns for f in killed.glob("*/shard*/shard.json")}
-    found = subprocess.run([*command, "--dump-to", str(killed)], check=True, **run).stdout.strip()
+    found = forked.run([*command, "--dump-to", str(killed)], check=True, **run).stdout.strip()
     assert {fpath.relative_to(found): fpath.read_bytes() for fpath in files(pathlib.Path(found))} == want
     assert before and {f: f.stat().st_mtime_ns for f in before} == before
     assert [f.name for f in killed.iterdir()] == [pathlib.Path(found).name]

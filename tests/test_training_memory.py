@@ -2,11 +2,9 @@
 
 import dataclasses
 import pathlib
-import pickle
-import subprocess
-import sys
 
 import pytest
+import test_memory
 
 from saev.data import config as data_config
 from saev.data import shuffled
@@ -15,16 +13,6 @@ from saev.training import config, memory
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parent.parent
-TRAIN = """
-import logging, pathlib, pickle, re, sys
-from saev.training import loop
-
-logging.basicConfig(level="INFO")
-loop.main(pickle.loads(bytes.fromhex(sys.argv[1])))
-print(1024 * int(re.search("VmHWM:[^0-9]*([0-9]+) kB", pathlib.Path("/proc/self/status").read_text())[1]))
-"""
-"""VmHWM is the peak of this program alone: ru_maxrss begins with that of the process that starts it."""
 CASES = {
     "nothing": (nn_config.TopK(d_vit=8, exp_factor=4, top_k=3), 64, 4, 0.1),
     "weights": (nn_config.TopK(d_vit=1024, d_sae=4096), 64, 4, 0.1),
@@ -34,7 +22,8 @@ CASES = {
 """SAE, batch size, images of 64 patches, --pool-gb: what takes the memory."""
 
 
-def said_and_measured(make_shards, tmp_path: pathlib.Path, name: str) -> tuple[int, int]:
+def train(make_shards, tmp_path: pathlib.Path, name: str) -> tuple[config.Train, int]:
+    """A training, and the bytes that it is said to take."""
     sae, batch_size, n_imgs, pool_gb = CASES[name]
     shape = {"n_imgs": n_imgs, "n_patches": 64, "d_vit": sae.d_vit, "layers": (0,)}
     dpath, _ = make_shards(**shape, cls_token=False, per_shard=1000)
@@ -50,22 +39,23 @@ def said_and_measured(make_shards, tmp_path: pathlib.Path, name: str) -> tuple[i
         wandb_project="",
         device="cpu",
     )
-    command = [sys.executable, "-c", TRAIN, pickle.dumps([cfg]).hex()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    said = memory.peak([cfg], 64 * n_imgs, 4 * sae.d_vit)
-    assert f"memory: about {said / 1e9:.1f} GB" in done.stderr
-    return said, int(done.stdout)
+    return cfg, memory.peak([cfg], 64 * n_imgs, 4 * sae.d_vit)
 
 
 def test_the_formula_is_right_within_a_quarter(make_shards, tmp_path: pathlib.Path) -> None:
     """Above what a tiny training takes, which is the program itself."""
     next(iter(shuffled.Shuffled(data_config.Shards(str(make_shards()[0])), batch_size=8)))  # compiled here
-    said_0, measured_0 = said_and_measured(make_shards, tmp_path, "nothing")
-    assert measured_0 == pytest.approx(said_0, rel=0.25)
-    for name in ("weights", "codes", "pool"):
-        said, measured = said_and_measured(make_shards, tmp_path, name)
-        assert measured - measured_0 > 150e6, name
-        assert measured - measured_0 == pytest.approx(said - said_0, rel=0.25), name
+    cases = {name: train(make_shards, tmp_path, name) for name in CASES}
+    cfgs = {name: [cfg] for name, (cfg, _) in cases.items()}
+    found, (_, alone) = test_memory.measured("saev.training.loop", cfgs, tmp_path / "nothing")
+    said_0, measured_0 = cases["nothing"][1], found["nothing"][1]
+    assert alone == pytest.approx(said_0, rel=0.25)
+    for name, (_, said) in cases.items():
+        logged, taken = found[name]
+        assert logged == pytest.approx(said / 1e9, abs=0.0501)
+        if name != "nothing":
+            assert taken - measured_0 > 150e6, name
+            assert taken - measured_0 == pytest.approx(said - said_0, rel=0.25), name
 
 
 def test_runs_of_a_group_and_what_they_share() -> None:
