@@ -14,6 +14,7 @@ import polars as pl
 from jaxtyping import Float64, Int64, jaxtyped
 
 from saev import helpers
+from saev.formats import arrays
 
 CONSTANT, BASELINE, NULL = "constant", "Random", "Permuted labels"
 """Scorers that others are compared with: one constant score, random activations, a scorer's prototypes chosen
@@ -401,9 +402,7 @@ def kind(trait: str) -> str:
 
 def write_resamples(fpath: pathlib.Path, rows: list[Row]) -> None:
     """Writes each row's `boot_RM` in the order of summary.csv, for comparisons with other results."""
-    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
-        arrays = {str(i): row.boot_RM for i, row in enumerate(rows)}
-        np.savez_compressed(fd, allow_pickle=False, **arrays)
+    arrays.write(fpath, {str(i): row.boot_RM for i, row in enumerate(rows)}, np.savez_compressed)
 
 
 def read_resamples(data: bytes, n_rows: int) -> list[np.ndarray]:
@@ -412,8 +411,8 @@ def read_resamples(data: bytes, n_rows: int) -> list[np.ndarray]:
     Raises:
         OSError, ValueError, KeyError: it is not such a file.
     """
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        out = [arrays[str(i)] for i in range(n_rows)]
+    with np.load(io.BytesIO(data), allow_pickle=False) as found:
+        out = [found[str(i)] for i in range(n_rows)]
     if any(boot_RM.ndim != 2 or boot_RM.dtype != np.float64 for boot_RM in out):
         raise ValueError("the arrays are not (draws, resamples)")
     return out

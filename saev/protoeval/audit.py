@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float64, Int64
 
 from saev import devices, errors, helpers, scorers
-from saev.formats import results
+from saev.formats import arrays, results
 from saev.protoeval import ap, audit_rank, choose, config, fit, patch_join, patch_table, score
 from saev.protoeval.experiment import Experiment
 
@@ -109,14 +109,17 @@ def _rankings(
     out = []
     for p in helpers.progress(range(1 + N_NULL), f"rank {bank.name}", 1 + N_NULL, "rankings"):
         parts = [audit_rank.REVISION, experiment.id, bank.scorer.digest(), max(bank.ks), n, p]
-        fpath = dpath / f"{helpers.hash_of(parts)[:16]}.npz"
-        found = audit_rank.saved(fpath)
-        if found is None:
+        key = helpers.hash_of(parts)
+        fpath = dpath / f"{key[:16]}.npz"
+        saved = arrays.read_state(fpath, key, audit_rank.Ranking._fields)
+        if saved:
+            found = audit_rank.Ranking(**saved)
+        else:
             order_N = np.arange(n_imgs)
             if p:
                 order_N = np.random.default_rng((cfg.seed, 0xA0D17, p)).permutation(n_imgs)
             found = audit_rank.rank(x, train.labels_NT[order_N], train.known_of(order_N), n)
-            audit_rank.save(fpath, found)
+            arrays.write_state(fpath, key, found._asdict())
         out.append(found)
     return out
 

@@ -14,16 +14,13 @@ the solution is that of all prototypes.
 N train images, K prototypes, C of them, S those that are fitted, T traits, B prototypes that are ranked.
 """
 
-import pathlib
 import typing as tp
-import zipfile
 
 import beartype
 import numpy as np
 import sklearn.linear_model
 from jaxtyping import Bool, Float32, Float64, Int64, jaxtyped
 
-from saev import helpers
 from saev.protoeval import choose, score
 
 REVISION = 1
@@ -160,22 +157,3 @@ def _fit(
     model.fit(x_nS, label_n)
     share_n = model.predict_proba(x_nS)[:, 1]
     return model.coef_[0], _residuals(label_N, known, share_n)
-
-
-# ---- resuming ----
-
-
-def saved(fpath: pathlib.Path) -> Ranking | None:
-    """A ranking that `save` wrote; None if there is no such file or it is damaged (zip files have
-    checksums)."""
-    try:
-        with fpath.open("rb") as fd, np.load(fd, allow_pickle=False) as arrays:
-            return Ranking(*(arrays[name] for name in Ranking._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def save(fpath: pathlib.Path, ranking: Ranking) -> None:
-    fpath.parent.mkdir(parents=True, exist_ok=True)
-    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
-        np.savez(fd, allow_pickle=False, **ranking._asdict())
