@@ -11,7 +11,7 @@ import typing as tp
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int32, Int64
+from jaxtyping import Float32, Int32
 
 from saev import errors, helpers, scorers
 from saev.data import passes
@@ -30,19 +30,6 @@ N_LABELS = 2
 """Classes of each patch: its own, and that of another patch."""
 ARRAYS = [field.name for field in dataclasses.fields(logistic.Sums) if field.name != "n_labels"]
 """What is saved of sums."""
-
-
-class Choice(tp.NamedTuple):
-    """The prototypes of all classes, among the first K of a scorer."""
-
-    scorer: str
-    scorer_i: int
-    n_prototypes: int
-    best_C: Int64[np.ndarray, " C"]
-    w_C: Float64[np.ndarray, " C"]
-    b_C: Float64[np.ndarray, " C"]
-    """Weight and intercept of the regression."""
-    train_r_C: Float64[np.ndarray, " C"]
 
 
 class _Share(tp.NamedTuple):
@@ -188,7 +175,7 @@ def choose_all(
     cfg: config.ProtoEval,
     dpath: pathlib.Path,
     device: torch.device,
-) -> list[Choice]:
+) -> list[results.PatchChoice]:
     """Fits every class on every prototype of each scorer (`fit_all`), and chooses."""
     fits = fit_all(run, labels, cfg, dpath, device)
     return [choice for i, bank in enumerate(banks) for choice in choices(bank, i, fits[i], labels)]
@@ -196,7 +183,7 @@ def choose_all(
 
 def choices(
     bank: fit.Bank, scorer_i: int, fits: logistic.Fits, labels: patch_join.Labels
-) -> collections.abc.Iterator[Choice]:
+) -> collections.abc.Iterator[results.PatchChoice]:
     """For each K the prototypes with the lowest loss; for the largest one also on permuted labels."""
     C = len(labels.names)
     loss_KC = np.where(np.isnan(fits.loss_KC), np.inf, fits.loss_KC).round(choose.AP_DIGITS)
@@ -208,4 +195,4 @@ def choices(
             name = bank.name + results.PERMUTED * is_null
             r_C = 1 - fits.loss_KC[at] / fits.bias_loss_C[at[1]]
             found = (fits.w_KC[at], fits.b_KC[at], r_C)
-            yield Choice(name, scorer_i, n_prototypes, best_C, *found)
+            yield results.PatchChoice(name, scorer_i, n_prototypes, best_C, *found)
