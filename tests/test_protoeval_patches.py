@@ -17,6 +17,7 @@ from sklearn.metrics import average_precision_score
 
 from saev import errors, nn, scorers
 from saev.data import config as data_config
+from saev.data import passes
 from saev.demo import minicub
 from saev.formats import patchlabels, results, shards
 from saev.nn import config as nn_config
@@ -277,7 +278,7 @@ def test_less_memory_means_more_passes(
 def test_a_killed_pass_goes_on(
     cfg: config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(patch_fit, "SAVE_S", 0.0)
+    monkeypatch.setattr(passes, "SAVE_S", 0.0)
     monkeypatch.setattr(patch_fit, "N_IMGS", 6)
     want = (pathlib.Path(run.main([cfg])) / "patch-classes.csv").read_bytes()
     again = dataclasses.replace(cfg, dump_to=str(tmp_path / "again"))

@@ -599,7 +599,7 @@ def patch_table(*scorers: tuple[str, float]) -> results.PatchTable:
 
     def of(name: str, ap: float) -> results.PatchRow:
         ap_CM = np.array([[np.nan] * 2, [ap, ap + 0.1]])
-        return results.PatchRow(name, 8, np.array([0, 3]), zero_C, zero_C, zero_C, ap_CM / 2, ap_CM, ap_CM)
+        return results.PatchRow(name, 0, 8, np.array([0, 3]), zero_C, zero_C, zero_C, ap_CM / 2, ap_CM, ap_CM)
 
     return results.PatchTable(
         names, np.array([0, 9]), np.array([0, 7]), [of(name, ap) for name, ap in scorers]
@@ -615,9 +615,8 @@ def audit_table(budgets: list[int], *scorers: tuple[str, int]) -> results.AuditT
         zero_B, i_B = np.zeros(n), np.arange(n)
         null_PB = np.repeat([[0.1], [0.9]], n, axis=1)
         ap_BM = np.stack([ap_B, ap_B], axis=1)
-        return results.AuditRow(
-            name, 8, i_B, zero_B, i_B * 0, zero_B, i_B * 0, ap_B, ap_BM, zero_B, ap_B, null_PB
-        )
+        ranking = results.Ranking(i_B, zero_B, i_B * 0, zero_B)
+        return results.AuditRow(name, 8, ranking, i_B * 0, ap_B, ap_BM, zero_B, ap_B, null_PB)
 
     return results.AuditTable(budgets, ["bill", "wing"], [1], NAMES, [of(*each) for each in scorers])
 

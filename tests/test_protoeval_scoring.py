@@ -112,11 +112,11 @@ def test_pooled_activations_are_of_the_patches_that_are_kept() -> None:
 KILLED = """
     import pathlib, sys, time
     import torch
-    from saev.data import activations
+    from saev.data import activations, passes
     from saev.data import config as data_config
     from saev.protoeval import score
     from saev.scorers import base
-    score.SAVE_S, score.MAX_BLOCK = 0.0, 50
+    passes.SAVE_S, score.MAX_BLOCK = 0.0, 50
     whole = base.Prototypes.of_images
     def of_images(*args):
         print("block", flush=True)
@@ -152,7 +152,7 @@ def test_a_killed_pass_goes_on_to_the_same_scores(
         assert (tmp_path / "killed" / fname).read_bytes() == (tmp_path / "whole" / fname).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["scores.bin", "means.bin", "maxima.bin", "done.json"])
+@pytest.mark.parametrize("name", ["scores.bin", "means.bin", "maxima.bin", "done.npz"])
 @pytest.mark.parametrize("how", ["gone", "cut", "empty"])
 def test_a_pass_whose_files_are_not_whole_starts_again(
     data: tuple[data_config.Shards, np.ndarray], tmp_path: pathlib.Path, name: str, how: str
@@ -171,7 +171,7 @@ def test_a_pass_whose_files_are_not_whole_starts_again(
     np.testing.assert_array_equal(scored(prototypes(4)), want)
 
 
-@pytest.mark.parametrize("name", ["scores.bin", "means.bin", "maxima.bin", "done.json"])
+@pytest.mark.parametrize("name", ["scores.bin", "means.bin", "maxima.bin", "done.npz"])
 def test_a_flipped_bit_is_scored_again(
     data: tuple[data_config.Shards, np.ndarray],
     tmp_path: pathlib.Path,
@@ -190,14 +190,14 @@ def test_a_flipped_bit_is_scored_again(
 
     want, fpath = scored(), tmp_path / name
     content = fpath.read_bytes()
-    places = range(8 * len(content)) if name != "done.json" else range(5, 8 * len(content), 4999)
+    places = range(8 * len(content)) if name != "done.npz" else range(5, 8 * len(content), 4999)
     for i in list(places)[:: 1 + len(places) // 12]:
         bad = bytearray(content)
         bad[i // 8] ^= 1 << i % 8
         fpath.write_bytes(bad)
         assert scored() == want, i
         assert fpath.read_bytes() == content, i
-    assert "scored again" in caplog.text or name == "done.json"
+    assert "scored again" in caplog.text or name == "done.npz"
 
 
 def test_only_what_follows_a_flipped_bit_is_scored_again(

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import warnings
 
 import hypothesis
 import inprocess
@@ -298,6 +299,33 @@ def test_the_printed_key_is_the_one_that_is_measured() -> None:
     assert text.count("a. ") == text.count("b. ") == (key.prototype_L != keys.LEAF).sum() > 3
     call_N = key.call_L[key.leaf_of(test_KN.__getitem__, N)]
     assert [follow(text, test_KN[:, n]) for n in range(N)] == [target.categories[c] for c in call_N]
+
+
+@pytest.mark.parametrize("n_categories", [2, 4])
+def test_a_key_has_the_depth_that_sklearns_search_finds(
+    n_categories: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It grows in threads, which share the warning filters, so it may not reset them as that search does."""
+    rng = np.random.default_rng(n_categories)
+    scores_KN = rng.standard_normal((6, N)).astype(np.float32)
+    found = []
+    for noise in (0.1, 0.5, 1, 2, 4):
+        sum_N = scores_KN[0] + scores_KN[1] * (scores_KN[2] > 0) + noise * rng.standard_normal(N)
+        category_N = np.digitize(sum_N, np.quantile(sum_N, np.arange(1, n_categories) / n_categories))
+        tree = sklearn.tree.DecisionTreeClassifier(
+            min_samples_leaf=keys.MIN_LEAF, class_weight="balanced", random_state=0
+        )
+        folds = sklearn.model_selection.StratifiedKFold(keys.N_FOLDS, shuffle=True, random_state=0)
+        grid = {"max_depth": [1, 2, 3, 4, 5]}
+        search = sklearn.model_selection.GridSearchCV(tree, grid, scoring="balanced_accuracy", cv=folds)
+        want = search.fit(scores_KN.T, category_N).best_estimator_
+        with monkeypatch.context() as patch:
+            patch.setattr(warnings, "resetwarnings", None)
+            key = grown(scores_KN, category_N, n_categories, 5)
+        found.append(want.get_depth())
+        assert key.depth == found[-1]
+        assert key.prototype_L[0] - 100 == want.tree_.feature[0]
+    assert len(set(found)) > 1
 
 
 # ---- the command ----

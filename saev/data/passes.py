@@ -1,7 +1,8 @@
-"""A pass over activations that writes codes in shards (`formats.codeshards`).
+"""Passes over activations that resume when they were killed.
 
-Codes, galleries and comparisons are made from it. A killed pass needs no notes to resume: the same command
-goes on with the shards that are not complete.
+`write` writes codes in shards (`formats.codeshards`), from which galleries and comparisons are made. It needs
+no notes: the same command goes on with the shards that are not complete. `resumed` is for passes whose
+results are not read image by image: it goes on from the state that they save.
 
 N images of a block, R rows (patches or images), K latents.
 """
@@ -10,6 +11,7 @@ import collections.abc
 import itertools
 import pathlib
 import shutil
+import time
 import typing as tp
 
 import numpy as np
@@ -21,6 +23,8 @@ from saev.formats import codeshards
 
 MIN_PATCHES, MAX_SHARDS = 2**16, 1024
 """Least patches of a shard that is not kept, and about the most shards. A kill costs one shard."""
+SAVE_S = 60.0
+"""Seconds between saved states. A kill costs that."""
 
 Write = collections.abc.Callable[[codeshards.ShardWriter, collections.abc.Iterator[ordered.Block]], None]
 """Writes the codes of a shard's blocks."""
@@ -68,6 +72,32 @@ def write(
     for shard_i in todo:
         with shards.writing(shard_i) as writer:
             write_shard(writer, itertools.islice(blocks, -(-len(shards.imgs_in(shard_i)) // n_block)))
+
+
+def resumed(
+    acts: activations.Activations,
+    n_block: int,
+    n_done: int,
+    save: collections.abc.Callable[[int], None],
+    desc: str,
+) -> collections.abc.Iterator[tuple[range, ordered.Block]]:
+    """Yields (positions, block) of all images but the first `n_done`.
+
+    Args:
+        save: saves the caller's state, given the number of images that it has used. Called every SAVE_S
+            seconds, and at the end.
+
+    Raises:
+        UserError: bad shards or activations.
+    """
+    stream = ordered.Ordered(acts, n_block, [range(n_done, acts.n_imgs)])
+    saved_s = time.monotonic()
+    for block in helpers.progress(stream, desc, len(stream), "blocks"):
+        n_before, n_done = n_done, n_done + len(block.image_i_N)
+        yield range(n_before, n_done), block
+        if time.monotonic() - saved_s >= SAVE_S or n_done == acts.n_imgs:
+            save(n_done)
+            saved_s = time.monotonic()
 
 
 def check(

@@ -14,6 +14,7 @@ import polars as pl
 from jaxtyping import Float64, Int64, jaxtyped
 
 from saev import helpers
+from saev.formats import arrays
 
 CONSTANT, BASELINE, NULL = "constant", "Random", "Permuted labels"
 """Scorers that others are compared with: one constant score, random activations, a scorer's prototypes chosen
@@ -94,6 +95,7 @@ PURITY_FIRST, TAU = 16, 0.3
 PERMUTED = ", permuted labels"
 """Ends the name of a scorer whose prototypes are chosen on permuted labels."""
 PATCH_MEASURES = ("probe_r", "map", "purity", "coverage")
+"""All but the first one are shares."""
 PATCH_CELL = {"scorer": pl.String, "n_prototypes": pl.Int64}
 PATCHES = (
     PATCH_CELL
@@ -256,14 +258,14 @@ class Row(tp.NamedTuple):
         return share_interval(self.boot_RM.mean(axis=0), self.mean_ap)
 
 
-class PatchRow(tp.NamedTuple):
-    """One row of the patch table: a scorer's first K prototypes. C classes.
-
-    Measures are NaN for classes that no train patch or no test patch has. Their first column is of all test
-    images, the others are of resamples of the test images, which all rows share.
-    """
+@jaxtyped(typechecker=beartype.beartype)
+@dataclasses.dataclass(frozen=True)
+class PatchChoice:
+    """The prototypes that are chosen for classes of patches, among the first K of a scorer. C classes."""
 
     scorer: str
+    scorer_i: int
+    """Its place in the experiment."""
     n_prototypes: int
     best_C: Int64[np.ndarray, " C"]
     """Prototype chosen for each class."""
@@ -272,6 +274,16 @@ class PatchRow(tp.NamedTuple):
     """Weight and intercept of its regression."""
     train_r_C: Float64[np.ndarray, " C"]
     """Probe R on the train patches."""
+
+
+@jaxtyped(typechecker=beartype.beartype)
+@dataclasses.dataclass(frozen=True)
+class PatchRow(PatchChoice):
+    """One row of the patch table. Measures are NaN for classes that no train patch or no test patch has.
+
+    M: all test images, then resamples of them, which all rows share.
+    """
+
     r_CM: Float64[np.ndarray, "C M"]
     ap_CM: Float64[np.ndarray, "C M"]
     purity_CM: Float64[np.ndarray, "C M"]
@@ -295,21 +307,29 @@ class PatchTable(tp.NamedTuple):
 
 
 @jaxtyped(typechecker=beartype.beartype)
-@dataclasses.dataclass(frozen=True)
-class AuditRow:
-    """The audit of a scorer's first B prototypes, ranked by the image labels of train images.
+class Ranking(tp.NamedTuple):
+    """A scorer's first B prototypes, ranked by the image labels of train images."""
 
-    M: all test images, then resamples of them, which all rows share. P permutations of the image labels.
-    """
-
-    scorer: str
-    n_prototypes: int
     prototype_B: Int64[np.ndarray, " B"]
     penalty_B: Float64[np.ndarray, " B"]
     """Penalty at which it enters the model, as a share of the largest; NaN: it does not."""
     trait_B: Int64[np.ndarray, " B"]
     """Trait with its largest weight at this penalty; -1: none."""
     weight_B: Float64[np.ndarray, " B"]
+    """That weight, for standardised scores."""
+
+
+@jaxtyped(typechecker=beartype.beartype)
+@dataclasses.dataclass(frozen=True)
+class AuditRow:
+    """The audit of ranked prototypes.
+
+    M: all test images, then resamples of them, which all rows share. P permutations of the image labels.
+    """
+
+    scorer: str
+    n_prototypes: int
+    ranking: Ranking
     class_B: Int64[np.ndarray, " B"]
     """Class of patches with the highest AP on train images."""
     train_ap_B: Float64[np.ndarray, " B"]
@@ -353,6 +373,12 @@ class AuditTable(tp.NamedTuple):
     @property
     def measures(self) -> list[str]:
         return [*map(str, self.budgets), AREA]
+
+
+def measured(value_M: np.ndarray, is_share: bool = True) -> tuple[float, float, float]:
+    """(value, its 95% interval) of a measure on all test images, then on resamples of them."""
+    value, boot_M = float(value_M[0]), value_M[1:]
+    return value, *(share_interval if is_share else interval)(boot_M, value)
 
 
 def share_interval(boot_M: np.ndarray, value: float) -> tuple[float, float]:
@@ -401,9 +427,7 @@ def kind(trait: str) -> str:
 
 def write_resamples(fpath: pathlib.Path, rows: list[Row]) -> None:
     """Writes each row's `boot_RM` in the order of summary.csv, for comparisons with other results."""
-    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
-        arrays = {str(i): row.boot_RM for i, row in enumerate(rows)}
-        np.savez_compressed(fd, allow_pickle=False, **arrays)
+    arrays.write(fpath, {str(i): row.boot_RM for i, row in enumerate(rows)}, np.savez_compressed)
 
 
 def read_resamples(data: bytes, n_rows: int) -> list[np.ndarray]:
@@ -412,8 +436,8 @@ def read_resamples(data: bytes, n_rows: int) -> list[np.ndarray]:
     Raises:
         OSError, ValueError, KeyError: it is not such a file.
     """
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        out = [arrays[str(i)] for i in range(n_rows)]
+    with np.load(io.BytesIO(data), allow_pickle=False) as found:
+        out = [found[str(i)] for i in range(n_rows)]
     if any(boot_RM.ndim != 2 or boot_RM.dtype != np.float64 for boot_RM in out):
         raise ValueError("the arrays are not (draws, resamples)")
     return out

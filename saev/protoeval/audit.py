@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float64, Int64
 
 from saev import devices, errors, helpers, scorers
-from saev.formats import results
+from saev.formats import arrays, results
 from saev.protoeval import ap, audit_rank, choose, config, fit, patch_join, patch_table, score
 from saev.protoeval.experiment import Experiment
 
@@ -100,7 +100,7 @@ def _classes(patches: patch_join.Labels) -> Int64[np.ndarray, " C"]:
 
 def _rankings(
     banks: list[fit.Bank], bank_i: int, experiment: Experiment, train: score.Split, dpath: pathlib.Path
-) -> list[audit_rank.Ranking]:
+) -> list[results.Ranking]:
     """A scorer's prototypes, ranked by the image labels and by N_NULL permutations of them."""
     cfg, bank = experiment.cfgs[0], banks[bank_i]
     first = sum(other.scorer.n_prototypes for other in banks[:bank_i])
@@ -109,14 +109,17 @@ def _rankings(
     out = []
     for p in helpers.progress(range(1 + N_NULL), f"rank {bank.name}", 1 + N_NULL, "rankings"):
         parts = [audit_rank.REVISION, experiment.id, bank.scorer.digest(), max(bank.ks), n, p]
-        fpath = dpath / f"{helpers.hash_of(parts)[:16]}.npz"
-        found = audit_rank.saved(fpath)
-        if found is None:
+        key = helpers.hash_of(parts)
+        fpath = dpath / f"{key[:16]}.npz"
+        saved = arrays.read_state(fpath, key, results.Ranking._fields)
+        if saved:
+            found = results.Ranking(**saved)
+        else:
             order_N = np.arange(n_imgs)
             if p:
                 order_N = np.random.default_rng((cfg.seed, 0xA0D17, p)).permutation(n_imgs)
             found = audit_rank.rank(x, train.labels_NT[order_N], train.known_of(order_N), n)
-            audit_rank.save(fpath, found)
+            arrays.write_state(fpath, key, found._asdict())
         out.append(found)
     return out
 
@@ -186,7 +189,7 @@ class _Meter:
         return float(self.test_C[column][self.best(column)])
 
 
-def _row(bank: fit.Bank, bank_i: int, rankings: list[audit_rank.Ranking], meter: _Meter) -> results.AuditRow:
+def _row(bank: fit.Bank, bank_i: int, rankings: list[results.Ranking], meter: _Meter) -> results.AuditRow:
     own, *nulls = rankings
     columns = [(bank_i, k) for k in own.prototype_B.tolist()]
     best_B = [meter.best(column) for column in columns]
@@ -195,7 +198,7 @@ def _row(bank: fit.Bank, bank_i: int, rankings: list[audit_rank.Ranking], meter:
     return results.AuditRow(
         scorer=bank.name,
         n_prototypes=max(bank.ks),
-        **own._asdict(),
+        ranking=own,
         class_B=meter.class_C[best_B],
         train_ap_B=np.array([meter.train_C[column][c] for column, c in zip(columns, best_B, strict=True)]),
         ap_BM=np.stack(ap_M_B),
@@ -219,10 +222,7 @@ def _constant(meter: _Meter, n: int) -> results.AuditRow:
     return results.AuditRow(
         scorer=results.CONSTANT,
         n_prototypes=1,
-        prototype_B=np.zeros(n, np.int64),
-        penalty_B=nan_B,
-        trait_B=np.full(n, -1),
-        weight_B=nan_B,
+        ranking=results.Ranking(np.zeros(n, np.int64), nan_B, np.full(n, -1), nan_B),
         class_B=np.full(n, best),
         train_ap_B=np.full(n, train_n_C[best] / train_n_C.sum()),
         ap_BM=np.tile(found.ap_TM, (n, 1)),

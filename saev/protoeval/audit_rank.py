@@ -14,16 +14,14 @@ the solution is that of all prototypes.
 N train images, K prototypes, C of them, S those that are fitted, T traits, B prototypes that are ranked.
 """
 
-import pathlib
 import typing as tp
-import zipfile
 
 import beartype
 import numpy as np
 import sklearn.linear_model
 from jaxtyping import Bool, Float32, Float64, Int64, jaxtyped
 
-from saev import helpers
+from saev.formats import results
 from saev.protoeval import choose, score
 
 REVISION = 1
@@ -34,19 +32,6 @@ SLACK = 0.01
 """By how much a gradient may exceed the penalty, relative to it."""
 INTERCEPT = 1e3
 """liblinear penalises the intercept too; this divides its penalty."""
-
-
-@jaxtyped(typechecker=beartype.beartype)
-class Ranking(tp.NamedTuple):
-    """The first prototypes, in order."""
-
-    prototype_B: Int64[np.ndarray, " B"]
-    penalty_B: Float64[np.ndarray, " B"]
-    """Penalty at which it enters the model, as a share of the largest; NaN: it does not."""
-    trait_B: Int64[np.ndarray, " B"]
-    """Trait with its largest weight at this penalty; -1: none."""
-    weight_B: Float64[np.ndarray, " B"]
-    """That weight, for standardised scores."""
 
 
 class Images(tp.NamedTuple):
@@ -92,7 +77,7 @@ def images(train: score.Split, first: int, n_prototypes: int, memory_gb: float) 
 @jaxtyped(typechecker=beartype.beartype)
 def rank(
     x: Images, labels_NT: Bool[np.ndarray, "N T"], known_NT: Bool[np.ndarray, "N T"] | None, n: int
-) -> Ranking:
+) -> results.Ranking:
     """The first n prototypes. Those that do not enter the model come last, by their largest gradient.
 
     The path ends once n prototypes have entered. Traits that all images have, or none, are left out.
@@ -126,7 +111,7 @@ def rank(
     size_K = np.where(step_K < N_STEPS, size_K, gradient_KT.max(axis=1)).round(choose.AP_DIGITS)
     order_B = np.lexsort((np.arange(n_K), -size_K, step_K))[:n]
     penalty_B = np.where(step_K[order_B] < N_STEPS, RATIO ** (step_K[order_B] + 1.0), np.nan)
-    return Ranking(order_B, penalty_B, trait_K[order_B], weight_K[order_B])
+    return results.Ranking(order_B, penalty_B, trait_K[order_B], weight_K[order_B])
 
 
 def _known(known_NT: np.ndarray | None, t: int) -> np.ndarray | slice:
@@ -160,22 +145,3 @@ def _fit(
     model.fit(x_nS, label_n)
     share_n = model.predict_proba(x_nS)[:, 1]
     return model.coef_[0], _residuals(label_N, known, share_n)
-
-
-# ---- resuming ----
-
-
-def saved(fpath: pathlib.Path) -> Ranking | None:
-    """A ranking that `save` wrote; None if there is no such file or it is damaged (zip files have
-    checksums)."""
-    try:
-        with fpath.open("rb") as fd, np.load(fd, allow_pickle=False) as arrays:
-            return Ranking(*(arrays[name] for name in Ranking._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def save(fpath: pathlib.Path, ranking: Ranking) -> None:
-    fpath.parent.mkdir(parents=True, exist_ok=True)
-    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
-        np.savez(fd, allow_pickle=False, **ranking._asdict())

@@ -2,7 +2,6 @@
 
 import pathlib
 
-import numpy as np
 import polars as pl
 
 from saev import helpers
@@ -51,13 +50,13 @@ def prototypes(table: results.AuditTable) -> pl.DataFrame:
     traits, names = ([helpers.printable(name) for name in some] for some in (table.traits, table.names))
     lines = [
         (
-            *(row.scorer, row.n_prototypes, b + 1, int(row.prototype_B[b]), float(row.penalty_B[b])),
-            *(traits[t] if (t := int(row.trait_B[b])) >= 0 else "", float(row.weight_B[b])),
+            *(row.scorer, row.n_prototypes, b + 1, int(prototype), float(penalty)),
+            *(traits[trait] if trait >= 0 else "", float(weight)),
             *(names[row.class_B[b]], float(row.train_ap_B[b]), float(row.ap_BM[b, 0])),
             *(float(row.purity_B[b]), float(row.highest_ap_B[b]), bool(row.ap_BM[b, 0] >= results.TAU)),
         )
         for row in table.rows
-        for b in range(len(row.prototype_B))
+        for b, (prototype, penalty, trait, weight) in enumerate(zip(*row.ranking, strict=True))
     ]
     return pl.DataFrame(lines, results.AUDIT, orient="row")
 
@@ -67,13 +66,12 @@ def yields(table: results.AuditTable) -> pl.DataFrame:
     lines = []
     for row in table.rows:
         for measure in table.measures:
-            value, *boot = row.means_M(measure).tolist()
+            value, low, high = results.measured(row.means_M(measure))
             null_P = row.null_P(measure)
             p = (1 + int((null_P >= value).sum())) / (1 + len(null_P))
             any_class = float(results.yields(row.highest_ap_B[:, None], measure)[0])
             null = (float(null_P.mean()), *results.quantiles(null_P, 0.025, 0.975))
-            low_high = results.share_interval(np.array(boot), value)
-            lines.append((row.scorer, row.n_prototypes, measure, value, *low_high, *null, p, any_class))
+            lines.append((row.scorer, row.n_prototypes, measure, value, low, high, *null, p, any_class))
     return pl.DataFrame(lines, results.AUDIT_YIELDS, orient="row")
 
 

@@ -16,6 +16,7 @@ import typing as tp
 
 import beartype
 import numpy as np
+import sklearn.metrics
 import sklearn.model_selection
 import sklearn.tree
 from jaxtyping import Bool, Float32, Float64, Int64, UInt8, jaxtyped
@@ -132,20 +133,28 @@ def grow(
     if (n_C > 0).sum() < 2 or not len(prototype_K):
         return _ended(n_C)
     least = max(1, min(MIN_LEAF, len(category_N) // 20))
-    tree = sklearn.tree.DecisionTreeClassifier(
-        max_depth=1, min_samples_leaf=least, class_weight="balanced", random_state=seed
-    )
+    x_NK, depth = np.ascontiguousarray(scores_KN.T), 1
+
+    def fitted(depth: int, rows: slice | np.ndarray = slice(None)) -> sklearn.tree.DecisionTreeClassifier:
+        tree = sklearn.tree.DecisionTreeClassifier(
+            max_depth=depth, min_samples_leaf=least, class_weight="balanced", random_state=seed
+        )
+        return tree.fit(x_NK[rows], category_N[rows])
+
     n_folds = min(N_FOLDS, int(np.sort(n_C)[-2]))  # folds may lack the rarer ones of several categories
-    x_NK = np.ascontiguousarray(scores_KN.T)
     if n_folds > 1 and max_depth > 1:
         folds = sklearn.model_selection.StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-        search = sklearn.model_selection.GridSearchCV(
-            tree, {"max_depth": list(range(1, max_depth + 1))}, scoring="balanced_accuracy", cv=folds
-        )
-        fitted = search.fit(x_NK, category_N).best_estimator_
-    else:
-        fitted = tree.fit(x_NK, category_N)
-    return _rounded(fitted.tree_, scores_KN, prototype_K, category_N, n_categories)
+        splits = list(folds.split(x_NK, category_N))
+        # by hand, because GridSearchCV resets the warning filters of all threads
+        score_DF = [
+            [
+                sklearn.metrics.balanced_accuracy_score(category_N[held], fitted(d, rows).predict(x_NK[held]))
+                for rows, held in splits
+            ]
+            for d in range(1, max_depth + 1)
+        ]
+        depth += int(np.mean(score_DF, axis=1).argmax())
+    return _rounded(fitted(depth).tree_, scores_KN, prototype_K, category_N, n_categories)
 
 
 def _ended(n_C: np.ndarray) -> Key:

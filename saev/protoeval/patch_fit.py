@@ -7,25 +7,21 @@ import collections.abc
 import dataclasses
 import logging
 import pathlib
-import time
 import typing as tp
-import zipfile
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int32, Int64
+from jaxtyping import Float32, Int32
 
 from saev import errors, helpers, scorers
-from saev.data import ordered
-from saev.formats import results
+from saev.data import passes
+from saev.formats import arrays, results
 from saev.protoeval import choose, config, fit, logistic, patch_join
 
 logger = logging.getLogger("saev")
 
 REVISION = 1
 """Increment it when the sums change: then older passes are not resumed."""
-SAVE_S = 60.0
-"""Seconds between saved sums."""
 TILE = 2**24
 """Scores that are computed at once."""
 N_IMGS = 64
@@ -34,19 +30,6 @@ N_LABELS = 2
 """Classes of each patch: its own, and that of another patch."""
 ARRAYS = [field.name for field in dataclasses.fields(logistic.Sums) if field.name != "n_labels"]
 """What is saved of sums."""
-
-
-class Choice(tp.NamedTuple):
-    """The prototypes of all classes, among the first K of a scorer."""
-
-    scorer: str
-    scorer_i: int
-    n_prototypes: int
-    best_C: Int64[np.ndarray, " C"]
-    w_C: Float64[np.ndarray, " C"]
-    b_C: Float64[np.ndarray, " C"]
-    """Weight and intercept of the regression."""
-    train_r_C: Float64[np.ndarray, " C"]
 
 
 class _Share(tp.NamedTuple):
@@ -137,25 +120,27 @@ def _sums(
     key = helpers.hash_of(
         [REVISION, digests, part, side.acts.fingerprint, labels.fingerprint, seed, N_IMGS, device.type]
     )
-    first, sums = _resume(fpath, key, len(part)) or (
-        0,
-        [logistic.Sums.empty(share.stop - share.start, 2 * C, N_LABELS) for share in part],
-    )
+    n_done, sums = 0, [logistic.Sums.empty(share.stop - share.start, 2 * C, N_LABELS) for share in part]
+    names = [(i, name) for i in range(len(part)) for name in ARRAYS]
+    saved = arrays.read_state(fpath, key, ["n_done", *(f"{i}.{name}" for i, name in names)])
+    if saved:
+        n_done = int(saved["n_done"])
+        own = ({name: saved[f"{i}.{name}"] for name in ARRAYS} for i in range(len(part)))
+        sums = [logistic.Sums(**each, n_labels=N_LABELS) for each in own]
+
+    def save(n: int) -> None:
+        state = {f"{i}.{name}": getattr(sums[i], name) for i, name in names}
+        arrays.write_state(fpath, key, {"n_done": np.array(n), **state})
+
     class_NX2 = _with_null(side.class_NX, C, seed)
-    stream = ordered.Ordered(side.acts, N_IMGS, [range(first, side.acts.n_imgs)])
-    saved_s = time.monotonic()
-    for block in helpers.progress(stream, "patches", len(stream), "blocks"):
-        class_X2 = class_NX2[first : first + len(block.image_i_N)].reshape(-1, 2)
+    for imgs, block in passes.resumed(side.acts, N_IMGS, n_done, save, "patches"):
+        class_X2 = class_NX2[imgs.start : imgs.stop].reshape(-1, 2)
         is_labelled_X = class_X2[:, 0] >= 0
         x_RD = torch.from_numpy(block.act_NXD).flatten(0, 1)[torch.from_numpy(is_labelled_X)].to(device)
         class_R2 = class_X2[is_labelled_X]
         for share, each in zip(part, sums, strict=True):
             for at, code_KR in codes(run[share.scorer_i], x_RD, slice(share.start, share.stop)):
                 each.add(code_KR, class_R2[at : at + code_KR.shape[1]])
-        first += len(block.image_i_N)
-        if time.monotonic() - saved_s >= SAVE_S or first == side.acts.n_imgs:
-            _save(fpath, key, first, sums)
-            saved_s = time.monotonic()
     return sums
 
 
@@ -180,34 +165,6 @@ def codes(
         yield at, code_RK.T.float().contiguous().cpu().numpy()
 
 
-def _save(fpath: pathlib.Path, key: str, first: int, sums: list[logistic.Sums]) -> None:
-    arrays = {f"{i}.{name}": getattr(each, name) for i, each in enumerate(sums) for name in ARRAYS}
-    fpath.parent.mkdir(parents=True, exist_ok=True)
-    with helpers.atomic(fpath) as tmp_fpath, tmp_fpath.open("wb") as fd:
-        np.savez(fd, allow_pickle=False, key=np.array(key), first=np.array(first), **arrays)
-
-
-def _resume(fpath: pathlib.Path, key: str, n: int) -> tuple[int, list[logistic.Sums]] | None:
-    """Reads the state of a killed pass: the number of its images, and the sums of n shares of prototypes.
-
-    None if there is no such file, or one of other inputs, or a damaged one (zip files have checksums).
-    """
-    try:
-        with fpath.open("rb") as fd, np.load(fd, allow_pickle=False) as found:
-            if found["key"].item() != key:
-                return None
-            sums = [
-                logistic.Sums(**{name: found[f"{i}.{name}"] for name in ARRAYS}, n_labels=N_LABELS)
-                for i in range(n)
-            ]
-            return int(found["first"]), sums
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
-        logger.warning("%s: cannot be read (%s); the pass begins again", fpath, errors.first_line(err))
-        return None
-
-
 # ---- the choice ----
 
 
@@ -218,7 +175,7 @@ def choose_all(
     cfg: config.ProtoEval,
     dpath: pathlib.Path,
     device: torch.device,
-) -> list[Choice]:
+) -> list[results.PatchChoice]:
     """Fits every class on every prototype of each scorer (`fit_all`), and chooses."""
     fits = fit_all(run, labels, cfg, dpath, device)
     return [choice for i, bank in enumerate(banks) for choice in choices(bank, i, fits[i], labels)]
@@ -226,7 +183,7 @@ def choose_all(
 
 def choices(
     bank: fit.Bank, scorer_i: int, fits: logistic.Fits, labels: patch_join.Labels
-) -> collections.abc.Iterator[Choice]:
+) -> collections.abc.Iterator[results.PatchChoice]:
     """For each K the prototypes with the lowest loss; for the largest one also on permuted labels."""
     C = len(labels.names)
     loss_KC = np.where(np.isnan(fits.loss_KC), np.inf, fits.loss_KC).round(choose.AP_DIGITS)
@@ -238,4 +195,4 @@ def choices(
             name = bank.name + results.PERMUTED * is_null
             r_C = 1 - fits.loss_KC[at] / fits.bias_loss_C[at[1]]
             found = (fits.w_KC[at], fits.b_KC[at], r_C)
-            yield Choice(name, scorer_i, n_prototypes, best_C, *found)
+            yield results.PatchChoice(name, scorer_i, n_prototypes, best_C, *found)

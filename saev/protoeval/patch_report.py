@@ -4,6 +4,7 @@ C classes, M: all test images, then resamples of them.
 """
 
 import collections.abc
+import itertools
 import pathlib
 
 import polars as pl
@@ -48,12 +49,9 @@ def summary(rows: collections.abc.Sequence[results.PatchRow]) -> pl.DataFrame:
     """The frame of patches.csv."""
     lines = []
     for row in rows:
-        line = [row.scorer, row.n_prototypes, int((row.ap_CM[:, 0] >= 0).sum())]
-        for name in results.PATCH_MEASURES:
-            means_M = row.means_M(name)
-            interval = results.interval if name == "probe_r" else results.share_interval
-            line += [float(means_M[0]), *interval(means_M[1:], float(means_M[0]))]
-        lines.append(tuple(line))
+        n_classes = int((row.ap_CM[:, 0] >= 0).sum())
+        found = (results.measured(row.means_M(name), name != "probe_r") for name in results.PATCH_MEASURES)
+        lines.append((row.scorer, row.n_prototypes, n_classes, *itertools.chain(*found)))
     return pl.DataFrame(lines, results.PATCHES, orient="row")
 
 
@@ -89,9 +87,9 @@ def differences(
         base = max(smaller, key=lambda base: base.n_prototypes)
         for name in measures:
             gap_M = row.means_M(name) - base.means_M(name)
-            low, high = results.interval(gap_M[1:], float(gap_M[0]))
-            line = (row.scorer, row.n_prototypes, base.scorer, base.n_prototypes, name, float(gap_M[0]), low)
-            lines.append((*line, high, low > 0 or high < 0))
+            value, low, high = results.measured(gap_M, is_share=False)
+            line = (row.scorer, row.n_prototypes, base.scorer, base.n_prototypes, name, value, low, high)
+            lines.append((*line, low > 0 or high < 0))
     return pl.DataFrame(lines, results.PATCH_DIFFERENCES, orient="row")
 
 

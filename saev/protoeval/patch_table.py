@@ -60,7 +60,7 @@ class Patches(tp.NamedTuple):
 
 
 def _measure(
-    choices: list[patch_fit.Choice],
+    choices: list[results.PatchChoice],
     run: list[scorers.Scorer],
     labels: patch_join.Labels,
     cfg: config.ProtoEval,
@@ -210,24 +210,14 @@ def _of_pairs(
     return [_Measured(*each) for each in zip(r_TM, found.ap_TM, found.purity_TM, strict=True)]
 
 
-def _row(choice: patch_fit.Choice, measured: list[_Measured | None]) -> results.PatchRow:
+def _row(choice: results.PatchChoice, measured: list[_Measured | None]) -> results.PatchRow:
     """NaN for classes that are not measured."""
     some = next(each for each in measured if each)
     nothing = _Measured(*(np.full_like(some.r_M, np.nan) for _ in range(3)))
     r_CM, ap_CM, purity_CM = (
         np.stack(x_M) for x_M in zip(*(each or nothing for each in measured), strict=True)
     )
-    return results.PatchRow(
-        choice.scorer,
-        choice.n_prototypes,
-        choice.best_C,
-        choice.w_C,
-        choice.b_C,
-        choice.train_r_C,
-        r_CM,
-        ap_CM,
-        purity_CM,
-    )
+    return results.PatchRow(**vars(choice), r_CM=r_CM, ap_CM=ap_CM, purity_CM=purity_CM)
 
 
 def _constant(patches: Patches, is_used_C: Bool[np.ndarray, " C"]) -> results.PatchRow:
@@ -241,5 +231,5 @@ def _constant(patches: Patches, is_used_C: Bool[np.ndarray, " C"]) -> results.Pa
         code_TN = np.zeros((len(class_T), len(patches.class_N)), np.float32)
         measured = _of_pairs(code_TN, zero_C[class_T], b_C[class_T], class_T, patches)
         found |= dict(zip(class_T.tolist(), measured, strict=True))
-    choice = patch_fit.Choice(results.CONSTANT, 0, 1, np.zeros(C, np.int64), zero_C, b_C, zero_C)
+    choice = results.PatchChoice(results.CONSTANT, 0, 1, np.zeros(C, np.int64), zero_C, b_C, zero_C)
     return _row(choice, [found.get(c) for c in range(C)])

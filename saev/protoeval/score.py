@@ -12,41 +12,27 @@ import itertools
 import logging
 import os
 import pathlib
-import time
-import typing as tp
 
 import beartype
-import msgspec
 import numpy as np
 import torch
 import xxhash
 from jaxtyping import Bool, Float32, Int64, jaxtyped
 
 from saev import devices, errors, helpers, scorers
-from saev.data import activations, ordered
+from saev.data import activations, ordered, passes
 from saev.data.traits import base
-from saev.formats import jsonfile
+from saev.formats import arrays
 from saev.protoeval import fit, join
 from saev.protoeval.experiment import Experiment
 
 logger = logging.getLogger("saev")
 
-SAVE_S = 30.0
-"""Seconds between saved progress notes."""
 MAX_BLOCK = 256
 CHECKED = 2**24
 """Scores that are read at a time to compare checksums."""
-
-Block = tuple[tp.Annotated[int, msgspec.Meta(ge=0, le=2**31)], str]
-"""(number of images in a block, checksum of their scores and pooled activations)."""
-
-
-class Note(msgspec.Struct):
-    """done.json: the progress of a pass."""
-
-    of: str
-    """Hash of scorers, activations and images."""
-    blocks: list[Block]
+SUMS = "checksum_B"
+"""Array of done.npz: the checksums of the blocks that are scored, for a pass that goes on."""
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -154,7 +140,7 @@ def score_images(
     n_prototypes = sum(s.n_prototypes for s in run)
     dpath.mkdir(parents=True, exist_ok=True)
     helpers.sweep(dpath)
-    done_fpath = dpath / "done.json"
+    done_fpath = dpath / "done.npz"
     column_of = np.full(acts.n_all, -1, np.int64)
     column_of[image_i_N] = np.arange(len(image_i_N))
     image_bytes = 4 * (5 * acts.n_per_img * acts.d_vit + 2 * n_prototypes)
@@ -163,31 +149,29 @@ def score_images(
     key = helpers.hash_of([[s.digest() for s in run], acts.fingerprint, image_is, n_imgs, device.type])
     pooled = (len(image_i_N), acts.d_vit)
     shapes = {"scores.bin": (n_prototypes, len(image_i_N)), "means.bin": pooled, "maxima.bin": pooled}
-    columns_N = column_of[acts.image_is_N]
-    blocks = _done(done_fpath, key, shapes, columns_N)
-    first = sum(n for n, _ in blocks)
-    scores_KN, mean_ND, max_ND = (_mapped(dpath / name, shape) for name, shape in shapes.items())
-    stream = ordered.Ordered(acts, n_imgs, [range(first, acts.n_imgs)])
-    saved_s = time.monotonic()
-    for block in helpers.progress(stream, "score", len(stream), "blocks"):
+    parts = np.split(column_of[acts.image_is_N], range(n_imgs, acts.n_imgs, n_imgs))
+    sums = _done(done_fpath, key, shapes, parts)
+    n_done = sum(map(len, parts[: len(sums)]))
+    mapped = scores_KN, mean_ND, max_ND = [_mapped(dpath / name, shape) for name, shape in shapes.items()]
+
+    def save(_: int) -> None:
+        for array in mapped:
+            array.flush()
+        arrays.write_state(done_fpath, key, {SUMS: np.array(sums)})
+
+    for _, block in passes.resumed(acts, n_imgs, n_done, save, "score"):
         column_B = column_of[block.image_i_N]
         wanted_B = column_B >= 0
         best_KB, mean_BD, max_BD = scores_KN[:, :0], mean_ND[:0], max_ND[:0]
         if wanted_B.any():
-            acts_BPD, pooled_2BD = _images(block, stream.kept(block), wanted_B, device)
+            acts_BPD, pooled_2BD = _images(block, acts.kept(block.image_i_N), wanted_B, device)
             best_BK = torch.cat([s.of_images(acts_BPD) for s in run], dim=1)
             _check_finite(best_BK, [acts.records[int(i)].path for i in block.image_i_N[wanted_B]])
             best_KB = best_BK.T.contiguous().cpu().numpy()
             mean_BD, max_BD = pooled_2BD.cpu().numpy()
             column_N = column_B[wanted_B]
             scores_KN[:, column_N], mean_ND[column_N], max_ND[column_N] = best_KB, mean_BD, max_BD
-        blocks.append((len(block.image_i_N), _checksums(best_KB, [mean_BD, max_BD], [slice(None)])[0]))
-        first += len(block.image_i_N)
-        if time.monotonic() - saved_s >= SAVE_S or first == acts.n_imgs:
-            for array in (scores_KN, mean_ND, max_ND):
-                array.flush()
-            helpers.write_text(done_fpath, jsonfile.dumps(Note(key, blocks)))
-            saved_s = time.monotonic()
+        sums += _checksums(best_KB, [mean_BD, max_BD], [slice(None)])
     return Scores(scores_KN, mean_ND, max_ND, image_i_N)
 
 
@@ -211,44 +195,35 @@ def _images(
 
 
 def _done(
-    done_fpath: pathlib.Path, key: str, shapes: dict[str, tuple[int, int]], columns_N: np.ndarray
-) -> list[Block]:
-    """The blocks that a killed pass has scored, up to the first that is not as it was written.
+    done_fpath: pathlib.Path, key: str, shapes: dict[str, tuple[int, int]], parts: list[np.ndarray]
+) -> list[str]:
+    """The checksums of the blocks that a killed pass has scored, up to the first that is not as it was
+    written.
 
     Empty if the files are not whole, or of other scorers or images.
+
+    Args:
+        parts: the columns of each block's images; -1: not scored.
     """
     fpaths = [done_fpath.parent / name for name in shapes]
-    try:
-        note = jsonfile.read(done_fpath, Note, "It is scored again.")
-        sizes = [fpath.stat().st_size for fpath in fpaths]
-        if note.of != key or sizes != [4 * a * b for a, b in shapes.values()]:
-            note = None
-    except FileNotFoundError:
-        note = None
-    except (OSError, errors.UserError) as err:
-        logger.warning("%s", errors.first_line(err))
-        note = None
-    if note is None:
-        for fpath in (done_fpath, *fpaths):  # the note first
+    found = arrays.read_state(done_fpath, key, [SUMS])
+    sizes = [fpath.stat().st_size if fpath.exists() else -1 for fpath in fpaths]
+    if found is None or sizes != [4 * a * b for a, b in shapes.values()]:
+        for fpath in (done_fpath, *fpaths):  # the checksums first
             fpath.unlink(missing_ok=True)
         return []
-    starts = np.cumsum([0, *(n for n, _ in note.blocks)])
-    parts = [columns_N[a:b] for a, b in itertools.pairwise(starts.tolist())]
+    want = found[SUMS].tolist()
     scores_KN, *pooled = map(_mapped, fpaths, shapes.values())
-    found = _checksums(scores_KN, pooled, [part[part >= 0] for part in parts])
-    is_good = [
-        len(part) == n and one == checksum
-        for part, (n, checksum), one in zip(parts, note.blocks, found, strict=True)
-    ]
-    n_good = (*is_good, False).index(False)
-    if n_good < len(is_good):
+    got = _checksums(scores_KN, pooled, [part[part >= 0] for part in parts[: len(want)]])
+    n_good = (*(a == b for a, b in zip(want, got, strict=True)), False).index(False)
+    if n_good < len(want):
         logger.warning(
             "%s: its scores are not those that were written (checksum); "
             "all but the first %d images are scored again",
             done_fpath.parent,
-            starts[n_good],
+            sum(map(len, parts[:n_good])),
         )
-    return note.blocks[:n_good]
+    return want[:n_good]
 
 
 def _checksums(

@@ -17,7 +17,7 @@ from torch import Tensor
 from saev import devices, errors, helpers, nn
 from saev.data import activations, shuffled
 from saev.data import config as data_config
-from saev.formats import jsonfile, metricslog
+from saev.formats import arrays, jsonfile, metricslog
 from saev.nn import metrics, robust
 from saev.training import config, memory, peek
 
@@ -65,9 +65,7 @@ def ensure(dpath: pathlib.Path, cfg: config.Train, acts: activations.Activations
     batches = helpers.progress(batches, f"evaluate {dpath.name}", n_batches, "batches")
     for i, batch in zip(range(n_batches), batches, strict=False):
         sums.add(batch.act_BD[: n - i * batch_size].to(device).float())
-    arrays = sums.latents()
-    with helpers.atomic(dpath / "latents.npz") as tmp_fpath, tmp_fpath.open("wb") as fd:
-        np.savez(fd, allow_pickle=False, **arrays)
+    arrays.write(dpath / "latents.npz", sums.latents())
     found = {**_asked(cfg), **sums.metrics(), "grad_norm": _last_grad_norm(dpath)}
     helpers.write_text(dpath / "metrics.json", jsonfile.seal(found))
 

@@ -240,17 +240,18 @@ QUICK, ALL = Size(), Size(2000, 10_000, 25)
 
 def run(root: pathlib.Path, size: Size = QUICK, seed: int = 0) -> Tally:
     """Builds the chain in `root` and runs all campaigns, without log lines."""
+    from saev.data import passes
     from saev.protoeval import score
 
     logger = logging.getLogger("saev")
-    before = logger.level, score.SAVE_S, score.MAX_BLOCK
+    before = logger.level, passes.SAVE_S, score.MAX_BLOCK
     logger.setLevel(logging.CRITICAL)
-    score.SAVE_S, score.MAX_BLOCK = 0.0, 8  # so that a small pass can be interrupted
+    passes.SAVE_S, score.MAX_BLOCK = 0.0, 8  # so that a small pass can be interrupted
     try:
         return _run(root, size, seed)
     finally:
         logger.setLevel(before[0])
-        score.SAVE_S, score.MAX_BLOCK = before[1:]
+        passes.SAVE_S, score.MAX_BLOCK = before[1:]
 
 
 def _run(root: pathlib.Path, size: Size, seed: int) -> Tally:
