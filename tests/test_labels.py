@@ -1,4 +1,4 @@
-"""Labels of patches: mini-CUB's part masks are the oracle. P patches, H x W pixels, N images."""
+"""Patch labels: mini-CUB's part masks are the oracle. P patches, H x W pixels, N images."""
 
 import dataclasses
 import json

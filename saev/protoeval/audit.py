@@ -1,4 +1,4 @@
-"""Proposes prototypes by image labels and audits them on labels of patches (docs/audit.md).
+"""Proposes prototypes by image labels and audits them on patch labels (docs/audit.md).
 
 A ranking by the image labels of the train images proposes the first B prototypes. Each gets the class of
 patches that it finds best on the train images, and is measured for this class on the test images.

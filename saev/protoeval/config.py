@@ -24,7 +24,7 @@ class ProtoEval:
     cub_root: fields.Path = fields.shared("")
     """The CUB_200_2011 folder. Short for labels:cub --labels.root."""
     labels: traits_config.Labels = fields.neither(traits_config.Cub)
-    """What traits images have: CUB's attributes, class folders, a table, or labels of patches. A sweep may
+    """What traits images have: CUB's attributes, class folders, a table, or patch labels. A sweep may
     have several, which share one pass over the activations."""
     train_data: data_config.Shards = fields.shared(data_config.Shards)
     """Activations with the train images. They may include the test images; other images need --force."""
@@ -68,7 +68,7 @@ class ProtoEval:
     the patch table as well: which prototype says best where each class of patches is."""
     audit: tuple[int, ...] = fields.stream(())
     """With --patch-labels: rank prototypes by an L1-logistic model of the image labels, and audit the first B
-    on the labels of patches. Numbers B, such as 10 25 50 100 (docs/audit.md)."""
+    on the patch labels. Numbers B, such as 10 25 50 100 (docs/audit.md)."""
     report: fields.Path = fields.neither("")
     """Join all results below this folder into one report, without evaluating anything."""
     plot: fields.Path = fields.neither("")
@@ -126,7 +126,7 @@ class ProtoEval:
     def _check_audit(self) -> None:
         if self.audit and not self.patch_labels:
             raise errors.UserError(
-                "--audit: needs labels of patches. Pass --patch-labels with the labels.bin that "
+                "--audit: needs patch labels. Pass --patch-labels with the labels.bin that "
                 "`python -m saev.labels` printed."
             )
         masks = self.source

@@ -103,7 +103,7 @@ class Masks(Split):
     """An image has a trait if patches of it have that class, by labels that python -m saev.labels made."""
 
     label_name: str = ""
-    """Name of the labels of patches (--name of python -m saev.labels)."""
+    """Name of the patch labels (--name of python -m saev.labels)."""
     parts: tuple[str, ...] = ()
     """Classes to use as traits. Default: all but `background` that some images have, but not all."""
     min_patches: int = 1
