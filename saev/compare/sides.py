@@ -280,8 +280,8 @@ def _per_patch(
         if one.resize != two.resize:
             found += f", --resize {one.resize} and {two.resize}"
         raise errors.UserError(
-            f"--per patch: {one.given} and {two.given} have other grids over the image, or "
-            f"unknown ones ({found}). Pass --per image."
+            f"--per patch: {one.given} and {two.given} have different or "
+            f"unknown grids of patches ({found}). Pass --per image."
         )
     return cfg.per != "image" and is_same and is_known
 

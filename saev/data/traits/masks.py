@@ -76,7 +76,7 @@ def _chosen(cfg: config.Masks, names: list[str], labels_NT: np.ndarray, where: s
         if not says[names.index(part)]:
             many = "all images have" if labels_NT[:, names.index(part)].any() else "no image has"
             raise errors.UserError(
-                f"--labels.parts {part}: {many} it, so it says nothing. Leave it out, or change "
+                f"--labels.parts {part}: {many} it, so it does not vary. Leave it out, or change "
                 "--labels.min-patches."
             )
     if cfg.parts:
@@ -86,5 +86,5 @@ def _chosen(cfg: config.Masks, names: list[str], labels_NT: np.ndarray, where: s
         raise errors.UserError(f"{where}: all images have the same parts. Change --labels.min-patches.")
     dull = [name for name, does in zip(names, says, strict=True) if not does and name != BACKGROUND]
     if dull:
-        logger.info("no traits, because all images or none have them: %s", ", ".join(dull))
+        logger.info("left out as traits, because all images or none have them: %s", ", ".join(dull))
     return [t for t, does in enumerate(says) if does]
