@@ -684,7 +684,7 @@ def test_a_job_that_also_does_other_work_is_named_and_left(
     note(tmp_path, batch(monkeypatch, tmp_path, [[1, 2]]), 7)
     squeue_says(monkeypatch, {"7_0": queue.Queued("RUNNING")})
     assert found(batch(monkeypatch, tmp_path, [[1]])) == [("", 1)]
-    assert "do some of this together with other work: 7_0. New jobs wait" in caplog.text
+    assert "do part of this, along with other work: 7_0. New jobs wait" in caplog.text
 
 
 def test_retry_failed_looks_at_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:

@@ -340,7 +340,7 @@ def test_bad_input_is_one_line(cfg: config.ProtoEval, root: pathlib.Path) -> Non
     id_NP, _ = draw()
     frequent_NP = np.where(id_NP > 1, 1, id_NP)  # background and wings, which are more than 30%
     patchlabels.write(shard_dir, "frequent", frequent_NP[::-1], CLASSES, {})
-    with pytest.raises(errors.UserError, match=r"no class of labels-frequent\.bin can be audited. Needed"):
+    with pytest.raises(errors.UserError, match=r"no class of labels-frequent\.bin can be audited: each is"):
         run.main([dataclasses.replace(cfg, patch_labels="labels-frequent.bin")])
     assert not list(root.glob("**/scores.bin"))  # nothing was scored
 

@@ -185,7 +185,7 @@ BAD_GROUPS = {
     'x = ["a", "dog"]': r"g.toml: x has 'dog', but no class has that name. The classes are a, b, c\.",
     'x = ["*"]': r"g.toml: x has all classes, so it does not vary",
     "x = 3": r"g.toml: x is not a list of class names; write lines such as",
-    "x = []": r"g.toml: x is no list",
+    "x = []": r"g.toml: x is not a list",
     "": r"g.toml: has no groups; write lines",
     "x = [": r"g.toml: not valid TOML",
 }
