@@ -158,7 +158,8 @@ def _checkpoints(run: str) -> list[pathlib.Path]:
     found = [path / "sae.pt"] if (path / "sae.pt").is_file() else sorted(path.glob("*/sae.pt"))
     if not found:
         raise errors.UserError(
-            f"--runs {run}: no checkpoint, run directory or folder of finished runs (*/sae.pt). Train first."
+            f"--runs {run}: no checkpoint, run directory or folder of finished runs (*/sae.pt). Pass the "
+            "--ckpt-to of train.py."
         )
     return found
 
