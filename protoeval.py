@@ -1,4 +1,4 @@
-"""Evaluate prototypes against CUB-200-2011's attributes. See README.md."""
+"""Measure how well prototypes detect traits of images. See README.md."""
 
 from saev import commands
 

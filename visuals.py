@@ -1,4 +1,4 @@
-"""Show the images that fire each latent most. See README.md."""
+"""Make a gallery of what each latent fires on. See README.md."""
 
 from saev import commands
 

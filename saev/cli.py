@@ -26,6 +26,14 @@ MOST_DIGITS = 30
 """Most digits of an integer. The bounds of all fields are far below."""
 WIDTHS = (60, 160)
 """Least and most columns of the help. In narrower terminals tyro never returns."""
+PLAINER = (
+    (r" \(applied to [^)]*\)", ""),
+    (r"\s*Arguments are applied to the directly preceding subcommand.*", ""),
+    (r"no type matching (.+?) could be instantiated from \['?(.*?)'?\].*", r"'\2' is not \1"),
+    (r"could not convert string to float: (.*)", r"\1 is not a number"),
+    (r"\{None\}\|", "None or "),
+)
+"""(pattern, replacement) for tyro's errors."""
 
 
 def whole_number(text: str) -> int:
@@ -140,14 +148,16 @@ def _one_line(box: str) -> str:
     rulers = (line and not line.strip("─-") for line in lines)
     joined = " ".join("\n" if is_ruler else line for line, is_ruler in zip(lines, rulers, strict=True))
     first, *others = filter(None, map(str.strip, joined.split("\n")))
+    for pattern, plain in PLAINER:
+        first = re.sub(pattern, plain, first)
     hint = ""
     for section in others:
         if section.startswith("Available subcommands") and "--" not in first:
             hint = f" {section}."
         elif section.startswith("Perhaps you meant"):
-            flags = dict.fromkeys(re.findall(r"--[\w.-]+(?= )", section))
+            flags = dict.fromkeys(re.findall(r"--(?!help)[\w.-]+(?= )", section))
             owners = dict.fromkeys(re.findall(r"in \S+ (\S+:\S+) --help", section))
-            hint = f" Perhaps you meant {' or '.join([*flags][:3])}."
+            hint = f" Perhaps you meant {' or '.join([*flags][:3])}." if flags else ""
             if any(flag in first.split() for flag in flags) and owners:
                 hint = f" It belongs to {' or '.join(owners)}."
     return f"{first.rstrip('.')}.{hint} See --help."

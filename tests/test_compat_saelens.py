@@ -155,7 +155,7 @@ def test_codes_that_are_rescaled_by_decoder_norms(tmp_path: pathlib.Path) -> Non
         ),
         (
             {"architecture": "topk", "k": 4, "activation_fn": "topk", "activation_fn_kwargs": {"k": 3}},
-            "k is 4 and 3",
+            "k is 4, but 3 in activation_fn_kwargs",
         ),
         ({"finetuning_scaling_factor": True}, "tensor scaling_factor is missing"),
         ({"metadata": 3}, "metadata is not a JSON object"),

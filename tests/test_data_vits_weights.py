@@ -195,7 +195,7 @@ def test_torchscript_archives_give_their_tensors(state: State, tmp_path: pathlib
         (b"", "the file is empty"),
         (b"<!DOCTYPE html><html><body>404", "is a web page, not weights"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a git-lfs pointer.*lfs pull"),
-        (b'{"weight_map": {}}', "is JSON text, not weights. Pass the .safetensors"),
+        (b'{"weight_map": {}}', "begins with JSON text, not weights. Pass a .safetensors"),
         (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
         (b"nothing at all", "cannot be read as weights"),
         (bytes(100), "cannot be read as weights"),

@@ -19,6 +19,7 @@ from saev import errors
 from saev.data import config as data_config
 from saev.data import cub
 from saev.demo import config as demo_config
+from saev.demo import steps
 from saev.protoeval import config, run
 from saev.scorers import config as scorers_config
 
@@ -169,3 +170,14 @@ def test_labels_shifted_by_one_image_drop_every_scorer_to_the_constant_row(
 def test_a_demo_without_enough_images_is_refused() -> None:
     with pytest.raises(errors.UserError, match="--n-imgs 10: must be at least 40."):
         demo_config.Demo(n_imgs=10)
+
+
+def test_commands_are_named_as_they_can_be_called(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert steps.DUMP.typed == "uv run python -m saev.data" and steps.SHOW.typed == "uv run visuals.py"
+    monkeypatch.chdir(tmp_path)  # outside a clone
+    of_all = (steps.DUMP, steps.LABEL, steps.TRAIN, steps.SHOW, steps.EVALUATE)
+    names = ["saev data", "saev labels", "saev train", "saev visuals", "saev protoeval"]
+    assert [step.typed for step in of_all] == names

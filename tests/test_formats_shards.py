@@ -192,7 +192,7 @@ def test_parent_directory_names_what_is_in_it(make_shards) -> None:
 
 
 def test_empty_directory(tmp_path: pathlib.Path) -> None:
-    refuses(tmp_path, "not a shard directory.*Dump it first")
+    refuses(tmp_path, "not a shard directory.*Pass the directory that `python -m saev.data` printed")
 
 
 @pytest.mark.parametrize("protocol", ["0.9", "1", "3.0", 2.1, None])

@@ -1,4 +1,4 @@
-"""Labels of patches: mini-CUB's part masks are the oracle. P patches, H x W pixels, N images."""
+"""Patch labels: mini-CUB's part masks are the oracle. P patches, H x W pixels, N images."""
 
 import dataclasses
 import json
@@ -391,7 +391,7 @@ def annotation(segmentation: object, category: int = 1) -> dict[str, object]:
     [
         (annotation([[0, 0, 1, 1]]), "has a polygon of 4 numbers"),
         (annotation({"size": [4, 4], "counts": [3]}), "run lengths that do not fill the image"),
-        (annotation({"size": [4, 4], "counts": "PPYo0"}), "has compressed run lengths, which are not read"),
+        (annotation({"size": [4, 4], "counts": "PPYo0"}), "has compressed run lengths. Write polygons"),
         (annotation([[0, 0, 1, 0, 1, 1]], 2), "has category 2, which `categories` does not name"),
         ({"images": []}, re.escape("class0/0000.jpg in `images` of ")),
         (

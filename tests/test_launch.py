@@ -454,7 +454,7 @@ def test_states_of_jobs(tmp_path: pathlib.Path) -> None:
     assert watch.count(jobs, outcomes, rows) == {
         "done": 1,
         "failed": 1,
-        "not submitted yet (Slurm takes no more)": 1,
+        "not submitted yet (Slurm accepts no more)": 1,
         "pending (Priority)": 1,
         "requeued (BeginTime)": 1,
         "running": 1,
@@ -490,7 +490,7 @@ def test_a_job_that_never_begins_is_not_queued_again_for_ever() -> None:
     done = subprocess.run(
         [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "the time limit is shorter than the start of the job. Raise --n-hours\n-3 True\n"
+    assert done.stdout == "the time limit is shorter than the job's start-up. Raise --n-hours\n-3 True\n"
 
 
 # ---- why a job ended ----
@@ -684,7 +684,7 @@ def test_a_job_that_also_does_other_work_is_named_and_left(
     note(tmp_path, batch(monkeypatch, tmp_path, [[1, 2]]), 7)
     squeue_says(monkeypatch, {"7_0": queue.Queued("RUNNING")})
     assert found(batch(monkeypatch, tmp_path, [[1]])) == [("", 1)]
-    assert "do some of this together with other work: 7_0. New jobs wait" in caplog.text
+    assert "do part of this, along with other work: 7_0. New jobs wait" in caplog.text
 
 
 def test_retry_failed_looks_at_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:

@@ -47,7 +47,7 @@ def draw() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Shards with labels of patches, in reverse order; a table of traits; an SAE whose latents are dimensions."""
+    """Shards with patch labels, in reverse order; a table of traits; an SAE whose latents are dimensions."""
     root = tmp_path_factory.mktemp("audit")
     id_NP, acts_NPD = draw()
     metadata = shards.Metadata("timm", "planted", (3,), P, False, D, N, 7 * P, {"__class__": "ImageFolder"})
@@ -323,14 +323,14 @@ def test_a_killed_audit_goes_on(
 def test_bad_input_is_one_line(cfg: config.ProtoEval, root: pathlib.Path) -> None:
     masks = traits_config.Masks()
     for change, message in [
-        ({"patch_labels": ""}, "--audit: needs labels of patches. Pass --patch-labels"),
+        ({"patch_labels": ""}, "--audit: needs patch labels. Pass --patch-labels"),
         ({"audit": (0, 10)}, "--audit 0: must be at least 1"),
         ({"labels": masks}, r"--patch-labels labels\.bin also gives the image labels \(labels:masks\)"),
     ]:
         with pytest.raises(errors.UserError, match=message):
             dataclasses.replace(cfg, **change)
     named = dataclasses.replace(cfg, labels=traits_config.Masks(label_name="other"))
-    assert named.audit == cfg.audit  # other labels of patches may rank
+    assert named.audit == cfg.audit  # other patch labels may rank
     with pytest.raises(errors.UserError, match="--audit 25: Sae run has 24 prototypes. Pass smaller numbers"):
         run.main([dataclasses.replace(cfg, audit=(10, 25))])
     kmeans = dataclasses.replace(cfg, scorer=scorers_config.KMeans(n_samples=100), n_prototypes=(3, 6))
@@ -340,7 +340,7 @@ def test_bad_input_is_one_line(cfg: config.ProtoEval, root: pathlib.Path) -> Non
     id_NP, _ = draw()
     frequent_NP = np.where(id_NP > 1, 1, id_NP)  # background and wings, which are more than 30%
     patchlabels.write(shard_dir, "frequent", frequent_NP[::-1], CLASSES, {})
-    with pytest.raises(errors.UserError, match=r"no class of labels-frequent\.bin can be audited. Needed"):
+    with pytest.raises(errors.UserError, match=r"no class of labels-frequent\.bin can be audited: each is"):
         run.main([dataclasses.replace(cfg, patch_labels="labels-frequent.bin")])
     assert not list(root.glob("**/scores.bin"))  # nothing was scored
 

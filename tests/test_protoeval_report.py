@@ -590,7 +590,7 @@ def test_spread_over_seeds(rows: list[results.Row], about: results.About, tmp_pa
         assert [int(x["n_seeds"]) for x in csv.DictReader(fd)] == [2, 3, 3]
 
 
-# ---- labels of patches ----
+# ---- patch labels ----
 
 
 def patch_table(*scorers: tuple[str, float]) -> results.PatchTable:
@@ -624,7 +624,7 @@ def audit_table(budgets: list[int], *scorers: tuple[str, int]) -> results.AuditT
 def test_patch_tables_and_audits_are_joined(
     rows: list[results.Row], about: results.About, tmp_path: pathlib.Path
 ) -> None:
-    """Two layers with the same labels of patches, of which one has an audit; another without labels; another with
+    """Two layers with the same patch labels, of which one has an audit; another without labels; another with
     other ones and other numbers of audited prototypes; a newer one of layer 11."""
     a, b, audit = "a" * 64, "b" * 64, audit_table([2, 4], ("constant", 0), ("Random", 1), ("Sae_1", 2))
 
@@ -685,10 +685,10 @@ def test_patch_tables_and_audits_are_joined(
         in text
     )
     assert "| clip x | 23 | Sae_1 | 8 | Random | 8 | Yield(4) | +0.250 |" in text
-    first, second = re.findall(r"Labels of patches .*?(?=\n\n[^|])", text, re.DOTALL)
-    assert first.startswith("Labels of patches aaaaaaaa:\n\n| ViT | Layer | Scorer | Prototypes | Probe R |")
+    first, second = re.findall(r"Patch labels .*?(?=\n\n[^|])", text, re.DOTALL)
+    assert first.startswith("Patch labels aaaaaaaa:\n\n| ViT | Layer | Scorer | Prototypes | Probe R |")
     assert "| clip x | 11 | Sae_1 | 8 | " in first and "| clip x | 23 | Random | 8 | " in first
-    assert second.startswith("Labels of patches bbbbbbbb:") and second.count("| clip x |") == 1
+    assert second.startswith("Patch labels bbbbbbbb:") and second.count("| clip x |") == 1
     assert "| ViT | Layer | Scorer | Prototypes | Yield(2) | Yield(4) | Area |" in text
     assert "| clip x | 23 | Random | 8 | 1.000 " in text.partition("| Yield(3) | Area |")[2]
     assert {f.name for f in out.glob("yields*.png")} == {"yields-aaaaaaaa.png", "yields-bbbbbbbb.png"}
@@ -701,7 +701,7 @@ def test_patch_tables_and_audits_are_joined(
     for name in ("old", "11", "23", "other"):
         shutil.rmtree(tmp_path / name)
     text = (merge.write(tmp_path) / "table.md").read_text()
-    assert "Labels of patches" not in text
+    assert "Patch labels" not in text
     assert not [f for name in ("patch", "audit", "yields") for f in out.glob(f"{name}*")]
 
 

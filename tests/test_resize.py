@@ -659,7 +659,7 @@ def test_other_modes_are_not_compared_per_patch(make_shards, tmp_path: pathlib.P
             dump_to=str(tmp_path / "out"), per="patch", device="cpu",
         )  # fmt: skip
         with pytest.raises(
-            errors.UserError, match=r"--per patch: .* have other grids .*16 and 16 patches.*Pass --per image"
+            errors.UserError, match=r"--per patch: .* have different .*16 and 16 patches.*Pass --per image"
         ):
             compare_run.main(cfg)
         compare_run.main(dataclasses.replace(cfg, per="image"))

@@ -151,9 +151,7 @@ def test_a_warning_before_the_stage_begins(
     assert outcome.get() == 9 and queue_says(job_id, "RestartCnt") == 1
     monkeypatch.setenv("N_WARNINGS", "9")
     (outcome,) = launch.run("tasks:square", [4], slurm, "saev-test")
-    assert (
-        " failed: the time limit is shorter than the start of the job. Raise --n-hours. Its" in outcome.error
-    )
+    assert " failed: the time limit is shorter than the job's start-up. Raise --n-hours. Its" in outcome.error
     assert queue_says(max(submitted(slurm), key=int), "RestartCnt") == 3
 
 

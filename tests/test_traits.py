@@ -182,10 +182,10 @@ def test_groups_are_unions_of_classes(tmp_path: pathlib.Path) -> None:
 
 
 BAD_GROUPS = {
-    'x = ["a", "dog"]': r"g.toml: x has 'dog', but no class is so named. The classes are a, b, c\.",
-    'x = ["*"]': r"g.toml: x has all classes, so it says nothing",
-    "x = 3": r"g.toml: x is no list of class names; write lines such as",
-    "x = []": r"g.toml: x is no list",
+    'x = ["a", "dog"]': r"g.toml: x has 'dog', but no class has that name. The classes are a, b, c\.",
+    'x = ["*"]': r"g.toml: x has all classes, so it does not vary",
+    "x = 3": r"g.toml: x is not a list of class names; write lines such as",
+    "x = []": r"g.toml: x is not a list",
     "": r"g.toml: has no groups; write lines",
     "x = [": r"g.toml: not valid TOML",
 }
@@ -315,11 +315,15 @@ BAD_TABLES: dict[str, tuple[Change, str, str]] = {
     "one value": (
         {"numeric": ("z=2",)},
         "",
-        r"t.csv: the trait 'z::at least 2' says nothing: every labelled .* has",
+        r"t.csv: the trait 'z::at least 2' does not vary: every labelled .* has",
     ),
-    "never": ({"numeric": ("z=9",)}, "", r"the trait 'z::at least 9' says nothing: no labelled image has it"),
-    "no label": ({"binary": ("x", "e")}, "EMPTY", r"the trait 'e' says nothing: no labelled image has it"),
-    "twice": ({"binary": ("x", "x")}, "", r"t.csv: the trait 'x' is there twice"),
+    "never": (
+        {"numeric": ("z=9",)},
+        "",
+        r"the trait 'z::at least 9' does not vary: no labelled image has it",
+    ),
+    "no label": ({"binary": ("x", "e")}, "EMPTY", r"the trait 'e' does not vary: no labelled image has it"),
+    "twice": ({"binary": ("x", "x")}, "", r"t.csv: the trait 'x' is given twice"),
     "no split": ({"split": "file"}, "a/7.jpg,0,2,\n", r"t.csv: row 6 \(a/7.jpg\) has no 'split'"),
     "one split": (
         {"split": "file", "split_names": ("train", "val")},

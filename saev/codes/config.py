@@ -22,13 +22,13 @@ class Codes:
     data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
     """The activations to encode."""
     dump_to: fields.Path = "codes"
-    """Folder for folders of codes. The name of each is a hash of scorer, activations and flags."""
+    """Folder in which each command makes one, named by a hash of scorer, activations and flags."""
     dtype: tp.Literal["float16", "float32"] = "float32"
     """Type of the patches' codes. float16 takes 6 instead of 8 bytes per code. A code above 65,504 is then an
     error. Codes of images are float32."""
     top_n: int = 0
-    """Keep only the n largest codes of each patch (CSR). 0: all. Codes of images are always
-    computed from all of them."""
+    """Keep only this many codes of each patch, the largest (CSR). 0: all. Codes of images are always computed
+    from all of them."""
     image_codes: tp.Literal["auto", "csr", "dense"] = "auto"
     """How codes of images are stored. auto: CSR for SAEs, dense for other scorers."""
     max_patches_per_shard: int = 250_000

@@ -29,8 +29,8 @@ class Compare:
     """Compare all pairs of these instead: checkpoints, fitted scorers, run directories, folders of
     runs, or units. Each SAE is run on the layer of --data that it was trained on."""
     per: tp.Literal["auto", "patch", "image"] = "auto"
-    """What values are compared on. patch needs equal grids of patches over the same part of the image. auto:
-    patch where that holds, else image."""
+    """Compare values of patches or of images. patch needs equal grids of patches over the same part of the
+    image. auto: patch where that holds, else image."""
     pool: tp.Literal["max", "mean"] = "max"
     """A latent's value on an image: the maximum or the mean over its patches."""
     n_images: int = 0
@@ -38,18 +38,19 @@ class Compare:
     thresholds: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
     """Correlations for the tables: the share of latents with a match that is at least as good."""
     candidates: int = 32
-    """One-to-one matching in dictionaries of more than 4,096 latents: only each latent's most correlated
-    partners, this many, are considered."""
+    """One-to-one matching in dictionaries of more than 4,096 latents considers only this many partners of
+    each latent, the most correlated ones."""
     seed: int = 0
     """Seed for drawing the images and for permuting them."""
     memory_gb: float = fields.neither(4.0)
-    """Memory for sums of products and for codes, in GB. The codes of all images lie in files meanwhile."""
+    """Memory for sums of products and for codes, in GB. Codes of all images are kept in files."""
     gallery: fields.Path = fields.neither("")
     """The first dictionary's gallery, made by visuals.py. Its page then shows the matches."""
     other_gallery: fields.Path = fields.neither("")
     """The second dictionary's gallery, whose pictures --gallery then shows beside its own."""
     dump_to: fields.Path = fields.neither("compare")
-    """Folder for results directories. A results directory's name is a hash of all that determines it."""
+    """Folder for results directories. A results directory's name is a hash of everything that determines
+    its contents."""
     device: str = fields.neither("auto")
     """auto (cuda if there is a GPU, else cpu), cpu, cuda, cuda:1, ... for encoding. Codes are compared on
     the CPU."""
@@ -80,7 +81,7 @@ class Compare:
             raise errors.UserError("--runs takes all dictionaries: leave out --scorer and --other.")
         if self.runs and (self.gallery or self.other_gallery):
             raise errors.UserError(
-                "--gallery: shows two dictionaries. Pass --scorer and --other, not --runs."
+                "--gallery shows matches of two dictionaries. Pass --scorer and --other, not --runs."
             )
         if self.other_gallery and not self.gallery:
             raise errors.UserError("--other-gallery needs --gallery, the gallery that shows the matches.")

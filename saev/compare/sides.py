@@ -158,7 +158,8 @@ def _checkpoints(run: str) -> list[pathlib.Path]:
     found = [path / "sae.pt"] if (path / "sae.pt").is_file() else sorted(path.glob("*/sae.pt"))
     if not found:
         raise errors.UserError(
-            f"--runs {run}: no checkpoint, run directory or folder of finished runs (*/sae.pt). Train first."
+            f"--runs {run}: no checkpoint, run directory or folder of finished runs (*/sae.pt). Pass the "
+            "--ckpt-to of train.py."
         )
     return found
 
@@ -280,8 +281,8 @@ def _per_patch(
         if one.resize != two.resize:
             found += f", --resize {one.resize} and {two.resize}"
         raise errors.UserError(
-            f"--per patch: {one.given} and {two.given} have other grids over the image, or "
-            f"unknown ones ({found}). Pass --per image."
+            f"--per patch: {one.given} and {two.given} have different or "
+            f"unknown grids of patches ({found}). Pass --per image."
         )
     return cfg.per != "image" and is_same and is_known
 

@@ -71,6 +71,7 @@ def reading(fpath: pathlib.Path, library: str) -> collections.abc.Generator[None
     try:
         yield
     except (OSError, safetensors.SafetensorError) as err:
+        why = getattr(err, "strerror", None) or errors.first_line(err)
         raise errors.UserError(
-            f"{fpath} cannot be read ({errors.first_line(err)}). Pass a folder that {library} saved."
+            f"{fpath}: cannot be read ({why}). Pass a folder that {library} saved."
         ) from err

@@ -240,7 +240,10 @@ def _take_activation(cfg: dict[str, tp.Any], fpath: pathlib.Path) -> None:
         checks.refuse_other(cfg, {"architecture": ("standard", "topk")}, str(fpath))
         cfg["architecture"] = "topk"
         if kwargs.get("k", cfg.get("k")) != cfg.setdefault("k", kwargs.get("k")):
-            raise errors.UserError(f"{fpath}: k is {cfg['k']!r} and {kwargs['k']!r}.")
+            raise errors.UserError(
+                f"{fpath}: k is {cfg['k']!r}, but {kwargs['k']!r} in activation_fn_kwargs. "
+                "Correct one of them in a copy."
+            )
     else:
         checks.refuse_unknown(kwargs, (), f"{fpath}: activation_fn_kwargs (not a TopK)")
 

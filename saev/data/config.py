@@ -72,8 +72,8 @@ class Vit:
     resize: Resize | None = None
     """crop: the centre of the photo. squash: all of it, in the input's aspect ratio. pad: all of it, with
     borders of the mean colour. flexible: all of it, in the grid of about as many patches that distorts it
-    least. Patches without any of the photo are left out of what is read. Default: the model's own, crop or
-    squash."""
+    least. Patches that show nothing of the photo are ignored by all commands. Default: the model's own, crop
+    or squash."""
     autocast: tp.Literal["off", "bfloat16"] = "off"
     """bfloat16: run the ViT under bfloat16 autocast: faster on GPUs, less precise. Its activations are
     float32 in both cases."""
@@ -162,11 +162,11 @@ class Shards:
     patches: Patches = "image"
     """image: patch tokens. cls: the [CLS] token. all: both."""
     more_roots: tuple[fields.Path, ...] = ()
-    """More shard directories of the same ViT, read as one stream with shard_root."""
+    """More shard directories of the same ViT, read as one stream with the first."""
     partial: bool = False
     """Allow an unfinished dump, and read its complete shards."""
     exclude_patch_labels: tuple[str, ...] = ()
-    """Classes of patches to leave out, such as background: names in labels.json, which lies beside the shards
+    """Leave out patches of these classes, such as background: names in the labels.json beside the shards
     (`python -m saev.labels`). Patches without a label stay."""
 
     def __post_init__(self) -> None:

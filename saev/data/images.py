@@ -147,7 +147,9 @@ class Transform:
                 f"transform: cannot crop {self.size} from an image resized to {self.resize}."
             )
         if self.fit != "cover" and not 1 <= self.patch <= min(self.size):
-            raise errors.UserError(f"transform: {self.patch} pixels are no side of a patch of {self.size}.")
+            raise errors.UserError(
+                f"transform: patch side {self.patch} does not fit into {self.size} pixels."
+            )
 
     def with_resize(self, mode: config.Resize | None, n_patches: int) -> "Transform":
         """The same transform with another geometry. None: itself. The family's own mode: itself too.

@@ -44,7 +44,7 @@ class Indexed:
     def __getitem__(self, i: tp.SupportsIndex) -> dict[str, tp.Any]:
         i = operator.index(i)  # also accepts numpy integers and 0-d tensors
         if not -len(self) <= i < len(self):
-            raise IndexError(f"activation {i} of {len(self)}")
+            raise IndexError(f"activation {i}: there are only {len(self)}")
         acts, i = self.acts, self._in_dump(i % len(self))
         stored_D = np.empty(acts.d_vit, shards.STORED[acts.dtype])
         acts.read_extents(acts.extents(np.array([i]), np.array([1])), stored_D.data.cast("B"))

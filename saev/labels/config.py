@@ -54,16 +54,16 @@ class Labels:
     )
     """The images that were dumped. Only their sizes are read."""
     masks: Index | Coco = dataclasses.field(default_factory=Index)
-    """The masks."""
+    """The masks. `masks:NAME --help` shows the flags of each."""
     rule: tp.Literal["majority", "foreground"] = "majority"
     """majority: the class of most of the patch's pixels. foreground: of most pixels that are not background,
     if there are any. Equal counts: the lower id."""
     background: int = 0
     """Id of the background, for --rule foreground."""
     missing: tp.Literal["refuse", "ignore"] = "refuse"
-    """Images without a mask. ignore: their patches get no label."""
+    """Images without a mask. refuse: stop. ignore: their patches get no label."""
     name: str = ""
-    """Name of these labels, if the dump gets more than one source."""
+    """Name of these labels, for a dump with several: labels-NAME.bin."""
     n_workers: int = 4
     """Threads that decode masks."""
     dry_run: bool = False

@@ -46,7 +46,9 @@ class Index:
         self.cfg = cfg
         self.root = pathlib.Path(cfg.root)
         if not self.root.is_dir():
-            raise errors.UserError(f"--masks.root {self.root}: no such directory.")
+            raise errors.UserError(
+                f"--masks.root {self.root}: no such directory. Pass the folder of the masks."
+            )
         names = _names(pathlib.Path(cfg.names)) if cfg.names else None
         self.classes = names and {i: name for i, name in names.items() if i not in cfg.ignore}
 
@@ -79,7 +81,7 @@ class Index:
                 f"pass --masks.ignore {unknown[0]}."
             )
         if max(found - {*self.cfg.ignore}, default=0) > patchlabels.MAX_ID:
-            raise errors.UserError(f"{fpath}: has the id {max(found)}; ids up to 65,534 are read.")
+            raise errors.UserError(f"{fpath}: has the id {max(found)}, above the limit of 65,534. Change it.")
         for ignored in found & {*self.cfg.ignore}:
             mask_HW[mask_HW == ignored] = VOID
         return mask_HW
@@ -128,12 +130,16 @@ def _names(fpath: pathlib.Path) -> dict[int, str]:
     try:
         text = jsonfile.read_bytes(fpath, "Pass a file of ids and names.").decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as err:
-        raise errors.UserError(f"--masks.names {fpath}: cannot be read ({errors.first_line(err)}).") from err
+        raise errors.UserError(
+            f"--masks.names {fpath}: cannot be read ({errors.first_line(err)}). Pass a file of ids and names."
+        ) from err
     pairs = _json_names(fpath, text) if text.lstrip().startswith("{") else _line_names(fpath, text)
     out: dict[int, str] = {}
     for number, name in pairs:
         if not 0 <= number <= patchlabels.MAX_ID:
-            raise errors.UserError(f"{fpath}: id {number}; ids from 0 to 65,534 are read.")
+            raise errors.UserError(
+                f"{fpath}: id {number} is not between 0 and 65,534. Change it here and in the masks."
+            )
         if out.setdefault(number, name) != name:
             raise errors.UserError(f"{fpath}: id {number} has two names ({out[number]}, {name}). Keep one.")
     if not out:
@@ -146,7 +152,7 @@ def _json_names(fpath: pathlib.Path, text: str) -> list[tuple[int, str]]:
     if all(isinstance(value, int) for value in found.values()):
         return [(int(value), key) for key, value in found.items()]
     if bad := [key for key in found if not key.isdecimal()]:
-        raise errors.UserError(f'{fpath}: {bad[0]!r} is no id. Pass an object such as {{"1": "wall"}}.')
+        raise errors.UserError(f'{fpath}: {bad[0]!r} is not an id. Pass an object such as {{"1": "wall"}}.')
     return [(int(key), str(value)) for key, value in found.items()]
 
 
@@ -206,14 +212,19 @@ class Coco:
         try:
             data = jsonfile.read_bytes(fpath, "Pass a COCO-style JSON file.", MAX_BYTES)
         except OSError as err:
-            raise errors.UserError(f"--masks.file {fpath}: cannot be read ({err.strerror}).") from err
+            raise errors.UserError(
+                f"--masks.file {fpath}: cannot be read ({err.strerror}). Pass a COCO-style JSON file."
+            ) from err
         try:
             found = msgspec.json.decode(data, type=_File)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as err:
-            raise errors.UserError(f"{fpath}: is not a COCO-style file ({errors.first_line(err)}).") from err
+            raise errors.UserError(
+                f"{fpath}: is not a COCO-style file ({errors.first_line(err)}). Pass one with images, "
+                "annotations and categories."
+            ) from err
         names = {category.id: category.name for category in found.categories}
         if bad := [i for i in names if not 0 <= i <= patchlabels.MAX_ID]:
-            raise errors.UserError(f"{fpath}: category id {bad[0]}; ids from 0 to 65,534 are read.")
+            raise errors.UserError(f"{fpath}: category id {bad[0]} is not between 0 and 65,534. Change it.")
         self.background = next(i for i in range(len(names) + 1) if i not in names)
         self.classes = {self.background: "background", **names}
         self.images = {image.file_name: image for image in found.images}
@@ -255,7 +266,7 @@ class Coco:
         if isinstance(shape, _Runs):
             if isinstance(shape.counts, str):
                 raise errors.UserError(
-                    f"{where} has compressed run lengths, which are not read. Write polygons or index images."
+                    f"{where} has compressed run lengths. Write polygons or index images instead."
                 )
             if sum(shape.counts) != image.width * image.height or min(shape.counts, default=0) < 0:
                 raise errors.UserError(f"{where} has run lengths that do not fill the image. Correct it.")

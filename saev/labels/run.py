@@ -69,8 +69,8 @@ def _report(id_n: Int32[np.ndarray, " n"], classes: dict[int, str]) -> None:
         )
     for i, n in n_of.most_common(10):
         logger.info("%s: %.2f%% of the patches", classes[i], 100 * n / id_n.size)
-    text = "%d classes, %d of them on patches; %d of %d patches have no label"
-    logger.info(text, len(classes), len(n_of), n_void, id_n.size)
+    text = "%d of %d classes occur on patches; %d of %d patches have no label"
+    logger.info(text, len(n_of), len(classes), n_void, id_n.size)
 
 
 def _label_all(

@@ -52,7 +52,7 @@ class SlurmConfig:
     n_gpus: int = 1
     """GPUs of each job. 0 on a cluster without GPUs."""
     log_to: fields.Path = "logs"
-    """Folder for job logs."""
+    """Folder for the jobs' logs, results and code."""
     on_slurm: bool = False
     """Run as Slurm jobs, with the account and partition of ~/.config/saev/slurm.toml."""
     slurm_qos: str = ""

@@ -97,7 +97,7 @@ def _wait(
         )
         if left := [job for job in jobs if not job.id]:
             raise errors.UserError(
-                f"Slurm takes no more jobs of yours now: {len(left)} of {len(jobs)} were not submitted. Run "
+                f"Slurm accepts no more of your jobs now: {len(left)} of {len(jobs)} were not submitted. Run "
                 "the same command again later, or without --no-slurm-wait."
             )
         raise SystemExit(0)
@@ -258,8 +258,8 @@ class Batch:
             logger.info("of earlier commands: %d job(s) in the queue, %d done: %s", n_queued, n_done, ids)
         if larger:
             logger.warning(
-                "Jobs of earlier commands do some of this together with other work: %s. New jobs wait where "
-                "both train the same run. To wait for the earlier jobs instead, press Ctrl-C and run: "
+                "Jobs of earlier commands do part of this, along with other work: %s. New jobs wait for them "
+                "where both train the same run. To wait for the earlier jobs instead, press Ctrl-C and run: "
                 "python -m saev.jobs attach --log-to %s",
                 shown(larger),
                 shlex.quote(self.slurm.log_to),

@@ -127,7 +127,7 @@ class Stage:
         import submitit.helpers
 
         if not _begun and int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= MAX_VAIN:
-            raise errors.UserError("the time limit is shorter than the start of the job. Raise --n-hours")
+            raise errors.UserError("the time limit is shorter than the job's start-up. Raise --n-hours")
 
         return submitit.helpers.DelayedSubmission(self)
 

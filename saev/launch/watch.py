@@ -160,7 +160,7 @@ def count(jobs: list[Job], outcomes: dict[str, Outcome], rows: dict[str, Queued]
             continue
         row = queue.row_of(job.id, rows)
         if not job.id:
-            counts["not submitted yet (Slurm takes no more)"] += 1
+            counts["not submitted yet (Slurm accepts no more)"] += 1
         elif row.is_over:
             counts["waiting for the result"] += 1
         elif row.state == "PENDING":

@@ -166,9 +166,9 @@ class BatchTopK(Architecture):
     threshold_momentum: float = 0.02
     """Weight of the newest batch in the threshold, a moving average of each batch's smallest firing value."""
     aux_coeff: float = 1 / 32
-    """See sae:top-k."""
+    """Weight of the AuxK loss (Gao et al. 2024): dead latents learn to reconstruct the residual. 0: off."""
     aux_k: int = 0
-    """See sae:top-k."""
+    """Dead latents allowed to fire per activation in the AuxK loss. 0: half of d_vit."""
 
     INTERVALS = TopK.INTERVALS | {"threshold_momentum": "(0, 1]"}
     SHARES_CODES = True

@@ -1,4 +1,4 @@
-"""Proposes prototypes by image labels and audits them on labels of patches (docs/audit.md).
+"""Proposes prototypes by image labels and audits them on patch labels (docs/audit.md).
 
 A ranking by the image labels of the train images proposes the first B prototypes. Each gets the class of
 patches that it finds best on the train images, and is measured for this class on the test images.
@@ -44,9 +44,9 @@ def check(banks: list[fit.Bank], cfg: config.ProtoEval, patches: patch_join.Labe
     logger.info("audit: %d of %d classes of patches", len(class_C), len(patches.names))
     if not len(class_C):
         raise errors.UserError(
-            f"--audit: no class of {cfg.patch_labels} can be audited. Needed is a class, other than "
-            f"{BACKGROUND}, that train and test patches have, and less than {results.TAU:.0%} of the train "
-            "patches."
+            f"--audit: no class of {cfg.patch_labels} can be audited: each is {BACKGROUND}, has no "
+            f"train or no test patches, or has {results.TAU:.0%} or more of the train patches. Label "
+            "smaller parts."
         )
 
 

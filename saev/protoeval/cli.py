@@ -10,7 +10,7 @@ def main() -> None:
     """Evaluates, merges or checks. Prints tables and their results directories."""
     cfgs = sweeps.parse(
         config.ProtoEval,
-        "Scores prototypes against traits of images, such as the attributes of CUB-200-2011.",
+        "Measures how well prototypes detect traits of images, such as the attributes of CUB-200-2011.",
     )
     cfg = cfgs[0]
     if cfg.dry_run:

@@ -20,12 +20,12 @@ class ProtoEval:
     """Chooses the best prototype for each trait on train images and measures it on test images."""
 
     scorer: scorers_config.Scorer = dataclasses.field(default_factory=scorers_config.Random)
-    """The prototypes."""
+    """The prototypes. `scorer:NAME --help` shows the flags of each."""
     cub_root: fields.Path = fields.shared("")
     """The CUB_200_2011 folder. Short for labels:cub --labels.root."""
     labels: traits_config.Labels = fields.neither(traits_config.Cub)
-    """What traits images have: CUB's attributes, class folders, a table, or labels of patches. A sweep may
-    have several, which share one pass over the activations."""
+    """Which images have which traits. `labels:NAME --help` shows the flags of each. The sources of a sweep
+    share one pass over the activations."""
     train_data: data_config.Shards = fields.shared(data_config.Shards)
     """Activations with the train images. They may include the test images; other images need --force."""
     test_data: data_config.Shards = fields.shared(data_config.Shards)
@@ -35,7 +35,7 @@ class ProtoEval:
     n_prototypes: tuple[int, ...] = (128, 512, 2048, 8192)
     """Numbers of prototypes to compare."""
     n_train: tuple[int, ...] = fields.stream((16, 64, 256, 1024, -1))
-    """Numbers of train images to choose on. -1: all."""
+    """Numbers of train images that prototypes are chosen on. -1: all."""
     min_certainty: int = fields.stream(3)
     """CUB: least certainty of a positive annotation: 1 not visible, 2 guessing, 3 probably, 4 definitely."""
     annotations: data_config.Annotations = fields.stream("any")
@@ -52,23 +52,23 @@ class ProtoEval:
     n_boot: int = fields.stream(1000)
     """Bootstrap resamples of the test images, for 95% intervals of mAPs and paired differences. 0: none."""
     several: tuple[int, ...] = fields.stream(())
-    """Also fit a sparse logistic model of each trait on at most so many prototypes, chosen on train images
-    (such as 5 20). Each number is a row of the table."""
+    """Also fit a sparse logistic model of each trait on at most this many prototypes, chosen on train
+    images (such as 5 20). Each number is a row of the table."""
     key_depth: int = fields.stream(0)
-    """Also grow a decision tree for each trait, at most so many steps deep, and write them as
-    dichotomous keys (keys.md). 0: none."""
+    """Also grow a decision tree of at most this depth for each trait, and write the trees as dichotomous keys
+    (keys.md). 0: none."""
     memory_gb: float = fields.shared(4.0)
     """Memory for activations and scores, in GB (less if 256 images need less). An evaluation needs about 0.9
     GB + this + the prototypes + a memory-mapped file of all scores. The total is logged at the start."""
     gallery: fields.Path = fields.neither("")
     """A gallery of one of the scorers, made by visuals.py. Each trait's best prototypes, and the test images
-    that they retrieve, are written into it. They replace the traits that it has."""
+    that they retrieve, are written into it, in place of earlier ones."""
     patch_labels: fields.Path = fields.shared("")  # their content decides
-    """labels.bin of `python -m saev.labels`, or only its name if several shard directories have one. Writes
-    the patch table as well: which prototype says best where each class of patches is."""
+    """labels.bin of `python -m saev.labels`: also write the patch table, which says where prototypes
+    score high. Pass the name alone (labels.bin) if each of several shard directories has one."""
     audit: tuple[int, ...] = fields.stream(())
-    """With --patch-labels: rank prototypes by an L1-logistic model of the image labels, and audit the first B
-    on the labels of patches. Numbers B, such as 10 25 50 100 (docs/audit.md)."""
+    """With --patch-labels: rank prototypes by an L1-logistic model of the image labels, and report how many
+    of the first B localise a class of patches. Pass values of B, such as 10 25 50 100 (docs/audit.md)."""
     report: fields.Path = fields.neither("")
     """Join all results below this folder into one report, without evaluating anything."""
     plot: fields.Path = fields.neither("")
@@ -126,7 +126,7 @@ class ProtoEval:
     def _check_audit(self) -> None:
         if self.audit and not self.patch_labels:
             raise errors.UserError(
-                "--audit: needs labels of patches. Pass --patch-labels with the labels.bin that "
+                "--audit: needs patch labels. Pass --patch-labels with the labels.bin that "
                 "`python -m saev.labels` printed."
             )
         masks = self.source

@@ -42,7 +42,7 @@ class Experiment:
     fits: list[join.Fit]
     """The activations that each scorer is fitted on."""
     patches: patch_join.Labels | None = None
-    """Labels of patches, if there are any."""
+    """Patch labels, if there are any."""
 
     @functools.cached_property
     def names(self) -> list[str]:

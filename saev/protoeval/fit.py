@@ -32,6 +32,6 @@ def fit(experiment: Experiment) -> list[Bank]:
             n = scorer.n_prototypes
             if n < k_max:
                 what = type(cfg.scorer).__name__
-                logger.info("%s: has %d prototypes, which are used for all larger K", what, n)
+                logger.info("%s: has only %d prototypes; larger K use all of them", what, n)
             out.append(Bank(name, scorer, tuple(sorted({min(k, n) for k in wanted}))))
     return out

@@ -43,7 +43,7 @@ def read(dpath: pathlib.Path, about: results.About) -> dict[str, pl.DataFrame]:
     """
     if not about.patch_labels:
         if (dpath / "patches.csv").exists():
-            text = "left out: %s: an older version wrote it, without the hash of the labels of patches. %s"
+            text = "left out: %s: an older version wrote it, without the hash of the patch labels. %s"
             logger.warning(text, dpath / "patches.csv", report.AGAIN)
         return {}
     names = [name for name in KEYS if about.audit or name not in AUDITS]
@@ -110,7 +110,7 @@ def write(dpath: pathlib.Path, merged: dict[str, pl.DataFrame], place: collectio
 def charts_of(
     merged: dict[str, pl.DataFrame],
 ) -> collections.abc.Iterator[tuple[str, matplotlib.figure.Figure]]:
-    """Yields (first digits of the labels of patches, chart of the yields against B) of a section."""
+    """Yields (first digits of the patch labels, chart of the yields against B) of a section."""
     if "audit-yields.csv" not in merged:
         return
     rows = merged["audit-yields.csv"].filter(pl.col("measure") != results.AREA)
@@ -140,7 +140,7 @@ def text(merged: dict[str, pl.DataFrame], place: dict[str, str]) -> list[str]:
         against = merged["patch-differences.csv"]
         for (labels,), rows in merged["patches.csv"].group_by("patch_labels", maintain_order=True):
             table = _places(rows, place).hstack(patch_report.summary_table(rows))
-            out.append(f"Labels of patches {str(labels)[:8]}:\n\n{tables.markdown(table)}")
+            out.append(f"Patch labels {str(labels)[:8]}:\n\n{tables.markdown(table)}")
             shown = {name: patch_report.TITLES[name] for name in results.PATCH_MEASURES[:2]}
             out += _differences(against.filter(patch_labels=labels), shown, place)
         if out:
@@ -150,7 +150,7 @@ def text(merged: dict[str, pl.DataFrame], place: dict[str, str]) -> list[str]:
         for group, rows in merged["audit-yields.csv"].group_by(GROUP, maintain_order=True):
             labels, numbers = map(str, group)
             audits.append(
-                f"Audit of prototypes that image labels propose, by labels of patches {labels[:8]}:\n\n"
+                f"Audit of prototypes that image labels propose, by patch labels {labels[:8]}:\n\n"
                 f"{tables.markdown(audit_report.yields_table(rows, place))}"
             )
             shown = {name: audit_report.title(name) for name in rows["measure"].unique(maintain_order=True)}

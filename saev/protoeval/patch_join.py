@@ -1,4 +1,4 @@
-"""Joins labels of patches to the train and test images. N images, X tokens of an image."""
+"""Joins patch labels to the train and test images. N images, X tokens of an image."""
 
 import hashlib
 import logging

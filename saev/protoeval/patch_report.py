@@ -38,7 +38,7 @@ def write(dpath: pathlib.Path, table: results.PatchTable, about: results.About) 
     frame.write_csv(dpath / "patches.csv", rows)
     frame.write_csv(dpath / "patch-classes.csv", classes(table))
     frame.write_csv(dpath / "patch-differences.csv", against)
-    text = f"Labels of patches:\n\n{tables.markdown(summary_table(rows))}\n{_note(table, about)}\n"
+    text = f"Patch labels:\n\n{tables.markdown(summary_table(rows))}\n{_note(table, about)}\n"
     if len(against):
         shown = {name: TITLES[name] for name in results.PATCH_MEASURES[:2]}
         text += f"\n{AGAINST}{tables.markdown(differences_table(against, shown))}"

@@ -293,8 +293,8 @@ def describe(about: results.About) -> str:
     """How a table was made, in a sentence."""
     text = f"{about.vit}, layer {about.layer}, {about.tokens}, shards {' and '.join(about.shards)}"
     if about.chosen_on:
-        classes = f"{about.n_classes} classes, " if about.n_classes > 1 else ""
-        text += f"; {classes}chosen on {about.chosen_on}, measured on {about.measured_on}"
+        classes = f"{about.n_classes} classes; " if about.n_classes > 1 else ""
+        text += f"; {classes}prototypes chosen on {about.chosen_on}, measured on {about.measured_on}"
     if about.chosen_on.endswith("test images"):
         whose = "the labels'" if about.source else "CUB's"
         text += f" (splits swapped: below, train images are {whose} test images, and test images its train "

@@ -41,7 +41,8 @@ class KMeans:
     normalize: bool = False
     """Cluster activations minus their mean, scaled to norm 1 (spherical k-means, Dhillon and Modha 2001)."""
     similarity: Similarity = "cosine"
-    """See scorer:random."""
+    """Score of prototype p for activation x, with mean activation m. plain: x . p. dot: (x - m) . (p - m).
+    cosine: cos(x - m, p - m). distance: -|x - p|^2."""
 
     def __post_init__(self) -> None:
         intervals = {"n_iters": "[1, 1e5]", "n_samples": "[1, 1e9]", "tolerance": "[0, 1e6]"}

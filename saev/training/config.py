@@ -21,7 +21,7 @@ class Train:
     """Trains sparse autoencoders on activation shards."""
 
     sae: nn_config.Sae = dataclasses.field(default_factory=nn_config.DEFAULT)
-    """The architecture."""
+    """The architecture. `sae:NAME --help` shows the flags of each."""
     objective: nn_config.Objective = dataclasses.field(default_factory=nn_config.Vanilla)
     """The loss."""
     data: data_config.Shards = fields.shared(data_config.Shards)
@@ -36,7 +36,7 @@ class Train:
     batch_size: int = fields.stream(4096)
     """Activations in each step."""
     lr: float | None = None
-    """Adam's learning rate after warm-up. Default: the architecture's (see the help of sae:NAME)."""
+    """Adam's learning rate after warm-up. Default: the architecture's (below)."""
     n_lr_warmup: int = 500
     """Steps of linear learning-rate warm-up (at most a tenth of all steps)."""
     lr_decay: tp.Literal["constant", "linear", "cosine"] = "linear"
@@ -48,16 +48,15 @@ class Train:
     max_grad_norm: float = 1.0
     """Scale down gradients whose norm is larger than this. 0: never."""
     max_norm_ratio: float = 0.0
-    """In training, move activations further from the centre than this many times the typical distance to that
-    distance, so that a few of huge norm do not dominate the loss. Try 5. 0: never. The finished SAE takes
-    raw activations."""
+    """In training, pull activations back to this many times the typical distance from the centre, so that a
+    few of huge norm do not dominate the loss. Try 5. 0: off. The finished SAE takes raw activations."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, with a warm-up. If above 0, the average is saved
     and evaluated instead of the last weights."""
     precision: tp.Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Rounding of what products multiply (docs/training.md). tf32: on a GPU, to TF32; on a CPU, as float32.
-    bfloat16: the encoder's product is in bfloat16, and on a GPU all matrices that codes select from are read
-    in bfloat16. Weights, sums, gradients and Adam are always float32."""
+    """Precision of matrix products (docs/training.md). tf32: TF32 on a GPU, float32 on a CPU. bfloat16: the
+    encoder's product in bfloat16, and on a GPU also the rows that codes select. Weights, sums, gradients and
+    Adam are always float32."""
     seed: int = fields.stream(0)
     """Seed of the initial weights and of the order of the activations."""
     pool_gb: float = fields.stream(2.0)

@@ -93,7 +93,9 @@ def read(paths: tuple[str, ...]) -> pl.DataFrame:
             )
         found = [path] if (path / "config.json").exists() else sorted(_runs_in(path))
         if not found:
-            raise errors.UserError(f"{path}: holds no run (no */config.json). Train one first.")
+            raise errors.UserError(
+                f"{path}: holds no run (no */config.json). Pass the --ckpt-to of train.py."
+            )
         dpaths |= dict.fromkeys(found)
     rows = pl.from_dicts([_row(dpath) for dpath in dpaths], infer_schema_length=None)
     l0 = pl.when(IS_MEASURED).then("l0").otherwise(math.inf)

@@ -48,7 +48,7 @@ class Units:
     """The ViT's own units: each dimension of its activations."""
 
     deviations: float = 2.0
-    """A unit fires where its value is at least so many standard deviations above its mean."""
+    """A unit fires where its value is more than this many standard deviations above its mean."""
 
     def __post_init__(self) -> None:
         fields.settle(self, "scorer.", deviations="[0, 100]")
@@ -67,7 +67,7 @@ class Visuals:
     )
     """The images that were dumped."""
     scorer: Scorer = dataclasses.field(default_factory=Sae)
-    """What to show."""
+    """What to show. `scorer:NAME --help` shows the flags of each."""
     ckpt: fields.Path = ""
     """Checkpoint (sae.pt) of the SAE to show."""
     data: data_config.Shards = dataclasses.field(default_factory=data_config.Shards)
@@ -83,7 +83,7 @@ class Visuals:
     sort_by: SortBy = "id"
     """Order of the latents. All but id: largest first."""
     top_k: int | None = None
-    """Show only the first so many latents of this order. Default: all that fire."""
+    """Show only this many latents, in this order. Default: all that fire."""
     n_images: int = 20
     """Top images per latent."""
     n_group: int = 6
@@ -96,7 +96,7 @@ class Visuals:
     """Draw the top images of these latents into the file --out, from the gallery in --dump-to. If there is
     none, it is made first."""
     figure_images: int = 8
-    """Images per latent in the figure. Up to 5 fit into a column of a paper."""
+    """Images per latent in the figure. Up to 5 fit the column of a paper."""
     out: fields.Path = "figure.pdf"
     """The figure's file (.pdf, .svg or .png)."""
     seed: int = 0

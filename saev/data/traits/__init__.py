@@ -1,1 +1,1 @@
-"""Labels of images from any source: CUB, class folders, a table, or labels of patches (docs/labels.md)."""
+"""Image labels from any source: CUB, class folders, a table, or patch labels (docs/labels.md)."""

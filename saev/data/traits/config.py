@@ -37,9 +37,9 @@ class Split:
     """Names of train and test images in that column, or of their folders. Images with other names are left
     out."""
     test_share: float = 0.5
-    """Share of test images, if they are drawn."""
+    """Share of test images in a drawn split."""
     split_seed: int = 0
-    """Seed of the draw."""
+    """Seed of a drawn split."""
 
     def __post_init__(self) -> None:
         fields.settle(self, "labels.", test_share="(0, 1)", split_seed="[0, 4294967296)")
@@ -100,14 +100,14 @@ class Table(Split):
 @beartype.beartype
 @dataclasses.dataclass(frozen=True)
 class Masks(Split):
-    """An image has a trait if patches of it have that class, by labels that python -m saev.labels made."""
+    """Classes of patch labels (`python -m saev.labels`): an image has a trait if patches of it do."""
 
     label_name: str = ""
-    """Name of the labels of patches (--name of python -m saev.labels)."""
+    """Name of the patch labels (--name of python -m saev.labels)."""
     parts: tuple[str, ...] = ()
     """Classes to use as traits. Default: all but `background` that some images have, but not all."""
     min_patches: int = 1
-    """Least patches of a class that make an image have the trait."""
+    """Number of patches of a class from which on an image has the trait."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,7 +29,7 @@ def load(cfg: config.ClassFolders, acts: dumped.Acts) -> base.Traits:
     where = acts["train"].given
     if len(names) == 1:
         raise errors.UserError(
-            f"{where}: all images are of one class ({names[0]}), so no trait can be found."
+            f"{where}: all images are of one class ({names[0]}), which is no trait. Dump at least two."
         )
     if cfg.groups:
         attributes, has_TC = groups(pathlib.Path(cfg.groups), names)
@@ -86,17 +86,17 @@ def groups(fpath: pathlib.Path, names: list[str]) -> tuple[list[str], Bool[np.nd
     has_TC = np.zeros((len(table), len(names)), bool)
     for has_C, (group, members) in zip(has_TC, table.items(), strict=True):
         if not isinstance(members, list) or not all(isinstance(name, str) for name in members) or not members:
-            raise errors.UserError(f"{fpath}: {group} is no list of class names; {EXAMPLE}.")
+            raise errors.UserError(f"{fpath}: {group} is not a list of class names; {EXAMPLE}.")
         for pattern in members:
             found = [pattern] if pattern in number else fnmatch.filter(names, pattern)
             if not found:
                 raise errors.UserError(
-                    f"{fpath}: {group} has {pattern!r}, but no class is so named. The classes are "
+                    f"{fpath}: {group} has {pattern!r}, but no class has that name. The classes are "
                     f"{', '.join(names[:10])}{', ...' * (len(names) > 10)}."
                 )
             has_C[[number[name] for name in found]] = True
         if has_C.all():
-            raise errors.UserError(f"{fpath}: {group} has all classes, so it says nothing. Take some out.")
+            raise errors.UserError(f"{fpath}: {group} has all classes, so it does not vary. Take some out.")
     if not len(table):
         raise errors.UserError(f"{fpath}: has no groups; {EXAMPLE}.")
     return list(table), has_TC

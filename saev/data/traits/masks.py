@@ -1,4 +1,4 @@
-"""Parts as traits: an image has a part if its labels of patches have it.
+"""Parts as traits: an image has a part if its patch labels have it.
 
 N images, T traits, X tokens of an image.
 """
@@ -22,9 +22,9 @@ def load(cfg: config.Masks, acts: dumped.Acts) -> base.Traits:
     """Makes labels from those of patches. Labels of an image without labelled patches are unknown.
 
     Raises:
-        UserError: a dump has no labels of patches, or a part is unknown or says nothing.
+        UserError: a dump has no patch labels, or a part is unknown or says nothing.
     """
-    found = dumped.images(acts, "the labels of patches")
+    found = dumped.images(acts, "the patch labels")
     streams = list(dict.fromkeys(stream for stream, _ in found.values()))
     names, classes_of = patch_classes.read([_patches(stream) for stream in streams], cfg.label_name)
     counted = dict(zip(streams, (_counts(class_AX, len(names)) for class_AX in classes_of), strict=True))
@@ -33,7 +33,7 @@ def load(cfg: config.Masks, acts: dumped.Acts) -> base.Traits:
     parts = split.of(cfg, paths, class_n, acts)
     n_NT = np.stack([counted[stream][i] for stream, i in found.values()])[parts.rows_N]
     labels_NT, known_N = n_NT >= cfg.min_patches, n_NT.sum(axis=1) > 0
-    where = f"{streams[0].given} (labels of patches)"
+    where = f"{streams[0].given} (patch labels)"
     if not known_N.any():
         raise errors.UserError(
             f"{where}: no image has a labelled patch. Make them with `python -m saev.labels`."
@@ -48,7 +48,7 @@ def load(cfg: config.Masks, acts: dumped.Acts) -> base.Traits:
         None if known_N.all() else np.repeat(known_N[:, None], len(chosen), axis=1),
         parts.left_out,
         base.Words("the dump", "the dump", parts.said, "Label them", split.REMEDY),
-        f"labels of patches {cfg.label_name}".rstrip() + f", {cfg.min_patches} or more, {parts.said}",
+        f"patch labels {cfg.label_name}".rstrip() + f", {cfg.min_patches} or more, {parts.said}",
         cfg.split == "drawn",
     )
 
@@ -76,7 +76,7 @@ def _chosen(cfg: config.Masks, names: list[str], labels_NT: np.ndarray, where: s
         if not says[names.index(part)]:
             many = "all images have" if labels_NT[:, names.index(part)].any() else "no image has"
             raise errors.UserError(
-                f"--labels.parts {part}: {many} it, so it says nothing. Leave it out, or change "
+                f"--labels.parts {part}: {many} it, so it does not vary. Leave it out, or change "
                 "--labels.min-patches."
             )
     if cfg.parts:
@@ -86,5 +86,5 @@ def _chosen(cfg: config.Masks, names: list[str], labels_NT: np.ndarray, where: s
         raise errors.UserError(f"{where}: all images have the same parts. Change --labels.min-patches.")
     dull = [name for name, does in zip(names, says, strict=True) if not does and name != BACKGROUND]
     if dull:
-        logger.info("no traits, because all images or none have them: %s", ", ".join(dull))
+        logger.info("left out as traits, because all images or none have them: %s", ", ".join(dull))
     return [t for t, does in enumerate(says) if does]

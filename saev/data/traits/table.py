@@ -63,7 +63,7 @@ def _traits(cfg: config.Table, table: tablefile.Table, rows_N: np.ndarray) -> di
 
     def add(name: str, label_N: np.ndarray) -> None:
         if name in out:
-            raise errors.UserError(f"{table.fpath}: the trait {name!r} is there twice. Name its column once.")
+            raise errors.UserError(f"{table.fpath}: the trait {name!r} is given twice. Name its column once.")
         out[name] = label_N.astype(np.int8)
 
     for column in cfg.binary:
@@ -123,4 +123,4 @@ def _refuse_dull(names: list[str], label_NT: np.ndarray, table: tablefile.Table)
         values = set(np.unique(label_N).tolist()) - {-1}
         if len(values) < 2:
             why = "every labelled image has it" if 1 in values else "no labelled image has it"
-            raise errors.UserError(f"{table.fpath}: the trait {name!r} says nothing: {why}. Leave it out.")
+            raise errors.UserError(f"{table.fpath}: the trait {name!r} does not vary: {why}. Leave it out.")

@@ -75,7 +75,7 @@ def _no_weights(head: bytes) -> str:
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, not weights: the download went wrong. Download it again"
     if text.startswith(b"{"):
-        return "is JSON text, not weights. Pass the .safetensors or .pt file that lies beside it"
+        return "begins with JSON text, not weights. Pass a .safetensors or .pt file of the ViT"
     if head.startswith(b"\x89HDF"):
         return "is an HDF5 file (Keras or TensorFlow). Pass a .safetensors or .pt state dict"
     return ""
