@@ -101,7 +101,7 @@ def check(acts: activations.Activations) -> None:
     """
     if not FLAG:
         raise OSError("not on this system")
-    page = moves.aligned(moves.PAGE, moves.PAGE)
+    page = moves.aligned(moves.PAGE, moves.PAGE).data
     for part in acts.dirs:
         fd = os.open(part.acts_fpath(part.shard_is[0]), os.O_RDONLY | FLAG)
         try:
@@ -126,7 +126,7 @@ def is_better(acts: activations.Activations, pool_bytes: int) -> bool:
 
 
 def memory_bytes() -> int:
-    """Memory that this process and its files can take: what is free or can be freed, within the limits of a job."""
+    """Memory that this process and its files can take: free or to be freed, within a job's limits."""
     free = [
         1024 * int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")
     ]
@@ -134,7 +134,7 @@ def memory_bytes() -> int:
 
 
 def _limits() -> collections.abc.Iterator[int]:
-    """Limits of the process's control groups (of Slurm, containers, systemd), in both versions of Linux's interface."""
+    """Limits of the process's control groups (of Slurm, a container, systemd), in both versions of these."""
     for line in _lines("/proc/self/cgroup"):
         _, kinds, path = line.split(":", 2)
         if not kinds or "memory" in kinds.split(","):

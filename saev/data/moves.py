@@ -271,7 +271,8 @@ def receive(
             start, length = span_G2[g, 0], span_G2[g, 1] - span_G2[g, 0]
             before = start % PAGE
             data = staging_GR[g].ctypes.data + before
-            if answer_G4[a, 2] >= before + length:  # the bytes that were read, or less than 0
+            n_read = answer_G4[a, 2]  # less than 0: an error
+            if c[2] and c[3] and n_read >= before + length:
                 is_read_G[g] = _is_intact(c, start_n, start, length, data, file_G2[g, 1])
             if is_read_G[g]:
                 slots = slot_n[first_G[g] : first_G[g] + run_G2[g, 1]]

@@ -20,9 +20,9 @@ import weakref
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped, UInt8
+from jaxtyping import Float, Int64, Shaped
 
-from saev.data import activations, aio, config, mixing, moves, reading
+from saev.data import activations, aio, config, mixing, moves, readers
 from saev.data.ahead import ahead
 
 Done = concurrent.futures.Future[None]
@@ -52,8 +52,8 @@ class Shuffled:
             uses a batch's memory again when the batch is dropped and such copies of it have ended.
         keep_half: batches of float16 and bfloat16 dumps in that type, for a GPU that converts them: half the
             bytes to copy. By default they are converted to float32.
-        direct: read past the page cache (see `aio`), if the system can. None: if memory cannot hold the files.
-            The batches are the same.
+        direct: read past the page cache (see `aio`), if the system can. None: if the files do not fit into
+            memory. The batches are the same.
 
     Raises:
         UserError: see `Activations`; while iterating, NaN or infinite activations (the image is named).
@@ -77,7 +77,7 @@ class Shuffled:
         self.n_threads = n_threads or min(4, os.cpu_count() or 1)
         self.pin = pin
         self.dtype = getattr(torch, self.acts.dtype) if keep_half else torch.float32
-        self.share_bytes = min(reading.SHARE_BYTES, pool_bytes // 8 // self.n_threads)
+        self.share_bytes = min(readers.SHARE_BYTES, pool_bytes // 8 // self.n_threads)
         self.direct = aio.is_better(self.acts, pool_bytes) if direct is None else direct
         self.layout = mixing.Layout.of(
             self.acts.shard_positions(),
@@ -214,7 +214,7 @@ class _Pool:
         self.plan = mixing.Plan(layout, stream.seed, start)
         self.memory = _Memory(stream.dtype, stream.pin)
         self.threads = concurrent.futures.ThreadPoolExecutor(stream.n_threads, "saev-read")
-        self.reader = reading.reader(
+        self.reader = readers.reader(
             stream.direct, acts, stream.n_threads, stream.share_bytes, layout.max_block * acts.token_bytes
         )
         unsigned = np.dtype(f"u{acts.token_bytes // acts.d_vit}")
@@ -327,16 +327,14 @@ class _Pool:
         n_share = max(1, min(self.reader.n_blocks, math.ceil(len(block_G) / self.stream.n_threads)))
         at_G3 = self.acts.located(index_G)
         files, file_G2 = self.reader.opened.files(at_G3)
-        blocks = reading.Share(index_G, n_G, np.cumsum(n_G) - n_G, file_G2, at_G3[:, 2], files)
-        shares = [order_G[at : at + n_share] for at in range(0, len(order_G), n_share)]
-        return [self._start(blocks.only(share), slot_n) for share in shares]
+        blocks = readers.Share(index_G, n_G, np.cumsum(n_G) - n_G, file_G2, at_G3[:, 2], files)
+        parts = [order_G[at : at + n_share] for at in range(0, len(order_G), n_share)]
+        return [self._start(blocks.only(part_g), slot_n) for part_g in parts]
 
-    def _start(self, share: reading.Share, slot_n: Int64[np.ndarray, " n"]) -> Done:
+    def _start(self, share: readers.Share, slot_n: Int64[np.ndarray, " n"]) -> Done:
         return self.threads.submit(self._read_share, share, slot_n, self.reader.announce(share))
 
-    def _read_share(
-        self, share: reading.Share, slot_n: Int64[np.ndarray, " n"], hint: concurrent.futures.Future | None
-    ) -> None:
+    def _read_share(self, share: readers.Share, slot_n: Int64[np.ndarray, " n"], hint: readers.Hint) -> None:
         """Reads blocks into slot_n[first_G], ...
 
         Raises:

@@ -20,6 +20,8 @@ SHARE_BYTES = 4 * 2**20
 """Bytes that one thread reads at a time, about."""
 ANNOUNCED = 4
 """Shares for each thread that are announced and not yet read: they come while the threads copy batches."""
+Hint = concurrent.futures.Future[tp.Any] | None
+"""An announcement."""
 
 
 class Share(tp.NamedTuple):
@@ -74,7 +76,7 @@ class Cached:
         """Whether a share was read or announced lately that was not in memory."""
         self.local = threading.local()
 
-    def announce(self, share: Share) -> concurrent.futures.Future[None] | None:
+    def announce(self, share: Share) -> Hint:
         """Asks the kernel for a share, when there is room for what is announced and not yet read."""
         return self.announcer.submit(self._announce, share) if self.is_cold else None
 
@@ -86,7 +88,7 @@ class Cached:
     def read(
         self,
         share: Share,
-        hint: concurrent.futures.Future[None] | None,
+        hint: Hint,
         slot_n: Int64[np.ndarray, " n"],
         pool_PW: UInt8[np.ndarray, "P W"],
         is_read_G: Bool[np.ndarray, " G"],
@@ -125,7 +127,7 @@ class Direct:
         self.opened = acts.advised(activations.RANDOM, aio.FLAG)
         row_bytes = aio.row_bytes(block_bytes)
         self.n_blocks = max(1, share_bytes // row_bytes)
-        n = 3 * n_threads
+        n = (1 + ANNOUNCED) * n_threads
         self.buffers = [aio.Buffer(self.n_blocks, row_bytes) for _ in range(n)]
         self.own: queue.SimpleQueue[aio.Buffer] = queue.SimpleQueue()
         """One for each thread, for shares that were not announced in time."""
@@ -135,32 +137,29 @@ class Direct:
             (self.own if i < n_threads else self.room).put(buffer)
         self.announcer = concurrent.futures.ThreadPoolExecutor(1, "saev-announce")
 
-    def announce(self, share: Share) -> concurrent.futures.Future[aio.Buffer | None]:
+    def announce(self, share: Share) -> Hint:
         """Begins to read a share, when there is room for it."""
         return self.announcer.submit(self._announce, share)
 
     def _announce(self, share: Share) -> aio.Buffer | None:
-        if buffer := self.room.get():
-            self._submit(share, buffer)
-        return buffer
+        buffer = self.room.get()
+        return buffer and self._submit(share, buffer)
 
-    def _submit(self, share: Share, buffer: aio.Buffer) -> None:
+    def _submit(self, share: Share, buffer: aio.Buffer) -> aio.Buffer:
         buffer.submit(share.file_G2, share.run_G2, self.opened.pieces.start_n, self.opened.token_bytes)
+        return buffer
 
     def read(
         self,
         share: Share,
-        hint: concurrent.futures.Future[aio.Buffer],
+        hint: Hint,
         slot_n: Int64[np.ndarray, " n"],
         pool_PW: UInt8[np.ndarray, "P W"],
         is_read_G: Bool[np.ndarray, " G"],
     ) -> None:
         """As `Cached.read`."""
-        if is_late := hint.cancel():
-            buffer = self.own.get()
-            self._submit(share, buffer)
-        else:
-            buffer = hint.result()
+        is_late = hint is None or hint.cancel()
+        buffer: aio.Buffer = self._submit(share, self.own.get()) if is_late else hint.result()
         args = (share.file_G2, share.run_G2, share.first_G, slot_n, self.opened.pieces.start_n)
         buffer.receive(*args, pool_PW, is_read_G)
         (self.own if is_late else self.room).put(buffer)
