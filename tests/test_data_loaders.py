@@ -272,13 +272,15 @@ def test_pinned_batches_hold_the_same(small) -> None:
 
 
 @pytest.mark.slow
-def test_pool_bytes_bound_the_memory(make_shards) -> None:
+@pytest.mark.parametrize("direct", [False, True])
+def test_pool_bytes_bound_the_memory(make_shards, direct: bool) -> None:
     dpath, _ = make_shards(n_imgs=400, n_patches=16, d_vit=256, layers=(0,), per_shard=100)
     cfg = config.Shards(str(dpath))
     pool_bytes = 1 << 22  # far more than Python's own objects take
     take(cfg, 1, batch_size=16)
     tracemalloc.start()
-    for _ in itertools.islice(shuffled.Shuffled(cfg, batch_size=64, pool_bytes=pool_bytes), 300):
+    stream = shuffled.Shuffled(cfg, batch_size=64, pool_bytes=pool_bytes, direct=direct)
+    for _ in itertools.islice(stream, 300):
         pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

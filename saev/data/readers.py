@@ -16,8 +16,8 @@ from jaxtyping import Bool, Int64, UInt8
 
 from saev.data import activations, aio, moves
 
-SHARE_BYTES = 4 * 2**20
-"""Bytes that one thread reads at a time, about."""
+SHARE_BYTES, DIRECT_BYTES = 4 * 2**20, 2 * 2**20
+"""Bytes that one thread reads at a time, about: through the page cache and past it."""
 ANNOUNCED = 4
 """Shares for each thread that are announced and not yet read: they come while the threads copy batches."""
 Hint = concurrent.futures.Future[tp.Any] | None
@@ -60,14 +60,15 @@ class Cached:
     Args:
         acts: the activations.
         n_threads: that call `read` at the same time.
-        share_bytes: bytes that one thread reads at a time.
+        read_bytes: memory for the threads' reads.
         block_bytes: of the longest block.
     """
 
-    def __init__(self, acts: activations.Activations, n_threads: int, share_bytes: int, block_bytes: int):
+    def __init__(self, acts: activations.Activations, n_threads: int, read_bytes: int, block_bytes: int):
         self.opened = acts
         """What opens the files that are read."""
-        self.n_blocks = max(1, share_bytes // block_bytes)
+        self.share_bytes = min(SHARE_BYTES, read_bytes // n_threads)
+        self.n_blocks = max(1, self.share_bytes // block_bytes)
         """Blocks of a share."""
         self.block_bytes = block_bytes
         self.announcer = concurrent.futures.ThreadPoolExecutor(1, "saev-announce")
@@ -122,12 +123,14 @@ class Direct:
         OSError: see `aio.Buffer`; the disk of a directory has no such reads.
     """
 
-    def __init__(self, acts: activations.Activations, n_threads: int, share_bytes: int, block_bytes: int):
+    def __init__(self, acts: activations.Activations, n_threads: int, read_bytes: int, block_bytes: int):
         aio.check(acts)
         self.opened = acts.advised(activations.RANDOM, aio.FLAG)
         row_bytes = aio.row_bytes(block_bytes)
-        self.n_blocks = max(1, share_bytes // row_bytes)
-        n = (1 + ANNOUNCED) * n_threads
+        self.share_bytes = min(DIRECT_BYTES, read_bytes // (2 * n_threads))
+        self.n_blocks = max(1, self.share_bytes // row_bytes)
+        n = min((1 + ANNOUNCED) * n_threads, read_bytes // (self.n_blocks * row_bytes))
+        n = max(n, n_threads + 1)
         self.buffers = [aio.Buffer(self.n_blocks, row_bytes) for _ in range(n)]
         self.own: queue.SimpleQueue[aio.Buffer] = queue.SimpleQueue()
         """One for each thread, for shares that were not announced in time."""
@@ -174,10 +177,13 @@ class Direct:
 
 
 def reader(is_direct: bool, acts: activations.Activations, *sizes: int) -> Cached | Direct:
-    """Reads as asked, or through the page cache if direct reads are not possible. sizes: args of both."""
-    if is_direct:
-        try:
-            return Direct(acts, *sizes)
-        except OSError as err:
-            aio.say(f"{acts.root}: is read through the page cache, because direct reads fail ({err})")
-    return Cached(acts, *sizes)
+    """A direct reader if that is asked for and possible, else a cached one. sizes: the other args of both."""
+    if not is_direct:
+        return Cached(acts, *sizes)
+    try:
+        out = Direct(acts, *sizes)
+    except OSError as err:
+        aio.say(f"{acts.root}: read through the page cache, because direct reads fail ({err})")
+        return Cached(acts, *sizes)
+    aio.say(f"{acts.root}: read past the page cache")
+    return out

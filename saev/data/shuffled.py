@@ -47,7 +47,7 @@ class Shuffled:
         seed: of the order.
         pool_bytes: memory for the pool and the batches made ahead. The pool holds at least two batches. The
             order of blocks takes 4 more bytes per block of the shards that are read at the same time.
-        n_threads: threads that read and copy. 0: one per core, at most 4.
+        n_threads: threads that read and copy. 0: one per core (two for direct reads), at most 4.
         pin: page-locked batches, so that `.to("cuda", non_blocking=True)` copies in the background. torch
             uses a batch's memory again when the batch is dropped and such copies of it have ended.
         keep_half: batches of float16 and bfloat16 dumps in that type, for a GPU that converts them: half the
@@ -74,11 +74,12 @@ class Shuffled:
         self.acts = activations.Activations.open(data).advised(activations.RANDOM)
         self.batch_size = batch_size
         self.seed = seed
-        self.n_threads = n_threads or min(4, os.cpu_count() or 1)
         self.pin = pin
         self.dtype = getattr(torch, self.acts.dtype) if keep_half else torch.float32
-        self.share_bytes = min(readers.SHARE_BYTES, pool_bytes // 8 // self.n_threads)
+        self.read_bytes = pool_bytes // 8
         self.direct = aio.is_better(self.acts, pool_bytes) if direct is None else direct
+        per_core = 2 if self.direct else 1  # one may wait for the disk while the other copies
+        self.n_threads = n_threads or min(4, per_core * (os.cpu_count() or 1))
         self.layout = mixing.Layout.of(
             self.acts.shard_positions(),
             n_layers=len(self.acts.layers),
@@ -215,7 +216,7 @@ class _Pool:
         self.memory = _Memory(stream.dtype, stream.pin)
         self.threads = concurrent.futures.ThreadPoolExecutor(stream.n_threads, "saev-read")
         self.reader = readers.reader(
-            stream.direct, acts, stream.n_threads, stream.share_bytes, layout.max_block * acts.token_bytes
+            stream.direct, acts, stream.n_threads, stream.read_bytes, layout.max_block * acts.token_bytes
         )
         unsigned = np.dtype(f"u{acts.token_bytes // acts.d_vit}")
         self.act_PD = moves.aligned(layout.n_pool * acts.token_bytes).view(unsigned).reshape(-1, acts.d_vit)
@@ -240,7 +241,7 @@ class _Pool:
             self.takings.append((batch.parts[-1], part_n2[:, 1]))
             at += len(part_n2)
             self._free(wait=False)
-            if self.n_free * self.acts.token_bytes >= self.stream.n_threads * self.stream.share_bytes:
+            if self.n_free * self.acts.token_bytes >= self.stream.n_threads * self.reader.share_bytes:
                 self._read_ahead()
         return batch
 
