@@ -29,7 +29,7 @@ def made(make_shards: Make) -> Make:
         dpath, acts_NLTD = make_shards(**usual | shape)
         try:
             aio.check(activations.Activations(config.Shards(str(dpath))))
-            aio.Buffer(1, moves.PAGE).close()
+            aio.Buffer(aio.rows(1, moves.PAGE)).close()
         except OSError as err:
             pytest.skip(f"no direct reads here ({err})")
         return dpath, acts_NLTD
@@ -184,7 +184,7 @@ def test_without_direct_reads_it_is_as_usual(
 
 def test_as_many_requests_as_no_system_allows() -> None:
     with pytest.raises(OSError):
-        aio.Buffer(2**20, 1)
+        aio.Buffer(aio.rows(2**20, 1))
 
 
 # ---- the end, and memory ----
@@ -218,7 +218,7 @@ def test_a_buffer_that_is_dropped_waits_for_the_kernel(made: Make) -> None:
     acts = activations.Activations(config.Shards(str(dpath))).advised(0, aio.FLAG)
     at_G3 = acts.located(np.arange(5) * acts.n_per_img)
     _, file_G2 = acts.files(at_G3)
-    buffer = aio.Buffer(5, aio.row_bytes(acts.n_per_img * acts.token_bytes))
+    buffer = aio.Buffer(aio.rows(5, aio.row_bytes(acts.n_per_img * acts.token_bytes)))
     run_G2 = np.stack([at_G3[:, 2], np.full(5, acts.n_per_img)], axis=1)
     buffer.submit(file_G2, run_G2, acts.pieces.start_n, acts.token_bytes)
     assert buffer.n_asked == 5

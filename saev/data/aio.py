@@ -31,14 +31,15 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 class Buffer:
     """Memory that the kernel fills with blocks in the background.
 
-    R: bytes for each block.
+    staging_GR: see `rows`.
 
     Raises:
         OSError: the system cannot do that, forbids it, or does it for too many others.
     """
 
-    def __init__(self, n_blocks: int, R: int):
-        self.staging_GR = moves.aligned(n_blocks * R, moves.PAGE).reshape(n_blocks, R)
+    def __init__(self, staging_GR: UInt8[np.ndarray, "G R"]):
+        n_blocks = len(staging_GR)
+        self.staging_GR = staging_GR
         self.request_G8 = np.zeros((n_blocks, 8), np.int64)
         self.answer_G4 = np.empty((n_blocks, 4), np.int64)
         self.where_G = self.request_G8.ctypes.data + 64 * np.arange(n_blocks)
@@ -81,6 +82,11 @@ class Buffer:
 def row_bytes(n_bytes: int) -> int:
     """Bytes of the pages that hold a block, wherever it begins."""
     return (-(-n_bytes // moves.PAGE) + 1) * moves.PAGE
+
+
+def rows(n_blocks: int, R: int) -> UInt8[np.ndarray, "G R"]:
+    """Memory for blocks. NumPy asks for huge pages for large arrays: a request has then few pieces."""
+    return moves.aligned(n_blocks * R, moves.PAGE).reshape(n_blocks, R)
 
 
 def _system(number: int, *args: int) -> None:

@@ -131,7 +131,8 @@ class Direct:
         self.n_blocks = max(1, self.share_bytes // row_bytes)
         n = min((1 + ANNOUNCED) * n_threads, read_bytes // (self.n_blocks * row_bytes))
         n = max(n, n_threads + 1)
-        self.buffers = [aio.Buffer(self.n_blocks, row_bytes) for _ in range(n)]
+        staging_nGR = aio.rows(n * self.n_blocks, row_bytes).reshape(n, self.n_blocks, row_bytes)
+        self.buffers = [aio.Buffer(staging_GR) for staging_GR in staging_nGR]
         self.own: queue.SimpleQueue[aio.Buffer] = queue.SimpleQueue()
         """One for each thread, for shares that were not announced in time."""
         self.room: queue.SimpleQueue[aio.Buffer | None] = queue.SimpleQueue()
