@@ -3,7 +3,8 @@
     uv run python -m benchmarks.loading [--quick] [--root DIR] [--gb GB] [--breakdown | --bounds]
 
 Cold: the files are taken out of the page cache before each pass; the reference is one thread that reads them in
-16 MB pieces. Warm: the reference is copying as many bytes in memory. The shuffled loader's time runs from its
+16 MB pieces. "direct" reads past the page cache, as the shuffled loader does by itself if memory cannot hold the files; "raw direct" is
+such a thread. `cpu_s_per_gb` is processor time. Warm: the reference is copying as many bytes in memory. The shuffled loader's time runs from its
 first batch to the moment when it has read the whole epoch: in this span each activation that it hands out is
 paid for by one that it reads, as in a long run. "kept" is a stream in half precision for a GPU, which converts it itself.
 "checksums" cases give each loader's speed as a share of its speed when it does not compare what it reads.
@@ -32,7 +33,7 @@ import numba
 import numpy as np
 
 from benchmarks import common
-from saev.data import activations, config, mixing, moves, ordered, shuffled
+from saev.data import activations, aio, config, mixing, moves, ordered, shuffled
 from saev.formats import shards
 
 N_PATCHES, D, BATCH = 256, 384, 4096
@@ -129,9 +130,9 @@ def measure(
         if cold:
             common.drop_page_cache(fpaths)
 
-    def raw() -> float:
+    def raw(flags: int = 0) -> float:
         prepare()
-        return n_bytes / common.seconds(lambda: read_all(fpaths))
+        return n_bytes / common.seconds(lambda: read_all(fpaths, flags))
 
     def copy() -> float:
         return n_bytes / common.seconds(lambda: copy_all(n_bytes))
@@ -141,11 +142,16 @@ def measure(
         stream = ordered.Ordered(cfg)
         return n_bytes / common.seconds(lambda: sum(len(b.image_i_N) for b in stream))
 
-    def shuffle(keep_half: bool) -> float:
+    def shuffle(keep_half: bool, direct: bool = False) -> float:
         prepare()
         pool_bytes = int(pool_gb * 1e9)
         stream = shuffled.Shuffled(
-            cfg, batch_size=BATCH, pool_bytes=pool_bytes, n_threads=n_threads, keep_half=keep_half
+            cfg,
+            batch_size=BATCH,
+            pool_bytes=pool_bytes,
+            n_threads=n_threads,
+            keep_half=keep_half,
+            direct=direct,
         )
         layout = stream.layout
         n_batches = (layout.n_acts - layout.n_pool) // BATCH
@@ -170,8 +176,13 @@ def measure(
     pool_gb = round(gb / 3, 2)
     calls = {"reference": raw if cold else copy, "ordered": in_order}
     calls["shuffled"] = lambda: shuffle(False)
+    if cold:
+        calls["raw direct"] = lambda: raw(aio.FLAG)
+        calls["shuffled direct"] = lambda: shuffle(False, direct=True)
     if dtype != "float32":
         calls["shuffled kept"] = lambda: shuffle(True)
+    if dtype != "float32" and cold:
+        calls["shuffled direct kept"] = lambda: shuffle(True, direct=True)
     for name in ("ordered", "shuffled"):
         calls[f"{name} without"] = functools.partial(believing, calls[name])
     cpu_s: dict[str, list[float]] = {name: [] for name in calls}
@@ -184,9 +195,13 @@ def measure(
         cpu_s[name].append(loop_cpu_s[0] * n_bytes if loop_cpu_s else whole_s)
         return rate
 
-    checked = {"ordered": check_ordered(cfg), "shuffled": check_shuffled(cfg, int(pool_gb * 1e9), False)}
-    if "shuffled kept" in calls:
-        checked["shuffled kept"] = check_shuffled(cfg, int(pool_gb * 1e9), True)
+    checked = {"ordered": check_ordered(cfg)} | {
+        name: check_shuffled(cfg, int(pool_gb * 1e9), "kept" in name, "direct" in name)
+        for name in calls
+        if name.startswith("shuffled") and "without" not in name
+    }
+    if cold:
+        checked["raw direct"] = "nothing"
     if not cold:
         read_all(fpaths)
     rates = common.interleaved({name: functools.partial(counted, name) for name in calls}, n_repeats)
@@ -200,6 +215,9 @@ def measure(
             "reference_mb_per_s": round(float(np.median(rates["reference"])) / 1e6),
             "pool_gb": pool_gb,
             "spread": [round(a / b, 3) for a, b in zip(rates[name], rates["reference"], strict=True)],
+            "of_raw_direct": common.median_ratio(rates[name], rates["raw direct"]) if cold else None,
+            "cpu_s_per_gb": round(1e9 * min(cpu_s[name]) / n_bytes, 3),
+            "reference_cpu_s_per_gb": round(1e9 * min(cpu_s["reference"]) / n_bytes, 3),
             "per_core": None if cold else round(min(cpu_s["reference"]) / min(cpu_s[name]), 3),
             "checked": checked[name],
         }
@@ -346,12 +364,15 @@ def layout_bytes(stream: shuffled.Shuffled) -> float:
     return stream.acts.token_bytes * (N_PATCHES + 1) / N_PATCHES
 
 
-def read_all(fpaths: list[pathlib.Path]) -> None:
-    buffer = bytearray(16 * 2**20)
+def read_all(fpaths: list[pathlib.Path], flags: int = 0) -> None:
+    buffer = moves.aligned(16 * 2**20, moves.PAGE).data
     for fpath in fpaths:
-        with fpath.open("rb", buffering=0) as fd:
-            while fd.readinto(buffer):
-                pass
+        fd, at = os.open(fpath, os.O_RDONLY | flags), 0
+        while n := os.preadv(fd, [buffer], at):
+            at += n
+            if n < len(buffer):
+                break
+        os.close(fd)
 
 
 def copy_all(n_bytes: int) -> None:
@@ -371,9 +392,11 @@ def check_ordered(cfg: config.Shards) -> str:
     return f"{n} activations at their place"
 
 
-def check_shuffled(cfg: config.Shards, pool_bytes: int, keep_half: bool) -> str:
+def check_shuffled(cfg: config.Shards, pool_bytes: int, keep_half: bool, direct: bool) -> str:
     """One epoch: each activation once, and where it says."""
-    stream = shuffled.Shuffled(cfg, batch_size=BATCH, pool_bytes=pool_bytes, keep_half=keep_half)
+    stream = shuffled.Shuffled(
+        cfg, batch_size=BATCH, pool_bytes=pool_bytes, keep_half=keep_half, direct=direct
+    )
     n_acts = stream.layout.n_acts
     seen = np.zeros(n_acts, np.int64)
     for at, batch in zip(range(0, n_acts, BATCH), stream, strict=False):

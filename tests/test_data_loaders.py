@@ -18,7 +18,7 @@ import torch
 
 import saev
 from saev import errors
-from saev.data import activations, config, mixing, moves, ordered, shuffled
+from saev.data import activations, config, mixing, moves, ordered, readers, shuffled
 
 settings = hypothesis.settings(
     deadline=None, max_examples=30, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
@@ -272,13 +272,15 @@ def test_pinned_batches_hold_the_same(small) -> None:
 
 
 @pytest.mark.slow
-def test_pool_bytes_bound_the_memory(make_shards) -> None:
+@pytest.mark.parametrize("direct", [False, True])
+def test_pool_bytes_bound_the_memory(make_shards, direct: bool) -> None:
     dpath, _ = make_shards(n_imgs=400, n_patches=16, d_vit=256, layers=(0,), per_shard=100)
     cfg = config.Shards(str(dpath))
-    pool_bytes = 1 << 22  # far more than Python's own objects take
+    pool_bytes = 1 << 23  # far more than Python's own objects take
     take(cfg, 1, batch_size=16)
     tracemalloc.start()
-    for _ in itertools.islice(shuffled.Shuffled(cfg, batch_size=64, pool_bytes=pool_bytes), 300):
+    stream = shuffled.Shuffled(cfg, batch_size=64, pool_bytes=pool_bytes, direct=direct)
+    for _ in itertools.islice(stream, 300):
         pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -408,7 +410,7 @@ def test_shares_that_are_not_in_memory_are_announced(make_shards, monkeypatch: p
     got = [(keys(b), b.act_BD) for b in itertools.islice(batches, 40)]
     assert seen.n_announced > 20 and seen.n_taken > seen.n_unannounced
     assert seen.n_taken <= seen.n_announced
-    assert 2 < seen.most <= shuffled.ANNOUNCED * stream.n_threads, "memory for them is bounded"
+    assert 2 < seen.most <= readers.ANNOUNCED * stream.n_threads, "memory for them is bounded"
     seen.is_cold = False
     got += [(keys(b), b.act_BD) for b in itertools.islice(batches, 10)]
     n_announced = seen.n_announced

@@ -50,7 +50,7 @@ def _advise(fd: int, start: int, length: int, advice: int) -> None:
 class _File:
     """An open shard. It closes with its last reference, because a thread may outlive the cache entry."""
 
-    def __init__(self, part: shards.ShardDir, shard_i: int, advice: int):
+    def __init__(self, part: shards.ShardDir, shard_i: int, advice: int, flags: int):
         self.fd = -1
         self.part = part
         self.shard_i = shard_i
@@ -58,7 +58,7 @@ class _File:
         self.sums = part.sums(shard_i)
         is_long_enough = len(self.sums) >= SUM_BYTES * part.n_pieces(shard_i)
         self.sums_address = np.frombuffer(self.sums, np.uint8).ctypes.data if is_long_enough else 0
-        self.fd = os.open(self.fpath, os.O_RDONLY)
+        self.fd = os.open(self.fpath, os.O_RDONLY | flags)
         _advise(self.fd, 0, 0, advice)
 
     def compare(self, data: memoryview, pieces: range) -> None:
@@ -175,7 +175,7 @@ class Activations:
         _check_stored_alike(self.dirs, flag)
         self.n_all = sum(part.metadata.n_imgs for part in self.dirs)
         self.chosen: tuple[int, ...] | None = None
-        self.advice = SEQUENTIAL
+        self.advice, self.flags = SEQUENTIAL, 0
         self._files = _Files()
         self._is_kept_AT = _both(self._shown(), patch_classes.kept(self, cfg.exclude_patch_labels))
         self._choose(None)
@@ -197,10 +197,13 @@ class Activations:
         out._choose(tuple(sorted(image_is)))
         return out
 
-    def advised(self, advice: int) -> "Activations":
-        """The same stream, with a hint to the kernel on the order of reads (POSIX_FADV_*)."""
+    def advised(self, advice: int, flags: int = 0) -> "Activations":
+        """The same stream, with a hint to the kernel on the order of reads (POSIX_FADV_*).
+
+        flags: with which files are opened (O_DIRECT: then only `files` is of use).
+        """
         out = copy.copy(self)
-        out.advice, out._files = advice, _Files()
+        out.advice, out.flags, out._files = advice, flags, _Files()
         return out
 
     def _space_of(self, m: shards.Metadata) -> space.Space:
@@ -452,7 +455,7 @@ class Activations:
             file.compare(target, self.pieces.around(extent.offset, extent.length))
 
     def _open(self, extent: Extent) -> _File:
-        return self._files.open(self.dirs[extent.part_i], extent.shard_i, self.advice)
+        return self._files.open(self.dirs[extent.part_i], extent.shard_i, self.advice, self.flags)
 
     def decoded(self, stored: Shaped[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
         """Stored values as float32. float32 is not copied."""

@@ -8,6 +8,7 @@ Shape letters: P pool slots, D d_vit, W bytes of an activation, G blocks, n any 
 import ctypes
 import importlib
 import os
+import platform
 
 import numpy as np
 from jaxtyping import UInt8
@@ -36,12 +37,20 @@ EARLY_BYTES = 12 * 2**10
 
 EARLY_ROWS = 8
 """How far ahead the first line of a slot is asked for: its page is then known when it is written."""
+PAGE = 4096
+"""Direct reads begin and end at multiples of this, in the file and in memory."""
+_NUMBERS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
+AIO: tuple[int, int, int, int, int] = (
+    address(_LIBC, "syscall"),
+    *_NUMBERS.get(platform.machine(), (-1, -1, -1, -1)),
+)
+"""A C function, and Linux's numbers of io_setup, io_destroy, io_getevents and io_submit."""
 
 
-def aligned(n: int) -> UInt8[np.ndarray, " n"]:
-    """New memory that begins with a cache line."""
-    memory = np.empty(n + LINE, np.uint8)
-    return memory[-memory.ctypes.data % LINE :][:n]
+def aligned(n: int, to: int = LINE) -> UInt8[np.ndarray, " n"]:
+    """New memory that begins at a multiple of `to`: of a cache line."""
+    memory = np.empty(n + to, np.uint8)
+    return memory[-memory.ctypes.data % to :][:n]
 
 
 @jit
@@ -131,6 +140,16 @@ def _spans(run_G2, start_n, W):
 
 
 @jit
+def _place(c, source, slots, pool, W):
+    """Moves activations that follow each other to their slots (negative: discarded)."""
+    for i, slot in enumerate(slots):
+        if i + EARLY_ROWS < len(slots):
+            prefetch(pool + max(0, slots[i + EARLY_ROWS]) * W)
+        if slot >= 0:
+            _move(c, pool + slot * W, source + i * W, W)
+
+
+@jit
 def announce(c, file_G2, run_G2, start_n, W):
     """Asks the kernel to read, in the background, the blocks whose first byte is not in memory.
 
@@ -184,16 +203,82 @@ def read(c, file_G2, run_G2, first_G, slot_n, start_n, staging_n, pool_PW, is_hi
             is_filled = _is_filled(c, fd, start, length, staging)
         is_read_G[g] = is_filled and _is_intact(c, start_n, start, length, staging, file_G2[g, 1])
         if is_read_G[g]:
-            at = run_G2[g, 0] - start
             slots = slot_n[first_G[g] : first_G[g] + run_G2[g, 1]]
-            for i, slot in enumerate(slots):
-                if i + EARLY_ROWS < len(slots):
-                    prefetch(pool + max(0, slots[i + EARLY_ROWS]) * W)
-                if slot >= 0:
-                    _move(c, pool + slot * W, staging + at, W)
-                at += W
+            _place(c, staging + run_G2[g, 0] - start, slots, pool, W)
     stores_done()
     return is_hinted
+
+
+# ---- files to pool, past the page cache ----
+
+
+@jit
+def submit(aio, context, file_G2, run_G2, start_n, W, staging_GR, request_G8, where_G):
+    """Asks the kernel to read blocks in the background. Returns the number of its answers to wait for.
+
+    Blocks without checksums, or too long for a row, are left out. Other args as in `read` and `announce`.
+
+    Args:
+        aio: AIO.
+        context: of io_setup.
+        file_G2: of files that are open with O_DIRECT.
+        staging_GR: memory for the pages that hold each block.
+        request_G8: memory for the kernel's `struct iocb`.
+        where_G: their addresses.
+    """
+    span_G2 = _spans(run_G2, start_n, W)
+    n = 0
+    for g in range(len(span_G2)):
+        start = span_G2[g, 0] // PAGE * PAGE
+        length = (span_G2[g, 1] - start + PAGE - 1) // PAGE * PAGE
+        if file_G2[g, 1] and length <= staging_GR.shape[1]:
+            request_G8[n, 0] = g
+            request_G8[n, 2] = file_G2[g, 0] << 32  # beside the number of "read", which is 0
+            request_G8[n, 3] = staging_GR[g].ctypes.data
+            request_G8[n, 4] = length
+            request_G8[n, 5] = start
+            n += 1
+    n_sent = 0
+    while n_sent < n:
+        got = call(aio[0], (aio[4], context, n - n_sent, where_G[n_sent:].ctypes.data))
+        if got <= 0:
+            break
+        n_sent += got
+    return n_sent
+
+
+@jit
+def receive(
+    c, aio, context, n, file_G2, run_G2, first_G, slot_n, start_n, pool_PW, is_read_G, staging_GR, answer_G4
+):
+    """Waits for blocks that were asked for, and does the rest of `read`, in the order in which they come.
+
+    Returns the number of answers that are missing, because the wait was interrupted. Other args as there.
+
+    Args:
+        n: the answers to wait for.
+        answer_G4: memory for the kernel's `struct io_event`.
+    """
+    W, pool = pool_PW.shape[1], pool_PW.ctypes.data
+    span_G2 = _spans(run_G2, start_n, W)
+    while n:
+        got = call(aio[0], (aio[3], context, 1, n, answer_G4.ctypes.data, 0))
+        if got <= 0:
+            break
+        n -= got
+        for a in range(got):
+            g = answer_G4[a, 0]
+            start, length = span_G2[g, 0], span_G2[g, 1] - span_G2[g, 0]
+            before = start % PAGE
+            data = staging_GR[g].ctypes.data + before
+            n_read = answer_G4[a, 2]  # less than 0: an error
+            if c[2] and c[3] and n_read >= before + length:
+                is_read_G[g] = _is_intact(c, start_n, start, length, data, file_G2[g, 1])
+            if is_read_G[g]:
+                slots = slot_n[first_G[g] : first_G[g] + run_G2[g, 1]]
+                _place(c, data + run_G2[g, 0] - start, slots, pool, W)
+    stores_done()
+    return n
 
 
 # ---- pool to batch ----

@@ -15,21 +15,16 @@ import concurrent.futures
 import contextlib
 import math
 import os
-import threading
 import typing as tp
 import weakref
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped, UInt8
+from jaxtyping import Float, Int64, Shaped
 
-from saev.data import activations, config, mixing, moves
+from saev.data import activations, aio, config, mixing, moves, readers
 from saev.data.ahead import ahead
 
-SHARE_BYTES = 4 * 2**20
-"""Bytes that one thread reads at a time, about."""
-ANNOUNCED = 4
-"""Shares for each thread that are announced and not yet read: they come while the threads copy batches."""
 Done = concurrent.futures.Future[None]
 
 
@@ -52,11 +47,13 @@ class Shuffled:
         seed: of the order.
         pool_bytes: memory for the pool and the batches made ahead. The pool holds at least two batches. The
             order of blocks takes 4 more bytes per block of the shards that are read at the same time.
-        n_threads: threads that read and copy. 0: one per core, at most 4.
+        n_threads: threads that read and copy. 0: one per core (two for direct reads), at most 4.
         pin: page-locked batches, so that `.to("cuda", non_blocking=True)` copies in the background. torch
             uses a batch's memory again when the batch is dropped and such copies of it have ended.
         keep_half: batches of float16 and bfloat16 dumps in that type, for a GPU that converts them: half the
             bytes to copy. By default they are converted to float32.
+        direct: read past the page cache (see `aio`), if the system can. None: if the files do not fit into
+            memory. The batches are the same.
 
     Raises:
         UserError: see `Activations`; while iterating, NaN or infinite activations (the image is named).
@@ -72,14 +69,17 @@ class Shuffled:
         n_threads: int = 0,
         pin: bool = False,
         keep_half: bool = False,
+        direct: bool | None = None,
     ):
         self.acts = activations.Activations.open(data).advised(activations.RANDOM)
         self.batch_size = batch_size
         self.seed = seed
-        self.n_threads = n_threads or min(4, os.cpu_count() or 1)
         self.pin = pin
         self.dtype = getattr(torch, self.acts.dtype) if keep_half else torch.float32
-        self.share_bytes = min(SHARE_BYTES, pool_bytes // 8 // self.n_threads)
+        self.read_bytes = pool_bytes // 8
+        self.direct = aio.is_better(self.acts, pool_bytes) if direct is None else direct
+        per_core = 2 if self.direct else 1  # one may wait for the disk while the other copies
+        self.n_threads = n_threads or min(4, per_core * (os.cpu_count() or 1))
         self.layout = mixing.Layout.of(
             self.acts.shard_positions(),
             n_layers=len(self.acts.layers),
@@ -184,36 +184,6 @@ class _Memory:
         return torch.frombuffer(lent, dtype=self.dtype).view(shape)
 
 
-class _Runs(tp.NamedTuple):
-    """Blocks to read, and where they are."""
-
-    index_G: Int64[np.ndarray, " G"]
-    """The block's first activation in the stream."""
-    n_G: Int64[np.ndarray, " G"]
-    first_G: Int64[np.ndarray, " G"]
-    """Place of its first slot."""
-    file_G2: Int64[np.ndarray, "G 2"]
-    offset_G: Int64[np.ndarray, " G"]
-    files: collections.abc.Sequence[object]
-    """See `Activations.files`."""
-
-    @property
-    def run_G2(self) -> Int64[np.ndarray, "G 2"]:
-        """Offset and number of activations."""
-        return np.stack([self.offset_G, self.n_G], axis=1)
-
-    def only(self, share_g: Int64[np.ndarray, " g"]) -> "_Runs":
-        """Some of the blocks."""
-        return _Runs(
-            self.index_G[share_g],
-            self.n_G[share_g],
-            self.first_G[share_g],
-            self.file_G2[share_g],
-            self.offset_G[share_g],
-            self.files,
-        )
-
-
 class _Reading:
     """Blocks being read into the pool."""
 
@@ -245,11 +215,9 @@ class _Pool:
         self.plan = mixing.Plan(layout, stream.seed, start)
         self.memory = _Memory(stream.dtype, stream.pin)
         self.threads = concurrent.futures.ThreadPoolExecutor(stream.n_threads, "saev-read")
-        self.announcer = concurrent.futures.ThreadPoolExecutor(1, "saev-announce")
-        self.room = threading.Semaphore(ANNOUNCED * stream.n_threads)
-        self.is_cold = True
-        """Whether a share was read or announced lately that was not in memory."""
-        self.local = threading.local()
+        self.reader = readers.reader(
+            stream.direct, acts, stream.n_threads, stream.read_bytes, layout.max_block * acts.token_bytes
+        )
         unsigned = np.dtype(f"u{acts.token_bytes // acts.d_vit}")
         self.act_PD = moves.aligned(layout.n_pool * acts.token_bytes).view(unsigned).reshape(-1, acts.d_vit)
         self.readings: collections.deque[_Reading] = collections.deque()
@@ -273,7 +241,7 @@ class _Pool:
             self.takings.append((batch.parts[-1], part_n2[:, 1]))
             at += len(part_n2)
             self._free(wait=False)
-            if self.n_free * self.acts.token_bytes >= self.stream.n_threads * self.stream.share_bytes:
+            if self.n_free * self.acts.token_bytes >= self.stream.n_threads * self.reader.share_bytes:
                 self._read_ahead()
         return batch
 
@@ -284,9 +252,7 @@ class _Pool:
             for done in reading.dones:
                 done.cancel()
         self.threads.shutdown(wait=True)
-        self.announcer.shutdown(wait=False, cancel_futures=True)
-        self.room.release()  # it may be waiting for room
-        self.announcer.shutdown(wait=True)
+        self.reader.close()
 
     def _free(self, wait: bool) -> None:
         """Frees the slots of copies that have ended. wait: of at least one."""
@@ -359,51 +325,28 @@ class _Pool:
         """Starts to read blocks into their tokens' slots (-1: discarded), in file order."""
         order_G = np.argsort(block_G)
         index_G, n_G = self.layout.spans(block_G)
-        n_share = max(1, self.stream.share_bytes // (self.layout.max_block * self.acts.token_bytes))
-        n_share = max(1, min(n_share, math.ceil(len(block_G) / self.stream.n_threads)))
+        n_share = max(1, min(self.reader.n_blocks, math.ceil(len(block_G) / self.stream.n_threads)))
         at_G3 = self.acts.located(index_G)
-        files, file_G2 = self.acts.files(at_G3)
-        runs = _Runs(index_G, n_G, np.cumsum(n_G) - n_G, file_G2, at_G3[:, 2], files)
-        shares = [order_G[at : at + n_share] for at in range(0, len(order_G), n_share)]
-        return [self._start(runs.only(share), slot_n) for share in shares]
+        files, file_G2 = self.reader.opened.files(at_G3)
+        blocks = readers.Share(index_G, n_G, np.cumsum(n_G) - n_G, file_G2, at_G3[:, 2], files)
+        parts = [order_G[at : at + n_share] for at in range(0, len(order_G), n_share)]
+        return [self._start(blocks.only(part_g), slot_n) for part_g in parts]
 
-    def _start(self, runs: "_Runs", slot_n: Int64[np.ndarray, " n"]) -> Done:
-        """Starts to read a share, which is announced first if files seem not to be in memory."""
-        hint = self.announcer.submit(self._announce, runs) if self.is_cold else None
-        return self.threads.submit(self._read_share, runs, slot_n, hint)
+    def _start(self, share: readers.Share, slot_n: Int64[np.ndarray, " n"]) -> Done:
+        return self.threads.submit(self._read_share, share, slot_n, self.reader.announce(share))
 
-    def _announce(self, runs: "_Runs") -> None:
-        """Asks the kernel for a share, when there is room for what is announced and not yet read."""
-        self.room.acquire()
-        args = (runs.file_G2, runs.run_G2, self.acts.pieces.start_n, self.acts.token_bytes)
-        self.is_cold = moves.announce(moves.C, *args)
-
-    def _read_share(self, runs: "_Runs", slot_n: Int64[np.ndarray, " n"], hint: Done | None) -> None:
+    def _read_share(self, share: readers.Share, slot_n: Int64[np.ndarray, " n"], hint: readers.Hint) -> None:
         """Reads blocks into slot_n[first_G], ...
-
-        hint: the announcement.
 
         Raises:
             UserError: see `Activations.read_extents`.
         """
         acts, pool_PW = self.acts, self.act_PD.view(np.uint8)
-        is_read_G = np.zeros(len(runs.n_G), bool)
-        args = (runs.file_G2, runs.run_G2, runs.first_G, slot_n, acts.pieces.start_n, self._staging())
-        is_announced = hint is not None and not hint.cancel()
-        is_hinted = moves.read(moves.C, *args, pool_PW, is_announced, is_read_G)
-        if is_announced:
-            self.room.release()
-        elif is_hinted:
-            self.is_cold = True
+        is_read_G = np.zeros(len(share.n_G), bool)
+        self.reader.read(share, hint, slot_n, pool_PW, is_read_G)
         for g in np.flatnonzero(~is_read_G):  # this raises what is wrong with them
-            n = runs.n_G[g : g + 1]
-            slots = slot_n[runs.first_G[g] : runs.first_G[g] + n[0]]
+            n = share.n_G[g : g + 1]
+            slots = slot_n[share.first_G[g] : share.first_G[g] + n[0]]
             act_nW = np.empty((len(slots), acts.token_bytes), np.uint8)
-            acts.read_extents(acts.extents(runs.index_G[g : g + 1], n), act_nW.data.cast("B"))
+            acts.read_extents(acts.extents(share.index_G[g : g + 1], n), act_nW.data.cast("B"))
             pool_PW[slots[slots >= 0]] = act_nW[slots >= 0]
-
-    def _staging(self) -> UInt8[np.ndarray, " n"]:
-        """This thread's reused memory."""
-        if not hasattr(self.local, "staging"):
-            self.local.staging = np.empty(self.layout.max_block * self.acts.token_bytes, np.uint8)
-        return self.local.staging

@@ -64,7 +64,8 @@ class Train:
     needs about 0.75 GB + this + 68 bytes x d_vit x latents (32 bytes for each further SAE on the same
     stream), more with large batches. The total is logged at the start."""
     n_threads: int = fields.shared(0)
-    """Threads that read activations. 0: one per core, at most 4. Does not change the order of activations."""
+    """Threads that read activations. 0: one per core (two for dumps that do not fit into memory), at most 4.
+    Does not change the order of activations."""
     gpu_gb: float = fields.shared(0.0)
     """Memory of a GPU that training may take, in GB. Steps whose pre-activations do not fit handle the batch
     in parts. 0: what is free at the start."""

@@ -104,6 +104,7 @@ def _stream(cfg: config.Train, acts: activations.Activations) -> shuffled.Shuffl
         n_threads=cfg.n_threads,
         pin=is_on_gpu,
         keep_half=is_on_gpu,
+        direct=False if cfg.data_parallel > 1 else None,  # a node's processes share what they read
     )
 
 
