@@ -116,8 +116,8 @@ def _label(
     if mask_HW is None:
         if cfg.missing == "refuse":
             raise errors.UserError(
-                f"{source.where(record)}: no such mask. "
-                "Pass --missing ignore to leave such images without labels."
+                f"{source.where(record)}: no such mask. Check the --masks flags, or pass "
+                "--missing ignore to leave such images without labels."
             )
         return None
     background = cfg.background if cfg.rule == "foreground" else None
