@@ -58,7 +58,7 @@ def _report(id_n: Int32[np.ndarray, " n"], classes: dict[int, str]) -> None:
     """Logs how often each class is found. Raises a UserError if there is none at all.
 
     Args:
-        id_n: of all patches that are no padding.
+        id_n: of all patches that are not padding.
     """
     counts = zip(*np.unique(id_n, return_counts=True), strict=True)
     n_of = collections.Counter({int(i): int(n) for i, n in counts})
