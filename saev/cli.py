@@ -31,6 +31,7 @@ PLAINER = (
     (r"\s*Arguments are applied to the directly preceding subcommand.*", ""),
     (r"no type matching (.+?) could be instantiated from \['?(.*?)'?\].*", r"'\2' is not \1"),
     (r"could not convert string to float: (.*)", r"\1 is not a number"),
+    (r"Could not parse arguments (\[.*\]) into tuple type .*", r"cannot read \1"),
     (r"\{None\}\|", "None or "),
 )
 """(pattern, replacement) for tyro's errors."""

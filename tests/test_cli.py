@@ -51,8 +51,10 @@ def test_flags_take_them() -> None:
 
 WRONG = {
     "--devize x": "Unrecognized options: --devize, x. Perhaps you meant --device. See --help.",
-    "sae:relu --sae.top-k 3": ".* It belongs to sae:batch-top-k or sae:top-k. See --help.",
-    "--lr abc": "Error parsing --lr: .*'abc'.* See --help.",
+    "sae:relu --sae.top-k 3": "Unrecognized or misplaced options: --sae.top-k 3. It belongs to sae:batch-top-k or sae:top-k. See --help.",
+    "--lr abc": "Error parsing --lr: 'abc' is not None or FLOAT. See --help.",
+    "--decay-frac abc": "Error parsing --decay-frac: 'abc' is not a number. See --help.",
+    "--data.shardroot x": ".* Perhaps you meant --data.shard-root or --val-data.shard-root. See --help.",
     "--lr": "Missing value for argument '--lr'.* See --help.",
     "sae:foo": "Unrecognized options: sae:foo. Available subcommands: sae:relu, .* See --help.",
     "--lr-decay foo": "invalid choice 'foo' .*'constant', 'linear', 'cosine'.* See --help.",

@@ -8,6 +8,7 @@ import sysconfig
 
 import pytest
 
+import saev
 from saev import commands
 
 pytestmark = pytest.mark.slow
@@ -92,6 +93,7 @@ def test_help(run: Run, command: str) -> None:
 def test_without_a_command_and_with_a_wrong_one(run: Run) -> None:
     for args in ([], ["--help"]):
         assert all(name in run("saev", *args).stdout for name in commands.COMMANDS)
+    assert run("saev", "--version").stdout == f"{saev.__version__}\n"
     done = run("saev", "trian")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: saev trian: no such command. Commands: data, verify, ")

@@ -231,7 +231,10 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda d, c: save(d / MASK, np.full((4, 4), 7)),
         r"0001.png: has the id 7, which .*names.txt does not name. Add it there, or pass --masks.ignore 7",
     ),
-    "no mask": (lambda d, c: (d / MASK).unlink(), r"0001.png: no such mask. Pass --missing ignore"),
+    "no mask": (
+        lambda d, c: (d / MASK).unlink(),
+        r"0001.png: no such mask. Check the --masks flags, or pass --missing ignore",
+    ),
     "colours": (
         lambda d, c: save(d / MASK, np.zeros((4, 4, 3))),
         r"0001.png: its pixels are colours \(RGB\), not ids",

@@ -138,7 +138,7 @@ class _Pooled(tp.NamedTuple):
 _Encode = collections.abc.Callable[
     [Tensor, Bool[np.ndarray, "N P"]], tuple[codeshards.Csr | np.ndarray, _Pooled]
 ]
-"""Activations (R, D) of N images, and whether a patch is no padding -> codes of their rows (CSR, or dense
+"""Activations (R, D) of N images, and whether a patch is not padding -> codes of their rows (CSR, or dense
 (R, K)) and of the images. Rows of padding have no codes; dense ones are 0."""
 
 

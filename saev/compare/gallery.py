@@ -29,7 +29,7 @@ def opened(cfg: config.Compare, found: list[sides.Side]) -> Galleries | None:
     """The galleries of both sides; None without --gallery.
 
     Raises:
-        UserError: a folder is no gallery, is damaged or older, or shows another dictionary.
+        UserError: a folder is not a gallery, is damaged or older, or shows another dictionary.
     """
     if not cfg.gallery:
         return None

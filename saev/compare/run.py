@@ -20,7 +20,7 @@ REVISION = 2
 def main(cfg: config.Compare) -> str:
     """Compares two dictionaries, or all pairs of --runs, and returns the results directory.
 
-    The directory's name is a hash of all that determines the results, so finished ones are reused.
+    The directory's name is a hash of everything that determines the results, so finished ones are reused.
 
     Raises:
         UserError: a bad checkpoint, shard directory or gallery, or fewer than two images in common.

@@ -85,8 +85,8 @@ class Store:
 
 
 Values = collections.abc.Callable[[tp.Any, Tensor, Tensor | None], Tensor]
-"""(scorer, activations of images (B, P, D), whether a patch is no padding (B, P); None: none is) -> their
-values (R, S), image after image."""
+"""(scorer, activations of images (B, P, D), whether a patch is not padding (B, P); None: none is
+padding) -> their values (R, S), image after image."""
 IsShown = Bool[Tensor, "B P"] | None
 
 

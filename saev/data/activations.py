@@ -272,7 +272,7 @@ class Activations:
         return self.layers[0]
 
     def only_whole(self, what: str) -> None:
-        """Refuses streams without the patches of some classes. (Padding is no part of an image.)
+        """Refuses streams without the patches of some classes. (Padding is not part of an image.)
 
         Raises:
             UserError: --data.exclude-patch-labels was given.

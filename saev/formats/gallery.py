@@ -156,7 +156,7 @@ class Gallery:
         remedy: one sentence that ends error messages.
 
     Raises:
-        UserError: it is no gallery, or is damaged (the file is named).
+        UserError: it is not a gallery, or is damaged (the file is named).
     """
 
     def __init__(self, dpath: pathlib.Path, remedy: str):
@@ -211,7 +211,7 @@ class Gallery:
             return PIL.Image.open(io.BytesIO(data), formats=["WEBP"]).convert("RGB")
         except (ValueError, OSError, PIL.Image.DecompressionBombError) as err:
             name = f"images/{place // self.stats.files.images:03}"
-            raise self.damaged(name, f"a picture that is none ({errors.first_line(err)})") from err
+            raise self.damaged(name, f"a picture that cannot be read ({errors.first_line(err)})") from err
 
     def grid(self, place: int) -> tuple[int, int]:
         """(rows, columns) of the patches of that picture."""

@@ -48,7 +48,7 @@ def local(root: str, partial: bool = False, flag: str = "--data") -> str:
     Without --stage-to, or for a dump that may still grow (`partial`), returns `root`. flag: for messages.
 
     Raises:
-        UserError: it is no complete shard directory, a shard differs from its checksum, or the disk has too
+        UserError: it is an incomplete shard directory, a shard differs from its checksum, or the disk has too
             little space.
     """
     if _folder is None or partial:
@@ -79,7 +79,7 @@ def local(root: str, partial: bool = False, flag: str = "--data") -> str:
 
 @beartype.beartype
 def original(copy: shards.ShardDir) -> shards.ShardDir:
-    """The directory that was copied, where files may have been added since. Itself if it is no copy."""
+    """The directory that was copied, where files may have been added since. Itself if it is not a copy."""
     return _sources.get(copy.dpath, copy)
 
 

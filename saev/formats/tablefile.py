@@ -43,7 +43,7 @@ class Table:
         """A column of paths.
 
         Raises:
-            UserError: a path is missing, or is there twice.
+            UserError: a path is missing or repeated.
         """
         seen: dict[str, int] = {}
         for row, text in enumerate(self.frame[column].to_list()):
@@ -63,7 +63,7 @@ def read(fpath: pathlib.Path, columns: list[str]) -> Table:
     """Reads columns of a file.
 
     Raises:
-        UserError: the file is missing, is no table, has no rows, or lacks a column.
+        UserError: the file is missing, is not a table, has no rows, or lacks a column.
     """
     columns = list(dict.fromkeys(columns))
     try:

@@ -58,7 +58,7 @@ def _report(id_n: Int32[np.ndarray, " n"], classes: dict[int, str]) -> None:
     """Logs how often each class is found. Raises a UserError if there is none at all.
 
     Args:
-        id_n: of all patches that are no padding.
+        id_n: of all patches that are not padding.
     """
     counts = zip(*np.unique(id_n, return_counts=True), strict=True)
     n_of = collections.Counter({int(i): int(n) for i, n in counts})
@@ -116,8 +116,8 @@ def _label(
     if mask_HW is None:
         if cfg.missing == "refuse":
             raise errors.UserError(
-                f"{source.where(record)}: no such mask. "
-                "Pass --missing ignore to leave such images without labels."
+                f"{source.where(record)}: no such mask. Check the --masks flags, or pass "
+                "--missing ignore to leave such images without labels."
             )
         return None
     background = cfg.background if cfg.rule == "foreground" else None

@@ -17,7 +17,7 @@ from saev import console, errors, fields
 WHERE = ("on_slurm", "slurm_acct", "slurm_partition")
 """Fields that send a command's work to Slurm."""
 PER_COMMAND = ("on_slurm", "after", "retry_failed")
-"""Fields that are no defaults for other commands."""
+"""Fields that do not become defaults of other commands."""
 OWN = {
     "array",
     "dependency",

@@ -188,7 +188,7 @@ def scancel(ids: collections.abc.Iterable[str]) -> None:
 
 
 def output(*command: str) -> str | None:
-    """What a Slurm command prints. "" if it does not know the job any more; None if it does not answer."""
+    """What a Slurm command prints. "" if it no longer knows the job; None if it does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

@@ -134,7 +134,7 @@ def submitting(slurm: SlurmConfig) -> collections.abc.Generator[None]:
     """Holds the lock of --log-to, once it and --after are checked.
 
     Raises:
-        UserError: --log-to is no folder that jobs can use, or a job of --after is unknown or failed.
+        UserError: --log-to is not a folder that jobs can use, or a job of --after is unknown or failed.
     """
     if not slurm.log_to or set(":%") & set(str(pathlib.Path(slurm.log_to).resolve())):
         # PYTHONPATH divides its folders by colons; sbatch replaces %j and the like

@@ -89,7 +89,7 @@ class SparseAutoencoder(torch.nn.Module):
         activations affect neither scale nor mean (see `robust`).
 
         Args:
-            x_ND: raw activations, in random order. With --sae.init data at least d_sae, if there are so many.
+            x_ND: raw activations, in random order. With --sae.init data at least d_sae, if possible.
 
         Returns: what is typical of the activations, with per-dim of x'.
         """

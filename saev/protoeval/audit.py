@@ -25,7 +25,7 @@ logger = logging.getLogger("saev")
 N_NULL = 20
 """Permutations of the image labels."""
 BACKGROUND = "background"
-"""Class that is no part."""
+"""Class that does not count as a part."""
 
 
 def check(banks: list[fit.Bank], cfg: config.ProtoEval, patches: patch_join.Labels) -> None:

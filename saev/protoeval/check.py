@@ -35,7 +35,7 @@ SOME = 1000
 REAL_MEAN, REAL_RANGE = 0.10, (0.05, 0.20)
 """Mean prevalence of CUB's traits, within about 0.01, and the accepted range."""
 SHIFT = 6.0
-"""Labels are taken for moved if that explains more, by so many standard deviations of unrelated labels."""
+"""Labels are taken for moved if that explains more, by this many standard deviations of unrelated labels."""
 MOST = 0.6
 """Above this mean prevalence the labels are assumed wrong."""
 AGREES = 0.5

@@ -50,7 +50,7 @@ class Experiment:
 
     @functools.cached_property
     def id(self) -> str:
-        """A hash of all that determines the table: activations, labels, protocol, scorers, grid and seed."""
+        """A hash of what determines the table: activations, labels, protocol, scorers, grid and seed."""
         parts: list[object] = [REVISION, scorers.REVISION, self._measured_on]
         for cfg, fit in zip(self.cfgs, self.fits, strict=True):
             parts += [fields.identity(cfg), *_content(cfg, fit).values(), _run_name(cfg)]

@@ -95,7 +95,7 @@ def _name(typed: str, streams: list[activations.Activations]) -> str:
     """The name of the labels whose file is given: parts for labels-parts.bin.
 
     Raises:
-        UserError: it is no file of labels, or lies beside other shards.
+        UserError: it is not a file of labels, or lies beside other shards.
     """
     fpath = pathlib.Path(typed)
     match = re.fullmatch(r"labels(?:-(\w+))?\.bin", fpath.name, re.ASCII)

@@ -39,7 +39,7 @@ def main(cfgs: list[config.ProtoEval]) -> str:
 def each(cfgs: list[config.ProtoEval]) -> list[str]:
     """Evaluates the scorers of one group. Returns a results directory for each source of labels.
 
-    The directory's name is a hash of all that determines the results, so finished ones are reused, not
+    The directory's name is a hash of everything that determines the results, so finished ones are reused, not
     overwritten. Scorers that several sources share score all images in one pass.
 
     Raises:

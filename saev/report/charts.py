@@ -190,7 +190,7 @@ def yields(lines: pl.DataFrame, caption: str) -> matplotlib.figure.Figure:
 # ---- normalised MSE against L0 ----
 
 FEW = 12
-"""A chart of so many runs fits into a column of a paper."""
+"""A chart of at most this many runs fits the column of a paper."""
 MOST_NAMES = 60
 """Of more runs, those on the front are named."""
 RADII = (3.0, 8.0, 14.0, 21.0, 30.0, 42.0)

@@ -109,7 +109,7 @@ def _stream(cfg: config.Train, acts: activations.Activations) -> shuffled.Shuffl
 
 
 def run_id(cfg: config.Train, fingerprint: str) -> str:
-    """Eight hex digits of a hash of all that determines the weights. fingerprint: of the activations."""
+    """Eight hex digits of a hash of what determines the weights. fingerprint: of the activations."""
     if not _uses_window(cfg):
         cfg = dataclasses.replace(cfg, dead_window=None)
     parts = {"cfg": fields.identity(cfg), "revision": REVISION, "activations": fingerprint}

@@ -22,7 +22,7 @@ IN_COLUMN = 5
 WIDEST = 1.1
 """Most inches of a picture's width."""
 LEAST_DPI = 250
-"""Pictures are enlarged to at least so many pixels per inch."""
+"""Pictures are enlarged to at least this many pixels per inch."""
 GAP, LINE, LEGEND = 0.04, 0.13, 0.8
 """Inches between pictures, of a line of text, and of the legend's width."""
 GREYS = (0x20, 0x80, 0xE0)

@@ -11,7 +11,7 @@ from saev.visuals import config
 MAX_SHOWN = 2**25
 """Most patches with heat that are held at a time, about (3 bytes each)."""
 MIN_SAMPLED = 128
-"""At least so many images that fire a latent are sampled. Their quarters stand for those of all."""
+"""At least this many images that fire a latent are sampled. Their quarters stand for those of all."""
 MAX_PAIRS, MAX_SAMPLED_CODES = 2**26, 2**24
 """Pairs of latents that fire on the same patch, and codes, that are counted, about."""
 AT_ONCE = 512

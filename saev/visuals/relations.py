@@ -16,7 +16,7 @@ from saev.visuals import kernels, memory, spool, statistics
 N_RELATED = 10
 """Related latents that are shown."""
 MIN_IMAGES = 2
-"""A class must have at least so many of the images that fire a latent."""
+"""A class must have at least this many of the images that fire a latent."""
 
 
 class Related(tp.NamedTuple):

@@ -54,7 +54,7 @@ class Spool:
     """Images that are read at a time."""
     ranked: Ranked | None
     n_shown_N: np.ndarray
-    """int64: patches of each image that are no padding. The others have no codes."""
+    """int64: patches of each image that are not padding. The others have no codes."""
 
     @property
     def n_imgs(self) -> int:

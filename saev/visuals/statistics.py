@@ -14,7 +14,7 @@ from jaxtyping import Float32, Float64, Int32, Int64, UInt32, jaxtyped
 from saev.visuals import coders, kernels, memory, spool
 
 RANDOM_POOL = 512
-"""Random images are drawn from so many images, because each needs a picture in the gallery."""
+"""Random images are drawn from this many, because each needs a picture in the gallery."""
 MAX_COUNTS = 2**26
 """If latents x classes are more, classes are counted on the sampled images."""
 ROWS = 4096

@@ -29,7 +29,7 @@ def load(cfg: config.ClassFolders, acts: dumped.Acts) -> base.Traits:
     where = acts["train"].given
     if len(names) == 1:
         raise errors.UserError(
-            f"{where}: all images are of one class ({names[0]}), which is no trait. Dump at least two."
+            f"{where}: all images are of one class ({names[0]}), which is not a trait. Dump at least two."
         )
     if cfg.groups:
         attributes, has_TC = groups(pathlib.Path(cfg.groups), names)
@@ -79,7 +79,7 @@ def groups(fpath: pathlib.Path, names: list[str]) -> tuple[list[str], Bool[np.nd
     traits.
 
     Raises:
-        UserError: a group is no list of names, has a class that does not exist, or has all classes.
+        UserError: a group is not a list of names, has a class that does not exist, or has all classes.
     """
     table = tomlfile.read(fpath, f"To merge classes, {EXAMPLE}.")
     number = {name: i for i, name in enumerate(names)}

@@ -15,14 +15,14 @@ from saev.data.traits import base, config, dumped, split
 logger = logging.getLogger("saev")
 
 BACKGROUND = "background"
-"""A class that is no trait unless it is asked for."""
+"""A class that is not a trait unless it is asked for."""
 
 
 def load(cfg: config.Masks, acts: dumped.Acts) -> base.Traits:
     """Makes labels from those of patches. Labels of an image without labelled patches are unknown.
 
     Raises:
-        UserError: a dump has no patch labels, or a part is unknown or says nothing.
+        UserError: a dump has no patch labels, or a part is unknown or does not vary.
     """
     found = dumped.images(acts, "the patch labels")
     streams = list(dict.fromkeys(stream for stream, _ in found.values()))

@@ -17,8 +17,8 @@ def load(cfg: config.Table, acts: dumped.Acts) -> base.Traits:
     """Reads the labels.
 
     Raises:
-        UserError: the file is no table, lacks a column, or has a value that its column cannot have; paths are
-            missing or repeated; or a trait says nothing.
+        UserError: the file is not a table, lacks a column, or has a value that its column cannot have; paths
+            are missing or repeated; or a trait does not vary.
     """
     if not cfg.file:
         raise errors.UserError("--labels.file is missing: pass a CSV or Parquet file with a row per image.")
