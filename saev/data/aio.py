@@ -4,7 +4,7 @@ The kernel copies blocks from the disk straight into the loader's memory (O_DIRE
 background (Linux's io_submit). That takes a fraction of the processor time of reads through the page cache,
 which would be of no use: until the next epoch reads a block again, it has long been replaced.
 
-Shape letters: G blocks, P pool slots, R bytes of a row, W bytes of an activation, n and m any number.
+Shape letters: G blocks, R bytes for each.
 """
 
 import collections.abc
@@ -14,10 +14,11 @@ import logging
 import os
 import pathlib
 import sys
+import typing as tp
 import weakref
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import UInt8
 
 from saev.data import activations, moves
 
@@ -50,33 +51,16 @@ class Buffer:
         self.close = weakref.finalize(self, _tear_down, self.context, self.staging_GR)
         """Waits for the kernel. If nobody calls it, it is called before the memory is freed."""
 
-    def submit(
-        self,
-        file_G2: Int64[np.ndarray, "G 2"],
-        run_G2: Int64[np.ndarray, "G 2"],
-        start_n: Int64[np.ndarray, " n"],
-        W: int,
-    ) -> None:
-        """Begins to read blocks. Args: see `moves.submit`."""
+    def submit(self, *blocks: tp.Any) -> None:
+        """Begins to read blocks. blocks: the arguments of `moves.submit` from file_G2 to W."""
         memory = (self.staging_GR, self.request_G8, self.where_G)
-        self.n_asked = moves.submit(moves.AIO, self.context, file_G2, run_G2, start_n, W, *memory)
+        self.n_asked = moves.submit(moves.AIO, self.context, *blocks, *memory)
 
-    def receive(
-        self,
-        file_G2: Int64[np.ndarray, "G 2"],
-        run_G2: Int64[np.ndarray, "G 2"],
-        first_G: Int64[np.ndarray, " G"],
-        slot_n: Int64[np.ndarray, " n"],
-        start_n: Int64[np.ndarray, " m"],
-        pool_PW: UInt8[np.ndarray, "P W"],
-        is_read_G: Bool[np.ndarray, " G"],
-    ) -> None:
-        """Moves the blocks into the pool. Args: see `moves.read`."""
-        args = (file_G2, run_G2, first_G, slot_n, start_n, pool_PW, is_read_G)
-        memory = (self.staging_GR, self.answer_G4)
+    def receive(self, *blocks: tp.Any) -> None:
+        """Moves them into the pool. blocks: the arguments of `moves.receive` from file_G2 to is_read_G."""
         while self.n_asked:  # again after a signal
-            asked = (self.context, self.n_asked)
-            self.n_asked = moves.receive(moves.C, moves.AIO, *asked, *args, *memory)
+            asked = (moves.AIO, self.context, self.n_asked)
+            self.n_asked = moves.receive(moves.C, *asked, *blocks, self.staging_GR, self.answer_G4)
 
 
 def row_bytes(n_bytes: int) -> int:

@@ -29,29 +29,20 @@ class Share(tp.NamedTuple):
 
     index_G: Int64[np.ndarray, " G"]
     """The block's first activation in the stream."""
-    n_G: Int64[np.ndarray, " G"]
+    run_G2: Int64[np.ndarray, "G 2"]
+    """Offset in its file, and number of activations."""
     first_G: Int64[np.ndarray, " G"]
-    """Place of its first slot."""
+    """Place of its first slot in slot_n."""
     file_G2: Int64[np.ndarray, "G 2"]
-    offset_G: Int64[np.ndarray, " G"]
     files: collections.abc.Sequence[object]
     """See `Activations.files`."""
-
-    @property
-    def run_G2(self) -> Int64[np.ndarray, "G 2"]:
-        """Offset and number of activations."""
-        return np.stack([self.offset_G, self.n_G], axis=1)
+    slot_n: Int64[np.ndarray, " n"]
+    """Slots of the activations of these and other blocks (-1: discarded)."""
 
     def only(self, share_g: Int64[np.ndarray, " g"]) -> "Share":
         """Some of the blocks."""
-        return Share(
-            self.index_G[share_g],
-            self.n_G[share_g],
-            self.first_G[share_g],
-            self.file_G2[share_g],
-            self.offset_G[share_g],
-            self.files,
-        )
+        parts = {name: getattr(self, name)[share_g] for name in ("index_G", "run_G2", "first_G", "file_G2")}
+        return self._replace(**parts)
 
 
 class Cached:
@@ -86,22 +77,17 @@ class Cached:
         args = (share.file_G2, share.run_G2, self.opened.pieces.start_n, self.opened.token_bytes)
         self.is_cold = moves.announce(moves.C, *args)
 
-    def read(
-        self,
-        share: Share,
-        hint: Hint,
-        slot_n: Int64[np.ndarray, " n"],
-        pool_PW: UInt8[np.ndarray, "P W"],
-        is_read_G: Bool[np.ndarray, " G"],
-    ) -> None:
-        """Reads a share into its slots. hint: what `announce` returned. Other args as in `moves.read`."""
-        args = (share.file_G2, share.run_G2, share.first_G, slot_n, self.opened.pieces.start_n)
+    def read(self, share: Share, hint: Hint, pool_PW: UInt8[np.ndarray, "P W"]) -> Bool[np.ndarray, " G"]:
+        """Reads a share into its slots. Returns which blocks were read. hint: what `announce` returned."""
+        is_read_G = np.zeros(len(share.run_G2), bool)
+        args = (share.file_G2, share.run_G2, share.first_G, share.slot_n, self.opened.pieces.start_n)
         is_announced = hint is not None and not hint.cancel()
         is_hinted = moves.read(moves.C, *args, self._staging(), pool_PW, is_announced, is_read_G)
         if is_announced:
             self.room.release()
         elif is_hinted:
             self.is_cold = True
+        return is_read_G
 
     def _staging(self) -> UInt8[np.ndarray, " n"]:
         """This thread's reused memory."""
@@ -153,20 +139,15 @@ class Direct:
         buffer.submit(share.file_G2, share.run_G2, self.opened.pieces.start_n, self.opened.token_bytes)
         return buffer
 
-    def read(
-        self,
-        share: Share,
-        hint: Hint,
-        slot_n: Int64[np.ndarray, " n"],
-        pool_PW: UInt8[np.ndarray, "P W"],
-        is_read_G: Bool[np.ndarray, " G"],
-    ) -> None:
+    def read(self, share: Share, hint: Hint, pool_PW: UInt8[np.ndarray, "P W"]) -> Bool[np.ndarray, " G"]:
         """As `Cached.read`."""
         is_late = hint is None or hint.cancel()
         buffer: aio.Buffer = self._submit(share, self.own.get()) if is_late else hint.result()
-        args = (share.file_G2, share.run_G2, share.first_G, slot_n, self.opened.pieces.start_n)
+        is_read_G = np.zeros(len(share.run_G2), bool)
+        args = (share.file_G2, share.run_G2, share.first_G, share.slot_n, self.opened.pieces.start_n)
         buffer.receive(*args, pool_PW, is_read_G)
         (self.own if is_late else self.room).put(buffer)
+        return is_read_G
 
     def close(self) -> None:
         """As `Cached.close`. Waits for the kernel."""

@@ -328,25 +328,22 @@ class _Pool:
         n_share = max(1, min(self.reader.n_blocks, math.ceil(len(block_G) / self.stream.n_threads)))
         at_G3 = self.acts.located(index_G)
         files, file_G2 = self.reader.opened.files(at_G3)
-        blocks = readers.Share(index_G, n_G, np.cumsum(n_G) - n_G, file_G2, at_G3[:, 2], files)
-        parts = [order_G[at : at + n_share] for at in range(0, len(order_G), n_share)]
-        return [self._start(blocks.only(part_g), slot_n) for part_g in parts]
+        run_G2 = np.stack([at_G3[:, 2], n_G], axis=1)
+        blocks = readers.Share(index_G, run_G2, np.cumsum(n_G) - n_G, file_G2, files, slot_n)
+        shares = [blocks.only(order_G[at : at + n_share]) for at in range(0, len(order_G), n_share)]
+        return [self.threads.submit(self._read_share, s, self.reader.announce(s)) for s in shares]
 
-    def _start(self, share: readers.Share, slot_n: Int64[np.ndarray, " n"]) -> Done:
-        return self.threads.submit(self._read_share, share, slot_n, self.reader.announce(share))
-
-    def _read_share(self, share: readers.Share, slot_n: Int64[np.ndarray, " n"], hint: readers.Hint) -> None:
-        """Reads blocks into slot_n[first_G], ...
+    def _read_share(self, share: readers.Share, hint: readers.Hint) -> None:
+        """Reads blocks into their slots. hint: the announcement.
 
         Raises:
             UserError: see `Activations.read_extents`.
         """
         acts, pool_PW = self.acts, self.act_PD.view(np.uint8)
-        is_read_G = np.zeros(len(share.n_G), bool)
-        self.reader.read(share, hint, slot_n, pool_PW, is_read_G)
+        is_read_G = self.reader.read(share, hint, pool_PW)
         for g in np.flatnonzero(~is_read_G):  # this raises what is wrong with them
-            n = share.n_G[g : g + 1]
-            slots = slot_n[share.first_G[g] : share.first_G[g] + n[0]]
+            n = share.run_G2[g : g + 1, 1]
+            slots = share.slot_n[share.first_G[g] : share.first_G[g] + n[0]]
             act_nW = np.empty((len(slots), acts.token_bytes), np.uint8)
             acts.read_extents(acts.extents(share.index_G[g : g + 1], n), act_nW.data.cast("B"))
             pool_PW[slots[slots >= 0]] = act_nW[slots >= 0]
