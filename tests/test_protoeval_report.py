@@ -795,7 +795,7 @@ def test_every_file_and_column_is_documented(
         assert all(f"`{column}`" in sections[name] for column in columns), name
     _, _, joined = text.partition("## The report over all results")
     assert all(f"`{name}`" in joined for name in (*merge.PLACE, *results.SEEDS, *merge_patches.GROUP))
-    assert all(f"- `{name}`" in joined for name in merge_patches.KEYS)
+    assert all(f"- `{name}`" in joined for name in merge_patches.FILES)
     for fpath in merge.write(tmp_path).iterdir():
         assert f"`{fpath.name}`" in text or fpath.suffix == ".png", fpath.name
 

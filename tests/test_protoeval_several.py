@@ -238,7 +238,8 @@ def test_a_key_without_anything_to_tell_apart_ends_at_once() -> None:
 def test_accuracies_are_scikit_learns_on_each_resample() -> None:
     rng = np.random.default_rng(0)
     category_N, call_N = rng.integers(0, 3, 50), rng.integers(0, 4, 50)
-    times_MN = np.concatenate([np.ones((1, 50), np.uint8), ap.resamples(50, 20, 0)])
+    times_MN = ap.resamples(50, 20, 0, with_all=True)
+    assert (times_MN[0] == 1).all() and (times_MN[1:] == ap.resamples(50, 20, 0)).all()
     accuracy_M, balanced_M = keys.accuracies(category_N, call_N, 4, times_MN)
     for times_N, accuracy, balanced in zip(times_MN, accuracy_M, balanced_M, strict=True):
         y_n, got_n = np.repeat(category_N, times_N), np.repeat(np.where(call_N == 3, 0, call_N), times_N)

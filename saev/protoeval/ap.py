@@ -206,11 +206,15 @@ def resampled_patches(
 
 
 @beartype.beartype
-def resamples(n_images: int, n: int, seed: int) -> UInt8[np.ndarray, "M N"]:
-    """n bootstrap resamples (Efron 1979): how often each image is drawn, with replacement."""
+def resamples(n_images: int, n: int, seed: int, with_all: bool = False) -> UInt8[np.ndarray, "M N"]:
+    """n bootstrap resamples (Efron 1979): how often each image is drawn, with replacement.
+
+    Args:
+        with_all: the first row is all images once.
+    """
     rng = np.random.default_rng((seed, 0xB007))
-    times_MN = np.empty((n, n_images), np.uint8)
-    for times_N in times_MN:
+    times_MN = np.ones((int(with_all) + n, n_images), np.uint8)
+    for times_N in times_MN[int(with_all) :]:
         drawn_N = rng.integers(0, n_images, n_images)
         # Counts are about Poisson(1), so the uint8 cap is never reached in practice.
         times_N[:] = np.minimum(np.bincount(drawn_N, minlength=n_images), 255)

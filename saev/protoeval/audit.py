@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
-from saev import devices, errors, helpers, scorers
+from saev import errors, helpers, scorers
 from saev.formats import arrays, results
 from saev.protoeval import ap, audit_rank, choose, config, fit, patch_join, patch_table, score
 from saev.protoeval.experiment import Experiment
@@ -67,8 +67,7 @@ def evaluate(
         UserError: bad shards, or a score that is not finite.
     """
     cfg = experiment.cfgs[0]
-    device = devices.pick(cfg.device)
-    run = [bank.scorer.to(device) for bank in banks]
+    run, device = fit.on_device(banks, cfg)
     rankings = {
         i: _rankings(banks, i, experiment, train, dpath) for i in _audited_banks(banks)
     }  # the first is by the labels, the others are by permuted ones
@@ -111,16 +110,14 @@ def _rankings(
         parts = [audit_rank.REVISION, experiment.id, bank.scorer.digest(), max(bank.ks), n, p]
         key = helpers.hash_of(parts)
         fpath = dpath / f"{key[:16]}.npz"
-        saved = arrays.read_state(fpath, key, results.Ranking._fields)
-        if saved:
-            found = results.Ranking(**saved)
-        else:
-            order_N = np.arange(n_imgs)
-            if p:
-                order_N = np.random.default_rng((cfg.seed, 0xA0D17, p)).permutation(n_imgs)
-            found = audit_rank.rank(x, train.labels_NT[order_N], train.known_of(order_N), n)
-            arrays.write_state(fpath, key, found._asdict())
-        out.append(found)
+        if saved := arrays.read_state(fpath, key, results.Ranking._fields):
+            out.append(results.Ranking(**saved))
+            continue
+        order_N = np.arange(n_imgs)
+        if p:
+            order_N = np.random.default_rng((cfg.seed, 0xA0D17, p)).permutation(n_imgs)
+        out.append(audit_rank.rank(x, train.labels_NT[order_N], train.known_of(order_N), n))
+        arrays.write_state(fpath, key, out[-1]._asdict())
     return out
 
 

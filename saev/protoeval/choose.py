@@ -70,8 +70,7 @@ def _cells(
     none = Choice(np.zeros(T, np.int64), np.full(T, np.nan))
     best = {n: [none] * len(same_n) for n, same_n in drawn.items()}
     null = [none] * len(drawn[most])
-    size = max(1, int(cfg.memory_gb * 1e9 / (16 * train.scores.scores_KN.shape[1])))
-    for first, last in _pieces(bank.ks, size):
+    for first, last in _pieces(bank.ks, train.n_at_once(cfg.memory_gb)):
         scores_CN = train.of(slice(start + first, start + last))
         for n, same_n in drawn.items():
             for r, rows_n in enumerate(same_n):

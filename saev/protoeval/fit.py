@@ -4,7 +4,10 @@ import logging
 import pathlib
 import typing as tp
 
+import torch
+
 from saev import devices, scorers
+from saev.protoeval import config
 from saev.protoeval.experiment import Experiment
 from saev.scorers import config as scorers_config
 
@@ -17,6 +20,12 @@ class Bank(tp.NamedTuple):
     name: str
     scorer: scorers.Scorer
     ks: tuple[int, ...]
+
+
+def on_device(banks: list[Bank], cfg: config.ProtoEval) -> tuple[list[scorers.Scorer], torch.device]:
+    """(their scorers on the device of the config, the device)."""
+    device = devices.pick(cfg.device)
+    return [bank.scorer.to(device) for bank in banks], device
 
 
 def fit(experiment: Experiment) -> list[Bank]:

@@ -35,9 +35,7 @@ class Meter:
     def __init__(self, test: score.Split, cfg: config.ProtoEval):
         self.test = test
         self.is_zero = cfg.no_positives == "zero"
-        n_images = len(test.labels_NT)
-        times_MN = ap.resamples(n_images, cfg.n_boot, cfg.seed)
-        self.times_MN = np.concatenate([np.ones((1, n_images), np.uint8), times_MN])
+        self.times_MN = ap.resamples(len(test.labels_NT), cfg.n_boot, cfg.seed, with_all=True)
 
     @jaxtyped(typechecker=beartype.beartype)
     def __call__(

@@ -97,7 +97,7 @@ def write(root: pathlib.Path, plot: str = "") -> pathlib.Path:
         )
     out, merged = root / "report", merge(found)
     sections = merged.cells.select("labels", "min_certainty").unique(maintain_order=True).rows()
-    text, tex, chart_fpaths = [], [], []
+    text, tex, fpaths = [], [], []
     for labels, certainty in sections:
         part = merged.section(labels, certainty)
         sources = {about.source for about in part.abouts if about.source}
@@ -110,21 +110,13 @@ def write(root: pathlib.Path, plot: str = "") -> pathlib.Path:
         text += [f"{where[0].upper()}{where[1:]}:\n", *_text(part, table, place)]
         text += merge_patches.text(part.patches, place)
         tex.append(f"% {where}\n{tables.latex(table)}")
-        chart = charts.grid(part.drawn, report.caption(part.cells, part.abouts))
         of = "" if len(sections) == 1 else f"-{labels[:8]}-{certainty}"
-        chart_fpaths.append(out / f"chart{of}.png")
-        figures.save(chart, chart_fpaths[-1])
-        for patch_labels, figure in merge_patches.charts_of(part.patches):
-            chart_fpaths.append(out / f"yields{of}-{patch_labels}.png")
-            figures.save(figure, chart_fpaths[-1])
-        if plot:
-            fpath = pathlib.Path(plot)
-            figures.save(chart, fpath.with_name(f"{fpath.stem}{of}{fpath.suffix}"))
+        fpaths += _draw(part, out, of, plot)
     if merged.older:
         names = ", ".join(sorted(set(merged.older)))
         text.append(f"{len(merged.older)} older cells were replaced by newer ones (of {names}).\n")
     for fpath in [*out.glob("chart*.png"), *out.glob("yields*.png")]:  # of an older report
-        if fpath not in chart_fpaths:
+        if fpath not in fpaths:
             fpath.unlink()
     frame.write_csv(out / "table.csv", merged.cells.select(*PLACE, *results.SUMMARY))
     frame.write_csv(out / "differences.csv", merged.differences.select(*PLACE, *results.DIFFERENCES))
@@ -134,6 +126,20 @@ def write(root: pathlib.Path, plot: str = "") -> pathlib.Path:
     helpers.write_text(out / "table.tex", "\n".join(tex))
     helpers.write_text(out / "table.md", "\n".join(text))
     return out
+
+
+def _draw(part: Merged, dpath: pathlib.Path, of: str, plot: str) -> list[pathlib.Path]:
+    """Saves a section's charts in a folder, and returns their files. of: what they are named after."""
+    chart = charts.grid(part.drawn, report.caption(part.cells, part.abouts))
+    drawn = {dpath / f"chart{of}.png": chart}
+    for patch_labels, figure in merge_patches.charts_of(part.patches):
+        drawn[dpath / f"yields{of}-{patch_labels}.png"] = figure
+    for fpath, figure in drawn.items():
+        figures.save(figure, fpath)
+    if plot:
+        fpath = pathlib.Path(plot)
+        figures.save(chart, fpath.with_name(f"{fpath.stem}{of}{fpath.suffix}"))
+    return list(drawn)
 
 
 def _text(part: Merged, table: pl.DataFrame, place: dict[str, str]) -> list[str]:

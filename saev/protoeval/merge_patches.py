@@ -13,21 +13,15 @@ from saev.report import charts, frame, tables
 
 logger = logging.getLogger("saev")
 
-KEYS = {
-    "patches.csv": (),
-    "patch-classes.csv": ("class",),
-    "patch-differences.csv": ("baseline_id", "baseline_prototypes", "measure"),
-    "audit-yields.csv": ("measure",),
-    "audit-differences.csv": ("baseline_id", "baseline_prototypes", "measure"),
+PAIR = ("baseline_id", "baseline_prototypes", "measure")
+FILES = {
+    "patches.csv": (results.PATCHES, ()),
+    "patch-classes.csv": (results.PATCH_CLASSES, ("class",)),
+    "patch-differences.csv": (results.PATCH_DIFFERENCES, PAIR),
+    "audit-yields.csv": (results.AUDIT_YIELDS, ("measure",)),
+    "audit-differences.csv": (results.PATCH_DIFFERENCES, PAIR),
 }
-"""Files that are joined, and the columns that identify a row of a scorer and a K."""
-COLUMNS = {
-    "patches.csv": results.PATCHES,
-    "patch-classes.csv": results.PATCH_CLASSES,
-    "patch-differences.csv": results.PATCH_DIFFERENCES,
-    "audit-yields.csv": results.AUDIT_YIELDS,
-    "audit-differences.csv": results.PATCH_DIFFERENCES,
-}
+"""Files that are joined: their columns, and those that identify a row of a scorer and a K."""
 AUDITS = ("audit-yields.csv", "audit-differences.csv")
 GROUP = ("patch_labels", "audit")
 """Rows are comparable if these columns are equal, and PLACE as far as the report separates it."""
@@ -46,10 +40,10 @@ def read(dpath: pathlib.Path, about: results.About) -> dict[str, pl.DataFrame]:
             text = "left out: %s: an older version wrote it, without the hash of the patch labels. %s"
             logger.warning(text, dpath / "patches.csv", report.AGAIN)
         return {}
-    names = [name for name in KEYS if about.audit or name not in AUDITS]
+    names = [name for name in FILES if about.audit or name not in AUDITS]
     out = {}
     for name, data in manifest.read(dpath, names, report.AGAIN).items():
-        found = frame.read_csv(data, COLUMNS[name])
+        found = frame.read_csv(data, FILES[name][0])
         scorers = [about.scorer(name) for name in found["scorer"].unique(maintain_order=True)]
         ids = [(s.name, s.id, str(s.settings.get("cls", s.name))) for s in scorers]
         of = {key: pl.lit(getattr(about, key)) for key in (*stats.PLACE, "patch_labels")}
@@ -74,7 +68,7 @@ def merge(
         names: the report's scorer of each place and scorer_id.
     """
     out = {}
-    for name, key in KEYS.items():
+    for name, (_, key) in FILES.items():
         parts = [each[name] for each in found if name in each]
         if not parts:
             continue
@@ -99,12 +93,12 @@ def _renamed(rows: pl.DataFrame, names: pl.DataFrame, column: str, of: str) -> p
 
 def write(dpath: pathlib.Path, merged: dict[str, pl.DataFrame], place: collections.abc.Sequence[str]) -> None:
     """Writes the joined files, and deletes those of an older report that are not written."""
-    for name in KEYS:
+    for name, (columns, _) in FILES.items():
         if name not in merged:
             (dpath / name).unlink(missing_ok=True)
             continue
         group = [key for key in GROUP if key != "audit" or name in AUDITS]
-        frame.write_csv(dpath / name, merged[name].select(*place, *group, *COLUMNS[name]))
+        frame.write_csv(dpath / name, merged[name].select(*place, *group, *columns))
 
 
 def charts_of(

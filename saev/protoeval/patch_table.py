@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Float64, Int32, Int64, UInt8, jaxtyped
 
-from saev import compiled, devices, helpers, scorers
+from saev import compiled, helpers, scorers
 from saev.data import ordered
 from saev.formats import results
 from saev.protoeval import ap, config, fit, patch_fit, patch_join
@@ -39,8 +39,7 @@ def evaluate(
         UserError: bad shards, or a score that is not finite.
     """
     cfg = experiment.cfgs[0]
-    device = devices.pick(cfg.device)
-    run = [bank.scorer.to(device) for bank in banks]
+    run, device = fit.on_device(banks, cfg)
     choices = patch_fit.choose_all(banks, run, labels, cfg, dpath, device)
     rows = _measure(choices, run, labels, cfg, device)
     n_train_C, n_test_C = counts(labels)
@@ -109,13 +108,11 @@ def test_patches(labels: patch_join.Labels, cfg: config.ProtoEval) -> Patches:
     side = labels.measured
     is_labelled_IX = side.class_NX >= 0
     image_IX = np.broadcast_to(side.order_N[:, None], side.class_NX.shape).astype(np.int32)
-    n_imgs = len(side.order_N)
-    times_MI = ap.resamples(n_imgs, cfg.n_boot, cfg.seed)
     n_C, _ = counts(labels)
     return Patches(
         side.class_NX[is_labelled_IX],
         image_IX[is_labelled_IX],
-        np.concatenate([np.ones((1, n_imgs), np.uint8), times_MI]),
+        ap.resamples(len(side.order_N), cfg.n_boot, cfg.seed, with_all=True),
         n_C / n_C.sum(),
     )
 

@@ -19,7 +19,7 @@ import torch
 import xxhash
 from jaxtyping import Bool, Float32, Int64, jaxtyped
 
-from saev import devices, errors, helpers, scorers
+from saev import errors, helpers, scorers
 from saev.data import activations, ordered, passes
 from saev.data.traits import base
 from saev.formats import arrays
@@ -64,6 +64,10 @@ class Split:
         """`known_NT` of some images."""
         return None if self.known_NT is None else self.known_NT[rows]
 
+    def n_at_once(self, memory_gb: float) -> int:
+        """Prototypes whose scores, of all images, are read at once."""
+        return max(1, int(memory_gb * 1e9 / (16 * self.scores.scores_KN.shape[1])))
+
     def of(self, prototypes: slice | np.ndarray) -> Float32[np.ndarray, "C N"]:
         """Some prototypes' scores, copied to memory."""
         return self.scores.scores_KN[prototypes][:, self.column_N]
@@ -93,8 +97,7 @@ def score(
         UserError: see `score_images`.
     """
     cfg, sides = experiment.cfgs[0], experiment.sides
-    device = devices.pick(cfg.device)
-    run = [bank.scorer.to(device) for bank in banks]
+    run, device = fit.on_device(banks, cfg)
     images: dict[activations.Activations, set[int]] = {}
     for side in [*sides, *itertools.chain(*sides_of)]:
         images.setdefault(side.acts, set()).update(side.row_of)

@@ -143,7 +143,7 @@ class _Fitted(tp.NamedTuple):
     def of(cell: choose.Cell, of_all: _All, sizes: set[int]) -> "_Fitted":
         train, cfg = of_all.train, of_all.cfg
         views = [_View(cell, train, rows_n) for rows_n in of_all.drawn[cell.n_train]]
-        block = max(1, int(cfg.memory_gb * 1e9 / (16 * train.scores.scores_KN.shape[1])))
+        block = train.n_at_once(cfg.memory_gb)
         models_R = [
             sparse.fit(view.read, cell.n_prototypes, view.labels_NT, view.known_NT, sizes, block)
             for view in views

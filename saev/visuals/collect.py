@@ -32,7 +32,7 @@ def main(cfg: config.Visuals) -> str:
     """
     device = devices.pick(cfg.device)
     acts = activations.Activations.open(dataclasses.replace(cfg.data, patches="image"))
-    layer = acts.only_layer("a gallery shows")
+    acts.only_layer("a gallery shows")
     acts.only_whole("a gallery shows")
     coder = coders.load(cfg, acts, device)
     for flag, latents in (("--include-latents", cfg.include_latents), ("--figure", cfg.figure)):
@@ -53,56 +53,68 @@ def main(cfg: config.Visuals) -> str:
     with _scratch(dpath) as scratch:
         codes = spool.run(coder, acts, cfg.n_images, sizes.block, scratch)
         classes = write.Classes.of(acts)
-        seed, n_classes = cfg.seed, len(classes.names)
-        stats = statistics.collect(coder, codes, cfg.n_images, cfg.n_group, seed, classes.class_N, n_classes)
+        of_images = classes.class_N, len(classes.names)
+        stats = statistics.collect(coder, codes, cfg.n_images, cfg.n_group, cfg.seed, *of_images)
         chosen_C = choose(cfg, coder, stats)
-        sha256 = (
-            helpers.hash_file(pathlib.Path(cfg.source)) if cfg.source else helpers.hash_of(coder.digest())
-        )
-        gallery = write.Gallery(
-            title=coders.title(cfg, layer),
-            scorer={
-                "name": coders.describe(coder),
-                "kind": coder.kind,
-                "n": coder.n,
-                "noun": coder.noun,
-                "signed": coder.is_signed or bool((stats.low_S < 0).any()),
-                "fires": coder.fires,
-                "ckpt": cfg.source,
-                "sha256": sha256,
-            },
-            source={
-                "vit": acts.metadata.vit_ckpt,
-                "layer": layer,
-                "data": pathlib.Path(cfg.images.root).name,
-                "n_images": acts.n_imgs,
-                "n_patches": acts.n_tokens,
-                "grid": list(shown.grid),
-                "size": list(shown.size),
-                "transform": shown.words,
-            }
-            | ({} if acts.sizes_A2 is None else {"padded": True}),
-            filters=filters(cfg, coder),
-            coder=coder,
-            acts=acts,
-            codes=codes,
-            stats=stats,
-            chosen_C=chosen_C,
-            shown=statistics.images_of(stats, chosen_C, cfg.n_images, cfg.n_group, seed),
-            view=_evenly(acts.n_imgs, cfg.image_view),
-            classes=classes,
-            pictures=shown,
-            seed=seed,
-            gallery={
-                "ckpt": cfg.source,
-                "sha256": sha256,
-                "kind": coder.kind,
-                "filters": filters(cfg, coder),
-                "images": str(shown.root.absolute()),
-            },
-        )
-        write.write(dpath, gallery)
+        write.write(dpath, _gallery(cfg, coder, acts, codes, stats, chosen_C, classes, shown))
     return cfg.dump_to
+
+
+def _gallery(
+    cfg: config.Visuals,
+    coder: coders.Coder,
+    acts: activations.Activations,
+    codes: spool.Spool,
+    stats: statistics.Stats,
+    chosen_C: Int64[np.ndarray, " C"],
+    classes: write.Classes,
+    shown: pictures.Pictures,
+) -> write.Gallery:
+    """What the gallery's files are made from."""
+    layer = acts.only_layer("a gallery shows")
+    sha256 = helpers.hash_file(pathlib.Path(cfg.source)) if cfg.source else helpers.hash_of(coder.digest())
+    return write.Gallery(
+        title=coders.title(cfg, layer),
+        scorer={
+            "name": coders.describe(coder),
+            "kind": coder.kind,
+            "n": coder.n,
+            "noun": coder.noun,
+            "signed": coder.is_signed or bool((stats.low_S < 0).any()),
+            "fires": coder.fires,
+            "ckpt": cfg.source,
+            "sha256": sha256,
+        },
+        source={
+            "vit": acts.metadata.vit_ckpt,
+            "layer": layer,
+            "data": pathlib.Path(cfg.images.root).name,
+            "n_images": acts.n_imgs,
+            "n_patches": acts.n_tokens,
+            "grid": list(shown.grid),
+            "size": list(shown.size),
+            "transform": shown.words,
+        }
+        | ({} if acts.sizes_A2 is None else {"padded": True}),
+        filters=filters(cfg, coder),
+        coder=coder,
+        acts=acts,
+        codes=codes,
+        stats=stats,
+        chosen_C=chosen_C,
+        shown=statistics.images_of(stats, chosen_C, cfg.n_images, cfg.n_group, cfg.seed),
+        view=_evenly(acts.n_imgs, cfg.image_view),
+        classes=classes,
+        pictures=shown,
+        seed=cfg.seed,
+        gallery={
+            "ckpt": cfg.source,
+            "sha256": sha256,
+            "kind": coder.kind,
+            "filters": filters(cfg, coder),
+            "images": str(shown.root.absolute()),
+        },
+    )
 
 
 @contextlib.contextmanager
