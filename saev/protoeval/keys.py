@@ -144,16 +144,13 @@ def grow(
     n_folds = min(N_FOLDS, int(np.sort(n_C)[-2]))  # folds may lack the rarer ones of several categories
     if n_folds > 1 and max_depth > 1:
         folds = sklearn.model_selection.StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-        splits = list(folds.split(x_NK, category_N))
+        score_DF = np.zeros((max_depth, n_folds))
         # by hand, because GridSearchCV resets the warning filters of all threads
-        score_DF = [
-            [
-                sklearn.metrics.balanced_accuracy_score(category_N[held], fitted(d, rows).predict(x_NK[held]))
-                for rows, held in splits
-            ]
-            for d in range(1, max_depth + 1)
-        ]
-        depth += int(np.mean(score_DF, axis=1).argmax())
+        for f, (rows, held) in enumerate(folds.split(x_NK, category_N)):
+            for d in range(max_depth):
+                call_n = fitted(d + 1, rows).predict(x_NK[held])
+                score_DF[d, f] = sklearn.metrics.balanced_accuracy_score(category_N[held], call_n)
+        depth += int(score_DF.mean(axis=1).argmax())
     return _rounded(fitted(depth).tree_, scores_KN, prototype_K, category_N, n_categories)
 
 
