@@ -134,7 +134,7 @@ def test_what_cannot_be_read(kind: str, cfg: dict, more: dict, match: str, tmp_p
 
 
 def test_broken_folders(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(errors.UserError, match=r"config\.json cannot be read"):
+    with pytest.raises(errors.UserError, match=r"config\.json: cannot be read"):
         dictionary_learning.load(tmp_path)
     dpath = folder(tmp_path, "AutoEncoder")
     torch.save({"bias": Touch(tmp_path / "owned")}, dpath / "ae.pt")
@@ -142,7 +142,7 @@ def test_broken_folders(tmp_path: pathlib.Path) -> None:
         dictionary_learning.load(dpath)
     assert not (tmp_path / "owned").exists()
     (dpath / "ae.pt").unlink()
-    with pytest.raises(errors.UserError, match=r"ae\.pt cannot be read"):
+    with pytest.raises(errors.UserError, match=r"ae\.pt: cannot be read"):
         dictionary_learning.load(dpath)
     for text, match in [("{}", "has no trainer"), ("[]", "cannot be read"), ('{"x": 1}', "key x")]:
         (dpath / "config.json").write_text(text)

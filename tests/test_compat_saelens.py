@@ -192,7 +192,7 @@ def test_any_config_is_read_or_refused_in_one_line(tmp_path: pathlib.Path) -> No
 
 
 def test_broken_folders(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(errors.UserError, match=r"cfg\.json cannot be read"):
+    with pytest.raises(errors.UserError, match=r"cfg\.json: cannot be read"):
         saelens.load(tmp_path / "nowhere")
     dpath = folder(tmp_path, {}, b_dec=torch.full((D,), torch.nan))
     with pytest.raises(errors.UserError, match="tensor b_dec holds NaN"):
@@ -203,7 +203,7 @@ def test_broken_folders(tmp_path: pathlib.Path) -> None:
     (dpath / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": 2 * D}))
     fpath = dpath / "sae_weights.safetensors"
     fpath.write_bytes(fpath.read_bytes()[:-10])
-    with pytest.raises(errors.UserError, match="safetensors cannot be read"):
+    with pytest.raises(errors.UserError, match="safetensors: cannot be read"):
         saelens.load(dpath)
 
 

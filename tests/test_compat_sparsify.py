@@ -98,7 +98,7 @@ def test_tensors_and_files(tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.UserError, match="unknown tensor W_skip"):
         sparsify.load(dpath)
     (dpath / "sae.safetensors").write_bytes(b"x")
-    with pytest.raises(errors.UserError, match="safetensors cannot be read"):
+    with pytest.raises(errors.UserError, match="safetensors: cannot be read"):
         sparsify.load(dpath)
-    with pytest.raises(errors.UserError, match=r"cfg\.json cannot be read"):
+    with pytest.raises(errors.UserError, match=r"cfg\.json: cannot be read"):
         sparsify.load(tmp_path)

@@ -139,7 +139,7 @@ def test_indexed_takes_any_integer_and_ends(small) -> None:
         assert torch.equal(acts[last]["act"], acts[35]["act"])
     assert [a["image_i"] for a in acts] == [i for i in range(9) for _ in range(4)]
     for i in (36, -37):
-        with pytest.raises(IndexError, match=f"activation {i} of 36"):
+        with pytest.raises(IndexError, match=f"activation {i}: there are only 36"):
             _ = acts[i]
 
 
@@ -277,7 +277,7 @@ def test_pool_bytes_bound_the_memory(make_shards, direct: bool) -> None:
     dpath, _ = make_shards(n_imgs=400, n_patches=16, d_vit=256, layers=(0,), per_shard=100)
     cfg = config.Shards(str(dpath))
     pool_bytes = 1 << 23  # far more than Python's own objects take
-    take(cfg, 1, batch_size=16)
+    take(cfg, 1, batch_size=16, direct=direct)  # compiled here
     tracemalloc.start()
     stream = shuffled.Shuffled(cfg, batch_size=64, pool_bytes=pool_bytes, direct=direct)
     for _ in itertools.islice(stream, 300):

@@ -26,7 +26,7 @@ from saev.scorers import config as scorers_config
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
-SMALL = ["--n-imgs", "120", "--n-patches", "40000"]
+SMALL = ["--n-imgs", "200", "--n-patches", "60000"]
 
 
 def run_demo(dpath: pathlib.Path) -> subprocess.CompletedProcess[str]:
@@ -50,7 +50,7 @@ def first(dpath: pathlib.Path) -> subprocess.CompletedProcess[str]:
 def cfg(first: subprocess.CompletedProcess[str], dpath: pathlib.Path) -> config.ProtoEval:
     (shard_dpath,) = (dpath / "shards").iterdir()
     return config.ProtoEval(
-        cub_root=str(dpath / "120" / "CUB_200_2011"),
+        cub_root=str(dpath / "200" / "CUB_200_2011"),
         train_data=data_config.Shards(str(shard_dpath)),
         n_prototypes=(16, 64, 256),
         n_train=(8, 32, -1),
@@ -156,7 +156,7 @@ def test_labels_shifted_by_one_image_drop_every_scorer_to_the_constant_row(
         return dataclasses.replace(labels, labels_NT=np.roll(labels.labels_NT, 1, axis=0))
 
     monkeypatch.setattr(cub, "load", shifted)
-    with pytest.raises(errors.UserError, match="these labels are implausible"):
+    with pytest.raises(errors.UserError, match="share their traits no more than any images do"):
         run.main(cfgs)
     wrong = read_summary(run.main([dataclasses.replace(c, force=True) for c in cfgs]))
     assert [r["scorer"] for r in wrong] == [r["scorer"] for r in right]
