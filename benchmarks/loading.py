@@ -202,6 +202,7 @@ def measure(
     }
     if cold:
         checked["raw direct"] = "nothing"
+    touched()
     if not cold:
         read_all(fpaths)
     rates = common.interleaved({name: functools.partial(counted, name) for name in calls}, n_repeats)
@@ -260,6 +261,7 @@ LABELS = (
 
 def breakdown(dpath: pathlib.Path, dtype: str, gb: float, n_repeats: int) -> None:
     """Prints the least processor time of each part in `n_repeats` epochs, warm, and of the same bytes' memcpy."""
+    touched()
     read_all(sorted(dpath.glob("acts*.bin")))
     took_s: dict[str, float] = collections.defaultdict(float)
 
@@ -277,7 +279,7 @@ def breakdown(dpath: pathlib.Path, dtype: str, gb: float, n_repeats: int) -> Non
 
     pool, batch = shuffled._Pool, shuffled._Batch
     measured = [(pool, "draw"), (mixing._Epoch, "draw"), (pool, "_read_ahead"), (pool, "_read_share")]
-    measured += [(moves, "read"), (batch, "fill"), (moves, "take")]
+    measured += [(moves, "read"), (batch, "fill"), (moves, "fill")]
     parts = [timed(owner, name, label) for (owner, name), label in zip(measured, LABELS, strict=True)]
     for keep_half in (False, True) if dtype != "float32" else (False,):
         found: list[dict[str, float]] = []
@@ -375,9 +377,14 @@ def read_all(fpaths: list[pathlib.Path], flags: int = 0) -> None:
         os.close(fd)
 
 
+@functools.cache
+def touched() -> tuple[np.ndarray, np.ndarray]:
+    """Two arrays whose memory is there: the first write to new memory takes several times as long as a copy."""
+    return np.ones(64 * 2**20, np.uint8), np.ones(64 * 2**20, np.uint8)
+
+
 def copy_all(n_bytes: int) -> None:
-    source = np.ones(64 * 2**20, np.uint8)
-    target = np.zeros_like(source)
+    source, target = touched()
     for _ in range(round(n_bytes / len(source))):
         np.copyto(target, source)
 

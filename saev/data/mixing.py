@@ -19,7 +19,7 @@ import typing as tp
 import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
-from saev.compiled import jit
+from saev.compiled import jit, prefetch
 
 GROUP_SHARDS = 512
 """Shards that are read at the same time."""
@@ -320,6 +320,9 @@ def _remove(ready_R2, drawn_n, out_n2):
     """Takes the drawn rows out of the ready ones. The last rows that stay fill their places, in order."""
     n_left = len(ready_R2) - len(drawn_n)
     stays_n = np.ones(len(drawn_n), np.bool_)
+    where, row_bytes = ready_R2.ctypes.data, ready_R2.strides[0]
+    for row in drawn_n:
+        prefetch(where + row * row_bytes)
     for i, row in enumerate(drawn_n):
         out_n2[i, 0], out_n2[i, 1] = ready_R2[row, 0], ready_R2[row, 1]
         if row >= n_left:

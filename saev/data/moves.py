@@ -308,6 +308,18 @@ def _float16(bits):
 
 
 @jit
+def _places(index_n, n_per_img, n_tokens, first_patch, image_is_N, layer_L, image_i_n, patch_i_n, layer_n):
+    """Fills in image, patch and layer of each of the stream's activations."""
+    for i in range(len(index_n)):
+        position = index_n[i] // n_per_img
+        x = index_n[i] - position * n_per_img
+        layer_i = x // n_tokens
+        image_i_n[i] = image_is_N[position]
+        patch_i_n[i] = x - layer_i * n_tokens + first_patch
+        layer_n[i] = layer_L[layer_i]
+
+
+@jit
 def take(kind, pool_PD, slot_n, largest, out_nD):
     """Copies activations, which are unsigned integers. Returns whether all are finite and not too large.
 
@@ -340,12 +352,17 @@ def take(kind, pool_PD, slot_n, largest, out_nD):
 
 
 @jit
-def places(index_n, n_per_img, n_tokens, first_patch, image_is_N, layer_L, image_i_n, patch_i_n, layer_n):
-    """Fills in image, patch and layer of each of the stream's activations."""
-    for i in range(len(index_n)):
-        position = index_n[i] // n_per_img
-        x = index_n[i] - position * n_per_img
-        layer_i = x // n_tokens
-        image_i_n[i] = image_is_N[position]
-        patch_i_n[i] = x - layer_i * n_tokens + first_patch
-        layer_n[i] = layer_L[layer_i]
+def fill(
+    kind, pool_PD, part_n2, largest, out_nD, n_per_img, n_tokens, first_patch, image_is_N, layer_L, place_3n
+):
+    """Copies activations, and fills in where they come from: one call, because each waits for Python's lock.
+
+    Other args, and what is returned, as in `take`.
+
+    Args:
+        part_n2: stream index and slot.
+        place_3n: image, patch and layer.
+    """
+    sizes = (n_per_img, n_tokens, first_patch)
+    _places(part_n2[:, 0], *sizes, image_is_N, layer_L, place_3n[0], place_3n[1], place_3n[2])
+    return take(kind, pool_PD, part_n2[:, 1], largest, out_nD)

@@ -119,7 +119,8 @@ class _Batch:
         self.acts, B = stream.acts, stream.batch_size
         self.act_BD = memory.empty((B, self.acts.d_vit))
         self.bits_BD = _bits(self.act_BD)
-        self.image_i_B, self.patch_i_B, self.layer_B = np.empty((3, B), np.int64)
+        self.place_3B = np.empty((3, B), np.int64)
+        """Image, patch and layer."""
         self.parts: list[concurrent.futures.Future[bool]] = []
         """Each says whether its activations are good."""
 
@@ -135,14 +136,11 @@ class _Batch:
         for read in reads:
             read.result()
         acts, rows = self.acts, slice(at, at + len(part_n2))
-        index_n, slot_n = part_n2.T
-        outs = (self.image_i_B[rows], self.patch_i_B[rows], self.layer_B[rows])
-        layer_L = np.array(acts.layers)
-        sizes = (acts.n_per_img, acts.n_tokens, acts.first_patch)
-        moves.places(index_n, *sizes, acts.image_is_N, layer_L, *outs)
         out_nD = self.bits_BD[rows]
         kind = moves.SAME if out_nD.dtype == pool.act_PD.dtype else moves.CONVERTED[acts.dtype]
-        return moves.take(kind, pool.act_PD, slot_n, moves.LARGEST[acts.dtype], out_nD)
+        sizes = (acts.n_per_img, acts.n_tokens, acts.first_patch)
+        places = (*sizes, acts.image_is_N, np.array(acts.layers), self.place_3B[:, rows])
+        return moves.fill(kind, pool.act_PD, part_n2, moves.LARGEST[acts.dtype], out_nD, *places)
 
     def result(self) -> Batch:
         """The batch, when it is full.
@@ -153,8 +151,8 @@ class _Batch:
         is_good = [part.result() for part in self.parts]
         if not all(is_good):
             act_BD = self.act_BD.to(torch.float32).numpy()
-            activations.check_finite(act_BD, self.image_i_B, self.acts)
-        return Batch(self.act_BD, self.image_i_B, self.patch_i_B, self.layer_B)
+            activations.check_finite(act_BD, self.place_3B[0], self.acts)
+        return Batch(self.act_BD, *self.place_3B)
 
 
 def _bits(act_BD: Float[torch.Tensor, "B D"]) -> Shaped[np.ndarray, "B D"]:
