@@ -15,6 +15,7 @@ FLOORS = {
     "saev.helpers": 0.1,
     "saev.early": 0.0,
     "saev.lazy": 0.0,
+    "saev.machine": 0.0,
     "saev.console": 0.25,
     "saev.fields": 0.25,
     "saev.formats": 0.5,

@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor
 
-from saev import devices, errors, fields, helpers, nn, provenance, tracking
+from saev import devices, errors, fields, helpers, machine, nn, provenance, tracking
 from saev.data import activations, shuffled
 from saev.formats import jsonfile
 from saev.nn import objectives, robust
@@ -83,8 +83,7 @@ def _log_memory(cfgs: list[config.Train], stream: shuffled.Shuffled) -> None:
         part_bytes = memory.part_bytes(cfgs, _gpu_bytes(cfgs[0], device))
         logger.info("GPU memory: about %.1f GB (docs/memory.md)", memory.gpu_peak(cfgs, part_bytes) / 1e9)
         return
-    n_bytes = memory.peak(cfgs, len(stream.acts), stream.acts.token_bytes)
-    logger.info("memory: about %.1f GB (docs/memory.md)", n_bytes / 1e9)
+    machine.log_need(memory.peak(cfgs, len(stream.acts), stream.acts.token_bytes))
 
 
 def _states(cfg: config.Train, dpath: pathlib.Path, world: parallel.World) -> list[int]:
