@@ -77,10 +77,8 @@ def is_done(dpath: pathlib.Path, cfg: config.Train) -> bool:
         found = jsonfile.read_sealed(fpath, dict[str, object], "It is made again.", old=True)
     except (OSError, errors.UserError):  # missing, truncated or edited
         return False
-    asked, defaults = (
-        json.loads(jsonfile.dumps(fields))
-        for fields in (_asked(cfg), dataclasses.asdict(data_config.Shards()))
-    )
+    asked = json.loads(jsonfile.dumps(_asked(cfg)))
+    defaults = json.loads(jsonfile.dumps(dataclasses.asdict(data_config.Shards())))
     if isinstance(data := found.get("data"), dict):  # older files lack newer fields
         found["data"] = defaults | data
     is_same = found.keys() >= NAMES and all(found.get(k) == v for k, v in asked.items())

@@ -85,7 +85,7 @@ class World:
 
 
 @contextlib.contextmanager
-def joined(n_processes: int, device: torch.device):
+def joined(n_processes: int, device: torch.device) -> collections.abc.Generator[World]:
     """This process's world, from torchrun's WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Raises:
