@@ -1,4 +1,7 @@
-"""Evaluates an SAE: metrics.json and latents.npz beside its checkpoint. B batch, D d_vit, S latents."""
+"""Evaluates an SAE: metrics.json and latents.npz beside its checkpoint.
+
+B batch, C some of the latents or dimensions, D d_vit, N activations, S latents.
+"""
 
 import collections
 import contextlib

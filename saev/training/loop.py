@@ -1,4 +1,4 @@
-"""Trains a group of runs, which all see the same batches. B batch, D d_vit."""
+"""Trains a group of runs, which all see the same batches. B batch, D d_vit, N activations."""
 
 import contextlib
 import dataclasses

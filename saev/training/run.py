@@ -1,4 +1,7 @@
-"""One SAE in training: its model, optimiser, counters and training step. B batch, D d_vit, S latents."""
+"""One SAE in training: its model, optimiser, counters and training step.
+
+B batch, C dead latents, D d_vit, N activations, P prefixes, S latents.
+"""
 
 import copy
 import pathlib
