@@ -33,7 +33,7 @@ import numba
 import numpy as np
 
 from benchmarks import common
-from saev.data import activations, aio, config, mixing, moves, ordered, shuffled
+from saev.data import aio, config, extents, mixing, moves, ordered, shuffled
 from saev.formats import shards
 
 N_PATCHES, D, BATCH = 256, 384, 4096
@@ -168,7 +168,7 @@ def measure(
     def believing(call: collections.abc.Callable[[], float]) -> float:
         """The same loader, without comparing."""
         with (
-            unittest.mock.patch.object(activations._File, "compare", lambda *_: None),
+            unittest.mock.patch.object(extents.File, "compare", lambda *_: None),
             unittest.mock.patch.object(moves, "read", believing_read),
         ):
             return call()

@@ -112,7 +112,9 @@ def _images(made: MadeUp) -> list[dict]:
         species = i % minicub.N_SPECIES
         name = minicub.SPECIES[species]
         if made.picture is None:
-            picture = minicub.render(minicub.Bird(species, profiles[species], None), rng).resize((224, 224))
+            picture = minicub.picture(minicub.Bird(species, profiles[species], None), rng)[0].resize(
+                (224, 224)
+            )
         else:
             picture = PIL.Image.new("RGB", (224, 224), made.picture)
         buffer = io.BytesIO()

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import pathlib
 import re
 
@@ -15,6 +16,7 @@ FLOORS = {
     "saev.helpers": 0.1,
     "saev.early": 0.0,
     "saev.lazy": 0.0,
+    "saev.machine": 0.0,
     "saev.console": 0.25,
     "saev.fields": 0.25,
     "saev.formats": 0.5,
@@ -110,6 +112,18 @@ def test_an_upward_import_is_caught() -> None:
     assert upward("saev.training.loop", "import saev.visuals.write") == ["saev.visuals.write"]
     assert upward("saev.launch", "from saev import nn") == ["saev.nn"]
     assert upward("saev.scorers.sae", "from saev import nn\nfrom saev.scorers import base") == []
+
+
+def test_no_modules_import_one_another() -> None:
+    """At module level; `from a import b` imports a.b, or a if b is in it."""
+    names = {m: imports(fpath.read_text(), top_level_only=True) for m, fpath in modules().items()}
+    graph = {
+        m: {n if n in names else n.rpartition(".")[0] for n in found} & {*names} for m, found in names.items()
+    }
+    assert len([*graphlib.TopologicalSorter(graph).static_order()]) == len(names)
+    graph["saev.errors"] = {"saev.helpers"}
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import torch
 
 import saev
 from saev import errors
-from saev.data import activations, config, mixing, moves, ordered, shuffled
+from saev.data import activations, config, extents, mixing, moves, ordered, shuffled
 from saev.data.ahead import ahead
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "shards_1_0_0"
@@ -343,8 +343,8 @@ def test_reads_in_pieces_give_the_same(
         return preadv(fd, [buffers[0][:37]], offset)
 
     monkeypatch.setattr(os, "preadv", early)
-    monkeypatch.setattr(activations, "GAP_BYTES", gap_bytes)
-    monkeypatch.setattr(activations, "IOV_MAX", iov_max)
+    monkeypatch.setattr(extents, "GAP_BYTES", gap_bytes)
+    monkeypatch.setattr(extents, "IOV_MAX", iov_max)
     layer_is = [0, 1, 2] if layer == "all" else [(3, 5, 7).index(layer)]
     for patches, tokens in (("image", slice(1, 5)), ("cls", slice(0, 1)), ("all", slice(0, 5))):
         acts = activations.Activations(config.Shards(str(dpath), layer, patches))

@@ -12,7 +12,7 @@ import typing as tp
 import numpy as np
 import pytest
 
-from saev import errors
+from saev import errors, machine
 from saev.data import activations, aio, config, moves, readers, shuffled
 from saev.training import config as training_config
 from saev.training import loop
@@ -249,41 +249,10 @@ def test_what_memory_cannot_hold_is_read_directly(made: Make, monkeypatch: pytes
     dpath, acts_NLTD = made()
     n_bytes = acts_NLTD[:, :1, 1:].nbytes
     for spare, want in ((0, False), (-1, True)):
-        monkeypatch.setattr(aio, "memory_bytes", lambda spare=spare: n_bytes + 1_500_000 + spare)
+        monkeypatch.setattr(machine, "free_bytes", lambda spare=spare: n_bytes + 1_500_000 + spare)
         assert stream(dpath, None).direct == want
         assert stream(dpath, not want).direct != want
     for n, want in ((1, True), (2, False)):  # processes of a node share what they read
         cfg = training_config.Train(data_parallel=n, pool_gb=0.0015)
         acts = activations.Activations(config.Shards(str(dpath)))
         assert loop._stream(cfg, acts).direct == want
-
-
-GB = 2**30
-FILES = {
-    "/proc/meminfo": ["MemTotal:  99 kB", f"MemAvailable:   {12 * 2**20} kB"],
-    "/proc/self/cgroup": ["5:cpu,memory:/slurm/job_7/step_0", "4:pids:/x"],
-    "/sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes": [str(8 * GB)],
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes": [str(2**63 - 4096)],
-}
-V2 = {
-    "/proc/self/cgroup": ["0::/system.slice/job_7/step_0"],
-    "/sys/fs/cgroup/system.slice/job_7/step_0/memory.max": ["max"],
-    "/sys/fs/cgroup/system.slice/job_7/memory.max": [str(4 * GB)],
-}
-
-
-@pytest.mark.parametrize(
-    ("files", "want"),
-    [
-        (FILES, 8 * GB),
-        (FILES | V2, 4 * GB),
-        (FILES | {"/proc/self/cgroup": ["0::/"]}, 12 * GB),
-        (FILES | {"/proc/self/cgroup": ["0::/"], "/sys/fs/cgroup/memory.max": [str(GB)]}, GB),
-        ({}, 2**63 - 1),
-    ],
-)
-def test_memory_within_the_limits_of_a_job(
-    monkeypatch: pytest.MonkeyPatch, files: dict[str, list[str]], want: int
-) -> None:
-    monkeypatch.setattr(aio, "_lines", lambda fpath: files.get(str(fpath), []))
-    assert aio.memory_bytes() == want

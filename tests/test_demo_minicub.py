@@ -117,7 +117,7 @@ def test_colours_differ_in_the_finished_picture(group: str, size: str) -> None:
     """Values of a group, all else and all chance equal: the mean RGB of the pixels that change, pair by pair."""
     traits = {g: v[0] for g, v in minicub.GROUPS.items()} | {"has_size": size}
     birds = [minicub.Bird(0, traits | {group: value}, None) for value in minicub.GROUPS[group]]
-    pictures = [np.asarray(minicub.render(b, np.random.default_rng(4)), np.int64) for b in birds]
+    pictures = [np.asarray(minicub.picture(b, np.random.default_rng(4))[0], np.int64) for b in birds]
     changed = (np.ptp(pictures, axis=0) > 60).any(axis=2)
     assert changed.sum() >= 256  # one 14 x 14 patch at 224 pixels
     means = [picture[changed].mean(axis=0) for picture in pictures]
@@ -129,7 +129,7 @@ def test_every_other_attribute_changes_the_picture(group: str) -> None:
     """At least 200 of its 65,536 pixels, much."""
     traits = {g: v[0] for g, v in minicub.GROUPS.items()} | {"has_size": "large"}
     birds = [minicub.Bird(0, traits | {group: value}, None) for value in minicub.GROUPS[group]]
-    pictures = [np.asarray(minicub.render(b, np.random.default_rng(4)), np.int64) for b in birds]
+    pictures = [np.asarray(minicub.picture(b, np.random.default_rng(4))[0], np.int64) for b in birds]
     for a, b in itertools.pairwise(pictures):
         assert (np.abs(a - b).sum(axis=2) > 90).sum() >= 200
 

@@ -223,7 +223,7 @@ def test_the_formula_of_a_dump(name: str, layers: tuple[int, ...], autocast: tp.
         assert len(list(dumper._compute([batch] * 3))) == 3
         if (len(layers), n_imgs) == (4, 64):
             assert sizes.weights == pytest.approx(gpu_memory.VIT.weights, rel=0.01)
-        assert LEAST <= data_memory.gpu_peak(asked, sizes) / gpu.peak <= MOST
+        assert LEAST <= gpu_memory.in_dump(asked, sizes) / gpu.peak <= MOST
 
 
 @pytest.mark.slow

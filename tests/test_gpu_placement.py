@@ -25,7 +25,7 @@ from saev.protoeval import score
 from saev.scorers import base, kmeans, pca
 from saev.scorers import config as scorers_config
 from saev.scorers import sae as sae_scorer
-from saev.training import config, evaluate, loop, parallel
+from saev.training import config, evaluate, loop
 from saev.training import run as training_run
 from saev.visuals import coders, relations, spool
 
@@ -186,7 +186,7 @@ def test_steps_of_the_loop_do_not_wait(
     with a_gpu() as gpu:
         run = a_run(SAES[name], OBJECTIVES[objective], precision=precision)
         tracker = unittest.mock.Mock(tracking.Tracker)
-        made = loop._Loop(Stream(acts), [(run, tracker)], 0, fake_gpu.DEVICE, parallel.World())
+        made = loop._Loop(Stream(acts), [(run, tracker)], 0)
         made.step(0)  # reads activations, initialises, logs
         assert tracker.log.call_args.args[1].keys() >= {"loss", "mean_abs_corr", "tokens_per_s"}
         for step in range(1, 12):

@@ -37,7 +37,7 @@ SHAPES = {"square": (256, 256), "portrait": (180, 256), "landscape": (256, 150),
 def parts(tmp_path_factory: pytest.TempPathFactory) -> list[np.ndarray]:
     """Part masks of 40 birds."""
     dpath = tmp_path_factory.mktemp("parts") / "parts"
-    minicub.draw_parts(dpath, n_imgs=40)
+    minicub.draw(None, parts=dpath, n_imgs=40)
     return [np.asarray(PIL.Image.open(fpath), np.int32) for fpath in sorted(dpath.rglob("*.png"))]
 
 
@@ -119,7 +119,7 @@ def test_masks_cover_the_parts_that_are_drawn(tmp_path: pathlib.Path) -> None:
     """A part's mask covers pixels of its colour, and the picture is what `draw` draws."""
     bird = minicub.Bird(0, {g: v[0] for g, v in minicub.GROUPS.items()} | {"has_size": "large"}, None)
     img, mask = minicub.picture(bird, np.random.default_rng(1))
-    np.testing.assert_array_equal(img, minicub.render(bird, np.random.default_rng(1)))
+    np.testing.assert_array_equal(img, minicub.picture(bird, np.random.default_rng(1))[0])
     pixels, ids = np.asarray(img, float), np.asarray(mask)
     for part, color in (("wing", "blue"), ("breast", "red"), ("crown", "black"), ("bill", "black")):
         median = np.median(pixels[ids == minicub.ID[part]], axis=0)

@@ -63,7 +63,7 @@ def test_units_of_a_dimension_do_not_matter() -> None:
     cfg = configured(
         pathlib.Path(), nn_config.BatchTopK(exp_factor=4, top_k=4, normalize="per-dim", init="data")
     )
-    cfg = run.with_d_vit(cfg, D)
+    cfg = cfg.with_d_vit(D)
     runs = [run.Run(cfg, pathlib.Path(), torch.device("cpu")) for _ in range(2)]
     for one, unit in zip(runs, (torch.ones(D), unit_D), strict=True):
         one.start(x_ND * unit)
@@ -80,7 +80,7 @@ def test_extreme_activations_are_clipped_in_units_of_deviations() -> None:
     x_ND[::100, :BAD] += 300
     is_far_N = np.arange(len(x_ND)) % 100 == 0
     cfg = configured(pathlib.Path(), nn_config.TopK(top_k=4, normalize="per-dim"), max_norm_ratio=5.0)
-    one = run.Run(run.with_d_vit(cfg, D), pathlib.Path(), torch.device("cpu"))
+    one = run.Run(cfg.with_d_vit(D), pathlib.Path(), torch.device("cpu"))
     one.start(x_ND)
     usual_ND, clipped_ND = x_ND.double().numpy()[~is_far_N], one.clip(x_ND).double().numpy()
     mean_D, deviation_D = usual_ND.mean(axis=0), usual_ND.std(axis=0)
@@ -155,9 +155,7 @@ def test_units_of_a_dimension_do_not_matter_to_its_median_and_resampling(given: 
     x_ND = torch.from_numpy(plant(20, 20, D, 64)[0].reshape(-1, D))
     unit_D = torch.ones(D)
     unit_D[BAD] = 2**10
-    cfg = run.with_d_vit(
-        configured(pathlib.Path(), nn_config.Relu(exp_factor=4, normalize="per-dim", **given)), D
-    )
+    cfg = configured(pathlib.Path(), nn_config.Relu(exp_factor=4, normalize="per-dim", **given)).with_d_vit(D)
     states = []
     for unit in (torch.ones(D), unit_D):
         one = run.Run(cfg, pathlib.Path(), torch.device("cpu"))

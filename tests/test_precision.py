@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saev import devices, fields
 from saev.nn import kernels, objectives, partsizes, sparse, triton_kernels
-from saev.training import config, loop, run
+from saev.training import config, identity, run
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 matmul = torch.backends.cuda.matmul
@@ -76,7 +76,7 @@ def test_run_ids() -> None:
     """float32, the default, is not hashed, so older runs keep their ids."""
     cfgs = [config.Train(precision=tp.cast(tp.Any, precision)) for precision in PRECISIONS]
     assert [fields.identity(cfg).get("precision") for cfg in cfgs] == [None, "tf32", "bfloat16"]
-    assert len({loop.run_id(cfg, "x") for cfg in cfgs}) == 3
+    assert len({identity.run_id(cfg, "x") for cfg in cfgs}) == 3
 
 
 # ---- bfloat16 ----

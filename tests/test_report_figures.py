@@ -320,7 +320,7 @@ def test_short_numbers(given: list[str | None], want: list[str | None]) -> None:
 
 
 def test_a_learning_rate_is_shown_short(tmp_path: pathlib.Path) -> None:
-    columns = {name: [float("nan")] * 2 for name in runs.FIGURES}
+    columns = {name: [float("nan")] * 2 for name in runs.COLUMNS}
     rows = (
         fronts(2)
         .drop("l0", "normalized_mse")

@@ -121,7 +121,7 @@ def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> N
     """All stages but training get Slurm's warning while they work, and are queued again."""
     cub, masks = tmp_path / "CUB_200_2011", tmp_path / "masks"
     minicub.draw(cub, n_imgs=60)
-    minicub.draw_parts(masks, n_imgs=60)
+    minicub.draw(None, parts=masks, n_imgs=60)
     data = ["data:cub200", "--data.root", cub]
     (shards,) = here("-m", "saev.data", *VIT, "--device", "cpu", "--dump-to", tmp_path / "shards", *data)
     (tmp_path / "two.toml").write_text("seed = [0, 1]")

@@ -19,7 +19,7 @@ from saev.data import config as data_config
 from saev.formats import metricslog
 from saev.nn import config as nn_config
 from saev.nn import metrics
-from saev.training import config, evaluate, loop, memory, run
+from saev.training import config, evaluate, identity, loop, memory, run
 
 NAMES = {
     "mse",
@@ -387,7 +387,7 @@ def test_dead_latents_are_counted(cfg: config.Train) -> None:
 )
 def test_the_dead_window_adapts_to_the_run(n_patches: int, batch_size: int, window: int) -> None:
     cfg = config.Train(n_patches=n_patches, batch_size=batch_size)
-    assert cfg.window == run.with_d_vit(cfg, 8).dead_window == window
+    assert cfg.window == cfg.with_d_vit(8).dead_window == window
     assert change(cfg, dead_window=7).window == 7
 
 
@@ -430,7 +430,7 @@ def test_config_is_written_beside_the_checkpoint(cfg: config.Train) -> None:
 
 def trained_id(cfg: config.Train) -> str:
     acts = activations.Activations(cfg.data)
-    return loop.run_id(run.with_d_vit(cfg, acts.d_vit), acts.fingerprint)
+    return identity.run_id(cfg.with_d_vit(acts.d_vit), acts.fingerprint)
 
 
 def test_run_id_depends_on_what_decides_the_weights_and_on_nothing_else(
@@ -507,7 +507,7 @@ def test_a_new_field_orphans_no_finished_run(cfg: config.Train) -> None:
 def test_a_run_under_its_old_id_is_found(cfg: config.Train) -> None:
     (fpath,) = loop.main([cfg])
     acts = activations.Activations(cfg.data)
-    old = loop.old_run_id(run.with_d_vit(cfg, acts.d_vit), acts.fingerprint)
+    old = identity.old_run_id(cfg.with_d_vit(acts.d_vit), acts.fingerprint)
     old_dpath = pathlib.Path(fpath).parent.rename(pathlib.Path(cfg.ckpt_to) / old)
     assert loop.main([cfg]) == [str(old_dpath / "sae.pt")]
 
@@ -516,9 +516,9 @@ def test_the_old_ids() -> None:
     """As version 0.1 computed them."""
     topk = config.Train(sae=nn_config.TopK(d_vit=8, d_sae=32, top_k=3), lr=1e-2, dead_window=100)
     relu = config.Train(sae=nn_config.Relu(d_vit=8, d_sae=32), lr=1e-3, dead_window=50, seed=3)
-    assert [loop.old_run_id(c, "abc") for c in (topk, relu)] == ["2730496b", "c4adf1e6"]
+    assert [identity.old_run_id(c, "abc") for c in (topk, relu)] == ["2730496b", "c4adf1e6"]
     data = change(topk, sae=change(topk.sae, init="data"))
-    assert loop.old_run_id(data, "abc") != "2730496b", "not a run of a version that knew no --sae.init"
+    assert identity.old_run_id(data, "abc") != "2730496b", "not a run of a version that knew no --sae.init"
 
 
 def test_roles() -> None:

@@ -49,7 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     rng = np.random.default_rng(0)
     profile = {name: values[0] for name, values in minicub.GROUPS.items()}
     for i in range(N):
-        bird = minicub.render(minicub.Bird(i, profile, None), rng)
+        bird = minicub.picture(minicub.Bird(i, profile, None), rng)[0]
         fpath = root / "photos" / minicub.SPECIES[i % 3] / f"{i:02}.png"
         fpath.parent.mkdir(parents=True, exist_ok=True)
         bird.resize((140, 110)).save(fpath)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from saev import compiled, devices, errors, helpers, provenance, scorers
+from saev import compiled, devices, errors, helpers, machine, provenance, scorers
 from saev.codes import config, kernels, memory
 from saev.data import activations, ordered, passes
 from saev.data import memory as data_memory
@@ -96,8 +96,7 @@ def _say_size(scorer: scorers.Scorer, acts: activations.Activations, metadata: c
     n_block = min(data_memory.n_block(P, K), metadata.imgs_per_shard)
     is_sae = isinstance(scorer, sae_scorer.SaeLatents)
     n_codes = (scorer.sae.cfg.n_firing or K // 8) if is_sae else K
-    n_bytes = memory.peak(n_block, P, acts.d_vit, K, n_codes, is_sae)
-    logger.info("memory: about %.2f GB (docs/memory.md)", n_bytes / 1e9)
+    machine.log_need(memory.peak(n_block, P, acts.d_vit, K, n_codes, is_sae))
     if metadata.layout == "dense":
         size = np.dtype(metadata.dtype).itemsize * acts.n_imgs * P * K
         logger.info("all %s codes of each patch take %.1f GB; --top-n keeps fewer", f"{K:,}", size / 1e9)

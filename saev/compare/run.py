@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 
-from saev import devices, fields, helpers, scorers
+from saev import devices, fields, helpers, machine, scorers
 from saev.compare import config, correlate, gallery, match, memory, report, sides, store
 from saev.data import activations
 
@@ -51,7 +51,7 @@ def _id(cfg: config.Compare, found: list[sides.Side], joined: sides.Joined) -> s
 def _compare(cfg: config.Compare, found: list[sides.Side], joined: sides.Joined, out: pathlib.Path) -> None:
     if devices.pick(cfg.device).type == "cpu":  # the formula holds on a CPU
         sizes = [_sizes(side, acts, joined.per_patch) for side, acts in zip(found, joined.acts, strict=True)]
-        logger.info("memory: about %.2f GB (docs/memory.md)", memory.peak(cfg, sizes) / 1e9)
+        machine.log_need(memory.peak(cfg, sizes))
     partial = out.with_name(f".{out.name}.partial")  # a killed pass resumes from here
     stores = _encode(cfg, found, joined, partial)
     stats = [correlate.moments(codes) for codes in stores]

@@ -11,108 +11,22 @@ import collections.abc
 import copy
 import functools
 import itertools
-import os
 import typing as tp
 
 import beartype
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Bool, Float32, Int64, Shaped, jaxtyped
+from jaxtyping import Bool, Float32, Int32, Int64, Shaped, jaxtyped
 
 from saev import errors, fields, helpers
-from saev.data import config, images, layout, patch_classes
-from saev.formats import shards, space, staging
-from saev.formats.pieces import SUM_BYTES
+from saev.data import config, images, layout
+from saev.data.extents import RANDOM as RANDOM
+from saev.data.extents import Extent, File, Files
+from saev.formats import patchlabels, shards, space, staging
 
-RUN_BYTES = 2**20
-"""Bytes read with one call, about: few enough to be in the core's cache when checksums are compared."""
-GAP_BYTES = 128 * 2**10
-"""Gaps up to this length are read and dropped; longer ones are skipped."""
-IOV_MAX = 1024
-"""Buffers of one system call (Linux)."""
 SERIAL = 2**14
 """Values that torch converts at a time in one thread."""
-N_OPEN = 512
-"""Shard files open at a time."""
-
-SEQUENTIAL = getattr(os, "POSIX_FADV_SEQUENTIAL", 0)
-RANDOM = getattr(os, "POSIX_FADV_RANDOM", 0)
-WILLNEED = getattr(os, "POSIX_FADV_WILLNEED", 0)
-
-
-def _advise(fd: int, start: int, length: int, advice: int) -> None:
-    """Gives the kernel a hint, if it takes hints."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, start, length, advice)
-
-
-class _File:
-    """An open shard. It closes with its last reference, because a thread may outlive the cache entry."""
-
-    def __init__(self, part: shards.ShardDir, shard_i: int, advice: int, flags: int):
-        self.fd = -1
-        self.part = part
-        self.shard_i = shard_i
-        self.fpath = str(part.acts_fpath(shard_i))
-        self.sums = part.sums(shard_i)
-        is_long_enough = len(self.sums) >= SUM_BYTES * part.n_pieces(shard_i)
-        self.sums_address = np.frombuffer(self.sums, np.uint8).ctypes.data if is_long_enough else 0
-        self.fd = os.open(self.fpath, os.O_RDONLY | flags)
-        _advise(self.fd, 0, 0, advice)
-
-    def compare(self, data: memoryview, pieces: range) -> None:
-        """Compares whole pieces with their checksums. If they differ in a copy of --stage-to, the shard is
-        copied again, and `data` read anew.
-
-        Raises:
-            UserError: they differ (the bytes are named).
-        """
-        have = self.part.pieces.sums(data, pieces)
-        want = self.sums[SUM_BYTES * pieces.start : SUM_BYTES * pieces.stop]
-        if have != want and not staging.renew(
-            self.part, self.shard_i, lambda: self._again(data, pieces) == want
-        ):
-            (first, *_) = self.part.pieces.differing(have, want, pieces.start)
-            raise self.part.differs(self.shard_i, first)
-
-    def _again(self, data: memoryview, pieces: range) -> bytes:
-        """Reads whole pieces from the file that has the name now. Returns their checksums.
-
-        The descriptor keeps its number, for other threads.
-        """
-        new_fd = os.open(self.fpath, os.O_RDONLY)
-        try:
-            os.dup2(new_fd, self.fd, inheritable=False)
-        finally:
-            os.close(new_fd)
-        _preadv(self, [data], self.part.pieces.start(pieces.start))
-        return self.part.pieces.sums(data, pieces)
-
-    def __del__(self, close: collections.abc.Callable[[int], None] = os.close) -> None:
-        # At exit `os` may already be gone.
-        if self.fd >= 0:
-            close(self.fd)
-
-
-class _Files:
-    """Cache of the last shards that were read. A pickled copy starts empty."""
-
-    def __init__(self) -> None:
-        self.open = functools.lru_cache(N_OPEN)(_File)
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _Files, ()
-
-
-class Extent(tp.NamedTuple):
-    """Consecutive bytes of a shard."""
-
-    part_i: int
-    """Number of its directory."""
-    shard_i: int
-    offset: int
-    length: int
 
 
 class _Part(tp.NamedTuple):
@@ -175,9 +89,8 @@ class Activations:
         _check_stored_alike(self.dirs, flag)
         self.n_all = sum(part.metadata.n_imgs for part in self.dirs)
         self.chosen: tuple[int, ...] | None = None
-        self.advice, self.flags = SEQUENTIAL, 0
-        self._files = _Files()
-        self._is_kept_AT = _both(self._shown(), patch_classes.kept(self, cfg.exclude_patch_labels))
+        self._files = Files(self.dirs)
+        self._is_kept_AT = _both(self._shown(), self._not_excluded())
         self._choose(None)
 
     @staticmethod
@@ -198,12 +111,9 @@ class Activations:
         return out
 
     def advised(self, advice: int, flags: int = 0) -> "Activations":
-        """The same stream, with a hint to the kernel on the order of reads (POSIX_FADV_*).
-
-        flags: with which files are opened (O_DIRECT: then only `files` is of use).
-        """
+        """The same stream, whose files are opened in another way (see `extents.Files`)."""
         out = copy.copy(self)
-        out.advice, out.flags, out._files = advice, flags, _Files()
+        out._files = Files(self.dirs, advice, flags)
         return out
 
     def _space_of(self, m: shards.Metadata) -> space.Space:
@@ -222,6 +132,39 @@ class Activations:
             for part, found in zip(self.dirs, map(layout.shown, self.dirs), strict=True)
         ]
         return np.pad(np.concatenate(parts), ((0, 0), (n_lead, 0)), constant_values=True)
+
+    def classes(self, name: str, number: dict[str, int]) -> Int32[np.ndarray, "A T"]:
+        """The class of each token of each image, by image number, from the labels of `python -m saev.labels`.
+
+        Classes are numbered by name (`patchlabels.numbered`), so that all streams number them alike.
+
+        Args:
+            name: of the labels, if they have one.
+
+        Raises:
+            UserError: a directory has no such labels, they are damaged or of another dump, or only [CLS] is
+                read.
+        """
+        if self.first_patch + self.n_tokens <= 0:
+            raise errors.UserError(
+                f"{self.flag}.patches cls: [CLS] has no patch label. Pass {self.flag}.patches image."
+            )
+        class_AP = np.concatenate([patchlabels.numbered(part, name, number) for part in self.dirs])
+        n_lead = -min(0, self.first_patch)
+        return np.pad(class_AP, ((0, 0), (n_lead, 0)), constant_values=patchlabels.NONE)
+
+    def _not_excluded(self) -> Bool[np.ndarray, "A T"] | None:
+        """Whether each token of each image is of no class of --exclude-patch-labels. None: all are."""
+        if not (excluded := self.cfg.exclude_patch_labels):
+            return None
+        number: dict[str, int] = {}
+        class_AT = self.classes("", number)
+        if unknown := [name for name in excluded if name not in number]:
+            raise errors.UserError(
+                f"{self.flag}.exclude-patch-labels {unknown[0]}: no such class. The labels' classes are "
+                f"{', '.join([*number][:20])}."
+            )
+        return ~np.isin(class_AT, [number[name] for name in excluded])
 
     def _choose(self, image_is: tuple[int, ...] | None) -> None:
         """Restricts the stream to these images; None means all."""
@@ -429,33 +372,8 @@ class Activations:
         out_NXD = np.empty(shape, shards.STORED[self.dtype])
         rows = out_NXD.data.cast("B") if out_NXD.size else memoryview(b"")
         runs_G = np.arange(start * self.n_per_img, stop * self.n_per_img, self.n_tokens)
-        runs: list[list[tuple[Extent, memoryview]]] = []
-        filled = 0
-        for extent in self.extents(runs_G, np.full_like(runs_G, self.n_tokens)):
-            if not runs or not _goes_on(runs[-1][0][0], runs[-1][-1][0], extent):
-                runs.append([])
-            runs[-1].append((extent, rows[filled : filled + extent.length]))
-            filled += extent.length
-        for run in runs:
-            self._read_run(run)
+        self._files.read(self.extents(runs_G, np.full_like(runs_G, self.n_tokens)), rows)
         return self.decoded(out_NXD)
-
-    def _read_run(self, run: list[tuple[Extent, memoryview]]) -> None:
-        """Reads neighbouring extents with one call. Each has all chosen tokens, which are whole pieces."""
-        buffers, end = [], run[0][0].offset
-        for extent, target in run:
-            if gap := extent.offset - end:
-                buffers.append(memoryview(bytearray(gap)))
-            buffers.append(target)
-            end = extent.offset + extent.length
-        with _ReadErrors(self, run[0][0]):
-            file = self._open(run[0][0])
-            _preadv(file, buffers, run[0][0].offset)
-        for extent, target in run:
-            file.compare(target, self.pieces.around(extent.offset, extent.length))
-
-    def _open(self, extent: Extent) -> _File:
-        return self._files.open(self.dirs[extent.part_i], extent.shard_i, self.advice, self.flags)
 
     def decoded(self, stored: Shaped[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
         """Stored values as float32. float32 is not copied."""
@@ -505,7 +423,7 @@ class Activations:
         rows = zip(self.located(index_G).tolist(), (n_G * self.token_bytes).tolist(), strict=True)
         return [Extent(part_i, shard_i, offset, length) for (part_i, shard_i, offset), length in rows]
 
-    def files(self, at_G3: Int64[np.ndarray, "G 3"]) -> tuple[list[_File], Int64[np.ndarray, "G 2"]]:
+    def files(self, at_G3: Int64[np.ndarray, "G 3"]) -> tuple[list[File], Int64[np.ndarray, "G 2"]]:
         """Opens the shards of `located` activations: (files, descriptor and address of the checksums).
 
         The latter are valid as long as the files are referenced.
@@ -516,81 +434,13 @@ class Activations:
         _, first_n, file_i_G = np.unique(
             at_G3[:, 0] << 32 | at_G3[:, 1], return_index=True, return_inverse=True
         )
-        files = []
-        for part_i, shard_i, _ in at_G3[first_n].tolist():
-            extent = Extent(part_i, shard_i, 0, 0)
-            with _ReadErrors(self, extent):
-                files.append(self._open(extent))
+        files = [self._files.open(part_i, shard_i) for part_i, shard_i, _ in at_G3[first_n].tolist()]
         file_f2 = np.array([(file.fd, file.sums_address) for file in files], np.int64).reshape(-1, 2)
         return files, file_f2[file_i_G]
 
-    def read_extents(self, extents: list[Extent], into: memoryview) -> None:
-        """Announces all extents to the kernel, then reads them one by one, in their stored form.
-
-        Raises:
-            UserError: a shard file disappeared or was truncated, or differs from its checksums.
-        """
-        reads: list[tuple[_File, range, int, int]] = []
-        for extent in extents:
-            pieces = self.pieces.around(extent.offset, extent.length)
-            start, stop = self.pieces.start(pieces.start), self.pieces.start(pieces.stop)
-            with _ReadErrors(self, extent):
-                file = self._open(extent)
-                _advise(file.fd, start, stop - start, WILLNEED)
-            reads.append((file, pieces, start, stop))
-        at = 0
-        for extent, (file, pieces, start, stop) in zip(extents, reads, strict=True):
-            target = into[at : at + extent.length]
-            is_whole = stop - start == extent.length
-            data = target if is_whole else memoryview(bytearray(stop - start))
-            with _ReadErrors(self, extent):
-                _preadv(file, [data], start)
-            file.compare(data, pieces)
-            if not is_whole:
-                target[:] = data[extent.offset - start :][: extent.length]
-            at += extent.length
-
-
-def _goes_on(first: Extent, last: Extent, extent: Extent) -> bool:
-    """Whether it can be read with the same call as a run with these first and last extents."""
-    gap = extent.offset - last.offset - last.length
-    is_same = (extent.part_i, extent.shard_i) == (last.part_i, last.shard_i)
-    return is_same and 0 <= gap <= GAP_BYTES and last.offset - first.offset < RUN_BYTES
-
-
-def _preadv(file: _File, buffers: list[memoryview], offset: int) -> None:
-    """Fills the buffers from consecutive bytes of a file."""
-    at = 0
-    while at < len(buffers):
-        n = os.preadv(file.fd, buffers[at : at + IOV_MAX], offset)
-        if not n:
-            raise errors.UserError(
-                f"{file.fpath}: ends at byte {offset}, in the middle of its activations. {file.part.remedy}"
-            )
-        offset += n
-        while at < len(buffers) and n >= len(buffers[at]):
-            n -= len(buffers[at])
-            at += 1
-        if n:
-            buffers[at] = buffers[at][n:]
-
-
-class _ReadErrors:
-    """Turns an OSError into a UserError. It is a class because it is entered for every read."""
-
-    def __init__(self, acts: Activations, extent: Extent):
-        self.acts = acts
-        self.extent = extent
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, err: BaseException | None, _: object) -> None:
-        if isinstance(err, OSError):
-            part = self.acts.dirs[self.extent.part_i]
-            raise errors.UserError(
-                f"{part.acts_fpath(self.extent.shard_i)}: cannot be read ({err.strerror}). "
-                "Check the file system, or run the same `python -m saev.data` command again."
-            ) from err
+    def read_extents(self, some: list[Extent], into: memoryview) -> None:
+        """As `extents.Files.read`."""
+        self._files.read(some, into)
 
 
 def _both(

@@ -7,19 +7,17 @@ which would be of no use: until the next epoch reads a block again, it has long 
 Shape letters: G blocks, R bytes for each.
 """
 
-import collections.abc
 import ctypes
 import functools
 import logging
 import os
-import pathlib
-import sys
 import typing as tp
 import weakref
 
 import numpy as np
 from jaxtyping import UInt8
 
+from saev import machine
 from saev.data import activations, moves
 
 logger = logging.getLogger("saev")
@@ -106,39 +104,7 @@ def say(line: str) -> None:
     logger.info("%s", line)
 
 
-# ---- when ----
-
-
 def is_better(acts: activations.Activations, pool_bytes: int) -> bool:
     """Whether memory cannot hold the files that a stream reads, beside the stream's pool."""
     n_bytes = acts.n_imgs * acts.n_per_img * acts.token_bytes
-    return n_bytes + pool_bytes > memory_bytes()
-
-
-def memory_bytes() -> int:
-    """Memory that this process and its files can take: free or to be freed, within a job's limits."""
-    free = [
-        1024 * int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")
-    ]
-    return min([*free, *_limits(), sys.maxsize])
-
-
-def _limits() -> collections.abc.Iterator[int]:
-    """Limits of the process's control groups (of Slurm, a container, systemd), in both versions of these."""
-    for line in _lines("/proc/self/cgroup"):
-        _, kinds, path = line.split(":", 2)
-        if not kinds or "memory" in kinds.split(","):
-            root, name = ("memory", "memory.limit_in_bytes") if kinds else ("", "memory.max")
-            group = pathlib.PurePosixPath(path.removeprefix("/"))
-            for folder in (group, *group.parents):
-                for limit in _lines(pathlib.Path("/sys/fs/cgroup", root, folder, name)):
-                    if limit != "max":
-                        yield int(limit)
-
-
-def _lines(fpath: str | pathlib.Path) -> list[str]:
-    """Lines of a file. None if there is no such file."""
-    try:
-        return pathlib.Path(fpath).read_text().splitlines()
-    except OSError:
-        return []
+    return n_bytes + pool_bytes > machine.free_bytes()

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saev import devices, errors, helpers, provenance
+from saev import devices, errors, helpers, machine, provenance
 from saev.data import config, images, memory, vits
 from saev.formats import shards
 
@@ -119,11 +119,7 @@ def _log_memory(cfg: config.Dump, vit: vits.Vit, metadata: shards.Metadata) -> N
     sizes = memory.Sizes(
         weights, math.prod(vit.transform.size), metadata.n_tokens, vit.d_vit, len(metadata.layers)
     )
-    logger.info(
-        "memory: about %.2f GB with photos of %d megapixels (docs/memory.md)",
-        memory.peak(cfg, sizes) / 1e9,
-        memory.PHOTO // 10**6,
-    )
+    machine.log_need(memory.peak(cfg, sizes), f" with photos of {memory.PHOTO // 10**6} megapixels")
 
 
 def _describe(data: config.ImageFolder | config.Cub200) -> dict[str, object]:

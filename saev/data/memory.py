@@ -1,6 +1,6 @@
 """Predicts the peak memory of a dump, and sizes the blocks of a pass that writes codes. Imports no torch.
 
-Tests compare the predictions with the measured memory of processes, and with tensors on a fake GPU.
+Tests compare the predictions with the measured memory of processes.
 """
 
 import typing as tp
@@ -13,8 +13,6 @@ LIBRARIES = 100 * 10**6
 """Bytes of timm and open_clip, which build the ViT."""
 IN_FORWARD = 20
 """A batch's memory in the ViT, in multiples of its residual stream."""
-IN_GPU_FORWARD, BESIDES_RECORDED = 16, 10
-"""The same on a GPU, at least, and besides the recorded activations."""
 PREFETCH = 3
 """Batches of images decoded ahead of the ViT."""
 UNWRITTEN = 2
@@ -52,12 +50,3 @@ def peak(cfg: config.Dump, vit: Sizes, photo: int = PHOTO) -> int:
     batches = (PREFETCH + 2) * imgs + IN_FORWARD * layer + (UNWRITTEN + 2) * vit.n_layers * layer
     loading = 0 if cfg.vit.vit_weights == "random" else vit.weights
     return PROGRAM + LIBRARIES + vit.weights + max(loading, decoding + batches)
-
-
-def gpu_peak(cfg: config.Dump, vit: Sizes) -> int:
-    """Peak bytes of a GPU's tensors in one job of a dump."""
-    imgs = 12 * vit.pixels * cfg.vit_batch_size
-    layer = 4 * vit.n_tokens * vit.d_vit * cfg.vit_batch_size
-    # recorded and stacked activations, also of the batch before
-    n_layers = max(IN_GPU_FORWARD, BESIDES_RECORDED + 2 * vit.n_layers, 4 * vit.n_layers)
-    return vit.weights + imgs + n_layers * layer

@@ -135,22 +135,15 @@ class Bird:
     """The part behind a leaf."""
 
 
-def draw(dpath: pathlib.Path, *, n_imgs: int = 640, seed: int = 0, parts: pathlib.Path | None = None) -> None:
-    """Draws mini-CUB into `dpath` (the CUB_200_2011 folder), and its part masks into `parts`, if given.
+def draw(
+    images: pathlib.Path | None, *, n_imgs: int = 640, seed: int = 0, parts: pathlib.Path | None = None
+) -> None:
+    """Draws mini-CUB into `images` (the CUB_200_2011 folder), and its part masks into `parts`, if given.
 
     `parts` gets an index PNG for each image, below the image's folder, and names.txt with the ids of PARTS.
     Both folders appear whole or not at all; one that exists is complete and is left alone. The same seed and
     number give the same files.
     """
-    _draw(dpath, parts, n_imgs, seed)
-
-
-def draw_parts(dpath: pathlib.Path, *, n_imgs: int = 640, seed: int = 0) -> None:
-    """Draws only the part masks of the images that `draw` makes of the same number and seed."""
-    _draw(None, dpath, n_imgs, seed)
-
-
-def _draw(images: pathlib.Path | None, parts: pathlib.Path | None, n_imgs: int, seed: int) -> None:
     images = None if images and images.exists() else images
     parts = None if parts and parts.exists() else parts
     if not images and not parts:
@@ -255,11 +248,6 @@ def _label_lines(birds: list[Bird], rng: np.random.Generator) -> collections.abc
 
 
 # ---- pictures ----
-
-
-def render(bird: Bird, rng: np.random.Generator) -> PIL.Image.Image:
-    """Draws the 256 x 256 picture of a bird."""
-    return picture(bird, rng)[0]
 
 
 def picture(bird: Bird, rng: np.random.Generator) -> tuple[PIL.Image.Image, PIL.Image.Image]:

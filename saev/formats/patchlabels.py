@@ -17,15 +17,17 @@ import beartype
 import msgspec
 import numpy as np
 import xxhash
-from jaxtyping import Shaped, jaxtyped
+from jaxtyping import Int32, Shaped, jaxtyped
 
 from saev import errors, helpers
-from saev.formats import jsonfile, shards
+from saev.formats import jsonfile, shards, staging
 
 AGAIN = "Run the same `python -m saev.labels` command again."
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}
 MAX_ID = 2**16 - 2
 """The largest id of a class."""
+NONE = -1
+"""The number of a patch without a label, and of [CLS]."""
 
 
 class Header(msgspec.Struct, forbid_unknown_fields=True):
@@ -131,6 +133,28 @@ def read(shard_dir: shards.ShardDir, name: str = "") -> PatchLabels:
         raise errors.UserError(f"{bin_fpath}: differs from its checksum. {AGAIN}")
     id_NP = np.frombuffer(data, DTYPES[header.dtype]).reshape(shape)
     return PatchLabels(id_NP, header.classes, header.ignore, header.made)
+
+
+def numbered(part: shards.ShardDir, name: str, number: dict[str, int]) -> Int32[np.ndarray, "N P"]:
+    """Labels as numbers of the classes' names, or NONE. New names get the next numbers.
+
+    Raises:
+        UserError: as `read`, or a label has no name.
+    """
+    labels = read(staging.original(part), name)
+    class_of = np.full(MAX_ID + 2, NONE, np.int32)
+    known = np.zeros(len(class_of), bool)
+    known[labels.ignore] = True
+    for i, class_name in labels.classes.items():
+        class_of[i] = number.setdefault(class_name, len(number))
+        known[i] = True
+    found = np.unique(labels.id_NP)
+    if not known[found].all():
+        raise errors.UserError(
+            f"{part.dpath}: its patch labels have the id {found[~known[found]][0]}, which has no name. "
+            f"{AGAIN}"
+        )
+    return class_of[labels.id_NP]
 
 
 def _of_protocol_2(fpath: pathlib.Path, data: bytes, shape: tuple[int, int]) -> PatchLabels:

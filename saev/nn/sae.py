@@ -10,7 +10,6 @@ rows. In memory W_enc is the transpose of a contiguous (S, D), so a latent's wei
 import copy
 import dataclasses
 import math
-import os
 import pathlib
 import typing as tp
 
@@ -21,7 +20,7 @@ import torch
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
-from saev import errors, fields
+from saev import errors, fields, machine
 from saev.compat import checks, upstream
 from saev.formats import checkpoint, space, tensors
 from saev.nn import architectures, config, robust
@@ -214,11 +213,11 @@ class SparseAutoencoder(torch.nn.Module):
 
 
 def _check_memory(cfg: config.Sae) -> None:
-    memory_gb = 1e-9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory_gb = 1e-9 * machine.memory_bytes()
     if config.weight_gb(cfg) > memory_gb:
         raise errors.UserError(
             f"{cfg.n_latents:,} latents of {cfg.d_vit:,} dimensions: their weights take "
-            f"{config.weight_gb(cfg):,.0f} GB, this machine has {memory_gb:,.0f} GB. "
+            f"{config.weight_gb(cfg):,.0f} GB, there are {memory_gb:,.0f} GB. "
             "Lower --sae.exp-factor or --sae.d-sae."
         )
 

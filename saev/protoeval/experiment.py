@@ -3,21 +3,18 @@
 import dataclasses
 import datetime
 import functools
-import logging
 import pathlib
 import typing as tp
 
 import beartype
 import numpy as np
 
-from saev import devices, errors, fields, helpers, scorers
+from saev import devices, errors, fields, helpers, machine, scorers
 from saev.data import activations
 from saev.data.traits import base
 from saev.formats import results
 from saev.protoeval import check, config, join, labels, memory, patch_join
 from saev.scorers import config as scorers_config
-
-logger = logging.getLogger("saev")
 
 REVISION = 6
 """Raise it when the same activations, labels and config may give other numbers."""
@@ -166,7 +163,7 @@ class Experiment:
             ckpt=max(ckpt.stat().st_size if ckpt.is_file() else 0 for ckpt in ckpts),
             n_classes=len(self.patches.names) if self.patches else 0,
         )
-        logger.info("memory: about %.2f GB (docs/memory.md)", memory.peak(self.cfgs, sizes) / 1e9)
+        machine.log_need(memory.peak(self.cfgs, sizes))
 
 
 def _content(cfg: config.ProtoEval, fit: join.Fit) -> dict[str, str]:

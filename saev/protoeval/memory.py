@@ -1,6 +1,6 @@
 """Predicts the peak memory of `protoeval.py` (docs/memory.md). Imports no torch.
 
-Tests compare the predictions with the measured memory of processes, and with tensors on a fake GPU.
+Tests compare the predictions with the measured memory of processes.
 """
 
 import collections.abc
@@ -16,10 +16,6 @@ LIBRARIES = 300 * 10**6
 them after the fit."""
 FIT_BLOCK, SCORE_BLOCK = 64, 256
 """Most images that are read at a time."""
-TILE_ROWS, TILE_BYTES = 2**14, 2**28
-"""Most patches whose scores a GPU computes at once, and bytes of these scores (`scorers.base.TILE`)."""
-DISTANCES = 4 * 2**28
-"""Bytes of the distances that k-means computes at once on a GPU (`scorers.kmeans.TILE`)."""
 BINS, SCORES = 36_944, 4 * 2**24
 """Bytes of a prototype's bins in the patch table (`logistic.Sums`), and of the scores computed at once."""
 PROBES = 60
@@ -69,7 +65,7 @@ class Sizes(tp.NamedTuple):
 
 def peak(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
     """Peak bytes for one group of scorers, including the memory-mapped files of scores."""
-    ks = [_n_prototypes(cfg, sizes.d_vit) for cfg in cfgs]
+    ks = [n_prototypes(cfg, sizes.d_vit) for cfg in cfgs]
     held = sum(
         2 * sizes.ckpt if scorers_config.checkpoint(cfg.scorer) else 8 * k * sizes.d_vit
         for cfg, k in zip(cfgs, ks, strict=True)
@@ -133,7 +129,7 @@ def _audit(
     return max(ranking, held + max(_patch_scores(k, sizes), ap, resampling))
 
 
-def _n_prototypes(cfg: config.ProtoEval, d_vit: int) -> int:
+def n_prototypes(cfg: config.ProtoEval, d_vit: int) -> int:
     """All prototypes of a scorer. k-means is fitted separately for each number."""
     match cfg.scorer:
         case scorers_config.KMeans():
@@ -176,38 +172,3 @@ def _choice(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
     """Two copies of a block's scores, three float64 matrices of its APs, three copies of the resamples."""
     some = min(k, max(1, int(cfg.memory_gb * 1e9 / (16 * sizes.n_imgs))))
     return some * (8 * sizes.n_train + 24 * sizes.n_traits) + 3 * cfg.n_boot * sizes.n_test
-
-
-# ---- on a GPU ----
-
-
-def gpu_scoring(cfgs: collections.abc.Sequence[config.ProtoEval], sizes: Sizes) -> int:
-    """Peak bytes of a GPU's tensors in the pass over images: scorers, a block of images, a tile of scores."""
-    ks = [_n_prototypes(cfg, sizes.d_vit) for cfg in cfgs]
-    held = sum(
-        sizes.ckpt if scorers_config.checkpoint(cfg.scorer) else 8 * k * sizes.d_vit
-        for cfg, k in zip(cfgs, ks, strict=True)
-    )
-    one = 4 * (5 * sizes.n_tokens * sizes.d_vit + 2 * sum(ks))
-    n_imgs = max(1, min(SCORE_BLOCK, int(cfgs[0].memory_gb * 1e9 / one)))
-    block = 4 * n_imgs * (sizes.n_tokens * sizes.d_vit + 2 * sum(ks))
-    n_rows = min(TILE_ROWS, n_imgs * sizes.n_tokens)
-    tile = 12 * n_rows * sizes.d_vit + min(2 * TILE_BYTES, 4 * n_rows * max(ks))  # prepared, and scores
-    compared = [k for cfg, k in zip(cfgs, ks, strict=True) if not scorers_config.checkpoint(cfg.scorer)]
-    unit_vectors = 4 * max(compared, default=0) * sizes.d_vit
-    return held + block + tile + unit_vectors
-
-
-def gpu_fit(cfg: config.ProtoEval, sizes: Sizes) -> int:
-    """Peak bytes of a GPU's tensors in a scorer's fit. Random activations are drawn on the CPU."""
-    d_vit, k = sizes.d_vit, _n_prototypes(cfg, sizes.d_vit)
-    block = 4 * FIT_BLOCK * sizes.n_tokens * d_vit
-    match cfg.scorer:
-        case scorers_config.KMeans(n_samples=n):
-            sample = 4 * d_vit * min(n, sizes.n_fit)
-            distances = min(DISTANCES, 4 * k * FIT_BLOCK * sizes.n_tokens)
-            return sample + max(sample, 2 * DISTANCES, 24 * k * d_vit + distances + 2 * block)
-        case scorers_config.Pca():
-            return max(24 * d_vit**2 + block, 8 * d_vit**2 + 2 * block)
-        case _:
-            return 0

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Int32, Int64, jaxtyped
 
 from saev import errors, helpers
-from saev.data import activations, patch_classes
+from saev.data import activations
+from saev.formats import patchlabels
 from saev.protoeval import config, join
 
 logger = logging.getLogger("saev")
@@ -70,13 +71,16 @@ def load(cfg: config.ProtoEval, sides: join.Sides) -> Labels | None:
     if not cfg.patch_labels:
         return None
     streams = [side.acts.only(side.row_of) for side in sides]
-    names, of_streams = patch_classes.read(streams, _name(cfg.patch_labels, streams))
+    number: dict[str, int] = {}
+    name = _name(cfg.patch_labels, streams)
+    of_streams = [acts.classes(name, number) for acts in streams]
+    names = list(number)
     found = []
     for side, acts, class_AX in zip(sides, streams, of_streams, strict=True):
         rows = np.array([side.row_of[i] for i in acts.image_is_N.tolist()])
         class_NX = class_AX[acts.image_is_N]
         if acts.is_kept_NT is not None:
-            class_NX[~acts.is_kept_NT] = patch_classes.NONE
+            class_NX[~acts.is_kept_NT] = patchlabels.NONE
         present = np.unique(class_NX[class_NX >= 0])
         if len(present) < 2:
             what = f"only the class {names[present[0]]}" if len(present) else "no label"

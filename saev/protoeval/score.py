@@ -211,11 +211,11 @@ def _done(
     fpaths = [done_fpath.parent / name for name in shapes]
     found = arrays.read_state(done_fpath, key, [SUMS])
     sizes = [fpath.stat().st_size if fpath.exists() else -1 for fpath in fpaths]
-    if found is None or sizes != [4 * a * b for a, b in shapes.values()]:
+    want = [] if found is None else found[SUMS].ravel().tolist()
+    if not 0 < len(want) <= len(parts) or sizes != [4 * a * b for a, b in shapes.values()]:
         for fpath in (done_fpath, *fpaths):  # the checksums first
             fpath.unlink(missing_ok=True)
         return []
-    want = found[SUMS].tolist()
     scores_KN, *pooled = map(_mapped, fpaths, shapes.values())
     got = _checksums(scores_KN, pooled, [part[part >= 0] for part in parts[: len(want)]])
     n_good = (*(a == b for a, b in zip(want, got, strict=True)), False).index(False)

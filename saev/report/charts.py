@@ -1,6 +1,7 @@
 """Charts, drawn without a display."""
 
 import collections.abc
+import functools
 import itertools
 import math
 import typing as tp
@@ -24,12 +25,35 @@ MOST_PANELS = 4
 """Most panels in a row of the grid."""
 Style = dict[str, tp.Any]
 """Keyword arguments of matplotlib."""
+DASHED: Style = {"linestyle": "--", "linewidth": 0.8}
 REFERENCES: dict[str, Style] = {
     name: {"color": "0.25", "linestyle": line, "linewidth": 1, "label": f"{name[0].lower()}{name[1:]}"}
     for name, line in zip(results.PROBES, ("-.", ":", (0, (1, 3))), strict=True)
-} | {results.CONSTANT: {"color": "0.45", "linestyle": "--", "linewidth": 0.8, "label": "constant score"}}
+} | {results.CONSTANT: {"color": "0.45", "label": "constant score", **DASHED}}
 """Lines of the probes and of the constant scorer."""
 BAND: Style = {"alpha": 0.15, "linewidth": 0}
+PLACE = ["vit", "layer", "tokens"]
+"""Columns that say where a table's scores are from. Tables of two places are not in one panel."""
+
+_entry = functools.partial(matplotlib.lines.Line2D, [], [])
+"""A legend's entry that looks as a line of this style."""
+
+
+def _looks(names: collections.abc.Iterable[tp.Any]) -> dict[tp.Any, Style]:
+    """A colour and a marker for each."""
+    each = zip(names, itertools.cycle(figures.COLORS), itertools.cycle(figures.MARKERS), strict=False)
+    return {name: {"color": color, "marker": marker} for name, color, marker in each}
+
+
+def _place(table: pl.DataFrame, varying: list[str]) -> str:
+    """Where one panel's table is from, as far as that differs among panels."""
+    first = table.row(0, named=True)
+    return ", ".join(f"layer {first[key]}" if key == "layer" else first[key] for key in varying)
+
+
+def _title(axes: matplotlib.axes.Axes, width: float, *lines: str) -> None:
+    wrapped = (figures.wrapped(line, width - 0.1, figures.FONT, hyphens=True) for line in lines if line)
+    axes.set_title("\n".join(wrapped))
 
 
 # ---- mAP against train images ----
@@ -41,8 +65,7 @@ def grid(cells: pl.DataFrame, caption: str) -> matplotlib.figure.Figure:
 
     Each ViT, layer and kind of tokens starts a new row of panels. A K has one colour in all panels.
     """
-    place = ["vit", "layer", "tokens"]
-    tables = cells.partition_by(place, maintain_order=True)
+    tables = cells.partition_by(PLACE, maintain_order=True)
     is_reference = pl.col("cls").is_in(list(results.REFERENCES))
     names = [t.filter(~is_reference)["scorer"].unique(maintain_order=True) for t in tables]
     n_columns = max(1, *(min(MOST_PANELS, len(mine)) for mine in names))
@@ -52,19 +75,16 @@ def grid(cells: pl.DataFrame, caption: str) -> matplotlib.figure.Figure:
     height = min(0.85 * panel, 2.2) + 0.35
     figure = matplotlib.figure.Figure(figsize=(width, height * sum(n_rows) + 0.7), layout="constrained")
     axes_RC = figure.subplots(sum(n_rows), n_columns, sharey=True, squeeze=False)
-    varying = [key for key in place if cells[key].n_unique() > 1]
+    varying = [key for key in PLACE if cells[key].n_unique() > 1]
     styles = _styles(cells.filter(~is_reference)["n_prototypes"].unique().sort().to_list())
     for table, mine, n in zip(tables, names, n_rows, strict=True):
         panels, axes_RC = axes_RC[:n], axes_RC[n:]
-        first = table.row(0, named=True)
-        at = ", ".join(f"layer {first[key]}" if key == "layer" else first[key] for key in varying)
         for axes, name in itertools.zip_longest(panels.flat, mine):
             if name is None:
                 axes.set_axis_off()
                 continue
             _panel(axes, name, table, styles, panel)
-            titles = (figures.wrapped(text, panel - 0.1, figures.FONT, hyphens=True) for text in (name, at))
-            axes.set_title("\n".join(filter(None, titles)))
+            _title(axes, panel, name, _place(table, varying))
         for axes in panels[:, 0]:
             axes.set_ylabel("mAP on test images")
     figure.axes[0].set_ylim(bottom=0)  # of all panels, once each has its lines
@@ -117,12 +137,8 @@ def _apart(ticks: list[int], width: float) -> list[int]:
 
 def _entries(cells: pl.DataFrame, styles: dict[int, Style]) -> list[matplotlib.artist.Artist]:
     """The legend's entries."""
-    found: list[tp.Any] = [
-        matplotlib.lines.Line2D([], [], label=f"K = {k:,}", **style) for k, style in styles.items()
-    ]
-    for name, style in REFERENCES.items():
-        if name in cells["cls"]:
-            found.append(matplotlib.lines.Line2D([], [], **style))
+    found: list[tp.Any] = [_entry(label=f"K = {k:,}", **style) for k, style in styles.items()]
+    found += [_entry(**style) for name, style in REFERENCES.items() if name in cells["cls"]]
     if cells["low"].is_not_nan().any():
         found.append(matplotlib.patches.Patch(color="0.3", label="95% interval", **BAND))
     return found
@@ -147,42 +163,30 @@ def yields(lines: pl.DataFrame, caption: str) -> matplotlib.figure.Figure:
     Args:
         lines: the columns vit, layer, tokens, scorer, n_prototypes, b, value, low, high and null.
     """
-    place = ["vit", "layer", "tokens"]
-    panels = lines.partition_by(place, maintain_order=True)
+    panels = lines.partition_by(PLACE, maintain_order=True)
     n_columns = min(MOST_PANELS, len(panels))
     width = figures.COLUMN if n_columns == 1 else figures.PAGE
-    size = (width, 2.4 * -(-len(panels) // n_columns) + 0.9)
-    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-    axes_RC = figure.subplots(-(-len(panels) // n_columns), n_columns, sharey=True, squeeze=False)
-    names = lines.select("scorer", "n_prototypes").unique(maintain_order=True).rows()
-    looks = dict(
-        zip(names, zip(itertools.cycle(figures.COLORS), itertools.cycle(figures.MARKERS)), strict=False)
-    )
-    varying = [key for key in place if lines[key].n_unique() > 1]
+    n_rows = -(-len(panels) // n_columns)
+    figure = matplotlib.figure.Figure(figsize=(width, 2.4 * n_rows + 0.9), layout="constrained")
+    axes_RC = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False)
+    looks = _looks(lines.select("scorer", "n_prototypes").unique(maintain_order=True).rows())
+    varying = [key for key in PLACE if lines[key].n_unique() > 1]
     for axes, mine in itertools.zip_longest(axes_RC.flat, panels):
         if mine is None:
             axes.set_axis_off()
             continue
-        for (scorer, k), line in mine.group_by("scorer", "n_prototypes", maintain_order=True):
+        for name, line in mine.group_by("scorer", "n_prototypes", maintain_order=True):
             b, value, low, high, null = line.sort("b").select("b", "value", "low", "high", "null")
-            color, marker = looks[scorer, k]
-            axes.plot(b, value, color=color, marker=marker)
-            axes.fill_between(b, low, high, color=color, **BAND)
-            axes.plot(b, null, color=color, linestyle="--", linewidth=0.8)
-        at = (f"layer {mine[key][0]}" if key == "layer" else mine[key][0] for key in varying)
-        axes.set_title(figures.wrapped(", ".join(at), width / n_columns - 0.1, figures.FONT, hyphens=True))
+            axes.plot(b, value, **looks[name])
+            axes.fill_between(b, low, high, color=looks[name]["color"], **BAND)
+            axes.plot(b, null, color=looks[name]["color"], **DASHED)
+        _title(axes, width / n_columns, _place(mine, varying))
         axes.set_xlabel("first prototypes, B")
         axes.set_ylim(-0.02, 1.02)
     for axes in axes_RC[:, 0]:
         axes.set_ylabel("Yield(B)")
-    handles = [
-        matplotlib.lines.Line2D([], [], color=color, marker=marker, label=f"{scorer}, K = {k:,}")
-        for (scorer, k), (color, marker) in looks.items()
-    ]
-    null = matplotlib.lines.Line2D(
-        [], [], color="0.4", linestyle="--", linewidth=0.8, label="permuted labels"
-    )
-    _legend(figure, [*handles, null])
+    entries = [_entry(label=f"{scorer}, K = {k:,}", **look) for (scorer, k), look in looks.items()]
+    _legend(figure, [*entries, _entry(color="0.4", label="permuted labels", **DASHED)])
     figures.caption(figure, caption)
     return figure
 
@@ -214,12 +218,9 @@ def front(runs: pl.DataFrame, caption: str) -> matplotlib.figure.Figure:
     runs = runs.sort(~pl.col("is_best"), "l0", "normalized_mse", maintain_order=True)
     best = runs.filter("is_best")
     axes.plot(best["l0"], best["normalized_mse"], color="0.75", zorder=1, label="front")
-    kinds = runs["kind"].unique().sort()
-    looks = zip(kinds, itertools.cycle(figures.COLORS), itertools.cycle(figures.MARKERS), strict=False)
-    for kind, color, marker in looks:
+    for kind, look in _looks(runs["kind"].unique().sort()).items():
         mine = runs.filter(pl.col("kind") == kind)
-        style = {"color": color, "marker": marker, "s": 14, "linewidth": 0, "zorder": 2}
-        axes.scatter(mine["l0"], mine["normalized_mse"], label=kind, **style)
+        axes.scatter(mine["l0"], mine["normalized_mse"], label=kind, s=14, linewidth=0, zorder=2, **look)
     axes.set_xscale("log")
     for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))

@@ -147,6 +147,25 @@ class Train:
                 "coefficient. Leave it out."
             )
 
+    def with_d_vit(self, d_vit: int) -> "Train":
+        """The config with d_vit and the defaults of --lr and --dead-window filled in.
+
+        Raises:
+            UserError: --sae.d-vit differs from the activations, or too many prefixes for this dictionary.
+        """
+        if self.sae.d_vit not in (None, d_vit):
+            raise errors.UserError(
+                f"--sae.d-vit {self.sae.d_vit}: the activations in {self.data.shard_root} are {d_vit} wide. "
+                f"Pass --sae.d-vit {d_vit} or leave it out."
+            )
+        sae, cut = self.sae.sized(d_vit), self.objective
+        if isinstance(cut, nn_config.Matryoshka) and cut.n_prefixes > (most := cut.n_possible(sae.n_latents)):
+            raise errors.UserError(
+                f"--objective.n-prefixes {cut.n_prefixes}: a dictionary of {sae.n_latents} latents has at "
+                f"most {most} {cut.prefixes} prefixes. Lower it."
+            )
+        return dataclasses.replace(self, sae=sae, lr=self.peak_lr, dead_window=self.window)
+
     @property
     def n_steps(self) -> int:
         return self.n_patches // self.batch_size

@@ -1,4 +1,7 @@
-"""Evaluates an SAE: metrics.json and latents.npz beside its checkpoint. B batch, D d_vit, S latents."""
+"""Evaluates an SAE: metrics.json and latents.npz beside its checkpoint.
+
+B batch, C some of the latents or dimensions, D d_vit, N activations, S latents.
+"""
 
 import collections
 import contextlib
@@ -19,7 +22,7 @@ from saev.data import activations, shuffled
 from saev.data import config as data_config
 from saev.formats import arrays, jsonfile, metricslog
 from saev.nn import metrics, robust
-from saev.training import config, memory, peek
+from saev.training import batches, config, memory
 
 logger = logging.getLogger("saev")
 
@@ -51,7 +54,7 @@ def ensure(dpath: pathlib.Path, cfg: config.Train, acts: activations.Activations
     sae = nn.load(dpath / "sae.pt").to(device)
     sae.check_fits(acts.space, str(dpath / "sae.pt"), acts.given)
     batch_size = max(1, min(cfg.batch_size, n, memory.EVALUATED_CODES // (4 * sae.d_sae)))
-    stream = shuffled.Shuffled(
+    shuffler = shuffled.Shuffled(
         acts,
         batch_size=batch_size,
         seed=cfg.seed + 1,
@@ -60,11 +63,11 @@ def ensure(dpath: pathlib.Path, cfg: config.Train, acts: activations.Activations
         keep_half=device.type == "cuda",
     )
     n_batches = math.ceil(n / batch_size)
-    first_ND, batches = peek.peek(iter(stream), min(n, peek.n_activations(acts)))
+    stream = batches.Batches(iter(shuffler))
+    first_ND = stream.peek(min(n, memory.n_read_first(acts.d_vit, len(acts))))
     sums = Sums(sae, robust.typical(first_ND.to(device).float()))
-    batches = helpers.progress(batches, f"evaluate {dpath.name}", n_batches, "batches")
-    for i, batch in zip(range(n_batches), batches, strict=False):
-        sums.add(batch.act_BD[: n - i * batch_size].to(device).float())
+    for i in helpers.progress(range(n_batches), f"evaluate {dpath.name}", n_batches, "batches"):
+        sums.add(next(stream)[: n - i * batch_size].to(device).float())
     arrays.write(dpath / "latents.npz", sums.latents())
     found = {**_asked(cfg), **sums.metrics(), "grad_norm": _last_grad_norm(dpath)}
     helpers.write_text(dpath / "metrics.json", jsonfile.seal(found))
@@ -77,10 +80,8 @@ def is_done(dpath: pathlib.Path, cfg: config.Train) -> bool:
         found = jsonfile.read_sealed(fpath, dict[str, object], "It is made again.", old=True)
     except (OSError, errors.UserError):  # missing, truncated or edited
         return False
-    asked, defaults = (
-        json.loads(jsonfile.dumps(fields))
-        for fields in (_asked(cfg), dataclasses.asdict(data_config.Shards()))
-    )
+    asked = json.loads(jsonfile.dumps(_asked(cfg)))
+    defaults = json.loads(jsonfile.dumps(dataclasses.asdict(data_config.Shards())))
     if isinstance(data := found.get("data"), dict):  # older files lack newer fields
         found["data"] = defaults | data
     is_same = found.keys() >= NAMES and all(found.get(k) == v for k, v in asked.items())

@@ -1,6 +1,5 @@
-"""The training loop. All runs of a group see the same batches. B batch, D d_vit."""
+"""Trains a group of runs, which all see the same batches. B batch, D d_vit, N activations."""
 
-import collections.abc
 import contextlib
 import dataclasses
 import logging
@@ -11,17 +10,15 @@ import time
 import torch
 from torch import Tensor
 
-from saev import devices, errors, fields, helpers, nn, provenance, tracking
+from saev import devices, errors, helpers, machine, nn, provenance, tracking
 from saev.data import activations, shuffled
 from saev.formats import jsonfile
 from saev.nn import objectives, robust
-from saev.training import config, evaluate, interrupts, memory, parallel, peek, state
-from saev.training.run import Run, with_d_vit
+from saev.training import batches, config, evaluate, identity, interrupts, memory, parallel, state
+from saev.training.run import Run
 
 logger = logging.getLogger("saev")
 
-REVISION = 4
-"""Raise it when the same config may give other weights."""
 SEEN = 8192
 """Activations whose variance by dimension is looked at."""
 
@@ -43,10 +40,10 @@ def main(cfgs: list[config.Train]) -> list[str]:
         }
         for others in held_out.values():
             acts.space.check_same(others.space, whose=acts.given, flag=others.given)
-        cfgs = [with_d_vit(cfg, acts.d_vit) for cfg in cfgs]
+        cfgs = [cfg.with_d_vit(acts.d_vit) for cfg in cfgs]
         for text in {cfg.window_warning for cfg in cfgs} - {""}:
             logger.warning("%s", text)
-        dpaths = [_run_dpath(cfg, acts.fingerprint) for cfg in cfgs]
+        dpaths = [identity.run_dpath(cfg, acts.fingerprint) for cfg in cfgs]
         named = dict(zip(dpaths, cfgs, strict=True))  # equal runs are trained once
         unfinished = [d for d, cfg in named.items() if not evaluate.is_done(d, cfg)]
         locks = [d.with_name(f".{d.name}.lock") for d in unfinished]
@@ -72,8 +69,8 @@ def _train_all(
     if todo and world.is_first:
         _log_memory(list(todo.values()), stream)
     lost: list[str] = []
-    for start, together in state.starts({d: _states(c, d, world) for d, c in todo.items()}):
-        lost += _train(stream, {d: todo[d] for d in together}, start, world)
+    for start, dpaths in state.starts({d: _states(c, d, world) for d, c in todo.items()}):
+        lost += _train(stream, {d: todo[d] for d in dpaths}, start, world)
     return lost
 
 
@@ -83,8 +80,7 @@ def _log_memory(cfgs: list[config.Train], stream: shuffled.Shuffled) -> None:
         part_bytes = memory.part_bytes(cfgs, _gpu_bytes(cfgs[0], device))
         logger.info("GPU memory: about %.1f GB (docs/memory.md)", memory.gpu_peak(cfgs, part_bytes) / 1e9)
         return
-    n_bytes = memory.peak(cfgs, len(stream.acts), stream.acts.token_bytes)
-    logger.info("memory: about %.1f GB (docs/memory.md)", n_bytes / 1e9)
+    machine.log_need(memory.peak(cfgs, len(stream.acts), stream.acts.token_bytes))
 
 
 def _states(cfg: config.Train, dpath: pathlib.Path, world: parallel.World) -> list[int]:
@@ -108,39 +104,6 @@ def _stream(cfg: config.Train, acts: activations.Activations) -> shuffled.Shuffl
     )
 
 
-def run_id(cfg: config.Train, fingerprint: str) -> str:
-    """Eight hex digits of a hash of what determines the weights. fingerprint: of the activations."""
-    if not _uses_window(cfg):
-        cfg = dataclasses.replace(cfg, dead_window=None)
-    parts = {"cfg": fields.identity(cfg), "revision": REVISION, "activations": fingerprint}
-    return helpers.hash_of(parts)[:8]
-
-
-def old_run_id(cfg: config.Train, fingerprint: str) -> str:
-    """The id in version 0.1, which also hashed fields at their defaults."""
-    parts = {name: dataclasses.asdict(cfg)[name] for name in fields.result_names(config.Train)}
-    usual = dataclasses.asdict(type(cfg.sae)())
-    for name in ("init", "init_blend"):  # came later
-        if parts["sae"][name] == usual[name]:
-            del parts["sae"][name]
-    if not _uses_window(cfg):
-        del parts["dead_window"]
-    parts |= {"revision": REVISION, "activations": fingerprint}
-    parts |= {"cls": type(cfg.sae).__name__, "objective_cls": type(cfg.objective).__name__}
-    return helpers.hash_of(parts)[:8]
-
-
-def _uses_window(cfg: config.Train) -> bool:
-    """Whether --dead-window changes the weights, not only a metric."""
-    return any(getattr(cfg.sae, name, 0) for name in ("aux_coeff", "resample_every"))
-
-
-def _run_dpath(cfg: config.Train, fingerprint: str) -> pathlib.Path:
-    """The run's folder. A folder with the run's old id is used if it exists."""
-    new, old = (pathlib.Path(cfg.ckpt_to) / name(cfg, fingerprint) for name in (run_id, old_run_id))
-    return old if (old / "config.json").exists() and not new.exists() else new
-
-
 def _train(
     stream: shuffled.Shuffled, cfgs: dict[pathlib.Path, config.Train], start: int, world: parallel.World
 ) -> list[str]:
@@ -158,7 +121,7 @@ def _train(
             tracker = _start_tracker(run, start, stream) if world.is_first else tracking.Tracker()
             trackers.callback(tracker.finish)
             started.append((run, tracker))
-        return _Loop(stream, started, start, device, world).run()
+        return _Loop(stream, started, start).run()
 
 
 def _gpu_bytes(cfg: config.Train, device: torch.device) -> int:
@@ -186,21 +149,12 @@ def _start_tracker(run: Run, start: int, stream: shuffled.Shuffled) -> tracking.
 class _Loop:
     """Steps of all runs on one stream, with their metrics, saved states and checkpoints."""
 
-    def __init__(
-        self,
-        stream: shuffled.Shuffled,
-        runs: list[tuple[Run, tracking.Tracker]],
-        start: int,
-        device: torch.device,
-        world: parallel.World,
-    ):
+    def __init__(self, stream: shuffled.Shuffled, runs: list[tuple[Run, tracking.Tracker]], start: int):
         self.stream = stream
         self.runs = runs
         self.start = start
-        self.device = device
-        self.world = world
-        self.cfg = runs[0][0].cfg
-        self.batches = _Timed(stream.batches(start))
+        self.cfg, self.device, self.world = runs[0][0].cfg, runs[0][0].device, runs[0][0].world
+        self.batches = batches.Batches(stream.batches(start))
         self.lost: list[str] = []
         self.saved_s = time.monotonic()
 
@@ -247,7 +201,7 @@ class _Loop:
         x_ND = self.batches.peek(max(wanted)).to(self.device).float()
         for (run, _), n in zip(self.runs, wanted, strict=True):
             run.start(x_ND[: math.ceil(n / size) * size])  # as many as it would read alone
-        self._warn_of_outliers(x_ND[: math.ceil(peek.n_activations(self.stream.acts) / size) * size])
+        self._warn_of_outliers(x_ND[: math.ceil(memory.n_read_first(x_ND.shape[1], n_acts) / size) * size])
 
     def _warn_of_outliers(self, x_ND: Tensor) -> None:
         """Warns of a few activations, or one dimension, that will dominate the loss."""
@@ -324,31 +278,3 @@ class _Loop:
         self.saved_s = time.monotonic()
         if asked:
             signals.act()
-
-
-class _Timed:
-    """The stream's batches, and the time spent waiting for them."""
-
-    def __init__(self, batches: collections.abc.Iterator[shuffled.Batch]):
-        self.batches = batches
-        self.wait_s, self.n, self.start_s = 0.0, 0, time.monotonic()
-
-    def peek(self, n: int) -> Tensor:
-        """The next n activations, rounded up to whole batches, in the stream's dtype. `next` repeats them."""
-        x_ND, self.batches = peek.peek(self.batches, n)
-        self.start_s = time.monotonic()
-        return x_ND
-
-    def __next__(self) -> Tensor:
-        start_s = time.monotonic()
-        act_BD = next(self.batches).act_BD
-        self.wait_s += time.monotonic() - start_s
-        self.n += 1
-        return act_BD
-
-    def rates(self, batch_size: int) -> dict[str, float]:
-        """Activations per second, and the fraction of time spent waiting, since the last call."""
-        elapsed_s = max(time.monotonic() - self.start_s, 1e-9)
-        out = {"tokens_per_s": self.n * batch_size / elapsed_s, "loader_wait": self.wait_s / elapsed_s}
-        self.wait_s, self.n, self.start_s = 0.0, 0, time.monotonic()
-        return out

@@ -1,5 +1,8 @@
 """Predicts the peak memory of training from its config, on a CPU and on a GPU. Imports no torch.
 
+Letters as in docs/memory.md, in bytes: W an SAE's two weight matrices, A a batch of activations, R the most
+for numbers of B samples x S latents at once. P is the number of Matryoshka's prefixes.
+
 Tests compare the predictions with the measured memory of processes, and with tensors on a fake GPU.
 """
 
@@ -17,8 +20,6 @@ CORRELATED = 2048
 """Most latents that an evaluation correlates, in a few square float64 tables."""
 INDEX_BYTES, N_AHEAD = 40, 4
 """Index bytes per activation in the stream's pool, and batches outside the pool."""
-
-
 COMPARED = 1024
 """Latents whose products with all others are in memory at once (`metrics.CHUNK`)."""
 SPARSE_CODE = 24
@@ -35,19 +36,23 @@ def peak(cfgs: collections.abc.Sequence[config.Train], n_acts: int, token_bytes:
         n_acts: activations in the shards.
         token_bytes: bytes of a stored activation.
     """
-    d_vit = cfgs[0].sae.d_vit or 0
-    stream = _stream(cfgs[0], n_acts, d_vit, token_bytes)
-    kept = sum(_kept(cfg) for cfg in cfgs)
+    stream = _stream(cfgs[0], n_acts, token_bytes)
+    kept = sum(_kept(cfg) + cfg.sae.KEEPS_CODES * _codes(cfg) for cfg in cfgs)
     passing = max(_passing(cfg) for cfg in cfgs)
     evaluation = max(_evaluation(cfg) for cfg in cfgs)
     # as batches, concatenated, and in scaled units
     copies = 3 if any(cfg.sae.normalize == "per-dim" for cfg in cfgs) else 2
-    first = copies * 4 * d_vit * (max(n_start(cfg, n_acts) for cfg in cfgs) + cfgs[0].batch_size)
+    first = (
+        copies
+        * 4
+        * (cfgs[0].sae.d_vit or 0)
+        * (max(n_start(cfg, n_acts) for cfg in cfgs) + cfgs[0].batch_size)
+    )
     return PROGRAM + stream + first + max(kept + passing, evaluation)
 
 
 def n_read_first(d_vit: int, n_acts: int) -> int:
-    """Number of activations that initialisation and evaluation read first."""
+    """Number of activations that initialisation and evaluation read first. The typical norm is within 1%."""
     return min(READ_FIRST, READ_FIRST_BYTES // (4 * max(1, d_vit)), n_acts)
 
 
@@ -57,14 +62,18 @@ def n_start(cfg: config.Train, n_acts: int) -> int:
     return max(n_read_first(cfg.sae.d_vit or 0, n_acts), min(wanted, n_acts))
 
 
-def _stream(cfg: config.Train, n_acts: int, d_vit: int, token_bytes: int) -> int:
+def _stream(cfg: config.Train, n_acts: int, token_bytes: int) -> int:
     """The pool, reads in progress (an eighth) and batches. A pool holds each activation at most twice."""
     whole = 2 * n_acts * (token_bytes + INDEX_BYTES) * 8 / 7
-    return int(min(cfg.pool_gb * 1e9, whole + N_AHEAD * 4 * d_vit * cfg.batch_size))
+    return int(min(cfg.pool_gb * 1e9, whole + N_AHEAD * _acts(cfg)))
 
 
 def _weights(cfg: config.Train) -> int:
     return 8 * (cfg.sae.d_vit or 0) * cfg.sae.n_latents
+
+
+def _acts(cfg: config.Train) -> int:
+    return 4 * cfg.batch_size * (cfg.sae.d_vit or 0)
 
 
 def _codes(cfg: config.Train) -> int:
@@ -72,8 +81,8 @@ def _codes(cfg: config.Train) -> int:
 
 
 def _kept(cfg: config.Train) -> int:
-    """Bytes that one run keeps between steps: weights, gradients, Adam's moments, EMA weights, kept codes."""
-    return (5 if cfg.ema else 4) * _weights(cfg) + cfg.sae.KEEPS_CODES * _codes(cfg)
+    """Bytes that one run keeps between steps: weights, gradients, Adam's moments, EMA weights."""
+    return (5 if cfg.ema else 4) * _weights(cfg)
 
 
 def _passing(cfg: config.Train) -> int:
@@ -100,13 +109,13 @@ def gpu_peak(
 
     Args:
         cfgs: with sae.d_vit set.
-        R: most bytes of a part's B x S numbers, see `part_bytes`.
+        R: see `part_bytes`.
         is_costly: metrics that cost d_sae squared are measured.
         dead: fraction of latents that are dead, for the AuxK loss.
     """
     passing = max(_gpu_passing(cfg, R, is_costly, dead) for cfg in cfgs)
     results = sum(_acts(cfg) + _gpu_codes(cfg, R) for cfg in cfgs[1:])  # of the other runs' steps
-    return sum(_gpu_kept(cfg) for cfg in cfgs) + results + passing
+    return sum(_kept(cfg) for cfg in cfgs) + results + passing
 
 
 def part_bytes(cfgs: collections.abc.Sequence[config.Train], gpu_bytes: int) -> int:
@@ -119,15 +128,6 @@ def part_bytes(cfgs: collections.abc.Sequence[config.Train], gpu_bytes: int) -> 
     while most > least and gpu_peak(cfgs, most, is_costly=True, dead=1.0) > gpu_bytes:
         most //= 2
     return most
-
-
-def _acts(cfg: config.Train) -> int:
-    return 4 * cfg.batch_size * (cfg.sae.d_vit or 0)
-
-
-def _gpu_kept(cfg: config.Train) -> int:
-    """Weights, gradients, Adam's moments, EMA weights."""
-    return (5 if cfg.ema else 4) * _weights(cfg)
 
 
 def _n_samples(cfg: config.Train) -> int:
@@ -201,12 +201,3 @@ def _gpu_measured(cfg: config.Train, part: int, is_divided: bool) -> int:
 
 def _n_prefixes(cfg: config.Train) -> int:
     return getattr(cfg.objective, "n_prefixes", 1)
-
-
-def gpu_evaluation(cfg: config.Train) -> int:
-    """Peak bytes of a GPU's tensors in the evaluation after training."""
-    d_vit, n_latents = cfg.sae.d_vit or 0, cfg.sae.n_latents
-    first = 4 * d_vit * n_read_first(d_vit, cfg.n_val_patches)
-    coherence = _weights(cfg) // 2 + 12 * COMPARED * n_latents
-    tables = 8 * min(n_latents, CORRELATED) ** 2
-    return _weights(cfg) + max(first, coherence + tables, 3 * EVALUATED_CODES)

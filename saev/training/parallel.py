@@ -1,7 +1,7 @@
 """Data parallelism: several processes share each batch of an SAE, through torch.distributed.
 
 Every process reads the whole stream and takes its own rows of each batch. The sum over processes is the whole
-batch's, so they train the same SAE as one process would.
+batch's, so they train the same SAE as one process would. B batch, D d_vit, W processes, n any number.
 """
 
 import collections.abc
@@ -85,7 +85,7 @@ class World:
 
 
 @contextlib.contextmanager
-def joined(n_processes: int, device: torch.device):
+def joined(n_processes: int, device: torch.device) -> collections.abc.Generator[World]:
     """This process's world, from torchrun's WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Raises:

@@ -1,7 +1,9 @@
-"""One SAE in training: its model, optimiser, counters and training step. B batch, D d_vit, S latents."""
+"""One SAE in training: its model, optimiser, counters and training step.
+
+B batch, C dead latents, D d_vit, N activations, P prefixes, S latents.
+"""
 
 import copy
-import dataclasses
 import pathlib
 import typing as tp
 
@@ -10,9 +12,8 @@ import torch
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
-from saev import devices, errors, nn
+from saev import devices, nn
 from saev.formats import tensors
-from saev.nn import config as nn_config
 from saev.nn import kernels, metrics, objectives, optim, robust
 from saev.training import config, parallel
 
@@ -276,25 +277,3 @@ def _on_cpu(tree: tp.Any) -> tp.Any:
     if isinstance(tree, Tensor):
         return tree.detach().cpu().contiguous()
     return {k: _on_cpu(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
-
-
-def with_d_vit(cfg: config.Train, d_vit: int) -> config.Train:
-    """The config with d_vit and the defaults of --lr and --dead-window filled in.
-
-    Raises:
-        UserError: --sae.d-vit differs from the activations, or too many prefixes for this dictionary.
-    """
-    if cfg.sae.d_vit not in (None, d_vit):
-        raise errors.UserError(
-            f"--sae.d-vit {cfg.sae.d_vit}: the activations in {cfg.data.shard_root} are {d_vit} wide. "
-            f"Pass --sae.d-vit {d_vit} or leave it out."
-        )
-    sae = cfg.sae.sized(d_vit)
-    if isinstance(cfg.objective, nn_config.Matryoshka):
-        most = cfg.objective.n_possible(sae.n_latents)
-        if cfg.objective.n_prefixes > most:
-            raise errors.UserError(
-                f"--objective.n-prefixes {cfg.objective.n_prefixes}: a dictionary of {sae.n_latents} latents "
-                f"has at most {most} {cfg.objective.prefixes} prefixes. Lower it."
-            )
-    return dataclasses.replace(cfg, sae=sae, lr=cfg.peak_lr, dead_window=cfg.window)

@@ -21,7 +21,7 @@ NOT_SHOWN = {
 """Config fields that the table leaves out: they do not change the SAE, or have columns of their own."""
 
 
-class Figure(tp.NamedTuple):
+class Column(tp.NamedTuple):
     """A column of metrics."""
 
     header: str
@@ -30,14 +30,14 @@ class Figure(tp.NamedTuple):
     """Computed per token. Left out of the table if no run has it, as in older runs."""
 
 
-FIGURES = {
-    "l0": Figure("L0", 1),
-    "normalized_mse": Figure("norm. MSE", 4),
-    "explained_variance": Figure("expl. var.", 4),
-    "token_nmse_median": Figure("token median", 4, True),
-    "token_nmse_q95": Figure("token 95%", 4, True),
-    "extreme_variance_pct": Figure("extreme var. %", 1, True),
-    "dead_pct": Figure("dead %", 1),
+COLUMNS = {
+    "l0": Column("L0", 1),
+    "normalized_mse": Column("norm. MSE", 4),
+    "explained_variance": Column("expl. var.", 4),
+    "token_nmse_median": Column("token median", 4, True),
+    "token_nmse_q95": Column("token 95%", 4, True),
+    "extreme_variance_pct": Column("extreme var. %", 1, True),
+    "dead_pct": Column("dead %", 1),
 }
 """dead_pct: percentage of latents that never fired in the evaluation (in the log: within --dead-window)."""
 SIZES = ("sae.d_sae", "sae.exp_factor")
@@ -77,8 +77,8 @@ class _Config(msgspec.Struct):
 def read(paths: tuple[str, ...]) -> pl.DataFrame:
     """The runs in these folders as a frame, sorted by architecture and L0.
 
-    Columns: run (name), kind, d_sae, cfg.<field> (a string, null if the config lacks it), FIGURES, source (of
-    FIGURES: held-out, training sample, last log line or -), state, is_best (on the front), vit, layers and
+    Columns: run (name), kind, d_sae, cfg.<field> (a string, null if the config lacks it), COLUMNS, source (of
+    COLUMNS: held-out, training sample, last log line or -), state, is_best (on the front), vit, layers and
     tokens of the activations (empty if unknown), n_trained and n_measured (numbers of activations; the latter
     is NaN for a last log line).
 
@@ -91,7 +91,8 @@ def read(paths: tuple[str, ...]) -> pl.DataFrame:
             raise errors.UserError(
                 f"{path}: no such folder. Pass run directories (checkpoints/RUN) or a folder of them."
             )
-        found = [path] if (path / "config.json").exists() else sorted(_runs_in(path))
+        is_run = (path / "config.json").exists()
+        found = [path] if is_run else sorted(p.parent for p in path.glob("*/config.json"))
         if not found:
             raise errors.UserError(
                 f"{path}: holds no run (no */config.json). Pass the --ckpt-to of train.py."
@@ -100,10 +101,6 @@ def read(paths: tuple[str, ...]) -> pl.DataFrame:
     rows = pl.from_dicts([_row(dpath) for dpath in dpaths], infer_schema_length=None)
     l0 = pl.when(IS_MEASURED).then("l0").otherwise(math.inf)
     return front(rows.sort("kind", l0, "run"))
-
-
-def _runs_in(dpath: pathlib.Path) -> collections.abc.Iterator[pathlib.Path]:
-    return (p.parent for p in dpath.glob("*/config.json"))
 
 
 def _row(dpath: pathlib.Path) -> dict[str, str | int | float | list[int] | None]:
@@ -121,8 +118,7 @@ def _row(dpath: pathlib.Path) -> dict[str, str | int | float | list[int] | None]
     n_steps = max(1, known.n_patches // known.batch_size)
     source, figures = _figures(dpath)
     n_extreme, n_dead = (_number(figures.get(name)) for name in ("extreme_variance_frac", "dead_frac_window"))
-    logged = {"l0": "l0_count"} | {name: name for name in FIGURES if name != "l0"}
-    numbers = {name: _number(figures.get(key)) for name, key in logged.items()}
+    numbers = {name: _number(figures.get("l0_count" if name == "l0" else name)) for name in COLUMNS}
     numbers |= {"extreme_variance_pct": 100 * n_extreme, "dead_pct": 100 * n_dead}
     return (
         {"run": helpers.printable(dpath.name), "kind": kind, "d_sae": d_sae}
@@ -231,22 +227,18 @@ def _between(numbers: pl.Series, form: str = "{}") -> str:
 
 def table(rows: pl.DataFrame) -> pl.DataFrame:
     """A frame of strings, with the config fields that differ among runs. * marks runs on the front."""
-    config = {name: name.removeprefix("cfg.") for name in rows.columns if name.startswith("cfg.")}
-    vary = [k for k, name in config.items() if name not in SIZES and rows[k].n_unique() > 1]
+    names = {key: key.removeprefix("cfg.") for key in rows.columns if key.startswith("cfg.")}
+    vary = [key for key, name in names.items() if name not in SIZES and rows[key].n_unique() > 1]
     by_token = rows["token_nmse_median"].is_not_nan().any()
     figures = {
-        f.header: tables.texts(f"{{:.{f.digits}f}}", rows[name], missing="-")
-        for name, f in FIGURES.items()
-        if by_token or not f.is_by_token
+        column.header: tables.texts(f"{{:.{column.digits}f}}", rows[name], missing="-")
+        for name, column in COLUMNS.items()
+        if by_token or not column.is_by_token
     }
     mark = pl.when("is_best").then(pl.lit(" *")).otherwise(pl.lit(""))
     first = rows.select(pl.col("run") + mark, architecture="kind", d_sae=pl.col("d_sae").cast(pl.String))
     last = rows.select("state", of="source").select("of", "state")
     taken = {*first.columns, *figures, *last.columns}
-    shown = rows.select(
-        pl.Series(key if config[key] in taken else config[key], tables.short(rows[key].to_list())).fill_null(
-            "-"
-        )
-        for key in vary
-    )
-    return pl.concat([first, shown, pl.DataFrame(figures), last], how="horizontal")
+    shown = {key if names[key] in taken else names[key]: tables.short(rows[key].to_list()) for key in vary}
+    frames = [first, pl.DataFrame(shown).fill_null("-"), pl.DataFrame(figures), last]
+    return pl.concat(frames, how="horizontal")

@@ -86,11 +86,10 @@ def starts(states: dict[pathlib.Path, list[int]]) -> list[tuple[int, list[pathli
     Args:
         states: run -> steps of its states.
     """
-    left = dict(states)
+    left = {run: steps or [0] for run, steps in states.items()}
     out = []
     while left:
-        start = min(states[-1] if states else 0 for states in left.values())
-        mine = [d for d, states in left.items() if (start in states) or not (start or states)]
-        out.append((start, mine))
-        left = {d: states for d, states in left.items() if d not in mine}
+        start = min(steps[-1] for steps in left.values())
+        out.append((start, [run for run, steps in left.items() if start in steps]))
+        left = {run: steps for run, steps in left.items() if start not in steps}
     return out

@@ -14,7 +14,7 @@ import beartype
 import numpy as np
 from jaxtyping import Int64, jaxtyped
 
-from saev import devices, errors, helpers
+from saev import devices, errors, helpers, machine
 from saev.data import activations, pictures
 from saev.visuals import coders, config, memory, spool, statistics, write
 
@@ -49,7 +49,7 @@ def main(cfg: config.Visuals) -> str:
     shown.check(image_is[:: max(1, len(image_is) // MAX_CHECKED)].tolist())
     sizes = memory.Sizes(acts.n_imgs, acts.n_tokens, acts.d_vit, coder.n)
     if device.type == "cpu":  # the formula holds on a CPU
-        logger.info("memory: about %.2f GB (docs/memory.md)", memory.peak(cfg, sizes) / 1e9)
+        machine.log_need(memory.peak(cfg, sizes))
     with _scratch(dpath) as scratch:
         codes = spool.run(coder, acts, cfg.n_images, sizes.block, scratch)
         classes = write.Classes.of(acts)

@@ -1,6 +1,6 @@
 """Estimates the memory of `visuals.py` (docs/memory.md). Imports no torch.
 
-Tests compare the estimates with processes, and with tensors on a fake GPU.
+Tests compare the estimates with processes.
 """
 
 import typing as tp
@@ -58,11 +58,3 @@ def peak(cfg: config.Visuals, sizes: Sizes) -> int:
     after = tables + max(68 * entries + heat, related)
     loading = 4 * weights * is_sae  # the file's bytes, its tensors, the SAE
     return memory.PROGRAM + LIBRARIES + max(loading, weights + max(weights // 4 + 6 * acts + scores, after))
-
-
-def gpu_peak(sizes: Sizes) -> int:
-    """Estimates the peak of a GPU's tensors in bytes, for an SAE."""
-    codes, acts = (4 * sizes.block * sizes.n_patches * width for width in (sizes.n, sizes.d_vit))
-    weights = 8 * sizes.d_vit * sizes.n
-    neighbours = weights // 2 + 8 * AT_ONCE * sizes.n
-    return weights + max(codes + codes // 4 + 3 * acts, neighbours)

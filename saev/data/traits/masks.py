@@ -9,7 +9,7 @@ import logging
 import numpy as np
 
 from saev import errors
-from saev.data import activations, patch_classes
+from saev.data import activations
 from saev.data.traits import base, config, dumped, split
 
 logger = logging.getLogger("saev")
@@ -26,7 +26,9 @@ def load(cfg: config.Masks, acts: dumped.Acts) -> base.Traits:
     """
     found = dumped.images(acts, "the patch labels")
     streams = list(dict.fromkeys(stream for stream, _ in found.values()))
-    names, classes_of = patch_classes.read([_patches(stream) for stream in streams], cfg.label_name)
+    number: dict[str, int] = {}
+    classes_of = [_patches(stream).classes(cfg.label_name, number) for stream in streams]
+    names = list(number)
     counted = dict(zip(streams, (_counts(class_AX, len(names)) for class_AX in classes_of), strict=True))
     paths = list(found)
     class_n = split.classes_of(paths, cfg)
