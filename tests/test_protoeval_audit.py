@@ -23,6 +23,8 @@ from saev.protoeval import ap, audit, audit_rank, config, memory, merge, run, sc
 from saev.report import frame
 from saev.scorers import config as scorers_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 N, P, D = 120, 8, 24
 CLASSES = {0: "background", 1: "wing", 2: "bill", 3: "tail", 4: "never"}
 KEYS = np.array([3, 7, 12, 18])
