@@ -75,6 +75,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs a GPU")
 
 
+@pytest.fixture(scope="module")
+def undrawn() -> collections.abc.Iterator[None]:
+    """Charts are composed, but their files hold no picture: half of the time of a small evaluation."""
+    from saev import helpers  # not before pytest_configure
+    from saev.report import figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", lambda figure, fpath: helpers.write_text(fpath, str(figure)))
+        yield
+
+
 MakeShards = collections.abc.Callable[..., tuple[pathlib.Path, np.ndarray]]
 
 

@@ -26,8 +26,12 @@ from saev.demo import minicub
 from saev.formats import results, shards
 from saev.nn import config as nn_config
 from saev.protoeval import choose, config, experiment, fit, join, measure, opening, report, run, score
+from saev.report import figures
 from saev.scorers import base
 from saev.scorers import config as scorers_config
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+save_figure = figures.save
 
 
 @pytest.fixture(scope="module")
@@ -69,26 +73,48 @@ def plant(labels_NT: np.ndarray, seed: int = 0) -> np.ndarray:
     return acts_NPD
 
 
-@pytest.fixture
-def planted(tmp_path: pathlib.Path, labels: cub.Cub) -> data_config.Shards:
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory, labels: cub.Cub) -> data_config.Shards:
     """Shards in another order than images.txt: only a join by path gets the labels right."""
     order = np.random.default_rng(5).permutation(len(labels.paths_N))
     acts_NPD = plant(labels.labels_NT)[order]
-    return write_shards(tmp_path / "shards", [labels.paths_N[i] for i in order], acts_NPD)
+    return write_shards(tmp_path_factory.mktemp("shards"), [labels.paths_N[i] for i in order], acts_NPD)
+
+
+def configured(dpath: pathlib.Path, cub_root: pathlib.Path, data: data_config.Shards) -> config.ProtoEval:
+    return config.ProtoEval(
+        scorer=scorers_config.Pca(),
+        cub_root=str(cub_root),
+        train_data=data,
+        n_prototypes=(4, 16),
+        n_train=(16, -1),
+        dump_to=str(dpath / "results"),
+        scorers_to=str(dpath / "scorers"),
+        device="cpu",
+    )
 
 
 @pytest.fixture
 def cfg(tmp_path: pathlib.Path, cub_root: pathlib.Path, planted: data_config.Shards) -> config.ProtoEval:
-    return config.ProtoEval(
-        scorer=scorers_config.Pca(),
-        cub_root=str(cub_root),
-        train_data=planted,
-        n_prototypes=(4, 16),
-        n_train=(16, -1),
-        dump_to=str(tmp_path / "results"),
-        scorers_to=str(tmp_path / "scorers"),
-        device="cpu",
-    )
+    return configured(tmp_path, cub_root, planted)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, cub_root: pathlib.Path, planted: data_config.Shards
+) -> pathlib.Path:
+    """What `cfg` gives, evaluated once. Tests do not change it."""
+    return pathlib.Path(run.main([configured(tmp_path_factory.mktemp("whole"), cub_root, planted)]))
+
+
+def copied(whole: pathlib.Path, cfg: config.ProtoEval) -> pathlib.Path:
+    """A copy where `cfg` has its results."""
+    return pathlib.Path(shutil.copytree(whole, pathlib.Path(cfg.dump_to) / whole.name))
+
+
+def name_of(cfg: config.ProtoEval) -> str:
+    """The folder's name of a config's results, without evaluating it."""
+    return run._experiment([cfg], opening.open_all([cfg])).id
 
 
 def read_csv(fpath: pathlib.Path) -> list[dict[str, str]]:
@@ -156,7 +182,10 @@ def test_scores_are_the_max_over_patches_of_a_plain_loop(
         np.testing.assert_array_equal(got.max_ND[n], acts_NPD[i].max(axis=0))
 
 
-def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub) -> None:
+def test_main_writes_table_csv_and_chart(
+    cfg: config.ProtoEval, labels: cub.Cub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "save", save_figure)
     more_than_there_are = (16, 16, 5000, 6000, -1)
     dpath = pathlib.Path(run.main([dataclasses.replace(cfg, n_train=more_than_there_are)]))
     lines = read_csv(dpath / "summary.csv")
@@ -180,12 +209,15 @@ def test_main_writes_table_csv_and_chart(cfg: config.ProtoEval, labels: cub.Cub)
     assert shown == pytest.approx(np.nanmean(mine))
 
 
-def test_all_scorers_of_a_group_give_what_each_gives_alone(cfg: config.ProtoEval) -> None:
+def test_all_scorers_of_a_group_give_what_each_gives_alone(
+    cfg: config.ProtoEval, whole: pathlib.Path
+) -> None:
     members = [scorers_config.Random(), scorers_config.KMeans(n_samples=500), scorers_config.Pca()]
     cfgs = [dataclasses.replace(cfg, scorer=s) for s in members]
     assert len(sweeps.group(cfgs)) == 1
     together = (pathlib.Path(run.main(cfgs)) / "summary.csv").read_text().splitlines()
-    alone = [(pathlib.Path(run.main([c])) / "summary.csv").read_text().splitlines()[6:] for c in cfgs]
+    dpaths = [*(pathlib.Path(run.main([c])) for c in cfgs[:2]), whole]
+    alone = [(dpath / "summary.csv").read_text().splitlines()[6:] for dpath in dpaths]
     assert together[6:] == [line for lines in alone for line in lines]
 
 
@@ -198,7 +230,7 @@ def test_scorers_of_one_table_have_different_names(cfg: config.ProtoEval) -> Non
 
 
 def test_train_and_test_in_separate_shards_equal_one_directory(
-    cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path
+    cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path, whole: pathlib.Path
 ) -> None:
     acts_NPD, paths = plant(labels.labels_NT), np.array(labels.paths_N)
     parts = [
@@ -206,8 +238,9 @@ def test_train_and_test_in_separate_shards_equal_one_directory(
         for name, mask_N in (("train", labels.is_train_N), ("test", ~labels.is_train_N))
     ]
     apart = dataclasses.replace(cfg, train_data=parts[0], test_data=parts[1])
-    want, got = ((pathlib.Path(run.main([c])) / "summary.csv").read_text() for c in (cfg, apart))
-    assert got == want
+    dpath = pathlib.Path(run.main([apart]))
+    assert dpath.name != whole.name
+    assert (dpath / "summary.csv").read_text() == (whole / "summary.csv").read_text()
 
 
 def test_too_many_prototypes_are_refused_before_anything_is_read(
@@ -219,24 +252,21 @@ def test_too_many_prototypes_are_refused_before_anything_is_read(
             run.main([dataclasses.replace(cfg, scorer=scorer, n_prototypes=(4, 9999999, 4))])
 
 
-def test_a_finished_evaluation_is_found_again(cfg: config.ProtoEval, tmp_path: pathlib.Path) -> None:
-    table = pathlib.Path(run.main([cfg])) / "table.md"
+def test_a_finished_evaluation_is_found_again(cfg: config.ProtoEval, whole: pathlib.Path) -> None:
+    table = copied(whole, cfg) / "table.md"
     before = table.stat().st_mtime_ns
     assert run.main([cfg]) == str(table.parent)
     assert table.stat().st_mtime_ns == before
-    others = [
-        dataclasses.replace(cfg, **{k: v})
-        for k, v in (("seed", 1), ("n_train", (8,)), ("min_certainty", 4), ("n_boot", 7))
-    ]
-    others += [
-        dataclasses.replace(cfg, **{k: v})
-        for k, v in (("annotations", "last"), ("no_positives", "zero"), ("swap_splits", True))
-    ]
-    assert len({str(table.parent), *(run.main([c]) for c in others)}) == 8
+    others: list[dict[str, object]] = [{"seed": 1}, {"n_train": (8,)}, {"min_certainty": 4}, {"n_boot": 7}]
+    others += [{"annotations": "last"}, {"no_positives": "zero"}, {"swap_splits": True}]
+    names = [name_of(dataclasses.replace(cfg, **change)) for change in others]
+    assert name_of(cfg) == whole.name and len({whole.name, *names}) == 8
 
 
-def test_a_changed_evaluation_is_refused_and_an_unfinished_one_done_again(cfg: config.ProtoEval) -> None:
-    dpath = pathlib.Path(run.main([cfg]))
+def test_a_changed_evaluation_is_refused_and_an_unfinished_one_done_again(
+    cfg: config.ProtoEval, whole: pathlib.Path
+) -> None:
+    dpath = copied(whole, cfg)
     for name in results.FILES:
         content = (dpath / name).read_bytes()
         (dpath / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -246,15 +276,15 @@ def test_a_changed_evaluation_is_refused_and_an_unfinished_one_done_again(cfg: c
     (dpath / "manifest.json").unlink()
     (dpath / "table.md").write_text("half a table")
     assert run.main([cfg]) == str(dpath)
-    assert "| Scorer |" in (dpath / "table.md").read_text()
+    assert (dpath / "table.md").read_text() == (whole / "table.md").read_text()
 
 
 def test_results_of_another_fitter_are_not_found_again(
-    cfg: config.ProtoEval, monkeypatch: pytest.MonkeyPatch
+    cfg: config.ProtoEval, whole: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = run.main([cfg])
+    assert name_of(cfg) == whole.name
     monkeypatch.setattr("saev.scorers.store.REVISION", -1)
-    assert run.main([cfg]) != before
+    assert name_of(cfg) != whole.name
 
 
 def test_two_processes_of_one_command_evaluate_once(
@@ -283,11 +313,9 @@ def test_n_train_subsets_are_nested_and_seeded() -> None:
     assert set(small) != set(choose.train_subset(100, 10, 1))
 
 
-def test_draws_differ_and_the_first_is_that_of_one_draw(cfg: config.ProtoEval) -> None:
-    one, three = (
-        read_csv(pathlib.Path(run.main([dataclasses.replace(cfg, n_seeds=n)])) / "summary.csv")
-        for n in (1, 3)
-    )
+def test_draws_differ_and_the_first_is_that_of_one_draw(cfg: config.ProtoEval, whole: pathlib.Path) -> None:
+    dpaths = [whole, pathlib.Path(run.main([dataclasses.replace(cfg, n_seeds=3)]))]
+    one, three = (read_csv(dpath / "summary.csv") for dpath in dpaths)
     assert {line["spread"] for line in one} == {"nan"}
     of_16, of_all = ([x for x in three if (x["n_train"] == "16") is few] for few in (True, False))
     assert all(float(line["spread"]) > 0 for line in of_16)
@@ -299,17 +327,15 @@ def test_draws_differ_and_the_first_is_that_of_one_draw(cfg: config.ProtoEval) -
 
 
 def test_intervals_hold_the_map_and_grow_with_fewer_test_images(
-    cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path
+    cfg: config.ProtoEval, labels: cub.Cub, tmp_path: pathlib.Path, whole: pathlib.Path
 ) -> None:
     """A quarter of the test images: intervals about twice as wide."""
     test_is = np.flatnonzero(~labels.is_train_N)
     skip = set(test_is.tolist()) - set(test_is[::4].tolist())
-    acts_NPD = plant(labels.labels_NT)
+    data = write_shards(tmp_path / "few", list(labels.paths_N), plant(labels.labels_NT), skip)
     widths = []
-    for name, left_out in (("all", set()), ("few", skip)):
-        data = write_shards(tmp_path / name, list(labels.paths_N), acts_NPD, left_out)
-        out = pathlib.Path(run.main([dataclasses.replace(cfg, train_data=data)]))
-        rows = read_csv(out / "summary.csv")
+    for dpath in (whole, pathlib.Path(run.main([dataclasses.replace(cfg, train_data=data)]))):
+        rows = read_csv(dpath / "summary.csv")
         bounds = [[float(row[key]) for key in ("low", "map", "high")] for row in rows]
         bounds = [each for each in bounds if each != [1.0, 1.0, 1.0]]  # a probe knows planted traits
         assert len(bounds) > 2 and all(low < value < high < low + 0.5 for low, value, high in bounds)
@@ -318,9 +344,8 @@ def test_intervals_hold_the_map_and_grow_with_fewer_test_images(
 
 
 def test_a_killed_evaluation_leaves_no_table_and_ends_the_same(
-    cfg: config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    cfg: config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, whole: pathlib.Path
 ) -> None:
-    whole = pathlib.Path(run.main([cfg]))
     again = dataclasses.replace(cfg, dump_to=str(tmp_path / "again"))
 
     def full_disk(*args: object) -> None:
@@ -349,9 +374,8 @@ def test_ties_take_the_lowest_prototype() -> None:
     np.testing.assert_array_equal(in_parts.best_T, whole.best_T)
 
 
-def test_the_best_of_k_is_chosen_among_the_first_k(cfg: config.ProtoEval) -> None:
-    fpath = pathlib.Path(run.main([cfg])) / "traits.parquet"
-    lines = pl.read_parquet(fpath).to_dicts()
+def test_the_best_of_k_is_chosen_among_the_first_k(whole: pathlib.Path) -> None:
+    lines = pl.read_parquet(whole / "traits.parquet").to_dicts()
     assert max(t["prototype"] for t in lines if t["n_prototypes"] == 4) < 4
     assert max(t["prototype"] for t in lines if t["n_prototypes"] == 16) >= 4
 

@@ -19,9 +19,11 @@ from saev.data import config as data_config
 from saev.data.traits import config as traits_config
 from saev.formats import patchlabels, results, shards
 from saev.nn import config as nn_config
-from saev.protoeval import ap, audit, audit_rank, config, memory, merge, run, score
+from saev.protoeval import ap, audit, audit_rank, config, memory, merge, run, score, sparse
 from saev.report import frame
 from saev.scorers import config as scorers_config
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 N, P, D = 120, 8, 24
 CLASSES = {0: "background", 1: "wing", 2: "bill", 3: "tail", 4: "never"}
@@ -147,6 +149,27 @@ def test_the_path_is_that_of_all_prototypes(monkeypatch: pytest.MonkeyPatch, som
     assert found.prototype_B[-1] == 4 and sorted(found.prototype_B) == list(range(n_K))
     first = audit_rank.rank(x, labels_NT, known_NT, 5)  # ends early, and ranks the same
     assert first.prototype_B.tolist() == want[:5] and first.weight_B.tolist() == found.weight_B[:5].tolist()
+
+
+@pytest.mark.parametrize("n", [15, 200])
+def test_a_fit_is_at_its_optimum(n: int) -> None:
+    """From any start, also with fewer images than columns that are alike: at each weight the gradient is the lasso,
+    against its sign, or at most the lasso where the weight is 0."""
+    rng = np.random.default_rng(n)
+    x_ZN = np.vstack(
+        [np.ones(n), rng.standard_normal((40, 5)) @ rng.standard_normal((5, n)) + rng.random((40, n))]
+    )
+    y_N = (rng.random(n) < 1 / (1 + np.exp(-3 * x_ZN[1]))).astype(float)
+    for lasso, start in ((0.1 * n, 0.0), (0.01 * n, 0.0), (0.01 * n, 2.0)):
+        lasso_Z = np.append(0.0, np.full(40, lasso))
+        weight_Z = sparse.newton(x_ZN, y_N, np.full(41, start), np.zeros(41), lasso_Z)
+        gradient_Z = x_ZN @ (1 / (1 + np.exp(-weight_Z @ x_ZN)) - y_N)
+        on_Z = (weight_Z != 0) | (lasso_Z == 0)
+        assert 1 < on_Z.sum() < 20
+        np.testing.assert_allclose(
+            gradient_Z[on_Z], -np.sign(weight_Z * lasso_Z)[on_Z] * lasso, atol=1e-5 * lasso
+        )
+        assert (np.abs(gradient_Z[~on_Z]) <= lasso * (1 + 1e-5)).all()
 
 
 def test_labels_without_variation_rank_nothing() -> None:

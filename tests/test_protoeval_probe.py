@@ -64,6 +64,26 @@ def plain_choice(x_ND: np.ndarray, y_N: np.ndarray) -> float:
     return probe.PENALTIES[int(np.argmin(losses))]
 
 
+def test_folds_are_scikit_learns() -> None:
+    """Also of traits whose rarer label has fewer images than there are folds, and of either first label."""
+    rng = np.random.default_rng(0)
+    labels_NT = rng.random((60, 8)) < [0.5, 0.5, 0.2, 0.9, 0.06, 0.97, 0, 1]
+    labels_NT[0, :2] = [False, True]
+    known_NT = rng.random(labels_NT.shape) < 0.8
+    fold_NT = probe._folds(labels_NT, known_NT, 3)
+    n_folds = []
+    for t in range(8):
+        rows, want_N = np.flatnonzero(known_NT[:, t]), np.full(60, -1)
+        y_n = labels_NT[rows, t]
+        n_folds.append(min(5, y_n.sum(), (~y_n).sum()))
+        if n_folds[-1] > 1:
+            folds = sklearn.model_selection.StratifiedKFold(n_folds[-1], shuffle=True, random_state=3)
+            for fold, (_, held) in enumerate(folds.split(rows, y_n)):
+                want_N[rows[held]] = fold
+        np.testing.assert_array_equal(fold_NT[:, t], want_N)
+    assert {0, 5} < set(n_folds) and set(n_folds) & {2, 3, 4}
+
+
 @pytest.mark.parametrize("is_all_known", [True, False])
 def test_scores_are_those_of_sklearn_with_the_penalty_of_the_lowest_held_out_loss(is_all_known: bool) -> None:
     """On a trait's known labels; of a trait with two positives too."""

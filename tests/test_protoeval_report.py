@@ -17,7 +17,10 @@ import pytest
 from saev import errors
 from saev.formats import jsonfile, manifest, results
 from saev.protoeval import gallery, merge, merge_patches, report, stats
-from saev.report import charts, frame
+from saev.report import charts, figures, frame
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+save_figure = figures.save
 
 NAMES = ["has_wing_color::blue", "has_bill_length::long", "has_wing_color::red"]
 GROUPS = {
@@ -193,7 +196,10 @@ def test_a_scorer_of_another_size_is_held_against_the_largest_smaller_baseline(
     assert differences([few, rows[0], row(results.PROBES[1], 1, 1000, [[0.9]], [0.9] * 4)], about) == []
 
 
-def test_the_written_tables(rows: list[results.Row], about: results.About, tmp_path: pathlib.Path) -> None:
+def test_the_written_tables(
+    rows: list[results.Row], about: results.About, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "save", save_figure)
     rows = [*rows, rows[1]._replace(scorer="Sae_2")]
     report.write(tmp_path, report.Found(about, NAMES, rows), [])
     text = (tmp_path / "table.md").read_text()

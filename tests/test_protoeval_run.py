@@ -17,8 +17,10 @@ from saev import errors, nn, scorers
 from saev.data import config as data_config
 from saev.formats import shards
 from saev.nn import config as nn_config
-from saev.protoeval import choose, config, experiment, fit, measure, run, score
+from saev.protoeval import choose, config, experiment, fit, measure, opening, run, score
 from saev.scorers import config as scorers_config
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 N, D = 40, 4
 PATHS = [f"{i % 5 + 1:03}.Bird/bird {i:03}.jpg" for i in range(N)]
@@ -117,7 +119,13 @@ def test_new_activations_with_old_metadata_are_fitted_anew(tmp_path: pathlib.Pat
     assert not torch.equal(a.vectors_KD, b.vectors_KD)
 
 
-@pytest.mark.slow
+def fitted_name(cfg: config.ProtoEval) -> str:
+    """The folder's name of a config's results, after fitting its scorers, which are not evaluated."""
+    found = run._experiment([cfg], opening.open_all([cfg]))
+    fit.fit(found)
+    return found.id
+
+
 def test_what_decides_the_result_is_in_its_name(cfg: config.ProtoEval, tmp_path: pathlib.Path) -> None:
     layer_7 = dataclasses.replace(cfg.train_data, layer=7)
     changes: list[dict[str, object]] = [
@@ -132,13 +140,13 @@ def test_what_decides_the_result_is_in_its_name(cfg: config.ProtoEval, tmp_path:
         {"n_prototypes": (8,)},
         {"seed": 1},
     ]
-    names = [run.main([dataclasses.replace(cfg, **change)]) for change in changes]
+    names = [fitted_name(dataclasses.replace(cfg, **change)) for change in changes]
     # 16 random activations hold the 8 that another run wants, and serve another similarity; components serve both signs
     assert len(list((tmp_path / "scorers").iterdir())) == len(changes) - 3
-    names.append(run.main([dataclasses.replace(cfg, n_train=(8,))]))
+    names.append(fitted_name(dataclasses.replace(cfg, n_train=(8,))))
     for seed in (None, 1):  # another file under the same path
         sae = save_sae(tmp_path / "run" / "sae.pt", seed=seed)
-        names.append(run.main([dataclasses.replace(cfg, scorer=sae)]))
+        names.append(fitted_name(dataclasses.replace(cfg, scorer=sae)))
     lines = {"train_test_split.txt": ("1 1", "1 0"), LABELS_TXT: ("\n9 1 0 4", "\n9 1 1 4")}
     for name, (old, new) in lines.items():
         root = tmp_path / pathlib.Path(name).stem
@@ -146,7 +154,7 @@ def test_what_decides_the_result_is_in_its_name(cfg: config.ProtoEval, tmp_path:
         text = (root / name).read_text()
         (root / name).write_text(text.replace(old, new, 1))
         assert (root / name).read_text() != text
-        names.append(run.main([dataclasses.replace(cfg, cub_root=str(root))]))
+        names.append(fitted_name(dataclasses.replace(cfg, cub_root=str(root))))
     assert len(set(names)) == len(names)
 
 

@@ -25,6 +25,8 @@ from saev.scorers import config as scorers_config
 from saev.visuals import collect
 from saev.visuals import config as visuals_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = pathlib.Path(__file__).parent.parent
 TRAIN, TEST = np.flatnonzero(traits_data.IS_TRAIN_N), np.flatnonzero(~traits_data.IS_TRAIN_N)
 K = 12

@@ -27,6 +27,8 @@ from saev.protoeval import check, choose, fit, labels, measure, probe, run, scor
 from saev.protoeval import config as protoeval_config
 from saev.scorers import config as scorers_config
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = pathlib.Path(__file__).parent.parent
 D = 6
 

@@ -7,31 +7,30 @@ For each trait t, with standardised scores x of the train images that have a kno
 The penalty falls from the one above which all weights are 0. Prototypes rank in the order in which they enter
 the model of any trait; those of one step by the sum of |w_t| over traits.
 
-At each penalty only some prototypes are given to scikit-learn: those that the strong rule keeps (Tibshirani
-et al. 2012, doi:10.1111/j.1467-9868.2011.01004.x). The gradients of all others are checked afterwards, so
-the solution is that of all prototypes.
+At each penalty only some prototypes are fitted: those that the strong rule keeps (Tibshirani et al. 2012,
+doi:10.1111/j.1467-9868.2011.01004.x). The gradients of all others are checked afterwards, so the solution is
+that of all prototypes.
 
-N train images, K prototypes, C of them, S those that are fitted, T traits, B prototypes that are ranked.
+N train images, K prototypes, C of them, S those that are fitted, Z the intercept and these, T traits, B
+prototypes that are ranked.
 """
 
 import typing as tp
 
 import beartype
 import numpy as np
-import sklearn.linear_model
+import scipy.special
 from jaxtyping import Bool, Float32, Float64, Int64, jaxtyped
 
 from saev.formats import results
-from saev.protoeval import choose, score
+from saev.protoeval import choose, score, sparse
 
-REVISION = 1
+REVISION = 2
 """Increment it when rankings change: then older ones are not resumed."""
 RATIO, N_STEPS = 10 ** (-1 / 20), 60
 """Of consecutive penalties, and their number: down to a thousandth of the largest."""
 SLACK = 0.01
 """By how much a gradient may exceed the penalty, relative to it."""
-INTERCEPT = 1e3
-"""liblinear penalises the intercept too; this divides its penalty."""
 
 
 class Images(tp.NamedTuple):
@@ -50,12 +49,9 @@ class Images(tp.NamedTuple):
         """Products of each prototype's scores with each trait's residuals."""
         rest_NT, n_K = rest_NT.astype(np.float32), len(self.mean_K)
         blocks = [np.arange(k, min(k + self.size, n_K)) for k in range(0, n_K, self.size)]
-        return np.concatenate([self._rows(k_C) @ rest_NT for k_C in blocks])
+        return np.concatenate([self.rows(k_C) @ rest_NT for k_C in blocks])
 
-    def columns(self, k_S: Int64[np.ndarray, " S"]) -> Float64[np.ndarray, "N S"]:
-        return self._rows(k_S).T.astype(np.float64)
-
-    def _rows(self, k_C: Int64[np.ndarray, " C"]) -> Float32[np.ndarray, "C N"]:
+    def rows(self, k_C: Int64[np.ndarray, " C"]) -> Float32[np.ndarray, "C N"]:
         x_CN = self.train.of(self.first + k_C)
         x_CN -= self.mean_K[k_C, None]
         x_CN *= self.scale_K[k_C, None]
@@ -88,7 +84,7 @@ def rank(
     largest = penalty = float(gradient_KT.max())
     step_K, size_K = np.full(n_K, N_STEPS), np.zeros(n_K)
     trait_K, weight_K = np.full(n_K, -1), np.zeros(n_K)
-    w_KT = np.zeros((n_K, n_T), np.float32)
+    w_KT, b_1T = np.zeros((n_K, n_T), np.float32), np.zeros((1, n_T))
     for step in range(N_STEPS if largest > 0 else 0):
         before, penalty = penalty, penalty * RATIO
         is_fitted_KT = (gradient_KT >= 2 * penalty - before) | (w_KT != 0)
@@ -96,8 +92,11 @@ def rank(
         while todo_T.any():
             for t in np.flatnonzero(todo_T).tolist():
                 k_S = np.flatnonzero(is_fitted_KT[:, t])
-                fitted = _fit(x.columns(k_S), labels_NT[:, t], _known(known_NT, t), penalty)
-                w_KT[k_S, t], rest_NT[:, t] = fitted
+                start_Z = np.append(b_1T[:, t], w_KT[k_S, t])
+                weight_Z, rest_NT[:, t] = _fit(
+                    x.rows(k_S), labels_NT[:, t], _known(known_NT, t), penalty, start_Z
+                )
+                b_1T[:, t], w_KT[k_S, t] = weight_Z[:1], weight_Z[1:]
             gradient_KT = np.abs(x.gradients(rest_NT))
             new_KT = (gradient_KT > penalty * (1 + SLACK)) & ~is_fitted_KT
             is_fitted_KT |= new_KT
@@ -129,19 +128,10 @@ def _residuals(label_N: np.ndarray, known: np.ndarray | slice, share: float | np
 
 
 def _fit(
-    x_NS: np.ndarray, label_N: np.ndarray, known: np.ndarray | slice, penalty: float
-) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " N"]]:
+    x_SN: np.ndarray, label_N: np.ndarray, known: np.ndarray | slice, penalty: float, start_Z: np.ndarray
+) -> tuple[Float64[np.ndarray, " Z"], Float64[np.ndarray, " N"]]:
     """(weights, residuals) of one trait."""
-    x_nS, label_n = x_NS[known], label_N[known]
-    model = sklearn.linear_model.LogisticRegression(
-        l1_ratio=1,
-        C=1 / (penalty * len(label_n)),
-        solver="liblinear",
-        intercept_scaling=INTERCEPT,
-        tol=1e-6,
-        max_iter=10_000,
-        random_state=0,
-    )
-    model.fit(x_nS, label_n)
-    share_n = model.predict_proba(x_nS)[:, 1]
-    return model.coef_[0], _residuals(label_N, known, share_n)
+    x_ZN = np.insert(x_SN[:, known].astype(np.float64), 0, 1, axis=0)
+    lasso_Z = np.append(0, np.full(len(x_SN), penalty * x_ZN.shape[1]))
+    weight_Z = sparse.newton(x_ZN, label_N[known].astype(np.float64), start_Z, np.zeros(len(x_ZN)), lasso_Z)
+    return weight_Z, _residuals(label_N, known, scipy.special.expit(weight_Z @ x_ZN))

@@ -22,7 +22,7 @@ REVISION = 6
 PATCH_REVISION = 2
 """The same for the patch table."""
 
-AUDIT_REVISION = 2
+AUDIT_REVISION = 3
 """The same for the audit."""
 
 SEVERAL_REVISION = 2

@@ -16,9 +16,6 @@ import typing as tp
 
 import beartype
 import numpy as np
-import sklearn.metrics
-import sklearn.model_selection
-import sklearn.tree
 from jaxtyping import Bool, Float32, Float64, Int64, UInt8, jaxtyped
 
 from saev.formats import results
@@ -129,13 +126,17 @@ def grow(
 
     With fewer than two categories, or no prototype, it ends where it starts.
     """
+    import sklearn.metrics  # which takes a second
+    import sklearn.model_selection
+    import sklearn.tree
+
     n_C = np.bincount(category_N, minlength=n_categories)
     if (n_C > 0).sum() < 2 or not len(prototype_K):
         return _ended(n_C)
     least = max(1, min(MIN_LEAF, len(category_N) // 20))
     x_NK, depth = np.ascontiguousarray(scores_KN.T), 1
 
-    def fitted(depth: int, rows: slice | np.ndarray = slice(None)) -> sklearn.tree.DecisionTreeClassifier:
+    def fitted(depth: int, rows: slice | np.ndarray = slice(None)) -> tp.Any:
         tree = sklearn.tree.DecisionTreeClassifier(
             max_depth=depth, min_samples_leaf=least, class_weight="balanced", random_state=seed
         )

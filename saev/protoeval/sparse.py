@@ -19,6 +19,7 @@ import scipy.special
 from jaxtyping import Bool, Float64, Int64, jaxtyped
 
 from saev import compiled
+from saev.compiled import jit
 
 SHORTLIST = 16
 """Prototypes whose score statistic is computed in each step."""
@@ -26,6 +27,8 @@ RIDGE = 1.0
 """Penalty: half the sum of the squared weights of scores of variance 1, as scikit-learn's C = 1."""
 MAX_STEPS, PRECISION = 50, 1e-10
 """Newton steps of a fit. It ends when a step would lower the mean loss by less."""
+MAX_SWEEPS, SWEEP_PRECISION = 1000, 1e-7
+"""Of coordinate descent. It ends when no gradient was further from the optimum, relative to the lasso."""
 
 Read = collections.abc.Callable[[tp.Any], np.ndarray]
 """Returns the scores (C, N) of some prototypes, given as a slice or as numbers."""
@@ -158,7 +161,7 @@ class _Path:
             for mine_Z, found_C in ((self.mean_Z, mean_C), (self.scale_Z, scale_C))
         )
         x_ZN = np.vstack([x_ZN, x_SN[best]])
-        self.weight_Z = _newton(x_ZN, self.y_N, np.append(self.weight_Z, 0.0))
+        self.weight_Z = newton(x_ZN, self.y_N, np.append(self.weight_Z, 0.0), _ridge(len(x_ZN)))
         self.p_N = scipy.special.expit(self.weight_Z @ x_ZN)
         self.residual_N[self.known_n] = self.y_N - self.p_N
 
@@ -180,18 +183,50 @@ def _ridge(n_columns: int) -> Float64[np.ndarray, " Z"]:
 
 
 @jaxtyped(typechecker=beartype.beartype)
-def _newton(
-    x_ZN: Float64[np.ndarray, "Z N"], y_N: Float64[np.ndarray, " N"], weight_Z: Float64[np.ndarray, " Z"]
+def newton(
+    x_ZN: Float64[np.ndarray, "Z N"],
+    y_N: Float64[np.ndarray, " N"],
+    weight_Z: Float64[np.ndarray, " Z"],
+    ridge_Z: Float64[np.ndarray, " Z"],
+    lasso_Z: Float64[np.ndarray, " Z"] | None = None,
 ) -> Float64[np.ndarray, " Z"]:
-    """Logistic regression, from some weights on. Steps are damped as in `newton`, so the loss cannot rise."""
-    ridge_Z = _ridge(len(x_ZN))
+    """Logistic regression from some weights on. Minimises the summed loss + ridge / 2 w^2 + lasso |w|.
+
+    Steps are damped as in the module `newton`, so the sum cannot rise. With a lasso, a step is found by
+    coordinate descent over the A weights that are not 0 or whose gradient exceeds the lasso.
+    """
     for _ in range(MAX_STEPS):
         p_N = scipy.special.expit(weight_Z @ x_ZN)
         gradient_Z = x_ZN @ (p_N - y_N) + ridge_Z * weight_Z
-        hessian_ZZ = (x_ZN * (p_N * (1 - p_N))) @ x_ZN.T + np.diag(ridge_Z)
-        step_Z = np.linalg.solve(hessian_ZZ, gradient_Z)
-        change = float(np.abs(step_Z @ x_ZN).max())
-        weight_Z = weight_Z - step_Z * (np.log1p(change) / change if change > 0.1 else 1.0)
-        if gradient_Z @ step_Z / 2 <= PRECISION * len(y_N):
+        on_A = np.flatnonzero((weight_Z != 0) | (np.abs(gradient_Z) >= (0 if lasso_Z is None else lasso_Z)))
+        x_AN, gradient_A = x_ZN[on_A], gradient_Z[on_A]
+        hessian_AA = (x_AN * (p_N * (1 - p_N))) @ x_AN.T + np.diag(ridge_Z[on_A])
+        if lasso_Z is None:
+            step_A = -np.linalg.solve(hessian_AA, gradient_A)
+        else:
+            step_A = _descend(hessian_AA, gradient_A, weight_Z[on_A], lasso_Z[on_A])
+        change = float(np.abs(step_A @ x_AN).max())
+        weight_Z = weight_Z.copy()
+        weight_Z[on_A] += step_A * (np.log1p(change) / change if change > 0.1 else 1.0)
+        if step_A @ hessian_AA @ step_A / 2 <= PRECISION * len(y_N):
             break
     return weight_Z
+
+
+@jit
+def _descend(hessian_AA, gradient_A, weight_A, lasso_A):
+    """The step d that minimises gradient d + d' hessian d / 2 + lasso |weight + d|."""
+    new_A, gradient_A = weight_A.copy(), gradient_A.copy()
+    for _ in range(MAX_SWEEPS):
+        largest = 0.0
+        for i in range(len(new_A)):
+            curve = hessian_AA[i, i] + 1e-12
+            goal = new_A[i] - gradient_A[i] / curve
+            by = np.sign(goal) * max(abs(goal) - lasso_A[i] / curve, 0.0) - new_A[i]
+            if by != 0:
+                new_A[i] += by
+                gradient_A += hessian_AA[i] * by
+                largest = max(largest, curve * abs(by))
+        if largest <= SWEEP_PRECISION * lasso_A.max():
+            break
+    return new_A - weight_A
