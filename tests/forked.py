@@ -2,7 +2,8 @@
 
 A server that has imported torch and other libraries, but nothing of saev, forks each command. The fork has its own
 arguments, environment, working folder, streams and signals, and ends as Python does. What it cannot show: which modules
-a command imports, what imports cost, and its memory. Tests of those start Python.
+a command imports, what imports cost, and its memory. Tests of those start Python. The new Pythons that a command starts by
+`multiprocessing` (to which arguments are pickled) are forks too.
 """
 
 import atexit
@@ -12,6 +13,7 @@ import gc
 import importlib
 import io
 import json
+import multiprocessing.util
 import os
 import pathlib
 import runpy
@@ -36,7 +38,7 @@ PRELOADED = (
     "tyro",
 )
 """Without timm, which imports triton, whose end takes seconds."""
-READ_ON_IMPORT = ("PYTHON", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "TRITON_", "TORCH_", "HF_", "LD_", "HOME")
+READ_ON_IMPORT = ("PYTHON", "GOMP_", "MKL_", "OPENBLAS_", "TRITON_", "TORCH_", "HF_", "LD_", "HOME")
 """Variables (by their first letters) that the libraries read when they are imported. Each set of them has a server."""
 
 starting = threading.Lock()
@@ -117,7 +119,8 @@ def read_on_import(env: tp.Mapping[str, str]) -> frozenset[tuple[str, str]]:
 def server(env: frozenset[tuple[str, str]]) -> socket.socket:
     """The connection to the server with these variables. The first call starts it; it ends with this process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    others = {k: v for k, v in os.environ.items() if not k.startswith(READ_ON_IMPORT)}
+    left_out = (*READ_ON_IMPORT, "OMP_NUM_THREADS")  # each fork sets its number of threads
+    others = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     command = [sys.executable, __file__, str(theirs.fileno())]
     process = subprocess.Popen(command, env=others | dict(env), pass_fds=[theirs.fileno()], cwd=ROOT)
     theirs.close()
@@ -182,8 +185,56 @@ def become(request: dict[str, tp.Any], streams: list[int]) -> tuple[str, str]:
     args = request["args"]
     kind, program = args[:2] if args[0] in ("-m", "-c") else ("script", args[0])
     sys.argv = [*args[:1], *args[2:]] if kind in ("-m", "-c") else args
+    if "OMP_NUM_THREADS" in os.environ:  # which libraries read when they are imported
+        set_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.path[0] = {"-m": request["cwd"], "-c": "", "script": os.path.dirname(os.path.abspath(program))}[kind]  # noqa: PTH100, PTH120
     return kind, program
+
+
+def set_threads(n_threads: int) -> None:
+    import threadpoolctl
+    import torch
+
+    threadpoolctl.threadpool_limits(n_threads)
+    torch.set_num_threads(n_threads)
+
+
+def fork_python(path: bytes, args: list[bytes | str], keep: list[int]) -> int:
+    """In place of `multiprocessing.util.spawnv_passfds`, which starts `python ... -c CODE ...`. Returns the process id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if pid := os.fork():
+        return pid
+    code: object = 1
+    try:
+        atexit._clear()
+        for fd in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *keep}:  # noqa: PTH208
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        for signum in signal.valid_signals():
+            if callable(signal.getsignal(signum)):  # an exec, too, keeps only those that are ignored
+                signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        words = [os.fsdecode(arg) for arg in args]
+        at = words.index("-c")
+        sys.argv = words[at : at + 1] + words[at + 2 :]
+        run_text(words[at + 1])
+        code = 0
+    except SystemExit as err:
+        code = err.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        for end in (atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):
+            with contextlib.suppress(OSError, ValueError):  # Python's own helpers close them
+                end()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def run_text(program: str) -> None:
+    """Runs it as `python -c` does."""
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    exec(compile(program, "<string>", "exec"), vars(main))
 
 
 if __name__ == "__main__":
@@ -192,10 +243,10 @@ if __name__ == "__main__":
         importlib.import_module(module)
     gc.freeze()  # else each fork goes through all objects of the imports when it ends
     kind, program = become(*serve(socket.socket(fileno=int(sys.argv[1]))))
+    multiprocessing.util.spawnv_passfds = fork_python
     if kind == "-m":
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     elif kind == "script":
         runpy.run_path(program, run_name="__main__")
     else:
-        main = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(program, "<string>", "exec"), vars(main))
+        run_text(program)
