@@ -51,9 +51,14 @@ def limit_spinning() -> None:
 
 
 def end_at_once() -> None:
-    """Lets the process end without Python's last search for garbage, which takes a second after large
-    imports (torch and timm)."""
-    atexit.register(gc.freeze)
+    """Lets the process end without Python's last search for garbage, which takes up to a second after large
+    imports."""
+    atexit.register(_leave_garbage)
+
+
+def _leave_garbage() -> None:
+    if "triton" not in sys.modules:  # else it would list its objects as leaked
+        gc.freeze()
 
 
 def ctrl_c_ends() -> None:
