@@ -3,9 +3,11 @@
 Python needs about 20 ms to reach a program's first line. A Ctrl-C in that time is left to Python.
 """
 
+import atexit
 import codecs
 import collections.abc
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -20,6 +22,7 @@ def install() -> None:
     global _is_installed
     _is_installed = True
     limit_spinning()
+    end_at_once()
     ctrl_c_ends()
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -45,6 +48,17 @@ def limit_spinning() -> None:
     By default they spin for 10 ms and more, on cores that saev's own threads need.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def end_at_once() -> None:
+    """Lets the process end without Python's last search for garbage, which takes up to a second after large
+    imports."""
+    atexit.register(_leave_garbage)
+
+
+def _leave_garbage() -> None:
+    if "triton" not in sys.modules:  # else it would list its objects as leaked
+        gc.freeze()
 
 
 def ctrl_c_ends() -> None:

@@ -1,8 +1,9 @@
 """Real commands without the seconds that a new process imports for.
 
 A server that has imported torch and other libraries, but nothing of saev, forks each command. The fork has its own
-arguments, environment, working folder, streams and signals, and ends as Python does. What it cannot show: which modules
-a command imports, what imports cost, and its memory. Tests of those start Python.
+arguments, environment, working folder, streams and signals. It ends without freeing its modules. What it cannot show: which modules
+a command imports, what imports cost, and its memory. Tests of those start Python. The new Pythons that a command starts by
+`multiprocessing` (to which arguments are pickled) are forks too.
 """
 
 import atexit
@@ -12,6 +13,7 @@ import gc
 import importlib
 import io
 import json
+import multiprocessing.util
 import os
 import pathlib
 import runpy
@@ -36,7 +38,7 @@ PRELOADED = (
     "tyro",
 )
 """Without timm, which imports triton, whose end takes seconds."""
-READ_ON_IMPORT = ("PYTHON", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "TRITON_", "TORCH_", "HF_", "LD_", "HOME")
+READ_ON_IMPORT = ("PYTHON", "GOMP_", "MKL_", "OPENBLAS_", "TRITON_", "TORCH_", "HF_", "LD_", "HOME")
 """Variables (by their first letters) that the libraries read when they are imported. Each set of them has a server."""
 
 starting = threading.Lock()
@@ -44,7 +46,17 @@ starting = threading.Lock()
 
 
 class Popen(subprocess.Popen):
-    """`subprocess.Popen` of [sys.executable, ...]: a script, -m module or -c code, without options of Python."""
+    """`subprocess.Popen` of [sys.executable, ...]: a script, -m module or -c code, without options of Python.
+
+    also: modules (of saev, or of tests) that are imported once for all commands that name them, such as one that a test
+    starts and kills again and again.
+    """
+
+    def __init__(
+        self, args: tp.Sequence[str | pathlib.Path], *, also: tuple[str, ...] = (), **kwargs: tp.Any
+    ):
+        self._also = also
+        super().__init__(args, **kwargs)
 
     def _execute_child(  # as in the base class, by position
         self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest: tp.Any
@@ -57,7 +69,7 @@ class Popen(subprocess.Popen):
         request = {"args": [os.fspath(a) for a in args[1:]], "cwd": os.fspath(cwd or pathlib.Path.cwd())}
         request["env"] = {k: os.fspath(v) for k, v in (os.environ if env is None else env).items()}
         with starting:
-            connection = server(read_on_import(request["env"]))
+            connection = server(read_on_import(request["env"]), self._also)
         socket.send_fds(connection, [json.dumps(request).encode()], [*streams, theirs])
         os.close(theirs)
         for ours, end in ((p2cwrite, p2cread), (c2pread, c2pwrite), (errread, errwrite)):
@@ -114,10 +126,23 @@ def read_on_import(env: tp.Mapping[str, str]) -> frozenset[tuple[str, str]]:
 
 
 @functools.cache
-def server(env: frozenset[tuple[str, str]]) -> socket.socket:
-    """The connection to the server with these variables. The first call starts it; it ends with this process."""
+def server(env: frozenset[tuple[str, str]], also: tuple[str, ...] = ()) -> socket.socket:
+    """The connection to the server with these variables and modules. The first call starts it; it ends with this process.
+
+    One with more modules is a fork of the one without.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    others = {k: v for k, v in os.environ.items() if not k.startswith(READ_ON_IMPORT)}
+    if also:
+        report, other = os.pipe()
+        socket.send_fds(server(env), [json.dumps({"also": also}).encode()], [theirs.fileno(), other])
+        theirs.close()
+        os.close(other)
+        os.read(report, 100)
+        os.close(report)
+        atexit.register(ours.close)
+        return ours
+    left_out = (*READ_ON_IMPORT, "OMP_NUM_THREADS")  # each fork sets its number of threads
+    others = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     command = [sys.executable, __file__, str(theirs.fileno())]
     process = subprocess.Popen(command, env=others | dict(env), pass_fds=[theirs.fileno()], cwd=ROOT)
     theirs.close()
@@ -182,8 +207,62 @@ def become(request: dict[str, tp.Any], streams: list[int]) -> tuple[str, str]:
     args = request["args"]
     kind, program = args[:2] if args[0] in ("-m", "-c") else ("script", args[0])
     sys.argv = [*args[:1], *args[2:]] if kind in ("-m", "-c") else args
+    if "OMP_NUM_THREADS" in os.environ:  # which libraries read when they are imported
+        set_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.path[0] = {"-m": request["cwd"], "-c": "", "script": os.path.dirname(os.path.abspath(program))}[kind]  # noqa: PTH100, PTH120
     return kind, program
+
+
+def set_threads(n_threads: int) -> None:
+    import threadpoolctl
+    import torch
+
+    threadpoolctl.threadpool_limits(n_threads)
+    torch.set_num_threads(n_threads)
+
+
+def fork_python(path: bytes, args: list[bytes | str], keep: list[int]) -> int:
+    """In place of `multiprocessing.util.spawnv_passfds`, which starts `python ... -c CODE ...`. Returns the process id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if pid := os.fork():
+        return pid
+    atexit._clear()
+    for fd in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *keep}:  # noqa: PTH208
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    for signum in signal.valid_signals():
+        if callable(signal.getsignal(signum)):  # an exec, too, keeps only those that are ignored
+            signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    words = [os.fsdecode(arg) for arg in args]
+    at = words.index("-c")
+    sys.argv = words[at : at + 1] + words[at + 2 :]
+    run_and_end("-c", words[at + 1])
+
+
+def run_and_end(kind: str, program: str) -> tp.NoReturn:
+    """Runs a program and ends as Python does, but without freeing modules, which takes a second."""
+    code: object = 1
+    try:
+        if kind == "-m":
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        elif kind == "script":
+            runpy.run_path(program, run_name="__main__")
+        else:
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(program, "<string>", "exec"), vars(main))
+        code = 0
+    except SystemExit as err:
+        code = err.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    for end in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):
+        with contextlib.suppress(OSError, ValueError):  # Python's own helpers close them
+            end()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 if __name__ == "__main__":
@@ -191,11 +270,12 @@ if __name__ == "__main__":
     for module in PRELOADED:
         importlib.import_module(module)
     gc.freeze()  # else each fork goes through all objects of the imports when it ends
-    kind, program = become(*serve(socket.socket(fileno=int(sys.argv[1]))))
-    if kind == "-m":
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-    elif kind == "script":
-        runpy.run_path(program, run_name="__main__")
-    else:
-        main = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(program, "<string>", "exec"), vars(main))
+    request, fds = serve(socket.socket(fileno=int(sys.argv[1])))
+    if "also" in request:
+        for module in request["also"]:
+            importlib.import_module(module)
+        gc.freeze()
+        request, fds = serve(socket.socket(fileno=fds[0]))
+    kind, program = become(request, fds)
+    multiprocessing.util.spawnv_passfds = fork_python
+    run_and_end(kind, program)

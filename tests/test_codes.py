@@ -397,11 +397,12 @@ def test_a_pass_keeps_only_its_own_shards(dump, tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_a_killed_command_goes_on(make_shards, tmp_path: pathlib.Path) -> None:
     """SIGKILL at several moments; then the bytes are those of an undisturbed one, and nothing else is left."""
-    dpath, _ = make_shards(n_imgs=300, n_patches=64, d_vit=64, layers=(0,), per_shard=100)
-    nn.save(nn.SparseAutoencoder(nn_config.TopK(d_vit=64, d_sae=4096, top_k=8)), tmp_path / "sae.pt")
+    dpath, _ = make_shards(n_imgs=240, n_patches=16, d_vit=16, layers=(0,), per_shard=100)
+    nn.save(nn.SparseAutoencoder(nn_config.TopK(d_vit=16, d_sae=512, top_k=8)), tmp_path / "sae.pt")
     command = [sys.executable, "-m", "saev.codes", "--scorer", str(tmp_path / "sae.pt"), "--device", "cpu"]
-    command += ["--data.shard-root", str(dpath), "--max-patches-per-shard", "640"]
+    command += ["--data.shard-root", str(dpath), "--max-patches-per-shard", "128"]
     run = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    run["also"] = ("saev.codes.encode", "saev.scorers")
     whole = forked.run([*command, "--dump-to", str(tmp_path / "whole")], check=True, **run).stdout.strip()
     want = {fpath.relative_to(whole): fpath.read_bytes() for fpath in files(pathlib.Path(whole))}
     assert len(want) == 2 + 30 * 8

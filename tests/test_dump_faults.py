@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import inprocess
 import numpy as np
 import PIL.Image
@@ -19,7 +20,9 @@ from saev.formats import shards
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
-N = 100
+N = 60
+IMPORTED = ("timm", "saev.data.dump")
+"""What each job of a dump imports."""
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +71,17 @@ def wait_for(condition: collections.abc.Callable[[], bool], timeout_s: float = 2
         time.sleep(0.01)
 
 
-def processes_of(dump_to: str) -> list[int]:
-    """Processes whose environment carries this dump's mark: the command and all its children."""
-    mark = f"SAEV_TEST={dump_to}".encode()
-    found = []
-    for fpath in pathlib.Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark in fpath.read_bytes().split(b"\0"):
-                found.append(int(fpath.parent.name))
-        except OSError:
-            continue
-    return found
+def family(pid: int) -> list[int]:
+    """A process and all below it."""
+    children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(p for child in map(int, children) for p in family(child))]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("how", ["kill", "interrupt"])
@@ -86,22 +89,17 @@ def test_jobs_end_with_their_parent_and_the_dump_goes_on(
     photos: pathlib.Path, undisturbed: dict[str, bytes], tmp_path: pathlib.Path, how: str
 ) -> None:
     cfg = config_of(photos, tmp_path)
-    process = subprocess.Popen(
-        command(cfg, "--n-jobs", "2"),
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"SAEV_TEST": cfg.dump_to},
-        start_new_session=True,
-    )
+    two = command(cfg, "--n-jobs", "2")
+    process = forked.Popen(two, cwd=ROOT, stderr=subprocess.PIPE, text=True, also=IMPORTED)
     wait_for(lambda: len(list(tmp_path.glob("*/acts*.json"))) >= 10)
-    assert len(processes_of(cfg.dump_to)) >= 3
+    all_pids = family(process.pid)
+    assert len(all_pids) >= 3
     if how == "kill":
         process.kill()
-    else:
-        os.killpg(process.pid, signal.SIGINT)
+    for pid in all_pids if how == "interrupt" else ():  # as a terminal does
+        os.kill(pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
-    wait_for(lambda: not processes_of(cfg.dump_to), timeout_s=60)
+    wait_for(lambda: not any(map(is_alive, all_pids)), timeout_s=60)
     assert "Traceback" not in stderr
     assert process.returncode == (-signal.SIGKILL if how == "kill" else 130)
     if how == "interrupt":
@@ -118,9 +116,8 @@ def test_the_first_job_to_fail_ends_the_others(photos: pathlib.Path, tmp_path: p
     cfg = config_of(photos, tmp_path)
     try:
         bad.write_bytes(b"no image")
-        done = subprocess.run(
-            command(cfg, "--n-jobs", "2"), cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
+        two = command(cfg, "--n-jobs", "2")
+        done = forked.run(two, cwd=ROOT, capture_output=True, text=True, timeout=120, also=IMPORTED)
     finally:
         bad.write_bytes(good)
     assert done.returncode == 2 and done.stdout == ""

@@ -1,18 +1,18 @@
 """A dump killed at any moment, divided among jobs, or stopped by an image, ends with the bytes of an undisturbed one."""
 
-import collections.abc
-import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import pathlib
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import time
 
+import forked
 import numpy as np
 import PIL.Image
 import pytest
@@ -25,29 +25,11 @@ from saev.formats import shards
 ROOT = pathlib.Path(__file__).parent.parent
 N_KILLS = 20
 
-FORKER = """
-import os, sys
-import timm, torch
-from saev.data import config, dump
-import test_dump_resume as here
-for line in sys.stdin:
-    pids = []
-    for args in line.split(";"):
-        pids.append(os.fork())
-        if not pids[-1]:
-            try:
-                dump.main(here.config_of(*args.split()))
-                os._exit(0)
-            finally:
-                os._exit(1)
-        print(pids[-1], flush=True)
-    for pid in pids:
-        print(os.waitpid(pid, 0)[1], flush=True)
-"""
-"""Has everything imported and forks a process for each dump, so that twenty of them do not import torch twenty times."""
+IMPORTED = ("timm", "saev.data.dump")
+"""What each dump imports. Twenty of them, which are killed, do it once."""
 
 
-def config_of(root: str, dump_to: str, n_jobs: str = "1") -> config.Dump:
+def config_of(root: str, dump_to: str) -> config.Dump:
     """48 shards of one image."""
     vit = config.Vit(vit_family="timm", vit_ckpt="test_vit", vit_weights="random")
     return config.Dump(
@@ -59,7 +41,6 @@ def config_of(root: str, dump_to: str, n_jobs: str = "1") -> config.Dump:
         n_workers=2,
         device="cpu",
         dump_to=dump_to,
-        n_jobs=int(n_jobs),
     )
 
 
@@ -86,46 +67,27 @@ def contents(dpath: pathlib.Path) -> dict[str, bytes]:
     return {name: (dpath / name).read_bytes() for name in names}
 
 
-@pytest.fixture
-def forker() -> collections.abc.Iterator[subprocess.Popen[str]]:
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", FORKER]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
-    ) as process:
-        yield process
-        process.stdin.close()
+def start(cfg: config.Dump) -> forked.Popen:
+    """A process that dumps."""
+    code = (
+        "import pickle, sys; from saev.data import dump; dump.main(pickle.loads(bytes.fromhex(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, pickle.dumps(cfg).hex()]
+    return forked.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, also=IMPORTED)
 
 
-def run(forker: subprocess.Popen[str], cfg: config.Dump) -> int:
-    """The dump's exit status."""
-    start(forker, cfg)
-    return int(forker.stdout.readline())
-
-
-def start(forker: subprocess.Popen[str], cfg: config.Dump) -> int:
-    """The dump's process id."""
-    forker.stdin.write(f"{cfg.data.root} {cfg.dump_to}\n")
-    forker.stdin.flush()
-    return int(forker.stdout.readline())
-
-
-def run_killed(
-    forker: subprocess.Popen[str], cfg: config.Dump, dpath: pathlib.Path, n_new: int, delay_s: float
-) -> int:
+def run_killed(cfg: config.Dump, dpath: pathlib.Path, n_new: int, delay_s: float) -> int:
     """The dump's exit status. It gets SIGKILL `delay_s` after it made `n_new` files in `dpath`.
 
     Counting files instead of seconds kills it in the middle on a machine of any speed.
     """
     n_before = n_files(dpath)
-    pid = start(forker, cfg)
-    with contextlib.suppress(ProcessLookupError):  # it ended, and the forker reaped it
-        while n_files(dpath) < n_before + n_new:
-            os.kill(pid, 0)
-            time.sleep(0.001)
-        time.sleep(delay_s)
-        os.kill(pid, signal.SIGKILL)
-    return int(forker.stdout.readline())
+    process = start(cfg)
+    while n_files(dpath) < n_before + n_new and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(delay_s)
+    process.kill()
+    return process.wait()
 
 
 def n_files(dpath: pathlib.Path) -> int:
@@ -134,7 +96,7 @@ def n_files(dpath: pathlib.Path) -> int:
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments(
-    forker: subprocess.Popen[str], photos: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path
+    photos: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     want, rng = contents(undisturbed), random.Random(0)
     n_kills, n_listed = 0, []
@@ -142,13 +104,13 @@ def test_killed_at_twenty_moments(
         cfg = config_of(str(photos), str(tmp_path / f"{attempt}"))
         dpath = pathlib.Path(cfg.dump_to) / undisturbed.name
         kept: dict[str, tuple[int, int]] = {}
-        status = signal.SIGKILL
-        while status == signal.SIGKILL and n_kills < N_KILLS:
-            status = run_killed(forker, cfg, dpath, rng.randrange(12), rng.uniform(0, 0.03))
-            n_kills += status == signal.SIGKILL
+        status = -signal.SIGKILL
+        while status == -signal.SIGKILL and n_kills < N_KILLS:
+            status = run_killed(cfg, dpath, rng.randrange(12), rng.uniform(0, 0.03))
+            n_kills += status == -signal.SIGKILL
             kept = check_listed(dpath, want, kept)
             n_listed.append(len(kept))
-        assert run(forker, cfg) == 0
+        assert start(cfg).wait() == 0
         out = shards.ShardDir.open_unchecked(dpath)
         out.finish()
         assert contents(out.dpath) == want
@@ -192,16 +154,12 @@ def test_any_number_of_jobs_in_any_order_gives_the_same_bytes(
 @pytest.mark.slow
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_two_dumps_at_once_end_with_the_same_bytes(
-    forker: subprocess.Popen[str],
-    photos: pathlib.Path,
-    undisturbed: pathlib.Path,
-    tmp_path: pathlib.Path,
-    n_jobs: int,
+    photos: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path, n_jobs: int
 ) -> None:
     """The same command twice: the second waits, then finds all done. Divided otherwise, both write, and neither disturbs the other."""
-    forker.stdin.write(f"{photos} {tmp_path} 1;{photos} {tmp_path} {n_jobs}\n")
-    forker.stdin.flush()
-    assert [int(forker.stdout.readline()) for _ in range(4)][2:] == [0, 0]
+    cfg = config_of(str(photos), str(tmp_path))
+    both = [start(cfg), start(dataclasses.replace(cfg, n_jobs=n_jobs))]
+    assert [process.wait() for process in both] == [0, 0]
     out = shards.ShardDir.open_unchecked(tmp_path / undisturbed.name)
     out.finish()
     assert contents(out.dpath) == contents(undisturbed)

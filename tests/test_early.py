@@ -98,6 +98,12 @@ with open({str(tmp_path / "mine")!r}, "w") as fd:
     assert int((tmp_path / "mine").read_text()) > 2 and int((tmp_path / "child").read_text()) > 2
 
 
+def test_no_search_for_garbage_at_the_end() -> None:
+    code = "from saev import early; early.install(); print('end')\n"
+    code += "class Loud:\n def __del__(self): print('searched')\nloud = Loud(); loud.itself = loud"
+    assert shell(f"PY -c {shlex.quote(code)}").stdout == b"end\n"
+
+
 def test_a_full_disk_behind_the_output() -> None:
     for command, where in (("train.py --help", b""), ("train.py --dry-run", b"standard output: ")):
         done = shell(f"PY {command} > /dev/full")

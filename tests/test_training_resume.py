@@ -471,25 +471,20 @@ def sweep(tmp_path: pathlib.Path) -> str:
 @pytest.mark.slow
 def test_killed_three_times_ends_with_the_same_weights(cfg: config.Train, tmp_path: pathlib.Path) -> None:
     """kill -9, wherever it strikes: in a step, while states are written, between the runs of the group."""
-    args = command(cfg, "--sweep", sweep(tmp_path))
+    more = ("--sweep", sweep(tmp_path), "--n-patches", str(240 * 32), "--save-every", "5e-4")
+    more += ("--log-every", "40")
     undisturbed = change(cfg, ckpt_to=cfg.ckpt_to + "-undisturbed")
-    want = forked.run(
-        command(undisturbed, "--sweep", sweep(tmp_path)),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=True,
-    ).stdout.split()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
+    pipes["also"] = ("saev.training.loop",)
+    want = forked.run(command(undisturbed, *more), **pipes, check=True).stdout.split()
     rng, n_killed, reached = random.Random(0), 0, []
     while True:
-        process = forked.Popen(
-            args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-        )
+        process = forked.Popen(command(cfg, *more), **pipes)
         if n_killed < 3:
             newest = max(reached, default=0)
             while process.poll() is None and newest_state(cfg.ckpt_to) <= newest:
-                time.sleep(0.02)
-            time.sleep(rng.uniform(0, 0.2))
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.06))
             process.kill()
         out, err = process.communicate()
         if process.returncode == 0:

@@ -8,8 +8,10 @@ import sys
 def main() -> None:
     """Runs this task's stage. Exits with 1 if it failed: Slurm then does not start jobs --after it."""
     os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"  # it would write its lines to stdout and stderr
+    from saev import early
     from saev.launch.entry import configure_logging
 
+    early.end_at_once()
     configure_logging()
     import submitit.core.job_environment
     import submitit.core.submission

@@ -8,6 +8,7 @@ import socket
 import threading
 import typing as tp
 
+from saev import early
 from saev.launch.entry import configure_logging, ended_by_signals
 from saev.launch.stage import Outcome, Stage
 
@@ -67,6 +68,7 @@ def _received(receiver: tp.Any, process: tp.Any) -> Outcome:
 def _child(stage: Stage, sender: tp.Any) -> None:
     """A local job. It leaves Ctrl-C to its parent, and ends if the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    early.end_at_once()
     parent = tp.cast(tp.Any, multiprocessing.parent_process())
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     configure_logging()
