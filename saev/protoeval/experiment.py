@@ -12,7 +12,7 @@ import numpy as np
 from saev import devices, errors, fields, helpers, machine, scorers
 from saev.data import activations
 from saev.data.traits import base
-from saev.formats import results
+from saev.formats import patchresults, results
 from saev.protoeval import check, config, join, labels, memory, patch_join
 from saev.scorers import config as scorers_config
 
@@ -126,7 +126,7 @@ class Experiment:
                 for model, words in cfg.models.items()
             },
             n_zero=int((~seen_T).sum()) if cfg.no_positives == "zero" else 0,
-            nulls={name + results.PERMUTED: name for name in self.names},
+            nulls={name + patchresults.PERMUTED: name for name in self.names},
         )
 
     def _settings(self, cfg: config.ProtoEval, fit: join.Fit) -> dict[str, tp.Any]:
