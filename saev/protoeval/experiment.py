@@ -89,7 +89,7 @@ class Experiment:
         cfg, (chosen, measured) = self.cfgs[0], self.sides
         seen_T = self.labels.labels_NT[list(measured.row_of.values())].any(axis=0)
         train, test = self._train_and_test
-        modes = " and ".join(dict.fromkeys((train.resize, test.resize)))
+        modes = " and ".join(dict.fromkeys((train.photos.resize, test.photos.resize)))
         shown = "" if modes == "default" else f", --resize {modes}"
         roots = [r for d in (cfg.train_data, cfg.test) for r in (d.shard_root, *d.more_roots)]
         shards = dict.fromkeys(helpers.printable(pathlib.Path(root).name[:8]) for root in roots)
