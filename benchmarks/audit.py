@@ -17,7 +17,7 @@ import unittest.mock
 import numpy as np
 
 from benchmarks import common
-from saev.formats import results
+from saev.formats import patchresults
 from saev.protoeval import audit_rank, score
 
 
@@ -80,7 +80,9 @@ def measure(K: int, N: int, T: int, B: int, n_repeats: int) -> list[common.Case]
     return [*cases, fit | {"max_diff": off_S.max().item()}]
 
 
-def path(x: audit_rank.Images, labels_NT: np.ndarray, B: int) -> tuple[results.Ranking, float, list[float]]:
+def path(
+    x: audit_rank.Images, labels_NT: np.ndarray, B: int
+) -> tuple[patchresults.Ranking, float, list[float]]:
     """(the ranking, its seconds, the seconds of each of the fits in it)."""
     fits_s, found, fit = [], [], audit_rank._fit
 

@@ -9,7 +9,7 @@ import sys
 logger = logging.getLogger("saev")
 
 
-def log_need(n_bytes: float, note: str = "") -> None:
+def log_need(n_bytes: int, note: str = "") -> None:
     """Logs how much memory a stage will need: as a warning if there is less."""
     n_gb, most_gb = n_bytes / 1e9, memory_bytes() / 1e9
     if n_gb > most_gb:

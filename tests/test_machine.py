@@ -46,8 +46,8 @@ def test_a_need_that_is_more_than_there_is_is_a_warning(
 ) -> None:
     caplog.set_level(logging.INFO, "saev")
     monkeypatch.setattr(machine, "memory_bytes", lambda: 3 * 10**9)
-    machine.log_need(3e9, " with large photos")
-    machine.log_need(3.01e9)
+    machine.log_need(3 * 10**9, " with large photos")
+    machine.log_need(3_010_000_000)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("INFO", "memory: about 3.00 GB with large photos (docs/memory.md)"),
         ("WARNING", "memory: about 3.01 GB, but there are 3.00 GB (docs/memory.md)"),

@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score
 from saev import errors, nn
 from saev.data import config as data_config
 from saev.data.traits import config as traits_config
-from saev.formats import patchlabels, results, shards
+from saev.formats import patchlabels, patchresults, results, shards
 from saev.nn import config as nn_config
 from saev.protoeval import ap, audit, audit_rank, config, memory, merge, run, score, sparse
 from saev.report import frame
@@ -219,19 +219,21 @@ def test_planted_prototypes_are_proposed_and_localise(result: pathlib.Path) -> N
         assert (row["train_ap"], row["test_ap"], row["highest_ap"]) == pytest.approx(
             (train_ap, test_ap, highest), abs=1e-9
         )
-        assert row["localises"] == (test_ap >= results.TAU)
-    rows = read(dpath, "audit-yields.csv", results.AUDIT_YIELDS).filter(pl.col("scorer") == "Sae run")
+        assert row["localises"] == (test_ap >= patchresults.TAU)
+    rows = read(dpath, "audit-yields.csv", patchresults.AUDIT_YIELDS).filter(pl.col("scorer") == "Sae run")
     assert rows["measure"].to_list() == ["2", "4", "12", "area"]
     values = dict(zip(rows["measure"], rows["value"], strict=True))
     is_found_B = found["localises"].to_numpy()
     assert values["2"] == values["4"] == 1 and values["12"] == is_found_B.mean()
     assert values["area"] == pytest.approx(np.mean([is_found_B[:b].mean() for b in range(1, 13)]))
-    base_rate = np.mean([by_hand(code_NPK, id_NP, k)[2] >= results.TAU for k in range(D)])
+    base_rate = np.mean([by_hand(code_NPK, id_NP, k)[2] >= patchresults.TAU for k in range(D)])
     assert base_rate < 0.3
     nulls = dict(zip(rows["measure"], rows["null"], strict=True))
     assert abs(nulls["12"] - base_rate) < 0.1 and nulls["4"] < 0.4
     assert rows["p"].to_list()[-1] == 1 / (1 + audit.N_NULL)
-    constant = read(dpath, "audit-yields.csv", results.AUDIT_YIELDS).filter(pl.col("scorer") == "constant")
+    constant = read(dpath, "audit-yields.csv", patchresults.AUDIT_YIELDS).filter(
+        pl.col("scorer") == "constant"
+    )
     assert constant["value"].to_list() == constant["null"].to_list() == [0] * 4
     text = (dpath / "audit.md").read_text()
     assert "| Sae run, permuted labels | 24 |" in text and "without background, never" in text
@@ -250,9 +252,9 @@ def test_intervals_equal_a_loop_over_resamples(cfg: config.ProtoEval, result: pa
         for b, row in enumerate(found.iter_rows(named=True)):
             y_n = (id_NP[image_n] == by_name[row["class"]])[is_labelled_nP]
             code_n = np.maximum(acts_NPD[image_n][:, :, row["prototype"]], 0)[is_labelled_nP]
-            yield_BM[b, m] = average_precision_score(y_n, code_n) >= results.TAU
+            yield_BM[b, m] = average_precision_score(y_n, code_n) >= patchresults.TAU
     assert len(set(yield_BM.sum(axis=0))) > 1  # it differs among resamples
-    rows = read(dpath, "audit-yields.csv", results.AUDIT_YIELDS).filter(pl.col("scorer") == "Sae run")
+    rows = read(dpath, "audit-yields.csv", patchresults.AUDIT_YIELDS).filter(pl.col("scorer") == "Sae run")
     for row in rows.iter_rows(named=True):
         if row["measure"] == "area":
             boot_M = np.mean([yield_BM[:b].mean(axis=0) for b in range(1, 13)], axis=0)
@@ -265,7 +267,7 @@ def test_the_joint_report_has_the_audit(result: pathlib.Path, tmp_path: pathlib.
     shutil.copytree(result, tmp_path / "a")
     out = merge.write(tmp_path)
     joined = pl.read_csv(out / "audit-yields.csv", schema_overrides={"measure": pl.String})
-    own = read(result, "audit-yields.csv", results.AUDIT_YIELDS)
+    own = read(result, "audit-yields.csv", patchresults.AUDIT_YIELDS)
     assert (
         joined.select(own.columns)
         .sort("scorer", maintain_order=True)
@@ -301,11 +303,13 @@ def test_rankings_and_rows_do_not_depend_on_other_scorers(
     ) == {"constant": 1, "Random": D, "KMeans": D, "Sae run": D, "Units": D}
     is_sae = pl.col("scorer") == "Sae run"
     assert found.filter(is_sae).equals(want.filter(is_sae))
-    rows, alone_rows = (read(each, "audit-yields.csv", results.AUDIT_YIELDS) for each in (dpath, alone))
+    rows, alone_rows = (read(each, "audit-yields.csv", patchresults.AUDIT_YIELDS) for each in (dpath, alone))
     assert rows.filter(is_sae).equals(alone_rows.filter(is_sae))
-    against = read(dpath, "audit-differences.csv", results.PATCH_DIFFERENCES)
+    against = read(dpath, "audit-differences.csv", patchresults.PATCH_DIFFERENCES)
     assert set(against["scorer"]) == {"KMeans", "Sae run", "Units"} and set(against["baseline"]) == {"Random"}
-    value = {(s, m): v for s, _, m, v in rows.select(*results.PATCH_CELL, "measure", "value").iter_rows()}
+    value = {
+        (s, m): v for s, _, m, v in rows.select(*patchresults.PATCH_CELL, "measure", "value").iter_rows()
+    }
     for scorer, measure, difference in against.select("scorer", "measure", "difference").iter_rows():
         assert difference == pytest.approx(value[scorer, measure] - value["Random", measure])
     assert run.main(cfgs) == str(dpath)
@@ -401,12 +405,12 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs"
 def test_every_file_and_column_is_documented() -> None:
     text = (DOCS / "results.md").read_text()
     sections = {section.split("\n")[0]: section for section in text.split("\n### ")}
-    for name in results.AUDIT_FILES:
+    for name in patchresults.AUDIT_FILES:
         assert f"| `{name}` |" in text
     for name, columns in (
-        ("audit.parquet", results.AUDIT),
-        ("audit-yields.csv", results.AUDIT_YIELDS),
-        ("audit-differences.csv", results.PATCH_DIFFERENCES),
+        ("audit.parquet", patchresults.AUDIT),
+        ("audit-yields.csv", patchresults.AUDIT_YIELDS),
+        ("audit-differences.csv", patchresults.PATCH_DIFFERENCES),
     ):
         assert all(f"`{column}`" in sections[name] for column in columns), name
     assert memory.RANKINGS == 1 + audit.N_NULL

@@ -19,7 +19,7 @@ from saev import errors, nn, scorers
 from saev.data import config as data_config
 from saev.data import passes
 from saev.demo import minicub
-from saev.formats import patchlabels, results, shards
+from saev.formats import patchlabels, patchresults, shards
 from saev.nn import config as nn_config
 from saev.protoeval import audit as audit_of_prototypes
 from saev.protoeval import config, logistic, merge, patch_fit, run
@@ -169,7 +169,7 @@ def test_equals_a_loop_over_all_patches(cfg: config.ProtoEval, tmp_path: pathlib
         (fpath,) = pathlib.Path(cfg.scorers_to).glob("random*.bin")
         scorer = dataclasses.replace(scorers.load(fpath), similarity="dot")
         code_NPK = scorer(torch.from_numpy(acts_NPD).flatten(0, 1)).numpy().reshape(N, P, -1)
-    found = read(dpath, "patch-classes.csv", results.PATCH_CLASSES)
+    found = read(dpath, "patch-classes.csv", patchresults.PATCH_CLASSES)
     found = found.filter(pl.col("scorer").str.starts_with(kind))
     found = found.filter(~pl.col("scorer").str.ends_with("permuted labels"))
     for n_prototypes in cfg.n_prototypes:
@@ -185,7 +185,9 @@ def test_equals_a_loop_over_all_patches(cfg: config.ProtoEval, tmp_path: pathlib
             got = (row["train_r"], row["probe_r"], row["ap"], row["purity"])
             assert got == pytest.approx((train_r, r, ap, purity), abs=1e-5 if kind == "Sae" else 1e-6)
             measured.append((r, ap, purity, ap >= 0.3))
-        cells = read(dpath, "patches.csv", results.PATCHES).filter(pl.col("n_prototypes") == n_prototypes)
+        cells = read(dpath, "patches.csv", patchresults.PATCHES).filter(
+            pl.col("n_prototypes") == n_prototypes
+        )
         cell = cells.filter(pl.col("scorer") == rows["scorer"][0]).row(0, named=True)
         means = [cell[name] for name in ("probe_r", "map", "purity", "coverage")]
         assert means == pytest.approx(np.mean(measured, axis=0).tolist(), abs=1e-5)
@@ -208,7 +210,7 @@ def test_a_latent_that_is_a_parts_mask_is_chosen(cfg: config.ProtoEval, tmp_path
     data = data_config.Shards(str(dpath), 3)
     sae = save_sae(tmp_path / "run" / "sae.pt")
     cfg = dataclasses.replace(cfg, scorer=sae, train_data=data, patch_labels="labels.bin", n_prototypes=(6,))
-    rows = read(pathlib.Path(run.main([cfg])), "patch-classes.csv", results.PATCH_CLASSES)
+    rows = read(pathlib.Path(run.main([cfg])), "patch-classes.csv", patchresults.PATCH_CLASSES)
     wings = rows.filter(pl.col("class") == "wing").rows_by_key("scorer", named=True, unique=True)
     best = wings["Sae run"]
     assert best["prototype"] == 5 and best["weight"] > 0
@@ -248,7 +250,7 @@ def test_the_order_of_the_shards_and_other_folders_change_nothing(
     dpaths = [pathlib.Path(run.main([each])) for each in (other, dataclasses.replace(cfg, scorer=sae))]
     got, want = (json.loads((dpath / "about.json").read_bytes())["patch_labels"] for dpath in dpaths)
     assert got == want != ""
-    got, want = (read(dpath, "patch-classes.csv", results.PATCH_CLASSES) for dpath in dpaths)
+    got, want = (read(dpath, "patch-classes.csv", patchresults.PATCH_CLASSES) for dpath in dpaths)
     keep = ~pl.col("scorer").str.contains("permuted")
     by = ["scorer", "n_prototypes", "class"]
     got, want = (rows.filter(keep).sort(by) for rows in (got, want))
@@ -261,14 +263,14 @@ def test_less_memory_means_more_passes(
     cfg: config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same table from sums of 5 prototypes, and scores of 3, at a time."""
-    want = read(pathlib.Path(run.main([cfg])), "patch-classes.csv", results.PATCH_CLASSES)
+    want = read(pathlib.Path(run.main([cfg])), "patch-classes.csv", patchresults.PATCH_CLASSES)
     n_bytes = logistic.Sums.n_bytes(2 * len(CLASSES))
     small = dataclasses.replace(cfg, dump_to=str(tmp_path / "small"), memory_gb=5 * n_bytes / 1e9)
     n_passes = []
     with monkeypatch.context() as patch:
         patch.setattr(patch_fit, "TILE", 100)
         patch.setattr(patch_fit, "_sums", lambda *a, own=patch_fit._sums: n_passes.append(a[1]) or own(*a))
-        got = read(pathlib.Path(run.main([small])), "patch-classes.csv", results.PATCH_CLASSES)
+        got = read(pathlib.Path(run.main([small])), "patch-classes.csv", patchresults.PATCH_CLASSES)
     assert n_passes == [[(0, 0, 5)], [(0, 5, 10)], [(0, 10, 12)]]
     for name in want.columns[2:]:
         if want[name].dtype.is_float():
@@ -365,12 +367,12 @@ def test_every_file_and_column_is_documented(cfg: config.ProtoEval) -> None:
     run.main([cfg])
     text = (DOCS / "results.md").read_text()
     sections = {section.split("\n")[0]: section for section in text.split("\n### ")}
-    for name in results.PATCH_FILES:
+    for name in patchresults.PATCH_FILES:
         assert f"| `{name}` |" in text
     for name, columns in (
-        ("patches.csv", results.PATCHES),
-        ("patch-classes.csv", results.PATCH_CLASSES),
-        ("patch-differences.csv", results.PATCH_DIFFERENCES),
+        ("patches.csv", patchresults.PATCHES),
+        ("patch-classes.csv", patchresults.PATCH_CLASSES),
+        ("patch-differences.csv", patchresults.PATCH_DIFFERENCES),
     ):
         assert all(f"`{column}`" in sections[name] for column in columns), name
 
@@ -425,7 +427,7 @@ def test_the_example_in_the_docs(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     audited = pl.read_parquet(pathlib.Path(done.stdout.split()[-1]) / "audit.parquet")
     ranks = audited.group_by("scorer").agg(pl.len(), pl.col("prototype").n_unique())
     assert set(ranks.rows()) == {("constant", 25, 1), ("Random", 25, 25), ("Pca", 25, 25)}
-    rows = read(dpath, "patch-classes.csv", results.PATCH_CLASSES)
+    rows = read(dpath, "patch-classes.csv", patchresults.PATCH_CLASSES)
     assert set(rows["scorer"]) == {
         "constant",
         "Random",

@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 
 from saev import errors
-from saev.formats import jsonfile, manifest, results
+from saev.formats import jsonfile, manifest, patchresults, results
 from saev.protoeval import gallery, merge, merge_patches, report, stats
 from saev.report import charts, figures, frame
 
@@ -599,32 +599,34 @@ def test_spread_over_seeds(rows: list[results.Row], about: results.About, tmp_pa
 # ---- patch labels ----
 
 
-def patch_table(*scorers: tuple[str, float]) -> results.PatchTable:
+def patch_table(*scorers: tuple[str, float]) -> patchresults.PatchTable:
     """(name, AP of the class wing). One resample."""
     names, zero_C = ["bill", "wing"], np.zeros(2)
 
-    def of(name: str, ap: float) -> results.PatchRow:
+    def of(name: str, ap: float) -> patchresults.PatchRow:
         ap_CM = np.array([[np.nan] * 2, [ap, ap + 0.1]])
-        return results.PatchRow(name, 0, 8, np.array([0, 3]), zero_C, zero_C, zero_C, ap_CM / 2, ap_CM, ap_CM)
+        return patchresults.PatchRow(
+            name, 0, 8, np.array([0, 3]), zero_C, zero_C, zero_C, ap_CM / 2, ap_CM, ap_CM
+        )
 
-    return results.PatchTable(
+    return patchresults.PatchTable(
         names, np.array([0, 9]), np.array([0, 7]), [of(name, ap) for name, ap in scorers]
     )
 
 
-def audit_table(budgets: list[int], *scorers: tuple[str, int]) -> results.AuditTable:
+def audit_table(budgets: list[int], *scorers: tuple[str, int]) -> patchresults.AuditTable:
     """(name, number of the first prototypes that localise). Permutations localise with none, and with all."""
     n = budgets[-1]
 
-    def of(name: str, n_localise: int) -> results.AuditRow:
+    def of(name: str, n_localise: int) -> patchresults.AuditRow:
         ap_B = np.where(np.arange(n) < n_localise, 0.9, 0.1)
         zero_B, i_B = np.zeros(n), np.arange(n)
         null_PB = np.repeat([[0.1], [0.9]], n, axis=1)
         ap_BM = np.stack([ap_B, ap_B], axis=1)
-        ranking = results.Ranking(i_B, zero_B, i_B * 0, zero_B)
-        return results.AuditRow(name, 8, ranking, i_B * 0, ap_B, ap_BM, zero_B, ap_B, null_PB)
+        ranking = patchresults.Ranking(i_B, zero_B, i_B * 0, zero_B)
+        return patchresults.AuditRow(name, 8, ranking, i_B * 0, ap_B, ap_BM, zero_B, ap_B, null_PB)
 
-    return results.AuditTable(budgets, ["bill", "wing"], [1], NAMES, [of(*each) for each in scorers])
+    return patchresults.AuditTable(budgets, ["bill", "wing"], [1], NAMES, [of(*each) for each in scorers])
 
 
 def test_patch_tables_and_audits_are_joined(
@@ -650,7 +652,7 @@ def test_patch_tables_and_audits_are_joined(
     out = merge.write(tmp_path)
     schema = {"vit": pl.String, "layer": pl.Int64, "tokens": pl.String, "labels": pl.String}
     schema |= {"min_certainty": pl.Int64, "patch_labels": pl.String}
-    found = frame.read_csv((out / "patches.csv").read_bytes(), schema | results.PATCHES)
+    found = frame.read_csv((out / "patches.csv").read_bytes(), schema | patchresults.PATCHES)
     assert found.select("layer", "patch_labels", "scorer", "map").rows() == [
         (11, a, "constant", pytest.approx(0.1)),
         (11, a, "Random", pytest.approx(0.2)),
@@ -658,13 +660,13 @@ def test_patch_tables_and_audits_are_joined(
         (23, a, "Random", pytest.approx(0.5)),
         (23, b, "Random", pytest.approx(0.6)),
     ]
-    (own,) = frame.read_csv((tmp_path / "23" / "patches.csv").read_bytes(), results.PATCHES).rows()
+    (own,) = frame.read_csv((tmp_path / "23" / "patches.csv").read_bytes(), patchresults.PATCHES).rows()
     assert found.row(3)[-len(own) :] == own
     classes = pl.read_csv(out / "patch-classes.csv")
     assert classes.filter(layer=23, patch_labels=b)["class"].to_list() == ["bill", "wing"]
     assert len(classes) == 2 * len(found)
     yields = frame.read_csv(
-        (out / "audit-yields.csv").read_bytes(), schema | {"audit": pl.String} | results.AUDIT_YIELDS
+        (out / "audit-yields.csv").read_bytes(), schema | {"audit": pl.String} | patchresults.AUDIT_YIELDS
     )
     assert yields.select("audit", "scorer", "measure", "value", "null").rows() == [
         ("2 4", "constant", "2", 0, 0.5),
@@ -681,7 +683,9 @@ def test_patch_tables_and_audits_are_joined(
     ]
     against = {"patch_labels": a, "scorer": "Sae_1", "baseline": "Random", "baseline_prototypes": 8}
     gaps = pl.read_csv(out / "patch-differences.csv").filter(**against)
-    assert gaps.select("layer", "measure").rows() == [(11, measure) for measure in results.PATCH_MEASURES]
+    assert gaps.select("layer", "measure").rows() == [
+        (11, measure) for measure in patchresults.PATCH_MEASURES
+    ]
     assert gaps["difference"].to_list() == pytest.approx([0.05, 0.1, 0.1, 0])
     gaps = pl.read_csv(out / "audit-differences.csv").filter(audit="2 4", scorer="Sae_1")
     assert gaps.select("measure", "difference").rows()[:2] == [("2", 0.5), ("4", 0.25)]

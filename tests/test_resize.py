@@ -199,7 +199,7 @@ def test_a_dump_holds_each_photos_patches(
         np.testing.assert_allclose(got_PD[: len(want_PD)], want_PD, atol=1e-4)
         assert not got_PD[len(want_PD) :].any()
         placed = vit.layout(fpath)
-        assert acts.layout(image_i) == placed and len(want_PD) == math.prod(placed.grid)
+        assert acts.photos.layout(image_i) == placed and len(want_PD) == math.prod(placed.grid)
         if mode != "squash":
             assert np.array_equal(acts.is_kept_NT[position], placed.is_shown_P)
 
@@ -267,7 +267,7 @@ def test_the_report_of_labels_leaves_padding_out(
     )
     with caplog.at_level("INFO", "saev"):
         labels_run.main(cfg)
-    is_shown_NP = layout.shown(dumps["flexible"])
+    is_shown_NP = layout.Photos([dumps["flexible"]]).shown_AP
     n = int(is_shown_NP.sum())
     assert n < is_shown_NP.size and f"16 of {n} patches have no label" in caplog.text  # the corrupt image's
     assert f"7: {100 * (n - 16) / n:.2f}% of the patches" in caplog.text
@@ -480,7 +480,7 @@ def test_dumps_of_two_modes_are_one_stream(padded, make_shards) -> None:
         want_RD = np.concatenate(parts if roots[0] == dpath else parts[::-1])
         assert np.array_equal(np.concatenate([stream.rows(block) for block in stream]), want_RD)
         with pytest.raises(errors.UserError, match="different image transforms"):
-            acts.layout(0)
+            acts.photos.layout(0)
 
 
 def test_fingerprints_differ_by_padding(make_shards) -> None:

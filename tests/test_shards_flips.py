@@ -30,7 +30,7 @@ def all_that_it_says(dpath: pathlib.Path) -> object:
     acts = activations.Activations(cfg)
     digest = hashlib.sha256(acts.read(0, acts.n_imgs).tobytes())
     digest.update(acts.image_is_N.tobytes())
-    said = [acts.fingerprint, acts.records, acts.transform(), acts.space.describe(), acts.layers]
+    said = [acts.fingerprint, acts.records, acts.photos.described(), acts.space.describe(), acts.layers]
     return digest.hexdigest(), said
 
 

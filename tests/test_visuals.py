@@ -1054,7 +1054,7 @@ def test_the_patch_that_fires_is_the_bright_square_of_a_whole_photo(
     asked |= {"images": data_config.ImageFolder(str(tmp_path / "photos")), "image_view": 4, "n_images": 4}
     made_at = collect.main(dataclasses.replace(cfg, **asked))
     columns_of = gallery_files.load(made_at, "stats")["columns"]
-    n_shown = np.concatenate([layout.shown(shards.ShardDir.open(dpath))]).sum()
+    n_shown = layout.Photos([shards.ShardDir.open(dpath)]).shown_AP.sum()
     assert columns_of["freq"] == pytest.approx(4 / n_shown) and columns_of["max"][0] < 0.6
     shown_images = gallery_files.images(made_at)
     (top, *_) = gallery_files.latents(made_at)[0]["groups"]

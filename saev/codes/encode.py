@@ -85,7 +85,7 @@ def _images(acts: activations.Activations) -> collections.abc.Iterator[codes.Ima
     is_listed = acts.is_listed
     for image_i in acts.image_is_N.tolist():
         path, label = acts.records[image_i] if is_listed else ("", "")
-        placed = None if acts.sizes_A2 is None else acts.layout(image_i)
+        placed = None if acts.photos.sizes_A2 is None else acts.photos.layout(image_i)
         grid, shown = (placed.grid, placed.shown) if placed else (None, None)
         yield codes.Image(image_i, path, label, grid, shown)
 

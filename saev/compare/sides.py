@@ -278,8 +278,8 @@ def _per_patch(
     if cfg.per == "patch" and not (is_same and is_known):
         one, two = streams[0], streams[-1]
         found = f"{one.n_tokens} and {two.n_tokens} patches"
-        if one.resize != two.resize:
-            found += f", --resize {one.resize} and {two.resize}"
+        if one.photos.resize != two.photos.resize:
+            found += f", --resize {one.photos.resize} and {two.photos.resize}"
         raise errors.UserError(
             f"--per patch: {one.given} and {two.given} have different or "
             f"unknown grids of patches ({found}). Pass --per image."
@@ -289,12 +289,12 @@ def _per_patch(
 
 def geometry(acts: activations.Activations) -> dict[str, object]:
     """What decides which part of a photo a ViT sees; empty if that was not recorded."""
-    found = acts.transform()
+    found = acts.photos.described()
     return {name: found.get(name) for name in GEOMETRY} if found else {}
 
 
 def _sizes(acts: activations.Activations, order_N: Int64[np.ndarray, " N"]) -> np.ndarray:
     """(width, height) of each photo, if the grid or padding depends on it."""
-    if acts.sizes_A2 is None:
+    if acts.photos.sizes_A2 is None:
         return np.zeros((len(order_N), 2), np.int64)
-    return acts.sizes_A2[acts.image_is_N[order_N]]
+    return acts.photos.sizes_A2[acts.image_is_N[order_N]]

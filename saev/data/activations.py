@@ -20,7 +20,7 @@ import xxhash
 from jaxtyping import Bool, Float32, Int32, Int64, Shaped, jaxtyped
 
 from saev import errors, fields, helpers
-from saev.data import config, images, layout
+from saev.data import config, layout
 from saev.data.extents import RANDOM as RANDOM
 from saev.data.extents import Extent, File, Files
 from saev.formats import patchlabels, shards, space, staging
@@ -87,6 +87,7 @@ class Activations:
                 other, whose=self.given, flag=f"{flag}.more-roots {part.dpath}", patches=False
             )
         _check_stored_alike(self.dirs, flag)
+        self.photos = layout.Photos(self.dirs)
         self.n_all = sum(part.metadata.n_imgs for part in self.dirs)
         self.chosen: tuple[int, ...] | None = None
         self._files = Files(self.dirs)
@@ -124,14 +125,9 @@ class Activations:
 
     def _shown(self) -> Bool[np.ndarray, "A T"] | None:
         """Whether each token of each image shows some of its photo, or is [CLS]. None: all do."""
-        n_lead, n_patches = -min(0, self.first_patch), self.first_patch + self.n_tokens
-        if not n_patches or not any(part.metadata.has_padding for part in self.dirs):
-            return None
-        parts = [
-            np.ones((part.metadata.n_imgs, n_patches), bool) if found is None else found
-            for part, found in zip(self.dirs, map(layout.shown, self.dirs), strict=True)
-        ]
-        return np.pad(np.concatenate(parts), ((0, 0), (n_lead, 0)), constant_values=True)
+        shown_AP = self.photos.shown_AP if self.first_patch + self.n_tokens else None
+        lead = (-min(0, self.first_patch), 0)
+        return None if shown_AP is None else np.pad(shown_AP, ((0, 0), lead), constant_values=True)
 
     def classes(self, name: str, number: dict[str, int]) -> Int32[np.ndarray, "A T"]:
         """The class of each token of each image, by image number, from the labels of `python -m saev.labels`.
@@ -295,58 +291,6 @@ class Activations:
     def name_of(self, image_i: int) -> str:
         """An image's path, or its number if paths are unknown, for messages."""
         return self.records[image_i].path if self.is_listed else f"image {image_i}"
-
-    def transform(self) -> dict[str, object]:
-        """The description of the image transform. Empty for dumps of other tools.
-
-        Raises:
-            UserError: the directories have different transforms.
-        """
-        first, *others = [part.transform() for part in self.dirs]
-        if any(other != first for other in others):
-            raise errors.UserError(
-                f"{self.dirs[0].dpath} and the other shard directories were made with different image "
-                "transforms. Read them one by one."
-            )
-        return first
-
-    @functools.cached_property
-    def geometry(self) -> images.Transform | None:
-        """The image transform. None for dumps of other tools. Raises as `transform`."""
-        found = self.transform()
-        return images.Transform.from_dict(found) if found else None
-
-    @functools.cached_property
-    def sizes_A2(self) -> Int64[np.ndarray, "A 2"] | None:
-        """(width, height) of each photo, by number; 0 if it was skipped or does not matter. None: it does not
-        matter for any, because no dump has padding."""
-        if not any(part.metadata.has_padding for part in self.dirs):
-            return None
-        empty = [np.zeros((part.metadata.n_imgs, 2), np.int64) for part in self.dirs]
-        return np.concatenate(
-            [
-                part.sizes_N2 if part.metadata.has_padding else zero_N2
-                for part, zero_N2 in zip(self.dirs, empty, strict=True)
-            ]
-        )
-
-    @property
-    def resize(self) -> str:
-        """--resize of the dumps, for messages; "default" where it was not named."""
-        data = [part.metadata.data for part in self.dirs]
-        return " and ".join(
-            dict.fromkeys(str(d.get("resize", "default")) if isinstance(d, dict) else "default" for d in data)
-        )
-
-    def layout(self, image_i: int) -> layout.Layout:
-        """Where the patches of an image lie.
-
-        Raises:
-            UserError: as `transform`, or the patches form no grid.
-        """
-        width, height = (0, 0) if self.sizes_A2 is None else self.sizes_A2[image_i].tolist()
-        size = (width, height) if width else None
-        return layout.Layout.of(self.geometry, self.metadata.n_patches_per_img, size)
 
     def shard_positions(self) -> list[range]:
         """Positions of the images of each shard file."""

@@ -1,8 +1,9 @@
 """Where the patches of a photo lie, and which patches of a dump are padding (--resize pad and flexible).
 
-N images, P patches of an image.
+A images of all directories, N of one, P patches of an image.
 """
 
+import functools
 import math
 import pathlib
 import typing as tp
@@ -66,15 +67,76 @@ class Layout(tp.NamedTuple):
         return is_shown_P
 
 
-def shown(part: shards.ShardDir) -> Bool[np.ndarray, "N P"] | None:
-    """Whether each patch of a dump shows some of its photo. None: all do. True for skipped images.
+class Photos:
+    """How the photos of shard directories lie in their patches."""
 
-    Raises:
-        UserError: a file of the dump is damaged.
-    """
+    def __init__(self, dirs: list[shards.ShardDir]):
+        self.dirs = dirs
+        self.has_padding = any(part.metadata.has_padding for part in dirs)
+
+    def described(self) -> dict[str, object]:
+        """The description of the image transform. Empty for dumps of other tools.
+
+        Raises:
+            UserError: the directories have different transforms.
+        """
+        first, *others = [part.transform() for part in self.dirs]
+        if any(other != first for other in others):
+            raise errors.UserError(
+                f"{self.dirs[0].dpath} and the other shard directories were made with different image "
+                "transforms. Read them one by one."
+            )
+        return first
+
+    @functools.cached_property
+    def transform(self) -> images.Transform | None:
+        """The image transform. None for dumps of other tools. Raises as `described`."""
+        found = self.described()
+        return images.Transform.from_dict(found) if found else None
+
+    @property
+    def resize(self) -> str:
+        """--resize of the dumps, for messages; "default" where it was not named."""
+        data = [part.metadata.data for part in self.dirs]
+        return " and ".join(
+            dict.fromkeys(str(d.get("resize", "default")) if isinstance(d, dict) else "default" for d in data)
+        )
+
+    @functools.cached_property
+    def sizes_A2(self) -> Int64[np.ndarray, "A 2"] | None:
+        """(width, height) of each photo, by number; 0 if it was skipped or does not matter. None: it does not
+        matter for any, because no dump has padding."""
+        if not self.has_padding:
+            return None
+        empty = (np.zeros((part.metadata.n_imgs, 2), np.int64) for part in self.dirs)
+        pairs = zip(self.dirs, empty, strict=True)
+        return np.concatenate([part.sizes_N2 if part.metadata.has_padding else zero for part, zero in pairs])
+
+    @property
+    def shown_AP(self) -> Bool[np.ndarray, "A P"] | None:
+        """Whether each patch shows some of its photo. None: all do. True for skipped images.
+
+        Raises:
+            UserError: a file of a dump is damaged.
+        """
+        return np.concatenate([_shown(part) for part in self.dirs]) if self.has_padding else None
+
+    def layout(self, image_i: int) -> Layout:
+        """Where the patches of an image lie.
+
+        Raises:
+            UserError: as `described`, or the patches form no grid.
+        """
+        width, height = (0, 0) if self.sizes_A2 is None else self.sizes_A2[image_i].tolist()
+        size = (width, height) if width else None
+        return Layout.of(self.transform, self.dirs[0].metadata.n_patches_per_img, size)
+
+
+def _shown(part: shards.ShardDir) -> Bool[np.ndarray, "N P"]:
+    n_patches = part.metadata.n_patches_per_img
     if not part.metadata.has_padding:
-        return None
-    transform, n_patches = images.Transform.from_dict(part.transform()), part.metadata.n_patches_per_img
+        return np.ones((part.metadata.n_imgs, n_patches), bool)
+    transform = images.Transform.from_dict(part.transform())
     size_n2, n_N = np.unique(part.sizes_N2, axis=0, return_inverse=True)
     is_shown_nP = np.ones((len(size_n2), n_patches), bool)
     for i, (width, height) in enumerate(size_n2.tolist()):

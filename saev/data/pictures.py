@@ -51,9 +51,9 @@ class Pictures:
         """Raises a UserError if no root is given, or the patches do not form a grid."""
         if not cfg.root:
             raise errors.UserError("--images.root is missing: pass the folder that was dumped.")
-        placed = layout.Layout.of(acts.geometry, acts.n_tokens)
-        root, sizes_A2 = images.image_root(cfg), acts.sizes_A2
-        return Pictures(root, acts.records, acts.geometry, placed.grid, placed.patch, side, sizes_A2)
+        placed = layout.Layout.of(acts.photos.transform, acts.n_tokens)
+        root, sizes_A2 = images.image_root(cfg), acts.photos.sizes_A2
+        return Pictures(root, acts.records, acts.photos.transform, placed.grid, placed.patch, side, sizes_A2)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -38,17 +38,17 @@ def main(cfg: config.Labels) -> str:
     if not cfg.images.root:
         raise errors.UserError("--images.root is missing: pass the folder that was dumped.")
     shard_dir = shards.ShardDir.open(cfg.shard_root)
-    fields = shard_dir.transform()
-    if not fields:
+    photos = layout.Photos([shard_dir])
+    if photos.transform is None:
         raise errors.UserError(
             f"{shard_dir.dpath}: has no transform.json, so it is unknown what a patch shows of a photo. "
             "Dump the images again with `python -m saev.data`."
         )
     source = masks.open_source(cfg.masks)
-    view = View(images.Transform.from_dict(fields), shard_dir.metadata.n_patches_per_img)
+    view = View(photos.transform, shard_dir.metadata.n_patches_per_img)
     id_NP = _label_all(cfg, shard_dir, source, view)
     classes = source.classes or {i: str(i) for i in np.unique(id_NP).tolist() if i >= 0}
-    is_shown_NP = layout.shown(shard_dir)
+    is_shown_NP = photos.shown_AP
     _report(id_NP.ravel() if is_shown_NP is None else id_NP[is_shown_NP], classes)
     made = source.made() | {"rule": cfg.rule, "background": cfg.background, "code": provenance.record()}
     return str(patchlabels.write(shard_dir, cfg.name, id_NP, classes, made))

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float64, Int64
 
 from saev import errors, helpers, scorers
-from saev.formats import arrays, results
+from saev.formats import arrays, patchresults, results
 from saev.protoeval import ap, audit_rank, choose, config, fit, patch_join, patch_table, score
 from saev.protoeval.experiment import Experiment
 
@@ -45,7 +45,7 @@ def check(banks: list[fit.Bank], cfg: config.ProtoEval, patches: patch_join.Labe
     if not len(class_C):
         raise errors.UserError(
             f"--audit: no class of {cfg.patch_labels} can be audited: each is {BACKGROUND}, has no "
-            f"train or no test patches, or has {results.TAU:.0%} or more of the train patches. Label "
+            f"train or no test patches, or has {patchresults.TAU:.0%} or more of the train patches. Label "
             "smaller parts."
         )
 
@@ -56,7 +56,7 @@ def evaluate(
     train: score.Split,
     patches: patch_join.Labels,
     dpath: pathlib.Path,
-) -> results.AuditTable:
+) -> patchresults.AuditTable:
     """The audit of each scorer's prototypes, in its largest number.
 
     Args:
@@ -77,7 +77,7 @@ def evaluate(
     rows = [_constant(meter, max(cfg.audit))]
     rows += [_row(banks[i], i, some, meter) for i, some in rankings.items()]
     names = experiment.labels.attribute_names_T
-    return results.AuditTable(sorted(set(cfg.audit)), patches.names, meter.class_C.tolist(), names, rows)
+    return patchresults.AuditTable(sorted(set(cfg.audit)), patches.names, meter.class_C.tolist(), names, rows)
 
 
 def _audited_banks(banks: list[fit.Bank]) -> list[int]:
@@ -91,7 +91,7 @@ def _classes(patches: patch_join.Labels) -> Int64[np.ndarray, " C"]:
     so frequent that a constant score would reach TAU."""
     n_C, _ = patch_table.counts(patches)
     is_part_C = np.array([name != BACKGROUND for name in patches.names])
-    return np.flatnonzero(patch_table.is_used(patches) & is_part_C & (n_C / n_C.sum() < results.TAU))
+    return np.flatnonzero(patch_table.is_used(patches) & is_part_C & (n_C / n_C.sum() < patchresults.TAU))
 
 
 # ---- proposing ----
@@ -99,7 +99,7 @@ def _classes(patches: patch_join.Labels) -> Int64[np.ndarray, " C"]:
 
 def _rankings(
     banks: list[fit.Bank], bank_i: int, experiment: Experiment, train: score.Split, dpath: pathlib.Path
-) -> list[results.Ranking]:
+) -> list[patchresults.Ranking]:
     """A scorer's prototypes, ranked by the image labels and by N_NULL permutations of them."""
     cfg, bank = experiment.cfgs[0], banks[bank_i]
     first = sum(other.scorer.n_prototypes for other in banks[:bank_i])
@@ -110,8 +110,8 @@ def _rankings(
         parts = [audit_rank.REVISION, experiment.id, bank.scorer.digest(), max(bank.ks), n, p]
         key = helpers.hash_of(parts)
         fpath = dpath / f"{key[:16]}.npz"
-        if saved := arrays.read_state(fpath, key, results.Ranking._fields):
-            out.append(results.Ranking(**saved))
+        if saved := arrays.read_state(fpath, key, patchresults.Ranking._fields):
+            out.append(patchresults.Ranking(**saved))
             continue
         order_N = np.arange(n_imgs)
         if p:
@@ -172,7 +172,7 @@ class _Meter:
                 self.patches.class_N[:, None] == class_T,
                 self.patches.image_N,
                 self.patches.times_MI,
-                results.PURITY_FIRST,
+                patchresults.PURITY_FIRST,
             )
             for row, ap_M, purity_M in zip(part, *found, strict=True):
                 self.resampled[columns[row]] = (ap_M, float(purity_M[0]))
@@ -186,13 +186,15 @@ class _Meter:
         return float(self.test_C[column][self.best(column)])
 
 
-def _row(bank: fit.Bank, bank_i: int, rankings: list[results.Ranking], meter: _Meter) -> results.AuditRow:
+def _row(
+    bank: fit.Bank, bank_i: int, rankings: list[patchresults.Ranking], meter: _Meter
+) -> patchresults.AuditRow:
     own, *nulls = rankings
     columns = [(bank_i, k) for k in own.prototype_B.tolist()]
     best_B = [meter.best(column) for column in columns]
     ap_M_B, purity_B = zip(*(meter.resampled[column] for column in columns), strict=True)
     null_ap_PB = [[meter.test_ap((bank_i, k)) for k in null.prototype_B.tolist()] for null in nulls]
-    return results.AuditRow(
+    return patchresults.AuditRow(
         scorer=bank.name,
         n_prototypes=max(bank.ks),
         ranking=own,
@@ -205,7 +207,7 @@ def _row(bank: fit.Bank, bank_i: int, rankings: list[results.Ranking], meter: _M
     )
 
 
-def _constant(meter: _Meter, n: int) -> results.AuditRow:
+def _constant(meter: _Meter, n: int) -> patchresults.AuditRow:
     """The constant scorer, n times: its AP is the share of the class, the most frequent one that is
     audited."""
     train_n_C, test_n_C = patch_table.counts(meter.labels)
@@ -213,13 +215,13 @@ def _constant(meter: _Meter, n: int) -> results.AuditRow:
     patches = meter.patches
     is_class_N = patches.class_N == best
     zeros_N = np.zeros((1, len(is_class_N)), np.float32)
-    n_first = results.PURITY_FIRST
+    n_first = patchresults.PURITY_FIRST
     found = ap.resampled_patches(zeros_N, is_class_N[:, None], patches.image_N, patches.times_MI, n_first)
     nan_B, highest = np.full(n, np.nan), test_n_C[meter.class_C].max() / test_n_C.sum()
-    return results.AuditRow(
+    return patchresults.AuditRow(
         scorer=results.CONSTANT,
         n_prototypes=1,
-        ranking=results.Ranking(np.zeros(n, np.int64), nan_B, np.full(n, -1), nan_B),
+        ranking=patchresults.Ranking(np.zeros(n, np.int64), nan_B, np.full(n, -1), nan_B),
         class_B=np.full(n, best),
         train_ap_B=np.full(n, train_n_C[best] / train_n_C.sum()),
         ap_BM=np.tile(found.ap_TM, (n, 1)),

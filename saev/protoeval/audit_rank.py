@@ -22,7 +22,7 @@ import numpy as np
 import scipy.special
 from jaxtyping import Bool, Float32, Float64, Int64, jaxtyped
 
-from saev.formats import results
+from saev.formats import patchresults
 from saev.protoeval import choose, score, sparse
 
 REVISION = 2
@@ -73,7 +73,7 @@ def images(train: score.Split, first: int, n_prototypes: int, memory_gb: float) 
 @jaxtyped(typechecker=beartype.beartype)
 def rank(
     x: Images, labels_NT: Bool[np.ndarray, "N T"], known_NT: Bool[np.ndarray, "N T"] | None, n: int
-) -> results.Ranking:
+) -> patchresults.Ranking:
     """The first n prototypes. Those that do not enter the model come last, by their largest gradient.
 
     The path ends once n prototypes have entered. Traits that all images have, or none, are left out.
@@ -110,7 +110,7 @@ def rank(
     size_K = np.where(step_K < N_STEPS, size_K, gradient_KT.max(axis=1)).round(choose.AP_DIGITS)
     order_B = np.lexsort((np.arange(n_K), -size_K, step_K))[:n]
     penalty_B = np.where(step_K[order_B] < N_STEPS, RATIO ** (step_K[order_B] + 1.0), np.nan)
-    return results.Ranking(order_B, penalty_B, trait_K[order_B], weight_K[order_B])
+    return patchresults.Ranking(order_B, penalty_B, trait_K[order_B], weight_K[order_B])
 
 
 def _known(known_NT: np.ndarray | None, t: int) -> np.ndarray | slice:

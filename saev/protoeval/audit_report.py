@@ -5,13 +5,13 @@ import pathlib
 import polars as pl
 
 from saev import helpers
-from saev.formats import results
+from saev.formats import patchresults, results
 from saev.protoeval import patch_report
 from saev.report import frame, tables
 
 YIELD = (
-    f"Yield(B): share of the first B prototypes with an AP of at least {results.TAU} on the test images, for "
-    "the class of patches that they find best on the train images."
+    f"Yield(B): share of the first B prototypes with an AP of at least {patchresults.TAU} on the test "
+    "images, for the class of patches that they find best on the train images."
 )
 DEFINITIONS = (
     f"{YIELD} Area: mean of Yield(1) to that of the "
@@ -23,7 +23,7 @@ N_SHOWN = 5
 """Prototypes of each scorer that audit.md names."""
 
 
-def write(dpath: pathlib.Path, table: results.AuditTable, about: results.About) -> None:
+def write(dpath: pathlib.Path, table: patchresults.AuditTable, about: results.About) -> None:
     """Writes AUDIT_FILES into a results directory."""
     rows, found = yields(table), prototypes(table)
     against = patch_report.differences(table.rows, about, table.measures, any_k=True)
@@ -42,10 +42,10 @@ def write(dpath: pathlib.Path, table: results.AuditTable, about: results.About) 
 
 def title(measure: str) -> str:
     """Yield(10) for "10"."""
-    return "Area" if measure == results.AREA else f"Yield({measure})"
+    return "Area" if measure == patchresults.AREA else f"Yield({measure})"
 
 
-def prototypes(table: results.AuditTable) -> pl.DataFrame:
+def prototypes(table: patchresults.AuditTable) -> pl.DataFrame:
     """The frame of audit.parquet."""
     traits, names = ([helpers.printable(name) for name in some] for some in (table.traits, table.names))
     lines = [
@@ -53,15 +53,15 @@ def prototypes(table: results.AuditTable) -> pl.DataFrame:
             *(row.scorer, row.n_prototypes, b + 1, int(prototype), float(penalty)),
             *(traits[trait] if trait >= 0 else "", float(weight)),
             *(names[row.class_B[b]], float(row.train_ap_B[b]), float(row.ap_BM[b, 0])),
-            *(float(row.purity_B[b]), float(row.highest_ap_B[b]), bool(row.ap_BM[b, 0] >= results.TAU)),
+            *(float(row.purity_B[b]), float(row.highest_ap_B[b]), bool(row.ap_BM[b, 0] >= patchresults.TAU)),
         )
         for row in table.rows
         for b, (prototype, penalty, trait, weight) in enumerate(zip(*row.ranking, strict=True))
     ]
-    return pl.DataFrame(lines, results.AUDIT, orient="row")
+    return pl.DataFrame(lines, patchresults.AUDIT, orient="row")
 
 
-def yields(table: results.AuditTable) -> pl.DataFrame:
+def yields(table: patchresults.AuditTable) -> pl.DataFrame:
     """The frame of audit-yields.csv."""
     lines = []
     for row in table.rows:
@@ -69,10 +69,10 @@ def yields(table: results.AuditTable) -> pl.DataFrame:
             value, low, high = results.measured(row.means_M(measure))
             null_P = row.null_P(measure)
             p = (1 + int((null_P >= value).sum())) / (1 + len(null_P))
-            any_class = float(results.yields(row.highest_ap_B[:, None], measure)[0])
+            any_class = float(patchresults.yields(row.highest_ap_B[:, None], measure)[0])
             null = (float(null_P.mean()), *results.quantiles(null_P, 0.025, 0.975))
             lines.append((row.scorer, row.n_prototypes, measure, value, low, high, *null, p, any_class))
-    return pl.DataFrame(lines, results.AUDIT_YIELDS, orient="row")
+    return pl.DataFrame(lines, patchresults.AUDIT_YIELDS, orient="row")
 
 
 def yields_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl.DataFrame:
@@ -91,7 +91,7 @@ def yields_table(lines: pl.DataFrame, place: dict[str, str] | None = None) -> pl
         if scorer != results.CONSTANT:
             nulls = (mine[name] for name in ("null", "null_low", "null_high"))
             shown.append(tables.texts("{:.3f} ({:.3f} to {:.3f})", *nulls))
-        for name, values in zip((scorer, f"{scorer}{results.PERMUTED}"), shown, strict=False):
+        for name, values in zip((scorer, f"{scorer}{patchresults.PERMUTED}"), shown, strict=False):
             first = dict(zip(place.values(), map(str, where), strict=True))
             size = {"Scorer": name, "Prototypes": f"{k:,}"}
             rows.append(first | size | dict(zip(titles, values, strict=True)))
@@ -113,18 +113,17 @@ def prototypes_table(lines: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _note(table: results.AuditTable, about: results.About) -> str:
+def _note(table: patchresults.AuditTable, about: results.About) -> str:
     n_all = len(table.names)
     note = f"Prototypes are ranked by an L1-logistic model of {len(table.traits)} image labels, fitted on "
+    note += f"{about.chosen_on}. Yield(B): share of the first B prototypes with an AP of at least "
+    note += f"{patchresults.TAU} on {about.measured_on}, for the class of patches that they find best on "
     note += (
-        f"{about.chosen_on}. Yield(B): share of the first B prototypes with an AP of at least {results.TAU} "
+        f"{about.chosen_on}, among {len(table.audited)} of {n_all} classes ({_left_out(table)}). Area: mean "
     )
-    note += (
-        f"on {about.measured_on}, for the class of patches that they find best on {about.chosen_on}, among "
-    )
-    note += f"{len(table.audited)} of {n_all} classes ({_left_out(table)}). Area: mean of Yield(1) to "
-    note += f"Yield({table.budgets[-1]}). Permuted labels: mean over {len(table.rows[0].null_ap_PB)} "
-    note += "permutations of the image labels, and in brackets the 2.5% and 97.5% quantiles over them."
+    note += f"of Yield(1) to Yield({table.budgets[-1]}). Permuted labels: mean over "
+    note += f"{len(table.rows[0].null_ap_PB)} permutations of the image labels, and in brackets the 2.5% and "
+    note += "97.5% quantiles over them."
     if about.n_boot:
         note += (
             f" Other brackets: 95% intervals from {about.n_boot:,} bootstrap resamples of the test images."
@@ -132,6 +131,6 @@ def _note(table: results.AuditTable, about: results.About) -> str:
     return f"{note}\n"
 
 
-def _left_out(table: results.AuditTable) -> str:
+def _left_out(table: patchresults.AuditTable) -> str:
     names = [helpers.printable(name) for c, name in enumerate(table.names) if c not in table.audited]
     return f"without {', '.join(names)}" if names else "all"

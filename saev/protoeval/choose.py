@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64, jaxtyped
 
 from saev import helpers
-from saev.formats import results
+from saev.formats import patchresults
 from saev.protoeval import ap, config, fit, score
 
 AP_DIGITS = 12
@@ -89,7 +89,7 @@ def _cells(
     merged = Favourites(*map(np.concatenate, zip(*found, strict=True)))
     is_last = (max(bank.ks), most)
     cells = [c._replace(favourites=merged) if (c.n_prototypes, c.n_train) == is_last else c for c in cells]
-    return [*cells, Cell(bank.name + results.PERMUTED, *is_last, null, start)]
+    return [*cells, Cell(bank.name + patchresults.PERMUTED, *is_last, null, start)]
 
 
 def _with_null(

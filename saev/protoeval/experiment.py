@@ -12,7 +12,7 @@ import numpy as np
 from saev import devices, errors, fields, helpers, machine, scorers
 from saev.data import activations
 from saev.data.traits import base
-from saev.formats import results
+from saev.formats import patchresults, results
 from saev.protoeval import check, config, join, labels, memory, patch_join
 from saev.scorers import config as scorers_config
 
@@ -89,7 +89,7 @@ class Experiment:
         cfg, (chosen, measured) = self.cfgs[0], self.sides
         seen_T = self.labels.labels_NT[list(measured.row_of.values())].any(axis=0)
         train, test = self._train_and_test
-        modes = " and ".join(dict.fromkeys((train.resize, test.resize)))
+        modes = " and ".join(dict.fromkeys((train.photos.resize, test.photos.resize)))
         shown = "" if modes == "default" else f", --resize {modes}"
         roots = [r for d in (cfg.train_data, cfg.test) for r in (d.shard_root, *d.more_roots)]
         shards = dict.fromkeys(helpers.printable(pathlib.Path(root).name[:8]) for root in roots)
@@ -126,7 +126,7 @@ class Experiment:
                 for model, words in cfg.models.items()
             },
             n_zero=int((~seen_T).sum()) if cfg.no_positives == "zero" else 0,
-            nulls={name + results.PERMUTED: name for name in self.names},
+            nulls={name + patchresults.PERMUTED: name for name in self.names},
         )
 
     def _settings(self, cfg: config.ProtoEval, fit: join.Fit) -> dict[str, tp.Any]:

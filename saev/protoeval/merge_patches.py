@@ -7,7 +7,7 @@ import pathlib
 import matplotlib.figure
 import polars as pl
 
-from saev.formats import manifest, results
+from saev.formats import manifest, patchresults, results
 from saev.protoeval import audit_report, patch_report, report, stats
 from saev.report import charts, frame, tables
 
@@ -15,11 +15,11 @@ logger = logging.getLogger("saev")
 
 PAIR = ("baseline_id", "baseline_prototypes", "measure")
 FILES = {
-    "patches.csv": (results.PATCHES, ()),
-    "patch-classes.csv": (results.PATCH_CLASSES, ("class",)),
-    "patch-differences.csv": (results.PATCH_DIFFERENCES, PAIR),
-    "audit-yields.csv": (results.AUDIT_YIELDS, ("measure",)),
-    "audit-differences.csv": (results.PATCH_DIFFERENCES, PAIR),
+    "patches.csv": (patchresults.PATCHES, ()),
+    "patch-classes.csv": (patchresults.PATCH_CLASSES, ("class",)),
+    "patch-differences.csv": (patchresults.PATCH_DIFFERENCES, PAIR),
+    "audit-yields.csv": (patchresults.AUDIT_YIELDS, ("measure",)),
+    "audit-differences.csv": (patchresults.PATCH_DIFFERENCES, PAIR),
 }
 """Files that are joined: their columns, and those that identify a row of a scorer and a K."""
 AUDITS = ("audit-yields.csv", "audit-differences.csv")
@@ -107,7 +107,7 @@ def charts_of(
     """Yields (first digits of the patch labels, chart of the yields against B) of a section."""
     if "audit-yields.csv" not in merged:
         return
-    rows = merged["audit-yields.csv"].filter(pl.col("measure") != results.AREA)
+    rows = merged["audit-yields.csv"].filter(pl.col("measure") != patchresults.AREA)
     # a yield does not depend on the other numbers B
     rows = rows.unique(
         [*stats.PLACE, "patch_labels", "scorer_id", "n_prototypes", "measure"], maintain_order=True
@@ -135,7 +135,7 @@ def text(merged: dict[str, pl.DataFrame], place: dict[str, str]) -> list[str]:
         for (labels,), rows in merged["patches.csv"].group_by("patch_labels", maintain_order=True):
             table = _places(rows, place).hstack(patch_report.summary_table(rows))
             out.append(f"Patch labels {str(labels)[:8]}:\n\n{tables.markdown(table)}")
-            shown = {name: patch_report.TITLES[name] for name in results.PATCH_MEASURES[:2]}
+            shown = {name: patch_report.TITLES[name] for name in patchresults.PATCH_MEASURES[:2]}
             out += _differences(against.filter(patch_labels=labels), shown, place)
         if out:
             out.append(f"{patch_report.DEFINITIONS}\n")

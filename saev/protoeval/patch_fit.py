@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int32
 
 from saev import errors, helpers, scorers
 from saev.data import passes
-from saev.formats import arrays, results
+from saev.formats import arrays, patchresults
 from saev.protoeval import choose, config, fit, logistic, patch_join
 
 logger = logging.getLogger("saev")
@@ -175,7 +175,7 @@ def choose_all(
     cfg: config.ProtoEval,
     dpath: pathlib.Path,
     device: torch.device,
-) -> list[results.PatchChoice]:
+) -> list[patchresults.PatchChoice]:
     """Fits every class on every prototype of each scorer (`fit_all`), and chooses."""
     fits = fit_all(run, labels, cfg, dpath, device)
     return [choice for i, bank in enumerate(banks) for choice in choices(bank, i, fits[i], labels)]
@@ -183,7 +183,7 @@ def choose_all(
 
 def choices(
     bank: fit.Bank, scorer_i: int, fits: logistic.Fits, labels: patch_join.Labels
-) -> collections.abc.Iterator[results.PatchChoice]:
+) -> collections.abc.Iterator[patchresults.PatchChoice]:
     """For each K the prototypes with the lowest loss; for the largest one also on permuted labels."""
     C = len(labels.names)
     loss_KC = np.where(np.isnan(fits.loss_KC), np.inf, fits.loss_KC).round(choose.AP_DIGITS)
@@ -192,7 +192,7 @@ def choices(
         for n_prototypes in bank.ks[-1:] if is_null else bank.ks:
             best_C = loss_KC[:n_prototypes, mine].argmin(axis=0)
             at = (best_C, np.arange(C) + C * is_null)
-            name = bank.name + results.PERMUTED * is_null
+            name = bank.name + patchresults.PERMUTED * is_null
             r_C = 1 - fits.loss_KC[at] / fits.bias_loss_C[at[1]]
             found = (fits.w_KC[at], fits.b_KC[at], r_C)
-            yield results.PatchChoice(name, scorer_i, n_prototypes, best_C, *found)
+            yield patchresults.PatchChoice(name, scorer_i, n_prototypes, best_C, *found)

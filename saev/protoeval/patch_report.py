@@ -10,20 +10,20 @@ import pathlib
 import polars as pl
 
 from saev import helpers
-from saev.formats import results
+from saev.formats import patchresults, results
 from saev.report import frame, tables
 
 TITLES = {
     "probe_r": "Probe R",
     "map": "Patch mAP",
-    "purity": f"Purity@{results.PURITY_FIRST}",
-    "coverage": f"Coverage@{results.TAU}",
+    "purity": f"Purity@{patchresults.PURITY_FIRST}",
+    "coverage": f"Coverage@{patchresults.TAU}",
 }
 DEFINITIONS = (
     f"Probe R: 1 - loss / loss of the class's share in the train patches. Purity: share of the class in the "
-    f"{results.PURITY_FIRST} patches with the highest scores. Coverage: share of classes with an AP of at "
-    f"least {results.TAU}. Permuted labels: the prototypes are chosen on a permutation of the train patches' "
-    "labels."
+    f"{patchresults.PURITY_FIRST} patches with the highest scores. Coverage: share of classes with an AP of "
+    f"at least {patchresults.TAU}. Permuted labels: the prototypes are chosen on a permutation of the train "
+    "patches' labels."
 )
 """What the columns of the table mean."""
 AGAINST = (
@@ -32,7 +32,7 @@ AGAINST = (
 )
 
 
-def write(dpath: pathlib.Path, table: results.PatchTable, about: results.About) -> None:
+def write(dpath: pathlib.Path, table: patchresults.PatchTable, about: results.About) -> None:
     """Writes PATCH_FILES into a results directory."""
     rows, against = summary(table.rows), differences(table.rows, about)
     frame.write_csv(dpath / "patches.csv", rows)
@@ -40,22 +40,24 @@ def write(dpath: pathlib.Path, table: results.PatchTable, about: results.About) 
     frame.write_csv(dpath / "patch-differences.csv", against)
     text = f"Patch labels:\n\n{tables.markdown(summary_table(rows))}\n{_note(table, about)}\n"
     if len(against):
-        shown = {name: TITLES[name] for name in results.PATCH_MEASURES[:2]}
+        shown = {name: TITLES[name] for name in patchresults.PATCH_MEASURES[:2]}
         text += f"\n{AGAINST}{tables.markdown(differences_table(against, shown))}"
     helpers.write_text(dpath / "patches.md", text)
 
 
-def summary(rows: collections.abc.Sequence[results.PatchRow]) -> pl.DataFrame:
+def summary(rows: collections.abc.Sequence[patchresults.PatchRow]) -> pl.DataFrame:
     """The frame of patches.csv."""
     lines = []
     for row in rows:
         n_classes = int((row.ap_CM[:, 0] >= 0).sum())
-        found = (results.measured(row.means_M(name), name != "probe_r") for name in results.PATCH_MEASURES)
+        found = (
+            results.measured(row.means_M(name), name != "probe_r") for name in patchresults.PATCH_MEASURES
+        )
         lines.append((row.scorer, row.n_prototypes, n_classes, *itertools.chain(*found)))
-    return pl.DataFrame(lines, results.PATCHES, orient="row")
+    return pl.DataFrame(lines, patchresults.PATCHES, orient="row")
 
 
-def classes(table: results.PatchTable) -> pl.DataFrame:
+def classes(table: patchresults.PatchTable) -> pl.DataFrame:
     """The frame of patch-classes.csv."""
     lines = [
         (
@@ -66,13 +68,13 @@ def classes(table: results.PatchTable) -> pl.DataFrame:
         for row in table.rows
         for c, name in enumerate(table.names)
     ]
-    return pl.DataFrame(lines, results.PATCH_CLASSES, orient="row")
+    return pl.DataFrame(lines, patchresults.PATCH_CLASSES, orient="row")
 
 
 def differences(
-    rows: collections.abc.Sequence[results.PatchRow] | collections.abc.Sequence[results.AuditRow],
+    rows: collections.abc.Sequence[patchresults.PatchRow] | collections.abc.Sequence[patchresults.AuditRow],
     about: results.About,
-    measures: collections.abc.Sequence[str] = results.PATCH_MEASURES,
+    measures: collections.abc.Sequence[str] = patchresults.PATCH_MEASURES,
     any_k: bool = False,
 ) -> pl.DataFrame:
     """The frame of patch-differences.csv or audit-differences.csv: scorers minus random
@@ -90,7 +92,7 @@ def differences(
             value, low, high = results.measured(gap_M, is_share=False)
             line = (row.scorer, row.n_prototypes, base.scorer, base.n_prototypes, name, value, low, high)
             lines.append((*line, low > 0 or high < 0))
-    return pl.DataFrame(lines, results.PATCH_DIFFERENCES, orient="row")
+    return pl.DataFrame(lines, patchresults.PATCH_DIFFERENCES, orient="row")
 
 
 def summary_table(lines: pl.DataFrame) -> pl.DataFrame:
@@ -119,7 +121,7 @@ def differences_table(lines: pl.DataFrame, titles: dict[str, str]) -> pl.DataFra
     )
 
 
-def _note(table: results.PatchTable, about: results.About) -> str:
+def _note(table: patchresults.PatchTable, about: results.About) -> str:
     n_used = int(((table.n_train_C > 0) & (table.n_test_C > 0)).sum())
     note = "For each class of patches, the prototype with the lowest logistic loss on "
     note += f"{table.n_train_C.sum():,} patches of {about.chosen_on}, measured on "

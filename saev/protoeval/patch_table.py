@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64, UInt8, jaxtyped
 
 from saev import compiled, helpers, scorers
 from saev.data import ordered
-from saev.formats import results
+from saev.formats import patchresults, results
 from saev.protoeval import ap, config, fit, patch_fit, patch_join
 from saev.protoeval.experiment import Experiment
 
@@ -29,7 +29,7 @@ PAIRS = 8
 
 def evaluate(
     experiment: Experiment, banks: list[fit.Bank], labels: patch_join.Labels, dpath: pathlib.Path
-) -> results.PatchTable:
+) -> patchresults.PatchTable:
     """The patch table: a row for the constant scorer, then one per scorer and K.
 
     Args:
@@ -43,7 +43,7 @@ def evaluate(
     choices = patch_fit.choose_all(banks, run, labels, cfg, dpath, device)
     rows = _measure(choices, run, labels, cfg, device)
     n_train_C, n_test_C = counts(labels)
-    return results.PatchTable(labels.names, n_train_C, n_test_C, rows)
+    return patchresults.PatchTable(labels.names, n_train_C, n_test_C, rows)
 
 
 @jaxtyped(typechecker=beartype.beartype)
@@ -59,12 +59,12 @@ class Patches(tp.NamedTuple):
 
 
 def _measure(
-    choices: list[results.PatchChoice],
+    choices: list[patchresults.PatchChoice],
     run: list[scorers.Scorer],
     labels: patch_join.Labels,
     cfg: config.ProtoEval,
     device: torch.device,
-) -> list[results.PatchRow]:
+) -> list[patchresults.PatchRow]:
     """Measures on the test patches. Columns of scores are held in memory, in as many passes as --memory-gb
     needs."""
     patches = test_patches(labels, cfg)
@@ -184,7 +184,7 @@ def _of_pairs(
     is_own_TN = patches.class_N == class_T[:, None]
     ranked_TN = code_TN * np.sign(w_T)[:, None].astype(np.float32)
     found = ap.resampled_patches(
-        ranked_TN, is_own_TN.T, patches.image_N, patches.times_MI, results.PURITY_FIRST
+        ranked_TN, is_own_TN.T, patches.image_N, patches.times_MI, patchresults.PURITY_FIRST
     )
     n_imgs = patches.times_MI.shape[1]
 
@@ -207,17 +207,17 @@ def _of_pairs(
     return [_Measured(*each) for each in zip(r_TM, found.ap_TM, found.purity_TM, strict=True)]
 
 
-def _row(choice: results.PatchChoice, measured: list[_Measured | None]) -> results.PatchRow:
+def _row(choice: patchresults.PatchChoice, measured: list[_Measured | None]) -> patchresults.PatchRow:
     """NaN for classes that are not measured."""
     some = next(each for each in measured if each)
     nothing = _Measured(*(np.full_like(some.r_M, np.nan) for _ in range(3)))
     r_CM, ap_CM, purity_CM = (
         np.stack(x_M) for x_M in zip(*(each or nothing for each in measured), strict=True)
     )
-    return results.PatchRow(**vars(choice), r_CM=r_CM, ap_CM=ap_CM, purity_CM=purity_CM)
+    return patchresults.PatchRow(**vars(choice), r_CM=r_CM, ap_CM=ap_CM, purity_CM=purity_CM)
 
 
-def _constant(patches: Patches, is_used_C: Bool[np.ndarray, " C"]) -> results.PatchRow:
+def _constant(patches: Patches, is_used_C: Bool[np.ndarray, " C"]) -> patchresults.PatchRow:
     """The constant scorer: R is 0, AP and purity are the class's share of the test patches."""
     C = len(is_used_C)
     zero_C = np.zeros(C)
@@ -228,5 +228,5 @@ def _constant(patches: Patches, is_used_C: Bool[np.ndarray, " C"]) -> results.Pa
         code_TN = np.zeros((len(class_T), len(patches.class_N)), np.float32)
         measured = _of_pairs(code_TN, zero_C[class_T], b_C[class_T], class_T, patches)
         found |= dict(zip(class_T.tolist(), measured, strict=True))
-    choice = results.PatchChoice(results.CONSTANT, 0, 1, np.zeros(C, np.int64), zero_C, b_C, zero_C)
+    choice = patchresults.PatchChoice(results.CONSTANT, 0, 1, np.zeros(C, np.int64), zero_C, b_C, zero_C)
     return _row(choice, [found.get(c) for c in range(C)])

@@ -11,7 +11,7 @@ import polars as pl
 
 from saev import helpers, provenance
 from saev.data.traits import base
-from saev.formats import jsonfile, manifest, results
+from saev.formats import jsonfile, manifest, patchresults, results
 from saev.protoeval import audit_report, config, patch_report, stats
 from saev.report import charts, figures, frame, tables
 from saev.scorers import config as scorers_config
@@ -56,8 +56,8 @@ class Found:
     """File name -> a further Parquet file."""
     texts: dict[str, str] = dataclasses.field(default_factory=dict)
     """The same of text files."""
-    patches: results.PatchTable | None = None
-    audit: results.AuditTable | None = None
+    patches: patchresults.PatchTable | None = None
+    audit: patchresults.AuditTable | None = None
 
 
 @contextlib.contextmanager
@@ -75,7 +75,9 @@ def once(out: pathlib.Path, cfg: config.ProtoEval) -> collections.abc.Generator[
     else:
         several = [results.WEIGHTS_FILE] * bool(cfg.several)
         several += [results.KEYS_FILE, results.KEYS_TEXT] * bool(cfg.key_depth)
-        tables = results.PATCH_FILES * bool(cfg.patch_labels) + results.AUDIT_FILES * bool(cfg.audit)
+        tables = patchresults.PATCH_FILES * bool(cfg.patch_labels) + patchresults.AUDIT_FILES * bool(
+            cfg.audit
+        )
         manifest.read(out, (*results.FILES, *several, *tables), AGAIN)
         logger.info("%s: already evaluated", out)
         yield False
@@ -118,7 +120,7 @@ def write(dpath: pathlib.Path, found: Found, cfgs: list[config.ProtoEval]) -> No
         patch_report.write(dpath, found.patches, about)
     if found.audit:
         audit_report.write(dpath, found.audit, about)
-    more = results.PATCH_FILES * bool(found.patches) + results.AUDIT_FILES * bool(found.audit)
+    more = patchresults.PATCH_FILES * bool(found.patches) + patchresults.AUDIT_FILES * bool(found.audit)
     manifest.write(dpath, (*results.FILES, *found.frames, *found.texts, *more))
 
 

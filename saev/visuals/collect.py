@@ -95,7 +95,7 @@ def _gallery(
             "size": list(shown.size),
             "transform": shown.words,
         }
-        | ({} if acts.sizes_A2 is None else {"padded": True}),
+        | ({} if acts.photos.sizes_A2 is None else {"padded": True}),
         filters=filters(cfg, coder),
         coder=coder,
         acts=acts,
