@@ -2,6 +2,7 @@
 
 import collections
 import collections.abc
+import importlib
 import itertools
 import json
 import os
@@ -65,6 +66,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     n_slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
     place = {name: i - len(LONGEST) for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: (place.get(item.path.stem, 0), -n_slow[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    """torch.testing.assert_close need not import DTensor, and with it torch's compiler, to find out that our tensors are
+    none: that takes seconds of each process."""
+    if "torch" in sys.modules:
+        importlib.import_module("torch.testing._comparison")._HAS_DTENSOR = False
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

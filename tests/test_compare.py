@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import pathlib
-import subprocess
 import sys
 
+import forked
 import inprocess
 import numpy as np
 import polars as pl
@@ -666,7 +666,7 @@ sys.argv = sys.argv[1:]
 runpy.run_module("saev.compare", run_name="__main__", alter_sys=True)
 """
     flags = [str(w) for w in words[2:]]
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", slowed, "x", *flags, str(tmp_path / "killed")], cwd=inprocess.ROOT
     )
     assert done.returncode == -9

@@ -33,7 +33,7 @@ from saev.protoeval import experiment, run
 from saev.scorers import config as scorers_config
 from saev.training import config, identity, loop
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("undrawn")]
 
 GOLDEN = pathlib.Path(__file__).parent / "data/golden.json"
 TOLERANCE = 3e-4

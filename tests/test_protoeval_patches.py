@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score
 
 from saev import errors, nn, scorers
 from saev.data import config as data_config
-from saev.data import passes
+from saev.data import images, passes
 from saev.demo import minicub
 from saev.formats import patchlabels, patchresults, shards
 from saev.nn import config as nn_config
@@ -390,8 +390,8 @@ def test_tables_name_the_dumps_resize(cfg: config.ProtoEval, tmp_path: pathlib.P
 
 
 def test_the_example_in_the_docs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands of docs/patch-table.md, then that of docs/audit.md, on 40 of mini-CUB's birds seen by a small untrained ViT.
-    With fewer prototypes and permutations than the docs."""
+    """The commands of docs/patch-table.md, then that of docs/audit.md, on made-up activations of 40 of mini-CUB's birds,
+    with fewer prototypes and permutations than the docs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(audit_of_prototypes, "N_NULL", 2)
     texts = [(DOCS / name).read_text().partition("## Example")[2] for name in ("patch-table.md", "audit.md")]
@@ -399,18 +399,23 @@ def test_the_example_in_the_docs(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     commands = [line.split("uv run ")[1] for line in lines if "    uv run " in line]
     for old, new in (
         ("640", "40"),
-        (" 128 512 1536", " 64"),
-        ("1536", "64"),
+        (" 128 512 1536", " 48"),
+        ("1536", "48"),
         (" 64 -1", " -1"),
         (" 50 100", ""),
     ):
         commands = [command.replace(old, new) for command in commands]
     demo, label, evaluate, audit = commands
     assert demo == "python -m saev.demo"
-    minicub.draw(pathlib.Path("demo/40/CUB_200_2011"), n_imgs=40, parts=pathlib.Path("demo/40/parts"))
-    vit = "--vit-family timm --vit-ckpt vit_tiny_patch16_224 --vit-weights random --vit-layers 7 --img-size 112 --device cpu"
-    dump = f"-m saev.data {vit} --dump-to {tmp_path}/demo/shards data:cub200 --data.root {tmp_path}/demo/40/CUB_200_2011"
-    shard_root = inprocess.run(*dump.split()).stdout.split()[-1]
+    cub_root = pathlib.Path("demo/40/CUB_200_2011")
+    minicub.draw(cub_root, n_imgs=40, parts=pathlib.Path("demo/40/parts"))
+    records = [shards.Record(path, "") for path in (cub_root / "images.txt").read_text().split()[1::2]]
+    transform = images.Transform((112, 112), 112, False, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    metadata = shards.Metadata("timm", "planted", (7,), 49, False, 48, 40, 40 * 49, {"__class__": "Cub200"})
+    out = shards.ShardDir.create(tmp_path / "demo/shards", metadata, records, transform.to_dict())
+    with out.writing(0) as writer:
+        writer.write(np.random.default_rng(0).standard_normal((40, 1, 49, 48), np.float32))
+    shard_root = str(out.dpath)
     pathlib.Path("demo/scorers.toml").write_text('[[scorer]]\ntype = "random"\n[[scorer]]\ntype = "pca"\n')
     for command in (label, evaluate, audit):
         words = command.replace("HASH", pathlib.Path(shard_root).name).removeprefix("python ").split()

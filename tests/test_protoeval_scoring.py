@@ -1,6 +1,5 @@
 """The pass over the shards: scores of images, killed and continued. N images, K prototypes, P patches, D d_vit."""
 
-import os
 import pathlib
 import signal
 import subprocess
@@ -137,15 +136,14 @@ def test_a_killed_pass_goes_on_to_the_same_scores(
         code = textwrap.dedent(KILLED)
         return [sys.executable, "-c", code, data[0].shard_root, str(tmp_path / name), pause]
 
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = forked.Popen(command("killed", "0.3"), env=env, stdout=subprocess.PIPE, text=True)
+    killed = forked.Popen(command("killed", "0.3"), cwd=forked.ROOT, stdout=subprocess.PIPE, text=True)
     for _ in range(4):
         assert killed.stdout.readline() == "block\n"
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     counts = []
     for name in ("killed", "whole", "killed"):
-        done = forked.run(command(name, "0"), env=env, capture_output=True, text=True, check=True)
+        done = forked.run(command(name, "0"), cwd=forked.ROOT, capture_output=True, text=True, check=True)
         counts.append(done.stdout.count("block"))
     assert counts[1] == 12 and 0 < counts[0] < 12 and counts[2] == 0
     for fname in ("scores.bin", "means.bin", "maxima.bin"):

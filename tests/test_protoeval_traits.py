@@ -20,7 +20,7 @@ from saev import errors, nn, scorers, sweeps
 from saev.data.traits import config as traits_config
 from saev.formats import manifest, patchlabels, scripts, shards
 from saev.formats import results as results_format
-from saev.protoeval import choose, config, examples, run
+from saev.protoeval import audit, choose, config, examples, run
 from saev.scorers import config as scorers_config
 from saev.visuals import collect
 from saev.visuals import config as visuals_config
@@ -78,11 +78,12 @@ def images_of(dpath: pathlib.Path, value: dict) -> list[dict]:
 
 
 def test_each_directory_is_opened_once_with_all_tables(
-    tmp_path: pathlib.Path, opened: collections.Counter[str]
+    tmp_path: pathlib.Path, opened: collections.Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four scorers, one of them fitted on other activations, with --gallery, --several, --key-depth, --audit
     and --patch-labels."""
-    more = {"several": (2,), "key_depth": 2, "audit": (2, 4), "patch_labels": "labels.bin"}
+    monkeypatch.setattr(audit, "N_NULL", 1)
+    more = {"several": (2,), "key_depth": 1, "audit": (2, 4), "patch_labels": "labels.bin"}
     made = traits_data.make(tmp_path, **more)
     shard_root = made.cfgs[0].train_data.shard_root
     id_NP = np.random.default_rng(3).integers(0, 5, (traits_data.N, traits_data.P))

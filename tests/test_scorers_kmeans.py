@@ -1,7 +1,6 @@
 """K-means against scikit-learn and closed forms. B activations, D d_vit, K centres."""
 
 import collections
-import os
 import pathlib
 import re
 import signal
@@ -259,8 +258,9 @@ def test_a_killed_fit_goes_on_to_the_same_centres(data: Made, tmp_path: pathlib.
         code = textwrap.dedent(KILLED)
         return [sys.executable, "-c", code, data[0].shard_root, str(dpath), pause]
 
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = forked.Popen(command(tmp_path / "killed", "1"), env=env, stdout=subprocess.PIPE, text=True)
+    killed = forked.Popen(
+        command(tmp_path / "killed", "1"), cwd=forked.ROOT, stdout=subprocess.PIPE, text=True
+    )
     for _ in range(3):
         assert killed.stdout.readline() == "pass\n"
     time.sleep(0.2)
@@ -268,8 +268,12 @@ def test_a_killed_fit_goes_on_to_the_same_centres(data: Made, tmp_path: pathlib.
     killed.communicate()
     states = list((tmp_path / "killed").glob("*.state"))
     assert len(states) == 2
-    rest = forked.run(command(tmp_path / "killed", "0"), env=env, capture_output=True, text=True, check=True)
-    whole = forked.run(command(tmp_path / "whole", "0"), env=env, capture_output=True, text=True, check=True)
+    rest = forked.run(
+        command(tmp_path / "killed", "0"), cwd=forked.ROOT, capture_output=True, text=True, check=True
+    )
+    whole = forked.run(
+        command(tmp_path / "whole", "0"), cwd=forked.ROOT, capture_output=True, text=True, check=True
+    )
     assert 0 < rest.stdout.count("pass") < whole.stdout.count("pass")
     assert not any(state.exists() for state in states)
     names = sorted(f.name for f in (tmp_path / "whole").iterdir())

@@ -3,10 +3,9 @@
 import dataclasses
 import os
 import pathlib
-import subprocess
-import sys
 import time
 
+import inprocess
 import pytest
 
 from saev import cli, errors, launch, sweeps
@@ -216,9 +215,7 @@ UNIONS = [
 
 @pytest.mark.parametrize(("program", "field", "cls"), UNIONS)
 def test_subcommand_names_are_tyros(program: str, field: str, cls: type) -> None:
-    root = pathlib.Path(__file__).parent.parent
-    command = [sys.executable, program, "--dry-run", f"{field}:{sweeps.subcommand_name(cls)}"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = inprocess.run(program, "--dry-run", f"{field}:{sweeps.subcommand_name(cls)}")
     assert done.returncode == 0 and f"{field}: {cls.__name__}" in done.stdout
 
 
