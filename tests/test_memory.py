@@ -15,12 +15,19 @@ import pytest
 
 from saev import nn
 from saev.compare import config as compare_config
+from saev.compare import memory as compare_memory
 from saev.data import config as data_config
 from saev.demo import minicub
 from saev.formats import patchlabels, shards
 from saev.nn import config as nn_config
+from saev.nn import metrics
+from saev.nn.architectures import batch_top_k
+from saev.protoeval import ap, logistic, patch_fit, probe, score
 from saev.protoeval import config as protoeval_config
+from saev.protoeval import memory as protoeval_memory
+from saev.scorers import base, kmeans, untrained
 from saev.scorers import config as scorers_config
+from saev.training import memory as training_memory
 from saev.visuals import config as visuals_config
 from saev.visuals import memory as visuals_memory
 
@@ -32,52 +39,61 @@ import importlib, logging, os, pathlib, pickle, re, shutil, sys
 
 def run(cfg):
     module.main(cfg)
-    print(re.search("VmHWM:[^0-9]*([0-9]+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+    peak = re.search("VmHWM:[^0-9]*([0-9]+) kB", pathlib.Path("/proc/self/status").read_text())[1]
+    print(peak, flush=True)
+    os._exit(0)  # without the second that Python takes to clean up
 
 logging.basicConfig(level="INFO")
 module = importlib.import_module(sys.argv[1])
+made, *libraries = sys.argv[3:]
+for name in libraries:
+    importlib.import_module(name)
 first, *others = pickle.loads(bytes.fromhex(sys.argv[2]))
-for cfg in [first, *others] if others else []:
+for cfg in (first, first, *others):
     if not (pid := os.fork()):
         run(cfg)
-        sys.exit()
     assert os.waitpid(pid, 0)[1] == 0
-if others:
-    shutil.rmtree(sys.argv[3])
+    if cfg is first:
+        shutil.rmtree(made)
 run(first)
 """
-"""A fork for each of several configs, and the first once more as a user runs it: a fork does not have those pages of the libraries'
-files that it does not use. The peak as the kernel keeps it for one program: ru_maxrss begins with that of its parent."""
+"""A fork for each config, and the first once more as a user runs it: a fork does not have those pages of the libraries' files that
+it does not use. Before all others, the first compiles what is not compiled yet. The peak as the kernel keeps it for one program:
+ru_maxrss begins with that of its parent."""
 Measured = tuple[float, int]
 """GB that the log says, and bytes at the peak."""
 
 
 def measured(
-    module: str, cfgs: dict[str, tp.Any], made: pathlib.Path
+    module: str, cfgs: dict[str, tp.Any], made: pathlib.Path, libraries: tuple[str, ...] = ()
 ) -> tuple[dict[str, Measured], Measured]:
-    """(of each config, if there are several; of the first one in a process of its own). made: what the first one makes."""
-    command = [sys.executable, "-c", RUN, module, pickle.dumps([*cfgs.values()]).hex(), str(made)]
+    """(of each config; of the first one in a process of its own).
+
+    made: what the first one makes. libraries: what each config imports anyway.
+    """
+    command = [sys.executable, "-c", RUN, module, pickle.dumps([*cfgs.values()]).hex(), str(made), *libraries]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = re.findall(r"memory: about ([0-9.]+) GB", done.stderr)
     peaks = [line for line in done.stdout.splitlines() if line.isdecimal()]
-    *found, alone = [(float(gb), 1024 * int(kb)) for gb, kb in zip(said, peaks, strict=True)]
-    return dict(zip(cfgs, found, strict=len(cfgs) > 1)), alone
+    _, *found, alone = [(float(gb), 1024 * int(kb)) for gb, kb in zip(said, peaks, strict=True)]
+    return dict(zip(cfgs, found, strict=True)), alone
 
 
-CAMERA = 3464
-"""Side of a photo of 12 megapixels."""
+SMALL, CAMERA = 64, 3464
+"""Sides of photos of 4 thousand and of 12 million pixels."""
 
 
 def dumps(_: object, tmp_path: pathlib.Path) -> dict[str, data_config.Dump]:
-    """A ViT of 23 MB."""
+    """A ViT of 23 MB. One photo in five or each one is a camera's, the others are small."""
+    for side in (SMALL, CAMERA):
+        PIL.Image.new("RGB", (side, side)).save(tmp_path / f"{side}.jpg")
 
-    def dump(name: str, n_imgs: int, side: int, **kwargs: tp.Any) -> data_config.Dump:
+    def dump(name: str, n_imgs: int, every: int, **kwargs: tp.Any) -> data_config.Dump:
         root = tmp_path / name
         root.mkdir()
-        PIL.Image.new("RGB", (side, side)).save(root / "0.jpg")
-        for i in range(1, n_imgs):
-            (root / f"{i}.jpg").hardlink_to(root / "0.jpg")
+        for i in range(n_imgs):
+            (root / f"{i:03}.jpg").hardlink_to(tmp_path / f"{SMALL if i % every else CAMERA}.jpg")
         return data_config.Dump(
             vit=data_config.Vit("timm", "vit_tiny_patch16_224", "random"),
             data=data_config.ImageFolder(str(root)),
@@ -87,9 +103,9 @@ def dumps(_: object, tmp_path: pathlib.Path) -> dict[str, data_config.Dump]:
         )
 
     return {
-        "nothing": dump("nothing", 2, CAMERA, vit_batch_size=1, n_workers=1),
-        "layers": dump("layers", 256, 64, vit_layers=tuple(range(12)), n_workers=1),
-        "photos": dump("photos", 32, CAMERA, vit_batch_size=8, n_workers=4),
+        "nothing": dump("nothing", 2, 1, vit_batch_size=1, n_workers=1),
+        "layers": dump("layers", 100, 5, vit_batch_size=20, vit_layers=tuple(range(12)), n_workers=1),
+        "photos": dump("photos", 16, 1, vit_batch_size=2, n_workers=4),
     }
 
 
@@ -125,10 +141,12 @@ def gallery(
 
 
 def galleries(make_shards, tmp_path: pathlib.Path) -> dict[str, visuals_config.Visuals]:
-    tables = {"d_vit": 16, "top_k": 64, "n_images": 128}
+    tables = {"top_k": 64, "n_images": 128}
+    paper = {"d_vit": 16, "top_k": 512, "n_images": 128}
     return {
         "nothing": gallery(make_shards, tmp_path / "nothing", 8, 4, 32),
-        "tables": gallery(make_shards, tmp_path / "tables", 300, 256, 16384, **tables),
+        "tables": gallery(make_shards, tmp_path / "tables", 132, 196, 9216, **tables),
+        "paper": gallery(make_shards, tmp_path / "paper", 136, 64, 32768, **paper),
         "weights": gallery(make_shards, tmp_path / "weights", 4, 4, 16384, d_vit=1024),
     }
 
@@ -177,81 +195,110 @@ def evaluations(make_shards, tmp_path: pathlib.Path) -> dict[str, list[protoeval
         fpath = pathlib.Path(train.shard_root) / "labels.bin"
         return evaluation(name, train, k, n_boot=20, patch_labels=str(fpath), **kwargs)
 
-    few, many, wide, long = acts(4, 4), acts(1000, 4, 200), acts(640, 512), acts(10_000, 4)
-    k_means = scorers_config.KMeans(n_samples=100_000, n_iters=1)
+    few, many, wide, long = acts(4, 4), acts(1000, 4, 200), acts(640, 512), acts(8000, 4)
+    k_means = scorers_config.KMeans(n_samples=50_000, n_iters=1)
     return {
         "nothing": evaluation("nothing", few, 16),
-        "scores": evaluation("scores", few, 190_000, fit_data=many),
+        "scores": evaluation("scores", few, 130_000, fit_data=many),
         "fit": evaluation("fit", wide, 16, scorer=k_means, memory_gb=0.1, fit_data=wide),
         "sums in parts": patches("sums in parts", few, 10_000, fit_data=many, memory_gb=0.2),
         "test patches": patches("test patches", long, 16),
-        "audit": patches("audit", long, 75, audit=(4,), memory_gb=0.25),
+        "audit": patches("audit", long, 45, audit=(4,), memory_gb=0.2),
     }
 
 
 def comparisons(make_shards, tmp_path: pathlib.Path) -> dict[str, compare_config.Compare]:
     def comparison(
-        name: str, n_imgs: int, n_patches: int, d_sae: int, top_k: int, d_vit: int = 8, **kwargs: tp.Any
+        name: str, n_imgs: int, n_patches: int, d_sae: tuple[int, int], top_k: int, **kwargs: tp.Any
     ) -> compare_config.Compare:
-        dpath, _ = make_shards(
-            n_imgs=n_imgs, n_patches=n_patches, d_vit=d_vit, layers=(0,), cls_token=False, per_shard=1000
-        )
-        for seed, other in enumerate("ab"):
-            sae = nn.SparseAutoencoder(nn_config.TopK(d_vit=d_vit, d_sae=d_sae, top_k=top_k), seed=seed)
+        """With `other_d_vit`, the second side has activations of its own."""
+        shape = {
+            "n_imgs": n_imgs,
+            "n_patches": n_patches,
+            "layers": (0,),
+            "cls_token": False,
+            "per_shard": 1000,
+        }
+        other_d_vit = kwargs.pop("other_d_vit", None)
+        data = data_config.Shards(str(make_shards(**shape)[0]), 0)
+        if other_d_vit:
+            kwargs["other_data"] = data_config.Shards(str(make_shards(**shape, d_vit=other_d_vit)[0]), 0)
+        for seed, (other, n, d_vit) in enumerate(zip("ab", d_sae, (8, other_d_vit or 8), strict=True)):
+            sae = nn.SparseAutoencoder(nn_config.TopK(d_vit=d_vit, d_sae=n, top_k=top_k), seed=seed)
             nn.save(sae, tmp_path / name / other / "sae.pt")
         return compare_config.Compare(
             scorer=str(tmp_path / name / "a" / "sae.pt"),
             other=str(tmp_path / name / "b" / "sae.pt"),
-            data=data_config.Shards(str(dpath), 0),
+            data=data,
             dump_to=str(tmp_path / name / "made"),
             device="cpu",
             **kwargs,
         )
 
+    tiles = {"candidates": 20, "memory_gb": 0.24, "other_d_vit": 9}
     return {
-        "nothing": comparison("nothing", 8, 4, 32, 4),
-        "one to one": comparison("one to one", 200, 16, 4096, 32),
-        "codes": comparison("codes", 1200, 100, 512, 64, memory_gb=2.0),
-        "tiles": comparison("tiles", 100, 16, 8192, 32, memory_gb=0.5),
+        "nothing": comparison("nothing", 8, 4, (32, 32), 4),
+        "one to one": comparison("one to one", 200, 4, (1600, compare_memory.EXACT), 32),
+        "codes": comparison("codes", 650, 100, (512, 512), 64, memory_gb=1.0),
+        "tiles": comparison("tiles", 200, 4, (5632, 5632), 32, **tiles),
     }
 
 
+Cases = collections.abc.Callable[..., dict[str, tp.Any]]
+
+
+def check(module: str, cfgs: dict[str, tp.Any], libraries: tuple[str, ...] = ()) -> dict[str, Measured]:
+    """The whole, and what each case takes above a tiny one, which is the program itself. Returns the whole of each."""
+    first = cfgs["nothing"][0] if isinstance(cfgs["nothing"], list) else cfgs["nothing"]
+    found, (said, alone) = measured(module, cfgs, pathlib.Path(first.dump_to), libraries)
+    assert alone == pytest.approx(said * 1e9, rel=0.3)
+    said_0, measured_0 = found["nothing"]
+    for name, (said, taken) in found.items():
+        if name != "nothing":
+            assert taken - measured_0 > 150e6, name
+            assert taken - measured_0 == pytest.approx((said - said_0) * 1e9, rel=0.3), name
+    return {name: (said, taken - measured_0 + alone) for name, (said, taken) in found.items()}
+
+
 @pytest.mark.parametrize(
-    ("module", "cases"),
+    ("module", "cases", "libraries"),
     [
-        ("saev.data.dump", dumps),
-        ("saev.visuals.collect", galleries),
-        ("saev.protoeval.run", evaluations),
-        ("saev.compare.run", comparisons),
+        ("saev.data.dump", dumps, ("timm",)),
+        ("saev.protoeval.run", evaluations, ()),
+        ("saev.compare.run", comparisons, ()),
     ],
 )
 def test_what_a_stage_says_is_right_within_30_percent(
-    make_shards, tmp_path: pathlib.Path, module: str, cases: collections.abc.Callable
+    make_shards, tmp_path: pathlib.Path, module: str, cases: Cases, libraries: tuple[str, ...]
 ) -> None:
-    """The whole, and what each case takes above a tiny one, which is the program itself."""
-    cfgs = cases(make_shards, tmp_path)
-    first = cfgs["nothing"][0] if isinstance(cfgs["nothing"], list) else cfgs["nothing"]
-    found, (said, taken) = measured(module, cfgs, pathlib.Path(first.dump_to))
-    assert taken == pytest.approx(said * 1e9, rel=0.3)
-    said_0, measured_0 = found.pop("nothing")
-    for name, (said, taken) in found.items():
-        assert taken - measured_0 > 150e6, name
-        assert taken - measured_0 == pytest.approx((said - said_0) * 1e9, rel=0.3), name
+    check(module, cases(make_shards, tmp_path), libraries)
 
 
-def test_a_gallery_of_32768_latents_with_128_images_needs_less_than_2_gb(
+def test_galleries_and_one_of_32768_latents_with_128_images_needs_less_than_2_gb(
     make_shards, tmp_path: pathlib.Path
 ) -> None:
-    """Every latent fires on about all images. 64 dimensions are encoded quickly; those of a ViT-S need more memory
-    for the weights, which is added."""
-    d_vit, n, n_imgs = 64, 32768, 136
-    shape = {"d_vit": d_vit, "top_k": 512, "n_images": 128}
-    cfg = gallery(make_shards, tmp_path / "paper", n_imgs, 64, n, **shape)
-    _, (said, taken) = measured("saev.visuals.collect", {"paper": cfg}, tmp_path)
+    """Every latent of the large one fires on about all images. 16 dimensions are encoded quickly; those of a ViT-S need
+    more memory for the weights, which is added."""
+    cfgs = galleries(make_shards, tmp_path)
+    said, taken = check("saev.visuals.collect", cfgs)["paper"]
+    cfg = cfgs["paper"]
     n_images_S = pl.read_csv(pathlib.Path(cfg.dump_to) / "latents.csv")["n_images"]
-    assert len(n_images_S) == n and n_images_S.median() >= 64
-    weights = visuals_memory.peak(cfg, visuals_memory.Sizes(n_imgs, 64, 384, n))
-    weights -= visuals_memory.peak(cfg, visuals_memory.Sizes(n_imgs, 64, d_vit, n))
+    assert len(n_images_S) == 32768 and n_images_S.median() >= 64
+    weights = visuals_memory.peak(cfg, visuals_memory.Sizes(136, 64, 384, 32768))
+    weights -= visuals_memory.peak(cfg, visuals_memory.Sizes(136, 64, 16, 32768))
     assert 0 < weights < 0.3e9
     assert taken + weights < 2e9
     assert taken == pytest.approx(said * 1e9, rel=0.3)
+
+
+def test_constants_of_an_evaluation_are_those_of_its_modules() -> None:
+    assert (protoeval_memory.FIT_BLOCK, protoeval_memory.SCORE_BLOCK) == (patch_fit.N_IMGS, score.MAX_BLOCK)
+    assert base.TILE["cuda"] == (protoeval_memory.TILE_ROWS, protoeval_memory.TILE_BYTES)
+    assert 4 * kmeans.TILE["cuda"] == protoeval_memory.DISTANCES
+    assert protoeval_memory.BINS == 8 * (6 * logistic.N_BINS + 4)
+    assert protoeval_memory.SCORES == 4 * patch_fit.TILE
+    assert protoeval_memory.PROBES == probe.N_FOLDS * probe.AT_ONCE
+    assert protoeval_memory.UNTRAINED == untrained.N_SAMPLES
+    assert protoeval_memory.PRE_ACTIVATIONS == 4 * batch_top_k.CALIBRATED
+    assert protoeval_memory.AP_BLOCKS == 4 * ap.BLOCK_BYTES
+    assert training_memory.COMPARED == metrics.CHUNK

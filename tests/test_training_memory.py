@@ -7,7 +7,6 @@ import pytest
 import test_memory
 
 from saev.data import config as data_config
-from saev.data import shuffled
 from saev.nn import config as nn_config
 from saev.training import config, memory
 
@@ -44,7 +43,6 @@ def train(make_shards, tmp_path: pathlib.Path, name: str) -> tuple[config.Train,
 
 def test_the_formula_is_right_within_a_quarter(make_shards, tmp_path: pathlib.Path) -> None:
     """Above what a tiny training takes, which is the program itself."""
-    next(iter(shuffled.Shuffled(data_config.Shards(str(make_shards()[0])), batch_size=8)))  # compiled here
     cases = {name: train(make_shards, tmp_path, name) for name in CASES}
     cfgs = {name: [cfg] for name, (cfg, _) in cases.items()}
     found, (_, alone) = test_memory.measured("saev.training.loop", cfgs, tmp_path / "nothing")

@@ -69,9 +69,9 @@ def _matching(cfg: config.Compare, one: Side, two: Side) -> int:
     n_bytes, all_pairs = 1e9 * cfg.memory_gb, 8 * one.n * two.n
     tile = 8 * two.n * max(1, min(one.n, int(n_bytes / 2) // (8 * two.n)))
     codes = 14 * int(min(n_bytes / 4 / CODE_BYTES, one.n_rows * one.n_codes + two.n_rows * two.n_codes))
-    # both sides' directions, those of one drawn at random, and what that takes
-    directions = 4 * one.d_vit * (one.n + two.n + 3 * max(one.n, two.n)) * (one.d_vit == two.d_vit)
-    cosines = 20 * min(COSINES, one.n * two.n) + directions
+    # both sides' directions, those of one drawn at random, and what that takes; none in two spaces
+    directions = 4 * one.d_vit * (one.n + two.n + 3 * max(one.n, two.n))
+    cosines = (20 * min(COSINES, one.n * two.n) + directions) * (one.d_vit == two.d_vit)
     if cfg.runs:
         return max(2 * tile + codes, cosines)
     if max(one.n, two.n) <= EXACT:

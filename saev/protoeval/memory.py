@@ -143,8 +143,8 @@ def n_prototypes(cfg: config.ProtoEval, d_vit: int) -> int:
 
 
 def _fit(cfg: config.ProtoEval, k: int, sizes: Sizes) -> int:
-    """A fit's sample and its candidates, k-means' centres and sums, PCA's matrices, blocks read ahead."""
-    d_vit, blocks = sizes.d_vit, 4 * 4 * FIT_BLOCK * sizes.n_tokens * sizes.d_vit
+    """A fit's sample and its candidates, k-means' centres and sums, PCA's matrices, 4 blocks read ahead."""
+    d_vit, blocks = sizes.d_vit, 4 * sizes.d_vit * min(4 * FIT_BLOCK * sizes.n_tokens, sizes.n_fit)
     match cfg.scorer:
         case scorers_config.Random():
             return _sample(k, sizes, blocks)
