@@ -68,9 +68,7 @@ def measure(K: int, N: int, T: int, B: int, n_repeats: int) -> list[common.Case]
     found = []
 
     def alone() -> None:
-        found.append(
-            audit_rank._fit(x.rows(k_S), labels_NT[:, 0], slice(None), penalty, np.zeros(1 + len(k_S)))
-        )
+        found.append(audit_rank._fit(x.rows(k_S), labels_NT[:, 0], penalty, np.zeros(1 + len(k_S))))
 
     alone_s = statistics.median(common.cpu_seconds(alone) for _ in range(n_repeats))
     (_, *w_S), rest_N = found[-1]

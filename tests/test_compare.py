@@ -20,10 +20,13 @@ from saev.data import config as data_config
 from saev.data import memory as data_memory
 from saev.formats import codeshards
 from saev.nn import config as nn_config
+from saev.report import figures
 from saev.scorers import base, rows
 from saev.scorers import config as scorers_config
 from saev.scorers import sae as sae_scorer
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+save_figure = figures.save
 N, P, D = 40, 9, 12
 
 
@@ -507,8 +510,9 @@ def test_no_image_in_common(make_shards, tmp_path: pathlib.Path, monkeypatch: py
 # ---- several runs, resuming, the command ----
 
 
-def test_runs_of_two_layers(made, tmp_path: pathlib.Path) -> None:
+def test_runs_of_two_layers(made, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each SAE is run on its own layer; pairs are named by what differs."""
+    monkeypatch.setattr(figures, "save", save_figure)
     dpath, acts_NLPD = made
     sae = trained(tmp_path / "runs" / "a" / "sae.pt", 0)
     permuted_copy(sae, tmp_path / "runs" / "b" / "sae.pt", np.random.default_rng(0).permutation(sae.d_sae))
@@ -534,6 +538,7 @@ def test_runs_of_two_layers(made, tmp_path: pathlib.Path) -> None:
     assert pairs["corr_one"][1] == pytest.approx(np.nanmean(best), abs=1e-6)
     assert not (pathlib.Path(out) / "matches.parquet").exists()
     text = (pathlib.Path(out) / "summary.md").read_text()
+    assert (pathlib.Path(out) / "chart.png").read_bytes().startswith(b"\x89PNG")
     assert "| seed | 1 | 100.0% (" in text and text.count("\n| c |") == 1
     assert run.main(cfg) == out
 

@@ -35,9 +35,9 @@ SHAPES = {"square": (256, 256), "portrait": (180, 256), "landscape": (256, 150),
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> list[np.ndarray]:
-    """Part masks of 16 birds."""
+    """Part masks of 12 birds."""
     dpath = tmp_path_factory.mktemp("parts") / "parts"
-    minicub.draw(None, parts=dpath, n_imgs=16)
+    minicub.draw(None, parts=dpath, n_imgs=12)
     return [np.asarray(PIL.Image.open(fpath), np.int32) for fpath in sorted(dpath.rglob("*.png"))]
 
 

@@ -12,6 +12,7 @@ from saev.data import config as data_config
 from saev.formats import shards
 from saev.protoeval import config, labels, run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 OWNER = pathlib.Path(__file__).parent.parent / "configs" / "protoeval" / "owner.toml"
 N, P, D, T, K = 60, 4, 5, 6, 32
 UNSEEN_TEST, UNSEEN_TRAIN = 4, 5

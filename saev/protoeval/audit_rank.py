@@ -11,8 +11,8 @@ At each penalty only some prototypes are fitted: those that the strong rule keep
 doi:10.1111/j.1467-9868.2011.01004.x). The gradients of all others are checked afterwards, so the solution is
 that of all prototypes.
 
-N train images, K prototypes, C of them, S those that are fitted, Z the intercept and these, T traits, B
-prototypes that are ranked.
+N train images, n of them with a known label, K prototypes, C of them, S those that are fitted, Z the
+intercept and these, T traits, B prototypes that are ranked.
 """
 
 import typing as tp
@@ -79,24 +79,24 @@ def rank(
     The path ends once n prototypes have entered. Traits that all images have, or none, are left out.
     """
     n_K, n_T = len(x.mean_K), labels_NT.shape[1]
-    rest_NT = np.stack([_residuals(labels_NT[:, t], _known(known_NT, t)) for t in range(n_T)], axis=1)
+    known_NT = np.ones_like(labels_NT) if known_NT is None else known_NT
+    n_known_T = known_NT.sum(axis=0).clip(min=1)
+    rest_NT = known_NT * (labels_NT - (labels_NT & known_NT).sum(axis=0) / n_known_T) / n_known_T
     gradient_KT = np.abs(x.gradients(rest_NT))
     largest = penalty = float(gradient_KT.max())
     step_K, size_K = np.full(n_K, N_STEPS), np.zeros(n_K)
     trait_K, weight_K = np.full(n_K, -1), np.zeros(n_K)
-    w_KT, b_1T = np.zeros((n_K, n_T), np.float32), np.zeros((1, n_T))
+    w_KT, b_T = np.zeros((n_K, n_T), np.float32), np.zeros(n_T)
     for step in range(N_STEPS if largest > 0 else 0):
         before, penalty = penalty, penalty * RATIO
         is_fitted_KT = (gradient_KT >= 2 * penalty - before) | (w_KT != 0)
         todo_T = is_fitted_KT.any(axis=0)
         while todo_T.any():
             for t in np.flatnonzero(todo_T).tolist():
-                k_S = np.flatnonzero(is_fitted_KT[:, t])
-                start_Z = np.append(b_1T[:, t], w_KT[k_S, t])
-                weight_Z, rest_NT[:, t] = _fit(
-                    x.rows(k_S), labels_NT[:, t], _known(known_NT, t), penalty, start_Z
-                )
-                b_1T[:, t], w_KT[k_S, t] = weight_Z[:1], weight_Z[1:]
+                known_N, k_S = known_NT[:, t], np.flatnonzero(is_fitted_KT[:, t])
+                x_Sn, start_Z = x.rows(k_S)[:, known_N], np.append(b_T[t], w_KT[k_S, t])
+                weight_Z, rest_NT[known_N, t] = _fit(x_Sn, labels_NT[known_N, t], penalty, start_Z)
+                b_T[t], w_KT[k_S, t] = weight_Z[0], weight_Z[1:]
             gradient_KT = np.abs(x.gradients(rest_NT))
             new_KT = (gradient_KT > penalty * (1 + SLACK)) & ~is_fitted_KT
             is_fitted_KT |= new_KT
@@ -113,25 +113,11 @@ def rank(
     return patchresults.Ranking(order_B, penalty_B, trait_K[order_B], weight_K[order_B])
 
 
-def _known(known_NT: np.ndarray | None, t: int) -> np.ndarray | slice:
-    """The images whose label for a trait is known."""
-    return slice(None) if known_NT is None else known_NT[:, t]
-
-
-def _residuals(label_N: np.ndarray, known: np.ndarray | slice, share: float | np.ndarray | None = None):
-    """(label - predicted share) / number of known labels; 0 for images without. Default: the mean label."""
-    label_n = label_N[known]
-    share = label_n.mean() if share is None and len(label_n) else share
-    out_N = np.zeros(len(label_N))
-    out_N[known] = (label_n - share) / len(label_n) if len(label_n) else 0
-    return out_N
-
-
 def _fit(
-    x_SN: np.ndarray, label_N: np.ndarray, known: np.ndarray | slice, penalty: float, start_Z: np.ndarray
-) -> tuple[Float64[np.ndarray, " Z"], Float64[np.ndarray, " N"]]:
-    """(weights, residuals) of one trait."""
-    x_ZN = np.insert(x_SN[:, known].astype(np.float64), 0, 1, axis=0)
-    lasso_Z = np.append(0, np.full(len(x_SN), penalty * x_ZN.shape[1]))
-    weight_Z = sparse.newton(x_ZN, label_N[known].astype(np.float64), start_Z, np.zeros(len(x_ZN)), lasso_Z)
-    return weight_Z, _residuals(label_N, known, scipy.special.expit(weight_Z @ x_ZN))
+    x_Sn: np.ndarray, label_n: np.ndarray, penalty: float, start_Z: np.ndarray
+) -> tuple[Float64[np.ndarray, " Z"], Float64[np.ndarray, " n"]]:
+    """(weights, residuals) of one trait: (label - predicted share) / number of known labels."""
+    x_Zn = np.insert(x_Sn.astype(np.float64), 0, 1, axis=0)
+    lasso_Z = np.append(0, np.full(len(x_Sn), penalty * len(label_n)))
+    weight_Z = sparse.newton(x_Zn, label_n.astype(np.float64), start_Z, np.zeros(len(x_Zn)), lasso_Z)
+    return weight_Z, (label_n - scipy.special.expit(weight_Z @ x_Zn)) / len(label_n)

@@ -70,11 +70,8 @@ def fit(
         known_NT: which labels are known. Images are left out of the models of the others.
         block: prototypes that are read at a time.
     """
-    known_TN = None if known_NT is None else np.ascontiguousarray(known_NT.T)
-    paths = [
-        _Path(y_N, np.ones(len(y_N), bool) if known_TN is None else known_TN[t])
-        for t, y_N in enumerate(np.ascontiguousarray(labels_NT.T))
-    ]
+    known_NT = np.ones_like(labels_NT) if known_NT is None else known_NT
+    paths = [_Path(y_N.copy(), known_N.copy()) for y_N, known_N in zip(labels_NT.T, known_NT.T, strict=True)]
     found = {}
     blocks = [slice(at, min(at + block, n_prototypes)) for at in range(0, n_prototypes, block)]
     scale_K = np.concatenate([_scale(read(part)) for part in blocks])
