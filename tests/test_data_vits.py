@@ -10,6 +10,7 @@ import numpy as np
 import open_clip
 import PIL.Image
 import pytest
+import shallow
 import sklearn.datasets
 import timm
 import torch
@@ -60,9 +61,17 @@ def photo() -> PIL.Image.Image:
     return PIL.Image.fromarray(sklearn.datasets.load_sample_images().images[0]).crop((0, 0, 601, 427))
 
 
+DEPTH = 6
+
+
 @functools.lru_cache(maxsize=10)
 def random(family: str, ckpt: str, **kwargs: object) -> vits.Vit:
-    return vits.load(config.Vit(vit_family=family, vit_ckpt=ckpt, vit_weights="random", **kwargs))
+    """Those of `FAMILIES` and of open_clip have six blocks."""
+    cfg = config.Vit(vit_family=family, vit_ckpt=ckpt, vit_weights="random", **kwargs)
+    with pytest.MonkeyPatch.context() as patch:
+        if family in ("clip", "siglip") or (family, ckpt) in [found[:2] for found in FAMILIES.values()]:
+            shallow.towers(patch, DEPTH)
+        return vits.load(cfg)
 
 
 def noise(size: tuple[int, int]) -> PIL.Image.Image:
@@ -74,10 +83,8 @@ def noise(size: tuple[int, int]) -> PIL.Image.Image:
 
 
 @pytest.fixture
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm models of two blocks."""
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **kw: create(name, depth=2, **kw))
+def two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    shallow.towers(monkeypatch, 2)
 
 
 def blocks(vit: vits.Vit) -> torch.nn.Module:
@@ -109,8 +116,8 @@ def test_layers_are_the_blocks_outputs_in_the_models_own_forward_pass(
     x_CHW = vit.transform(photo)
     imgs_BCHW = torch.stack([x_CHW, x_CHW.flip(-1)])
     want = hooked(vit, lambda: vit.module(imgs_BCHW))
-    assert sorted(want) == list(range(vit.n_blocks))
-    layers = (vit.n_blocks - 1, 0, 5)
+    assert sorted(want) == list(range(DEPTH)) and vit.n_blocks == DEPTH
+    layers = (DEPTH - 1, 0, 3)
     with torch.inference_mode():
         acts_BLTD = vit(imgs_BCHW, layers)
     for i, layer in enumerate(layers):
@@ -200,7 +207,7 @@ def test_published_names_stand_for_timm_models_with_weights(family: str, name: s
 
 
 def test_dinov2_is_as_ever() -> None:
-    vit = random("dinov2", "dinov2_vits14")
+    vit = vits.load(config.Vit("dinov2", "dinov2_vits14", "random"))
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     want = images.Transform((224, 224), 256, False, "bicubic", mean, std)
     assert vit.transform == want and vit.ckpt_id == "dinov2_vits14@random:0"
@@ -210,7 +217,7 @@ def test_dinov2_is_as_ever() -> None:
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("two_blocks")
 def test_transforms_of_the_published_models() -> None:
     """DINOv3: the authors' 256 / 224, rounded down as they do; the satellite models have their own colours. MAE: timm's."""
     dinov3 = vits.load(config.Vit("dinov3", "dinov3_vits16", "random")).transform
@@ -254,7 +261,7 @@ def check_layers_and_grid(vit: vits.Vit, size: tuple[int, int], patch: int, n_cl
     assert diff_T.argmax() == columns + 3
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("two_blocks")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_timm_vit_on_a_wide_input(kind: str) -> None:
     name, patch, n_cls, n_other = KINDS[kind]
@@ -269,7 +276,7 @@ def test_open_clip_on_a_wide_input(name: str, patch: int) -> None:
     check_layers_and_grid(vit, (3 * patch, 5 * patch), patch, *FAMILIES[name][4:])
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("two_blocks")
 @pytest.mark.parametrize(
     ("ckpt", "patch", "n_other", "crop_pct"),
     [
@@ -285,6 +292,7 @@ def test_published_models_on_a_tall_input(ckpt: str, patch: int, n_other: int, c
     assert vit.transform.resize == tuple(math.floor(n / crop_pct) for n in vit.transform.size)
 
 
+@pytest.mark.usefixtures("two_blocks")
 def test_a_model_that_its_library_made_for_tall_inputs() -> None:
     vit = vits.load(config.Vit("timm", "vit_base_patch16_sapiens2", "random"))
     assert vit.transform.size == (1024, 768) and vit.grid == (64, 48) and vit.n_patches == 3072

@@ -14,6 +14,7 @@ import numpy as np
 import open_clip
 import pytest
 import safetensors.torch
+import shallow
 import timm
 import torch
 
@@ -47,11 +48,14 @@ def equal(got: State, want: State) -> bool:
 
 
 @pytest.fixture
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """timm models of two narrow blocks."""
-    create = timm.create_model
-    narrow = {"depth": 2, "embed_dim": 48, "num_heads": 3}
-    monkeypatch.setattr(timm, "create_model", lambda name, **kw: create(name, **narrow, **kw))
+    shallow.towers(monkeypatch, 2, embed_dim=48, num_heads=3)
+
+
+@pytest.fixture
+def two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    shallow.towers(monkeypatch, 2)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +256,7 @@ def authors_dinov2(model: torch.nn.Module) -> State:
     return out | {"mask_token": torch.zeros(1, model.embed_dim)}
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg", "dinov2_vitg14_reg"])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_an_authors_dinov2_file_loads(name: str, wrapped: bool, tmp_path: pathlib.Path) -> None:
@@ -281,7 +285,7 @@ def test_an_authors_dinov2_file_loads(name: str, wrapped: bool, tmp_path: pathli
     torch.testing.assert_close(vit(x_BCHW, (1,))[:, 0, 1:], want_BPD, rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("narrow")
 def test_an_authors_dinov3_file_loads(tmp_path: pathlib.Path) -> None:
     source = vits.load(config.Vit("dinov3", "dinov3_vits16", "random", 5))
     state = {}
@@ -308,7 +312,7 @@ def test_deit(tmp_path: pathlib.Path) -> None:
     assert equal(got, {k: v for k, v in file.items() if not k.startswith("head")})
 
 
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("narrow")
 def test_deit_iii(tmp_path: pathlib.Path) -> None:
     name = "deit3_small_patch16_224"
     want = random("timm", name, vit_seed=9).module.state_dict()
@@ -495,6 +499,7 @@ def test_local_weights_round_trip_and_are_named_by_their_hash(tmp_path: pathlib.
         assert vit.ckpt_id.startswith("vit_tiny_patch16_224@sha256:")
 
 
+@pytest.mark.usefixtures("two_blocks")
 def test_a_whole_clip_checkpoint_gives_its_image_tower(tmp_path: pathlib.Path) -> None:
     source = random("clip", "ViT-B-32/openai", vit_seed=5)
     state = {f"visual.{k}": v for k, v in source.module.state_dict().items()} | {
@@ -516,6 +521,7 @@ def test_another_position_grid_is_resampled_as_timm_does(tmp_path: pathlib.Path)
     torch.testing.assert_close(vit.module.pos_embed, want.pos_embed)
 
 
+@pytest.mark.usefixtures("two_blocks")
 def test_open_clips_own_position_grid_is_resampled_as_open_clip_does(tmp_path: pathlib.Path) -> None:
     source = random("clip", "ViT-B-32/openai", vit_seed=5)
     state = {f"visual.{k}": v for k, v in source.module.state_dict().items()}
@@ -529,6 +535,7 @@ def test_open_clips_own_position_grid_is_resampled_as_open_clip_does(tmp_path: p
     torch.testing.assert_close(vit.module.positional_embedding, want_PD)
 
 
+@pytest.mark.usefixtures("two_blocks")
 def test_a_timm_tower_of_open_clip_is_resampled_too(tmp_path: pathlib.Path) -> None:
     source = random("siglip", "ViT-B-16-SigLIP/webli")
     state = {f"visual.{k}": v for k, v in source.module.state_dict().items()}

@@ -201,7 +201,7 @@ def test_a_stages_formula(stage: str) -> None:
     ("name", "layers", "autocast", "n_imgs"),
     [
         ("vit_large_patch14_clip_224", (5, 11, 17, 23), "off", 64),
-        pytest.param("vit_large_patch14_clip_224", (23,), "bfloat16", 16, marks=pytest.mark.slow),
+        pytest.param("vit_large_patch14_clip_224", (5,), "bfloat16", 16, marks=pytest.mark.slow),
         pytest.param("vit_base_patch16_224", tuple(range(12)), "bfloat16", 16, marks=pytest.mark.slow),
     ],
 )

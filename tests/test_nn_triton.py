@@ -31,7 +31,7 @@ CASES = [
     (9, 384, (32, 1, 9, 8), I32, I32, F32, BF16),
     (3, 300, (100, 0), I64, I32, BF16, F32),
     (6, 257, (7, 16), I64, I64, F16, F16),
-    (11, 40, (0, 2000, 0, 3), I32, I32, F32, F32),
+    (11, 40, (0, 500, 0, 3), I32, I32, F32, F32),
     (4, 20, (0, 0), I32, I32, F16, F32),
     (4, 20, (), I64, I64, F32, F32),
 ]
@@ -138,16 +138,6 @@ def check_precision() -> None:
         test_precision.check_tables()
 
 
-def test_in_the_interpreter() -> None:
-    """In a separate process, because Triton chooses its interpreter at import."""
-    pytest.importorskip("triton")
-    code = "import sys; sys.path.insert(0, 'tests'); import test_nn_triton as t; t.check('cpu'); t.check_precision()"
-    code += "; print('checked')"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "checked\n", done.stderr
-
-
 @pytest.fixture
 def compiler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
@@ -235,6 +225,6 @@ def test_without_a_gpu_they_are_not_used() -> None:
 
 
 def test_the_module_imports_without_triton() -> None:
-    code = "import sys; sys.modules['triton'] = None; import saev.nn.triton_kernels as t; t.available"
+    code = "import sys; sys.modules['triton'] = None; import saev.nn.triton_kernels as t, saev.nn.triton_select as u; t.available; u.available"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

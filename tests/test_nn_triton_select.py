@@ -5,8 +5,6 @@ import functools
 import os
 import pathlib
 import re
-import subprocess
-import sys
 import typing as tp
 import unittest.mock
 
@@ -315,16 +313,6 @@ def check(device: str) -> None:
         check_programs(device, n_programs)
 
 
-def test_in_the_interpreter() -> None:
-    """In a separate process, because Triton chooses its interpreter at import."""
-    pytest.importorskip("triton")
-    code = "import sys; sys.path[:0] = ['.', 'tests']; import test_nn_triton_select as t; t.check('cpu')"
-    code += "; t.check_search(); print('checked')"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "checked\n", done.stderr
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu() -> None:
     check("cuda")
@@ -391,9 +379,3 @@ def test_sizes_that_are_available() -> None:
         assert triton_select.available(torch.zeros(1, 2**18), 4096)
         assert not triton_select.available(torch.zeros(1, 2**18), 4097)
         assert triton_select.available(torch.zeros(1, 8192), 8192)
-
-
-def test_the_module_imports_without_triton() -> None:
-    code = "import sys; sys.modules['triton'] = None; import saev.nn.triton_select as t; t.available"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import polars as pl
 import pytest
+import shallow
 import sklearn.datasets
 import torch
 
@@ -280,7 +281,10 @@ def test_the_report_of_labels_leaves_padding_out(
     ("family", "ckpt"),
     [("clip", "ViT-B-32/openai"), ("siglip", "ViT-B-16-SigLIP/webli"), ("timm", "beit_base_patch16_224")],
 )
-def test_positions_that_cannot_be_resampled(family: config.Family, ckpt: str) -> None:
+def test_positions_that_cannot_be_resampled(
+    family: config.Family, ckpt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shallow.towers(monkeypatch, 2)
     cfg = config.Vit(family, ckpt, "random", resize="flexible")
     with pytest.raises(
         errors.UserError, match=f"--resize flexible: the positions of {ckpt} cannot .* Pass --resize crop"
@@ -297,8 +301,11 @@ def test_positions_that_cannot_be_resampled(family: config.Family, ckpt: str) ->
         ("dinov2", "dinov2_vits14_reg", "crop"),
     ],
 )
-def test_every_familys_own_mode(family: config.Family, ckpt: str, own: config.Resize) -> None:
+def test_every_familys_own_mode(
+    family: config.Family, ckpt: str, own: config.Resize, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With random weights: the family's own mode is no change, and another one changes the input alone."""
+    shallow.towers(monkeypatch, 2)
     photo = PIL.Image.fromarray(sklearn.datasets.load_sample_images().images[0])
     default = vits.load(config.Vit(family, ckpt, "random"))
     for mode in ("crop", "squash", "pad"):
