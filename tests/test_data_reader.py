@@ -352,6 +352,16 @@ def test_reads_in_pieces_give_the_same(
         np.testing.assert_array_equal(acts.read(2, 9), want_NXD)
 
 
+def test_extents_in_any_order(make_shards) -> None:
+    """Of all shards and layers, backwards too, and parts of checksummed pieces."""
+    dpath, acts_NLTD = make_shards(n_imgs=9, d_vit=6, layers=(3, 5, 7), per_shard=4)
+    acts = activations.Activations(config.Shards(str(dpath), "all"))
+    index_G = np.random.default_rng(0).permutation(len(acts))
+    out_GD = np.empty((len(acts), 6), np.float32)
+    acts.read_extents(acts.extents(index_G, np.ones_like(index_G)), out_GD.data.cast("B"))
+    np.testing.assert_array_equal(out_GD, acts_NLTD[:, :, 1:].reshape(-1, 6)[index_G])
+
+
 def test_all_layers_are_one_stream(many) -> None:
     cfg, acts_NLTD = many
     cfg = config.Shards(cfg.shard_root, "all")
