@@ -43,7 +43,7 @@ LONGEST = (
     "test_faults",
     "test_dump_faults",
 )
-LONGEST += ("test_dump_resume", "test_memory", "test_training_memory")
+LONGEST += ("test_dump_resume", "test_memory", "test_nn_triton_interpreted")
 """Files that take more than 20 s, the longest ones first."""
 
 

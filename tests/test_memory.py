@@ -239,7 +239,7 @@ def comparisons(make_shards, tmp_path: pathlib.Path) -> dict[str, compare_config
     return {
         "nothing": comparison("nothing", 8, 4, (32, 32), 4),
         "one to one": comparison("one to one", 200, 4, (1600, compare_memory.EXACT), 32),
-        "codes": comparison("codes", 650, 100, (512, 512), 64, memory_gb=1.0),
+        "codes": comparison("codes", 840, 100, (512, 512), 64, memory_gb=1.0),
         "tiles": comparison("tiles", 200, 4, (5632, 5632), 32, **tiles),
     }
 
