@@ -1,10 +1,14 @@
 """What the tests of jobs on a real Slurm share. Their fixture is in slurm_fixtures.py."""
 
+import collections.abc
 import concurrent.futures
+import contextlib
+import os
 import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +17,7 @@ import forked
 import pytest
 
 from saev import launch
+from saev.launch.executor import START
 
 ROOT = pathlib.Path(__file__).parent.parent
 TASKS = ROOT / "tests" / "slurm"
@@ -78,10 +83,10 @@ VIT = [
 
 
 def train_command(shards: pathlib.Path, ckpt_to: pathlib.Path, *more: str) -> list[str]:
-    """Some 10 to 30 seconds of training, two processes at most."""
+    """A second or two of training."""
     return [
         *(sys.executable, "train.py", "--data.shard-root", str(shards)),
-        *("--n-patches", str(3000 * 64), "--batch-size", "64", "--log-every", "500"),
+        *("--n-patches", str(300 * 64), "--batch-size", "64", "--log-every", "20"),
         *("--lr", "1e-3", "--wandb-project", "", "--device", "cpu", "--ckpt-to", str(ckpt_to)),
         *(*more, "sae:batch-top-k", "--sae.exp-factor", "4", "--sae.top-k", "4"),
     ]
@@ -104,17 +109,53 @@ def queue_says(job_id: str, name: str, kind: type = int) -> object:
 
 
 def of_job(job_id: str) -> list[int]:
-    """The processes of a job and the one of Slurm that watches them."""
-    found = []
+    """The processes of a job (or array) and the one of Slurm that watches them."""
+    found, marks = [], {f"SLURM_{name}JOB_ID={job_id}".encode() for name in ("", "ARRAY_")}
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
         except OSError:  # it has ended
             continue
-        is_mine = f"SLURM_JOB_ID={job_id}".encode() in environment.split(b"\0")
+        is_mine = not marks.isdisjoint(environment.split(b"\0"))
         if is_mine or command.startswith(f"slurmstepd: [{job_id}.".encode()):
             found.append(int(folder.name))
     return found
+
+
+def stages_of(job_id: str) -> list[int]:
+    """The processes of the tasks of a job (or array), which start all others of its Pythons. Empty: none has begun."""
+    found = []
+    for pid in sorted(of_job(job_id)):
+        with contextlib.suppress(OSError):
+            command = pathlib.Path(f"/proc/{pid}/cmdline").read_text()
+            if command.startswith(sys.executable) and START in command:
+                found.append(pid)
+    return found
+
+
+@contextlib.contextmanager
+def stopped(*pids: int) -> collections.abc.Generator[None]:
+    """Inside, the processes do nothing."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def warn(job_id: str, pid: int) -> None:
+    """Sends Slurm's warning to a job, whose process is stopped until it has it."""
+
+    def has_it() -> int:
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+        return int(re.search(r"^ShdPnd:\s*(\w+)", status, re.M)[1], 16) >> (signal.SIGUSR2 - 1) & 1
+
+    with stopped(pid):
+        subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
+        wait_for(has_it)
 
 
 def files_of(dpath: pathlib.Path, pattern: str) -> dict[str, bytes]:

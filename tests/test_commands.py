@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import forked
 import pytest
 
 from saev import cli, jobs, sweeps
@@ -93,7 +94,7 @@ def test_readme_commands_parse(command: str, tmp_path: pathlib.Path) -> None:
     words = shlex.split(command)
     if words[2:3] == ["benchmarks.staging"]:  # which has none either
         small = [*words[1:], "--gb", "0.02", "--root", str(tmp_path), "--stage-to", str(tmp_path)]
-        done = subprocess.run([sys.executable, *small], cwd=ROOT, capture_output=True, text=True)
+        done = forked.run([sys.executable, *small], cwd=ROOT, capture_output=True, text=True)
         assert "epoch from the copy" in done.stdout and "--stage-to" in done.stdout, done.stderr
         return
     if words[:3] == ["python", "-m", "saev.jobs"]:  # which has no --dry-run

@@ -5,6 +5,8 @@ N images, K prototypes, T traits.
 
 import csv
 import dataclasses
+import json
+import os
 import pathlib
 import re
 import subprocess
@@ -14,10 +16,11 @@ import forked
 import gallery_files
 import numpy as np
 import pytest
+import slurm_cluster
 
 from saev import errors
 from saev.data import config as data_config
-from saev.data import cub
+from saev.data import cub, ordered
 from saev.demo import config as demo_config
 from saev.demo import steps
 from saev.protoeval import config, run
@@ -26,12 +29,22 @@ from saev.scorers import config as scorers_config
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
-SMALL = ["--n-imgs", "200", "--n-patches", "60000"]
+SMALL = ["--n-imgs", "40", "--n-patches", "20000", "--device", "cpu"]
+"""Enough for the manner of the demo, not for the truths."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+SPACE = """
+import sys
+from saev.demo import config, steps
+cfg = config.Demo(dump_to=sys.argv[1], n_imgs=200, n_patches=30_000, device="cpu")
+steps.dump(cfg), steps.train(cfg)
+"""
+"""The first steps on more images."""
 
 
-def run_demo(dpath: pathlib.Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "saev.demo", "--dump-to", str(dpath), *SMALL]
-    return forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+def run_demo(dpath: pathlib.Path, *more: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "saev.demo", *SMALL, *map(str, more), "--dump-to", str(dpath)]
+    env = os.environ | ONE_THREAD
+    return forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +60,25 @@ def first(dpath: pathlib.Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def cfg(first: subprocess.CompletedProcess[str], dpath: pathlib.Path) -> config.ProtoEval:
-    (shard_dpath,) = (dpath / "shards").iterdir()
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> config.ProtoEval:
+    dpath = tmp_path_factory.mktemp("space")
+    command = [sys.executable, "-c", SPACE, str(dpath)]
+    forked.run(command, cwd=ROOT, check=True, env=os.environ | ONE_THREAD)
     return config.ProtoEval(
         cub_root=str(dpath / "200" / "CUB_200_2011"),
-        train_data=data_config.Shards(str(shard_dpath)),
+        train_data=shards_of(dpath),
         n_prototypes=(16, 64, 256),
         n_train=(8, 32, -1),
+        n_boot=0,
         dump_to=str(dpath / "more"),
         scorers_to=str(dpath / "scorers"),
         device="cpu",
     )
+
+
+def shards_of(dpath: pathlib.Path) -> data_config.Shards:
+    (shard_dpath,) = (dpath / "shards").iterdir()
+    return data_config.Shards(str(shard_dpath))
 
 
 def read_summary(result: str) -> list[dict[str, str]]:
@@ -77,7 +98,7 @@ def test_prints_the_table_and_where_everything_is(
     assert all(pathlib.Path(p).exists() for p in paths.values())
     assert (pathlib.Path(paths["results"]) / "chart.png").stat().st_size > 10_000
     stats = gallery_files.load(pathlib.Path(paths["gallery"]).parent, "stats")
-    assert stats["shown"]["n"] > 300 and stats["files"]["n_images"] > 50
+    assert stats["shown"]["n"] > 300 and stats["files"]["n_images"] == 40
 
 
 def test_the_best_latents_of_all_traits_are_in_the_gallery(
@@ -141,10 +162,10 @@ def test_random_vectors_gain_from_train_images_and_from_prototypes(cfg: config.P
 
 
 def test_labels_shifted_by_one_image_drop_every_scorer_to_the_constant_row(
-    cfg: config.ProtoEval, dpath: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    cfg: config.ProtoEval, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bug that once made a table read 0.86: here it cannot hide."""
-    (ckpt,) = dpath.glob("checkpoints/*/sae.pt")
+    (ckpt,) = pathlib.Path(cfg.dump_to).parent.glob("checkpoints/*/sae.pt")
     members = [scorers_config.Random(), scorers_config.KMeans(n_samples=20_000), scorers_config.Pca()]
     members.append(scorers_config.Sae(str(ckpt)))
     cfgs = [dataclasses.replace(cfg, scorer=s, n_prototypes=(256,), n_train=(-1,)) for s in members]
@@ -181,3 +202,32 @@ def test_commands_are_named_as_they_can_be_called(
     of_all = (steps.DUMP, steps.LABEL, steps.TRAIN, steps.SHOW, steps.EVALUATE)
     names = ["saev data", "saev labels", "saev train", "saev visuals", "saev protoeval"]
     assert [step.typed for step in of_all] == names
+
+
+@pytest.mark.skipif(not slurm_cluster.slurm_answers(), reason="no test Slurm here")
+def test_the_demo_as_dependent_jobs(
+    first: subprocess.CompletedProcess[str], dpath: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Its artefacts are those of the same steps here, in the same folder, which is part of the dump's hash."""
+    here = dpath.rename(dpath.with_name("here"))
+    (words,) = [words for words in slurm_cluster.page_commands() if "saev.demo" in words]
+    where = slurm_cluster.filled(words, {"logs": tmp_path / "logs"}, "--n-gpus", 0, "--n-cpus", 2)
+    done = run_demo(dpath, *where[2:])
+    assert done.returncode == 0, done.stderr
+    names = {json.loads(f.read_text())["name"] for f in (tmp_path / "logs").glob("*_submission.json")}
+    assert names == {f"saev-demo-{step}" for step in ("dump", "label", "train", "fit", "show", "evaluate")}
+    there, there_lines = dpath.rename(dpath.with_name("there")), done.stdout.splitlines()
+    tables = [[x for x in lines if x.startswith("|")] for lines in (first.stdout.splitlines(), there_lines)]
+    assert len(tables[0]) > 20 and tables[0] == tables[1]
+    for pattern in (
+        "shards/*/acts*.json",
+        "shards/*/acts*.xxh3",
+        "checkpoints/*/sae.pt",
+        "visuals/*/latents.csv",
+        "visuals/*/data/**/*.js",
+    ):
+        made, wanted = (slurm_cluster.files_of(side, pattern) for side in (there, here))
+        assert made.keys() == wanted.keys() and made, pattern
+        assert [name for name in wanted if wanted[name] != made[name]] == []
+    for one, other in zip(*(ordered.Ordered(shards_of(side)) for side in (there, here)), strict=True):
+        np.testing.assert_array_equal(one.act_NXD, other.act_NXD)

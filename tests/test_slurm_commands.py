@@ -1,5 +1,6 @@
 """The commands of saev on a real Slurm: see test_slurm.py."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -24,10 +25,13 @@ from slurm_cluster import (
     page_commands,
     queue_says,
     saev,
+    stages_of,
+    stopped,
     submitted,
     submitted_to,
     train_command,
     wait_for,
+    warn,
 )
 
 from saev import launch, nn
@@ -97,45 +101,23 @@ def test_the_same_sweep_divided_in_another_way(
     (tmp_path / "sweep.toml").write_text("max_grad_norm = [1.0, 2.0]")
     more = ("--sweep", str(tmp_path / "sweep.toml"), *ON_SLURM, "--log-to", slurm.log_to)
     command = train_command(shards, tmp_path / "ck", *more)
-    together = forked.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: [*tmp_path.glob("ck/*/metrics.jsonl")])
+    pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    together = forked.Popen(command, **pipes)
+    wait_for(lambda: [*tmp_path.glob("ck/*/metrics.jsonl")], every_s=0.01)
     (job_id,) = submitted(slurm)
-    command[2:2] = ["--max-per-job", "1"]
-    alone = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert f"1 job(s) in the queue, 0 done: {job_id}" in alone.stderr and submitted(slurm) == [job_id]
-    assert alone.returncode == 0 and len(alone.stdout.split()) == 2, alone.stderr
-    assert together.communicate(timeout=60)[0] == alone.stdout
+    with stopped(*stages_of(job_id)):
+        command[2:2] = ["--max-per-job", "1"]
+        alone = forked.Popen(command, **pipes)
+        assert any(f"1 job(s) in the queue, 0 done: {job_id}" in line for line in alone.stderr)
+    found, stderr = alone.communicate(timeout=240)
+    assert alone.returncode == 0 and len(found.split()) == 2 and submitted(slurm) == [job_id], stderr
+    assert together.communicate(timeout=60)[0] == found
     command[2:2] = ["--retry-failed"]
     again = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert again.stdout == alone.stdout and submitted(slurm) == [job_id]
+    assert again.stdout == found and submitted(slurm) == [job_id]
 
 
 # ---- the commands ----
-
-
-def pipeline(dpath: pathlib.Path, cub: pathlib.Path, n_jobs: int, *where: object) -> dict[str, bytes]:
-    """Dump (4 shards) and a sweep of two; the contents of what they made, by name."""
-    dump = ["--device", "cpu", "--dump-to", dpath / "shards", "--max-patches-per-shard", 170]
-    dump += ["--n-jobs", n_jobs, *where]
-    (shards,) = saev("-m", "saev.data", *VIT, *dump, "data:cub200", "--data.root", cub)
-    (dpath / "sweep.toml").write_text("[[sae]]\ntype = 'top-k'\n[[sae]]\ntype = 'relu'\n")
-    train = ["--n-patches", 2000, "--batch-size", 200, "--ckpt-to", dpath / "ck", "--wandb-project", ""]
-    train += ["--sweep", dpath / "sweep.toml", "--data.shard-root", shards, "--device", "cpu", *where]
-    ckpts = saev("train.py", *train)
-    assert len(ckpts) == 2
-    made = {f.name: f.read_bytes() for f in pathlib.Path(shards).iterdir() if f.name != "code.json"}
-    return made | {pathlib.Path(c).parent.name: pathlib.Path(c).read_bytes() for c in ckpts}
-
-
-def test_the_commands_give_on_slurm_what_they_give_here(tmp_path: pathlib.Path) -> None:
-    cub = tmp_path / "CUB_200_2011"
-    minicub.draw(cub, n_imgs=40)
-    where = ["--slurm-acct", "test", "--slurm-partition", "nextgen", "--n-gpus", 0, "--n-cpus", 2]
-    here = pipeline(tmp_path / "here", cub, 1)
-    there = pipeline(tmp_path / "there", cub, 3, *where, "--n-hours", 0.2, "--log-to", tmp_path / "logs")
-    assert len(list((tmp_path / "logs").glob("*.pkl"))) > 0
-    assert here.keys() == there.keys() and "acts000003.bin" in here and len(here) > 10
-    assert [name for name in here if here[name] != there[name]] == []
 
 
 def test_a_dump_whose_tasks_are_killed_goes_on(tmp_path: pathlib.Path) -> None:
@@ -165,9 +147,14 @@ def test_a_dump_whose_tasks_are_killed_goes_on(tmp_path: pathlib.Path) -> None:
     ]
     dump += ["--dump-to", str(tmp_path / "there"), "--log-to", str(tmp_path / "logs"), *data]
     process = forked.Popen(dump, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len(list(tmp_path.glob("there/*/acts*.json"))) > 5, every_s=0.02)
-    (array_id,) = {p.stem.split("_")[0] for p in (tmp_path / "logs").glob("*submitted.pkl")}
-    subprocess.run(["scancel", "--full", "--signal=KILL", array_id], check=True)
+    wait_for(lambda: submitted_to(tmp_path / "logs"))
+    (array_id,) = {job_id.partition("_")[0] for job_id in submitted_to(tmp_path / "logs")}
+    wait_for(lambda: len(stages_of(array_id)) == 2)
+    pids = stages_of(array_id)
+    wait_for(lambda: len(list(tmp_path.glob("there/*/acts*.json"))) > 5, every_s=0.002)
+    with stopped(*pids):
+        subprocess.run(["scancel", "--full", "--signal=KILL", array_id], check=True)
+        wait_for(lambda: not stages_of(array_id))
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2 and "Its log: " in stderr and "Traceback" not in stderr
     n_done = len(list(tmp_path.glob("there/*/acts*.json")))
@@ -185,78 +172,79 @@ def test_a_dump_whose_tasks_are_killed_goes_on(tmp_path: pathlib.Path) -> None:
 # ---- training ----
 
 
-def test_training_out_of_time_goes_on_to_the_same_weights(
+def test_training_out_of_time_whose_node_then_dies_goes_on_to_the_same_weights(
     make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGUSR2 in the middle, with wandb: the state is saved, the job queued again, and nothing is trained twice."""
+    """A sweep of two, with wandb. SIGUSR2 in the middle: the states are saved, the job is queued again.
+
+    Then everything on the node is killed, Slurm finds it down and queues the job again, and the node comes back.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("WANDB_MODE", "offline")
     shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
-    (here,) = saev(*train_command(shards, tmp_path / "here")[1:])
-    logs = tmp_path / "logs"
-    command = train_command(
-        shards, tmp_path / "there", *ON_SLURM, "--log-to", str(logs), "--wandb-project", "p"
-    )
-    process = forked.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: any(f.stat().st_size for f in tmp_path.glob("there/*/metrics.jsonl")))
-    (job_id,) = {p.stem.removesuffix("_submitted") for p in logs.glob("*submitted.pkl")}
-    subprocess.run(["scancel", "--signal=USR2", job_id.split("_")[0]], check=True)
-    stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 0, stderr
-    there = pathlib.Path(stdout.strip())
-    log = "".join(f.read_text() for f in logs.glob("*.out"))
-    assert "SIGUSR2: saving after this step" in log and "continuing after step" in log
-    assert there.read_bytes() == pathlib.Path(here).read_bytes()
-    assert len([*there.parent.glob("wandb/offline-run-*")]) == 2
-
-
-@pytest.mark.parametrize("nodes", [(), ("--n-nodes", "2", "--slurm-partition", "pair")])
-def test_two_tasks_share_the_batches_of_one_sae(
-    nodes: tuple[str, ...], make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On one node, and on two."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
-    few = ("--n-patches", str(60 * 64))
-    (here,) = saev(*train_command(shards, tmp_path / "here", *few)[1:])
-    more = (*few, *ON_SLURM, "--log-to", str(tmp_path / "logs"), "--data-parallel", "2", *nodes)
-    (there,) = saev(*train_command(shards, tmp_path / "there", *more)[1:])
-    mine, theirs = nn.load(here).state_dict(), nn.load(there).state_dict()
-    for name, tensor in mine.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
-    (job_id,) = submitted_to(tmp_path / "logs")
-    assert queue_says(job_id, "NumNodes") == (2 if nodes else 1)
-
-
-def test_training_goes_on_when_its_node_dies(
-    make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Everything on the node is killed, Slurm finds it down and queues the job again, and the node comes back."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
-    (here,) = saev(*train_command(shards, tmp_path / "here")[1:])
+    (tmp_path / "two.toml").write_text("[[sae]]\ntype = 'batch-top-k'\n[[sae]]\ntype = 'relu'\n")
+    sweep = ("--sweep", str(tmp_path / "two.toml"))
+    of_sae = -5  # words of the command, which the sweep says instead
+    here = saev(*train_command(shards, tmp_path / "here", *sweep)[1:of_sae])
     logs, node = tmp_path / "logs", f"{os.uname().nodename.partition('.')[0]}2"
-    command = train_command(
-        shards, tmp_path / "there", *ON_SLURM, "--slurm-partition", "other", "--log-to", str(logs)
-    )
-    command[4:4] = ["--save-every", "0.01"]  # minutes
+    more = (*sweep, *ON_SLURM, "--slurm-partition", "other", "--log-to", str(logs), "--wandb-project", "p")
+    command = train_command(shards, tmp_path / "there", *more)[:of_sae]
     process = forked.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: [*tmp_path.glob("there/*/state-*.pt")])
+
+    def log() -> str:
+        return "".join(f.read_text() for f in logs.glob("*.out"))
+
+    def n_logged() -> int:
+        return sum(f.stat().st_size > 0 for f in tmp_path.glob("there/*/metrics.jsonl"))
+
+    wait_for(lambda: n_logged() == 2, every_s=0.005)
     (job_id,) = submitted_to(logs)
-    state = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True).stdout
-    pid_fpath = pathlib.Path(re.search(r"^SlurmdPidFile\s*= (\S+)", state, re.M)[1].replace("%n", node))
-    os.kill(int(pid_fpath.read_text()), signal.SIGKILL)
-    for pid in of_job(job_id):
-        os.kill(pid, signal.SIGKILL)
+    (pid,) = stages_of(job_id)
+    warn(job_id, pid)
+    wait_for(lambda: "continuing after step" in log(), every_s=0.005)
+    with stopped(*stages_of(job_id)):
+        assert "SIGUSR2: saving after this step" in log() and queue_says(job_id, "RestartCnt") == 1
+        config = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True)
+        pid_fpath = re.search(r"^SlurmdPidFile\s*= (\S+)", config.stdout, re.M)[1].replace("%n", node)
+        os.kill(int(pathlib.Path(pid_fpath).read_text()), signal.SIGKILL)
+        for pid in of_job(job_id):
+            os.kill(pid, signal.SIGKILL)
     try:
         subprocess.run(["scontrol", "update", f"node={node}", "state=down", "reason=test"], check=True)
     finally:
         subprocess.run(["slurmd", "-N", node], check=True)  # a node that was down comes back when it answers
     stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
-    assert "continuing after step" in "".join(f.read_text() for f in logs.glob("*.out"))
-    assert pathlib.Path(stdout.strip()).read_bytes() == pathlib.Path(here).read_bytes()
-    assert queue_says(job_id, "RestartCnt") == 1
+    assert log().count("continuing after step") >= 2 and queue_says(job_id, "RestartCnt") == 2
+    there = [pathlib.Path(line) for line in stdout.split()]
+    assert [fpath.read_bytes() for fpath in there] == [pathlib.Path(fpath).read_bytes() for fpath in here]
+    assert all(len([*fpath.parent.glob("wandb/offline-run-*")]) in (2, 3) for fpath in there)
+
+
+def test_two_tasks_share_the_batches_of_one_sae(
+    make_shards, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one node, and on two."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shards, _ = make_shards(n_imgs=100, n_patches=8, d_vit=16, layers=(0,), per_shard=20)
+    few = ("--n-patches", str(60 * 64))
+    (here,) = saev(*train_command(shards, tmp_path / "here", *few)[1:])
+    mine = nn.load(here).state_dict()
+
+    def check(n_nodes: int, *nodes: str) -> None:
+        logs = tmp_path / f"logs{n_nodes}"
+        more = (*few, *ON_SLURM, "--log-to", str(logs), "--data-parallel", "2", *nodes)
+        (there,) = saev(*train_command(shards, tmp_path / f"{n_nodes}", *more)[1:])
+        theirs = nn.load(there).state_dict()
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
+        (job_id,) = submitted_to(logs)
+        assert queue_says(job_id, "NumNodes") == n_nodes
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        one = pool.submit(check, 1)
+        two = pool.submit(check, 2, "--n-nodes", "2", "--slurm-partition", "pair")
+        one.result(), two.result()
 
 
 # ---- the page docs/slurm.md ----
@@ -276,7 +264,7 @@ def test_the_commands_of_the_page(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     minicub.draw(tmp_path / "cub", n_imgs=20)
     (folder / "photos").symlink_to(tmp_path / "cub" / "images")
     slurm = ["--device", "cpu", "--n-gpus", 0, "--n-cpus", 1, "--log-to", "logs"]
-    few = [*slurm, "--n-patches", 2000, "--batch-size", 200, "--wandb-project", "", "--stage-to", "$TMPDIR"]
+    few = [*slurm, "--n-patches", 600, "--batch-size", 200, "--wandb-project", "", "--stage-to", "$TMPDIR"]
     logs = folder / "logs"
 
     def run(words: list[str], values: dict[str, object], *more: object) -> list[str]:

@@ -1,64 +1,21 @@
-"""The demo as dependent jobs, and signals in the middle of every stage, on a real Slurm: see test_slurm.py."""
+"""Signals in the middle of every stage, on a real Slurm: see test_slurm.py. (The demo's test is in test_demo.py.)"""
 
 import collections.abc
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
-import re
-import signal
 import subprocess
 import sys
 
 import forked
-import pytest
-from slurm_cluster import (
-    MARKS,
-    ON_SLURM,
-    ROOT,
-    VIT,
-    files_of,
-    filled,
-    of_job,
-    page_commands,
-    queue_says,
-    saev,
-    wait_for,
-)
+from slurm_cluster import MARKS, ON_SLURM, ROOT, VIT, files_of, filled, queue_says, stages_of, wait_for, warn
 
 from saev.demo import minicub
 from tests import inprocess
 
 pytestmark = MARKS
-
-# ---- the demo ----
-
-
-def test_the_demo_as_dependent_jobs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its artefacts are those of the same steps here, in the same folder, which is part of the dump's hash."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    small = ["--n-imgs", "40", "--n-patches", "20000", "--device", "cpu", "--dump-to", "demo"]
-    (words,) = [words for words in page_commands() if "saev.demo" in words]
-    shown = saev(*filled(words, {}, "--n-gpus", 0, "--n-cpus", 2, *small), cwd=tmp_path)
-    names = {json.loads(f.read_text())["name"] for f in (tmp_path / "logs").glob("*_submission.json")}
-    assert names == {f"saev-demo-{step}" for step in ("dump", "label", "train", "fit", "show", "evaluate")}
-    (tmp_path / "demo").rename(tmp_path / "there")
-    again = saev("-m", "saev.demo", *small, cwd=tmp_path)
-    (tmp_path / "demo").rename(tmp_path / "here")
-    tables, tables_here = ([line for line in lines if line.startswith("|")] for lines in (shown, again))
-    assert len(tables) > 20 and tables == tables_here
-    for pattern in (
-        "shards/*/acts*",
-        "checkpoints/*/sae.pt",
-        "visuals/*/latents.csv",
-        "visuals/*/data/**/*.js",
-    ):
-        there, here = (files_of(tmp_path / side, pattern) for side in ("there", "here"))
-        assert there.keys() == here.keys() and there, pattern
-        assert [name for name in here if here[name] != there[name]] == []
-
 
 # ---- signals in the middle of every stage ----
 
@@ -83,38 +40,14 @@ class Interrupted:
         wait_for(lambda: [*logs.glob("*_log.out")], 120)
         (log,) = logs.glob("*_log.out")
         job_id = log.name.partition("_")[0]
-        wait_for(lambda: pid_of_stage(job_id), 120)
-        pid = pid_of_stage(job_id)
+        wait_for(lambda: stages_of(job_id), 120)
+        (pid,) = stages_of(job_id)
         wait_for(lambda: self.is_at_work(log), 120, 0.005)
         warn(job_id, pid)
         self.then()
         _, stderr = process.communicate(timeout=240)
         assert process.returncode == 0 and log.read_text().count("Caught signal SIGUSR2") == 1, stderr
         assert queue_says(job_id, "RestartCnt") == 1
-
-
-def pid_of_stage(job_id: str) -> int:
-    """The process of a job's task, which starts all others of its Pythons. 0: it has not begun."""
-    for pid in sorted(of_job(job_id)):
-        with contextlib.suppress(OSError):
-            if pathlib.Path(f"/proc/{pid}/cmdline").read_text().startswith(sys.executable):
-                return pid
-    return 0
-
-
-def warn(job_id: str, pid: int) -> None:
-    """Sends Slurm's warning to a job, whose process is stopped until it has it."""
-
-    def has_it() -> int:
-        status = pathlib.Path(f"/proc/{pid}/status").read_text()
-        return int(re.search(r"^ShdPnd:\s*(\w+)", status, re.M)[1], 16) >> (signal.SIGUSR2 - 1) & 1
-
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
-        wait_for(has_it)
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> None:
@@ -164,7 +97,7 @@ def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> N
     show = ["visuals.py", "--ckpt", ckpt, *to, "--dump-to", tmp_path / "{}" / "gallery", "--n-images", 10]
     show += ["images:cub200", "--images.root", cub]
     evaluate = ["protoeval.py", "--cub-root", cub, "--train-data.shard-root", shards, *to[:-2]]
-    evaluate += ["--n-prototypes", 8, 64, "--n-train", 8, -1, "--n-boot", 20000]
+    evaluate += ["--n-prototypes", 8, 64, "--n-train", 8, -1, "--n-boot", 1000]
     evaluate += ["--scorers-to", tmp_path / "scorers", "scorer:sae", "--scorer.ckpt", ckpt]
     stages = {
         "dump": Interrupted(dump, writes("*/acts*.json")),

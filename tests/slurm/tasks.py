@@ -72,7 +72,7 @@ def second_time_lucky(fpath: str) -> int:
 
 
 def sixty_seconds(fpath: str) -> int:
-    """Works for 60 s in all, and continues where it was stopped. Returns the number of its starts."""
+    """Works for 60 s in all, a byte of the file each, and continues where it was stopped. Returns the number of its starts."""
     done, starts = pathlib.Path(fpath), pathlib.Path(fpath + ".starts")
     with starts.open("a") as fd:
         fd.write(".")
