@@ -13,7 +13,9 @@ def log_need(n_bytes: int, note: str = "") -> None:
     """Logs how much memory a stage will need: as a warning if there is less."""
     n_gb, most_gb = n_bytes / 1e9, memory_bytes() / 1e9
     if n_gb > most_gb:
-        logger.warning("memory: about %.2f GB%s, but there are %.2f GB (docs/memory.md)", n_gb, note, most_gb)
+        logger.warning(
+            "memory: about %.2f GB%s, but this job has %.2f GB (docs/memory.md)", n_gb, note, most_gb
+        )
     else:
         logger.info("memory: about %.2f GB%s (docs/memory.md)", n_gb, note)
 

@@ -292,7 +292,6 @@ def test_published_models_on_a_tall_input(ckpt: str, patch: int, n_other: int, c
     assert vit.transform.resize == tuple(math.floor(n / crop_pct) for n in vit.transform.size)
 
 
-@pytest.mark.usefixtures("two_blocks")
 def test_a_model_that_its_library_made_for_tall_inputs() -> None:
     vit = vits.load(config.Vit("timm", "vit_base_patch16_sapiens2", "random"))
     assert vit.transform.size == (1024, 768) and vit.grid == (64, 48) and vit.n_patches == 3072

@@ -38,13 +38,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     [*((name, "vanilla") for name in sparse_cases.ARCHITECTURES), ("top-k", "sampled"), ("relu", "fixed")],
 )
 @pytest.mark.gpu
-def test_50_steps(architecture: str, objective: str) -> None:
+def test_steps(architecture: str, objective: str) -> None:
     """`test_nn_sparse` does the same on a CPU, with torch's operations too."""
     device = torch.device("cuda")
     cfg, goal = sparse_cases.ARCHITECTURES[architecture], sparse_cases.OBJECTIVES[objective]
     sae = sparse_cases.make(cfg).to(device)
     loss, adam = objectives.Objective(sae, goal), optim.Adam(sae, max_norm=0.3)
-    for step in range(50):
+    for step in range(sparse_cases.N_STEPS):
         lengths = objectives.prefixes(goal, sparse_cases.S, 0, step)
         sae.zero_grad()
         end_P = None if lengths is None else torch.tensor(lengths, device=device)

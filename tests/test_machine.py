@@ -50,5 +50,5 @@ def test_a_need_that_is_more_than_there_is_is_a_warning(
     machine.log_need(3_010_000_000)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("INFO", "memory: about 3.00 GB with large photos (docs/memory.md)"),
-        ("WARNING", "memory: about 3.01 GB, but there are 3.00 GB (docs/memory.md)"),
+        ("WARNING", "memory: about 3.01 GB, but this job has 3.00 GB (docs/memory.md)"),
     ]

@@ -13,6 +13,7 @@ import PIL.Image
 import polars as pl
 import pytest
 
+from benchmarks import gpu_memory
 from saev import nn
 from saev.compare import config as compare_config
 from saev.compare import memory as compare_memory
@@ -293,8 +294,8 @@ def test_galleries_and_one_of_32768_latents_with_128_images_needs_less_than_2_gb
 
 def test_constants_of_an_evaluation_are_those_of_its_modules() -> None:
     assert (protoeval_memory.FIT_BLOCK, protoeval_memory.SCORE_BLOCK) == (patch_fit.N_IMGS, score.MAX_BLOCK)
-    assert base.TILE["cuda"] == (protoeval_memory.TILE_ROWS, protoeval_memory.TILE_BYTES)
-    assert 4 * kmeans.TILE["cuda"] == protoeval_memory.DISTANCES
+    assert base.TILE["cuda"] == (gpu_memory.TILE_ROWS, gpu_memory.TILE_BYTES)
+    assert 4 * kmeans.TILE["cuda"] == gpu_memory.DISTANCES
     assert protoeval_memory.BINS == 8 * (6 * logistic.N_BINS + 4)
     assert protoeval_memory.SCORES == 4 * patch_fit.TILE
     assert protoeval_memory.PROBES == probe.N_FOLDS * probe.AT_ONCE

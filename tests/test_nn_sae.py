@@ -403,7 +403,7 @@ def test_size_is_given_by_either_field() -> None:
     [
         ({"d_vit": D, "exp_factor": 10**9}, "6,000,000,000 latents of 6 dim.* take 288 GB"),
         ({"d_vit": 1024, "d_sae": 2**31}, "their weights take 17,592 GB"),
-        ({"d_vit": 2**20, "d_sae": 2**30}, "take 9,007,199 GB, there are"),
+        ({"d_vit": 2**20, "d_sae": 2**30}, "take 9,007,199 GB, this job has"),
     ],
 )
 def test_a_dictionary_that_cannot_be_is_refused_before_it_is_made(fields: dict[str, int], match: str) -> None:

@@ -43,7 +43,7 @@ def main(cfg: config.Codes) -> str:
     scorer = scorers.load(cfg.scorer)
     scorers.check_fits(scorer, acts, cfg.scorer)
     metadata = describe(cfg, scorer, acts)
-    _say_size(scorer, acts, metadata)
+    _say_size(scorer, acts, metadata, device)
     dpath = pathlib.Path(cfg.dump_to) / metadata.hash
     with helpers.locked(dpath.with_name(f".{dpath.name}.lock"), f"it writes {dpath}"):
         codes.create(pathlib.Path(cfg.dump_to), metadata, _images(acts))
@@ -90,13 +90,16 @@ def _images(acts: activations.Activations) -> collections.abc.Iterator[codes.Ima
         yield codes.Image(image_i, path, label, grid, shown)
 
 
-def _say_size(scorer: scorers.Scorer, acts: activations.Activations, metadata: codes.Metadata) -> None:
-    """Logs the memory, and the disk space where it is known."""
+def _say_size(
+    scorer: scorers.Scorer, acts: activations.Activations, metadata: codes.Metadata, device: torch.device
+) -> None:
+    """Logs the memory on a CPU, and the disk space where it is known."""
     P, K = acts.n_tokens, scorer.n_prototypes
     n_block = min(data_memory.n_block(P, K), metadata.imgs_per_shard)
     is_sae = isinstance(scorer, sae_scorer.SaeLatents)
     n_codes = (scorer.sae.cfg.n_firing or K // 8) if is_sae else K
-    machine.log_need(memory.peak(n_block, P, acts.d_vit, K, n_codes, is_sae))
+    if device.type == "cpu":
+        machine.log_need(memory.peak(n_block, P, acts.d_vit, K, n_codes, is_sae))
     if metadata.layout == "dense":
         size = np.dtype(metadata.dtype).itemsize * acts.n_imgs * P * K
         logger.info("all %s codes of each patch take %.1f GB; --top-n keeps fewer", f"{K:,}", size / 1e9)

@@ -119,7 +119,7 @@ def _log_memory(cfg: config.Dump, vit: vits.Vit, metadata: shards.Metadata) -> N
     sizes = memory.Sizes(
         weights, math.prod(vit.transform.size), metadata.n_tokens, vit.d_vit, len(metadata.layers)
     )
-    machine.log_need(memory.peak(cfg, sizes), f" with photos of {memory.PHOTO // 10**6} megapixels")
+    machine.log_need(memory.peak(cfg, sizes), f" per job, with photos of {memory.PHOTO // 10**6} megapixels")
 
 
 def _describe(data: config.ImageFolder | config.Cub200) -> dict[str, object]:

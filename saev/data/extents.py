@@ -63,12 +63,12 @@ class File:
         try:
             self.sums = part.sums(shard_i)
             self.fd = os.open(self.fpath, os.O_RDONLY | flags)
+            if hasattr(os, "posix_fadvise"):  # a hint to the kernel, if it takes hints
+                os.posix_fadvise(self.fd, 0, 0, advice)
         except OSError as err:
             raise _unreadable(self.fpath, err) from err
         is_long_enough = len(self.sums) >= SUM_BYTES * part.n_pieces(shard_i)
         self.sums_address = np.frombuffer(self.sums, np.uint8).ctypes.data if is_long_enough else 0
-        if hasattr(os, "posix_fadvise"):  # a hint to the kernel, if it takes hints
-            os.posix_fadvise(self.fd, 0, 0, advice)
 
     def read(self, buffers: list[memoryview], offset: int) -> None:
         """Fills the buffers from consecutive bytes.

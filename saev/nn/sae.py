@@ -217,7 +217,7 @@ def _check_memory(cfg: config.Sae) -> None:
     if config.weight_gb(cfg) > memory_gb:
         raise errors.UserError(
             f"{cfg.n_latents:,} latents of {cfg.d_vit:,} dimensions: their weights take "
-            f"{config.weight_gb(cfg):,.0f} GB, there are {memory_gb:,.0f} GB. "
+            f"{config.weight_gb(cfg):,.0f} GB, this job has {memory_gb:,.0f} GB. "
             "Lower --sae.exp-factor or --sae.d-sae."
         )
 

@@ -170,7 +170,7 @@ class Chain:
         in_order = ordered.Ordered(data)
         parts += [[block.image_i_N, block.act_NXD] for block in in_order]
         reader = in_order.acts
-        parts += [reader.space.describe(), [list(r) for r in reader.records], reader.transform()]
+        parts += [reader.space.describe(), [list(r) for r in reader.records], reader.photos.described()]
         mixed = shuffled.Shuffled(data, batch_size=512, seed=0, pool_bytes=2**24, n_threads=1)
         n_batches = len(reader) // 512
         parts += [b.act_BD.numpy() for _, b in zip(range(n_batches), mixed, strict=False)]
