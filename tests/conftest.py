@@ -2,6 +2,7 @@
 
 import collections
 import collections.abc
+import functools
 import importlib
 import itertools
 import json
@@ -9,12 +10,15 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
 import sys
+import unittest.mock
 
-import checked
+import forked
 import numpy as np
 import pytest
 
+ROOT = pathlib.Path(__file__).parent.parent
 # Before torch is imported, and for the processes that tests start: several of them share the cores, and threads that
 # spin while they wait for each other took a third of the whole run's processor time.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -22,9 +26,7 @@ if (
     sys.dont_write_bytecode
 ):  # as in containers: each process that a test starts would compile torch and timm anew
     os.environ["PYTHONDONTWRITEBYTECODE"] = ""
-    os.environ["PYTHONPYCACHEPREFIX"] = str(
-        pathlib.Path(__file__).parent.parent / ".pytest_cache" / "pycache"
-    )
+    os.environ["PYTHONPYCACHEPREFIX"] = str(ROOT / ".pytest_cache" / "pycache")
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 ):  # as nohup's children have it: Ctrl-C could not be tested
@@ -52,8 +54,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
     `-m "not slow"` leaves this out: it doubles the time.
     """
-    if config.option.markexpr != "not slow":
-        checked.install("saev")
+    if is_checked(config):
+        importlib.import_module("checking")
+
+
+def is_checked(config: pytest.Config) -> bool:
+    return config.option.markexpr != "not slow"
+
+
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """pytest's processes are forks of one that has imported what they need, which takes each of them many seconds, in
+    a fresh clone half a minute."""
+    modules = [".".join(fpath.relative_to(ROOT).with_suffix("").parts) for fpath in ROOT.glob("saev/**/*.py")]
+    also = ["checking"] * is_checked(config) + sorted(m for m in modules if "__" not in m)
+    fork = functools.partial(forked.Popen, also=tuple(also), spawns=True)
+    unittest.mock.patch.object(subprocess, "Popen", fork).start()  # with which xdist starts them
+    os.environ[forked.SHARES] = str(os.getpid())
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

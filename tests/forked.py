@@ -4,12 +4,17 @@ A server that has imported torch and other libraries, but nothing of saev, forks
 arguments, environment, working folder, streams and signals. It ends without freeing its modules. What it cannot show: which modules
 a command imports, what imports cost, and its memory. Tests of those start Python. The new Pythons that a command starts by
 `multiprocessing` (to which arguments are pickled) are forks too.
+
+pytest's own processes are forks as well (`conftest.pytest_xdist_setupnodes`), of a server that has also imported saev. They share
+the server of commands.
 """
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import gc
+import hashlib
 import importlib
 import io
 import json
@@ -41,32 +46,46 @@ PRELOADED = (
 READ_ON_IMPORT = ("PYTHON", "GOMP_", "MKL_", "OPENBLAS_", "TRITON_", "TORCH_", "HF_", "LD_", "HOME")
 """Variables (by their first letters) that the libraries read when they are imported. Each set of them has a server."""
 
+SHARES = "SAEV_TESTS_SERVERS_OF"
+"""Variable with the id of the process whose servers this one may use."""
+
+NewPython = subprocess.Popen
+"""Of this moment, before anybody replaces it by the class below."""
 starting = threading.Lock()
 """Threads that need the same server wait for it."""
 
 
 class Popen(subprocess.Popen):
-    """`subprocess.Popen` of [sys.executable, ...]: a script, -m module or -c code, without options of Python.
+    """`subprocess.Popen` of [sys.executable, ...]: a script, -m module or -c code, without options of Python but -u.
 
-    also: modules (of saev, or of tests) that are imported once for all commands that name them, such as one that a test
-    starts and kills again and again.
+    Args:
+        also: modules (of saev, or of tests) that are imported once for all commands that name them, such as one that
+            a test starts and kills again and again.
+        spawns: whether `multiprocessing` in it starts new Pythons, not forks.
     """
 
     def __init__(
-        self, args: tp.Sequence[str | pathlib.Path], *, also: tuple[str, ...] = (), **kwargs: tp.Any
+        self,
+        args: tp.Sequence[str | pathlib.Path],
+        *,
+        also: tuple[str, ...] = (),
+        spawns: bool = False,
+        **kwargs: tp.Any,
     ):
-        self._also = also
+        self._also, self._spawns = also, spawns
         super().__init__(args, **kwargs)
 
     def _execute_child(  # as in the base class, by position
         self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest: tp.Any
     ) -> None:
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[3:9]
+        args = [a for a in args if a != "-u"]
         assert args[0] == sys.executable and (args[1] in ("-m", "-c") or not args[1].startswith("-")), args
         assert preexec_fn is None and not pass_fds
         report, theirs = os.pipe()
         streams = [fd if end == -1 else end for fd, end in enumerate((p2cread, c2pwrite, errwrite))]
-        request = {"args": [os.fspath(a) for a in args[1:]], "cwd": os.fspath(cwd or pathlib.Path.cwd())}
+        request: dict[str, tp.Any] = {"args": [os.fspath(a) for a in args[1:]], "spawns": self._spawns}
+        request["cwd"] = os.fspath(cwd or pathlib.Path.cwd())
         request["env"] = {k: os.fspath(v) for k, v in (os.environ if env is None else env).items()}
         with starting:
             connection = server(read_on_import(request["env"]), self._also)
@@ -127,10 +146,20 @@ def read_on_import(env: tp.Mapping[str, str]) -> frozenset[tuple[str, str]]:
 
 @functools.cache
 def server(env: frozenset[tuple[str, str]], also: tuple[str, ...] = ()) -> socket.socket:
-    """The connection to the server with these variables and modules. The first call starts it; it ends with this process.
+    """The connection to the server with these variables and modules. The first call starts it, unless there is one that
+    pytest's processes share; it ends when nobody is connected any more.
 
     One with more modules is a fork of the one without.
     """
+    if SHARES in os.environ and not also:
+        shared = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            shared.connect(name(int(os.environ[SHARES]), env))
+        except OSError:  # there is none
+            shared.close()
+        else:
+            atexit.register(shared.close)
+            return shared
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if also:
         report, other = os.pipe()
@@ -143,25 +172,39 @@ def server(env: frozenset[tuple[str, str]], also: tuple[str, ...] = ()) -> socke
         return ours
     left_out = (*READ_ON_IMPORT, "OMP_NUM_THREADS")  # each fork sets its number of threads
     others = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
-    command = [sys.executable, __file__, str(theirs.fileno())]
-    process = subprocess.Popen(command, env=others | dict(env), pass_fds=[theirs.fileno()], cwd=ROOT)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(name(os.getpid(), env))
+    listener.listen()
+    pass_fds = [theirs.fileno(), listener.fileno()]
+    command = [sys.executable, __file__, *map(str, pass_fds)]
+    process = NewPython(command, env=others | dict(env), pass_fds=pass_fds, cwd=ROOT)
     theirs.close()
+    listener.close()
     atexit.register(process.wait)
     atexit.register(ours.close)
     return ours
 
 
+def name(pid: int, env: frozenset[tuple[str, str]]) -> str:
+    """Address (Linux's, without a file) of the server that a process has started with these variables."""
+    return f"\0saev-tests-{pid}-{hashlib.sha256(repr(sorted(env)).encode()).hexdigest()}"
+
+
 # ---- the server's process ----
 
 
-def serve(connection: socket.socket) -> tuple[dict[str, tp.Any], list[int]]:
+def serve(
+    connection: socket.socket, listener: socket.socket | None = None
+) -> tuple[dict[str, tp.Any], list[int]]:
     """Forks a child for each request. Returns in a child: its request and streams."""
+    open_ones, listeners = [connection], [listener] if listener else []
     reports: dict[int, int] = {}
     wake, wakes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the forks
     while True:
-        ready, _, _ = select.select([connection, wake], [], [])
+        ready, _, _ = select.select([*open_ones, *listeners, wake], [], [])
         if wake in ready:
             os.read(wake, 4096)
             for pid in list(reports):
@@ -169,21 +212,50 @@ def serve(connection: socket.socket) -> tuple[dict[str, tp.Any], list[int]]:
                 if done:
                     with os.fdopen(reports.pop(pid), "w") as file, contextlib.suppress(BrokenPipeError):
                         print(os.waitstatus_to_exitcode(status), file=file)
-        if connection in ready:
+        for connection in set(ready) & set(open_ones):
             message, fds, _, _ = socket.recv_fds(connection, 1 << 20, 4)
             if not message:
-                os._exit(0)  # without the seconds that Python takes to clean up
+                open_ones.remove(connection)
+                connection.close()
+                continue
             *streams, report = fds
             if not (pid := os.fork()):
-                for fd in (connection.detach(), wake, wakes, report, *reports.values()):
+                for ours in (*open_ones, *listeners):
+                    ours.close()
+                for fd in (wake, wakes, report, *reports.values()):
                     os.close(fd)
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 return json.loads(message), streams
             os.write(report, b"%d\n" % pid)
             reports[pid] = report
             for fd in streams:
                 os.close(fd)
+        open_ones += [listener.accept()[0] for listener in listeners if listener in ready]
+        if not open_ones:
+            os._exit(0)  # without the seconds that Python takes to clean up
+
+
+def compile_once() -> None:
+    """Processes that need kernels of the same module wait while one compiles them, and then read them from the disk."""
+    from numba.core import compiler_lock, dispatcher
+
+    compiled, held = dispatcher.Dispatcher.compile, set()
+
+    def waiting(self: tp.Any, signature: object) -> object:
+        fpath = self.py_func.__code__.co_filename
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(
+                compiler_lock.global_compiler_lock
+            )  # first: also held by a kernel that calls this one
+            if fpath not in held and os.path.exists(fpath):  # noqa: PTH110
+                fcntl.flock(stack.enter_context(open(fpath)), fcntl.LOCK_EX)  # noqa: PTH123
+                held.add(fpath)
+                stack.callback(held.remove, fpath)
+            return compiled(self, signature)
+
+    dispatcher.Dispatcher.compile = waiting
 
 
 def become(request: dict[str, tp.Any], streams: list[int]) -> tuple[str, str]:
@@ -269,13 +341,16 @@ if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as saev.early sets it
     for module in PRELOADED:
         importlib.import_module(module)
+    compile_once()
     gc.freeze()  # else each fork goes through all objects of the imports when it ends
-    request, fds = serve(socket.socket(fileno=int(sys.argv[1])))
+    request, fds = serve(*[socket.socket(fileno=int(fd)) for fd in sys.argv[1:]])
     if "also" in request:
         for module in request["also"]:
-            importlib.import_module(module)
+            with contextlib.suppress(Exception):  # whoever needs it says what is wrong
+                importlib.import_module(module)
         gc.freeze()
         request, fds = serve(socket.socket(fileno=fds[0]))
     kind, program = become(request, fds)
-    multiprocessing.util.spawnv_passfds = fork_python
+    if not request["spawns"]:
+        multiprocessing.util.spawnv_passfds = fork_python
     run_and_end(kind, program)
