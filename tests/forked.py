@@ -210,7 +210,7 @@ def serve(
             for pid in list(reports):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
-                    with os.fdopen(reports.pop(pid), "w") as file, contextlib.suppress(BrokenPipeError):
+                    with contextlib.suppress(BrokenPipeError), os.fdopen(reports.pop(pid), "w") as file:
                         print(os.waitstatus_to_exitcode(status), file=file)
         for connection in set(ready) & set(open_ones):
             message, fds, _, _ = socket.recv_fds(connection, 1 << 20, 4)

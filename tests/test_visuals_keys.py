@@ -205,6 +205,25 @@ def test_latent(show: Open) -> None:
 # ---- images ----
 
 
+def test_keys_that_are_faster_than_the_page_are_not_lost(show: Open) -> None:
+    page = show("#/image/3")
+    page.wait_for_selector(".board")
+    page.evaluate(
+        """() => {  // in one task, so that the page hears of its new hash only after all of them
+          for (const key of "jjjkj") document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+        }"""
+    )
+    after = hash_of(page)
+    page.goto(page.url.partition("#")[0] + "#/image/3")
+    for _ in range(3):
+        page.wait_for_selector(".board")
+        was = hash_of(page)
+        press(page, "j")
+        page.wait_for_function("was => location.hash !== was", arg=was)
+        wait_for(page, "#/image/")
+    assert after == hash_of(page) != "#/image/3"
+
+
 def test_images_and_patches(show: Open) -> None:
     page = show("#/image")
     page.wait_for_selector("figure a[href]")
@@ -308,6 +327,7 @@ def test_compare(show: Open, folder: pathlib.Path) -> None:
 
 def test_header_and_dialogs(show: Open, tmp_path: pathlib.Path) -> None:
     page = show()
+    page.on("filechooser", lambda _: None)  # the browser needs a moment to know that we want to hear of it
     press(page, "Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     for view in ("images", "traits", "compare", "map"):

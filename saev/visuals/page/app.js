@@ -17,6 +17,7 @@
     ["star: note:beak", "with a star; with a note that has this word"], ["-trait:blue", "not"], ["images>100 mean<2", "images that it fires on; mean value"],
   ];
   let current = { view: null, argument: null, handlers: {} };
+  let shown = null; // the hash of what is on the page
 
   function parse(hash = location.hash) {
     const [path, query] = hash.replace(/^#\/?/, "").split(/\?(.*)/s);
@@ -62,6 +63,7 @@
       else params.set(name, value);
     }
     history.replaceState(null, "", hash(view, argument, params));
+    shown = location.hash;
     links();
   };
 
@@ -82,7 +84,13 @@
     }
   }
 
+  /* The event of a new hash comes late: keys are pressed, and links opened, before it. */
+  function follow() {
+    if (location.hash !== shown) route();
+  }
+
   function route() {
+    shown = location.hash;
     const state = parse();
     saev.state = state;
     links();
@@ -203,6 +211,9 @@
 
   // ---- keys ----
 
+  let pressed = Promise.resolve();
+
+  /* Keys may come faster than views open: each waits for the view that those before it have opened. */
   function press(event) {
     const field = event.target.closest("input, textarea, select, dialog");
     if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -211,23 +222,28 @@
       return;
     }
     if (field || document.querySelector("dialog")) return;
-    const { handlers } = current;
     const actions = {
-      j: () => handlers.move?.(1), k: () => handlers.move?.(-1), s: () => handlers.star?.(), "?": showHelp,
+      j: ({ move }) => move?.(1), k: ({ move }) => move?.(-1), s: ({ star }) => star?.(), "?": showHelp,
       "/": () => document.querySelector("main input[type=search]")?.focus(),
-      Enter: () => event.target.closest("a, button, summary") || handlers.open?.(), Escape: () => handlers.escape?.(),
-      ArrowLeft: () => handlers.arrow?.(-1), ArrowRight: () => handlers.arrow?.(1),
+      Enter: ({ open }) => event.target.closest("a, button, summary") || open?.(), Escape: ({ escape }) => escape?.(),
+      ArrowLeft: ({ arrow }) => arrow?.(-1), ArrowRight: ({ arrow }) => arrow?.(1),
     };
-    if (!actions[event.key]) return;
+    const act = actions[event.key];
+    if (!act) return;
     if (event.key === "/" || event.key === "?") event.preventDefault();
-    actions[event.key]();
+    pressed = pressed.then(async () => {
+      follow();
+      const { handlers } = current;
+      await handlers.ready;
+      act(handlers);
+    }).catch(() => undefined); // the view says what is wrong
   }
 
   saev.open().then(() => {
     saev.stars.open();
     saev.state = parse();
     header();
-    addEventListener("hashchange", route);
+    addEventListener("hashchange", follow);
     addEventListener("keydown", press);
     saev.stars.onchange(() => current.handlers.marks?.());
     route();

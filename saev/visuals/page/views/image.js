@@ -177,25 +177,27 @@
       saev.setParams({ patch: null });
       return handlers.update();
     };
-    saev.paths().then(async (paths) => {
-      if (saev.state.view !== "image" || saev.state.argument !== argument) return;
-      if (argument === "") {
-        Object.assign(handlers, picker(main, paths));
-        return;
-      }
+    const isLeft = () => saev.state.view !== "image" || saev.state.argument !== argument;
+    handlers.ready = saev.paths().then((paths) => { // the keys need no more
+      if (isLeft()) return null;
       const place = paths.placeOf.get(Number(argument));
-      if (place === undefined) throw new Error(`Image ${argument} is not in this gallery: it holds ${saev.count(paths.n.length, "image")}.`);
-      const image = await saev.imageAt(place);
-      saev.title(`Image ${image.n}`);
-      const codes = paths.code[place] < 0 ? null : await saev.codesAt(paths.code[place]);
-      const alone = codes ? [] : await outside(place);
-      if (saev.state.view !== "image" || saev.state.argument !== argument) return;
       const places = listed(paths);
       const steps = saev.steps("image", (by) => {
         const next = saev.beside(places, place, by);
         return next === undefined ? undefined : saev.href("image", paths.n[next], { latent: saev.state.params.get("latent") });
       });
-      Object.assign(handlers, steps.handlers);
+      Object.assign(handlers, argument === "" ? picker(main, paths) : steps.handlers);
+      return { paths, place, steps };
+    });
+    handlers.ready.then(async (found) => {
+      if (!found || argument === "") return;
+      const { paths, place, steps } = found;
+      if (place === undefined) throw new Error(`Image ${argument} is not in this gallery: it holds ${saev.count(paths.n.length, "image")}.`);
+      const image = await saev.imageAt(place);
+      const codes = paths.code[place] < 0 ? null : await saev.codesAt(paths.code[place]);
+      const alone = codes ? [] : await outside(place);
+      if (isLeft()) return;
+      saev.title(`Image ${image.n}`);
       main.append(heading(image, steps.element));
       if (codes) {
         const view = explorer(place, saev.gridOf(image), codes);
@@ -205,7 +207,7 @@
       } else {
         main.append(...alone, saev.absent(`Which ${saev.noun}s fire on each patch of this image is not in the gallery. This takes more images into the image view:`, command()));
       }
-    }).catch((error) => main.append(saev.problem(error)));
+    }).catch((error) => isLeft() || main.append(saev.problem(error)));
     return handlers;
   };
 })();
