@@ -49,6 +49,17 @@ LONGEST += ("test_dump_resume", "test_memory", "test_nn_triton_interpreted")
 """Files that take more than 20 s, the longest ones first."""
 
 
+LIBRARIES = (
+    "timm",
+    "open_clip",
+    "sklearn.metrics",
+    "onnx.reference",
+    "hypothesis.strategies",
+    "playwright.sync_api",
+)
+"""What tests import, in addition to `forked.PRELOADED`."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """All functions of saev check their arguments' types and shapes, not only those that do so for users.
 
@@ -66,8 +77,8 @@ def pytest_xdist_setupnodes(config: pytest.Config) -> None:
     """pytest's processes are forks of one that has imported what they need, which takes each of them many seconds, in
     a fresh clone half a minute."""
     modules = [".".join(fpath.relative_to(ROOT).with_suffix("").parts) for fpath in ROOT.glob("saev/**/*.py")]
-    also = ["checking"] * is_checked(config) + sorted(m for m in modules if "__" not in m)
-    fork = functools.partial(forked.Popen, also=tuple(also), spawns=True)
+    also = (*["checking"] * is_checked(config), *sorted(m for m in modules if "__" not in m), *LIBRARIES)
+    fork = functools.partial(forked.Popen, also=also, spawns=True)
     unittest.mock.patch.object(subprocess, "Popen", fork).start()  # with which xdist starts them
     os.environ[forked.SHARES] = str(os.getpid())
 

@@ -141,7 +141,7 @@ def run(
 
 
 def read_on_import(env: tp.Mapping[str, str]) -> frozenset[tuple[str, str]]:
-    return frozenset((k, v) for k, v in env.items() if k.startswith(READ_ON_IMPORT))
+    return frozenset((k, v) for k, v in env.items() if k.startswith(READ_ON_IMPORT) and k != "PYTHONPATH")
 
 
 @functools.cache
@@ -281,6 +281,8 @@ def become(request: dict[str, tp.Any], streams: list[int]) -> tuple[str, str]:
     sys.argv = [*args[:1], *args[2:]] if kind in ("-m", "-c") else args
     if "OMP_NUM_THREADS" in os.environ:  # which libraries read when they are imported
         set_threads(int(os.environ["OMP_NUM_THREADS"]))
+    paths = request["env"].get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [path for path in paths if path and path not in sys.path]
     sys.path[0] = {"-m": request["cwd"], "-c": "", "script": os.path.dirname(os.path.abspath(program))}[kind]  # noqa: PTH100, PTH120
     return kind, program
 
