@@ -60,6 +60,7 @@ def test_stages_out_of_time_end_with_the_same_files(tmp_path: pathlib.Path) -> N
     (tmp_path / "two.toml").write_text("seed = [0, 1]")
     train = ["--n-patches", 2000, "--batch-size", 200, "--ckpt-to", tmp_path / "ck", "--wandb-project", ""]
     train += ["--sweep", tmp_path / "two.toml", "--data.shard-root", shards, "--device", "cpu"]
+    train += ["sae:batch-top-k", "--sae.exp-factor", 8]
     ckpt, other = here("train.py", *train)
 
     def writes_to_log(log: pathlib.Path) -> bool:
