@@ -190,6 +190,7 @@ def measured(stage: str, size: gpu_memory.Size) -> int:
             return fitted({"PCA": scorers_config.Pca()}.get(name, scorers_config.KMeans()), size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", gpu_memory.rows())
 def test_a_stages_formula(stage: str) -> None:
     for size, want in zip(gpu_memory.SIZES, gpu_memory.rows()[stage], strict=True):
@@ -197,12 +198,13 @@ def test_a_stages_formula(stage: str) -> None:
         assert LEAST <= want / found <= MOST, (size, want / 1e9, found / 1e9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layers", "autocast", "n_imgs"),
     [
         ("vit_large_patch14_clip_224", (5, 11, 17, 23), "off", 64),
-        pytest.param("vit_large_patch14_clip_224", (5,), "bfloat16", 16, marks=pytest.mark.slow),
-        pytest.param("vit_base_patch16_224", tuple(range(12)), "bfloat16", 16, marks=pytest.mark.slow),
+        ("vit_large_patch14_clip_224", (5,), "bfloat16", 16),
+        ("vit_base_patch16_224", tuple(range(12)), "bfloat16", 16),
     ],
 )
 def test_the_formula_of_a_dump(name: str, layers: tuple[int, ...], autocast: tp.Any, n_imgs: int) -> None:
@@ -287,6 +289,7 @@ def test_parts_find_what_the_whole_batch_finds(n_rows: int, monkeypatch: pytest.
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["TopK", "BatchTopK", "ReLU", "JumpReLU"])
 @pytest.mark.parametrize("gpu_gb", [32.0, 40.0, 300.0])
 def test_a_step_fits_into_what_is_left(gpu_gb: float, name: str) -> None:

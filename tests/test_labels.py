@@ -96,6 +96,7 @@ def whole_rectangles(
             yield row * columns + column, *spans
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_patches_inside_a_part_have_its_label(name: str, shape: str, parts: list[np.ndarray]) -> None:

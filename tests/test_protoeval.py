@@ -209,6 +209,7 @@ def test_main_writes_table_csv_and_chart(
     assert shown == pytest.approx(np.nanmean(mine))
 
 
+@pytest.mark.slow
 def test_all_scorers_of_a_group_give_what_each_gives_alone(
     cfg: config.ProtoEval, whole: pathlib.Path
 ) -> None:

@@ -389,6 +389,7 @@ def test_tables_name_the_dumps_resize(cfg: config.ProtoEval, tmp_path: pathlib.P
     assert found == {f"9 tokens an image (image, --resize {mode})" for mode in ("squash", "pad")}
 
 
+@pytest.mark.slow
 def test_the_example_in_the_docs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands of docs/patch-table.md, then that of docs/audit.md, on made-up activations of 40 of mini-CUB's birds,
     with fewer prototypes and permutations than the docs."""

@@ -169,6 +169,7 @@ def test_a_pass_whose_files_are_not_whole_starts_again(
     np.testing.assert_array_equal(scored(prototypes(4)), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scores.bin", "means.bin", "maxima.bin", "done.npz"])
 def test_a_flipped_bit_is_scored_again(
     data: tuple[data_config.Shards, np.ndarray],

@@ -334,6 +334,7 @@ def test_tokens_of_the_whole_image_have_no_heat(tmp_path: pathlib.Path) -> None:
     assert len(entries) == 4 and all(len(entry["image"]) and not len(entry["heat"]) for entry in entries)
 
 
+@pytest.mark.slow
 def test_labels_of_a_table_with_missing_ones(
     made: traits_data.Made, copy: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -101,6 +101,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int) -> Non
 # ---- in one process: every architecture and option ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAES)
 @pytest.mark.parametrize("objective", [nn_config.Vanilla(), nn_config.Matryoshka(n_prefixes=3)])
 def test_interrupted_run_ends_with_the_same_weights(
@@ -281,6 +282,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_newest_state_falls_back_to_the_older_one(
     cfg: config.Train, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

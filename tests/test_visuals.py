@@ -1000,6 +1000,7 @@ WHOLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(80, 80), (160, 90), (90, 160), (257, 911), (911, 257)])
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_patch_that_fires_is_the_bright_square_of_a_whole_photo(

@@ -25,7 +25,7 @@ from saev.visuals import collect
 from saev.visuals import config as visuals_config
 
 pytest_plugins = ["browser_fixtures"]
-pytestmark = needed
+pytestmark = [needed, pytest.mark.slow]
 N, S = 12, 16
 SAME = 6
 """So many latents of the second SAE are copies of the first one's, in another order."""

@@ -10,7 +10,7 @@ from browsing import Open, hash_of, needed
 from playwright import sync_api
 
 pytest_plugins = ["browser_fixtures"]
-pytestmark = needed
+pytestmark = [needed, pytest.mark.slow]
 
 
 def press(page: sync_api.Page, *keys: str) -> None:

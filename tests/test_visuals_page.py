@@ -22,7 +22,7 @@ from saev.visuals import collect
 from saev.visuals import config as visuals_config
 
 pytest_plugins = ["browser_fixtures"]
-pytestmark = needed
+pytestmark = [needed, pytest.mark.slow]
 HUE = np.array([255, 0, 128])
 GREY = 128
 VIEWS = {
