@@ -86,10 +86,8 @@ def readme_commands() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [pytest.param(c, marks=pytest.mark.slow) if "benchmarks." in c else c for c in readme_commands()],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [pytest.param(c) if "benchmarks." in c else c for c in readme_commands()])
 def test_readme_commands_parse(command: str, tmp_path: pathlib.Path) -> None:
     words = shlex.split(command)
     if words[2:3] == ["benchmarks.staging"]:  # which has none either

@@ -345,6 +345,7 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
 # ---- SAELens itself ----
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @each_cfg
 def test_saelens_reads_what_we_export(cfg: config.Sae, tmp_path: pathlib.Path) -> None:

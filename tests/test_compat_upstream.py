@@ -263,6 +263,7 @@ VALUES = st.recursive(
 KEYS = ["d_vit", "d_model", "d_sae", "exp_factor", "activation", "cls", "params", "top_k", "cfg"]
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=300, deadline=None)
 @hypothesis.given(
     schema=st.sampled_from([None, 1, 2, 3, 4, 5]),

@@ -78,6 +78,7 @@ CASES: dict[str, tuple[dict[str, tp.Any], dict[str, tp.Any], config.Patches, int
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_batches_are_the_same(made: Make, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """From the start and from the middle of an epoch, and as the array has them."""

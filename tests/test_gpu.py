@@ -115,6 +115,7 @@ def test_scores_of_images(kind: str, device: torch.device) -> None:
     torch.testing.assert_close(got_NK.double().cpu(), want_NPK.amax(dim=1), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_fits(make_shards, device: torch.device) -> None:
     """Lloyd's passes written out, and the eigenvectors of the covariance, in float64."""
     dpath, _ = make_shards(n_imgs=60, n_patches=16, d_vit=8, cls_token=False, per_shard=20)

@@ -171,13 +171,10 @@ class Stream(shuffled.Shuffled):
             yield shuffled.Batch(torch.empty(B, D), numbers_B, numbers_B, numbers_B)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "precision"),
-    [
-        ("vanilla", "float32"),
-        pytest.param("sampled", "float32", marks=pytest.mark.slow),
-        pytest.param("fixed", "bfloat16", marks=pytest.mark.slow),
-    ],
+    [("vanilla", "float32"), pytest.param("sampled", "float32"), pytest.param("fixed", "bfloat16")],
 )
 @pytest.mark.parametrize("name", SAES)
 def test_steps_of_the_loop_do_not_wait(
@@ -226,6 +223,7 @@ def test_waits_of_log_steps_and_of_resampling() -> None:
         assert on_gpu_only(run.sae.state_dict()) and on_gpu_only(run.optimizer.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAES)
 def test_a_state_is_saved_on_the_cpu_and_restored_on_the_gpu(name: str) -> None:
     with a_gpu() as gpu:
@@ -346,6 +344,7 @@ def test_a_pass_over_images(acts: activations.Activations, tmp_path: pathlib.Pat
     assert found.scores_KN.shape == (sum(s.n_prototypes for s in run), 25)
 
 
+@pytest.mark.slow
 def test_fits(acts: activations.Activations) -> None:
     with a_gpu():
         cfg = scorers_config.KMeans(n_iters=2, n_samples=300)

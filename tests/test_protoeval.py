@@ -288,6 +288,7 @@ def test_results_of_another_fitter_are_not_found_again(
     assert name_of(cfg) != whole.name
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_command_evaluate_once(
     cfg: config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +315,7 @@ def test_n_train_subsets_are_nested_and_seeded() -> None:
     assert set(small) != set(choose.train_subset(100, 10, 1))
 
 
+@pytest.mark.slow
 def test_draws_differ_and_the_first_is_that_of_one_draw(cfg: config.ProtoEval, whole: pathlib.Path) -> None:
     dpaths = [whole, pathlib.Path(run.main([dataclasses.replace(cfg, n_seeds=3)]))]
     one, three = (read_csv(dpath / "summary.csv") for dpath in dpaths)
@@ -344,6 +346,7 @@ def test_intervals_hold_the_map_and_grow_with_fewer_test_images(
     assert 1.4 < widths[1] / widths[0] < 2.8
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_leaves_no_table_and_ends_the_same(
     cfg: config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, whole: pathlib.Path
 ) -> None:

@@ -279,6 +279,7 @@ def test_the_joint_report_has_the_audit(result: pathlib.Path, tmp_path: pathlib.
     assert "| Sae run, permuted labels | 24 |" in (out / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_rankings_and_rows_do_not_depend_on_other_scorers(
     cfg: config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +318,7 @@ def test_rankings_and_rows_do_not_depend_on_other_scorers(
     assert run.main([cfg]) == str(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "damaged"])
 def test_a_killed_audit_goes_on(
     cfg: config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, how: str

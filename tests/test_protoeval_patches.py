@@ -279,6 +279,7 @@ def test_less_memory_means_more_passes(
             assert got[name].equals(want[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "damaged", "foreign"])
 def test_a_killed_pass_goes_on(
     cfg: config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, how: str

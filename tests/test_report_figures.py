@@ -256,6 +256,7 @@ def test_nothing_of_the_grid_overlaps(n_scorers: int, about: results.About) -> N
 # ---- normalised MSE against L0 ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 12, 40])
 def test_every_run_is_named_and_no_names_overlap(n: int, tmp_path: pathlib.Path) -> None:
     figure = front(n)

@@ -56,6 +56,7 @@ def tiny(make_shards) -> pathlib.Path:
     return dpath
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("partial", [False, True])
 def test_every_bit_of_every_small_file(tiny: pathlib.Path, partial: bool) -> None:
     """With `partial` complete.json is missing, as in a dump that was killed at the end."""

@@ -186,6 +186,7 @@ WRONGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONGS)
 def test_whatever_wandb_does_wrong_decides_nothing(tmp_path: pathlib.Path, wrong: str) -> None:
     """The exit code is the trainer's own, metrics.jsonl is whole, and at most one line says what happened."""

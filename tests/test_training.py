@@ -195,6 +195,7 @@ def test_a_few_that_hold_most_of_the_variance_are_seen_and_can_be_clipped(
     assert log["token_nmse_q95"] >= log["token_nmse_median"] > 0
 
 
+@pytest.mark.slow
 def test_relu_learns_and_l1_makes_it_sparser(cfg: config.Train) -> None:
     cfg = change(cfg, n_patches=300 * 32, log_every=299)
     few, many = (
@@ -254,6 +255,7 @@ def test_runs_on_one_stream_equal_runs_alone(cfg: config.Train, monkeypatch: pyt
             assert torch.equal(tensor, weights(fpath)[name]), name
 
 
+@pytest.mark.slow
 def test_half_precision_that_the_device_converts_gives_the_same(
     make_shards, cfg: config.Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -527,6 +527,7 @@ def summary(dpath: str) -> dict[str, float]:
     return dict(frame.select("scorer", "map").iter_rows())
 
 
+@pytest.mark.slow
 def test_labels_follow_their_images(planted: protoeval_config.ProtoEval, tmp_path: pathlib.Path) -> None:
     """Shuffled rows give the same numbers; labels of other rows do not, and are refused."""
     want = summary(run.main([planted]))
@@ -660,6 +661,7 @@ def test_a_table_of_cubs_attributes_is_cub(tmp_path: pathlib.Path, monkeypatch: 
     assert run.main([cfg]) == run.main([as_cub]) == run.main([as_table])
 
 
+@pytest.mark.slow
 def test_several_sources_share_one_pass(
     planted: protoeval_config.ProtoEval, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -668,6 +668,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing of ours catches it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sae", "prototypes"])
 @pytest.mark.parametrize("n_blocks", [1, 3])
 def test_a_killed_pass_goes_on(
