@@ -123,7 +123,9 @@ class _Batch:
         self.parts: list[Task[bool]] = []
         """Each says whether its activations are good."""
 
-    def fill(self, pool: "_Pool", reads: list[Task[None]], part_n2: Int64[np.ndarray, "n 2"], at: int) -> bool:
+    def fill(
+        self, pool: "_Pool", reads: list[Task[None]], part_n2: Int64[np.ndarray, "n 2"], at: int
+    ) -> bool:
         """Copies activations to rows `at`, ... Returns whether all are finite and not too large.
 
         reads: those that may not have ended.
@@ -184,7 +186,9 @@ class _Memory:
 class _Reading:
     """Blocks being read into the pool."""
 
-    def __init__(self, n_G: Int64[np.ndarray, " G"], row_n2: Int64[np.ndarray, "n 2"], dones: list[Task[None]]):
+    def __init__(
+        self, n_G: Int64[np.ndarray, " G"], row_n2: Int64[np.ndarray, "n 2"], dones: list[Task[None]]
+    ):
         self.n_before_G = np.concatenate([[0], np.cumsum(n_G)])
         self.row_n2 = row_n2
         self.dones = dones
@@ -220,9 +224,7 @@ class _Pool:
         self.readings: collections.deque[_Reading] = collections.deque()
         self.reads: list[Task[None]] = []
         """Those that may not have ended, of blocks that can be drawn."""
-        self.takings: collections.deque[tuple[Task[bool], Int64[np.ndarray, " n"]]] = (
-            collections.deque()
-        )
+        self.takings: collections.deque[tuple[Task[bool], Int64[np.ndarray, " n"]]] = collections.deque()
         """Copies out of the pool that may not have ended, and their slots."""
         self.free_P = np.arange(layout.n_pool)[::-1].copy()  # the last ones go first
         self.n_free = layout.n_pool
