@@ -3,6 +3,7 @@
 import atexit
 import collections
 import collections.abc
+import functools
 import queue
 import threading
 import time
@@ -18,17 +19,17 @@ class Task(tp.Generic[T]):
     """A call that a thread makes later."""
 
     def __init__(self, call: collections.abc.Callable[..., T], *args: tp.Any):
-        self.made = (call, args)
+        self.call = functools.partial(call, *args)
         self.ended = threading.Lock()
         self.ended.acquire()
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        (call, args), self.made = self.made, ()  # free what it refers to
         try:
-            self.value = call(*args)
+            self.value = self.call()
         except BaseException as err:
             self.error = err
+        del self.call  # free what it refers to
         self.ended.release()
 
     def wait(self) -> None:
