@@ -554,8 +554,10 @@ def test_a_script_that_ends_with_an_open_reader_says_nothing(
     script = tmp_path / "script.py"
     script.write_text(
         "from saev import nn\n"
-        "from saev.data import config, activations\n"
+        "from saev.data import config, activations, shuffled\n"
         f"acts = activations.Activations(config.Shards({str(foreign)!r}))\n"
+        "stream = shuffled.Shuffled(acts, batch_size=20).batches()\n"
+        "next(stream)\n"
         "print(acts.read(0, 2).shape)\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)

@@ -105,6 +105,8 @@ def ahead(
     threads = [threading.Thread(target=work, name="saev-ahead", daemon=True) for _ in range(n_threads)]
 
     def close() -> None:
+        if stopped.is_set():  # at exit
+            return
         stopped.set()
         for _ in threads:
             room.put(None)  # one may be waiting for room
@@ -117,6 +119,7 @@ def ahead(
     for thread in threads:
         thread.start()
     atexit.register(close)  # for an iterator that is never dropped
+    unregister = atexit.unregister  # when it is dropped after that, modules are empty
     try:
         while True:
             kind, got = done.get()
@@ -129,4 +132,4 @@ def ahead(
             del got  # free the memory for the consumer
     finally:
         close()
-        atexit.unregister(close)
+        unregister(close)
