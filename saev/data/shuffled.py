@@ -1,10 +1,11 @@
 """Well-mixed batches of single activations, for training.
 
 `mixing` plans which activation is in which batch. Threads read blocks of neighbouring tokens into a pool of
-bounded size, from which other tasks of the same threads copy the batches, when the reads before them have
-ended; the plan does not wait for reads. Compiled code does both (`moves`), so that the threads rarely wait
-for Python's lock. The order does not depend on the threads. To start at any batch, a stream first reads the
-blocks that are then partly in the pool, a few times the pool's size.
+bounded size, and copy the batches out of it when the reads before them have ended. Compiled code does both
+(`moves`), so that the threads rarely wait for Python's lock. A thread with little left to do plans the next
+batch: a thread for the plan alone would take a core from the others, and have to wake them for each task.
+The order does not depend on the threads. To start at any batch, a stream first reads the blocks that are
+then partly in the pool, a few times the pool's size.
 
 Shape letters: B batch, P pool slots, G blocks, R activations ready to be drawn, D d_vit.
 """
@@ -44,7 +45,7 @@ class Shuffled:
         seed: of the order.
         pool_bytes: memory for the pool and the batches made ahead. The pool holds at least two batches. The
             order of blocks takes 4 more bytes per block of the shards that are read at the same time.
-        n_threads: threads that read and copy. 0: one per core (two for direct reads), at most 4.
+        n_threads: threads that plan, read and copy. 0: one per core (two for direct reads), at most 4.
         pin: page-locked batches, so that `.to("cuda", non_blocking=True)` copies in the background. torch
             uses a batch's memory again when the batch is dropped and such copies of it have ended.
         keep_half: batches of float16 and bfloat16 dumps in that type, for a GPU that converts them: half the
@@ -250,7 +251,7 @@ class _Pool:
         while self.takings and (wait or self.takings[0][0].is_over()):
             taken, slot_n = self.takings.popleft()
             while not taken.is_over() and run_first(self.tasks):
-                pass
+                pass  # it may be one of them
             taken.wait()
             self.free_P[self.n_free : self.n_free + len(slot_n)] = slot_n
             self.n_free += len(slot_n)
