@@ -1,6 +1,6 @@
 """How fast the loaders are, against reading the same files from end to end. N images, X tokens of an image, D d_vit.
 
-    uv run python -m benchmarks.loading [--quick] [--root DIR] [--gb GB] [--breakdown | --bounds]
+    uv run python -m benchmarks.loading [--quick] [--root DIR] [--gb GB] [--in-order] [--breakdown | --bounds]
 
 Cold: the files are taken out of the page cache before each pass; the reference is one thread that reads them in
 16 MB pieces. "direct" reads past the page cache, as the shuffled loader does by itself if memory cannot hold the files; "raw direct" is
@@ -10,7 +10,9 @@ paid for by one that it reads, as in a long run. "kept" is a stream in half prec
 "checksums" cases give each loader's speed as a share of its speed when it does not compare what it reads.
 
 `per_core` (warm) compares bytes per second of processor time with memcpy's, which disturbances by other programs change
-less than the ratio. Times the number of free cores it bounds the ratio. --breakdown prints the processor time of the
+less than the ratio. Times the number of free cores it bounds the ratio. The page cache holds files in small pieces if they came as the shuffled
+loader's blocks (of the cold cases before), and in large ones if they were written or read in order, which halves the time
+of a read: --in-order drops them before the warm cases and reads them in order. --breakdown prints the processor time of the
 shuffled loader's parts instead, in milliseconds per batch of 4,096. --bounds prints the time of its moves of memory alone, with one
 thread and with two: where two are no faster, cores share the bandwidth.
 """
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, help="size of the files")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--in-order", action="store_true", help="warm: files that were read in order")
     parser.add_argument(
         "--breakdown", action="store_true", help="processor time of the shuffled loader's parts"
     )
@@ -68,7 +71,7 @@ def main() -> None:
                 bounds(dpath, dtype, size, n_repeats)
                 continue
             for cold in (True, False):
-                cases += measure(dpath, dtype, cold, size, n_repeats, args.threads)
+                cases += measure(dpath, dtype, cold, size, n_repeats, args.threads, args.in_order)
     if cases:
         common.report(cases)
 
@@ -118,7 +121,7 @@ def marked(act_BD: np.ndarray) -> np.ndarray:
 
 
 def measure(
-    dpath: pathlib.Path, dtype: str, cold: bool, gb: float, n_repeats: int, n_threads: int
+    dpath: pathlib.Path, dtype: str, cold: bool, gb: float, n_repeats: int, n_threads: int, in_order: bool
 ) -> list[common.Case]:
     cfg = config.Shards(str(dpath))
     fpaths = sorted(dpath.glob("acts*.bin"))
@@ -203,6 +206,8 @@ def measure(
     if cold:
         checked["raw direct"] = "nothing"
     touched()
+    if in_order:
+        common.drop_page_cache(fpaths)
     if not cold:
         read_all(fpaths)
     rates = common.interleaved({name: functools.partial(counted, name) for name in calls}, n_repeats)

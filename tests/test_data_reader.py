@@ -1,5 +1,6 @@
 """Loaders under faults, across processes, over several directories, and on the field's other protocols. N images, D d_vit."""
 
+import collections
 import collections.abc
 import errno
 import itertools
@@ -22,7 +23,7 @@ import torch
 import saev
 from saev import errors
 from saev.data import activations, config, extents, mixing, moves, ordered, shuffled
-from saev.data.ahead import ahead
+from saev.data.ahead import Task, ahead
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "shards_1_0_0"
 GOLDEN_NLTD = np.arange(5 * 2 * 5 * 8, dtype=np.float32).reshape(5, 2, 5, 8) / 8
@@ -125,6 +126,55 @@ def test_what_the_thread_raises_is_raised_and_in_its_turn() -> None:
     assert [next(stream), next(stream)] == [1, 2]
     with pytest.raises(ValueError, match="third"):
         next(stream)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_items_leave_tasks_to_the_threads(n_threads: int) -> None:
+    """Each task runs once, before the items that wait for it, and the items keep their order."""
+    tasks: collections.deque[Task[int]] = collections.deque()
+    ran: list[int] = []
+
+    def items() -> collections.abc.Iterator[list[Task[int]]]:
+        for i in range(0, 300, 3):
+            made = [Task(lambda j: ran.append(j) or j * j, j) for j in range(i, i + 3)]
+            tasks.extend(made)
+            yield made
+        raise ValueError("the end")
+
+    stream = ahead(items(), 2, n_threads, tasks)
+    got = [task.result() for _ in range(100) for task in next(stream)]
+    assert got == [j * j for j in range(300)] and sorted(ran) == list(range(300))
+    with pytest.raises(ValueError, match="the end"):
+        next(stream)
+    assert not our_threads()
+
+
+def test_what_a_task_raises_is_its_result() -> None:
+    task = Task(int, "x")
+    assert not task.is_over()
+    task.run()
+    assert task.is_over()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="x"):
+            task.result()
+
+
+def test_tasks_left_over_end_with_the_consumer() -> None:
+    """A task may wait for those before it. None is left out between one that runs and those."""
+    for _ in range(30):
+        tasks: collections.deque[Task[None]] = collections.deque()
+
+        def items(tasks: collections.deque[Task[None]] = tasks) -> collections.abc.Iterator[int]:
+            for i in itertools.count():
+                first = Task(time.sleep, 0.001)
+                tasks.extend([first, Task(first.result), Task(time.sleep, 0.001)])
+                yield i
+
+        start_s = time.monotonic()
+        for i in ahead(items(), 2, 3, tasks):
+            if i == 5:
+                break
+        assert time.monotonic() - start_s < 3 and not our_threads()
 
 
 def test_a_thread_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,8 +554,10 @@ def test_a_script_that_ends_with_an_open_reader_says_nothing(
     script = tmp_path / "script.py"
     script.write_text(
         "from saev import nn\n"
-        "from saev.data import config, activations\n"
+        "from saev.data import config, activations, shuffled\n"
         f"acts = activations.Activations(config.Shards({str(foreign)!r}))\n"
+        "stream = shuffled.Shuffled(acts, batch_size=20).batches()\n"
+        "next(stream)\n"
         "print(acts.read(0, 2).shape)\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)

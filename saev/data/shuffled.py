@@ -1,17 +1,17 @@
 """Well-mixed batches of single activations, for training.
 
 `mixing` plans which activation is in which batch. Threads read blocks of neighbouring tokens into a pool of
-bounded size, from which other tasks of the same threads copy the batches, when the reads before them have
-ended; the plan does not wait for reads. Compiled code does both (`moves`), so that the threads rarely wait
-for Python's lock. The order does not depend on the threads. To start at any batch, a stream first reads the
-blocks that are then partly in the pool, a few times the pool's size.
+bounded size, and copy the batches out of it when the reads before them have ended. Compiled code does both
+(`moves`), so that the threads rarely wait for Python's lock. A thread with little left to do plans the next
+batch: a thread for the plan alone would take a core from the others, and have to wake them for each task.
+The order does not depend on the threads. To start at any batch, a stream first reads the blocks that are
+then partly in the pool, a few times the pool's size.
 
 Shape letters: B batch, P pool slots, G blocks, R activations ready to be drawn, D d_vit.
 """
 
 import collections
 import collections.abc
-import concurrent.futures
 import contextlib
 import math
 import os
@@ -23,9 +23,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 
 from saev.data import activations, aio, config, mixing, moves, readers
-from saev.data.ahead import ahead
-
-Done = concurrent.futures.Future[None]
+from saev.data.ahead import Task, ahead, run_first
 
 
 class Batch(tp.NamedTuple):
@@ -47,7 +45,7 @@ class Shuffled:
         seed: of the order.
         pool_bytes: memory for the pool and the batches made ahead. The pool holds at least two batches. The
             order of blocks takes 4 more bytes per block of the shards that are read at the same time.
-        n_threads: threads that read and copy. 0: one per core (two for direct reads), at most 4.
+        n_threads: threads that plan, read and copy. 0: one per core (two for direct reads), at most 4.
         pin: page-locked batches, so that `.to("cuda", non_blocking=True)` copies in the background. torch
             uses a batch's memory again when the batch is dropped and such copies of it have ended.
         keep_half: batches of float16 and bfloat16 dumps in that type, for a GPU that converts them: half the
@@ -97,19 +95,21 @@ class Shuffled:
 
     def batches(self, start: int = 0) -> collections.abc.Generator[Batch]:
         """The stream from batch `start` on."""
-        with contextlib.closing(ahead(self._planned(start), mixing.AHEAD)) as planned:
-            for batch in planned:
+        tasks: collections.deque[Task] = collections.deque()
+        planned = self._planned(start, tasks)
+        with contextlib.closing(ahead(planned, mixing.AHEAD, self.n_threads, tasks)) as batches:
+            for batch in batches:
                 yield batch.result()
                 del batch  # free the memory for the consumer
 
-    def _planned(self, start: int) -> collections.abc.Generator["_Batch"]:
+    def _planned(self, start: int, tasks: collections.deque[Task]) -> collections.abc.Generator["_Batch"]:
         """Batches that the threads may still be copying."""
-        pool = _Pool(self, start)
+        pool = _Pool(self, start, tasks)
         try:
             while True:
                 yield pool.draw()
         finally:
-            pool.close()
+            pool.reader.close()
 
 
 class _Batch:
@@ -121,10 +121,12 @@ class _Batch:
         self.bits_BD = _bits(self.act_BD)
         self.place_3B = np.empty((3, B), np.int64)
         """Image, patch and layer."""
-        self.parts: list[concurrent.futures.Future[bool]] = []
+        self.parts: list[Task[bool]] = []
         """Each says whether its activations are good."""
 
-    def fill(self, pool: "_Pool", reads: list[Done], part_n2: Int64[np.ndarray, "n 2"], at: int) -> bool:
+    def fill(
+        self, pool: "_Pool", reads: list[Task[None]], part_n2: Int64[np.ndarray, "n 2"], at: int
+    ) -> bool:
         """Copies activations to rows `at`, ... Returns whether all are finite and not too large.
 
         reads: those that may not have ended.
@@ -185,7 +187,9 @@ class _Memory:
 class _Reading:
     """Blocks being read into the pool."""
 
-    def __init__(self, n_G: Int64[np.ndarray, " G"], row_n2: Int64[np.ndarray, "n 2"], dones: list[Done]):
+    def __init__(
+        self, n_G: Int64[np.ndarray, " G"], row_n2: Int64[np.ndarray, "n 2"], dones: list[Task[None]]
+    ):
         self.n_before_G = np.concatenate([[0], np.cumsum(n_G)])
         self.row_n2 = row_n2
         self.dones = dones
@@ -205,25 +209,23 @@ class _Reading:
 class _Pool:
     """Activations in memory, as stored, in unsigned integers. Each keeps its slot until it is drawn."""
 
-    def __init__(self, stream: Shuffled, start: int):
+    def __init__(self, stream: Shuffled, start: int, tasks: collections.deque[Task]):
         acts, layout = stream.acts, stream.layout
         self.stream = stream
         self.acts = acts
         self.layout = layout
         self.plan = mixing.Plan(layout, stream.seed, start)
         self.memory = _Memory(stream.dtype, stream.pin)
-        self.threads = concurrent.futures.ThreadPoolExecutor(stream.n_threads, "saev-read")
+        self.tasks = tasks
         self.reader = readers.reader(
             stream.direct, acts, stream.n_threads, stream.read_bytes, layout.max_block * acts.token_bytes
         )
         unsigned = np.dtype(f"u{acts.token_bytes // acts.d_vit}")
         self.act_PD = moves.aligned(layout.n_pool * acts.token_bytes).view(unsigned).reshape(-1, acts.d_vit)
         self.readings: collections.deque[_Reading] = collections.deque()
-        self.reads: list[Done] = []
+        self.reads: list[Task[None]] = []
         """Those that may not have ended, of blocks that can be drawn."""
-        self.takings: collections.deque[tuple[concurrent.futures.Future[bool], Int64[np.ndarray, " n"]]] = (
-            collections.deque()
-        )
+        self.takings: collections.deque[tuple[Task[bool], Int64[np.ndarray, " n"]]] = collections.deque()
         """Copies out of the pool that may not have ended, and their slots."""
         self.free_P = np.arange(layout.n_pool)[::-1].copy()  # the last ones go first
         self.n_free = layout.n_pool
@@ -234,8 +236,9 @@ class _Pool:
         """The next batch."""
         batch, at = _Batch(self.stream, self.memory), 0
         for part_n2 in self.plan.draw(self._ready):
-            self.reads = [read for read in self.reads if not read.done() or read.exception()]
-            batch.parts.append(self.threads.submit(batch.fill, self, self.reads, part_n2, at))
+            self.reads = [read for read in self.reads if not read.is_over() or read.error]
+            batch.parts.append(Task(batch.fill, self, self.reads, part_n2, at))
+            self.tasks.append(batch.parts[-1])
             self.takings.append((batch.parts[-1], part_n2[:, 1]))
             at += len(part_n2)
             self._free(wait=False)
@@ -243,20 +246,13 @@ class _Pool:
                 self._read_ahead()
         return batch
 
-    def close(self) -> None:
-        """Leaves out reads that have not begun and for which no batch waits. Batches that were handed out are
-        filled."""
-        for reading in self.readings:
-            for done in reading.dones:
-                done.cancel()
-        self.threads.shutdown(wait=True)
-        self.reader.close()
-
     def _free(self, wait: bool) -> None:
         """Frees the slots of copies that have ended. wait: of at least one."""
-        while self.takings and (wait or self.takings[0][0].done()):
+        while self.takings and (wait or self.takings[0][0].is_over()):
             taken, slot_n = self.takings.popleft()
-            taken.exception()  # waits; an error is for the batch's consumer
+            while not taken.is_over() and run_first(self.tasks):
+                pass  # it may be one of them
+            taken.wait()
             self.free_P[self.n_free : self.n_free + len(slot_n)] = slot_n
             self.n_free += len(slot_n)
             wait = False
@@ -316,10 +312,9 @@ class _Pool:
         index_n = self.layout.all_read(block_G)  # ascending, as with order_R
         slot_n = np.full(len(index_n), -1)  # already drawn, or left out
         slot_n[np.searchsorted(index_n, ready_R2[order_R, 0])] = ready_R2[order_R, 1]
-        for done in self._read(block_G, slot_n):
-            done.result()
+        self.reads = self._read(block_G, slot_n)
 
-    def _read(self, block_G: Int64[np.ndarray, " G"], slot_n: Int64[np.ndarray, " n"]) -> list[Done]:
+    def _read(self, block_G: Int64[np.ndarray, " G"], slot_n: Int64[np.ndarray, " n"]) -> list[Task[None]]:
         """Starts to read blocks into their tokens' slots (-1: discarded), in file order."""
         order_G = np.argsort(block_G)
         index_G, n_G = self.layout.spans(block_G)
@@ -329,7 +324,9 @@ class _Pool:
         run_G2 = np.stack([at_G3[:, 2], n_G], axis=1)
         blocks = readers.Share(index_G, run_G2, np.cumsum(n_G) - n_G, file_G2, files, slot_n)
         shares = [blocks.only(order_G[at : at + n_share]) for at in range(0, len(order_G), n_share)]
-        return [self.threads.submit(self._read_share, s, self.reader.announce(s)) for s in shares]
+        reads = [Task(self._read_share, s, self.reader.announce(s)) for s in shares]
+        self.tasks.extend(reads)
+        return reads
 
     def _read_share(self, share: readers.Share, hint: readers.Hint) -> None:
         """Reads blocks into their slots. hint: the announcement.
