@@ -47,7 +47,11 @@ class Task(tp.Generic[T]):
         return self.value
 
 
-def run_first(tasks: collections.deque[Task]) -> bool:
+Tasks = collections.deque[tp.Any]
+"""Of `Task`. Not said to Python: a check of types would go through the items while threads change them."""
+
+
+def run_first(tasks: Tasks) -> bool:
     """Runs the first task, if there is one. Returns whether there was."""
     try:
         task = tasks.popleft()
@@ -58,10 +62,7 @@ def run_first(tasks: collections.deque[Task]) -> bool:
 
 
 def ahead(
-    items: collections.abc.Iterator[T],
-    n: int,
-    n_threads: int = 1,
-    tasks: collections.deque[Task] | None = None,
+    items: collections.abc.Iterator[T], n: int, n_threads: int = 1, tasks: Tasks | None = None
 ) -> collections.abc.Generator[T]:
     """Yields from `items`, which separate threads compute up to `n` items ahead.
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 
 from saev.data import activations, aio, config, mixing, moves, readers
-from saev.data.ahead import Task, ahead, run_first
+from saev.data.ahead import Task, Tasks, ahead, run_first
 
 
 class Batch(tp.NamedTuple):
@@ -95,14 +95,14 @@ class Shuffled:
 
     def batches(self, start: int = 0) -> collections.abc.Generator[Batch]:
         """The stream from batch `start` on."""
-        tasks: collections.deque[Task] = collections.deque()
+        tasks: Tasks = collections.deque()
         planned = self._planned(start, tasks)
         with contextlib.closing(ahead(planned, mixing.AHEAD, self.n_threads, tasks)) as batches:
             for batch in batches:
                 yield batch.result()
                 del batch  # free the memory for the consumer
 
-    def _planned(self, start: int, tasks: collections.deque[Task]) -> collections.abc.Generator["_Batch"]:
+    def _planned(self, start: int, tasks: Tasks) -> collections.abc.Generator["_Batch"]:
         """Batches that the threads may still be copying."""
         pool = _Pool(self, start, tasks)
         try:
@@ -209,7 +209,7 @@ class _Reading:
 class _Pool:
     """Activations in memory, as stored, in unsigned integers. Each keeps its slot until it is drawn."""
 
-    def __init__(self, stream: Shuffled, start: int, tasks: collections.deque[Task]):
+    def __init__(self, stream: Shuffled, start: int, tasks: Tasks):
         acts, layout = stream.acts, stream.layout
         self.stream = stream
         self.acts = acts
