@@ -108,29 +108,10 @@ def queue_says(job_id: str, name: str, kind: type = int) -> object:
     return kind(shown.stdout.strip())
 
 
-def below_slurm() -> list[pathlib.Path]:
-    """Folders in /proc of Slurm's processes that watch jobs, and of all below them. Those of others, whose memory must be
-    locked to read a command or an environment, are not looked at: on a busy machine that takes seconds."""
-    parents, watchers = {}, set()
-    for fpath in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
-            start, _, end = fpath.read_text().rpartition(")")
-            parents[fpath.parent.name] = end.split()[1]
-            if "(slurmstepd" in start:
-                watchers.add(fpath.parent.name)
-
-    def is_below(pid: str) -> bool:
-        while pid in parents and pid not in watchers:
-            pid = parents[pid]
-        return pid in watchers
-
-    return [pathlib.Path("/proc", pid) for pid in parents if is_below(pid)]
-
-
 def of_job(job_id: str) -> list[int]:
     """The processes of a job (or array) and the one of Slurm that watches them."""
     found, marks = [], {f"SLURM_{name}JOB_ID={job_id}".encode() for name in ("", "ARRAY_")}
-    for folder in below_slurm():
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
         except OSError:  # it has ended

@@ -149,7 +149,7 @@ def test_a_dump_whose_tasks_are_killed_goes_on(tmp_path: pathlib.Path) -> None:
     process = forked.Popen(dump, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: submitted_to(tmp_path / "logs"))
     (array_id,) = {job_id.partition("_")[0] for job_id in submitted_to(tmp_path / "logs")}
-    wait_for(lambda: len(stages_of(array_id)) == 2, every_s=0.05)
+    wait_for(lambda: len(stages_of(array_id)) == 2)
     pids = stages_of(array_id)
     wait_for(lambda: len(list(tmp_path.glob("there/*/acts*.json"))) > 5, every_s=0.002)
     for pid in pids:  # scancel would send SIGTERM first, and wait

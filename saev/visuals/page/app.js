@@ -231,12 +231,12 @@
     const act = actions[event.key];
     if (!act) return;
     if (event.key === "/" || event.key === "?") event.preventDefault();
-    pressed = pressed.then(async () => {
+    pressed = pressed.catch(() => undefined).then(async () => {
       follow();
       const { handlers } = current;
-      await handlers.ready;
+      await handlers.ready?.catch(() => undefined); // the view says what is wrong
       act(handlers);
-    }).catch(() => undefined); // the view says what is wrong
+    });
   }
 
   saev.open().then(() => {
