@@ -2,14 +2,13 @@
 
     uv run python -m benchmarks.page [--latents N]
 
-The reference is an empty page that loads the same three files of data. Both are opened in chromium, which must be installed, from
+The reference is an empty page that loads the same three files of data. Both are opened in Chromium, which must be installed, from
 disk and in turn; a page is open when it first shows its table.
 """
 
 import argparse
 import importlib
 import pathlib
-import shutil
 import statistics
 import sys
 import tempfile
@@ -35,9 +34,9 @@ def main() -> None:
     n_latents = parser.parse_args().latents
     sys.path.insert(0, str(TESTS))
     data = importlib.import_module("gallery_data")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    chromium = importlib.import_module("browsing").CHROMIUM
     if chromium is None:
-        sys.exit("no chromium (apt-get install chromium)")
+        sys.exit("no Chromium (apt-get install chromium-headless-shell)")
     with tempfile.TemporaryDirectory() as name, sync_api.sync_playwright() as playwright:
         dpath = pathlib.Path(name)
         data.write(dpath, data.MadeUp(n_latents=n_latents, n_stored=64, n_images=32, n_view=4))

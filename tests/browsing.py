@@ -9,8 +9,10 @@ import PIL.Image
 import pytest
 from playwright import sync_api
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needed = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
+NAMES = ("chromium-headless-shell", "chromium", "chromium-browser")
+"""The first one has no windows, so that its tests take a quarter less processor time."""
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+needed = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (apt-get install chromium-headless-shell)")
 Open = collections.abc.Callable[..., sync_api.Page]
 
 

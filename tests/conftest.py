@@ -2,6 +2,8 @@
 
 import collections
 import collections.abc
+import contextlib
+import fcntl
 import functools
 import importlib
 import itertools
@@ -22,6 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Before torch is imported, and for the processes that tests start: several of them share the cores, and threads that
 # spin while they wait for each other took a third of the whole run's processor time.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # see IN_THREADS
 if (
     sys.dont_write_bytecode
 ):  # as in containers: each process that a test starts would compile torch and timm anew
@@ -47,6 +50,26 @@ LONGEST = (
 )
 LONGEST += ("test_dump_resume", "test_memory", "test_nn_triton_interpreted")
 """Files that take more than 20 s, the longest ones first."""
+
+
+IN_THREADS = (
+    "test_codes",
+    "test_compare",
+    "test_nn_architectures",
+    "test_nn_sae",
+    "test_nn_sparse",
+    "test_precision",
+    "test_protoeval_logistic",
+    "test_protoeval_patches",
+    "test_protoeval_probe",
+    "test_protoeval_several",
+    "test_scorers",
+    "test_scorers_kmeans",
+    "test_visuals",
+)
+"""Files about functions that run kernels in threads (`saev.compiled.in_threads`): these have one for each core. A training and
+a table with any number of threads are in test_golden. All else takes a tenth less processor time in one thread, because
+several processes share the cores."""
 
 
 LIBRARIES = (
@@ -88,6 +111,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return len(os.sched_getaffinity(0)) + 2 * (shutil.which("sbatch") is not None)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> collections.abc.Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Each process imports all files. In a fresh clone, all wait while one compiles a file."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(collector, pytest.Module):
+            fcntl.flock(stack.enter_context(collector.path.open()), fcntl.LOCK_EX)
+        return (yield)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files come first, then those with many slow tests, so that no core is left with one at the end."""
     n_slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
@@ -108,6 +142,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads(request: pytest.FixtureRequest) -> collections.abc.Iterator[None]:
+    if request.path.stem not in IN_THREADS:
+        yield
+        return
+    import torch  # not before pytest_configure
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

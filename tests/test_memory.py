@@ -1,6 +1,7 @@
 """The memory that a dump, a gallery, ... are said to take, against processes that do them."""
 
 import collections.abc
+import os
 import pathlib
 import pickle
 import re
@@ -73,7 +74,8 @@ def measured(
     made: what the first one makes. libraries: what each config imports anyway.
     """
     command = [sys.executable, "-c", RUN, module, pickle.dumps([*cfgs.values()]).hex(), str(made), *libraries]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # as many threads as a user has
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = re.findall(r"memory: about ([0-9.]+) GB", done.stderr)
     peaks = [line for line in done.stdout.splitlines() if line.isdecimal()]
