@@ -9,6 +9,7 @@ import subprocess
 import sys
 import typing as tp
 
+import forked
 import numpy as np
 import PIL.Image
 import polars as pl
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
 RUN = """
-import importlib, logging, os, pathlib, pickle, re, shutil, sys
+import importlib, logging, os, pathlib, pickle, re, sys
 
 def run(cfg):
     module.main(cfg)
@@ -47,21 +48,24 @@ def run(cfg):
 
 logging.basicConfig(level="INFO")
 module = importlib.import_module(sys.argv[1])
-made, *libraries = sys.argv[3:]
-for name in libraries:
-    importlib.import_module(name)
-first, *others = pickle.loads(bytes.fromhex(sys.argv[2]))
-for cfg in (first, first, *others):
+cfgs = pickle.loads(bytes.fromhex(sys.argv[2]))
+"""
+"""The peak as the kernel keeps it for one program: ru_maxrss begins with that of its parent."""
+FORKS = """
+import shutil
+for cfg in (cfgs[0], *cfgs):
     if not (pid := os.fork()):
         run(cfg)
     assert os.waitpid(pid, 0)[1] == 0
-    if cfg is first:
-        shutil.rmtree(made)
-run(first)
+    if cfg is cfgs[0]:
+        shutil.rmtree(sys.argv[3])
 """
-"""A fork for each config, and the first once more as a user runs it: a fork does not have those pages of the libraries' files that
-it does not use. Before all others, the first compiles what is not compiled yet. The peak as the kernel keeps it for one program:
-ru_maxrss begins with that of its parent."""
+"""A fork for each config. Before all others, the first one compiles what is not compiled yet. (A fork does not have those pages of
+the libraries' files that it does not use: see ALONE.)"""
+ALONE = """
+run(cfgs[0])
+"""
+"""The first config as a user runs it."""
 Measured = tuple[float, int]
 """GB that the log says, and bytes at the peak."""
 
@@ -73,14 +77,21 @@ def measured(
 
     made: what the first one makes. libraries: what each config imports anyway.
     """
-    command = [sys.executable, "-c", RUN, module, pickle.dumps([*cfgs.values()]).hex(), str(made), *libraries]
+    args = [module, pickle.dumps([*cfgs.values()]).hex(), str(made)]
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # as many threads as a user has
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    pipes = {"cwd": ROOT, "env": env, "capture_output": True, "text": True}
+    _, *found = _measured(
+        forked.run([sys.executable, "-c", RUN + FORKS, *args], also=(module, *libraries), **pipes)
+    )
+    (alone,) = _measured(subprocess.run([sys.executable, "-c", RUN + ALONE, *args], **pipes))
+    return dict(zip(cfgs, found, strict=True)), alone
+
+
+def _measured(done: subprocess.CompletedProcess[str]) -> list[Measured]:
     assert done.returncode == 0, done.stderr
     said = re.findall(r"memory: about ([0-9.]+) GB", done.stderr)
     peaks = [line for line in done.stdout.splitlines() if line.isdecimal()]
-    _, *found, alone = [(float(gb), 1024 * int(kb)) for gb, kb in zip(said, peaks, strict=True)]
-    return dict(zip(cfgs, found, strict=True)), alone
+    return [(float(gb), 1024 * int(kb)) for gb, kb in zip(said, peaks, strict=True)]
 
 
 SMALL, CAMERA = 64, 3464
