@@ -547,6 +547,7 @@ def test_an_interrupted_foreign_dump(foreign: pathlib.Path, index: list[int] | N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("foreign", ["2.1"], indirect=True)
 def test_a_script_that_ends_with_an_open_reader_says_nothing(
     foreign: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -33,12 +33,18 @@ SMALL = ["--n-imgs", "40", "--n-patches", "20000", "--device", "cpu"]
 """Enough for the manner of the demo, not for the truths."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 SPACE = """
-import sys
+import dataclasses, sys
 from saev.demo import config, steps
+
+class Smaller(steps.Command):
+    def run(self, title, args):
+        return super().run(title, ["--img-size", 140, *args])
+
+steps.DUMP = Smaller(*dataclasses.astuple(steps.DUMP))
 cfg = config.Demo(dump_to=sys.argv[1], n_imgs=200, n_patches=30_000, device="cpu")
 steps.dump(cfg), steps.train(cfg)
 """
-"""The first steps on more images."""
+"""The first steps on more images, of 10 x 10 patches."""
 
 
 def run_demo(dpath: pathlib.Path, *more: object) -> subprocess.CompletedProcess[str]:
@@ -144,6 +150,7 @@ def test_a_second_run_skips_what_is_done(
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_random_vectors_gain_from_train_images_and_from_prototypes(cfg: config.ProtoEval) -> None:
     seeds = [read_summary(run.main([dataclasses.replace(cfg, seed=s)])) for s in range(3)]
     cells = [
@@ -161,6 +168,7 @@ def test_random_vectors_gain_from_train_images_and_from_prototypes(cfg: config.P
     assert map_of[256, all_train] > float(seeds[0][0]["map"]) + 0.15  # far above the constant row
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_labels_shifted_by_one_image_drop_every_scorer_to_the_constant_row(
     cfg: config.ProtoEval, monkeypatch: pytest.MonkeyPatch
 ) -> None:

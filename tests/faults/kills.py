@@ -40,14 +40,17 @@ COMMANDS = (
     Command("look", "c.look('killed/gallery')", ("killed",)),
     Command("evaluate", "c.evaluate('killed', 'killed-scorers')", ("killed", "killed-scorers")),
 )
+IMPORTED = ("timm", "saev.data.dump", "saev.training.loop", "saev.visuals.collect", "saev.protoeval.run")
 LITTER = ("*.tmp", "*.partial", "*.lock", "*.state", "state-*.pt", ".gallery*")
 
 
 def campaign(tally: Tally, chain: Chain, n_each: int, n_kills: int, seed: int) -> None:
     """n_each times for each command: kill it n_kills times, run it to its end, compare with the undisturbed chain."""
     rng = np.random.default_rng(seed)
+    nothing = Command("nothing", "", ())
+    _run(chain, nothing)  # starts a server (see `forked`)
     start_s = time.monotonic()
-    _run(chain, Command("nothing", "", ()))
+    _run(chain, nothing)
     import_s = time.monotonic() - start_s
     for command in COMMANDS:
         expected = _artefact(chain, command, chain.root)
@@ -75,7 +78,8 @@ def _run(chain: Chain, command: Command, kill_after_s: float | None = None) -> b
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     cwd = pathlib.Path(__file__).parents[2]
     with tempfile.TemporaryFile() as log:
-        process = forked.Popen([sys.executable, "-c", script], cwd=cwd, env=env, stdout=log, stderr=log)
+        pipes = {"cwd": cwd, "env": env, "stdout": log, "stderr": log, "also": IMPORTED}
+        process = forked.Popen([sys.executable, "-c", script], **pipes)
         try:
             process.wait(kill_after_s)
         except subprocess.TimeoutExpired:
