@@ -33,6 +33,16 @@ def jit_sums(function):
     return jit(function, fastmath={"reassoc", "contract", "nsz"})
 
 
+@jit
+def copy(from_n, to_n):
+    """Copies `from_n` to the first places of `to_n`.
+
+    `to_n[:n] = from_n` takes numba 2 s longer to compile, for its message about lengths that differ.
+    """
+    for i in range(len(from_n)):
+        to_n[i] = from_n[i]
+
+
 # ---- C functions and memory, by address ----
 
 

@@ -14,7 +14,7 @@ that of float32. With u = 2^-8 (bfloat16's unit roundoff) and exact bias b, |x .
 import numpy as np
 from torch import Tensor
 
-from saev.compiled import jit, jit_sums
+from saev.compiled import copy, jit, jit_sums
 
 ROUNDOFF = 2.0**-8
 """Unit roundoff of bfloat16."""
@@ -118,7 +118,7 @@ def _top_k_bound(value_S, k, group_G, scratch_G):
     for s in range(n_full * G, len(value_S)):
         g = s - n_full * G
         group_G[g] = value_S[s] if value_S[s] > group_G[g] else group_G[g]
-    scratch_G[:] = group_G
+    copy(group_G, scratch_G)
     return _kth_largest(scratch_G, G, k)
 
 
@@ -170,7 +170,7 @@ def _trim(value_n, latent_n, n, k, scratch_n, value_K, latent_K):
     """Copies the k largest of n values if they are positive; returns their number."""
     smallest, n_ties = value_n.dtype.type(0), 0
     if n > k:
-        scratch_n[:n] = value_n[:n]
+        copy(value_n[:n], scratch_n)
         smallest = _kth_largest(scratch_n, n, k)
         n_ties = k
         for i in range(n):
@@ -290,7 +290,7 @@ def reconstruct(
     D, P = W_SD.shape[1], len(end_P)
     sum_D = np.empty(D, W_SD.dtype)
     for b in range(first, last):
-        sum_D[:] = b_D
+        copy(b_D, sum_D)
         j, stop = start_B1[b], start_B1[b + 1]
         total = W_SD.dtype.type(0)
         for p in range(P):
@@ -304,7 +304,7 @@ def reconstruct(
                 g_BPD[b, p, d] = error
                 total += error * error
         error_B[b] = total
-        x_hat_BD[b] = sum_D
+        copy(sum_D, x_hat_BD[b])
         for p in range(P - 2, -1, -1):
             for d in range(D):
                 g_BPD[b, p, d] += g_BPD[b, p + 1, d]

@@ -269,7 +269,8 @@ def _sort(bits_N, key_2N, place_2N, count_Q):
             key_2N[1 - source, at], place_2N[1 - source, at] = key, place_2N[source, i]
         source = 1 - source
     if source == 1:
-        key_2N[0, :n], place_2N[0, :n] = key_2N[1, :n], place_2N[1, :n]
+        compiled.copy(key_2N[1, :n], key_2N[0])
+        compiled.copy(place_2N[1, :n], place_2N[0])
     return n
 
 
@@ -351,7 +352,7 @@ def _resampled(bits_TN, labels_TN, known_TN, image_N, times_GIL, n_first, first,
                 end, is_any = start, False
                 tied_L[:] = 0
                 if is_first:
-                    before_L[:] = all_L
+                    compiled.copy(all_L, before_L)
                 while end < n and key_2N[0, end] == key_2N[0, start]:
                     place = place_2N[0, end]
                     end += 1

@@ -275,7 +275,7 @@ def _raise(bin_J6, top, by):
                 if place < by * SUB_BINS:
                     _shift(bin_J6[j], _middle(j, top), bin_J6[0])
                 else:
-                    bin_J6[j - by * SUB_BINS] = bin_J6[j]
+                    compiled.copy(bin_J6[j], bin_J6[j - by * SUB_BINS])
                 bin_J6[j] = 0
 
 
