@@ -1,5 +1,6 @@
 """Fixtures that several test files use. N images, L layers, T tokens, D d_vit."""
 
+import atexit
 import collections
 import collections.abc
 import contextlib
@@ -98,7 +99,12 @@ def is_checked(config: pytest.Config) -> bool:
 
 def pytest_xdist_setupnodes(config: pytest.Config) -> None:
     """pytest's processes are forks of one that has imported what they need, which takes each of them many seconds, in
-    a fresh clone half a minute."""
+    a fresh clone half a minute.
+
+    In a fresh clone, another process meanwhile compiles the libraries that come last, on a core that has nothing to do yet.
+    """
+    compiling = subprocess.Popen([sys.executable, "-c", f"import {', '.join(LIBRARIES)}"])
+    atexit.register(compiling.wait)
     modules = [".".join(fpath.relative_to(ROOT).with_suffix("").parts) for fpath in ROOT.glob("saev/**/*.py")]
     also = (*["checking"] * is_checked(config), *sorted(m for m in modules if "__" not in m), *LIBRARIES)
     fork = functools.partial(forked.Popen, also=also, spawns=True)
