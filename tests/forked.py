@@ -41,8 +41,8 @@ PRELOADED = (
     "polars",
     "matplotlib.figure",
     "tyro",
+    "timm",
 )
-"""Without timm, which imports triton, whose end takes seconds."""
 READ_ON_IMPORT = ("PYTHON", "GOMP_", "MKL_", "OPENBLAS_", "TRITON_", "TORCH_", "HF_", "LD_", "HOME")
 """Variables (by their first letters) that the libraries read when they are imported. Each set of them has a server."""
 
@@ -163,7 +163,7 @@ def server(env: frozenset[tuple[str, str]], also: tuple[str, ...] = ()) -> socke
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if also:
         report, other = os.pipe()
-        socket.send_fds(server(env), [json.dumps({"also": also}).encode()], [theirs.fileno(), other])
+        socket.send_fds(server(env, ()), [json.dumps({"also": also}).encode()], [theirs.fileno(), other])
         theirs.close()
         os.close(other)
         os.read(report, 100)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
 N = 60
-IMPORTED = ("timm", "saev.data.dump")
+IMPORTED = ("saev.data.dump",)
 """What each job of a dump imports."""
 
 

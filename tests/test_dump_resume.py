@@ -25,7 +25,7 @@ from saev.formats import shards
 ROOT = pathlib.Path(__file__).parent.parent
 N_KILLS = 20
 
-IMPORTED = ("timm", "saev.data.dump")
+IMPORTED = ("saev.data.dump",)
 """What each dump imports. Twenty of them, which are killed, do it once."""
 
 

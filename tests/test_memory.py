@@ -71,18 +71,16 @@ Measured = tuple[float, int]
 
 
 def measured(
-    module: str, cfgs: dict[str, tp.Any], made: pathlib.Path, libraries: tuple[str, ...] = ()
+    module: str, cfgs: dict[str, tp.Any], made: pathlib.Path
 ) -> tuple[dict[str, Measured], Measured]:
     """(of each config; of the first one in a process of its own).
 
-    made: what the first one makes. libraries: what each config imports anyway.
+    made: what the first one makes.
     """
     args = [module, pickle.dumps([*cfgs.values()]).hex(), str(made)]
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # as many threads as a user has
     pipes = {"cwd": ROOT, "env": env, "capture_output": True, "text": True}
-    _, *found = _measured(
-        forked.run([sys.executable, "-c", RUN + FORKS, *args], also=(module, *libraries), **pipes)
-    )
+    _, *found = _measured(forked.run([sys.executable, "-c", RUN + FORKS, *args], also=(module,), **pipes))
     (alone,) = _measured(subprocess.run([sys.executable, "-c", RUN + ALONE, *args], **pipes))
     return dict(zip(cfgs, found, strict=True)), alone
 
@@ -261,10 +259,10 @@ def comparisons(make_shards, tmp_path: pathlib.Path) -> dict[str, compare_config
 Cases = collections.abc.Callable[..., dict[str, tp.Any]]
 
 
-def check(module: str, cfgs: dict[str, tp.Any], libraries: tuple[str, ...] = ()) -> dict[str, Measured]:
+def check(module: str, cfgs: dict[str, tp.Any]) -> dict[str, Measured]:
     """The whole, and what each case takes above a tiny one, which is the program itself. Returns the whole of each."""
     first = cfgs["nothing"][0] if isinstance(cfgs["nothing"], list) else cfgs["nothing"]
-    found, (said, alone) = measured(module, cfgs, pathlib.Path(first.dump_to), libraries)
+    found, (said, alone) = measured(module, cfgs, pathlib.Path(first.dump_to))
     assert alone == pytest.approx(said * 1e9, rel=0.3)
     said_0, measured_0 = found["nothing"]
     for name, (said, taken) in found.items():
@@ -275,17 +273,13 @@ def check(module: str, cfgs: dict[str, tp.Any], libraries: tuple[str, ...] = ())
 
 
 @pytest.mark.parametrize(
-    ("module", "cases", "libraries"),
-    [
-        ("saev.data.dump", dumps, ("timm",)),
-        ("saev.protoeval.run", evaluations, ()),
-        ("saev.compare.run", comparisons, ()),
-    ],
+    ("module", "cases"),
+    [("saev.data.dump", dumps), ("saev.protoeval.run", evaluations), ("saev.compare.run", comparisons)],
 )
 def test_what_a_stage_says_is_right_within_30_percent(
-    make_shards, tmp_path: pathlib.Path, module: str, cases: Cases, libraries: tuple[str, ...]
+    make_shards, tmp_path: pathlib.Path, module: str, cases: Cases
 ) -> None:
-    check(module, cases(make_shards, tmp_path), libraries)
+    check(module, cases(make_shards, tmp_path))
 
 
 def test_galleries_and_one_of_32768_latents_with_128_images_needs_less_than_2_gb(

@@ -40,7 +40,7 @@ COMMANDS = (
     Command("look", "c.look('killed/gallery')", ("killed",)),
     Command("evaluate", "c.evaluate('killed', 'killed-scorers')", ("killed", "killed-scorers")),
 )
-IMPORTED = ("timm", "saev.data.dump", "saev.training.loop", "saev.visuals.collect", "saev.protoeval.run")
+IMPORTED = ("saev.data.dump", "saev.training.loop", "saev.visuals.collect", "saev.protoeval.run")
 LITTER = ("*.tmp", "*.partial", "*.lock", "*.state", "state-*.pt", ".gallery*")
 
 
