@@ -341,10 +341,11 @@ def run_and_end(kind: str, program: str) -> tp.NoReturn:
 
 if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as saev.early sets it
+    gc.disable()
     for module in PRELOADED:
         importlib.import_module(module)
     compile_once()
-    gc.freeze()  # else each fork goes through all objects of the imports when it ends
+    gc.freeze()  # else each fork goes through all objects of the imports
     request, fds = serve(*[socket.socket(fileno=int(fd)) for fd in sys.argv[1:]])
     if "also" in request:
         for module in request["also"]:
@@ -352,6 +353,7 @@ if __name__ == "__main__":
                 importlib.import_module(module)
         gc.freeze()
         request, fds = serve(socket.socket(fileno=fds[0]))
+    gc.enable()
     kind, program = become(request, fds)
     if not request["spawns"]:
         multiprocessing.util.spawnv_passfds = fork_python

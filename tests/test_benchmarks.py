@@ -4,10 +4,10 @@ import ast
 import importlib
 import json
 import pathlib
-import subprocess
 import sys
 import types
 
+import forked
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -59,5 +59,5 @@ def test_a_case_that_fails_leaves_the_others(
 def test_cases_of_a_gpu_run_on_a_cpu() -> None:
     """At toy sizes: many SAEs on one stream."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--device", "cpu", "--only", "d"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = forked.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "CPU: 6 of 6 cases" in done.stdout, done.stdout + done.stderr

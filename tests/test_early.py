@@ -104,6 +104,33 @@ def test_no_search_for_garbage_at_the_end() -> None:
     assert shell(f"PY -c {shlex.quote(code)}").stdout == b"end\n"
 
 
+IMPORTS = """
+import gc, weakref
+from saev import early
+class Loop: pass
+def loop():
+    loop = Loop()
+    loop.itself = loop
+    return weakref.ref(loop)
+if not {is_on}: gc.disable()
+before = loop()
+with early.importing():
+    assert not gc.isenabled() and before() is None, "garbage of an earlier stage is freed"
+    inside, n = Loop(), gc.get_freeze_count()
+assert gc.get_freeze_count() > n and not any(o is inside for o in gc.get_objects()), "is searched no more"
+after = loop()
+gc.collect()
+assert gc.isenabled() == {is_on} and after() is None
+"""
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_no_search_for_garbage_during_imports(is_on: bool) -> None:
+    code = IMPORTS.replace("{is_on}", str(is_on))
+    done = shell(f"PY -c {shlex.quote(code)}")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_full_disk_behind_the_output() -> None:
     for command, where in (("train.py --help", b""), ("train.py --dry-run", b"standard output: ")):
         done = shell(f"PY {command} > /dev/full")

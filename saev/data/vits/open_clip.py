@@ -6,13 +6,14 @@ import typing as tp
 
 from torch import Tensor
 
-from saev import errors, fields
+from saev import early, errors, fields
 from saev.data import config, images
 from saev.data.vits import base, timm, weights
 
 
 def build(cfg: config.Vit) -> base.Tower:
-    import open_clip
+    with early.without_gc():
+        import open_clip
 
     if cfg.resize == "flexible":
         raise base.not_flexible(cfg)

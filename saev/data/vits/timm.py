@@ -7,7 +7,7 @@ import typing as tp
 import torch
 from torch import Tensor
 
-from saev import errors
+from saev import early, errors
 from saev.data import config, images
 from saev.data.vits import base, weights
 
@@ -67,7 +67,8 @@ PUBLISHED = {
 
 
 def build(cfg: config.Vit) -> base.Tower:
-    import timm
+    with early.without_gc():
+        import timm
 
     name, size, crop_pct = _name(cfg)
     if not timm.is_model(name):
