@@ -41,7 +41,8 @@ def test_a_kernel_is_compiled_by_one_of_several_processes(env: dict[str, str]) -
 
 
 def test_ctrl_c_ends_a_fork_and_not_its_server() -> None:
-    command = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"]
+    code = "import time; print('here', flush=True)\nwhile True: time.sleep(0.1)"
+    command = [sys.executable, "-c", code]  # a signal just before a long sleep would be seen only after it
     process = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "here\n"
     server = int(pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[1])

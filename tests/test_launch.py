@@ -493,6 +493,17 @@ def test_a_job_that_never_begins_is_not_queued_again_for_ever() -> None:
     assert done.stdout == "the time limit is shorter than the job's start-up. Raise --n-hours\n-3 True\n"
 
 
+def test_what_queues_a_job_again_outlives_it() -> None:
+    """Slurm ends a requeued job's processes, scontrol among them, with SIGTERM. A real one of its own."""
+    source = (
+        "import subprocess\nfrom saev import launch\n"
+        "launch.Stage('operator:neg', 3).checkpoint()\n"
+        "subprocess.check_call(['sh', '-c', 'kill -TERM $$; echo returned'])"
+    )
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "returned\n"), done.stderr
+
+
 # ---- why a job ended ----
 
 

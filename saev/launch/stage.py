@@ -129,6 +129,9 @@ class Stage:
         if not _begun and int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= MAX_VAIN:
             raise errors.UserError("the time limit is shorter than the job's start-up. Raise --n-hours")
 
+        # submitit now calls scontrol, which inherits this: Slurm ends all processes of a requeued job, and a
+        # scontrol that does not return would count as a failure. (submitit itself passes over SIGTERM.)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return submitit.helpers.DelayedSubmission(self)
 
 
