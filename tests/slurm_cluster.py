@@ -160,7 +160,9 @@ def warn(job_id: str, pid: int) -> None:
 
     with stopped(pid):
         subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
-        wait_for(has_it)
+        deadline = time.monotonic() + 10  # or a thread of its took it while the process was being stopped
+        while not has_it() and time.monotonic() < deadline:
+            time.sleep(0.1)
 
 
 def files_of(dpath: pathlib.Path, pattern: str) -> dict[str, bytes]:
